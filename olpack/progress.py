@@ -1,0 +1,150 @@
+"""One way to show long work: bars on a terminal, plain lines in a log, JSON lines on request. All of it goes to stderr.
+
+    with progress.task("uploading q4_K_M", total=size, unit="B") as task:
+        for chunk in chunks:
+            task.advance(len(chunk))
+    progress.say("registered coding-assistant:q4_K_M")
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+Mode = Literal["auto", "bars", "lines", "json", "quiet"]
+
+_LINE_EVERY_S = 10.0  # a log gets one line per task in this time, and one at its end
+_mode: Literal["bars", "lines", "json", "quiet"] = "lines"
+_bars = None  # the rich Progress on screen while any task runs
+
+
+def use(mode: Mode) -> None:
+    """Choose how the process shows its work. `auto` means bars where stderr is a terminal, lines elsewhere."""
+    global _mode
+    _mode = ("bars" if sys.stderr.isatty() else "lines") if mode == "auto" else mode
+
+
+def say(text: str, **fields: object) -> None:
+    """One line of news. `fields` are carried in JSON mode only."""
+    _emit("say", text, fields)
+
+
+def warn(text: str) -> None:
+    """One line that the user should act on, sooner or later."""
+    _emit("warning", text, {})
+
+
+def _emit(kind: str, text: str, fields: dict[str, object]) -> None:
+    if _mode == "json":
+        print(json.dumps({"event": kind, "text": text, **fields}, ensure_ascii=False), file=sys.stderr, flush=True)
+    elif _mode != "quiet" or kind == "warning":
+        line = f"warning: {text}" if kind == "warning" else text
+        if _bars is not None:
+            _bars.console.print(line, markup=False, highlight=False, soft_wrap=True, style="yellow" if kind == "warning" else None)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+
+class Task:
+    """A piece of work under way: how much is done, how fast, how long it still takes."""
+
+    def __init__(self, title: str, total: float | None, unit: str, done: float):
+        self.title, self.total, self.unit, self.done = title, total, unit, done
+        self.note = ""
+        self._first = done
+        self._started = self._printed = time.monotonic()
+        self._bar = None
+
+    def advance(self, amount: float = 1, note: str | None = None) -> None:
+        """Add to what is done. `note` is a short figure shown beside the bar, such as "loss 1.23"."""
+        self.done += amount
+        if note is not None:
+            self.note = note
+        if self._bar is not None:
+            _bars.update(self._bar, completed=self.done, note=self._figures())
+        elif _mode in ("lines", "json") and time.monotonic() - self._printed >= _LINE_EVERY_S:
+            self._print()
+
+    @property
+    def rate(self) -> float:
+        """Units per second since the task began here (work done before a resume does not count)."""
+        return (self.done - self._first) / max(time.monotonic() - self._started, 1e-9)
+
+    def _figures(self) -> str:
+        return "  ".join(filter(None, [f"{quantity(self.rate, self.unit)}/s" if self.done > self._first else "", self.note]))
+
+    def _print(self) -> None:
+        self._printed = time.monotonic()
+        if _mode == "json":
+            record = {"event": "progress", "task": self.title, "done": self.done, "total": self.total, "unit": self.unit,
+                      "rate": round(self.rate, 3), "note": self.note}
+            print(json.dumps(record, ensure_ascii=False), file=sys.stderr, flush=True)
+            return
+        of = f" of {quantity(self.total, self.unit)}" if self.total else ""
+        left = ""
+        if self.total and self._first < self.done < self.total:
+            left = f"  {duration((self.total - self.done) / self.rate)} left"
+        print(f"{self.title}: {quantity(self.done, self.unit)}{of}  {self._figures()}{left}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def task(title: str, total: float | None = None, unit: str = "", done: float = 0) -> Iterator[Task]:
+    """Show a piece of work for as long as the block runs.
+
+    Args:
+        title: what is being done, in a few words.
+        total: how much there is to do, in `unit`; None where nobody knows.
+        unit: "B" for bytes, else a plural noun ("tokens", "rows").
+        done: how much was done before (a resumed run).
+    """
+    global _bars
+    shown = Task(title, total, unit, done)
+    mine = False
+    if _mode == "bars":
+        if _bars is None:
+            _bars, mine = _make_bars(), True
+            _bars.start()
+        shown._bar = _bars.add_task(title, total=total, completed=done, note="")
+    try:
+        yield shown
+        if _mode in ("lines", "json"):
+            shown._print()
+    finally:
+        if shown._bar is not None:
+            _bars.remove_task(shown._bar)
+        if mine:
+            _bars.stop()
+            _bars = None
+
+
+def _make_bars():
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    return Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(),
+                    TextColumn("{task.fields[note]}"), console=Console(stderr=True), transient=True)
+
+
+def quantity(amount: float, unit: str = "") -> str:
+    """1.2 GB, 340 tokens, 12.5 rows: bytes in decimal units, anything else with its noun."""
+    if unit == "B":
+        for name in ("B", "kB", "MB", "GB", "TB"):
+            if abs(amount) < 1000 or name == "TB":
+                return f"{amount:.0f} {name}" if name == "B" else f"{amount:.1f} {name}"
+            amount /= 1000
+    number = f"{amount:,.0f}" if amount >= 100 or amount == int(amount) else f"{amount:.1f}"
+    return f"{number} {unit}".strip()
+
+
+def duration(seconds: float) -> str:
+    """4.2 s, 3 min 10 s, 2 h 05 min."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
