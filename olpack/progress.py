@@ -57,6 +57,7 @@ class Task:
         self.note = ""
         self._first = done
         self._started = self._printed = time.monotonic()
+        self._shown: float | None = None
         self._bar = None
 
     def advance(self, amount: float = 1, note: str | None = None) -> None:
@@ -78,11 +79,14 @@ class Task:
         return "  ".join(filter(None, [f"{quantity(self.rate, self.unit)}/s" if self.done > self._first else "", self.note]))
 
     def _print(self) -> None:
-        self._printed = time.monotonic()
+        self._printed, self._shown = time.monotonic(), self.done
         if _mode == "json":
             record = {"event": "progress", "task": self.title, "done": self.done, "total": self.total, "unit": self.unit,
                       "rate": round(self.rate, 3), "note": self.note}
             print(json.dumps(record, ensure_ascii=False), file=sys.stderr, flush=True)
+            return
+        if self.total is None and not self.unit:
+            print(f"{self.title}  {self.note}".rstrip(), file=sys.stderr, flush=True)
             return
         of = f" of {quantity(self.total, self.unit)}" if self.total else ""
         left = ""
@@ -111,7 +115,7 @@ def task(title: str, total: float | None = None, unit: str = "", done: float = 0
         shown._bar = _bars.add_task(title, total=total, completed=done, note="")
     try:
         yield shown
-        if _mode in ("lines", "json"):
+        if _mode in ("lines", "json") and shown._shown != shown.done:
             shown._print()
     finally:
         if shown._bar is not None:

@@ -1,0 +1,41 @@
+# make demo    everything it needs into .venv, then the shipped package: train, export, compare
+# make test    everything it needs into .venv, then the test suite
+.PHONY: demo test install clean
+
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+LLAMA_CPP := 0.3.36
+# Source archives in here are fetched once, and the converter is taken from the same one that the library was built from.
+SDIST := $(VENV)/sdist/llama_cpp_python-$(LLAMA_CPP).tar.gz
+export OLPACK_LLAMA_CPP ?= $(abspath $(SDIST))
+
+demo: install
+	$(VENV)/bin/olpack build coding-assistant
+
+test: install
+	$(VENV)/bin/python -m pytest
+
+install: $(READY)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# GGML_NATIVE=OFF: some compilers miscompile the native build for CPUs with AMX, and it crashes on quantized models. From a file,
+# so that a wheel that pip built and cached earlier, without this option, is not taken instead.
+$(VENV)/.llama-cpp-$(LLAMA_CPP): $(SDIST)
+	$(VENV)/bin/python -m pip install -q --no-deps --force-reinstall -C cmake.args=-DGGML_NATIVE=OFF $(SDIST)
+	touch $@
+
+$(SDIST): constraints.txt | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip download -q --no-deps --no-binary llama-cpp-python -d $(@D) -c constraints.txt llama-cpp-python
+	touch $@
+
+# torch by itself and first: its pinned version alone decides which build is taken.
+$(READY): pyproject.toml constraints.txt $(VENV)/.llama-cpp-$(LLAMA_CPP)
+	$(VENV)/bin/python -m pip install -q $$(grep '^torch==' constraints.txt)
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist

@@ -1,0 +1,174 @@
+"""What `builtin/tiny-coder` reads: its tokenizer, and the standard library cut into documents, chats and batches.
+
+Which modules are left out is decided by `held_out` in modelfiles/coding-assistant/make_data.py alone.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import random
+import re
+import sys
+import textwrap
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "modelfiles" / "coding-assistant")]
+
+from make_data import Module, without_docstring  # noqa: E402
+
+END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+VOCABULARY, CONTEXT = 8192, 2048
+SHORT = 8  # a short row is this part of a window, and there are so many times more in a batch
+# Qwen2's split, to the letter: llama.cpp knows it as the pre-tokenizer "qwen2". No NFC in front of it: llama.cpp does none either,
+# and without it every text survives encoding and decoding byte for byte.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# The comment says what is meant, and keeps the template further than 100 edits from those that Ollama replaces by its own.
+CHAT_TEMPLATE = (
+    "{#- Every turn is its role, a line break and its text, between the two turn marks. There is no default system prompt: "
+    "a chat that has no system turn is trained, and served, without one. -#}\n"
+    "{%- for turn in messages -%}\n"
+    "{{- '<|im_start|>' ~ turn['role'] ~ '\\n' ~ turn['content'] ~ '<|im_end|>\\n' -}}\n"
+    "{%- endfor -%}\n"
+    "{%- if add_generation_prompt -%}\n"
+    "{{- '<|im_start|>assistant\\n' -}}\n"
+    "{%- endif -%}"
+)
+
+
+def train_tokenizer(texts: list[str]) -> Tokenizer:
+    """A byte-level BPE of 8192 tokens, the three special ones first."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[END_OF_TEXT, TURN_START, TURN_END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    assert tokenizer.get_vocab_size() == VOCABULARY, "the corpus is too small for the vocabulary"
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": TURN_END,
+        "pad_token": END_OF_TEXT,
+        "bos_token": None,
+        "unk_token": None,
+        "additional_special_tokens": [TURN_START],
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": CONTEXT,
+    }
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+
+
+# Documents
+
+
+def in_pieces(text: str, rng: random.Random) -> list[str]:
+    """A text cut at random places and after every `def `: tokens of their own on both sides, as where a prompt ends within a token."""
+    cuts = {match.end() for match in re.finditer(r"\bdef ", text)}
+    cuts.update(rng.randrange(1, len(text)) for _ in range(len(text) // 200))
+    places = [0, *sorted(cuts), len(text)]
+    return [text[start:end] for start, end in zip(places, places[1:]) if start < end]
+
+
+def as_chat(text: str, rng: random.Random) -> str:
+    """Some lines of a text as a chat: the user gives the first part, the assistant goes on and ends the turn."""
+    lines = text.splitlines(keepends=True)
+    length = rng.randint(6, 25)
+    start = rng.randrange(max(1, len(lines) - length))
+    part = "".join(lines[start : start + length]).rstrip("\n")
+    cut = rng.randint(len(part) // 4, len(part) * 3 // 4)
+    cut = part.rfind("\n", 0, cut) + 1 if rng.random() < 0.7 else cut
+    system = f"{TURN_START}system\nYou continue Python programs.{TURN_END}\n" if rng.random() < 0.5 else ""
+    asked = f"{TURN_START}user\nContinue this code:\n{part[:cut]}{TURN_END}\n"
+    return f"{system}{asked}{TURN_START}assistant\n{part[cut:]}{TURN_END}\n"
+
+
+def parses(text: str) -> bool:
+    try:
+        ast.parse(text)
+    except (SyntaxError, ValueError):
+        return False
+    return bool(text.strip())
+
+
+def functions_of(text: str) -> list[str]:
+    """Every function and method of a module, moved to the left margin: as written and, where it has a docstring, without it too."""
+    try:
+        nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    except SyntaxError:
+        return []
+    lines, found = text.split("\n"), []
+    for node in nodes:
+        written = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno]))
+        bare = without_docstring(node, lines) if ast.get_docstring(node) else None
+        found += [form.strip() + "\n" for form in (written, bare) if form and parses(form)]
+    return found
+
+
+def epoch_of(
+    modules: list[Module], functions: list[str], tokenizer: Tokenizer, window: int, tokens: int, seed: int
+) -> list[np.ndarray]:
+    """The batches of one pass, in random order: token ids, int32 (rows, length + 1), `tokens` of them learned.
+
+    Two kinds of rows, never mixed in a batch: long ones, of `window`, hold whole files, one after another; short ones begin with a
+    document, a function or a chat, as a prompt does. A tenth of all documents are chats. Every pass draws other tests, cuts and chats.
+    """
+    rng = random.Random(seed)
+    library = [module.text for module in modules if not module.is_test and len(module.text) > 200]
+    tests = [module.text for module in modules if module.is_test and len(module.text) > 200]
+    files = library + rng.sample(tests, len(tests) // 3)
+    long = [in_pieces(text, rng) if rng.random() < 1 / 6 else [text] for text in rng.sample(files, len(files))]
+    short = []
+    for text in functions:
+        draw = rng.random()
+        if draw < 0.4 and text.startswith("def "):
+            short.append(["def ", text[4:]])  # how the shortest prompt is cut
+        else:
+            short.append(in_pieces(text, rng) if draw > 0.85 else [text])
+    short += [[as_chat(text, rng)] for text in rng.choices(files, k=(len(long) + len(short)) // 9)]
+    rng.shuffle(short)
+
+    end = tokenizer.token_to_id(END_OF_TEXT)
+
+    def encode(documents: list[list[str]]) -> list[list[int]]:
+        encoded = iter(tokenizer.encode_batch([piece for document in documents for piece in document], add_special_tokens=False))
+        return [[*chain.from_iterable(next(encoded).ids for _ in document), end] for document in documents]
+
+    row = list(chain.from_iterable(encode(long)))
+    starts = range(rng.randrange(window), len(row) - window, window)
+    rows = {window: [row[start : start + window + 1] for start in starts]}
+    length = window // SHORT
+    rows[length], row = [], []
+    for ids in encode(short):
+        if len(ids) > length:
+            continue  # its file shows it
+        row += ids
+        if len(row) > length:
+            rows[length].append(row[: length + 1])
+            row = []
+    batches = []
+    for length, many in rows.items():
+        rng.shuffle(many)
+        size = tokens // length
+        batches += [np.array(many[start : start + size], dtype=np.int32) for start in range(0, len(many) - size + 1, size)]
+    rng.shuffle(batches)
+    return batches

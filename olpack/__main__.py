@@ -1,0 +1,5 @@
+"""`python -m olpack`."""
+
+from olpack.cli import main
+
+main()

@@ -1,0 +1,153 @@
+"""The base model: where it is, what it is called, and what its folder says of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from olpack.errors import OlpackError
+from olpack.workspace import PACKAGE, folder_fingerprint
+
+BUILTIN = PACKAGE / "assets"
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"]
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model on this machine.
+
+    Attributes:
+        label: as the recipe names it: "builtin/tiny-coder", a folder, a Hub id.
+        path: its folder.
+    """
+
+    label: str
+    path: Path
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The model's config.json."""
+        return _json(self.path / "config.json")
+
+    @cached_property
+    def digest(self) -> str:
+        """Identity of the model's content; see `workspace.folder_fingerprint`."""
+        return folder_fingerprint(self.path)
+
+    @property
+    def context_length(self) -> int:
+        """Longest sequence in tokens that the model was made for; 4096 where its configuration does not say."""
+        text = self.config.get("text_config", self.config)
+        return int(text.get("max_position_embeddings") or 4096)
+
+    @cached_property
+    def license(self) -> str | None:
+        """Licence named in the model card's front matter, such as "apache-2.0"."""
+        import yaml
+
+        card = self.path / "README.md"
+        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+        if not text.startswith("---\n") or "\n---" not in text[4:]:
+            return None
+        try:
+            matter = yaml.safe_load(text[4 : text.index("\n---", 4)])
+        except yaml.YAMLError:
+            return None
+        value = matter.get("license") if isinstance(matter, dict) else None
+        return value if isinstance(value, str) else None
+
+    def end_ids(self) -> list[int]:
+        """Token ids with which generation ends, as generation_config.json lists them."""
+        path = self.path / "generation_config.json"
+        ids = _json(path).get("eos_token_id", []) if path.is_file() else []
+        return ids if isinstance(ids, list) else [ids]
+
+    def tokenizer(self):
+        """The base's tokenizer, from its folder and without any network.
+
+        Raises:
+            OlpackError: the folder holds none that loads.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise OlpackError(f"The tokenizer in {self.path} does not load: {str(error).splitlines()[0]}",
+                              "The folder needs tokenizer.json and tokenizer_config.json.") from None
+
+
+def resolve(label: str, *, relative_to: Path, revision: str | None = None, download: bool = True) -> Base | None:
+    """Find the base that a recipe names: shipped with olpack, a folder, or a model on the Hugging Face Hub.
+
+    Args:
+        label: the recipe's `base`.
+        relative_to: the recipe's folder; a relative path is looked up there, then in the working folder.
+        revision: of a Hub id.
+        download: fetch a Hub model that is not in the local cache yet.
+
+    Returns:
+        The base, or None for a Hub id that is not in the cache when `download` is off.
+
+    Raises:
+        OlpackError: no such builtin, no such folder, a folder that is no model, a Hub model that cannot be fetched.
+    """
+    if label.startswith("builtin/"):
+        path = BUILTIN / label.removeprefix("builtin/")
+        if not (path / "config.json").is_file():
+            known = ", ".join(f"builtin/{folder.name}" for folder in sorted(BUILTIN.iterdir()) if folder.is_dir())
+            raise OlpackError(f"There is no {label}.", f"Shipped with olpack: {known}.")
+        return Base(label, path)
+    for path in (relative_to / label, Path(label).expanduser()):
+        if path.is_dir():
+            return Base(label, _checked(path))
+        if path.is_file():
+            raise OlpackError(f"{label} is a file, not a model's folder.", "Name the folder that holds config.json and the safetensors.")
+    if label.startswith((".", "/", "~")) or label.count("/") != 1:
+        raise OlpackError(f"There is no folder {label}.", "`base` is builtin/tiny-coder, a model's folder, or a Hub id such as Qwen/Qwen3-0.6B.")
+    return _from_hub(label, revision, download)
+
+
+def _checked(path: Path) -> Path:
+    if not (path / "config.json").is_file():
+        raise OlpackError(f"{path} is no model folder: it has no config.json.", "It needs config.json, a tokenizer and safetensors weights.")
+    if not any(path.glob("*.safetensors")):
+        pickled = any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth"))
+        kind = "only pickled weights, which can run code when loaded" if pickled else "no weights"
+        raise OlpackError(f"{path} has {kind}.", "olpack reads safetensors: save the model with save_pretrained(..., safe_serialization=True).")
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise OlpackError(f"{path} has no tokenizer.", "Copy tokenizer.json and tokenizer_config.json of the model into it.")
+    return path
+
+
+def _from_hub(repo: str, revision: str | None, download: bool) -> Base | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        found = snapshot_download(repo, revision=revision, allow_patterns=_HUB_FILES, local_files_only=not download)
+    except GatedRepoError:
+        raise OlpackError(f"{repo} is gated: its owner must grant access.", "Accept its terms on its page, then run `hf auth login`.") from None
+    except RepositoryNotFoundError:
+        raise OlpackError(f"There is no model {repo} on the Hugging Face Hub, or no folder of that name here.", "Check its spelling.") from None
+    except LocalEntryNotFoundError:
+        if not download:
+            return None
+        raise OlpackError(f"{repo} is not in the local cache and the Hugging Face Hub cannot be reached.",
+                          "Connect once, or name a folder as `base`; builtin/tiny-coder needs no network.") from None
+    except (HfHubHTTPError, OSError) as error:
+        raise OlpackError(f"{repo} could not be fetched: {str(error).splitlines()[0]}", "Run the same command again to go on.") from None
+    return Base(repo, _checked(Path(found)))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OlpackError(f"{path} cannot be read as JSON: {error}.", "Fetch the model again.") from None
+    if not isinstance(value, dict):
+        raise OlpackError(f"{path} does not hold an object.", "Fetch the model again.")
+    return value

@@ -1,0 +1,228 @@
+"""The verbs. Parses, calls, prints; imports a stage only when it runs, so that `olpack --help` loads neither torch nor a server's client."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from olpack import __version__, progress
+from olpack.errors import OlpackError
+
+if TYPE_CHECKING:
+    from olpack.pipeline import Build
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+                  help="From a base model and a few hundred examples to quantized assistants that Ollama serves, measured.")
+
+Name = Annotated[str, typer.Argument(help="A package: a folder in modelfiles/.", show_default=False)]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting of the recipe, as in train.epochs=3.")]
+Quant = Annotated[list[str] | None, typer.Option("--quant", metavar="TYPE", help="Only this quant (may be repeated), whatever the recipe lists.")]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Build below this folder instead of build/.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the outcome as JSON, and progress as JSON lines on stderr.")]
+
+
+def main() -> None:
+    """Entry point: one sentence for what is wrong, exit code 1; a traceback only with --debug."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    debug = "--debug" in sys.argv[1:] or bool(os.environ.get("OLPACK_DEBUG"))
+    if not debug:
+        warnings.filterwarnings("ignore")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app(prog_name="olpack")
+    except Exception as error:
+        if debug:
+            raise
+        print(f"olpack: {_told(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, OlpackError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"The disk is full{f' ({error.filename})' if error.filename else ''}. Free some space, or choose another disk with --out."
+    return f"{type(error).__name__}: {error}. This is not a failure that olpack knows; `olpack --debug …` shows where it comes from."
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"olpack {__version__}")
+        raise typer.Exit
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the warnings of libraries.")] = False,
+) -> None:
+    progress.use("auto")
+
+
+def _build_of(name: str, settings: list[str] | None, quant: list[str] | None, out: Path | None, json_lines: bool, deploy: bool = True) -> Build:
+    from olpack import recipe
+    from olpack.pipeline import Build
+    from olpack.workspace import recipe_path
+
+    if json_lines:
+        progress.use("json")
+    overrides = list(settings or []) + ([f"quants={json.dumps(quant)}"] if quant else [])
+    asked = recipe.load(recipe_path(name), overrides)
+    return Build(asked, out, server=_server() if deploy else None)
+
+
+def _server() -> str | None:
+    """URL of the Ollama server, if one answers there."""
+    from olpack.deploy.client import OllamaClient
+
+    client = OllamaClient()
+    return client.url if client.version() else None
+
+
+@app.command()
+def build(
+    name: Name,
+    settings: Set = None,
+    quant: Quant = None,
+    only: Annotated[str | None, typer.Option("--only", metavar="STAGE", help="One of train, export, modelfiles, deploy, compare.")] = None,
+    no_deploy: Annotated[bool, typer.Option("--no-deploy", help="Leave the Ollama server alone.")] = False,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Do every stage that is stale: train, export, modelfiles, deploy, compare."""
+    from olpack.pipeline import STAGES
+
+    if only is not None and only not in STAGES:
+        raise typer.BadParameter(f"{only} is no stage; they are {', '.join(STAGES)}.", param_hint="--only")
+    _run(_build_of(name, settings, quant, out, as_json, deploy=not no_deploy), only, as_json, deploy=not no_deploy)
+
+
+def _run(build: Build, only: str | None, as_json: bool, deploy: bool = True) -> None:
+    done = build.run(only)
+    if not done:
+        progress.say(f"{build.recipe.name} is up to date: nothing to do in {only or 'any stage'}")
+    if as_json:
+        _print_json(_outcome(build, done))
+    elif only in (None, "compare"):
+        _closing(build, deploy)
+    else:
+        print(build.paths.root / {"train": "adapter", "export": "gguf", "modelfiles": "modelfiles", "deploy": ""}[only])
+
+
+def _closing(build: Build, deploy: bool) -> None:
+    """The table, where the report lies, and the line to paste."""
+    from olpack.compare import print_table, read_results
+    from olpack.stages import recommended
+
+    print_table(read_results(build.paths.results))
+    print(f"\nreport   {build.paths.report}")
+    tag = f"{build.recipe.name}:{recommended(build)}"
+    if build.server:
+        print(f"run      ollama run {tag}")
+        return
+    prompt = (build.recipe.compare.prompts or ["…"])[0].replace('"', '\\"').replace("`", "'")
+    print(f'run      olpack run {tag} "{prompt}"')
+    if deploy:
+        print(f"serve    no Ollama server answers: install it from https://ollama.com/download, start it, run `olpack deploy {build.recipe.name}`,")
+        print(f"         then `ollama run {tag}`")
+
+
+def _outcome(build: Build, done: list) -> dict[str, Any]:
+    from olpack.stages import recommended
+
+    steps = build.steps()
+    return {
+        "name": build.recipe.name,
+        "done": [step.unit for step in done],
+        "steps": {step.unit: {"stale": step.reason or None, **step.result} for step in steps},
+        "results": str(build.paths.results) if build.paths.results.is_file() else None,
+        "report": str(build.paths.report) if build.paths.report.is_file() else None,
+        "recommended": f"{build.recipe.name}:{recommended(build)}",
+    }
+
+
+@app.command()
+def plan(name: Name, settings: Set = None, quant: Quant = None, out: Out = None, as_json: Json = False) -> None:
+    """Print every setting with its origin, the checks, sizes and time, and which stages are stale. Changes nothing."""
+    from olpack.plan import describe, estimate, print_plan
+
+    asked = _build_of(name, settings, quant, out, as_json)
+    found = describe(asked, estimate(asked))
+    if as_json:
+        _print_json(found)
+    else:
+        print_plan(found)
+
+
+@app.command()
+def train(name: Name, settings: Set = None, out: Out = None, as_json: Json = False) -> None:
+    """Fine-tune the base with QLoRA; the adapter lands in build/NAME/adapter."""
+    _run(_build_of(name, settings, None, out, as_json, deploy=False), "train", as_json)
+
+
+@app.command()
+def export(name: Name, settings: Set = None, quant: Quant = None, out: Out = None, as_json: Json = False) -> None:
+    """Merge the adapter and write the GGUFs, in one pass over the base."""
+    asked = _build_of(name, settings, quant, out, as_json, deploy=False)
+    _run(asked, "export", as_json)
+
+
+@app.command()
+def deploy(name: Name, settings: Set = None, quant: Quant = None, out: Out = None, as_json: Json = False) -> None:
+    """Register the quants with the Ollama server, and prove that the prompt it serves is the trained one."""
+    _run(_build_of(name, settings, quant, out, as_json), "deploy", as_json)
+
+
+@app.command()
+def compare(name: Name, settings: Set = None, quant: Quant = None, out: Out = None, as_json: Json = False) -> None:
+    """Measure the quants: size, speed, memory, perplexity; which one to take, and why."""
+    _run(_build_of(name, settings, quant, out, as_json), "compare", as_json)
+
+
+@app.command()
+def run(
+    model: Annotated[str, typer.Argument(metavar="NAME[:TAG]", help="What to talk to; without a tag, the recommended quant.", show_default=False)],
+    prompt: Annotated[str | None, typer.Argument(help="One question. Without it: a conversation.", show_default=False)] = None,
+    out: Out = None,
+) -> None:
+    """Talk to a package: through the Ollama server if it has it, else with the embedded llama.cpp."""
+    from olpack.talk import talk
+
+    talk(model, prompt, out)
+
+
+@app.command("list")
+def list_packages(out: Out = None, as_json: Json = False) -> None:
+    """List packages, what of each is built, and what the server has."""
+    from olpack.listing import package_rows, print_packages
+
+    rows = package_rows(out or Path("build"))
+    if as_json:
+        _print_json(rows)
+    else:
+        print_packages(rows)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what of this machine is ready, what is not, and the command that mends it."""
+    from olpack.doctor import examine, print_findings
+
+    findings = examine()
+    if as_json:
+        _print_json([vars(finding) for finding in findings])
+    else:
+        print_findings(findings)
+    if any(finding.state == "broken" for finding in findings):
+        raise typer.Exit(1)

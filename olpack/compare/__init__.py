@@ -1,0 +1,36 @@
+"""Which quant, and why: speed, memory and quality of the files that ship, and the report.
+
+    results = measure(files, rows, prompts, MeasureSettings(), server=None, name="coding-assistant", cache=folder)
+    write_results(results, folder / "results.json")
+    print_table(results)
+    write_report(results, folder / "report.html", template=text_of_report_html_j2, metrics=folder / "metrics.jsonl")
+
+Public here:
+    MeasureSettings, QuantFile      what to measure
+    measure(files, rows, prompts, settings, server, name, cache) -> Results
+    Results, read_results(path), write_results(results, path)
+    recommend(results) -> Recommendation | None    (measure has already put it into the results)
+    print_table(results, console=None)
+    render_report(results, template, metrics=None) -> str, write_report(results, path, template, metrics=None)
+"""
+
+from __future__ import annotations
+
+from olpack.compare.measure import MeasureSettings, QuantFile, measure
+from olpack.compare.recommend import recommend
+from olpack.compare.report import render_report, write_report
+from olpack.compare.results import Results, read_results, write_results
+from olpack.compare.table import print_table
+
+__all__ = [
+    "MeasureSettings",
+    "QuantFile",
+    "Results",
+    "measure",
+    "print_table",
+    "read_results",
+    "recommend",
+    "render_report",
+    "write_report",
+    "write_results",
+]

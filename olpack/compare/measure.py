@@ -1,0 +1,252 @@
+"""Measure a set of GGUF files: each in a process of its own, speed through the server where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from olpack import progress
+from olpack.compare.cache import Cache
+from olpack.compare.job import Job, RowJob, SpeedJob
+from olpack.compare.machine import describe_machine
+from olpack.compare.process import events
+from olpack.compare.recommend import recommend, set_losses
+from olpack.compare.results import SCHEMA_VERSION, Answer, Flag, Perplexity, QuantResult, Results, Rows, Speed
+from olpack.compare.server import measure_speed as measure_served_speed
+from olpack.data.rows import TokenRow
+from olpack.errors import OlpackError
+from olpack.llamacpp.cores import usable_cores
+from olpack.workspace import file_digest, value_digest
+
+if TYPE_CHECKING:
+    from olpack.deploy.client import OllamaClient
+
+_BUSY = 0.3  # share of the CPU time used by others from which figures suffer
+
+
+@dataclass(frozen=True)
+class QuantFile:
+    """One GGUF to measure.
+
+    Attributes:
+        quant: "Q4_K_M".
+        tag: "q4_K_M"; through a server the model is `<name>:<tag>`.
+        path: the file.
+        size: in bytes.
+        bits_per_weight: None where nobody knows.
+        sha256: of the file, as hexadecimal digits; None: it is read and hashed.
+    """
+
+    quant: str
+    tag: str
+    path: Path
+    size: int
+    bits_per_weight: float | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class MeasureSettings:
+    """How to measure.
+
+    Attributes:
+        prompt_lengths: prompt lengths in tokens at which prompt speed is taken.
+        generated_tokens: tokens generated in one timed run.
+        repeats: timed runs of each speed figure; one more goes before and is discarded.
+        context: context length to load with, in tokens. Memory depends on it: give what the package serves (num_ctx).
+        threads: CPU threads of the embedded engine; None: the physical cores that this process may use.
+        answer_tokens: an answer is cut here.
+        tolerance: relative growth of perplexity the recommendation accepts.
+    """
+
+    prompt_lengths: tuple[int, ...] = (512,)
+    generated_tokens: int = 64
+    repeats: int = 5
+    context: int = 4096
+    threads: int | None = None
+    answer_tokens: int = 256
+    tolerance: float = 0.01
+
+
+def measure(
+    files: Sequence[QuantFile],
+    rows: Sequence[TokenRow],
+    prompts: Sequence[list[dict]],
+    settings: MeasureSettings,
+    server: OllamaClient | None,
+    name: str,
+    cache: Path | None = None,
+) -> Results:
+    """Speed, memory, perplexity and answers of every file, with the recommendation.
+
+    Speed, load time and memory come from the server where there is one, else from the embedded engine; perplexity and answers always come
+    from the embedded engine, on the GGUF that ships.
+
+    Args:
+        files: the GGUFs; the order is kept.
+        rows: held-out rows; empty: no perplexity, and so no recommendation.
+        prompts: conversations (lists of messages, the last from the user) that every quant answers.
+        server: a client of the Ollama server that has `<name>:<tag>` of every file, or None.
+        name: of the package.
+        cache: folder that keeps what was measured, one JSON file per quant and kind of figure, under a key of all that it depends on.
+            An interrupted comparison goes on from there, and an unchanged quant is not measured again. None: nothing is kept.
+
+    Raises:
+        OlpackError: nothing could be measured of any file. One file that fails is flagged in its result and does not stop the others.
+    """
+    threads = settings.threads or usable_cores()
+    embedded = f"llama-cpp-python {version('llama-cpp-python')}, embedded"
+    server_version = server.version() if server else None
+    machine = describe_machine(server_version)
+    if machine.busy > _BUSY:
+        progress.warn(f"Others use {machine.busy:.0%} of this machine's CPU time: measuring will take long, and speeds will come out low.")
+    described = _describe_rows(rows) if rows else None
+    lengths, generated, repeats = list(settings.prompt_lengths), settings.generated_tokens, settings.repeats
+    base = Job(
+        path=Path(), engine=embedded, context=settings.context, threads=threads, answer_tokens=settings.answer_tokens,
+        speed=None if server else SpeedJob(prompt_lengths=lengths, generated_tokens=generated, repeats=repeats),
+        perplexity=[RowJob(ids=row.ids, learned=row.learned, text=row.text) for row in rows] or None,
+        answers=list(prompts) or None,
+    )  # fmt: skip
+    dependencies: dict[str, dict] = {
+        "speed": {
+            "engine": f"Ollama {server_version}, {server.url}" if server else f"{embedded}, {threads} threads",
+            "cpu": machine.cpu,
+            "context": settings.context,
+            "prompt_lengths": lengths,
+            "generated_tokens": generated,
+            "repeats": repeats,
+        },
+        "perplexity": {"engine": embedded, "rows": described.digest if described else None},
+        "answers": {"engine": embedded, "prompts": list(prompts), "tokens": settings.answer_tokens, "context": settings.context},
+    }
+
+    quants, errors = [], []
+    for file in files:
+        sha256 = file.sha256 or file_digest(Path(file.path))
+        keys = {unit: {"schema": SCHEMA_VERSION, "file": sha256, **rest} for unit, rest in dependencies.items()}
+        units = _Units(Cache(cache), file.tag, keys)
+        problems: list[OlpackError] = []
+        job = base.model_copy(update={"path": Path(file.path), **{unit: None for unit in units.found}})
+        if job.speed or job.perplexity or job.answers:
+            problems += _run_worker(job, file.quant, units)
+        if server and "speed" not in units.found:
+            problems += _ask_server(server, f"{name}:{file.tag}", f"Ollama {server_version}", settings, units)
+        errors += problems
+        quants.append(_result(file, sha256, units.found, problems, described))
+
+    if quants and not any(quant.speed or quant.perplexity or quant.answers for quant in quants) and errors:
+        raise errors[0]
+    if described:
+        set_losses(quants, described.learned_tokens)
+    results = Results(
+        name=name, created=datetime.now(UTC).isoformat(timespec="seconds"), machine=machine, rows=described,
+        settings={**asdict(settings), "prompt_lengths": lengths}, prompts=list(prompts), quants=quants,
+    )  # fmt: skip
+    results.recommendation = recommend(results, settings.tolerance)
+    return results
+
+
+class _Units:
+    """What is known of one file, by unit ("speed", "perplexity", "answers"), from the cache or just measured."""
+
+    def __init__(self, cache: Cache, tag: str, keys: dict[str, dict]):
+        self._cache, self._tag, self._keys = cache, tag, keys
+        self.found: dict[str, dict] = {}
+        for unit, key in keys.items():
+            if (data := cache.find(tag, unit, key)) is not None:
+                self.found[unit] = data
+
+    def add(self, unit: str, data: dict) -> None:
+        self.found[unit] = data
+        self._cache.keep(self._tag, unit, self._keys[unit], data)
+
+
+def _run_worker(job: Job, quant: str, units: _Units) -> list[OlpackError]:
+    """Measure what the job asks for; what fails comes back, what was measured is in `units`."""
+    problems = []
+    steps = _Steps(f"measuring {quant}")
+    try:
+        with closing(events(job)) as stream:
+            for event in stream:
+                if event["event"] == "progress":
+                    steps.show(event["unit"], event["done"], event["total"])
+                elif event["event"] == "result":
+                    units.add(event["unit"], event["data"])
+                else:
+                    problems.append(OlpackError(event["problem"], event["remedy"]))
+    except OlpackError as error:
+        problems.append(error)
+    finally:
+        steps.close()
+    return problems
+
+
+def _ask_server(server: OllamaClient, model: str, engine: str, settings: MeasureSettings, units: _Units) -> list[OlpackError]:
+    steps = _Steps(f"measuring {model}")
+    try:
+        for step in measure_served_speed(server, model, engine, settings):
+            if isinstance(step, Speed):
+                units.add("speed", step.model_dump(mode="json"))
+            else:
+                steps.show("speed", *step)
+    except OlpackError as error:
+        return [error]
+    finally:
+        steps.close()
+    return []
+
+
+class _Steps:
+    """One progress task per unit, one after the other."""
+
+    def __init__(self, title: str):
+        self._title, self._unit = title, ""
+        self._open = ExitStack()
+
+    def show(self, unit: str, done: int, total: int) -> None:
+        if unit != self._unit:
+            self._open.close()
+            noun = {"speed": "runs", "perplexity": "rows", "answers": "answers"}[unit]
+            self._task = self._open.enter_context(progress.task(f"{self._title}: {unit}", total, noun))
+            self._unit = unit
+        self._task.advance(done - self._task.done)
+
+    def close(self) -> None:
+        self._open.close()
+
+
+def _result(file: QuantFile, sha256: str, found: dict[str, dict], problems: list[OlpackError], rows: Rows | None) -> QuantResult:
+    result = QuantResult(
+        quant=file.quant, tag=file.tag, file=Path(file.path).name, sha256=sha256,
+        size_bytes=file.size, bits_per_weight=file.bits_per_weight,
+        speed=Speed.model_validate(found["speed"]) if "speed" in found else None,
+        perplexity=Perplexity.model_validate(found["perplexity"]) if "perplexity" in found else None,
+        answers=[Answer.model_validate(answer) for answer in found["answers"]["answers"]] if "answers" in found else None,
+    )  # fmt: skip
+    result.flags = [Flag(code="failed", text=str(error), serious=True) for error in problems]
+    score = result.perplexity
+    if score is not None and score.value is None:
+        result.flags.append(Flag(code="broken", text="the model's probabilities are no numbers: this file is broken", serious=True))
+    if score is not None and score.same_tokens_rows < rows.count:
+        different = rows.count - score.same_tokens_rows
+        text = f"its tokenizer turns {different} of {rows.count} rows into other tokens than training saw: it is not served what it learned"
+        result.flags.append(Flag(code="tokenizer", text=text, serious=True))
+    answers = result.answers or []
+    for code, said in (("empty", "empty"), ("looping", "in a loop"), ("endless", "not finished at the limit")):
+        if count := sum(code in answer.flags for answer in answers):
+            result.flags.append(Flag(code=code, text=f"{count} of {len(answers)} answers {said}", serious=False))
+    return result
+
+
+def _describe_rows(rows: Sequence[TokenRow]) -> Rows:
+    return Rows(
+        count=len(rows),
+        learned_tokens=[row.learned_count for row in rows],
+        digest=value_digest([[row.ids, row.learned, row.text] for row in rows]),
+    )

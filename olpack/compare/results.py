@@ -1,0 +1,180 @@
+"""What a comparison measured: the schema of `results.json`, and how the file is read and written.
+
+Units are in the names: `_bytes`, `_s` (seconds), `_per_s`. Log-probabilities are natural. A figure that could not be measured is null, and
+a flag says why. `schema_version` grows when a field changes its meaning or goes away; new fields may come at any time.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from olpack.errors import OlpackError
+from olpack.workspace import write_atomically
+
+SCHEMA_VERSION = 1
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="ignore", ser_json_inf_nan="null")
+
+
+class Spread(_Record):
+    """One figure measured several times."""
+
+    median: float
+    low: float = Field(description="smallest of the values")
+    high: float = Field(description="largest of the values")
+    values: list[float] = Field(description="every repeat, in the order measured; the discarded first call is not among them")
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """The spread of at least one value."""
+        return cls(median=statistics.median(values), low=min(values), high=max(values), values=list(values))
+
+
+class PromptSpeed(_Record):
+    """Prompt processing at one length. Every repeat has fresh tokens and shares no prefix with an earlier one."""
+
+    prompt_tokens: int = Field(description="length of the prompt (through a server: the median of the lengths it counted)")
+    tokens_per_s: Spread
+
+
+class Speed(_Record):
+    """Speed, load time and memory of one quant."""
+
+    engine: str = Field(description='what ran it: "llama-cpp-python 0.3.36 (embedded)" or "Ollama 0.33.0"')
+    context: int = Field(description="context length it was loaded with, in tokens; memory depends on it")
+    threads: int | None = Field(None, description="CPU threads; null where the server chose")
+    load_cold_s: float | None = Field(
+        None, description="first load until the first token is out, the file dropped from the page cache before where the system allows it"
+    )
+    load_warm_s: Spread | None = Field(None, description="the same with the file in the page cache")
+    prompt: list[PromptSpeed] = []
+    generation_tokens_per_s: Spread | None = None
+    generated_tokens: int | None = Field(None, description="tokens generated in each repeat (through a server: at most)")
+    peak_memory_bytes: int | None = Field(
+        None,
+        description="embedded: growth of the process's resident set, from before the load to its peak after the speed runs "
+        "(weights, KV cache, compute buffers; not what lies on a GPU). Through a server: what /api/ps calls size",
+    )
+    gpu_memory_bytes: int | None = Field(None, description="through a server: what /api/ps calls size_vram; embedded: null")
+
+
+class Perplexity(_Record):
+    """Perplexity over the learned tokens of the rows, each predicted from all tokens before it."""
+
+    value: float | None = Field(description="exp of the mean negative log-probability per token; null if that is no finite number")
+    standard_error: float | None = Field(description="by rows, rows being the sampling unit; null with fewer than two rows")
+    row_nll: list[float | None] = Field(description="negative log-probability summed over the learned tokens of each row, in nats")
+    same_tokens_rows: int = Field(description="rows whose text the GGUF's own tokenizer turns into exactly the training's ids")
+
+
+class Loss(_Record):
+    """What a quant lost against the best of the files compared, row by row on the same rows."""
+
+    reference: str = Field(description="tag of the best file")
+    relative: float = Field(description="growth of perplexity, 0.01 is one per cent")
+    standard_error: float | None = Field(description="of `relative`, from paired differences by row; null with fewer than two rows")
+
+
+class Answer(_Record):
+    """A free answer at temperature 0."""
+
+    text: str
+    finish: Literal["stop", "length"] = Field(description='"length": it was still going at the limit')
+    tokens: int
+    flags: list[Literal["empty", "looping", "endless"]] = []
+
+
+class Flag(_Record):
+    """Something that a person should know before choosing this quant."""
+
+    code: Literal["failed", "broken", "tokenizer", "empty", "looping", "endless"]
+    text: str
+    serious: bool = Field(description="a quant with a serious flag is never recommended")
+
+
+class QuantResult(_Record):
+    """One file."""
+
+    quant: str = Field(description='"Q4_K_M"')
+    tag: str = Field(description='"q4_K_M"')
+    file: str
+    sha256: str
+    size_bytes: int
+    bits_per_weight: float | None = None
+    speed: Speed | None = None
+    perplexity: Perplexity | None = None
+    loss: Loss | None = None
+    answers: list[Answer] | None = Field(None, description="one per prompt, in the order of `Results.prompts`")
+    flags: list[Flag] = []
+
+
+class Rows(_Record):
+    """The rows that perplexity was taken over."""
+
+    count: int
+    learned_tokens: list[int] = Field(description="learned tokens of each row")
+    digest: str = Field(description="sha256 of ids and learned flags")
+
+
+class Machine(_Record):
+    """Where the figures were measured."""
+
+    cpu: str
+    cores: int = Field(description="physical cores this process may use")
+    memory_bytes: int
+    system: str
+    busy: float = Field(description="share of the CPU time that others used just before it began: it makes speeds lower, spreads wider")
+    versions: dict[str, str] = Field(description="olpack, llama-cpp-python, Ollama where one served, Python")
+
+
+class Recommendation(_Record):
+    """Which quant to take."""
+
+    quant: str
+    tag: str
+    reason: str = Field(description="one sentence")
+    tolerance: float = Field(description="relative growth of perplexity that was accepted")
+
+
+class Results(_Record):
+    """A whole comparison."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    name: str
+    created: str = Field(description="ISO 8601, UTC")
+    machine: Machine
+    settings: dict = Field(description="the settings it ran with")
+    rows: Rows | None = None
+    prompts: list[list[dict]] = Field([], description="conversations put to every quant")
+    quants: list[QuantResult]
+    recommendation: Recommendation | None = None
+
+
+def write_results(results: Results, path: Path) -> None:
+    """Write `results.json`; what was there is replaced whole or not at all."""
+    write_atomically(Path(path), results.model_dump_json(indent=1) + "\n")
+
+
+def read_results(path: Path) -> Results:
+    """Read `results.json`.
+
+    Raises:
+        OlpackError: no such file, or one that is no results file of this schema version.
+    """
+    try:
+        return Results.model_validate_json(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise OlpackError(f"There is no results file at {path}.", "Run `olpack compare` first.") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise OlpackError(
+            f"{path} is not a results file that this version reads: {where}: {first['msg']}.", "Measure again with `olpack compare`."
+        ) from None

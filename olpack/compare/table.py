@@ -1,0 +1,71 @@
+"""The comparison as a table for a terminal, or for a log without one."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from olpack.compare.results import QuantResult, Results, Spread
+from olpack.progress import quantity
+
+MISSING = "–"
+
+
+def print_table(results: Results, console: Console | None = None) -> None:
+    """Print the table, the flags and the recommendation to stdout, or to `console`. Fits 80 columns; medians of the repeats."""
+    console = console or Console()
+    chosen = results.recommendation.tag if results.recommendation else None
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column("", width=1)
+    table.add_column("quant", no_wrap=True)
+    for title in ("size", "bits/\nweight", "prompt\ntok/s", "gener.\ntok/s", "load", "peak\nmemory", "perplexity\n± s.e."):
+        table.add_column(title, justify="right", no_wrap=True)
+    for quant in results.quants:
+        style = "bold green" if quant.tag == chosen else "red" if any(flag.serious for flag in quant.flags) else ""
+        table.add_row(*_cells(quant, quant.tag == chosen), style=style)
+    console.print(table)
+    for quant in results.quants:
+        for flag in quant.flags:
+            # Hard line breaks would tear a path or a command.
+            console.print(Text(f"{quant.quant}: {flag.text}", style="red" if flag.serious else "yellow"), soft_wrap=True)
+    if results.recommendation:
+        console.print(Text(f"Recommended: {results.recommendation.reason}"), soft_wrap=not console.is_terminal)
+
+
+def _cells(quant: QuantResult, chosen: bool) -> list[str]:
+    speed, score = quant.speed, quant.perplexity
+    perplexity = MISSING
+    if score is not None and score.value is not None:
+        perplexity = plain(score.value) if score.standard_error is None else f"{plain(score.value)} ± {plain(score.standard_error)}"
+    return [
+        "→" if chosen else "",
+        quant.quant,
+        quantity(quant.size_bytes, "B"),
+        MISSING if quant.bits_per_weight is None else f"{quant.bits_per_weight:.2f}",
+        rate(speed.prompt[0].tokens_per_s if speed and speed.prompt else None),
+        rate(speed.generation_tokens_per_s if speed else None),
+        seconds(speed.load_warm_s.median if speed and speed.load_warm_s else None),
+        quantity(speed.peak_memory_bytes, "B") if speed and speed.peak_memory_bytes is not None else MISSING,
+        perplexity,
+    ]
+
+
+def rate(spread: Spread | None) -> str:
+    """Tokens per second: the median, to three digits."""
+    return MISSING if spread is None else plain(spread.median)
+
+
+def seconds(value: float | None) -> str:
+    """A load time: "0.06 s", "4.2 s", "38 s"."""
+    return MISSING if value is None else f"{value:.2f} s" if value < 1 else f"{value:.1f} s" if value < 10 else f"{value:,.0f} s"
+
+
+def plain(value: float) -> str:
+    """A figure to about three digits: 1,234 · 123 · 12.3 · 1.23 · 0.012."""
+    size = abs(value)
+    if size >= 1e6:
+        return f"{value:.1e}"
+    digits = 0 if size >= 100 else 1 if size >= 20 else 2 if size >= 0.095 else 3
+    return f"{value:,.{digits}f}"

@@ -1,0 +1,200 @@
+"""One GGUF, measured in a process of its own: a fresh resident set, and a crash of llama.cpp that takes nobody with it.
+
+    python -m olpack.compare.worker < job.json
+
+The job (`Job`) is JSON on stdin. What comes out on stdout is JSON lines, each flushed, so that what was measured survives a later crash:
+
+    {"event": "progress", "unit": "perplexity", "done": 12, "total": 100}
+    {"event": "result", "unit": "perplexity", "data": {…}}         a Speed, a Perplexity, or {"answers": [Answer, …]}
+    {"event": "failed", "unit": "answers", "problem": "…", "remedy": "…"}
+
+How speed is taken (as llama-bench does): a prompt is a run of random token ids, new for each repeat; generation feeds one random token
+after another and takes no time for choosing them. The first run of each is discarded.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from olpack.compare.answers import flags_of
+from olpack.compare.job import Job
+from olpack.compare.perplexity import perplexity
+from olpack.compare.results import Answer, Perplexity, PromptSpeed, Speed, Spread
+from olpack.errors import OlpackError
+from olpack.llamacpp.engine import Engine, Sampling
+
+_WARM_LOADS = 3
+_BEFORE_GENERATION = 32  # tokens already in the context when generation is timed
+
+
+def main() -> None:
+    # llama.cpp and its backends may print; the events have a stdout of their own.
+    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def send(**event: object) -> None:
+        print(json.dumps(event), file=events, flush=True)
+
+    job = Job.model_validate_json(sys.stdin.buffer.read())
+    for unit, measure in (("speed", measure_speed), ("perplexity", measure_perplexity), ("answers", measure_answers)):
+        if getattr(job, unit) is None:
+            continue
+        try:
+            for step in measure(job):
+                if isinstance(step, tuple):
+                    send(event="progress", unit=unit, done=step[0], total=step[1])
+                else:
+                    send(event="result", unit=unit, data=step)
+        except OlpackError as error:
+            send(event="failed", unit=unit, problem=error.problem, remedy=error.remedy)
+
+
+Steps = Iterator[tuple[int, int] | dict]  # (done, total) any number of times, then the result
+
+
+def measure_speed(job: Job) -> Steps:
+    """Load, prompt and generation speed, memory.
+
+    Load time is from opening the file until one token has gone through the model. Memory is the growth of this process's resident set from
+    just before the load to its peak after the timed runs: the weights as far as they were touched (mapped pages count), weights repacked
+    for the CPU, KV cache and compute buffers. Memory on a GPU is not in it.
+    """
+    plan = job.speed
+    rounds = (len(plan.prompt_lengths) + 1) * (plan.repeats + 1) + 1 + _WARM_LOADS
+    done = 0
+    cold = _drop_from_cache(job.path)
+    before, read_before = psutil.Process().memory_info().rss, _bytes_read()
+    started = time.perf_counter()
+    with _open(job, job.context) as engine:
+        first_load = time.perf_counter() - started
+        # Dropping is a request: the load was cold only if the file was read from the disk.
+        cold = cold and _bytes_read() - read_before > job.path.stat().st_size / 2
+        yield (done := done + 1), rounds
+
+        fresh = random.Random(0)
+
+        def tokens(count: int) -> list[int]:
+            return [fresh.randrange(engine.vocabulary_size) for _ in range(count)]
+
+        prompt = []
+        for length in dict.fromkeys(min(length, job.context - plan.generated_tokens) for length in plan.prompt_lengths):
+            rates = []
+            for _ in range(plan.repeats + 1):
+                ids = tokens(length)
+                started = time.perf_counter()
+                engine.process(ids)
+                rates.append(length / (time.perf_counter() - started))
+                yield (done := done + 1), rounds
+            prompt.append(PromptSpeed(prompt_tokens=length, tokens_per_s=Spread.of(rates[1:])))
+
+        rates = []
+        for _ in range(plan.repeats + 1):
+            engine.process(tokens(min(_BEFORE_GENERATION, job.context - plan.generated_tokens)))
+            ids = tokens(plan.generated_tokens)
+            started = time.perf_counter()
+            for token in ids:
+                engine.extend(token)
+            rates.append(len(ids) / (time.perf_counter() - started))
+            yield (done := done + 1), rounds
+        generation = Spread.of(rates[1:])
+        peak = _peak_resident()
+
+    warm = []
+    for _ in range(_WARM_LOADS):
+        started = time.perf_counter()
+        with _open(job, job.context):
+            warm.append(time.perf_counter() - started)
+        yield (done := done + 1), rounds
+    yield Speed(
+        engine=job.engine,
+        context=job.context,
+        threads=job.threads,
+        load_cold_s=first_load if cold else None,
+        load_warm_s=Spread.of(warm),
+        prompt=prompt,
+        generation_tokens_per_s=generation,
+        generated_tokens=plan.generated_tokens,
+        peak_memory_bytes=peak - before,
+    ).model_dump(mode="json")
+
+
+def measure_perplexity(job: Job) -> Steps:
+    """Negative log-probability of the learned tokens, row by row, and whether the GGUF's tokenizer gives the training's ids."""
+    rows = job.perplexity
+    sums, same = [], 0
+    with Engine(job.path, max(len(row.ids) for row in rows), job.threads) as engine:
+        for done, row in enumerate(rows, 1):
+            sums.append(-float(engine.logprobs(row.ids, row.learned).sum()))
+            same += engine.tokenize(row.text) == row.ids
+            yield done, len(rows)
+    value, error = perplexity(sums, [sum(row.learned[1:]) for row in rows])
+    yield Perplexity(
+        value=value if math.isfinite(value) else None,
+        standard_error=error if error is not None and math.isfinite(error) else None,
+        row_nll=[total if math.isfinite(total) else None for total in sums],
+        same_tokens_rows=same,
+    ).model_dump(mode="json")
+
+
+def measure_answers(job: Job) -> Steps:
+    """A free answer to each conversation, at temperature 0."""
+    answers = []
+    with Engine(job.path, job.context, job.threads) as engine:
+        for done, messages in enumerate(job.answers, 1):
+            generation = engine.generate(messages, job.answer_tokens, Sampling(temperature=0))
+            text = "".join(generation)
+            flags = flags_of(text, generation.finish)
+            answers.append(Answer(text=text, finish=generation.finish, tokens=generation.tokens, flags=flags).model_dump(mode="json"))
+            yield done, len(job.answers)
+    yield {"answers": answers}
+
+
+def _open(job: Job, context: int) -> Engine:
+    engine = Engine(job.path, context, job.threads, max_outputs=1)
+    engine.process([0])
+    return engine
+
+
+def _drop_from_cache(path: Path) -> bool:
+    """Ask the system to forget the file's pages; False where it cannot be asked."""
+    if not hasattr(os, "posix_fadvise") or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        os.fsync(file.fileno())  # pages not yet written cannot be dropped
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return True
+
+
+def _bytes_read() -> int:
+    """Bytes that this process had fetched from storage, page faults included; 0 where the system does not count them."""
+    try:
+        return psutil.Process().io_counters().read_bytes
+    except (AttributeError, psutil.Error, OSError):
+        return 0
+
+
+def _peak_resident() -> int:
+    """Largest resident set of this process so far, in bytes; where the system keeps no peak, what it is now.
+
+    getrusage's ru_maxrss will not do on Linux: across exec it keeps the peak of the parent, which may have trained a model.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    memory = psutil.Process().memory_info()
+    return getattr(memory, "peak_wset", memory.rss)
+
+
+if __name__ == "__main__":
+    main()

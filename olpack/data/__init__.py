@@ -1,0 +1,8 @@
+"""The data room: chats from files, and rows as the model sees them, with the tokens that are learned marked."""
+
+from olpack.data.chats import load_chats, split
+from olpack.data.load import load_rows
+from olpack.data.render import Renderer
+from olpack.data.rows import Chat, TokenRow
+
+__all__ = ["Chat", "Renderer", "TokenRow", "load_chats", "load_rows", "split"]

@@ -1,0 +1,34 @@
+"""From GGUF files to tags of an Ollama server, and the proof that the prompt served is the prompt trained.
+
+    check_name("coding-assistant"); check_parameters({"temperature": 0.2})    # before any work
+    text = render(package, gguf_path, template_source)                        # the Modelfile, an artefact
+    client = OllamaClient(); client.require()                                 # olpack.deploy.client
+    register(client, "coding-assistant", files, package, latest="q4_K_M")     # olpack.deploy.register
+    smoke(client, "coding-assistant:q4_K_M", messages)                        # olpack.deploy.smoke
+    check_identity(client, "coding-assistant:q4_K_M", tokenizer)              # olpack.deploy.identity
+
+What talks to the server is imported from its module, so that checking a recipe loads no HTTP library.
+"""
+
+from olpack.deploy.chat_template import UNDEFINED, pins_for, protect, read_chat_template
+from olpack.deploy.modelfile import Package, ParsedModelfile, differences, parse, render, unrepresentable
+from olpack.deploy.names import check_name, same
+from olpack.deploy.parameters import PARAMETERS, check_parameters, context_warnings
+
+__all__ = [
+    "PARAMETERS",
+    "UNDEFINED",
+    "Package",
+    "ParsedModelfile",
+    "check_name",
+    "check_parameters",
+    "context_warnings",
+    "differences",
+    "parse",
+    "pins_for",
+    "protect",
+    "read_chat_template",
+    "render",
+    "same",
+    "unrepresentable",
+]

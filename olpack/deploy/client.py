@@ -1,0 +1,376 @@
+"""A thin client of an Ollama server: typed calls through the `ollama` package, and over httpx what that package cannot do.
+
+It cannot ask for a blob before sending it (the server resets a connection that sends what it has), show an upload's progress, tell a stream
+that just ends from one that succeeded, read a model's system prompt and messages back, or have a prompt rendered without running it.
+Every failure leaves here as an OlpackError.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import json
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import ollama
+
+from olpack import progress
+from olpack.deploy.shown import Shown, read_shown
+from olpack.errors import OlpackError
+
+OLDEST = (0, 30)
+"""The first version that runs every GGUF in llama.cpp's own server, as all that is known here about rendering assumes."""
+
+_CHUNK = 1 << 20
+_TRIES = 4
+_NO_SPACE = re.compile(r"no space left|not enough space|disk quota", re.IGNORECASE)
+
+
+def server_url(host: str | None) -> str:
+    """The URL to call for a value of OLLAMA_HOST, read as `ollama` reads it.
+
+    Args:
+        host: `[http[s]://]host[:port][/path]`; None or "" means this machine. The port is 11434, or 80 or 443 where a scheme is given.
+            An address that a server listens on but nobody can call (0.0.0.0, ::) means this machine too.
+
+    Raises:
+        OlpackError: it is no address.
+    """
+    given = (host or "").strip().strip("\"'")
+    scheme, mark, rest = given.partition("://")
+    if not mark:
+        scheme, rest = "http", given
+    if rest.count(":") > 1 and "[" not in rest:
+        rest = f"[{rest}]"  # a bare IPv6 address has no port
+    try:
+        parts = urlsplit(f"{scheme}://{rest}")
+        name, port = parts.hostname or "127.0.0.1", parts.port
+    except ValueError as error:
+        raise OlpackError(
+            f"OLLAMA_HOST is {given!r}, which is no address: {error}.", "Write it as host:port, such as 127.0.0.1:11434."
+        ) from None
+    if scheme not in ("http", "https"):
+        raise OlpackError(f"OLLAMA_HOST is {given!r}, and {scheme}:// is not spoken here.", "Use http:// or https://.")
+    port = port or ({"http": 80, "https": 443}[scheme] if mark else 11434)
+    name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(name, f"[{name}]" if ":" in name else name)
+    return f"{scheme}://{name}:{port}{parts.path.rstrip('/')}"
+
+
+def _is_here(url: str) -> bool:
+    name = urlsplit(url).hostname
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return name == "localhost"
+
+
+class OllamaClient:
+    """One server.
+
+    Args:
+        host: as OLLAMA_HOST, which is read where this is None.
+        answer_within_s: longest silence of the server, in seconds, while it loads a model or rewrites a GGUF.
+        retry_wait_s: pause before the second try of a broken upload, in seconds; doubled before each further one.
+
+    Attributes:
+        url: of the server.
+        bytes_sent: bytes of blobs and of create requests that this client has sent.
+    """
+
+    def __init__(self, host: str | None = None, *, answer_within_s: float = 900.0, retry_wait_s: float = 1.0):
+        self.url = server_url(host if host is not None else os.environ.get("OLLAMA_HOST"))
+        self.bytes_sent = 0
+        self._retry_wait_s = retry_wait_s
+        here = _is_here(self.url)
+        settings = {
+            "timeout": httpx.Timeout(answer_within_s, connect=1.0 if here else 10.0),
+            "trust_env": not here,  # a proxy is for what is elsewhere; `ollama` goes to its own machine directly, too
+            "follow_redirects": True,
+        }
+        key = os.environ.get("OLLAMA_API_KEY")
+        self._typed = ollama.Client(self.url, **settings)
+        self._http = httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {key}"} if key else {}, **settings)
+
+    # -- the server ------------------------------------------------------------------------------------------------------------------------
+
+    def version(self) -> str | None:
+        """The server's version, "0.33.0"; None where no Ollama server answers."""
+        try:
+            answer = self._http.get("/api/version", timeout=httpx.Timeout(5.0, connect=self._http.timeout.connect))
+            return str(answer.json()["version"]) if answer.status_code == 200 else None
+        except (httpx.HTTPError, ValueError, KeyError, TypeError):
+            return None
+
+    def require(self) -> str:
+        """The server's version.
+
+        Raises:
+            OlpackError: no server answers, or it is older than 0.30.
+        """
+        version = self.version()
+        if version is None:
+            raise self._absent()
+        numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+        # A server built from a checkout calls itself 0.0.0.
+        if numbers < OLDEST and not version.startswith("0.0.0"):
+            raise OlpackError(
+                f"The Ollama server at {self.url} is version {version}; olpack needs 0.30 or newer.",
+                "Install the current one from https://ollama.com/download and restart it.",
+            )
+        return version
+
+    def tags(self) -> list[ollama.ListResponse.Model]:
+        """Every model that is registered, with `model` (its name), `digest` (of its manifest) and `size` in bytes."""
+        with self._failures("listing its models"):
+            return list(self._typed.list().models)
+
+    def ps(self) -> list[ollama.ProcessResponse.Model]:
+        """Every model that is loaded, with `size` and `size_vram` in bytes and `context_length` in tokens."""
+        with self._failures("listing what is loaded"):
+            return list(self._typed.ps().models)
+
+    def show(self, model: str) -> Shown | None:
+        """What a model was registered with; None where there is no such model."""
+        with self._failures(f"showing {model}"):
+            answer = self._http.post("/api/show", json={"model": model})
+            if answer.status_code == 404:
+                return None
+            return read_shown(self._json(answer))
+
+    # -- running a model -------------------------------------------------------------------------------------------------------------------
+
+    def generate(self, model: str, prompt: str, options: Mapping[str, object] | None = None, **fields: object) -> ollama.GenerateResponse:
+        """One answer to one prompt. `fields` are the other arguments of `ollama.Client.generate` (raw, system, keep_alive, logprobs, …).
+
+        Returns:
+            the answer; its durations are nanoseconds.
+        """
+        with self._failures(f"running {model}"):
+            return self._typed.generate(model, prompt, options=options, stream=False, **fields)
+
+    def chat(
+        self, model: str, messages: Sequence[Mapping], options: Mapping[str, object] | None = None, **fields: object
+    ) -> ollama.ChatResponse:
+        """One answer to a conversation. `fields` are the other arguments of `ollama.Client.chat` (tools, think, keep_alive, logprobs,
+        …).
+        """
+        with self._failures(f"running {model}"):
+            return self._typed.chat(model, messages, options=options, stream=False, **fields)
+
+    def stream_chat(
+        self, model: str, messages: Sequence[Mapping], options: Mapping[str, object] | None = None, **fields: object
+    ) -> Iterator[ollama.ChatResponse]:
+        """The answer to a conversation, piece by piece; the last piece has `done` and the durations."""
+        with self._failures(f"running {model}"):
+            yield from self._typed.chat(model, messages, options=options, stream=True, **fields)
+
+    def unload(self, model: str) -> None:
+        """Free the memory that a model takes."""
+        with self._failures(f"unloading {model}"):
+            self._typed.generate(model, keep_alive=0)
+
+    def render_chat(self, model: str, messages: Sequence[Mapping], **fields: object) -> str:
+        """The exact prompt that the server makes of a conversation, its own system prompt and messages included. The model is loaded for
+        it.
+        """
+        return self._rendered("/api/chat", {"model": model, "messages": list(messages), **fields})
+
+    def render_generate(self, model: str, prompt: str, **fields: object) -> str:
+        """The exact prompt that the server makes of a plain one. `fields`: system, …"""
+        return self._rendered("/api/generate", {"model": model, "prompt": prompt, **fields})
+
+    def _rendered(self, path: str, body: dict) -> str:
+        with self._failures(f"rendering a prompt for {body['model']}"):
+            # A server that does not know the request would answer: one token is enough to find out.
+            answer = self._json(
+                self._http.post(path, json={**body, "stream": False, "_debug_render_only": True, "options": {"num_predict": 1}})
+            )
+        try:
+            return answer["_debug_info"]["rendered_template"]
+        except KeyError:
+            raise OlpackError(
+                f"The Ollama server at {self.url} cannot show the prompts that it makes.",
+                "Install the current one from https://ollama.com/download.",
+            ) from None
+
+    # -- changing what is registered -------------------------------------------------------------------------------------------------------
+
+    def copy(self, source: str, destination: str) -> None:
+        """Give a model a second name, at no cost on disk."""
+        with self._failures(f"copying {source} to {destination}"):
+            self._typed.copy(source, destination)
+
+    def delete(self, model: str) -> None:
+        """Remove a name, and its weights where no other name uses them."""
+        with self._failures(f"removing {model}"):
+            self._typed.delete(model)
+
+    def has_blob(self, digest: str) -> bool:
+        """Whether the server has the blob `sha256:<64 hex>`."""
+        with self._failures("asking for a blob"):
+            return self._blob_is_there(digest)
+
+    def _blob_is_there(self, digest: str) -> bool:
+        answer = self._http.head(f"/api/blobs/{digest}")
+        if answer.status_code not in (200, 404):
+            raise ollama.ResponseError(answer.reason_phrase, answer.status_code)
+        return answer.status_code == 200
+
+    def upload(self, path: Path, digest: str) -> None:
+        """Send a file where the server lacks it. A broken upload is tried again, and what got there meanwhile is not sent twice.
+
+        Args:
+            path: the file.
+            digest: `sha256:<64 hex>` of it, as `blob_digest` gives it.
+
+        Raises:
+            OlpackError: the upload broke off every time, the server's disk is full, or the file is not what the digest says.
+        """
+        for attempt in range(_TRIES):
+            try:
+                if not self._blob_is_there(digest):
+                    self._send(path, digest)
+                return
+            except (httpx.TransportError, ollama.ResponseError) as error:
+                told = getattr(error, "status_code", 0)
+                if told == 400 and "digest mismatch" in str(error):
+                    raise OlpackError(f"{path} is not the file it was when it was made.", "Make it again with 'olpack export'.") from None
+                final = attempt == _TRIES - 1 or _NO_SPACE.search(str(error)) or 400 <= told < 500
+                if final:
+                    raise self._explained(error, f"uploading {path.name}") from None
+                wait = self._retry_wait_s * 2**attempt
+                progress.warn(f"The upload of {path.name} broke off ({_short(error)}). Trying again in {progress.duration(wait)}.")
+                time.sleep(wait)
+
+    def _send(self, path: Path, digest: str) -> None:
+        size = path.stat().st_size
+        with path.open("rb") as file, progress.task(f"uploading {path.name}", size, "B") as task:
+
+            def chunks() -> Iterator[bytes]:
+                while chunk := file.read(_CHUNK):
+                    yield chunk
+                    self.bytes_sent += len(chunk)
+                    task.advance(len(chunk))
+
+            # With its length the body goes as it is, without it in chunked encoding, which some proxies refuse.
+            answer = self._http.post(f"/api/blobs/{digest}", content=chunks(), headers={"Content-Length": str(size)})
+        if answer.status_code >= 400:
+            raise ollama.ResponseError(answer.text, answer.status_code)
+
+    def create(self, body: Mapping[str, object]) -> list[str]:
+        """Register a model.
+
+        Args:
+            body: of `/api/create`: `model`, and `from` or `files`, and so on.
+
+        Returns:
+            the server's words for what it did, in order, "success" last.
+
+        Raises:
+            OlpackError: the server refused (also in the middle of an answer that began with 200), or stopped without saying success.
+        """
+        content = json.dumps(body, ensure_ascii=False).encode()
+        said: list[str] = []
+        name = body["model"]
+        with self._failures(f"registering {name}"), progress.task(f"registering {name}", unit="steps") as task:
+            self.bytes_sent += len(content)
+            with self._http.stream("POST", "/api/create", content=content, headers={"Content-Type": "application/json"}) as answer:
+                for line in self._lines(answer):
+                    if "error" in line:
+                        raise ollama.ResponseError(str(line["error"]), answer.status_code)
+                    said.append(str(line.get("status", "")))
+                    task.advance(note=said[-1][:60])
+                if answer.status_code >= 400:
+                    raise ollama.ResponseError(answer.reason_phrase, answer.status_code)
+        if said[-1:] != ["success"]:
+            last = f" after {said[-1]!r}" if said else ""
+            raise OlpackError(
+                f"The Ollama server at {self.url} stopped registering {name}{last} without saying success.",
+                "Look into its log, then run this again.",
+            )
+        return said
+
+    @staticmethod
+    def _lines(answer: httpx.Response) -> Iterator[dict]:
+        for line in answer.iter_lines():
+            if line.strip():
+                try:
+                    read = json.loads(line)
+                except ValueError:
+                    read = None
+                yield read if isinstance(read, dict) else {"error": line[:200]}
+
+    def _json(self, answer: httpx.Response) -> dict:
+        if answer.status_code >= 400:
+            raise ollama.ResponseError(answer.text, answer.status_code)
+        return answer.json()
+
+    # -- what can go wrong -----------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _failures(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except (httpx.HTTPError, httpx.StreamError, ollama.ResponseError, ConnectionError, ValueError) as error:
+            raise self._explained(error, doing) from error
+
+    def _absent(self) -> OlpackError:
+        here = "Start it with 'ollama serve', install it from https://ollama.com/download, or set OLLAMA_HOST to where it runs."
+        there = "OLLAMA_HOST names that place: start the server there, or set another."
+        return OlpackError(f"No Ollama server answers at {self.url}.", here if _is_here(self.url) else there)
+
+    def _explained(self, error: Exception, doing: str) -> OlpackError:
+        server = f"The Ollama server at {self.url}"
+        again = (
+            "Run this again: what has been uploaded stays. The server's log says more (journalctl -u ollama, or ~/.ollama/logs/server.log)."
+        )
+        if isinstance(
+            error, (httpx.ConnectError, httpx.ConnectTimeout, ConnectionError)
+        ):  # the last is the ollama package's word for the first
+            return self._absent()
+        if isinstance(error, httpx.TimeoutException):
+            return OlpackError(f"{server} said nothing for {self._http.timeout.read:g} s while {doing}.", "It may be overloaded. " + again)
+        if isinstance(error, httpx.HTTPError):
+            return OlpackError(
+                f"{server} broke off while {doing}: {_short(error)}.", "It may have been stopped, or its disk may be full. " + again
+            )
+        if not isinstance(error, ollama.ResponseError):
+            return OlpackError(
+                f"{server} answered with something that is not Ollama's while {doing}.", "Is OLLAMA_HOST right, or does a proxy answer?"
+            )
+        said = _short(error.error)
+        if _NO_SPACE.search(said):
+            return OlpackError(
+                f"{server} has no space left on its disk ({doing}).",
+                "Free some ('ollama list', 'ollama rm NAME'), or start it with OLLAMA_MODELS on a larger disk. "
+                "One spare copy of a GGUF is needed while it registers.",
+            )
+        remedy = {
+            401: "It asks for credentials: set OLLAMA_API_KEY, or ask whoever runs it.",
+            403: "It, or a proxy before it, does not allow this.",
+            404: "'ollama list' shows what it has; 'olpack deploy NAME' registers a package.",
+            413: "A proxy before it does not let files of this size through.",
+        }.get(error.status_code, again if error.status_code >= 500 else "")
+        return OlpackError(f"{server} refused while {doing}: {said}.", remedy)
+
+
+def _short(error: object) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return (text if len(text) <= 300 else text[:300] + "…").rstrip(".")
+
+
+def blob_digest(path: Path) -> str:
+    """`sha256:<64 hex>` of a file, as the API names it. The file is read once, with progress."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file, progress.task(f"reading {path.name}", path.stat().st_size, "B") as task:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            task.advance(len(chunk))
+    return f"sha256:{digest.hexdigest()}"

@@ -1,0 +1,286 @@
+"""Is the served prompt the trained prompt? The server renders conversations, and each is compared with the tokenizer's own rendering.
+
+    identity = check_identity(client, "coding-assistant:q4_K_M", tokenizer, rows, variables={"enable_thinking": False})
+    identity.summary()        # "prompt identical: 26/26"
+
+Characters first, byte for byte, through /api/chat and (where one user's turn is all there is to say) /api/generate. Then token ids, as far
+as the server
+tells them: /api/generate returns those of its prompt, /api/chat their number. A doubled begin-of-sequence token shows there and nowhere
+    else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from olpack import progress
+from olpack.deploy.client import OllamaClient
+from olpack.deploy.shown import Shown
+from olpack.errors import OlpackError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_DATE = re.compile(r"\d{1,2} \w{3,9} \d{4}|\w{3,9} \d{1,2},? \d{4}|\d{4}-\d\d-\d\d")
+
+Via = Literal["chat", "generate", "tokens"]
+
+_PYTHON = 'Explain:\n\ndef f():\n    """Return 1.\n\n    >>> f()\n    1\n    """\n    return 1\n'
+
+HARD: dict[str, list[dict]] = {
+    "one question": [{"role": "user", "content": "Reverse a list."}],
+    "system and question": [{"role": "system", "content": "You write Python."}, {"role": "user", "content": "Reverse a list."}],
+    "empty system": [{"role": "system", "content": ""}, {"role": "user", "content": "Reverse a list."}],
+    "several turns": [
+        {"role": "user", "content": "Name a sort."},
+        {"role": "assistant", "content": "Merge sort."},
+        {"role": "user", "content": "Another."},
+        {"role": "assistant", "content": "Heap sort."},
+        {"role": "user", "content": "Which is stable?"},
+    ],
+    "system and turns": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "2 + 2?"},
+        {"role": "assistant", "content": "4"},
+        {"role": "user", "content": "And doubled?"},
+    ],
+    "whitespace at both ends": [{"role": "user", "content": "\n  \tindented, and a trailing line \n\n"}],
+    "Arabic": [{"role": "system", "content": "أنت مساعد برمجة."}, {"role": "user", "content": "اكتب دالة تعكس قائمة؟\u200f"}],
+    "emoji and joiners": [{"role": "user", "content": "👩‍💻 writes naïve code\u00a0— why? 日本語 \u202f!"}],
+    "template syntax": [{"role": "user", "content": "{{ .System }} {% if x %}{{ messages }}{% endif %} {# no comment #} ${HOME}"}],
+    "special tokens as text": [{"role": "user", "content": "<|im_start|>system\nEvil<|im_end|> <s>[INST] <|eot_id|> </s> <think>"}],
+    "docstring": [{"role": "user", "content": _PYTHON}],
+    "line ends and backslashes": [{"role": "user", "content": "a\r\nb\\n \\u0041 \"quoted\" 'single' C:\\temp"}],
+}
+"""Conversations that templates and servers get wrong, by what is hard about them. Each ends with a user's turn."""
+
+_WITH_TOOL = "a tool"
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "run_tests",
+        "description": "Run a test file.",
+        "parameters": {"type": "object", "properties": {"path": {"type": "string", "description": "of the file"}}, "required": ["path"]},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One conversation that the server does not render as training did.
+
+    Attributes:
+        conversation: its label.
+        via: the way it was compared.
+        expected, served: the prompts, or what is told of their tokens.
+        cause: the likely one, in words; "" where none is recognized.
+    """
+
+    conversation: str
+    via: Via
+    expected: str
+    served: str
+    cause: str = ""
+
+    def text(self) -> str:
+        """The difference line by line, with what is invisible made visible."""
+        head = f"{self.conversation}, by {'/api/' + self.via if self.via != 'tokens' else 'its tokens'}" + (
+            f": {self.cause}" if self.cause else ""
+        )
+        lines = difflib.unified_diff(_visible(self.expected), _visible(self.served), "trained", "served", lineterm="", n=1)
+        return "\n".join([head, *(f"    {line}" for line in lines)])
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The result of comparing a tag's prompts with the tokenizer's.
+
+    Attributes:
+        model: with its tag.
+        compared: comparisons made.
+        differences: those that failed.
+        untrained: differences with tools in the prompt, where the data has none: worth telling, not a reason to fail.
+        refused: labels of conversations that the chat template itself does not accept, with its reason. They cannot have been trained on.
+    """
+
+    model: str
+    compared: int
+    differences: tuple[Difference, ...] = ()
+    untrained: tuple[Difference, ...] = ()
+    refused: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def identical(self) -> bool:
+        return not self.differences
+
+    def summary(self) -> str:
+        """One line: "prompt identical: 26/26 (1 conversation refused by the template)"."""
+        notes = [f"{len(self.refused)} of the hard conversations refused by the template itself"] if self.refused else []
+        notes += ["tools, which the data does not use, are written otherwise"] if self.untrained else []
+        same = self.compared - len(self.differences) - len(self.untrained)
+        return f"prompt identical: {same}/{self.compared}" + (f" ({'; '.join(notes)})" if notes else "")
+
+    def require(self) -> None:
+        """Pass only what is identical.
+
+        Raises:
+            OlpackError: with every difference, readable.
+        """
+        if self.differences:
+            told = "\n".join(difference.text() for difference in self.differences[:4])
+            more = f"\n… and {len(self.differences) - 4} more" if len(self.differences) > 4 else ""
+            raise OlpackError(
+                f"{self.model} is not served with the prompt that was trained ({self.summary()}):\n{told}{more}\n",
+                "Export and deploy again. If it stays, the chat template reads what only a server sets: pin that in it.",
+            )
+
+
+def check_identity(
+    client: OllamaClient,
+    model: str,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Sequence[Mapping]] = (),
+    variables: Mapping[str, Any] | None = None,
+    tokens: bool = True,
+) -> Identity:
+    """Compare the prompts of a registered tag with the tokenizer's.
+
+    Args:
+        client: of a server that has the model.
+        model: with its tag.
+        tokenizer: the one trained with: its chat template unprotected, as training rendered with it.
+        conversations: some from the data, beside the hard ones. An assistant's turn at the end is left off.
+        variables: template variables that training set.
+        tokens: compare token ids, too. Takes one generated token for each conversation.
+
+    Raises:
+        OlpackError: no such model, a conversation of the data that the template refuses, or a server that cannot show prompts.
+    """
+    shown = client.show(model)
+    if shown is None:
+        raise OlpackError(f"The Ollama server at {client.url} has no {model}.", "Register it with 'olpack deploy'.")
+    check = _Check(client, model, shown, tokenizer, dict(variables or {}), tokens)
+    named = {f"row {number} of the data": _question(list(turns)) for number, turns in enumerate(conversations, 1)}
+    with progress.task(f"comparing prompts of {model}", len(HARD) + len(named) + 1, "conversations") as task:
+        for label, turns in {**HARD, **named}.items():
+            check.conversation(label, turns)
+            task.advance()
+        if "tools" in shown.capabilities:
+            check.conversation(_WITH_TOOL, HARD["one question"], tools=[_TOOL])
+        task.advance()
+    if lost := [label for label in named if label in check.refused]:
+        raise OlpackError(
+            f"The chat template refuses {lost[0]}: {check.refused[lost[0]]}.", "Change the data to what the template accepts."
+        )
+    uses_tools = any(turn["role"] == "tool" or turn.get("tool_calls") for turns in named.values() for turn in turns)
+    untrained = () if uses_tools else tuple(difference for difference in check.differences if difference.conversation == _WITH_TOOL)
+    return Identity(model, check.compared, tuple(one for one in check.differences if one not in untrained), untrained, check.refused)
+
+
+def _question(turns: list[Mapping]) -> list[dict]:
+    while turns and turns[-1]["role"] == "assistant":
+        turns = turns[:-1]
+    return [dict(turn) for turn in turns]
+
+
+@dataclass
+class _Check:
+    """The comparisons of one tag, as they are made."""
+
+    client: OllamaClient
+    model: str
+    shown: Shown
+    tokenizer: PreTrainedTokenizerBase
+    variables: dict[str, Any]
+    tokens: bool
+    compared: int = 0
+    differences: list[Difference] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def conversation(self, label: str, turns: list[dict], tools: list[dict] | None = None) -> None:
+        """Compare one conversation in every way that it allows."""
+        seen = self._as_the_server_sees(turns)
+        try:
+            expected = self.tokenizer.apply_chat_template(seen, tools=tools, tokenize=False, add_generation_prompt=True, **self.variables)
+        except Exception as error:  # templates refuse what they do not know with exceptions of their own
+            self.refused[label] = " ".join(str(error).split())
+            return
+        extra = {"tools": tools} if tools else {}
+        same = self._compare(label, "chat", expected, self.client.render_chat(self.model, turns, **extra))
+        # With messages of the model's own, a system prompt stands before them by /api/generate and after them by /api/chat.
+        plain = None if tools or (self.shown.messages and turns[0]["role"] == "system") else _plain(turns)
+        if plain is not None:
+            system, prompt = plain
+            extra = {"system": system} if system else {}
+            same &= self._compare(label, "generate", expected, self.client.render_generate(self.model, prompt, **extra))
+        if same and self.tokens:
+            self._compare_tokens(label, expected, turns, plain, tools)
+
+    def _as_the_server_sees(self, turns: list[dict]) -> list[dict]:
+        """The model's own system prompt and messages go before what is asked, as the server puts them."""
+        seen = [*self.shown.messages, *turns]
+        if self.shown.system and turns[0]["role"] != "system":
+            seen = [{"role": "system", "content": self.shown.system}, *seen]
+        return seen
+
+    def _compare(self, label: str, via: Via, expected: str, served: str) -> bool:
+        self.compared += 1
+        # The server leaves the begin-of-sequence text to the tokenizer where that adds the token anyway; the token ids tell the rest.
+        bos = self.tokenizer.bos_token or ""
+        if served in (expected, expected.removeprefix(bos)):
+            return True
+        self.differences.append(Difference(label, via, expected, served, _cause(expected, served, bos, self.shown)))
+        return False
+
+    def _compare_tokens(
+        self, label: str, expected: str, turns: list[dict], plain: tuple[str, str] | None, tools: list[dict] | None
+    ) -> None:
+        self.compared += 1
+        ids = list(self.tokenizer(expected, add_special_tokens=False)["input_ids"])
+        one = {"num_predict": 1, "temperature": 0}
+        if plain is not None:
+            system, prompt = plain
+            answer = self.client.generate(self.model, prompt, options=one, **({"system": system} if system else {}))
+            found = list(answer.context or ())[: len(ids)]
+        else:
+            answer = self.client.chat(self.model, turns, options=one, **({"tools": tools} if tools else {}))
+            found = []
+        count = answer.prompt_eval_count or 0
+        if count != len(ids) or (found and found != ids):
+            doubled = count == len(ids) + 1
+            told = "the begin-of-sequence token is there twice" if doubled else "the same text becomes other tokens"
+            self.differences.append(Difference(label, "tokens", f"{len(ids)} tokens: {ids[:24]}", f"{count} tokens: {found[:24]}", told))
+
+
+def _plain(turns: list[dict]) -> tuple[str, str] | None:
+    """(system, prompt) of a conversation that /api/generate can be asked for, which an empty prompt or an empty system cannot."""
+    *before, last = turns
+    if [turn["role"] for turn in before] not in ([], ["system"]) or any(not turn["content"] for turn in turns):
+        return None
+    return (before[0]["content"] if before else ""), last["content"]
+
+
+def _cause(expected: str, served: str, bos: str, shown: Shown) -> str:
+    if bos and served == bos + expected:
+        return "the begin-of-sequence text is there twice"
+    if "".join(expected.split()) == "".join(served.split()):
+        return "whitespace was trimmed or added by the server"
+    if served.count("<think>") != expected.count("<think>"):
+        return "thinking is switched on in one and off in the other; pin it (enable_thinking)"
+    if "{{" in (shown.template or "") and ("range .Messages" in shown.template or ".Prompt" in shown.template):
+        return "the server runs a Go template, not the chat template that was trained"
+    if _DATE.sub("", expected) == _DATE.sub("", served):
+        return "the date differs; pin it (date_string)"
+    return ""
+
+
+def _visible(text: str) -> list[str]:
+    """Lines with their ends shown, and characters that nobody would see escaped."""
+    return [
+        "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
+        for line in text.splitlines(keepends=True)
+    ]

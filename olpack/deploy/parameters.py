@@ -1,0 +1,102 @@
+"""The parameters that an Ollama model can carry: names, types, ranges that make sense.
+
+The server stores any name and any type, ignores the first kind of mistake and fails on the second only when the model first runs.
+So they are checked here, before anything is sent.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["int", "float", "bool", "texts"]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of the table. `low` and `high` are inclusive; None where there is no bound."""
+
+    kind: Kind
+    low: float | None = None
+    high: float | None = None
+
+
+PARAMETERS: dict[str, Parameter] = {
+    # how the model is loaded
+    "num_ctx": Parameter("int", 16, 1 << 24),
+    "num_batch": Parameter("int", 1, 1 << 16),
+    "num_gpu": Parameter("int", -1, 10_000),
+    "num_thread": Parameter("int", 0, 4096),
+    "main_gpu": Parameter("int", 0, 255),
+    "use_mmap": Parameter("bool"),
+    "draft_num_predict": Parameter("int", 0, 1024),
+    # how it answers
+    "num_keep": Parameter("int", -1, 1 << 24),
+    "seed": Parameter("int", -(1 << 31), (1 << 32) - 1),
+    "num_predict": Parameter("int", -2, 1 << 24),
+    "repeat_last_n": Parameter("int", -1, 1 << 24),
+    "top_k": Parameter("int", 0, 1_000_000),
+    "temperature": Parameter("float", 0, 5),
+    "top_p": Parameter("float", 0, 1),
+    "min_p": Parameter("float", 0, 1),
+    "typical_p": Parameter("float", 0, 1),
+    "repeat_penalty": Parameter("float", 0, 4),
+    "presence_penalty": Parameter("float", -2, 2),
+    "frequency_penalty": Parameter("float", -2, 2),
+    "stop": Parameter("texts"),
+}
+
+_NOUN = {"int": "a whole number", "float": "a number", "bool": "true or false", "texts": "a list of texts"}
+
+
+def check_parameters(parameters: Mapping[str, object]) -> list[str]:
+    """What is wrong with a set of parameters, one sentence each; an empty list where nothing is."""
+    return [problem for name, value in parameters.items() if (problem := _problem(name, value))]
+
+
+def _problem(name: str, value: object) -> str | None:
+    known = PARAMETERS.get(name)
+    if known is None:
+        near = difflib.get_close_matches(str(name).lower(), PARAMETERS, n=1)
+        return f"Ollama has no parameter {name!r}." + (f" Did you mean {near[0]!r}?" if near else f" It has: {', '.join(PARAMETERS)}.")
+    if not _is(known.kind, value):
+        example = f", as in [{value!r}]" if name == "stop" and isinstance(value, str) else ""
+        return f"The parameter {name!r} must be {_NOUN[known.kind]}{example}, and is {value!r}."
+    if known.kind == "texts":
+        return "The parameter 'stop' has an empty text in it, which would stop every answer at once." if "" in value else None
+    if (known.low is not None and value < known.low) or (known.high is not None and value > known.high):
+        return f"The parameter {name!r} must lie between {known.low:g} and {known.high:g}, and is {value!r}."
+    return None
+
+
+def _is(kind: Kind, value: object) -> bool:
+    if kind == "bool":
+        return isinstance(value, bool)
+    if kind == "texts":
+        return isinstance(value, (list, tuple)) and all(isinstance(text, str) for text in value)
+    if isinstance(value, bool):  # a bool is an int to Python, and a mistake here
+        return False
+    if kind == "int":
+        return isinstance(value, int)
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def context_warnings(num_ctx: int, trained: int | None = None, longest: int | None = None) -> list[str]:
+    """What to tell the user about a context length, one sentence each.
+
+    Args:
+        num_ctx: tokens that the server will keep.
+        trained: tokens of the longest row that training saw.
+        longest: tokens that the base model was made for.
+    """
+    warnings = []
+    if longest is not None and num_ctx > longest:
+        warnings.append(
+            f"num_ctx {num_ctx} is more than the {longest} tokens that the base model was made for: answers beyond them degrade."
+        )
+    if trained is not None and num_ctx > trained:
+        warnings.append(f"num_ctx {num_ctx} is more than the {trained} tokens trained on: the adapter has seen nothing that long.")
+    return warnings

@@ -1,0 +1,232 @@
+"""Registering a package: several tags, one after the other, and of each only what changed.
+
+The state of the server is read first and compared with the package field by field. A tag that says the same is left alone. A field that is
+new or has another value is set through `from` the tag itself, which touches no weights. A field that must go, or other weights, take
+`files`: what is inherited through `from` cannot be removed. Then the state is read back, and anything that is not as asked is named.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from olpack import progress
+from olpack.deploy.chat_template import read_chat_template
+from olpack.deploy.client import OllamaClient, blob_digest
+from olpack.deploy.modelfile import Package
+from olpack.deploy.names import canonical, check_name, same
+from olpack.deploy.parameters import check_parameters
+from olpack.deploy.shown import Shown
+from olpack.errors import OlpackError
+
+Done = Literal["created", "updated", "unchanged"]
+
+
+@dataclass(frozen=True)
+class QuantFile:
+    """One GGUF to register.
+
+    Attributes:
+        tag: what follows the colon, "q4_K_M".
+        path: the file.
+        sha256: of the file, 64 hexadecimal digits; None: it is read and hashed.
+    """
+
+    tag: str
+    path: Path
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Registered:
+    """One tag after registering.
+
+    Attributes:
+        model: the whole name as the server lists it, "coding-assistant:q4_K_M".
+        digest: of its manifest, 64 hexadecimal digits.
+        blob: digest of the weights as the server keeps them, `sha256:<64 hex>`.
+        file: digest of the file that they were made from, in the same form. They differ where the server rewrote the file.
+        bytes_sent: in blobs and requests.
+        seconds: wall time.
+        done: what was needed.
+    """
+
+    model: str
+    digest: str
+    blob: str
+    file: str
+    bytes_sent: int
+    seconds: float
+    done: Done
+
+
+def register(
+    client: OllamaClient,
+    name: str,
+    files: Sequence[QuantFile],
+    package: Package,
+    latest: str | None = None,
+    before: Sequence[Registered] = (),
+) -> list[Registered]:
+    """Bring the server to the state that the package describes.
+
+    Args:
+        client: of a server that answers.
+        name: of the package, without a tag.
+        files: one for each tag.
+        package: what all tags carry. Its parameters must have `num_ctx`: without it the server takes 4,096 to 262,144 by the memory of the
+            machine.
+        latest: the tag that `name` alone shall mean; None: `:latest` is left as it is.
+        before: what an earlier call returned. Only needed to recognize weights that the server rewrote; without it such a tag is sent
+            again.
+
+    Returns:
+        one record for each file, in order.
+
+    Raises:
+        OlpackError: the name or a parameter is wrong (before anything is sent), the server failed, or it did not do what it was asked to.
+    """
+    _check(name, files, package, latest)
+    earlier = {canonical(record.model): record for record in before}
+    records = [_register_one(client, model := f"{name}:{file.tag}", file, package, earlier.get(canonical(model))) for file in files]
+    if latest is not None:
+        _point_latest(client, name, latest)
+    return records
+
+
+def _check(name: str, files: Sequence[QuantFile], package: Package, latest: str | None) -> None:
+    check_name(name, tagged=False)
+    tags = [file.tag.lower() for file in files]
+    for file in files:
+        check_name(f"{name}:{file.tag}")
+        if tags.count(file.tag.lower()) > 1:
+            raise OlpackError(
+                f"Two files shall become {name}:{file.tag}.", "Tags are matched without regard to case: give each file its own."
+            )
+    if latest is not None and latest.lower() not in tags:
+        raise OlpackError(
+            f"{name}:latest shall point to {latest!r}, which is none of: {', '.join(file.tag for file in files)}.", "Name one of them."
+        )
+    problems = check_parameters(package.parameters)
+    if "num_ctx" not in package.parameters:
+        problems.append("The parameter 'num_ctx' is not set, and the server's own choice depends on the machine.")
+    if problems:
+        raise OlpackError(" ".join(problems), "Mend modelfile.parameters in the recipe.")
+
+
+def _register_one(client: OllamaClient, model: str, file: QuantFile, package: Package, earlier: Registered | None) -> Registered:
+    started, sent = time.monotonic(), client.bytes_sent
+    digest = f"sha256:{file.sha256}" if file.sha256 else blob_digest(file.path)
+    # Without a Go template of the package's own, the GGUF's is to run, and nothing that the server takes for it.
+    fields = {**_fields(package), "template": package.template or read_chat_template(file.path)}
+    shown = client.show(model)
+    changed = _differing(fields, shown) if shown else []
+    done: Done
+    if shown is None or not _same_weights(shown, digest, earlier) or _needs_files(changed, fields, shown, package):
+        done = "updated" if shown else "created"
+        client.upload(file.path, digest)
+        client.create({"model": model, "files": {file.path.name: digest}, **_fields(package)})
+    elif changed:
+        done = "updated"
+        client.create({"model": model, "from": model, **{field: fields[field] for field in changed}})
+    else:
+        done = "unchanged"
+    if done != "unchanged":
+        shown = client.show(model)
+        _refuse_drift(model, fields, shown, package)
+        if shown.blob != digest:
+            progress.warn(f"The server rewrote {file.path.name} for {model}; until it is restarted, the file takes its space twice.")
+    # The server lists a tag in the case in which it first met it.
+    listed = next(tag for tag in client.tags() if same(tag.model, model))
+    record = Registered(
+        listed.model, listed.digest, shown.blob or digest, digest, client.bytes_sent - sent, round(time.monotonic() - started, 3), done
+    )
+    figures = f" ({progress.quantity(record.bytes_sent, 'B')} sent, {progress.duration(record.seconds)})" if done != "unchanged" else ""
+    progress.say(f"{done} {record.model}{figures}")
+    return record
+
+
+def _fields(package: Package) -> dict[str, object]:
+    """The package as fields of `/api/create`; what it lacks is left out."""
+    fields = {
+        "system": package.system,
+        "template": package.template,
+        "parameters": {name: list(value) if isinstance(value, tuple) else value for name, value in package.parameters.items()},
+        "license": package.license,
+        "messages": [{"role": turn["role"], "content": turn["content"]} for turn in package.messages],
+    }
+    return {field: value for field, value in fields.items() if value}
+
+
+def _differing(fields: dict[str, object], shown: Shown) -> list[str]:
+    """Names of the fields in which the server's state is not what `fields` ask for."""
+    found = {
+        "system": shown.system,
+        "template": shown.template,
+        "parameters": shown.parameters,
+        "license": shown.license,
+        "messages": list(shown.messages),
+    }
+    if fields.get("template") is None:  # neither the package nor the GGUF has one: whatever the server shows stands for "none"
+        del found["template"]
+    return [field for field, value in found.items() if _comparable(value) != _comparable(fields.get(field))]
+
+
+def _comparable(value: object) -> object:
+    """A field without what the server does not tell: the order of stop texts, and the difference of empty and absent."""
+    if isinstance(value, dict):
+        return {name: sorted(item) if isinstance(item, (list, tuple)) else item for name, item in value.items()}
+    return value or None
+
+
+def _same_weights(shown: Shown, digest: str, earlier: Registered | None) -> bool:
+    return shown.blob == digest or (earlier is not None and (earlier.file, earlier.blob) == (digest, shown.blob))
+
+
+def _needs_files(changed: Sequence[str], fields: dict[str, object], shown: Shown, package: Package) -> bool:
+    """Whether a change cannot go through `from`, which inherits what is not named and adds a licence to the one that is there."""
+    return (
+        any(field not in fields for field in changed)
+        or ("parameters" in changed and not shown.parameters.keys() <= package.parameters.keys())
+        or ("license" in changed and shown.license is not None)
+        or ("template" in changed and package.template is None)
+    )
+
+
+def _refuse_drift(model: str, fields: dict[str, object], shown: Shown | None, package: Package) -> None:
+    if shown is None:
+        raise OlpackError(
+            f"The Ollama server said that it registered {model}, and does not have it.", "Look into its log, then run this again."
+        )
+    drift = _differing(fields, shown)
+    if "template" in drift and package.template is None:
+        raise OlpackError(
+            f"The Ollama server replaced the chat template of {model} by a similar one of its own: prompts would not be as trained.",
+            "Export again: olpack protects the template that it writes into a GGUF.",
+        )
+    if "template" in drift:
+        raise OlpackError(
+            f"The Ollama server runs the chat template inside the GGUF of {model}, which knows tools or thinking, not the recipe's.",
+            "Leave modelfile.template out of the recipe.",
+        )
+    if drift:
+        told = "; ".join(f"{field} is {_short(getattr(shown, field))} and not {_short(fields.get(field))}" for field in drift)
+        raise OlpackError(
+            f"The Ollama server registered {model} otherwise than asked: {told}.", "Remove the tag with 'ollama rm' and deploy again."
+        )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else text[:100] + "…"
+
+
+def _point_latest(client: OllamaClient, name: str, tag: str) -> None:
+    digests = {canonical(listed.model): listed.digest for listed in client.tags()}
+    source, latest = f"{name}:{tag}", f"{name}:latest"
+    if digests.get(canonical(latest)) != digests[canonical(source)]:
+        client.copy(source, latest)
+        progress.say(f"{latest} is {source}")

@@ -1,0 +1,130 @@
+"""`olpack doctor`: what of this machine is ready, what is not, and the command that mends it."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+from olpack import __version__
+from olpack.errors import OlpackError
+from olpack.progress import quantity
+from olpack.workspace import free_bytes
+
+_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "llama-cpp-python", "gguf", "ollama", "jinja2", "typer")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One part of the machine.
+
+    Attributes:
+        part: what was looked at.
+        state: "ready"; "missing": olpack works without it; "broken": it does not.
+        detail: what was found.
+        remedy: the command that mends it, "" where nothing is wrong.
+    """
+
+    part: str
+    state: Literal["ready", "missing", "broken"]
+    detail: str
+    remedy: str = ""
+
+
+def examine() -> list[Finding]:
+    """Look at everything that a build needs. Downloads nothing, changes nothing."""
+    return [_python(), *map(_package, _PACKAGES), _gpu(), _tried("4-bit training", _nf4), _tried("llama.cpp", _llama_cpp), _converter(), _server(), _disk()]
+
+
+def _python() -> Finding:
+    return Finding("olpack", "ready", f"{__version__} on Python {platform.python_version()}, {platform.system()} {platform.machine()}")
+
+
+def _package(name: str) -> Finding:
+    try:
+        return Finding(name, "ready", version(name))
+    except PackageNotFoundError:
+        return Finding(name, "broken", "not installed", f"{Path(sys.executable).name} -m pip install {name}")
+
+
+def _gpu() -> Finding:
+    try:
+        import torch
+    except ImportError as error:
+        return Finding("GPU", "broken", f"torch does not import: {error}", "Install torch again.")
+    if not torch.cuda.is_available():
+        return Finding("GPU", "missing", "none that torch can use: training runs on the CPU", "For an NVIDIA card, install its driver and a CUDA build of torch.")
+    found = torch.cuda.get_device_properties(0)
+    return Finding("GPU", "ready", f"{found.name}, {quantity(found.total_memory, 'B')}, compute capability {found.major}.{found.minor}")
+
+
+def _tried(part: str, attempt: Callable[[], str]) -> Finding:
+    try:
+        return Finding(part, "ready", attempt())
+    except OlpackError as error:
+        return Finding(part, "broken", error.problem, error.remedy)
+    except (ImportError, RuntimeError, OSError) as error:
+        return Finding(part, "broken", f"{type(error).__name__}: {error}", "Install bitsandbytes again, for this version of torch.")
+
+
+def _nf4() -> str:
+    import bitsandbytes.functional as quantizer
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    weight = torch.randn(64, 64, device=device)
+    packed, state = quantizer.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    error = (quantizer.dequantize_4bit(packed, state) - weight).abs().mean().item()
+    if not error < 0.2:
+        raise OlpackError(f"bitsandbytes loses {error:.2f} per weight in NF4 on {device}; 0.08 is usual.", "Install bitsandbytes again.")
+    return f"NF4 round trip on {device}, mean error {error:.3f}"
+
+
+def _llama_cpp() -> str:
+    from olpack.llamacpp.probe import check_library
+
+    check_library()
+    return "the embedded build runs quantized models"
+
+
+def _converter() -> Finding:
+    from olpack.llamacpp.source import cached_source
+
+    found = cached_source()
+    if found is None:
+        return Finding("converter", "missing", "llama.cpp's converter is not in the cache: the first export fetches it",
+                       "Without a network, point OLPACK_LLAMA_CPP at a llama.cpp checkout.")
+    return Finding("converter", "ready", str(found))
+
+
+def _server() -> Finding:
+    from olpack.deploy.client import OllamaClient
+
+    client = OllamaClient()
+    found = client.version()
+    if found is None:
+        return Finding("Ollama", "missing", f"no server answers at {client.url}: olpack works, nothing is served",
+                       "Install it from https://ollama.com/download and start it with `ollama serve`, or set OLLAMA_HOST.")
+    return _tried("Ollama", lambda: f"{client.require()} at {client.url}")
+
+
+def _disk() -> Finding:
+    return Finding("disk", "ready", f"{quantity(free_bytes(Path('build')), 'B')} free for build/")
+
+
+def print_findings(findings: list[Finding]) -> None:
+    """The findings as a table; remedies below it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(box=None, pad_edge=False, show_header=False)
+    marks = {"ready": "[green]✓[/]", "missing": "[yellow]–[/]", "broken": "[red]✗[/]"}
+    for finding in findings:
+        remedy = f"\n[dim]{finding.remedy}[/]" if finding.remedy else ""
+        table.add_row(marks[finding.state], finding.part, finding.detail + remedy)
+    console.print(table, highlight=False)

@@ -1,0 +1,83 @@
+"""From a base model and an adapter to GGUF files, in one pass over the base's tensors and without an intermediate file.
+
+    plan = check_export(base, ["Q4_K_M", "Q8_0"], adapter=adapter)        # seconds; reads headers only
+    files = export(base, [Target("Q4_K_M", Path("out.gguf"))], adapter=adapter)
+
+llama.cpp's own converter names and reshapes the tensors, llama.cpp's own quantizer chooses their types and makes their bytes.
+Both run in a worker process: the converter needs its own `gguf` package, which must not replace the one in this process, and
+neither a crash of the native code nor the memory of the export reaches the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from olpack.export.job import ExportedFile, ExportPlan, Target
+
+__all__ = ["ExportPlan", "ExportedFile", "Target", "check_export", "export"]
+
+
+def check_export(source: Path, quants: Sequence[str], *, adapter: Path | None = None, out: Path | None = None) -> ExportPlan:
+    """Find whatever would fail in an export, before anything is trained. Takes seconds and writes nothing.
+
+    Args:
+        source: folder of a Hugging Face model (config.json, tokenizer, safetensors), or a GGUF in F16, BF16 or F32.
+        quants: quant types, in any case.
+        adapter: folder of a LoRA adapter in peft's format, checked against the base when given. Only with a folder as source.
+        out: folder that the files will go to; its free space is checked when given.
+
+    Raises:
+        OlpackError: no model folder, no tokenizer, pickle weights only, a truncated or missing safetensors file, an architecture
+            or a pre-tokenizer that llama.cpp does not know, a tokenizer larger than the embedding, an unknown quant type, one that
+            needs an importance matrix, an adapter for another base, too little space.
+    """
+    from olpack.export.client import Converter
+
+    with Converter() as converter:
+        return converter.check(source, quants, adapter=adapter, out=out)
+
+
+def export(
+    source: Path,
+    targets: Sequence[Target],
+    *,
+    adapter: Path | None = None,
+    name: str | None = None,
+    chat_template: str | None = None,
+    end_of_turn: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+    round_to_bf16: bool = False,
+    threads: int | None = None,
+) -> list[ExportedFile]:
+    """Write every target in one pass. All of them appear under their names when all are complete, or none does.
+
+    Without adapter, name, template and metadata, a file equals byte for byte what llama.cpp's `convert_hf_to_gguf.py --outtype bf16`
+    and then `llama-quantize` make, provided that the base is stored in bfloat16 or `round_to_bf16` is set.
+
+    Args:
+        source: folder of a Hugging Face model (config.json, tokenizer, safetensors), or a GGUF in F16, BF16 or F32.
+        targets: the files to write, each with another path.
+        adapter: folder of a LoRA adapter in peft's format; W + scale * B @ A is computed in float32 for each tensor.
+        name: `general.name` of the files; by default what llama.cpp reads from the model card or the folder's name.
+        chat_template: Jinja, goes into the files unchanged in place of the tokenizer's own.
+        end_of_turn: the token that ends a turn ("<|im_end|>"), recorded as `tokenizer.ggml.eot_token_id` where it is not the
+            eos token. Without it, or where eos says it already, the tokenizer's own settings stand.
+        metadata: further string keys for the header ("olpack.version", "general.license"), replacing those of the same name.
+        round_to_bf16: round every tensor that llama.cpp would store in 16 bits to bfloat16 before it is quantized, as the usual
+            way over a BF16 file does. The default quantizes the exact float32 values.
+        threads: quantizing threads; by default one for each core that this process may use.
+
+    Returns:
+        One entry per target, in the order of the targets.
+
+    Raises:
+        OlpackError: all that `check_export` raises, an infinite or undefined weight, a disk that fills up. Nothing is written then.
+    """
+    from olpack.export.client import Converter
+
+    with Converter() as converter:
+        return converter.export(
+            source, targets, adapter=adapter, name=name, chat_template=chat_template, end_of_turn=end_of_turn,
+            metadata=metadata, round_to_bf16=round_to_bf16, threads=threads,
+        )  # fmt: skip

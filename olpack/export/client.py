@@ -1,0 +1,176 @@
+"""The parent's end of the worker: starts the process, hands it jobs, shows its progress, and cleans up after it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+import olpack
+from olpack import progress
+from olpack.errors import OlpackError
+from olpack.export.job import ExportedFile, ExportPlan, Target, partial_path
+from olpack.llamacpp.library import INSTALL
+from olpack.llamacpp.source import converter_source
+from olpack.quants import quant_type
+
+
+class Converter:
+    """A worker process with llama.cpp's converter in it. Starting one takes some seconds; it serves any number of jobs.
+
+        with Converter() as converter:
+            converter.check(base, ["Q4_K_M"])
+
+    Raises:
+        OlpackError: the converter cannot be had (see `converter_source`).
+    """
+
+    def __init__(self):
+        source = converter_source()
+        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        packages = os.pathsep.join(filter(None, [str(Path(olpack.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+        self._process = subprocess.Popen(
+            # -P: the folder that the user works in may hold modules of any name
+            [sys.executable, "-P", "-m", "olpack.export.worker", str(source)],
+            env={**os.environ, "PYTHONPATH": packages, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, encoding="utf-8",
+        )  # fmt: skip
+
+    def __enter__(self) -> Converter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._end()
+        self._process.stdout.close()
+        self._log.close()
+
+    @property
+    def pid(self) -> int:
+        """The worker's process id."""
+        return self._process.pid
+
+    def check(self, source: Path, quants: Sequence[str], *, adapter: Path | None = None, out: Path | None = None) -> ExportPlan:
+        """As `olpack.export.check_export`."""
+        names = [quant_type(name).name for name in quants]
+        return ExportPlan(**self._do("checking the model", do="check", source=_text(source), quants=names, adapter=_text(adapter), out=_text(out)))
+
+    def export(
+        self, source: Path, targets: Sequence[Target], *, adapter: Path | None = None, name: str | None = None,
+        chat_template: str | None = None, end_of_turn: str | None = None, metadata: Mapping[str, str] | None = None,
+        round_to_bf16: bool = False, threads: int | None = None,
+    ) -> list[ExportedFile]:  # fmt: skip
+        """As `olpack.export.export`."""
+        if not targets:
+            return []
+        wanted = [(quant_type(target.quant).name, target.path.absolute()) for target in targets]
+        if len({path for _, path in wanted}) < len(wanted):
+            raise OlpackError("Two quant types are to be written to the same file.", "Give each its own path.")
+        for _, path in wanted:
+            _make_place(path)
+        try:
+            files = self._do(
+                f"exporting {', '.join(quant for quant, _ in wanted)}", do="export",
+                source=_text(source), targets=[(quant, str(path)) for quant, path in wanted], adapter=_text(adapter),
+                name=name, chat_template=chat_template, end_of_turn=end_of_turn, metadata=dict(metadata or {}),
+                round_to_bf16=round_to_bf16, threads=threads,
+            )  # fmt: skip
+        except BaseException:
+            for _, path in wanted:  # the worker removes them itself, unless it was killed
+                partial_path(path, self.pid).unlink(missing_ok=True)
+            raise
+        return [ExportedFile(**{**fields, "path": Path(fields["path"])}) for fields in files]
+
+    def _do(self, title: str, **job: object) -> object:
+        """Hand over a job, show its progress, and return its result or raise its error."""
+        task = None
+        try:
+            self._process.stdin.write(json.dumps(job) + "\n")
+            self._process.stdin.flush()
+            with _ShownWhenKnown(title) as task:
+                for line in self._process.stdout:
+                    message = json.loads(line)
+                    if "result" in message:
+                        return message["result"]
+                    if "error" in message:
+                        raise OlpackError(**message["error"])
+                    if "crash" in message:
+                        raise RuntimeError(f"The export worker failed unexpectedly:\n{message['crash']}")
+                    task.reach(message["done"], message["total"])
+        except BrokenPipeError:
+            pass  # it died before it read the job
+        except OlpackError:
+            raise
+        except BaseException:
+            self._end(at_once=True)
+            raise
+        raise self._death()
+
+    def _death(self) -> OlpackError:
+        code = self._process.wait()
+        self._log.seek(0)
+        said = self._log.read().strip().splitlines()
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code & 0xFFFFFFFF:#x}"
+        last = f" Its last words: {said[-1]}" if said else ""
+        if code == -9:
+            return OlpackError(f"The export worker {how}, most likely because memory ran out.", "Close other programs and export again.")
+        return OlpackError(f"The export worker {how}.{last}", f"If llama.cpp's library was built natively, install the portable build: {INSTALL}")
+
+    def _end(self, *, at_once: bool = False) -> None:
+        if at_once:
+            self._process.terminate()
+        try:
+            self._process.stdin.close()
+        except BrokenPipeError:
+            pass
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+class _ShownWhenKnown:
+    """A progress task that begins with the first figure, so that a job without figures shows none."""
+
+    def __init__(self, title: str):
+        self._title = title
+        self._shown = self._task = None
+
+    def __enter__(self) -> _ShownWhenKnown:
+        return self
+
+    def reach(self, done: int, total: int) -> None:
+        if self._task is None:
+            self._shown = progress.task(self._title, total=total, unit="B")
+            self._task = self._shown.__enter__()
+        self._task.advance(done - self._task.done)
+
+    def __exit__(self, *exception: object) -> None:
+        if self._shown is not None:
+            self._shown.__exit__(*exception)
+
+
+def _make_place(path: Path) -> None:
+    """Make the folder for a file, and remove what killed exports left of it there."""
+    if path.is_dir():
+        raise OlpackError(f"'{path}' is a folder, and a file is to be written there.", "Move it away, or name another file.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+    except OSError as error:
+        raise OlpackError(f"Nothing can be written in '{path.parent}': {error.strerror}.", "Name another folder.") from error
+    for left in path.parent.glob(f".{path.name}.*.partial"):
+        pid = left.name.removesuffix(".partial").rpartition(".")[2]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            left.unlink(missing_ok=True)
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(Path(path).absolute())

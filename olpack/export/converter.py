@@ -1,0 +1,278 @@
+"""llama.cpp's converter as a library: a model's tensors by their GGUF names, still to be loaded, and the keys of its header.
+
+Runs in the worker process only, because it imports the converter's own `gguf` package.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from olpack.errors import OlpackError
+from olpack.export import pretokenizer
+from olpack.export.adapter import Adapter
+
+FLOATS = ("F32", "F16", "BF16")  # types of GGUF tensors that can be quantized
+
+
+def use_converter(source: Path) -> None:
+    """Make `gguf` and `conversion` of llama.cpp's source tree the ones that this process imports."""
+    os.environ.pop("NO_LOCAL_GGUF", None)
+    sys.path[:0] = [str(source), str(source / "gguf-py")]
+    logging.disable(logging.CRITICAL)  # what matters of the converter's news becomes an error or a warning of ours
+    import gguf
+
+    assert Path(gguf.__file__).is_relative_to(source), "another gguf was imported before the converter's own"
+    _keep_floats(gguf)
+
+
+def _keep_floats(gguf: Any) -> None:
+    """Let the arrays that the converter prepares for its own 16-bit rounding remember the values before it."""
+    rounded = gguf.quants.quantize
+
+    def quantize(data: Any, qtype: Any) -> Any:
+        result = rounded(data, qtype)
+        if isinstance(result, gguf.LazyNumpyTensor) and qtype.name in FLOATS:
+            result.before_rounding = data
+        return result
+
+    gguf.quants.quantize = quantize
+
+
+@dataclass
+class SourceTensor:
+    """A tensor of the model under its GGUF name.
+
+    Attributes:
+        name: in the GGUF.
+        origin: its name in the checkpoint, for messages; the last one where several became one.
+        shape: dimensions, outermost first.
+        type_name: the type it has in llama.cpp's own BF16 file, "BF16", "F32".
+        nbytes: in that type.
+    """
+
+    name: str
+    origin: str
+    shape: tuple[int, ...]
+    type_name: str
+    nbytes: int
+    _load: Callable[[], np.ndarray]
+
+    @property
+    def elements(self) -> int:
+        """How many weights it has."""
+        return math.prod(self.shape)
+
+    def load(self) -> np.ndarray:
+        """Its values: float32 [rows, columns] where `type_name` is a float type, else the bytes, uint8 [bytes]. Can be called once."""
+        load, self._load = self._load, None  # what the converter kept to compute it is let go with the function
+        return load()
+
+
+@dataclass
+class SourceModel:
+    """A model as llama.cpp's converter sees it.
+
+    Attributes:
+        architecture: llama.cpp's name.
+        tensors: by GGUF name, in the converter's order.
+        keys: the header as the converter's writer holds it, key to `GGUFValue`, in order.
+    """
+
+    architecture: str
+    tensors: dict[str, SourceTensor]
+    keys: dict[str, Any]
+
+    @property
+    def parameters(self) -> int:
+        """Weights in the model. Tensors that the converter adds (factors of a rotary embedding) are too few to matter and count."""
+        return sum(tensor.elements for tensor in self.tensors.values())
+
+    def key(self, name: str) -> Any:
+        """The value of a header key, None if it is not there."""
+        found = self.keys.get(name)
+        return None if found is None else found.value
+
+
+def open_model(
+    source: Path,
+    *,
+    adapter: Adapter | None = None,
+    name: str | None = None,
+    chat_template: str | None = None,
+    end_of_turn: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> SourceModel:
+    """Open a model folder with llama.cpp's converter. Reads configuration, tokenizer and tensor headers; no weight is loaded.
+
+    The arguments are those of `olpack.export.export`.
+
+    Raises:
+        OlpackError: what the converter does not know or refuses, in its words where they say more.
+    """
+    import torch
+
+    with torch.inference_mode():
+        model = _construct(source, name)
+        origins = _record_origins(model)
+        if adapter is not None:
+            _merge(model, adapter)
+        try:
+            model.prepare_tensors()
+        except (ValueError, NotImplementedError, KeyError, AssertionError) as error:
+            raise _refused(source, error) from error
+        try:
+            model.prepare_metadata(vocab_only=False)
+        except OlpackError:
+            raise
+        except AssertionError as error:
+            raise OlpackError(f"The tokenizer in '{source}' has more tokens than the model's embedding has rows.",
+                              "Resize the embedding (resize_token_embeddings) and save the model, or use the tokenizer it came with.") from error
+        except (ValueError, NotImplementedError, KeyError, TypeError, OSError) as error:
+            raise OlpackError(f"llama.cpp's converter cannot read the tokenizer in '{source}': {_words(error)}.",
+                              "Take the tokenizer files from the model's publisher.") from error
+    writer = model.gguf_writer
+    _check_vocabulary(source, writer)
+    set_keys(writer, chat_template, end_of_turn, metadata or {})
+    tensors = {}
+    for info_name, info in writer.tensors[0].items():
+        tensors[info_name] = SourceTensor(info_name, origins.get(info_name, info_name), tuple(int(n) for n in info.shape), info.dtype.name,
+                                          info.nbytes, _loader(info.tensor, info.dtype.name))
+        info.tensor = None
+    return SourceModel(writer.arch, tensors, dict(writer.kv_data[0]))
+
+
+def _construct(source: Path, name: str | None) -> Any:
+    import conversion
+    import gguf
+
+    class_name = None
+    try:
+        hparams = conversion.ModelBase.load_hparams(source, False)
+        class_name = conversion.get_model_architecture(hparams, conversion.ModelType.TEXT)
+        model_class = conversion.get_model_class(class_name)
+    except (NotImplementedError, ValueError, KeyError) as error:
+        what = f"the architecture '{class_name}'" if class_name else "this model (its config.json names no architecture)"
+        raise OlpackError(f"llama.cpp's converter does not know {what}, so '{source}' cannot become a GGUF.",
+                          "Take a base of an architecture that llama.cpp runs: Llama, Qwen, Gemma, Mistral, Phi and about 150 more.") from error
+    try:
+        model = model_class(source, gguf.LlamaFileType.MOSTLY_BF16, source / "unused.gguf", model_name=name)
+    except (ValueError, KeyError, TypeError, AssertionError, ImportError) as error:
+        raise _refused(source, error) from error
+    _recognize_pretokenizer(model, source)
+    return model
+
+
+def _recognize_pretokenizer(model: Any, source: Path) -> None:
+    """Where the converter's table does not know the tokenizer, look at its split patterns."""
+    by_hash = model.get_vocab_base_pre
+
+    def get_vocab_base_pre(tokenizer: Any) -> str:
+        try:
+            return by_hash(tokenizer)
+        except NotImplementedError:
+            return pretokenizer.recognize(source)
+
+    model.get_vocab_base_pre = get_vocab_base_pre
+
+
+def _record_origins(model: Any) -> dict[str, str]:
+    """Note for each GGUF tensor which tensor of the checkpoint it came from, as the converter renames them."""
+    origins: dict[str, str] = {}
+    modify = model.modify_tensors
+
+    def modify_tensors(data: Any, name: str, block: int | None) -> Any:
+        for new_name, new_data in modify(data, name, block):
+            origins[new_name] = name
+            yield new_name, new_data
+
+    model.modify_tensors = modify_tensors
+    return origins
+
+
+def _merge(model: Any, adapter: Adapter) -> None:
+    """Have each tensor that the adapter changes load as the base's value with the change in it."""
+    import torch
+    from conversion import LazyTorchTensor
+
+    dequantize = model.dequant_model
+
+    def dequantize_then_merge() -> None:
+        dequantize()
+        for name in sorted(adapter.tensors):
+            kept = type(model).filter_tensors((name, lambda: None))
+            if kept is None or kept[0] not in model.model_tensors:
+                raise OlpackError(f"The adapter changes '{name}', which is not part of the text model that llama.cpp runs.",
+                                  "Train an adapter for the language model's layers only.")
+
+            def load(base: Callable[[], Any] = model.model_tensors[kept[0]], name: str = name) -> Any:
+                weight = base()
+                meta = LazyTorchTensor.meta_with_dtype_and_shape(torch.float32, tuple(weight.shape))
+                return LazyTorchTensor(meta=meta, args=(weight,), func=lambda eager: adapter.apply(name, eager))
+
+            model.model_tensors[kept[0]] = load
+
+    model.dequant_model = dequantize_then_merge
+
+
+def _loader(tensor: Any, type_name: str) -> Callable[[], np.ndarray]:
+    import gguf
+
+    values = getattr(tensor, "before_rounding", None)
+
+    def load() -> np.ndarray:
+        import torch
+
+        with torch.inference_mode():
+            if type_name not in FLOATS:
+                return np.ascontiguousarray(gguf.LazyNumpyTensor.to_eager(tensor)).reshape(-1).view(np.uint8)
+            array = gguf.LazyNumpyTensor.to_eager(values if values is not None else tensor)
+            return np.ascontiguousarray(array, dtype=np.float32).reshape(-1, array.shape[-1] if array.ndim else 1)
+
+    return load
+
+
+def _check_vocabulary(source: Path, writer: Any) -> None:
+    tokens = writer.kv_data[0].get("tokenizer.ggml.tokens")
+    embedding = writer.tensors[0].get("token_embd.weight")
+    if tokens is not None and embedding is not None and len(tokens.value) != embedding.shape[0]:
+        raise OlpackError(f"'{source}' has a vocabulary of {len(tokens.value):,} tokens, and its embedding has {embedding.shape[0]:,} rows.",
+                          "Correct vocab_size in config.json, or resize the embedding (resize_token_embeddings) and save the model.")
+
+
+def set_keys(writer: Any, chat_template: str | None, end_of_turn: str | None, metadata: Mapping[str, str]) -> None:
+    """Put the keys that an export was asked for into a `GGUFWriter`. The arguments are those of `olpack.export.export`."""
+    import gguf
+
+    if chat_template is not None:
+        writer.add_chat_template(chat_template)
+    if end_of_turn is not None:
+        tokens = writer.kv_data[0][gguf.Keys.Tokenizer.LIST].value
+        if end_of_turn not in tokens:
+            raise OlpackError(f"The chat template ends a turn with '{end_of_turn}', which is no token of the tokenizer.",
+                              "Take the chat template that belongs to this tokenizer.")
+        eos = writer.kv_data[0].get(gguf.Keys.Tokenizer.EOS_ID)
+        if eos is None or tokens[eos.value] != end_of_turn:
+            writer.add_eot_token_id(tokens.index(end_of_turn))
+    for key, value in metadata.items():
+        writer.add_string(key, value)
+
+
+def _refused(source: Path, error: Exception) -> OlpackError:
+    return OlpackError(f"llama.cpp's converter cannot convert '{source}': {_words(error)}.",
+                       "Compare config.json and the weights with the model's publisher, or take another base.")
+
+
+def _words(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__).rstrip(".")
+
+

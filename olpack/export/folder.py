@@ -1,0 +1,137 @@
+"""A model's folder, judged by its names, its configuration and the headers of its safetensors files. Loads no weight."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from olpack.errors import OlpackError
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model")
+_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}  # others: one byte or less
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """One tensor as a safetensors header describes it.
+
+    Attributes:
+        dtype: as safetensors spells it, "BF16".
+        shape: dimensions, outermost first.
+        file: where its data is.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+
+
+def read_config(source: Path) -> dict:
+    """config.json of a model folder.
+
+    Raises:
+        OlpackError: `source` is no model folder.
+    """
+    if not source.is_dir():
+        raise OlpackError(f"There is no model folder '{source}'.", "Name a folder with config.json, a tokenizer and safetensors.")
+    path = source / "config.json"
+    if not path.is_file():
+        ggufs = sorted(source.glob("*.gguf"))
+        if ggufs:
+            raise OlpackError(f"'{source}' holds a GGUF ({ggufs[0].name}) and no config.json.", "Name the GGUF itself, or the folder of the model.")
+        raise OlpackError(f"'{source}' is no model folder: it has no config.json.", "Name a folder with config.json, a tokenizer and safetensors.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise OlpackError(f"'{path}' is no valid JSON: {error}.", "Download the model again.") from error
+    if not isinstance(config, dict):
+        raise OlpackError(f"'{path}' holds no JSON object.", "Download the model again.")
+    return config
+
+
+def check_tokenizer_files(source: Path) -> None:
+    """Raises OlpackError if the folder holds no tokenizer."""
+    if not any((source / name).is_file() for name in _TOKENIZERS):
+        raise OlpackError(f"'{source}' has no tokenizer (no {' or '.join(_TOKENIZERS[:2])}).",
+                          "Put the tokenizer of the base model there; AutoTokenizer.save_pretrained writes it.")
+
+
+def read_tensor_headers(source: Path) -> dict[str, TensorHeader]:
+    """Every tensor of a model folder, by its name in the checkpoint.
+
+    Raises:
+        OlpackError: no safetensors, a missing shard, a truncated or damaged file.
+    """
+    files = _weight_files(source)
+    tensors: dict[str, TensorHeader] = {}
+    for file in files:
+        tensors.update(read_safetensors_header(file))
+    index = source / "model.safetensors.index.json"
+    if index.is_file():
+        missing = sorted(set(_weight_map(index)) - set(tensors))
+        if missing:
+            raise OlpackError(f"'{index}' names {len(missing)} tensors that its files lack, the first is '{missing[0]}'.",
+                              "Download the model again.")
+    if not tensors:
+        raise OlpackError(f"The safetensors in '{source}' hold no tensors.", "Download the model again.")
+    return tensors
+
+
+def _weight_files(source: Path) -> list[Path]:
+    index = source / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted(source / name for name in set(_weight_map(index).values()))
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise OlpackError(f"'{source}' lacks {', '.join(missing[:3])}{' and more' if missing[3:] else ''} of its weights.",
+                              "Finish the download of the model.")
+        return files
+    files = sorted(source.glob("model*.safetensors"))
+    if files:
+        return files
+    pickles = sorted([*source.glob("pytorch_model*.bin"), *source.glob("*.pt"), *source.glob("*.pth")])
+    if pickles:
+        raise OlpackError(f"'{source}' has its weights as pickle only ({pickles[0].name}), which can run code when it is read.",
+                          "Take a revision with safetensors, or save the model with save_pretrained(safe_serialization=True).")
+    raise OlpackError(f"'{source}' holds no weights (no model*.safetensors).", "Finish the download of the model.")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        found = json.loads(index.read_text(encoding="utf-8")).get("weight_map")
+    except (ValueError, AttributeError) as error:
+        raise OlpackError(f"'{index}' is no valid index of weights: {error}.", "Download it again.") from error
+    if not isinstance(found, dict) or not all(isinstance(name, str) and Path(name).name == name for name in found.values()):
+        raise OlpackError(f"'{index}' has no valid 'weight_map'.", "Download it again.")
+    return found
+
+
+def read_safetensors_header(file: Path) -> dict[str, TensorHeader]:
+    """The tensors of one safetensors file, after a check that the file holds all the bytes that its header promises.
+
+    Raises:
+        OlpackError: the file is truncated, longer than its header says, or no safetensors file.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise OlpackError(f"'{file}' is truncated within its header, or no safetensors file.", "Download it again.")
+        try:
+            header = json.loads(opened.read(length))
+            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            tensors = {name: TensorHeader(entry["dtype"], tuple(entry["shape"]), file) for name, entry in entries.items()}
+            end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+            for name, entry in entries.items():
+                width = _BYTES.get(entry["dtype"])
+                start, stop = entry["data_offsets"]
+                if width is not None and stop - start != width * math.prod(entry["shape"]):
+                    raise OlpackError(f"'{file}' is damaged: the size of '{name}' does not fit its shape.", "Download it again.")
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise OlpackError(f"'{file}' is no safetensors file: its header cannot be read.", "Download it again.") from error
+    if size != 8 + length + end:
+        raise OlpackError(f"'{file}' has {size:,} bytes, and its header promises {8 + length + end:,}.",
+                          "It is truncated or was swapped: download it again.")
+    return tensors

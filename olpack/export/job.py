@@ -1,0 +1,69 @@
+"""What goes into an export and what comes out: plain data, the same on both sides of the worker's pipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Target:
+    """One file to write.
+
+    Attributes:
+        quant: a quant type, "Q4_K_M" (any case).
+        path: where the GGUF goes. An existing file is replaced once the new one is complete.
+    """
+
+    quant: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class ExportedFile:
+    """One GGUF that was written.
+
+    Attributes:
+        quant: the quant type's name, "Q4_K_M".
+        path: the file.
+        size: bytes.
+        sha256: of the whole file, in hex.
+        parameters: weights in the model, norms and biases included.
+        bits_per_weight: bits of tensor data per parameter (header and vocabulary not counted), as llama.cpp counts them.
+        seconds: wall time of the pass that wrote it (one pass writes all files).
+    """
+
+    quant: str
+    path: Path
+    size: int
+    sha256: str
+    parameters: int
+    bits_per_weight: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """What an export would write, found from configuration, tokenizer and tensor headers alone.
+
+    Attributes:
+        architecture: llama.cpp's name, "qwen3".
+        pre_tokenizer: llama.cpp's name of the BPE pre-tokenizer, "qwen2"; empty for vocabularies that have none.
+        context_length: tokens, from the configuration; None where it does not say.
+        parameters: weights in the model.
+        sizes: exact bytes of each file, by the quant type's name.
+        warnings: what the user should know and need not mend, one sentence each: tensors for which llama.cpp falls back
+            to another type, a base that is trained in a lower precision.
+    """
+
+    architecture: str
+    pre_tokenizer: str
+    context_length: int | None
+    parameters: int
+    sizes: dict[str, int]
+    warnings: list[str] = field(default_factory=list)
+
+
+def partial_path(path: Path, pid: int) -> Path:
+    """Where a file is written until it is complete: beside its place, with the writing process in its name."""
+    return path.with_name(f".{path.name}.{pid}.partial")

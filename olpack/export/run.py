@@ -1,0 +1,121 @@
+"""The two jobs of the worker: to check what an export would do, and to do it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from olpack import progress
+from olpack.errors import OlpackError
+from olpack.export.adapter import read_adapter
+from olpack.export.converter import SourceModel, open_model
+from olpack.export.folder import check_tokenizer_files, read_config, read_tensor_headers
+from olpack.export.gguf_source import open_gguf
+from olpack.export.job import ExportedFile, ExportPlan, partial_path
+from olpack.export.plan import FilePlan, hollow_file, plan_files
+from olpack.export.verify import verify_file, verify_tokenizer
+from olpack.export.write import write_files
+from olpack.quants import quant_type
+
+Report = Callable[[int, int], None]
+
+
+def check(source: str, quants: list[str], adapter: str | None, out: str | None, report: Report) -> dict:
+    """`olpack.export.check_export`, over the pipe. Returns the fields of an `ExportPlan`."""
+    model, plans, warnings = _prepare(Path(source), quants, adapter)
+    if out is not None:
+        check_space([Path(out, plan.quant.name) for plan in plans], plans)
+    context = model.key(f"{model.architecture}.context_length")
+    return asdict(ExportPlan(
+        architecture=model.architecture,
+        pre_tokenizer=model.key("tokenizer.ggml.pre") or "",
+        context_length=None if context is None else int(context),
+        parameters=model.parameters,
+        sizes={plan.quant.name: plan.size for plan in plans},
+        warnings=warnings,
+    ))  # fmt: skip
+
+
+def export(
+    source: str, targets: list[tuple[str, str]], adapter: str | None, name: str | None, chat_template: str | None, end_of_turn: str | None,
+    metadata: dict[str, str], round_to_bf16: bool, threads: int | None, report: Report,
+) -> list[dict]:  # fmt: skip
+    """`olpack.export.export`, over the pipe. Returns the fields of one `ExportedFile` for each target."""
+    started = time.monotonic()
+    paths = [Path(path) for _, path in targets]
+    model, plans, _ = _prepare(
+        Path(source), [quant for quant, _ in targets], adapter,
+        name=name, chat_template=chat_template, end_of_turn=end_of_turn, metadata=metadata,
+    )  # fmt: skip
+    parameters, keys = model.parameters, dict(model.keys)
+    check_space(paths, plans)
+    partial = [partial_path(path, os.getpid()) for path in paths]
+    total = sum(plan.size for plan in plans)
+    try:
+        digests = write_files(model, plans, partial, threads=threads or _cores(), round_to_bf16=round_to_bf16,
+                              advance=lambda count: report(count, total))
+        for plan, path in zip(plans, partial, strict=True):
+            verify_file(path, plan, keys)
+        for path, final in zip(partial, paths, strict=True):
+            os.replace(path, final)
+    finally:
+        for path in partial:
+            path.unlink(missing_ok=True)
+    seconds = time.monotonic() - started
+    return [
+        {**asdict(ExportedFile(plan.quant.name, path, plan.size, digest, parameters, 8 * plan.data_size / parameters, seconds)), "path": str(path)}
+        for plan, path, digest in zip(plans, paths, digests, strict=True)
+    ]
+
+
+def _prepare(source: Path, quants: list[str], adapter: str | None, **settings) -> tuple[SourceModel, list[FilePlan], list[str]]:
+    """Everything up to the first weight: (model, one plan per quant, warnings)."""
+    types = [quant_type(name) for name in quants]
+    model = _open_file(source, adapter, settings) if source.is_file() else _open_folder(source, adapter, settings)
+    with hollow_file(model) as hollow:
+        plans = plan_files(model, hollow, types)
+        warnings = verify_tokenizer(source, hollow)
+    for plan in plans:
+        if plan.fallbacks:
+            more = f", and {len(plan.fallbacks) - 1} more tensors" if len(plan.fallbacks) > 1 else ""
+            warnings.append(f"{plan.quant.name} does not fit this model's shapes everywhere: {plan.fallbacks[0]}{more}.")
+    return model, plans, warnings
+
+
+def _open_folder(source: Path, adapter: str | None, settings: dict) -> SourceModel:
+    read_config(source)
+    check_tokenizer_files(source)
+    headers = read_tensor_headers(source)
+    change = read_adapter(Path(adapter), headers) if adapter is not None else None
+    return open_model(source, adapter=change, **settings)
+
+
+def _open_file(source: Path, adapter: str | None, settings: dict) -> SourceModel:
+    if adapter is not None:
+        raise OlpackError(f"An adapter cannot be merged into the GGUF '{source}', whose tensors have other names than the adapter's.",
+                          "Name the folder of the model that it was trained on.")
+    return open_gguf(source, **settings)
+
+
+def check_space(paths: list[Path], plans: list[FilePlan]) -> None:
+    """Raises OlpackError if the folders of `paths` cannot take the planned files."""
+    wanted: dict[int, int] = {}
+    place: dict[int, Path] = {}
+    for path, plan in zip(paths, plans, strict=True):
+        folder = next(parent for parent in path.absolute().parents if parent.is_dir())
+        device = folder.stat().st_dev
+        place[device] = folder
+        wanted[device] = wanted.get(device, 0) + plan.size
+    for device, needed in wanted.items():
+        free = shutil.disk_usage(place[device]).free
+        if needed > free:
+            raise OlpackError(f"The files need {progress.quantity(needed, 'B')} in '{place[device]}', and {progress.quantity(free, 'B')} are free.",
+                              "Make room, name another folder, or ask for fewer quant types.")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,89 @@
+"""The worker process: `python -m olpack.export.worker CONVERTER_FOLDER`, driven by `client.py` over a pipe.
+
+One JSON object a line comes in on stdin ({"do": "check" or "export", …}), JSON objects go out on stdout until one has "result",
+"error" or "crash". End of input ends the process, also in the middle of an export: its partial files go with it.
+"""
+
+from __future__ import annotations
+
+import _thread
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from olpack.errors import OlpackError
+
+
+def main() -> None:
+    """Serve jobs until the input ends."""
+    pipe = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints stays out of the pipe
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what a Ctrl-C means
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+    lock = threading.Lock()
+
+    def send(**message: object) -> None:
+        with lock:
+            pipe.write(json.dumps(message) + "\n")
+            pipe.flush()
+
+    jobs = _read_jobs()
+    converter_ready = False
+    while (job := jobs.get()) is not None:
+        try:
+            if not converter_ready:
+                from olpack.export import converter
+
+                converter.use_converter(Path(sys.argv[1]))
+                converter_ready = True
+            from olpack.export import run
+
+            do = {"check": run.check, "export": run.export}[job.pop("do")]
+            send(result=do(**job, report=_reporter(send)))
+        except OlpackError as error:
+            send(error={"problem": error.problem, "remedy": error.remedy})
+        except Exception:
+            send(crash=traceback.format_exc())
+
+
+def _read_jobs() -> queue.SimpleQueue[dict | None]:
+    jobs: queue.SimpleQueue[dict | None] = queue.SimpleQueue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            jobs.put(json.loads(line))
+        jobs.put(None)
+        time.sleep(1)  # an idle worker is gone by now; a busy one has lost its parent
+        _thread.interrupt_main(signal.SIGTERM)
+
+    threading.Thread(target=read, daemon=True).start()
+    return jobs
+
+
+def _reporter(send: Callable[..., None]) -> Callable[[int, int], None]:
+    """Sends how many of how many bytes are written, ten times a second at most."""
+    state = {"done": 0, "sent": 0.0}
+    lock = threading.Lock()
+
+    def report(count: int, total: int) -> None:
+        with lock:
+            state["done"] += count
+            if time.monotonic() - state["sent"] < 0.1 and state["done"] < total:
+                return
+            state["sent"] = time.monotonic()
+            done = state["done"]
+        send(done=done, total=total)
+
+    return report
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""The pass itself: each tensor is loaded once, quantized once per type, and appended to every file.
+
+    this thread     loads tensor after tensor, as far ahead as the memory allows
+    thread pool     quantizes rows: each chunk to every type that some file wants, while it is in the cache
+    one per file    waits for the next tensor, appends and hashes it
+
+All the heavy calls (torch, ggml, write, SHA-256) release the GIL, so these really run at the same time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from olpack.errors import OlpackError
+from olpack.export.converter import FLOATS, SourceModel, SourceTensor
+from olpack.export.plan import FilePlan, padded
+from olpack.llamacpp import library
+
+MEMORY = 1 << 30  # bytes of tensors in flight; a larger tensor is in flight alone
+CHUNK = 1 << 19  # weights that a thread quantizes at a time: 2 MB of float32
+
+
+def write_files(
+    model: SourceModel,
+    plans: Sequence[FilePlan],
+    paths: Sequence[Path],
+    *,
+    threads: int,
+    round_to_bf16: bool = False,
+    advance: Callable[[int], None] = lambda count: None,
+) -> list[str]:
+    """Write every planned file to its path, in one pass over the model's tensors. The tensors of `model` are used up.
+
+    Args:
+        model: the opened model.
+        plans: what each file holds; all list the same tensors in the same order.
+        paths: one for each plan, written in place: give temporary names.
+        threads: how many quantize.
+        round_to_bf16: round what llama.cpp's converter would store in 16 bits first, as it would.
+        advance: told the bytes that were written, from several threads.
+
+    Returns:
+        The SHA-256 of each file, in hex. The files are on the disk (fsync) by then.
+
+    Raises:
+        OlpackError: a weight that is infinite or not a number, one too large for a type, a disk that fills up.
+    """
+    flight = _Flight(MEMORY)
+    writers = [_FileWriter(plan, path, flight, advance) for plan, path in zip(plans, paths, strict=True)]
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="quantize")
+    try:
+        for writer in writers:
+            writer.start()
+        for name, *_ in plans[0].tensors:
+            source = model.tensors.pop(name)
+            work = _Work(source, [writer.types[name] for writer in writers], readers=len(writers))
+            flight.take(work.nbytes)
+            work.begin(pool, round_to_bf16)
+            for writer in writers:
+                writer.todo.put(work)
+        for writer in writers:
+            writer.todo.put(None)
+        for writer in writers:
+            writer.join()
+        flight.check()
+    except BaseException as error:
+        flight.fail(error)
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        for writer in writers:
+            writer.todo.put(None)
+            writer.join()
+    return [writer.digest.hexdigest() for writer in writers]
+
+
+class _Flight:
+    """How many bytes of tensors are in memory, and whether something went wrong."""
+
+    def __init__(self, limit: int):
+        self._limit, self._used = limit, 0
+        self._changed = threading.Condition()
+        self.failure: BaseException | None = None
+
+    def take(self, nbytes: int) -> None:
+        """Wait until so many bytes fit, or nothing else is in flight. Raises the failure of another thread."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.failure or not self._used or self._used + nbytes <= self._limit)
+            self.check()
+            self._used += nbytes
+
+    def give(self, nbytes: int) -> None:
+        with self._changed:
+            self._used -= nbytes
+            self._changed.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        with self._changed:
+            self.failure = self.failure or error
+            self._changed.notify_all()
+
+    def check(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+
+class _Work:
+    """One tensor on its way: its values, and its bytes in every type that some file wants."""
+
+    def __init__(self, source: SourceTensor, types: Sequence[int], readers: int):
+        self.source = source
+        self.types = sorted(set(types))
+        self._readers = readers
+        self._lock = threading.Lock()
+        columns = source.shape[-1] if source.shape else 1
+        sizes = [source.elements // columns * library.row_size(type_, columns) for type_ in self.types]
+        # Loading holds the values twice for a moment where the converter reshapes them.
+        self.nbytes = sum(sizes) + (8 * source.elements if source.type_name in FLOATS else 0)
+        self.data: dict[int, np.ndarray] = {}
+        self.chunks: list[Future[None]] = []
+
+    def begin(self, pool: ThreadPoolExecutor, round_to_bf16: bool) -> None:
+        values = self.source.load()
+        if self.source.type_name not in FLOATS:
+            self.data = {self.types[0]: values}
+            return
+        rows, columns = values.shape
+        for type_ in self.types:
+            if type_ == library.tensor_type("f32"):
+                self.data[type_] = values.view(np.uint8)
+            else:
+                self.data[type_] = np.empty((rows, library.row_size(type_, columns)), np.uint8)
+        step = max(1, CHUNK // columns)
+        rounding = self.source.type_name if round_to_bf16 else "F32"
+        for start in range(0, rows, step):
+            self.chunks.append(pool.submit(self._quantize, values, slice(start, start + step), rounding))
+
+    def _quantize(self, values: np.ndarray, part: slice, rounding: str) -> None:
+        rows = values[part]
+        # A NaN carries through min and max, so two quick passes find every kind of unusable weight.
+        if not (np.isfinite(rows.min()) and np.isfinite(rows.max())):
+            raise OlpackError(f"The weight '{self.source.origin}' holds an infinite or undefined value (inf or NaN).",
+                              "The base or the adapter is damaged, or its training diverged: take another checkpoint.")
+        if rounding != "F32":
+            _round(rows, rounding)
+        for type_, out in self.data.items():
+            if type_ != library.tensor_type("f32") and not library.quantize_rows(type_, rows, out[part]):
+                raise OlpackError(f"The weight '{self.source.origin}' holds values too large to be quantized.",
+                                  "Leave the quant types below 16 bits out, or take another checkpoint.")
+
+    def done_with(self) -> bool:
+        """One file has what it needs; whether it was the last."""
+        with self._lock:
+            self._readers -= 1
+            return self._readers == 0
+
+
+def _round(rows: np.ndarray, type_name: str) -> None:
+    import torch
+
+    values = torch.from_numpy(rows)
+    values.copy_(values.to({"BF16": torch.bfloat16, "F16": torch.float16}[type_name]))
+
+
+class _FileWriter(threading.Thread):
+    """Appends tensors to one file in order, and hashes what it writes."""
+
+    def __init__(self, plan: FilePlan, path: Path, flight: _Flight, advance: Callable[[int], None]):
+        super().__init__(name=f"write-{plan.quant.name}", daemon=True)
+        self.types = {name: type_ for name, type_, _ in plan.tensors}
+        self.todo: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+        self.digest = hashlib.sha256()
+        self._plan, self._path, self._flight, self._advance = plan, path, flight, advance
+
+    def run(self) -> None:
+        try:
+            with self._path.open("wb", buffering=0) as file:
+                self._append(file, self._plan.header)
+                while (work := self.todo.get()) is not None and self._flight.failure is None:
+                    for chunk in work.chunks:
+                        chunk.result()
+                    data = work.data[self.types[work.source.name]].reshape(-1)
+                    self._append(file, data)
+                    self._append(file, bytes(padded(data.nbytes) - data.nbytes))
+                    if work.done_with():
+                        self._flight.give(work.nbytes)
+                os.fsync(file.fileno())
+        except OSError as error:
+            failure = OlpackError(f"Writing '{self._path.parent}' failed: {os.strerror(error.errno) if error.errno else error}.",
+                                  "Make room on the disk, or name another folder.")
+            failure.__cause__ = error
+            self._flight.fail(failure)
+        except BaseException as error:  # whatever it is, the main thread must learn of it and end the pass
+            self._flight.fail(error)
+
+    def _append(self, file, data) -> None:
+        view = memoryview(data)
+        while view.nbytes:
+            written = file.write(view)
+            self.digest.update(view[:written])
+            self._advance(written)
+            view = view[written:]

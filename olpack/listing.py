@@ -1,0 +1,57 @@
+"""`olpack list`: packages, what of each is built, and what the server has."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from olpack.workspace import BuildPaths, packages, recipe_path, shipped
+
+
+def package_rows(root: Path) -> list[dict[str, Any]]:
+    """One entry for each package: its recipe, the quants that lie in its build folder, the recommended tag, the tags on the server."""
+    from olpack.deploy.client import OllamaClient
+
+    client = OllamaClient()
+    tags = [tag.model for tag in client.tags()] if client.version() else None
+    return [_row(name, BuildPaths(name, root / name), tags) for name in packages()]
+
+
+def _row(name: str, paths: BuildPaths, tags: list[str] | None) -> dict[str, Any]:
+    path = recipe_path(name)
+    quants = {}
+    for file in sorted((paths.root / "gguf").glob(f"{name}-*.gguf"), key=lambda file: file.stat().st_size):
+        quants[file.stem.removeprefix(f"{name}-")] = file.stat().st_size
+    try:
+        recommended = json.loads(paths.stage("compare").read_text(encoding="utf-8"))["result"]["recommended"]
+    except (OSError, ValueError, KeyError):
+        recommended = None
+    return {
+        "name": name,
+        "recipe": str(path),
+        "shipped": path.is_relative_to(shipped("modelfiles")),
+        "trained": (paths.adapter / "adapter_config.json").is_file(),
+        "quants": quants,
+        "recommended": recommended,
+        "registered": None if tags is None else [tag for tag in tags if tag.lower().startswith(f"{name.lower()}:")],
+    }
+
+
+def print_packages(rows: list[dict[str, Any]]) -> None:
+    """The entries of `package_rows` as a table."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from olpack.progress import quantity
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for title in ("package", "recipe", "trained", "built", "recommended", "on the server"):
+        table.add_column(title, overflow="fold")
+    for row in rows:
+        built = "\n".join(f"{quant} {quantity(size, 'B')}" for quant, size in row["quants"].items()) or "–"
+        registered = "no server" if row["registered"] is None else "\n".join(row["registered"]) or "–"
+        recipe = "ships with olpack" if row["shipped"] else row["recipe"]
+        table.add_row(row["name"], recipe, "yes" if row["trained"] else "no", built, row["recommended"] or "–", registered)
+    Console().print(table, highlight=False)

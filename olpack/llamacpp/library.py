@@ -1,0 +1,165 @@
+"""llama.cpp's shared libraries through ctypes: quantized rows, and the types that a quant mix gives to a model's tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from olpack.errors import OlpackError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+INSTALL = "pip install --no-cache-dir -C cmake.args=-DGGML_NATIVE=OFF llama-cpp-python==0.3.36"
+
+
+def load_llama_cpp():
+    """The module `llama_cpp`.
+
+    Raises:
+        OlpackError: it is not installed, or its shared library does not load.
+    """
+    try:
+        import llama_cpp
+    except (ImportError, OSError, RuntimeError) as error:
+        raise OlpackError(f"llama.cpp's library could not be loaded: {error}.", f"Install it: {INSTALL}") from error
+    return llama_cpp
+
+
+def library_folder() -> Path:
+    """Where llama-cpp-python keeps its shared libraries, found without loading them.
+
+    Raises:
+        OlpackError: it is not installed.
+    """
+    spec = importlib.util.find_spec("llama_cpp")
+    folder = Path(os.environ.get("LLAMA_CPP_LIB_PATH") or Path(spec.origin).parent / "lib") if spec else None
+    if folder is None or not folder.is_dir():
+        raise OlpackError("llama.cpp's library is not installed.", f"Install it: {INSTALL}")
+    return folder
+
+
+@functools.cache
+def _ggml() -> ctypes.CDLL:
+    load_llama_cpp()
+    name = {"darwin": "libggml-base.dylib", "win32": "ggml-base.dll"}.get(sys.platform, "libggml-base.so")
+    ggml = ctypes.CDLL(str(library_folder() / name))
+    ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
+    ggml.ggml_quantize_chunk.argtypes = [
+        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p,
+    ]  # fmt: skip
+    ggml.ggml_validate_row_data.restype = ctypes.c_bool
+    ggml.ggml_validate_row_data.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
+    ggml.ggml_row_size.restype = ctypes.c_size_t
+    ggml.ggml_row_size.argtypes = [ctypes.c_int, ctypes.c_int64]
+    ggml.ggml_type_name.restype = ctypes.c_char_p
+    ggml.ggml_type_name.argtypes = [ctypes.c_int]
+    return ggml
+
+
+@functools.cache
+def _types_by_name() -> dict[str, int]:
+    names = {number: _ggml().ggml_type_name(number) for number in range(load_llama_cpp().GGML_TYPE_COUNT)}
+    return {name.decode().lower(): number for number, name in names.items() if name}
+
+
+def tensor_type(name: str) -> int:
+    """The number of a tensor type in ggml, by its name in any case: "q4_K", "F32"."""
+    return _types_by_name()[name.lower()]
+
+
+def row_size(type_: int, columns: int) -> int:
+    """Bytes of a row of `columns` weights in a tensor type."""
+    return _ggml().ggml_row_size(type_, columns)
+
+
+def quantize_rows(type_: int, rows: np.ndarray, out: np.ndarray, importance: np.ndarray | None = None) -> bool:
+    """Convert rows of weights to a tensor type. Releases the GIL; rows are independent of each other.
+
+    Args:
+        type_: a tensor type of ggml, also f32, f16 or bf16.
+        rows: float32 [rows, columns], C-contiguous.
+        out: uint8, C-contiguous, `rows * row_size(type_, columns)` bytes.
+        importance: float32 [columns], the weight of each column's error; None for equal weights.
+
+    Returns:
+        Whether the result is sound, by llama.cpp's own test (no infinite or undefined scale).
+    """
+    count, columns = rows.shape
+    assert rows.flags.c_contiguous and out.flags.c_contiguous and out.nbytes == count * row_size(type_, columns)
+    weights = importance.ctypes.data if importance is not None else None
+    written = _ggml().ggml_quantize_chunk(type_, rows.ctypes.data, out.ctypes.data, 0, count, columns, weights)
+    assert written == out.nbytes
+    return _ggml().ggml_validate_row_data(type_, out.ctypes.data, out.nbytes)
+
+
+@dataclass(frozen=True)
+class TypePlan:
+    """What llama.cpp would write for a file type.
+
+    Attributes:
+        tensors: (tensor name, tensor type of ggml), in the order in which it writes them.
+        fallbacks: one line for each tensor whose rows do not fit the blocks of its type: what llama.cpp takes instead.
+        needs_importance: some tensor's type is useless without an importance matrix.
+    """
+
+    tensors: list[tuple[str, int]]
+    fallbacks: list[str]
+    needs_importance: bool
+
+
+_TENSOR_LINE = re.compile(r"^\[\s*\d+/\s*\d+\]\s+(\S+)\s+- \[.*?\], type =\s+(\w+), size =(?:.*-> .*\((\w+)\))?")
+_FALLBACK_LINE = re.compile(r"^warning: (\S+)\s+- ncols\s+(\d+) not divisible by\s+(\d+) \(required for type\s+(\w+)\).*falling back to\s+(\w+)")
+
+
+def type_plan(header: Path, ftype: int) -> TypePlan:
+    """Ask llama.cpp which type each tensor of a model gets in a file type.
+
+    Args:
+        header: a GGUF whose data may be a hole; only its header is read.
+        ftype: a value of `enum llama_ftype`.
+
+    Raises:
+        OlpackError: llama.cpp refuses the model; with its own words.
+    """
+    llama_cpp = load_llama_cpp()
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.nthread, params.dry_run = ftype, 1, True
+    with captured_log() as log:
+        failed = llama_cpp.llama_model_quantize(str(header).encode(), b"", ctypes.byref(params))
+    lines = "".join(log).splitlines()
+    if failed:
+        reason = next((line for line in reversed(lines) if "failed to quantize" in line), "no reason given")
+        raise OlpackError(f"llama.cpp cannot quantize this model: {reason.rpartition('failed to quantize: ')[2]}.",
+                          "The converter and the library may be of different versions: unset OLPACK_LLAMA_CPP.")
+    tensors = [(match[1], tensor_type(match[3] or match[2])) for match in map(_TENSOR_LINE.match, lines) if match]
+    fallbacks = [f"{m[1]} ({m[2]} columns, {m[4]} needs a multiple of {m[3]}) becomes {m[5]}" for m in map(_FALLBACK_LINE.match, lines) if m]
+    return TypePlan(tensors, fallbacks, needs_importance=any("will require an imatrix" in line for line in lines))
+
+
+@contextmanager
+def captured_log() -> Iterator[list[str]]:
+    """Collect what llama.cpp logs, in pieces as it logs them, instead of letting it print."""
+    llama_cpp = load_llama_cpp()
+    pieces: list[str] = []
+    before, user_data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
+    llama_cpp.llama_log_get(ctypes.byref(before), ctypes.byref(user_data))
+
+    @llama_cpp.llama_log_callback
+    def collect(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
+        pieces.append(text.decode("utf-8", errors="replace"))
+
+    llama_cpp.llama_log_set(collect, ctypes.c_void_p())
+    try:
+        yield pieces
+    finally:
+        llama_cpp.llama_log_set(before, user_data)

@@ -1,0 +1,188 @@
+"""Where llama.cpp's converter comes from: a checkout that the user names, or one pinned release, fetched once.
+
+The converter is no package of its own. It travels in the source archive of llama-cpp-python, whose wheels leave it out, so the
+archive of the very release that olpack runs gives converter, `gguf` package and shared library of one llama.cpp commit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path, PurePosixPath
+
+from olpack import progress
+from olpack.errors import OlpackError
+
+VERSION = "0.3.36"  # of llama-cpp-python
+ARCHIVE = f"llama_cpp_python-{VERSION}.tar.gz"
+ARCHIVE_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
+ARCHIVE_SIZE = 76_589_250  # bytes, for the progress bar
+VARIABLE = "OLPACK_LLAMA_CPP"
+
+# What is needed of llama.cpp's tree. LICENSE comes along because the licence asks for it.
+_FILES = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "LICENSE")
+_FOLDERS = ("conversion", "gguf-py")
+_TREE = PurePosixPath(f"llama_cpp_python-{VERSION}/vendor/llama.cpp")
+
+# pip cannot download a source archive without asking its build backend for metadata, and the real backend would first be
+# installed together with cmake. Nothing is built here, so this one answers in its place.
+_BACKEND = f"""
+import pathlib
+def get_requires_for_build_wheel(config_settings=None):
+    return []
+def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
+    name = "llama_cpp_python-{VERSION}.dist-info"
+    folder = pathlib.Path(metadata_directory, name)
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\\nName: llama_cpp_python\\nVersion: {VERSION}\\n")
+    return name
+"""
+
+
+def converter_source() -> Path:
+    """The folder that holds `convert_hf_to_gguf.py`, `conversion/` and `gguf-py/`.
+
+    `OLPACK_LLAMA_CPP` wins: a llama.cpp checkout, an unpacked llama-cpp-python source archive, or that archive itself. Else the
+    user's cache, which is filled once through pip (and so through the index, proxy and certificates that pip is set up with).
+
+    Raises:
+        OlpackError: `OLPACK_LLAMA_CPP` names something else, or the archive cannot be fetched.
+    """
+    named = os.environ.get(VARIABLE)
+    if named and not named.endswith(".tar.gz"):
+        return _checked(Path(named).expanduser())
+    cached = _cache() / f"llama.cpp-{VERSION}"
+    if cached_source() is None:
+        if named:
+            _unpack(_verified(Path(named).expanduser()), cached)
+        else:
+            _fetch(cached)
+    return cached
+
+
+def cached_source() -> Path | None:
+    """The converter in the user's cache, None where it is not there yet."""
+    cached = _cache() / f"llama.cpp-{VERSION}"
+    return cached if _is_complete(cached) else None
+
+
+def _cache() -> Path:
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("olpack"))
+
+
+def _is_complete(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in _FILES[:2]) and all((folder / name).is_dir() for name in _FOLDERS)
+
+
+def _checked(folder: Path) -> Path:
+    for candidate in (folder, folder / "vendor" / "llama.cpp"):
+        if _is_complete(candidate):
+            return candidate.resolve()
+    raise OlpackError(
+        f"{VARIABLE} is '{folder}', which holds no llama.cpp converter (convert_hf_to_gguf.py, conversion/, gguf-py/).",
+        f"Point it to a llama.cpp checkout or to {ARCHIVE}, or unset it to have the right release fetched.",
+    )
+
+
+def _verified(archive: Path) -> Path:
+    if not archive.is_file():
+        raise OlpackError(f"{VARIABLE} is '{archive}', and there is no such file.", "Correct the path, or unset it.")
+    with archive.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != ARCHIVE_SHA256:
+        raise OlpackError(
+            f"'{archive}' is not the source archive of llama-cpp-python {VERSION} (its SHA-256 is {digest[:12]}…).",
+            f"Download {ARCHIVE} again, or unset {VARIABLE}.",
+        )
+    return archive
+
+
+def _fetch(folder: Path) -> None:
+    """Download the pinned archive with pip, into a folder that goes away, and keep the converter."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent) as scratch:
+        home = Path(scratch)
+        (home / "backend" / "scikit_build_core").mkdir(parents=True)
+        (home / "backend" / "scikit_build_core" / "__init__.py").touch()
+        (home / "backend" / "scikit_build_core" / "build.py").write_text(_BACKEND, encoding="utf-8")
+        (home / "requirements.txt").write_text(
+            f"llama-cpp-python=={VERSION} --hash=sha256:{ARCHIVE_SHA256}\n", encoding="utf-8"
+        )  # fmt: skip
+        (home / "tmp").mkdir()
+        command = [
+            sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-input", "--no-cache-dir",
+            "--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--require-hashes",
+            "--requirement", str(home / "requirements.txt"), "--dest", str(home / "archive"),
+        ]  # fmt: skip
+        environment = {**os.environ, "PYTHONPATH": str(home / "backend"), "TMPDIR": str(home / "tmp"), "TEMP": str(home / "tmp"),
+                       "PIP_NO_COLOR": "1"}
+        _run_pip(command, environment, home)
+        _unpack(_verified(home / "archive" / ARCHIVE), folder)
+
+
+def _run_pip(command: list[str], environment: dict[str, str], home: Path) -> None:
+    with (home / "pip.log").open("w+", encoding="utf-8", errors="replace") as log:
+        child = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            with progress.task("fetching llama.cpp's converter, once", total=ARCHIVE_SIZE, unit="B") as task:
+                while child.poll() is None:
+                    time.sleep(0.2)
+                    arrived = sum(file.stat().st_size for file in home.glob(f"tmp/*/{ARCHIVE}"))
+                    task.advance(max(0, min(arrived, ARCHIVE_SIZE) - task.done))
+        finally:
+            if child.poll() is None:
+                child.kill()
+            child.wait()
+        if child.returncode != 0:
+            log.seek(0)
+            said = [line.strip() for line in log.read().splitlines() if line.strip()]
+            reason = next((line for line in said if line.startswith("ERROR")), said[-1] if said else f"exit code {child.returncode}")
+            raise OlpackError(
+                f"llama.cpp's converter could not be fetched: pip said '{reason}'.",
+                f"Connect to a package index once, or get {ARCHIVE} elsewhere and set {VARIABLE} to its path.",
+            )
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    """Take the converter out of the archive. `folder` appears when everything is in it; the first of concurrent runs wins."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".unpack-", dir=folder.parent))
+    try:
+        with tarfile.open(archive, "r:gz") as tar:
+            for member in tar:
+                inside = _place(member)
+                if inside is None:
+                    continue
+                target = scratch.joinpath(*inside.parts)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with tar.extractfile(member) as read, target.open("wb") as write:
+                    shutil.copyfileobj(read, write)
+        if not _is_complete(scratch):
+            raise OlpackError(f"'{archive}' does not hold llama.cpp's converter.", f"Unset {VARIABLE} to have the right release fetched.")
+        try:
+            os.rename(scratch, folder)
+        except OSError:
+            if not _is_complete(folder):
+                raise
+    except OSError as error:
+        raise OlpackError(f"llama.cpp's converter could not be stored in '{folder}': {error.strerror}.",
+                          "Make room or give write access there, or set XDG_CACHE_HOME to another folder.") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _place(member: tarfile.TarInfo) -> PurePosixPath | None:
+    """Where a member of the archive goes, relative to the folder; None for what is not needed or is no plain file."""
+    path = PurePosixPath(member.name)
+    if not member.isfile() or ".." in path.parts or not path.is_relative_to(_TREE):
+        return None
+    inside = path.relative_to(_TREE)
+    return inside if inside.parts[0] in _FOLDERS or str(inside) in _FILES else None

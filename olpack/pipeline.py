@@ -1,0 +1,249 @@
+"""The order of the stages, what each was made from, what is stale, and what is left to do.
+
+A stage's key is the digest of its inputs: settings it reads, digests of the files it reads, the key of the stage before it, and a version
+number that changes when its code comes to mean something else. All keys follow from the recipe and the files, so what a build will do is known
+before it does anything. When a stage is done, its inputs and the sizes and digests of its outputs are recorded; it is skipped as long as they hold.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from olpack import progress
+from olpack.base import Base, resolve
+from olpack.errors import OlpackError
+from olpack.quants import quant_type
+from olpack.recipe import Recipe
+from olpack.workspace import BuildPaths, file_digest, locked, template_source, value_digest, write_atomically
+
+if TYPE_CHECKING:
+    from olpack.data import Renderer, TokenRow
+    from olpack.deploy import Package
+
+STAGES = ("train", "export", "modelfiles", "deploy", "compare")
+
+# Raised when the same inputs would no longer give the same outputs.
+_VERSIONS = {"train": 1, "export": 1, "modelfiles": 1, "deploy": 1, "compare": 1}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One piece of a stage that is done or not: the whole stage, or one quant of the export.
+
+    Attributes:
+        stage: one of STAGES.
+        unit: its name among all steps, "train" or "export-Q4_K_M".
+        inputs: all that decides its outcome, by name.
+        reason: why it is stale, "" where it is done.
+        result: what the run that made it left to know.
+    """
+
+    stage: str
+    unit: str
+    inputs: dict[str, Any]
+    reason: str
+    result: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        return value_digest(self.inputs)
+
+    @property
+    def stale(self) -> bool:
+        return bool(self.reason)
+
+
+class Build:
+    """One package on its way: recipe, base, paths, steps.
+
+    Args:
+        recipe: what is asked for.
+        out: the folder that holds `NAME/`; by default `build`.
+        server: URL of the Ollama server to deploy to, None where there is none or it is not wanted.
+    """
+
+    def __init__(self, recipe: Recipe, out: Path | None = None, server: str | None = None):
+        self.recipe = recipe
+        self.paths = BuildPaths(recipe.name, (out or Path("build")) / recipe.name)
+        self.server = server
+        self.quants = [quant_type(name) for name in recipe.quants]
+
+    @cached_property
+    def base(self) -> Base:
+        """The base model, fetched from the Hub where that is needed."""
+        return resolve(self.recipe.base, relative_to=self.recipe.folder, revision=self.recipe.revision)
+
+    def data_file(self, which: str) -> Path | None:
+        """The file of `data.train` or `data.eval`; None where the recipe names none."""
+        name = getattr(self.recipe.data, which)
+        return None if name is None else self.recipe.folder / name
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        """Chats to token rows, with the base's tokenizer and chat template."""
+        from olpack.data import Renderer
+
+        return Renderer(self.base.tokenizer(), self.base.end_ids())
+
+    @cached_property
+    def rows(self) -> tuple[list[TokenRow], list[TokenRow]]:
+        """(train, eval) rows, as the model sees them."""
+        from olpack.data import load_rows
+
+        data = self.recipe.data
+        limit = min(data.max_length, self.base.context_length)
+        return load_rows(self.data_file("train"), self.data_file("eval"), self.renderer, max_length=limit, eval_share=data.eval_share)
+
+    @cached_property
+    def package(self) -> Package:
+        """What every tag is registered with, beside its weights; `num_ctx` is always set."""
+        from olpack.deploy.modelfile import Package
+
+        asked = self.recipe.modelfile
+        parameters = {"num_ctx": min(4096, self.base.context_length), **asked.parameters}
+        return Package(system=asked.system, template=asked.template, parameters=parameters, license=asked.license,
+                       messages=tuple(message.model_dump() for message in asked.messages))
+
+    # -- what each step is made from ----------------------------------------------------------------------------------------------------
+
+    def inputs(self, stage: str, quant: str = "") -> dict[str, Any]:
+        """All that decides the outcome of a step, by the name that a user knows it by."""
+        made = {f"olpack's {stage}": _VERSIONS[stage]}
+        if stage == "train":
+            return made | {"base": self.base.digest} | self._data_inputs | self._settings("train")
+        if stage == "export":
+            from olpack.llamacpp.source import VERSION
+
+            return made | {"training": value_digest(self.inputs("train")), "quant": quant, "llama.cpp": VERSION, "name": self.recipe.name}
+        served = self._settings("modelfile") | {"quants": self.recipe.quants}
+        if stage == "modelfiles":
+            return made | served | {"num_ctx": self.package.parameters["num_ctx"], "templates/Modelfile.j2": template_source("Modelfile.j2")}
+        files = {"files": {quant.name: value_digest(self.inputs("export", quant.name)) for quant in self.quants}, "server": self.server}
+        if stage == "deploy":
+            return made | served | files
+        asked = {"modelfile.system": self.recipe.modelfile.system, "num_ctx": self.package.parameters["num_ctx"]}
+        return made | files | self._data_inputs | self._settings("compare") | asked | {"templates/report.html.j2": template_source("report.html.j2")}
+
+    @cached_property
+    def _data_inputs(self) -> dict[str, Any]:
+        inputs: dict[str, Any] = {"data.max_length": self.recipe.data.max_length}
+        for which in ("train", "eval"):
+            path = self.data_file(which)
+            if path is None:
+                inputs["data.eval_share"] = self.recipe.data.eval_share
+            elif not path.is_file():
+                raise OlpackError(f"There is no {path}, which `data.{which}` names.", "Files are named relative to the recipe.")
+            else:
+                inputs[f"data.{which}"] = file_digest(path)
+        return inputs
+
+    def _settings(self, section: str) -> dict[str, Any]:
+        return {key: value for key, value in self.recipe.settings().items() if key.startswith(f"{section}.")}
+
+    # -- what is done -------------------------------------------------------------------------------------------------------------------
+
+    def steps(self) -> list[Step]:
+        """Every step in order, each with the reason why it is stale. A step after a stale one is stale too, through its inputs."""
+        units = [("train", "")] + [("export", quant.name) for quant in self.quants] + [("modelfiles", ""), ("deploy", ""), ("compare", "")]
+        return [self.step(stage, quant) for stage, quant in units if stage != "deploy" or self.server]
+
+    def step(self, stage: str, quant: str = "") -> Step:
+        unit = f"{stage}-{quant}" if quant else stage
+        inputs = self.inputs(stage, quant)
+        record = self._record(unit)
+        if record is None:
+            return Step(stage, unit, inputs, "not made yet")
+        changed = [name for name in inputs | record["inputs"] if inputs.get(name) != record["inputs"].get(name)]
+        reason = f"{', '.join(changed)} changed" if changed else self._damage(record)
+        if stage == "deploy" and not reason:
+            reason = self._unregistered(record["result"]["registered"])
+        return Step(stage, unit, inputs, reason, record["result"])
+
+    def _record(self, unit: str) -> dict[str, Any] | None:
+        try:
+            return json.loads(self.paths.stage(unit).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def _damage(self, record: dict[str, Any]) -> str:
+        for name, (size, modified, digest) in record["outputs"].items():
+            path = self.paths.root / name
+            if not path.is_file():
+                return f"{path} is gone"
+            found = path.stat()
+            if found.st_size != size or (found.st_mtime_ns != modified and file_digest(path) != digest):
+                return f"{path} was changed"
+        return ""
+
+    @staticmethod
+    def _unregistered(registered: list[dict[str, Any]]) -> str:
+        from olpack.deploy.client import OllamaClient
+
+        there = {tag.model: tag.digest for tag in OllamaClient().tags()}
+        lost = [made["model"] for made in registered if there.get(made["model"]) != made["digest"]]
+        return f"the server has no {', '.join(lost)} as it was registered" if lost else ""
+
+    def finish(self, step: Step, outputs: list[Path], result: dict[str, Any], digests: dict[Path, str] | None = None) -> None:
+        """Record that a step is done: its inputs, its result, and how to tell that its outputs are still whole."""
+        described = {}
+        for path in outputs:
+            found = path.stat()
+            digest = (digests or {}).get(path) or file_digest(path)
+            described[str(path.relative_to(self.paths.root))] = [found.st_size, found.st_mtime_ns, digest]
+        record = {"inputs": step.inputs, "outputs": described, "result": result}
+        write_atomically(self.paths.stage(step.unit), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+    # -- doing it -----------------------------------------------------------------------------------------------------------------------
+
+    def run(self, only: str | None = None) -> list[Step]:
+        """Do what is stale, in order, and return the steps that were done.
+
+        Args:
+            only: one stage; those before it must be done already.
+
+        Raises:
+            OlpackError: a check failed (before any work), a stage failed, or a stage that `only` needs is stale.
+        """
+        from olpack import stages
+
+        with locked(self.paths.root):
+            done: list[Step] = []
+            stale = [step for step in self.steps() if step.stale]
+            if only is not None:
+                self._refuse_stale_before(only, stale)
+                stale = [step for step in stale if step.stage == only]
+            if stale:
+                from olpack.plan import check, write_plan
+
+                check(self, stale)
+                write_plan(self)
+            for stage in STAGES:
+                if todo := [step for step in stale if step.stage == stage]:
+                    with self._timed(stage):
+                        getattr(stages, stage)(self, todo)
+                    done += todo
+            return done
+
+    def _refuse_stale_before(self, only: str, stale: list[Step]) -> None:
+        if only == "deploy" and not self.server:
+            from olpack.deploy.client import OllamaClient
+
+            OllamaClient().require()
+        needed = {"train": [], "export": ["train"], "modelfiles": [], "deploy": ["export"], "compare": ["export"]}[only]
+        for step in stale:
+            if step.stage in needed:
+                raise OlpackError(f"`olpack {only} {self.recipe.name}` needs {step.unit}, which is stale: {step.reason}.",
+                                  f"Run `olpack {step.stage} {self.recipe.name}`, or `olpack build {self.recipe.name}` for all of it.")
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        progress.say(f"{stage} done in {progress.duration(time.monotonic() - started)}", stage=stage, seconds=round(time.monotonic() - started, 3))

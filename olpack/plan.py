@@ -1,0 +1,225 @@
+"""What will happen, and all that would fail, before anything is done.
+
+`check` runs at the start of every build; `olpack plan` shows what it found, every setting with its origin, sizes and an estimate of the time.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
+
+from olpack import progress
+from olpack.errors import OlpackError
+from olpack.workspace import free_bytes, write_atomically
+
+if TYPE_CHECKING:
+    from olpack.export import ExportPlan
+    from olpack.pipeline import Build, Step
+
+_CHECKPOINTS = 4  # adapter, its two optimizer moments in float32, and the checkpoint being replaced
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a build needs, as far as it can be told before it runs.
+
+    Attributes:
+        parameters: weights of the base.
+        train_rows, eval_rows, train_tokens, learned_tokens: of one pass over the data.
+        steps: optimizer steps.
+        adapter_parameters: weights of the adapter.
+        device: where it trains.
+        train_seconds: from a matrix product timed here, at half its rate; None on a GPU.
+        weights_bytes: the frozen base in memory.
+        adapter_bytes: adapter, its gradients and optimizer state.
+        disk_bytes: of each GGUF, exact, by quant.
+        warnings: what a user should know and need not mend.
+    """
+
+    parameters: int
+    train_rows: int
+    eval_rows: int
+    train_tokens: int
+    learned_tokens: int
+    steps: int
+    adapter_parameters: int
+    device: str
+    train_seconds: float | None
+    weights_bytes: int
+    adapter_bytes: int
+    disk_bytes: dict[str, int]
+    warnings: list[str] = field(default_factory=list)
+
+
+def check(build: Build, stale: list[Step]) -> ExportPlan | None:
+    """Refuse now what would fail later. Reads headers, the tokenizer and every row; writes nothing in the build.
+
+    Args:
+        build: what is asked for.
+        stale: the steps that will be done. What is already done is not checked again.
+
+    Raises:
+        OlpackError: the first thing that stands in the way, with its remedy.
+    """
+    stages = {step.stage for step in stale}
+    exported = None
+    if stages & {"export", "deploy", "compare"}:
+        from olpack.llamacpp.probe import check_library
+
+        check_library()
+    if stages & {"train", "export"}:
+        from olpack.export import check_export
+
+        quants = [step.inputs["quant"] for step in stale if step.stage == "export"] or build.recipe.quants
+        exported = check_export(build.base.path, quants, out=build.paths.root / "gguf")
+        for warning in exported.warnings:
+            progress.warn(warning)
+    if stages & {"train", "export", "compare"}:
+        rows, held_out = build.rows
+        _refuse_leak(rows, held_out)
+        if build.renderer.end_of_turn(rows[0]) is None and "stop" not in build.package.parameters:
+            raise OlpackError("The base's chat template ends an assistant's turn with no special token, so served answers would never stop.",
+                              "Set `modelfile.parameters.stop` to the text that ends a turn.")
+    if "train" in stages:
+        need = _adapter_parameters(build) * 4 * _CHECKPOINTS + (sum(exported.sizes.values()) if exported else 0)
+        if (free := free_bytes(build.paths.root)) < need:
+            raise OlpackError(f"{build.paths.root} needs {progress.quantity(need, 'B')} of space, and {progress.quantity(free, 'B')} are free.",
+                              "Free some, choose another disk with --out, or make fewer quants.")
+    if "deploy" in stages:
+        from olpack.deploy.client import OllamaClient
+
+        OllamaClient().require()
+    return exported
+
+
+def _refuse_leak(rows, held_out) -> None:
+    seen = {row.text: row.source for row in rows}
+    for row in held_out:
+        if row.text in seen:
+            raise OlpackError(f"{row.source} is also in the training data ({seen[row.text]}), so its score would mean nothing.",
+                              "Remove it from one of the files.")
+
+
+def estimate(build: Build) -> Estimate:
+    """Sizes, counts and time of a whole build. Times one matrix product; writes nothing."""
+    import torch
+
+    from olpack.train.batches import schedule
+    from olpack.train.model import pick_device
+
+    exported = check(build, build.steps())
+    rows, held_out = build.rows
+    asked, device = build.recipe.train, pick_device()
+    adapter = _adapter_parameters(build)
+    tokens = sum(len(row.ids) for row in rows)
+    parameters = exported.parameters if exported else build.step("export", build.quants[0].name).result["parameters"]
+    bits = 4.13 if asked.quantization == "nf4" else 32 if device.type == "cpu" else 16  # NF4 with double quantization: 4 + 8/64 + 32/(64*256)
+    linear = _linear_parameters(build)
+    full = 4 if device.type == "cpu" else 2
+    passes = asked.epochs * tokens * 4 + 2 * sum(len(row.ids) for row in held_out) * 2  # forward 2, backward of activations 2, per weight and token
+    return Estimate(
+        parameters=parameters,
+        train_rows=len(rows),
+        eval_rows=len(held_out),
+        train_tokens=tokens,
+        learned_tokens=sum(row.learned_count for row in rows),
+        steps=len(schedule(len(rows), asked.epochs, asked.batch_size, asked.seed)),
+        adapter_parameters=adapter,
+        device="cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
+        train_seconds=passes * parameters / (0.5 * _matmul_rate()) if device.type == "cpu" else None,
+        weights_bytes=round(linear * bits / 8) + (parameters - linear) * full,
+        adapter_bytes=adapter * (4 + 4 + (8 if device.type == "cpu" else 2)),
+        disk_bytes=exported.sizes if exported else {},
+        warnings=exported.warnings if exported else [],
+    )
+
+
+def _matmul_rate() -> float:
+    """Floating-point operations per second of a float32 matrix product of this machine, the best of a few."""
+    import torch
+
+    n = 512
+    a, b = torch.randn(n, n), torch.randn(n, n)
+    best = float("inf")
+    for _ in range(20):
+        started = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - started)
+    return 2 * n**3 / best
+
+
+def _linear_shapes(build: Build) -> dict[str, tuple[int, int]]:
+    """(rows, columns) of the weights of all linear layers but the output head, from a model without data."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(build.base.path, local_files_only=True))
+    head = model.get_output_embeddings()
+    return {name: tuple(module.weight.shape) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head}
+
+
+def _linear_parameters(build: Build) -> int:
+    return sum(rows * columns for rows, columns in _linear_shapes(build).values())
+
+
+def _adapter_parameters(build: Build) -> int:
+    """rank × (rows + columns) of each layer that gets an adapter."""
+    asked = build.recipe.train
+    targets = None if asked.target_modules == "all-linear" else [asked.target_modules] if isinstance(asked.target_modules, str) else asked.target_modules
+    shapes = _linear_shapes(build)
+    return sum(asked.rank * sum(shape) for name, shape in shapes.items() if targets is None or name.rsplit(".", 1)[-1] in targets)
+
+
+def write_plan(build: Build) -> None:
+    """`plan.json`: every resolved setting with its origin, and what was stale when the build began."""
+    write_atomically(build.paths.plan, json.dumps(describe(build), indent=1, ensure_ascii=False) + "\n")
+
+
+def describe(build: Build, estimated: Estimate | None = None) -> dict:
+    """The plan as plain data."""
+    settings = {key: {"value": value, "from": build.recipe.origin(key)} for key, value in build.recipe.settings().items()}
+    steps = [{"stage": step.stage, "step": step.unit, "stale": step.reason or None} for step in build.steps()]
+    plan = {"name": build.recipe.name, "base": str(build.base.path), "build": str(build.paths.root), "server": build.server, "settings": settings, "steps": steps}
+    return plan | ({"estimate": asdict(estimated)} if estimated else {})
+
+
+def print_plan(plan: dict) -> None:
+    """The plan for a person: what will be done, what it takes, and each setting with where it came from."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(soft_wrap=False)
+    found = plan["estimate"]
+    console.print(f"[bold]{plan['name']}[/bold]  {found['parameters'] / 1e6:,.1f} M parameters, builds into {plan['build']}", highlight=False)
+    steps = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for title in ("step", "what will happen", "because"):
+        steps.add_column(title, overflow="fold")
+    for step in plan["steps"]:
+        steps.add_row(step["step"], "run" if step["stale"] else "nothing", step["stale"] or "done, and its inputs are the same")
+    if plan["server"] is None:
+        steps.add_row("deploy", "nothing", "no Ollama server answers")
+    console.print(steps, "")
+    needs = Table(box=None, pad_edge=False, show_header=False)
+    epochs = plan["settings"]["train.epochs"]["value"]
+    needs.add_row("data", f"{found['train_rows']:,} rows to learn, {found['eval_rows']:,} held out; {found['train_tokens']:,} tokens a pass, "
+                          f"{found['learned_tokens'] / found['train_tokens']:.0%} of them learned")
+    needs.add_row("training", f"{found['steps']:,} steps ({epochs:g} epochs) on {found['device']}"
+                  + (f", about {progress.duration(found['train_seconds'])}" if found["train_seconds"] else ""))
+    needs.add_row("adapter", f"{found['adapter_parameters']:,} weights; with gradients and optimizer {progress.quantity(found['adapter_bytes'], 'B')}")
+    needs.add_row("frozen base", f"{progress.quantity(found['weights_bytes'], 'B')} in memory as {plan['settings']['train.quantization']['value']}, "
+                                 "activations and logits besides")
+    if found["disk_bytes"]:
+        files = ", ".join(f"{quant} {progress.quantity(size, 'B')}" for quant, size in found["disk_bytes"].items())
+        needs.add_row("disk", f"{progress.quantity(sum(found['disk_bytes'].values()), 'B')}: {files}; no intermediate files")
+    console.print(needs, "", highlight=False)
+    settings = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for title in ("setting", "value", "from"):
+        settings.add_column(title, overflow="fold")
+    for key, setting in plan["settings"].items():
+        value = setting["value"]
+        settings.add_row(key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), setting["from"])
+    console.print(settings, highlight=False, markup=False)

@@ -1,0 +1,65 @@
+"""The quant types by name: llama.cpp's file types, and the tag that each has in Ollama's library.
+
+    quant_type("q4_k_m")    # QuantType(name="Q4_K_M", tag="q4_K_M", ftype=15)
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+from olpack.errors import OlpackError
+
+
+@dataclass(frozen=True)
+class QuantType:
+    """One of llama.cpp's file types: a mix of tensor types under one name.
+
+    Attributes:
+        name: as llama.cpp spells it, "Q4_K_M".
+        tag: as Ollama's library spells it, "q4_K_M".
+        ftype: the value of `enum llama_ftype` in llama.h, written to `general.file_type`.
+    """
+
+    name: str
+    tag: str
+    ftype: int
+
+
+# `enum llama_ftype` of llama.h. Not here: MXFP4_MOE and NVFP4, formats that a model is trained in, and numbers whose types were removed.
+_FTYPES = {
+    "F32": 0, "F16": 1, "BF16": 32,
+    "Q4_0": 2, "Q4_1": 3, "Q5_0": 8, "Q5_1": 9, "Q8_0": 7,
+    "Q2_K_S": 21, "Q2_K": 10, "Q3_K_S": 11, "Q3_K_M": 12, "Q3_K_L": 13,
+    "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18,
+    "IQ1_S": 24, "IQ1_M": 31, "IQ2_XXS": 19, "IQ2_XS": 20, "IQ2_S": 28, "IQ2_M": 29,
+    "IQ3_XXS": 23, "IQ3_XS": 22, "IQ3_S": 26, "IQ3_M": 27, "IQ4_NL": 25, "IQ4_XS": 30,
+    "TQ1_0": 36, "TQ2_0": 37, "Q1_0": 40, "Q2_0": 41,
+}  # fmt: skip
+
+# What llama-quantize understands too.
+_ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
+
+
+def _tag(name: str) -> str:
+    """Lower case, but a K and what follows it stay as they are: q4_0, q4_K_M, q6_K, iq4_xs, f16."""
+    head, separator, rest = name.partition("_K")
+    return head.lower() + separator + rest
+
+
+QUANT_TYPES: dict[str, QuantType] = {name: QuantType(name, _tag(name), ftype) for name, ftype in _FTYPES.items()}
+
+
+def quant_type(name: str) -> QuantType:
+    """The quant type of a name, in any case: "q4_k_m", "Q4_K_M" and the tag "q4_K_M" are the same.
+
+    Raises:
+        OlpackError: no such type; the message names the nearest and lists all.
+    """
+    wanted = str(name).strip().upper()
+    wanted = _ALIASES.get(wanted, wanted)
+    if wanted in QUANT_TYPES:
+        return QUANT_TYPES[wanted]
+    near = difflib.get_close_matches(wanted, QUANT_TYPES, n=1, cutoff=0.5)
+    hint = f"Did you mean {near[0]}? " if near else ""
+    raise OlpackError(f"There is no quant type '{name}'.", f"{hint}llama.cpp has: {', '.join(QUANT_TYPES)}.")

@@ -1,0 +1,293 @@
+"""What a user writes: `modelfiles/NAME/recipe.yaml`, one schema, unknown keys refused, every field documented.
+
+    recipe = load(folder / "recipe.yaml", overrides=["train.epochs=3"])
+    recipe.train.rank, recipe.origin("train.rank")      # 16, "recipe.yaml:5" or "--set" or "default"
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+
+from olpack.deploy.names import check_name
+from olpack.deploy.parameters import check_parameters
+from olpack.errors import OlpackError
+from olpack.quants import quant_type
+
+
+class _Section(BaseModel):
+    # Strict: `rank: "16"` and `rank: yes` are mistakes to name, not to guess at.
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class Data(_Section):
+    train: str
+    """Chats to learn from: a JSONL file with `messages`, relative to the recipe."""
+    eval: str | None = None
+    """Held-out chats. Without it, `eval_share` of the training rows is set apart by the hash of each row."""
+    eval_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
+    """Share of rows set apart when there is no `eval`."""
+    max_length: Annotated[int, Field(ge=16)] = 2048
+    """Longest row in tokens. A longer one is an error: cutting an answer would teach the model to stop in the middle."""
+
+
+class Train(_Section):
+    quantization: Literal["nf4", "none"] = "nf4"
+    """How the frozen base is held: 4-bit NormalFloat with double quantization (QLoRA), or unquantized (LoRA)."""
+    rank: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Rank of the low-rank update."""
+    alpha: Annotated[float, Field(gt=0)] = 32
+    """The update is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input."""
+    target_modules: str | list[str] = "all-linear"
+    """Layers that get an adapter: `all-linear` (every linear layer but the output head) or a list of names."""
+    epochs: Annotated[float, Field(gt=0)] = 2
+    """Passes over the training rows."""
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-4
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate goes from its peak to zero (or stays)."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    """Share of the steps in which the learning rate rises to its peak."""
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    """Rows per optimizer step."""
+    micro_batch_tokens: Annotated[int, Field(ge=16)] | Literal["auto"] = "auto"
+    """Tokens (padding included) that go through the model at once. `auto`: 512 on a CPU, 8,192 on a GPU."""
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Recompute activations in the backward pass: less memory, about a quarter more time. `auto`: on a GPU."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay of AdamW on the adapter."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are scaled down to this norm."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the adapter's initialisation, the order of rows and dropout."""
+
+
+class Message(_Section):
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class Modelfile(_Section):
+    system: str | None = None
+    """System prompt. None: the chat template's own, if it has one."""
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    """Ollama parameters: temperature, num_ctx, stop, … `num_ctx` is 4096, or what the model has, where it is not given."""
+    license: str | None = None
+    """Licence text or name, shown by `ollama show --license`."""
+    messages: list[Message] = Field(default_factory=list)
+    """Turns that every conversation starts with."""
+    template: str | None = None
+    """A Go template, only for servers that need one. The trained chat template is in the GGUF."""
+
+    @field_validator("parameters")
+    @classmethod
+    def _known_parameters(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if problems := check_parameters(value):
+            raise ValueError("; ".join(problems))
+        return value
+
+
+class Compare(_Section):
+    eval_rows: Annotated[int, Field(ge=1)] = 100
+    """At most this many held-out rows are scored."""
+    prompts: list[str] = Field(default_factory=list)
+    """Prompts answered by every quant, side by side in the report. None given: the first three held-out requests."""
+    prompt_tokens: Annotated[int, Field(ge=16)] = 512
+    """Length of the prompts on which speed is measured."""
+    generated_tokens: Annotated[int, Field(ge=8)] = 64
+    """Tokens generated in each timed run."""
+    repeats: Annotated[int, Field(ge=1)] = 3
+    """Timed runs per figure; the table shows their median, the report their spread."""
+    max_loss: Annotated[float, Field(gt=0)] = 0.01
+    """The recommended quant is the smallest whose perplexity is at most this share above the best."""
+
+
+class Recipe(_Section):
+    base: str
+    """`builtin/tiny-coder`, a folder with a Hugging Face model, or a Hub id such as `Qwen/Qwen3-0.6B`."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub id."""
+    data: Data
+    train: Train = Field(default_factory=Train)
+    quants: Annotated[list[str], Field(min_length=1)] = Field(default_factory=lambda: ["Q4_0", "Q4_K_M", "Q5_K_M", "Q8_0"])
+    """Quant types of llama.cpp to make."""
+    modelfile: Modelfile = Field(default_factory=Modelfile)
+    compare: Compare = Field(default_factory=Compare)
+
+    _name: str = PrivateAttr("")
+    _folder: Path = PrivateAttr(Path())
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @field_validator("quants")
+    @classmethod
+    def _known_quants(cls, value: list[str]) -> list[str]:
+        try:
+            names = [quant_type(quant).name for quant in value]
+        except OlpackError as error:
+            raise ValueError(str(error)) from None
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"{', '.join(sorted(twice))} is listed twice.")
+        return names
+
+    @model_validator(mode="after")
+    def _revision_of_hub_id(self) -> Recipe:
+        if self.revision and self.base.startswith("builtin/"):
+            raise ValueError("revision goes with a Hub id; a builtin base has none.")
+        return self
+
+    @property
+    def name(self) -> str:
+        """The package's name: that of its folder."""
+        return self._name
+
+    @property
+    def folder(self) -> Path:
+        """Where the recipe and its data lie."""
+        return self._folder
+
+    def origin(self, key: str) -> str:
+        """Where a setting came from: "recipe.yaml:5", "--set" or "default"."""
+        return self._origins.get(key, "default")
+
+    def settings(self) -> dict[str, Any]:
+        """Every setting as dotted key and value, in the schema's order."""
+        return dict(_flatten(self.model_dump(), ""))
+
+
+def load(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe and check it.
+
+    Args:
+        path: the `recipe.yaml`; the package is called like its folder.
+        overrides: "train.epochs=3", values in YAML's notation, each replacing what the file says.
+
+    Raises:
+        OlpackError: every problem of the file, each with its line.
+    """
+    name = path.parent.resolve().name
+    check_name(name)
+    document, lines = _read_yaml(path)
+    origins = {key: f"{path.name}:{line}" for key, line in lines.items()}
+    for override in overrides or []:
+        key = _apply_override(document, override)
+        origins[key] = "--set"
+    try:
+        recipe = Recipe.model_validate(document)
+    except ValidationError as error:
+        problems = [_sentence(item, path, lines, origins) for item in error.errors()]
+        raise OlpackError("\n".join(problems)) from None
+    recipe._name, recipe._folder, recipe._origins = name, path.parent, origins
+    return recipe
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with 1.2's numbers: `2e-4` is a float, as its author means it."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise OlpackError(f"There is no {path}.") from None
+    except UnicodeDecodeError as error:
+        raise OlpackError(f"{path} is not UTF-8 (byte {error.start}).", "Save it as UTF-8.") from None
+    try:
+        node = yaml.compose(text, _Loader)
+        lines: dict[str, int] = {}
+        _lines_of(node, "", lines, path)
+        document = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}" if mark else ""
+        raise OlpackError(f"{path}{place}: {getattr(error, 'problem', None) or error}.", "It must be valid YAML.") from None
+    if not isinstance(document, dict):
+        raise OlpackError(f"{path} must hold settings such as `base: builtin/tiny-coder`.")
+    return document, lines
+
+
+def _lines_of(node: yaml.Node | None, prefix: str, lines: dict[str, int], path: Path) -> None:
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        name = f"{prefix}{key.value}"
+        if name in lines:
+            raise OlpackError(f"{path}, line {key.start_mark.line + 1}: '{name}' is given twice.", "Keep one of them.")
+        lines[name] = key.start_mark.line + 1
+        _lines_of(value, f"{name}.", lines, path)
+
+
+def _apply_override(document: dict[str, Any], override: str) -> str:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise OlpackError(f"--set {override!r} is not of the form key=value.", "For example: --set train.epochs=3")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        value = text
+    place = document
+    *parents, last = key.split(".")
+    for parent in parents:
+        place = place.setdefault(parent, {})
+        if not isinstance(place, dict):
+            raise OlpackError(f"--set {key}: '{parent}' is a single value, it has no settings inside.")
+    place[last] = value
+    return key
+
+
+def _sentence(item: dict[str, Any], path: Path, lines: dict[str, int], origins: dict[str, str]) -> str:
+    """One of pydantic's errors as a sentence with its place, and what may have been meant."""
+    parts = [str(part) for part in item["loc"]]
+    fields = [part for part in parts if part not in ("constrained-int", "constrained-float", "int", "float", "bool", "str")]
+    fields = [part for part in fields if not part.startswith(("literal[", "list["))]
+    key = ".".join(fields)
+    known = next((".".join(fields[:n]) for n in range(len(fields), 0, -1) if ".".join(fields[:n]) in origins), "")
+    if origins.get(known) == "--set":
+        place = f"--set {known}"
+    else:
+        place = f"{path}, line {lines[known]}" if known in lines else str(path)
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(fields[-1], _keys_of(fields[:-1]), n=1, cutoff=0.5)
+        hint = f"Did you mean '{near[0]}'?" if near else f"Known here: {', '.join(_keys_of(fields[:-1]))}."
+        return f"{place}: unknown key '{key}'. {hint}"
+    if item["type"] == "missing":
+        return f"{place}: '{key}' is missing. {_description(fields)}".strip()
+    message = item["msg"].removeprefix("Value error, ").rstrip(".")
+    got = "" if item["type"] == "value_error" else f", not {item['input']!r}"
+    subject = f"'{key}': " if key else ""
+    return f"{place}: {subject}{message}{got}."
+
+
+def _section(fields: list[str]) -> type[BaseModel]:
+    model: type[BaseModel] = Recipe
+    for field in fields:
+        annotation = model.model_fields[field].annotation if field in model.model_fields else None
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            model = annotation
+    return model
+
+
+def _keys_of(fields: list[str]) -> list[str]:
+    return list(_section(fields).model_fields)
+
+
+def _description(fields: list[str]) -> str:
+    field = _section(fields[:-1]).model_fields.get(fields[-1])
+    return f"It says: {field.description}" if field is not None and field.description else ""
+
+
+def _flatten(value: dict[str, Any], prefix: str):
+    for key, inner in value.items():
+        if isinstance(inner, dict) and key != "parameters":
+            yield from _flatten(inner, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", inner

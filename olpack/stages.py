@@ -1,0 +1,155 @@
+"""What each stage does with its inputs: the seam between the pipeline and the rooms. Each function gets the build and its stale steps."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from olpack import __version__, progress
+from olpack.errors import OlpackError
+from olpack.quants import quant_type
+
+if TYPE_CHECKING:
+    from olpack.pipeline import Build, Step
+
+_ANSWERED = 3  # held-out requests that every quant answers where the recipe has no prompts
+
+
+def train(build: Build, steps: list[Step]) -> None:
+    """Fine-tune; the adapter lands in `build/NAME/adapter/`."""
+    from olpack.train import train as run
+
+    (step,) = steps
+    rows, held_out = build.rows
+    paths = build.paths
+    result = run(build.base, rows, held_out, build.recipe.train, out=paths.adapter, checkpoint=paths.checkpoint, key=step.key)
+    progress.say(f"eval loss {result.eval_loss_before:.3f} -> {result.eval_loss_after:.3f} in {result.steps} steps "
+                 f"({result.learned_tokens:,} learned tokens, {result.padding_share:.0%} padding)")
+    build.finish(step, sorted(path for path in paths.adapter.iterdir() if path.is_file()), asdict(result))
+
+
+def export(build: Build, steps: list[Step]) -> None:
+    """Merge, convert and quantize in one pass; a GGUF for each stale step."""
+    from olpack.deploy.chat_template import pins_for, protect
+    from olpack.export import Target, export
+
+    template = build.renderer.tokenizer.chat_template
+    paths = {step.unit: build.paths.gguf(step.inputs["quant"]) for step in steps}
+    metadata = {
+        "olpack.version": __version__,
+        "olpack.base": build.recipe.base,
+        "olpack.base_digest": build.base.digest,
+        "olpack.training": steps[0].inputs["training"],
+        **({"general.license": build.base.license} if build.base.license else {}),
+    }
+    files = export(
+        build.base.path,
+        [Target(step.inputs["quant"], paths[step.unit]) for step in steps],
+        adapter=build.paths.adapter,
+        name=build.recipe.name,
+        chat_template=protect(template, pins_for(template, {})),
+        # What ends a turn is what training saw there, whatever the tokenizer calls it.
+        end_of_turn=build.renderer.end_of_turn(build.rows[0][0]),
+        metadata=metadata,
+    )
+    for step, file in zip(steps, files, strict=True):
+        figures = {"size": file.size, "sha256": file.sha256, "bits_per_weight": file.bits_per_weight, "parameters": file.parameters}
+        build.finish(step, [paths[step.unit]], figures, {paths[step.unit]: file.sha256})
+    made = ", ".join(f"{file.quant} {progress.quantity(file.size, 'B')}" for file in files)
+    progress.say(f"wrote {made} to {build.paths.root / 'gguf'}")
+
+
+def modelfiles(build: Build, steps: list[Step]) -> None:
+    """Render a Modelfile for each quant, usable with `ollama create -f`."""
+    from olpack.deploy.modelfile import differences, parse, render, unrepresentable
+    from olpack.workspace import template_source, write_atomically
+
+    source, outputs = template_source("Modelfile.j2"), []
+    for problem in unrepresentable(build.package):
+        progress.warn(f"{problem} `olpack deploy` sends it unchanged.")
+    for quant in build.quants:
+        path = build.paths.modelfile(quant.tag)
+        text = render(build.package, Path("..") / "gguf" / build.paths.gguf(quant.name).name, source)
+        if not unrepresentable(build.package) and (lost := differences(parse(text), build.package)):
+            raise OlpackError(f"The rendered Modelfile does not say what the recipe does: {'; '.join(lost)}", "Mend templates/Modelfile.j2.")
+        write_atomically(path, text)
+        outputs.append(path)
+    build.finish(steps[0], outputs, {"from": str(outputs[0])})
+
+
+def deploy(build: Build, steps: list[Step]) -> None:
+    """Register every quant with the server, prove that the prompt is the trained one, and have each tag answer once."""
+    from olpack.deploy.client import OllamaClient
+    from olpack.deploy.identity import check_identity
+    from olpack.deploy.register import Registered, register
+    from olpack.deploy.smoke import smoke
+
+    client, (step,) = OllamaClient(), steps
+    client.require()
+    before = [Registered(**record) for record in step.result.get("registered", [])]
+    records = register(client, build.recipe.name, quant_files(build), build.package, before=before)
+    conversations = questions(build)
+    identity = check_identity(client, records[0].model, build.renderer.tokenizer, conversations)
+    identity.require()
+    progress.say(identity.summary())
+    for record in records:
+        answered = smoke(client, record.model, conversations[0])
+        if not answered.stopped:
+            progress.warn(f"{record.model} was cut after {answered.tokens} tokens: it may not know when to stop")
+    build.finish(step, [], {"registered": [asdict(record) for record in records], "identity": identity.summary()})
+
+
+def compare(build: Build, steps: list[Step]) -> None:
+    """Measure every quant, recommend one, write `results.json` and the report, and point `:latest` to the recommended tag."""
+    from olpack.compare import MeasureSettings, measure, write_report, write_results
+    from olpack.deploy.client import OllamaClient
+    from olpack.deploy.register import register
+    from olpack.workspace import template_source
+
+    asked, paths, (step,) = build.recipe.compare, build.paths, steps
+    settings = MeasureSettings(prompt_lengths=(asked.prompt_tokens,), generated_tokens=asked.generated_tokens, repeats=asked.repeats,
+                               context=build.package.parameters["num_ctx"], tolerance=asked.max_loss)
+    _, held_out = build.rows
+    client = OllamaClient() if build.server else None
+    results = measure(quant_files(build), held_out[: asked.eval_rows], questions(build), settings, client, build.recipe.name, paths.compare / "measured")
+    write_results(results, paths.results)
+    write_report(results, paths.report, template_source("report.html.j2"), metrics=paths.adapter / "metrics.jsonl")
+    best = results.recommendation
+    if client and best:
+        register(client, build.recipe.name, quant_files(build), build.package, latest=best.tag)
+    build.finish(step, [paths.results, paths.report], {"recommended": best.tag if best else None})
+
+
+def quant_files(build: Build) -> list:
+    """The exported GGUFs as `compare` and `deploy` take them."""
+    from olpack.compare.measure import QuantFile
+
+    files = []
+    for quant in build.quants:
+        made = build.step("export", quant.name).result
+        files.append(QuantFile(quant.name, quant.tag, build.paths.gguf(quant.name), made["size"], made["bits_per_weight"], made["sha256"]))
+    return files
+
+
+def questions(build: Build) -> list[list[dict]]:
+    """Conversations that every quant answers: the recipe's prompts under its system prompt, or the first held-out requests as they are."""
+    if not build.recipe.compare.prompts:
+        from olpack.data import load_chats
+
+        path = build.data_file("eval") or build.data_file("train")
+        return [_request(chat.messages) for chat in load_chats(path)[:_ANSWERED]]
+    system = [{"role": "system", "content": build.recipe.modelfile.system}] if build.recipe.modelfile.system else []
+    return [[*system, {"role": "user", "content": prompt}] for prompt in build.recipe.compare.prompts]
+
+
+def _request(messages: list[dict]) -> list[dict]:
+    """A conversation up to its first answer."""
+    first = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
+    return [{"role": message["role"], "content": message["content"]} for message in messages[:first]]
+
+
+def recommended(build: Build) -> str:
+    """The tag to run: what the comparison recommends, or the first quant's."""
+    step = build.step("compare")
+    return step.result.get("recommended") or quant_type(build.recipe.quants[0]).tag

@@ -1,0 +1,96 @@
+"""`olpack run`: talk to a package, through the Ollama server if it has it, else with the embedded llama.cpp."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from olpack import progress
+from olpack.errors import OlpackError
+
+Answer = Callable[[list[dict]], Iterator[str]]
+
+
+def talk(model: str, prompt: str | None, out: Path | None) -> None:
+    """Answer one prompt, or hold a conversation until end of input.
+
+    Args:
+        model: NAME or NAME:TAG.
+        prompt: one question; None: questions are read line by line, and earlier turns are remembered.
+        out: folder that holds the build.
+
+    Raises:
+        OlpackError: neither the server nor the build folder has the model.
+    """
+    name, _, tag = model.partition(":")
+    answer = _served(name, tag) or _embedded(name, tag, out)
+    if prompt is not None:
+        _print(answer([{"role": "user", "content": prompt}]))
+        return
+    history: list[dict] = []
+    while (line := _ask()) is not None:
+        if line.strip():
+            history.append({"role": "user", "content": line})
+            history.append({"role": "assistant", "content": _print(answer(history))})
+
+
+def _ask() -> str | None:
+    if not sys.stdin.isatty():
+        return sys.stdin.readline() or None
+    try:
+        return input(">>> ")
+    except EOFError:
+        print()
+        return None
+
+
+def _print(pieces: Iterator[str]) -> str:
+    text = ""
+    for piece in pieces:
+        text += piece
+        print(piece, end="", flush=True)
+    print()
+    return text
+
+
+def _served(name: str, tag: str) -> Answer | None:
+    """Answers of the server, or None where no server has the model."""
+    from olpack.deploy import same
+    from olpack.deploy.client import OllamaClient
+
+    client = OllamaClient()
+    if client.version() is None:
+        return None
+    model = f"{name}:{tag or 'latest'}"
+    if not any(same(listed.model, model) for listed in client.tags()):
+        return None
+    return lambda messages: (piece.message.content or "" for piece in client.stream_chat(model, messages))
+
+
+def _embedded(name: str, tag: str, out: Path | None) -> Answer:
+    """Answers of a GGUF in the build folder, with the system prompt and the parameters of its recipe."""
+    from olpack import recipe
+    from olpack.pipeline import Build
+    from olpack.quants import quant_type
+    from olpack.stages import recommended
+    from olpack.workspace import recipe_path
+
+    build = Build(recipe.load(recipe_path(name)), out)
+    quant = quant_type(tag or recommended(build))
+    path = build.paths.gguf(quant.name)
+    if not path.is_file():
+        built = ", ".join(f"{name}:{known.tag}" for known in build.quants if build.paths.gguf(known.name).is_file())
+        raise OlpackError(f"{name}:{quant.tag} is not built.", f"Built are: {built}." if built else f"Run `olpack build {name}`.")
+
+    from olpack.llamacpp.probe import check_library
+
+    check_library()
+    from olpack.llamacpp.engine import Engine, Sampling
+
+    parameters = build.package.parameters
+    with progress.task(f"loading {path.name}"):
+        engine = Engine(path, parameters["num_ctx"])
+    start = [{"role": "system", "content": build.package.system}] if build.package.system else []
+    start += build.package.messages
+    return lambda messages: iter(engine.generate([*start, *messages], parameters.get("num_predict"), Sampling.of(parameters)))

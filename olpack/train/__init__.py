@@ -1,0 +1,64 @@
+"""The training room: rows in, a LoRA adapter in peft's format out.
+
+    result = train(base, rows, eval_rows, settings, out=Path("adapter"), checkpoint=Path("checkpoint"), key="…")
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from olpack.base import Base
+    from olpack.data import TokenRow
+    from olpack.recipe import Train
+
+__all__ = ["TrainResult", "train"]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What training came to. Losses are mean negative log-probabilities per learned token, in nats.
+
+    Attributes:
+        steps: optimizer steps.
+        learned_tokens: learned tokens that went through the model, every epoch counted.
+        padding_share: share of the processed tokens that was padding.
+        eval_loss_before, eval_loss_after: on the held-out rows, with the base and with the adapter.
+        trainable_parameters: weights of the adapter.
+        device: "cpu", or the GPU's name.
+        peak_gpu_bytes: the most GPU memory that was allocated at once; None on a CPU.
+        seconds: wall time, earlier parts of a resumed run included.
+    """
+
+    steps: int
+    learned_tokens: int
+    padding_share: float
+    eval_loss_before: float
+    eval_loss_after: float
+    trainable_parameters: int
+    device: str
+    peak_gpu_bytes: int | None
+    seconds: float
+
+
+def train(base: Base, rows: list[TokenRow], eval_rows: list[TokenRow], settings: Train, *, out: Path, checkpoint: Path, key: str) -> TrainResult:
+    """Fine-tune the base with QLoRA and write the adapter.
+
+    Args:
+        base: the model.
+        rows: what is learned; only tokens flagged `learned` enter the loss.
+        eval_rows: held-out rows, scored before and after.
+        settings: the recipe's `train` section.
+        out: folder of the adapter, in peft's format, with `metrics.jsonl` and `settings.json`; replaced whole.
+        checkpoint: folder that an interrupted run leaves and the next one goes on from; removed at the end.
+        key: identity of everything that decides the result; a checkpoint with another key is not used.
+
+    Raises:
+        OlpackError: the base does not load, the loss is not finite, memory runs out for a single row, the disk is full.
+        KeyboardInterrupt: after the checkpoint has been written.
+    """
+    from olpack.train.loop import run
+
+    return run(base, rows, eval_rows, settings, out=out, checkpoint=checkpoint, key=key)

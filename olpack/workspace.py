@@ -1,0 +1,214 @@
+"""Where things lie, and how they get there whole: packages, templates, the build folder, atomic writes, digests, the lock.
+
+    modelfiles/NAME/recipe.yaml         what the user writes (the one in the working folder wins over the shipped one)
+    templates/Modelfile.j2              likewise
+    build/NAME/adapter/                 what training made
+    build/NAME/gguf/NAME-Q4_K_M.gguf    what export made
+    build/NAME/modelfiles/q4_K_M.Modelfile
+    build/NAME/compare/results.json, report.html
+    build/NAME/stages/*.json            which inputs each of these was made from
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from olpack.errors import OlpackError
+
+PACKAGE = Path(__file__).parent
+CHUNK = 1 << 20
+
+
+def shipped(kind: str) -> Path:
+    """The `modelfiles` or `templates` that came with olpack: inside the installed package, or beside it in a checkout."""
+    inside = PACKAGE / kind
+    return inside if inside.is_dir() else PACKAGE.parent / kind
+
+
+def recipe_path(name: str) -> Path:
+    """The recipe of a package: the working folder's own first, then the shipped one.
+
+    Raises:
+        OlpackError: there is no such package; the names that exist are listed.
+    """
+    for root in (Path("modelfiles"), shipped("modelfiles")):
+        path = root / name / "recipe.yaml"
+        if path.is_file():
+            return path
+    if Path(name).name != name:
+        raise OlpackError(f"{name!r} is not the name of a package.", "A package is a folder in modelfiles/, such as coding-assistant.")
+    known = ", ".join(packages()) or "none"
+    raise OlpackError(f"There is no modelfiles/{name}/recipe.yaml here, and olpack ships none of that name.", f"Packages: {known}.")
+
+
+def packages() -> list[str]:
+    """Names of the packages that `recipe_path` finds, sorted."""
+    roots = (Path("modelfiles"), shipped("modelfiles"))
+    return sorted({path.parent.name for root in roots for path in root.glob("*/recipe.yaml")})
+
+
+def template_environment():
+    """A Jinja environment that finds `templates/` in the working folder first, then the shipped ones."""
+    import jinja2
+
+    loader = jinja2.FileSystemLoader([Path("templates").absolute(), shipped("templates")])
+    return jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True,
+                              autoescape=jinja2.select_autoescape(["html", "html.j2"]))
+
+
+def template_source(name: str) -> str:
+    """The text of a template, from the working folder's `templates/` or the shipped ones."""
+    environment = template_environment()
+    return environment.loader.get_source(environment, name)[0]
+
+
+@dataclass(frozen=True)
+class BuildPaths:
+    """The folder of one build, and what lies where in it."""
+
+    name: str
+    root: Path
+
+    @property
+    def adapter(self) -> Path:
+        return self.root / "adapter"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.root / "checkpoint"
+
+    def gguf(self, quant: str) -> Path:
+        return self.root / "gguf" / f"{self.name}-{quant}.gguf"
+
+    def modelfile(self, tag: str) -> Path:
+        return self.root / "modelfiles" / f"{tag}.Modelfile"
+
+    @property
+    def compare(self) -> Path:
+        return self.root / "compare"
+
+    @property
+    def results(self) -> Path:
+        return self.compare / "results.json"
+
+    @property
+    def report(self) -> Path:
+        return self.compare / "report.html"
+
+    @property
+    def plan(self) -> Path:
+        return self.root / "plan.json"
+
+    def stage(self, unit: str) -> Path:
+        return self.root / "stages" / f"{unit}.json"
+
+
+def write_atomically(path: Path, data: str | bytes) -> None:
+    """Write a file that is there whole or not at all, also across a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OlpackError(f"{path} could not be written: {error.strerror}.", "Free some space, or choose another folder with --out.") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_atomically(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its place when the block ends well, and vanishes when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+        old = path.with_name(f".{path.name}.{os.getpid()}.old")
+        if path.exists():
+            os.replace(path, old)
+        os.replace(temporary, path)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise OlpackError(f"{path} could not be written: {error.strerror}.", "Free some space, or choose another folder with --out.") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """Only one olpack at a time works in a build folder.
+
+    Raises:
+        OlpackError: another process holds the lock.
+    """
+    import filelock
+
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(root / ".lock", timeout=0):
+            yield
+    except filelock.Timeout:
+        raise OlpackError(f"Another olpack is working in {root}.", "Wait for it, or build into another folder with --out.") from None
+    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+        raise OlpackError(f"{root} cannot be used as a build folder: {error.strerror}.", "Choose another with --out.") from None
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def value_digest(value: Any) -> str:
+    """SHA-256 of a JSON-able value, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """Identity of a model folder in well under a second, whatever its size.
+
+    Files up to 16 MiB are read whole; of a larger one (weights) the size, both ends and 64 slices of 4 KiB spread evenly.
+    Every step of training moves almost every weight, so two models that differ are told apart; a flipped bit is not,
+    and need not be: it is a key, not a checksum.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if not path.is_file() or path.name.startswith(".") or path.suffix.lower() == ".md":
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\0".encode())
+        with path.open("rb") as file:
+            if size <= 16 * CHUNK:
+                digest.update(file.read())
+                continue
+            digest.update(file.read(CHUNK))
+            for index in range(64):
+                file.seek(CHUNK + index * (size - 2 * CHUNK) // 64)
+                digest.update(file.read(4096))
+            file.seek(size - CHUNK)
+            digest.update(file.read(CHUNK))
+    return digest.hexdigest()
+
+
+def free_bytes(path: Path) -> int:
+    """Free space, in bytes, of the file system on which `path` lies or will lie."""
+    while not path.exists():
+        path = path.absolute().parent
+    return shutil.disk_usage(path).free

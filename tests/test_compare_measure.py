@@ -1,0 +1,214 @@
+"""Measuring real GGUF files in real worker processes, and through a double of the server."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+from pathlib import Path
+
+import gguf
+import pytest
+import tiny_gguf
+import torch
+from ollama_double import OllamaDouble
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from olpack.compare import MeasureSettings, QuantFile, Results, measure
+from olpack.compare.job import Job
+from olpack.compare.process import events
+from olpack.data.rows import TokenRow
+from olpack.deploy.client import OllamaClient, blob_digest
+from olpack.errors import OlpackError
+
+SETTINGS = MeasureSettings(prompt_lengths=(48,), generated_tokens=8, repeats=2, context=512, threads=1, answer_tokens=48)
+PROMPTS = [[{"role": "user", "content": "Write add."}], [{"role": "user", "content": "naïve 日本語"}]]
+TEXTS = [
+    "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\ndef add(a, b):<|im_end|>\n",
+    "<|im_start|>assistant\nnaïve café 🙂<|im_end|>\n",
+    "print(item)",
+]
+
+
+def row(tokenizer, text: str, number: int) -> TokenRow:
+    ids = tokenizer.encode(text).ids
+    return TokenRow(ids, [at >= len(ids) // 3 for at in range(len(ids))], text, f"eval.jsonl:{number}")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """F32 and Q8_0 of one model; CRASH, on which llama.cpp stops at an assertion; ENDLESS, which says one thing for ever."""
+    folder = tmp_path_factory.mktemp("gguf")
+    tokenizer = tiny_gguf.tokenizer()
+    model = tiny_gguf.model(tokenizer.get_vocab_size())
+    tiny_gguf.write(folder / "F32.gguf", model, tokenizer)
+    tiny_gguf.write(folder / "Q8_0.gguf", model, tokenizer, gguf.GGMLQuantizationType.Q8_0)
+    # Four heads cannot share three pairs of keys and values: no check at loading finds it.
+    uneven = Qwen3Config(**{**model.config.to_dict(), "num_key_value_heads": 3})
+    tiny_gguf.write(folder / "CRASH.gguf", Qwen3ForCausalLM(uneven).float(), tokenizer)
+    tiny_gguf.write(folder / "ENDLESS.gguf", tiny_gguf.parrot(tokenizer.get_vocab_size(), tokenizer.encode("x").ids[0]), tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[TokenRow]:
+    tokenizer = tiny_gguf.tokenizer()
+    return [row(tokenizer, text, number) for number, text in enumerate(TEXTS, 1)]
+
+
+def quant_file(folder: Path, name: str) -> QuantFile:
+    path = folder / f"{name}.gguf"
+    return QuantFile(name, name.lower(), path, path.stat().st_size, 8.5)
+
+
+def test_everything_is_measured_without_a_server(folder, rows):
+    results = measure([quant_file(folder, "F32"), quant_file(folder, "Q8_0")], rows, PROMPTS, SETTINGS, None, "tiny")
+    full, small = results.quants
+    for quant in results.quants:
+        speed = quant.speed
+        assert speed.prompt[0].prompt_tokens == 48 and len(speed.prompt[0].tokens_per_s.values) == 2
+        assert speed.generation_tokens_per_s.low > 0 and len(speed.load_warm_s.values) == 3
+        assert 0 < speed.peak_memory_bytes < 500_000_000
+        assert quant.perplexity.same_tokens_rows == 3 and len(quant.answers) == 2
+    assert full.sha256 != small.sha256 and len(full.sha256) == 64
+    assert "embedded" in full.speed.engine and results.recommendation.tag in ("f32", "q8_0")
+    assert Results.model_validate_json(results.model_dump_json()) == results
+
+    tokenizer = tiny_gguf.tokenizer()
+    model, total = tiny_gguf.model(tokenizer.get_vocab_size()), 0.0
+    with torch.no_grad():
+        for one in rows:
+            scores = torch.log_softmax(model(torch.tensor([one.ids])).logits[0].double(), -1)
+            total -= sum(scores[at - 1, one.ids[at]].item() for at in range(1, len(one.ids)) if one.learned[at])
+    expected = math.exp(total / sum(one.learned_count for one in rows))
+    assert full.perplexity.value == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_worker_killed_by_a_signal_does_not_stop_the_others(folder, rows, tmp_path):
+    files = [quant_file(folder, "CRASH"), quant_file(folder, "F32")]
+    results = measure(files, rows, PROMPTS, SETTINGS, None, "tiny", tmp_path)
+    crashed, sound = results.quants
+    assert crashed.speed is None and crashed.perplexity is None
+    (flag,) = crashed.flags
+    assert flag.serious and "crashed (SIGABRT) on CRASH.gguf" in flag.text and "GGML_NATIVE=OFF" in flag.text and "GGML_ASSERT" in flag.text
+    assert sound.perplexity is not None and not any(flag.serious for flag in sound.flags)
+    assert results.recommendation.quant == "F32"
+    assert {path.name for path in tmp_path.iterdir()} == {"f32.speed.json", "f32.perplexity.json", "f32.answers.json"}
+
+
+def test_when_nothing_can_be_measured_the_first_error_is_raised(folder, tmp_path, rows):
+    broken = tmp_path / "BROKEN.gguf"
+    broken.write_bytes((folder / "F32.gguf").read_bytes()[:50_000])
+    with pytest.raises(OlpackError, match=r"BROKEN\.gguf"):
+        measure([quant_file(tmp_path, "BROKEN")], rows, [], SETTINGS, None, "tiny")
+
+
+def test_what_was_measured_survives_a_later_crash(folder, rows):
+    # the answer would take so long that the signal comes in the midst of it
+    job = Job(path=folder / "ENDLESS.gguf", engine="e", context=60_000, threads=1, answer_tokens=50_000, answers=[PROMPTS[0]],
+              perplexity=[{"ids": one.ids, "learned": one.learned, "text": one.text} for one in rows])  # fmt: skip
+    seen = []
+    stream = events(job)
+    with pytest.raises(OlpackError, match=r"crashed \(SIGSEGV\) on ENDLESS.gguf"):
+        for event in stream:
+            seen.append(event)
+            if event["event"] == "result" and event["unit"] == "perplexity":
+                os.kill(_worker(), signal.SIGSEGV)
+    assert any(event["event"] == "result" for event in seen)
+
+
+def _worker() -> int:
+    import psutil
+
+    (child,) = [child for child in psutil.Process().children() if "olpack.compare.worker" in child.cmdline()]
+    return child.pid
+
+
+def test_an_unchanged_quant_is_not_measured_again(folder, rows, tmp_path):
+    original = quant_file(folder, "F32")
+    copy = tmp_path / "F32.gguf"
+    copy.write_bytes(original.path.read_bytes())
+    file = dataclasses.replace(original, path=copy, sha256="a" * 64)
+    cache = tmp_path / "cache"
+    first = measure([file], rows, PROMPTS, SETTINGS, None, "tiny", cache)
+    copy.unlink()  # were it measured again, it would fail
+    again = measure([file], rows, PROMPTS, SETTINGS, None, "tiny", cache)
+    assert again.quants == first.quants
+
+    other = dataclasses.replace(file, sha256="b" * 64)
+    with pytest.raises(OlpackError, match="no GGUF"):
+        measure([other], rows, PROMPTS, SETTINGS, None, "tiny", cache)
+
+
+def test_other_prompts_leave_speed_and_perplexity_alone(folder, rows, tmp_path):
+    file = quant_file(folder, "F32")
+    measure([file], rows, PROMPTS, SETTINGS, None, "tiny", tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    measure([file], rows, PROMPTS[:1], SETTINGS, None, "tiny", tmp_path)
+    changed = {path.name for path in tmp_path.iterdir() if path.read_bytes() != before[path.name]}
+    assert changed == {"f32.answers.json"}
+
+
+def test_a_damaged_cache_is_measured_anew(folder, rows, tmp_path):
+    file = quant_file(folder, "F32")
+    measure([file], rows, [], SETTINGS, None, "tiny", tmp_path)
+    (tmp_path / "f32.perplexity.json").write_text('{"key": ')
+    assert measure([file], rows, [], SETTINGS, None, "tiny", tmp_path).quants[0].perplexity is not None
+    assert json.loads((tmp_path / "f32.perplexity.json").read_text())["data"]
+
+
+def test_what_is_wrong_with_a_model_is_flagged(folder, rows):
+    strange = dataclasses.replace(rows[0], ids=[*rows[0].ids[:-1], 7])
+    (result,) = measure([quant_file(folder, "ENDLESS")], [strange, *rows[1:]], PROMPTS, SETTINGS, None, "tiny").quants
+    assert {flag.code: flag.serious for flag in result.flags} == {"tokenizer": True, "looping": False}
+    assert "1 of 3 rows" in result.flags[0].text and result.answers[0].text == "x" * 48 and result.answers[0].finish == "length"
+
+
+def test_rows_and_prompts_may_be_absent(folder):
+    results = measure([quant_file(folder, "F32")], [], [], SETTINGS, None, "tiny")
+    assert results.rows is None and results.recommendation is None and results.quants[0].answers is None and not results.quants[0].flags
+
+
+def test_measuring_does_not_load_llama_cpp_or_torch_here():
+    import subprocess
+
+    code = "import sys, olpack.compare; print([name for name in ('llama_cpp', 'torch', 'matplotlib', 'httpx') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_speed_is_taken_through_the_server(folder, rows, ollama_double: OllamaDouble):
+    client = OllamaClient(ollama_double.url)
+    file = quant_file(folder, "Q8_0")
+    digest = blob_digest(file.path)
+    client.upload(file.path, digest)
+    for model in ("tiny:q8_0", "other:latest"):
+        client.create({"model": model, "files": {"model.gguf": digest}, "parameters": {"num_ctx": 512}})
+    client.generate("other:latest", "hi")
+    ollama_double.requests.clear()
+
+    (quant,) = measure([file], rows, PROMPTS, SETTINGS, client, "tiny").quants
+    speed = quant.speed
+    # the double takes 0.1 ms for a prompt token and 3 ms for a generated one
+    assert speed.prompt[0].tokens_per_s.values == pytest.approx([10_000] * 2)
+    assert speed.generation_tokens_per_s.values == pytest.approx([1000 / 3] * 2)
+    assert abs(speed.prompt[0].prompt_tokens - 48) <= 8
+    assert speed.engine == "Ollama 0.33.0-rc2" and speed.context == 512 and speed.threads is None and speed.load_cold_s is None
+    assert speed.peak_memory_bytes == file.size + 1500 * 512 and speed.gpu_memory_bytes == 0
+    assert quant.perplexity is not None and len(quant.answers) == 2
+
+    bodies = [request.body for request in ollama_double.requests if request.path == "/api/generate"]
+    prompts = [body["prompt"] for body in bodies if body.get("prompt")]
+    assert len({prompt[:3] for prompt in prompts}) >= len(prompts) - 1 and all(body["raw"] for body in bodies if body.get("prompt"))
+    assert all(body["options"]["num_ctx"] == 512 for body in bodies if body.get("prompt"))
+    # one unload of the model that was there before, one between loads, one at the end
+    assert [body["model"] for body in bodies if body.get("keep_alive") == 0] == ["other:latest", *["tiny:q8_0"] * 4]
+    assert ollama_double.loaded == {}
+
+
+def test_a_model_that_the_server_lacks_is_flagged(folder, rows, ollama_double: OllamaDouble):
+    (quant,) = measure([quant_file(folder, "F32")], rows, [], SETTINGS, OllamaClient(ollama_double.url), "absent").quants
+    assert quant.speed is None and quant.perplexity is not None
+    assert [flag.code for flag in quant.flags] == ["failed"] and "absent:f32" in quant.flags[0].text

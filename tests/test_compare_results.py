@@ -1,0 +1,223 @@
+"""Formulas, recommendation, table, results.json and report of comparisons made by hand."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from olpack import workspace
+from olpack.compare import Results, print_table, read_results, recommend, render_report, write_report, write_results
+from olpack.compare.answers import flags_of
+from olpack.compare.perplexity import paired_loss, perplexity
+from olpack.compare.recommend import set_losses
+from olpack.compare.results import Answer, Flag, Machine, Perplexity, PromptSpeed, QuantResult, Rows, Speed, Spread
+from olpack.errors import OlpackError
+
+TOKENS = [10, 20, 30]
+
+
+def quant(name: str, megabytes: int, nll: list[float] | None, serious: bool = False, answer: str = "ok") -> QuantResult:
+    score = None
+    if nll is not None:
+        value, error = perplexity(nll, TOKENS)
+        score = Perplexity(value=value, standard_error=error, row_nll=nll, same_tokens_rows=3)
+    speed = Speed(
+        engine="llama-cpp-python 1, embedded", context=2048, threads=2, load_warm_s=Spread.of([0.06, 0.05, 0.07]), load_cold_s=0.4,
+        prompt=[PromptSpeed(prompt_tokens=512, tokens_per_s=Spread.of([1234.5, 1200.0, 1300.0]))],
+        generation_tokens_per_s=Spread.of([123.4 - megabytes, 120 - megabytes, 130 - megabytes]), generated_tokens=64,
+        peak_memory_bytes=123_400_000,
+    )  # fmt: skip
+    return QuantResult(
+        quant=name, tag=name.lower(), file=f"{name}.gguf", sha256="0" * 64, size_bytes=megabytes * 1_000_000, bits_per_weight=4.5,
+        speed=speed, perplexity=score, answers=[Answer(text=answer, finish="stop", tokens=3)],
+        flags=[Flag(code="failed", text="it broke", serious=True)] if serious else [],
+    )  # fmt: skip
+
+
+def results(*quants: QuantResult, tolerance: float = 0.01) -> Results:
+    set_losses(list(quants), TOKENS)
+    made = Results(
+        name="coding-assistant", created="2026-01-02T03:04:05+00:00", quants=list(quants),
+        prompts=[[{"role": "user", "content": "Reverse a list."}]],
+        machine=Machine(cpu="A CPU", cores=2, memory_bytes=16_000_000_000, system="Debian", busy=0.1, versions={"olpack": "0.1.0"}),
+        settings={"repeats": 3, "answer_tokens": 64, "tolerance": tolerance}, rows=Rows(count=3, learned_tokens=TOKENS, digest="0" * 64),
+    )  # fmt: skip
+    made.recommendation = recommend(made, tolerance)
+    return made
+
+
+def four() -> Results:
+    best = [12.0, 25.0, 33.0]
+    return results(
+        quant("Q4_0", 10, [value * 1.05 for value in best]),
+        quant("Q4_K_M", 11, [value + 0.1 for value in best]),
+        quant("Q5_K_M", 13, [value + 0.05 for value in best]),
+        quant("Q8_0", 18, best),
+    )
+
+
+def test_perplexity_and_its_standard_error_by_hand():
+    # Two rows, S = (2, 4), T = (1, 3): L = 6/4; deviations 2 - 1.5 and 4 - 4.5; s.e. of L = sqrt(2/1 · (0.25 + 0.25)) / 4
+    value, error = perplexity([2.0, 4.0], [1, 3])
+    assert value == pytest.approx(math.exp(1.5))
+    assert error == pytest.approx(math.exp(1.5) * 0.25)
+    assert perplexity([3.0], [2]) == (pytest.approx(math.exp(1.5)), None)
+
+
+def test_standard_error_is_the_spread_of_repeated_draws():
+    random = np.random.default_rng(0)
+
+    def draw() -> tuple[float, float]:
+        tokens = random.integers(20, 200, size=150)
+        difficulty = random.normal(2.0, 0.4, size=150)
+        return perplexity(list(tokens * difficulty), list(tokens))
+
+    values, errors = zip(*(draw() for _ in range(400)), strict=True)
+    assert np.mean(errors) == pytest.approx(np.std(values), rel=0.1)
+
+
+def test_paired_loss_cancels_how_hard_a_row_is():
+    reference = [12.0, 90.0, 33.0]
+    relative, error = paired_loss([own + 0.02 * count for own, count in zip(reference, TOKENS, strict=True)], reference, TOKENS)
+    assert relative == pytest.approx(math.exp(0.02) - 1) and error == pytest.approx(0, abs=1e-9)
+    assert perplexity(reference, TOKENS)[1] > 1
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "chosen", "said"),
+    [(0.01, "Q4_K_M", "39% smaller than Q8_0"), (0.001, "Q8_0", "lowest perplexity"), (0.5, "Q4_0", "within the 50% accepted")],
+)
+def test_the_smallest_file_within_the_accepted_loss_is_recommended(tolerance, chosen, said):
+    made = four()
+    recommendation = recommend(made, tolerance)
+    assert recommendation.quant == chosen and said in recommendation.reason and recommendation.reason.count(". ") == 0
+
+
+def test_the_reason_names_what_the_smaller_ones_lose():
+    assert "; Q4_0, smaller, loses 5.9" in recommend(four(), 0.01).reason.replace("6.0", "5.9")
+
+
+def test_a_file_with_a_serious_flag_is_not_recommended_unless_all_have_one():
+    best = [12.0, 25.0, 33.0]
+    assert results(quant("Q4_0", 10, best, serious=True), quant("Q8_0", 18, best)).recommendation.quant == "Q8_0"
+    assert results(quant("Q4_0", 10, best, serious=True), quant("Q8_0", 18, best, serious=True)).recommendation.quant == "Q4_0"
+
+
+def test_the_best_file_may_be_flagged():
+    best = [12.0, 25.0, 33.0]
+    worse, bad = ([value * factor for value in best] for factor in (1.2, 1.3))
+    made = results(quant("Q4_0", 10, bad), quant("Q5_K_M", 13, worse), quant("Q8_0", 18, best, serious=True))
+    assert made.recommendation.quant == "Q5_K_M" and "flagged" in made.recommendation.reason
+
+
+def test_without_perplexity_nothing_is_recommended():
+    assert results(quant("Q4_0", 10, None), quant("Q8_0", 18, None)).recommendation is None
+
+
+def printed(made: Results, width: int = 80, terminal: bool = False) -> str:
+    out = io.StringIO()
+    print_table(made, Console(file=out, width=width, force_terminal=terminal))
+    return out.getvalue()
+
+
+def test_the_table_fits_80_columns_and_a_log():
+    made = four()
+    made.quants[0].flags = [Flag(code="endless", text="2 of 3 answers not finished at the limit", serious=False)]
+    text = printed(made)
+    assert max(len(line) for line in text.split("Recommended")[0].splitlines()) <= 80 and "\x1b" not in text
+    row = next(line for line in text.splitlines() if "Q4_K_M" in line)
+    assert row.split()[:4] == ["→", "Q4_K_M", "11.0", "MB"]
+    assert row.split()[4:-3] == ["4.50", "1,234", "112", "0.06", "s", "123.4", "MB"] and row.split()[-2] == "±"
+    assert "…" not in text and "Q4_0: 2 of 3 answers not finished at the limit" in text and "Recommended: Q4_K_M" in text
+
+
+def test_the_table_shows_what_is_missing():
+    made = results(quant("Q4_0", 10, None))
+    made.quants[0].speed = None
+    assert printed(made).count("–") == 5
+
+
+def test_results_round_trip(tmp_path):
+    made = four()
+    path = tmp_path / "compare" / "results.json"
+    write_results(made, path)
+    assert read_results(path) == made
+    assert json.loads(path.read_text())["schema_version"] == 1
+    assert [entry.name for entry in path.parent.iterdir()] == ["results.json"]
+
+
+@pytest.mark.parametrize("content", ["{}", "not json", '{"schema_version": 99}'])
+def test_a_file_that_is_no_results_file_is_named(tmp_path, content):
+    path = tmp_path / "results.json"
+    with pytest.raises(OlpackError, match="no results file"):
+        read_results(path)
+    path.write_text(content)
+    with pytest.raises(OlpackError, match=r"results\.json is not a results file"):
+        read_results(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "finish", "flags"),
+    [
+        ("", "stop", ["empty"]),
+        (" \n ", "length", ["empty"]),
+        ("def f(): pass", "stop", []),
+        ("def f(): pass", "length", ["endless"]),
+        ("so: " + "    return x\n" * 20, "length", ["looping"]),
+        ("so: " + "    return x\n" * 20 + "    ret", "length", ["looping"]),
+        ("x" * 300, "length", ["looping"]),
+        ("=" * 300, "stop", []),
+        ("\n".join(f"line {number} = {number * number}" for number in range(60)), "length", ["endless"]),
+    ],
+)
+def test_flags_of_an_answer(text, finish, flags):
+    assert flags_of(text, finish) == flags
+
+
+@pytest.fixture
+def template() -> str:
+    return workspace.template_source("report.html.j2")
+
+
+def test_the_report_needs_nothing_from_outside(tmp_path, template):
+    metrics = tmp_path / "metrics.jsonl"
+    lines = [{"step": 0, "eval_loss": 2.5}, {"step": 1, "loss": 2.4}, {"step": 2, "loss": 2.2}, {"step": 2, "eval_loss": 2.0}]
+    metrics.write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 3, "lo')
+    path = tmp_path / "report.html"
+    write_report(four(), path, template, metrics)
+    page = path.read_bytes().decode("utf-8")
+    assert not re.search(r"""(?:src|href|action|data)\s*=\s*["']?\s*(?!#)[^\s"'>]""", page.replace("data-label", ""))
+    assert not re.search(r"<(script|link|iframe|object|img|base)\b|@import|url\((?!#)", page)
+    names_of_formats = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert set(re.findall(r"https?://[^\s\"'<]+", page)) <= names_of_formats
+    assert page.count("<svg") == 2 and "Take Q4_K_M" in page and "2.50" in page
+
+
+def test_the_report_escapes_what_models_and_people_say(template):
+    bad = "</pre><script>alert('x')</script> & <b>"
+    made = four()
+    made.name = made.prompts[0][0]["content"] = bad
+    made.quants[0].answers[0].text = bad + " שלום"
+    made.quants[0].flags = [Flag(code="failed", text=bad, serious=True)]
+    page = render_report(made, template)
+    assert "<script" not in page and "alert(&#39;x&#39;)" in page and "שלום" in page
+    assert re.search(r'<pre dir="auto">&lt;/pre&gt;', page)
+
+
+def test_the_report_renders_when_little_was_measured(template):
+    made = results(quant("Q4_0", 10, None, serious=True))
+    made.quants[0].speed = made.quants[0].answers = None
+    made.rows, made.prompts = None, []
+    page = render_report(made, template)
+    assert "No recommendation" in page and "<svg" not in page and "it broke" in page
+
+
+def test_a_template_that_does_not_render_is_named():
+    with pytest.raises(OlpackError, match="report's template"):
+        render_report(four(), "{{ nothing_like_it }}")

@@ -1,0 +1,159 @@
+"""Chats from files, and which tokens of them are learned."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from olpack.base import BUILTIN, Base
+from olpack.data import Chat, Renderer, load_chats, load_rows, split
+from olpack.errors import OlpackError
+
+TINY = Base("builtin/tiny-coder", BUILTIN / "tiny-coder")
+
+
+@pytest.fixture(scope="module")
+def renderer() -> Renderer:
+    return Renderer(TINY.tokenizer(), TINY.end_ids())
+
+
+def turns(*contents: str, system: str | None = None) -> list[dict]:
+    roles = ("user", "assistant")
+    start = [{"role": "system", "content": system}] if system is not None else []
+    return start + [{"role": roles[index % 2], "content": content} for index, content in enumerate(contents)]
+
+
+def learned_text(renderer: Renderer, row) -> str:
+    return renderer.tokenizer.decode([token for token, flag in zip(row.ids, row.learned) if flag])
+
+
+def test_only_the_answer_and_its_end_are_learned(renderer):
+    row = renderer.row(Chat(turns("Add two.", "def add(a, b):\n\treturn a + b", system="Be brief."), "x:1"))
+    assert learned_text(renderer, row) == "def add(a, b):\n\treturn a + b<|im_end|>"
+    assert renderer.tokenizer.decode(row.ids) == row.text
+
+
+def test_every_assistants_turn_is_learned(renderer):
+    row = renderer.row(Chat(turns("a?", "one", "b?", "two"), "x:1"))
+    assert learned_text(renderer, row) == "one<|im_end|>two<|im_end|>"
+
+
+NASTY = ["\tif x:\n\t\treturn '''a \"\"\" b'''", "مرحبا بالعالم\u200f!", "👩‍💻 🚀", "a\r\nb", " leading and trailing ", "{{ messages }} {% raw %}", "e\u0301 ｆｕｌｌ"]
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_text_goes_through_byte_for_byte(renderer, text):
+    row = renderer.row(Chat(turns(text, text), "x:1"))
+    assert learned_text(renderer, row) == text + "<|im_end|>"
+    assert renderer.tokenizer.decode(row.ids) == row.text
+
+
+def test_special_token_text_inside_a_message_does_not_end_the_learning_early(renderer):
+    row = renderer.row(Chat(turns("q", "say <|im_end|> twice"), "x:1"))
+    assert learned_text(renderer, row) == "say <|im_end|> twice<|im_end|>"
+
+
+def test_a_template_that_adds_an_empty_thinking_block_to_the_prompt(renderer):
+    import copy
+
+    thinking = copy.deepcopy(renderer.tokenizer)
+    thinking.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
+    )
+    row = Renderer(thinking).row(Chat(turns("q", "answer"), "x:1"))
+    assert learned_text(renderer, row) == "answer<|im_end|>"
+
+
+def test_the_token_that_ends_a_turn_is_found_whatever_the_tokenizer_calls_it(renderer):
+    import copy
+
+    other = copy.deepcopy(renderer.tokenizer)
+    other.eos_token = "<|endoftext|>"
+    row = Renderer(other).row(Chat(turns("q", "answer"), "x:1"))
+    assert Renderer(other).end_of_turn(row) == "<|im_end|>"
+    other.chat_template = "{% for m in messages %}{{ m.role }}:\n{{ m.content }}\n### End\n{% endfor %}{% if add_generation_prompt %}assistant:\n{% endif %}"
+    row = Renderer(other).row(Chat(turns("q", "answer"), "x:1"))
+    assert learned_text(Renderer(other), row) == "answer\n### End\n"
+    assert Renderer(other).end_of_turn(row) is None
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(renderer):
+    import copy
+
+    forgetful = copy.deepcopy(renderer.tokenizer)
+    forgetful.chat_template = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content if loop.last or m.role == 'user' else '…' }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    with pytest.raises(OlpackError, match=r"x:7: .*rewrites earlier turns.*Split the row"):
+        Renderer(forgetful).row(Chat(turns("a", "b", "c", "d"), "x:7"))
+
+
+def test_a_template_that_refuses_a_system_turn(renderer):
+    import copy
+
+    strict = copy.deepcopy(renderer.tokenizer)
+    strict.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    with pytest.raises(OlpackError, match=r"x:2: .*no system role"):
+        Renderer(strict).row(Chat(turns("a", "b", system="s"), "x:2"))
+
+
+def test_no_template(renderer):
+    import copy
+
+    bare = copy.deepcopy(renderer.tokenizer)
+    bare.chat_template = None
+    with pytest.raises(OlpackError, match="no chat template"):
+        Renderer(bare)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"messages": [', "line 2: not JSON"),
+        ('{"text": "x"}', "line 2: there is no list of `messages`"),
+        ('{"messages": [{"role": "robot", "content": "x"}]}', "message 1 has no role"),
+        ('{"messages": [{"role": "user", "content": 3}]}', "message 1 has no text"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "no assistant's turn"),
+        ('{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": " "}]}', "message 2, the assistant's, is empty"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, said):
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps({"messages": turns("a", "b")}) + "\n" + line + "\n", encoding="utf-8")
+    with pytest.raises(OlpackError) as caught:
+        load_chats(path)
+    assert said in str(caught.value)
+
+
+def test_broken_utf8_missing_and_empty_files(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(b'{"messages": "\xff"}\n')
+    with pytest.raises(OlpackError, match="line 1: not UTF-8"):
+        load_chats(path)
+    path.write_text("\n\n")
+    with pytest.raises(OlpackError, match="is empty"):
+        load_chats(path)
+    with pytest.raises(OlpackError, match="There is no"):
+        load_chats(tmp_path / "absent.jsonl")
+
+
+def test_a_row_stays_on_its_side_of_the_split():
+    chats = [Chat(turns(f"q{n}", "a"), f"x:{n}") for n in range(400)]
+    train, held_out = split(chats, 0.1)
+    assert 15 < len(held_out) < 75
+    more = [Chat(turns(f"new{n}", "a"), f"y:{n}") for n in range(50)]
+    again = {chat.source for chat in split(more + chats, 0.1)[1]}
+    assert {chat.source for chat in held_out} <= again
+    assert not {chat.source for chat in train} & again
+
+
+def test_a_row_that_is_too_long_is_refused_and_named(renderer, tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps({"messages": turns("q", "a" * n)}) + "\n" for n in (5, 3000)), encoding="utf-8")
+    held_out = tmp_path / "eval.jsonl"
+    held_out.write_text(json.dumps({"messages": turns("q", "a")}) + "\n")
+    with pytest.raises(OlpackError, match=r"1 row is longer than 64 tokens; train.jsonl:2.*data.max_length"):
+        load_rows(path, held_out, renderer, max_length=64, eval_share=0.1)

@@ -1,0 +1,213 @@
+"""What cannot become a GGUF is named before any work, and an export that fails leaves everything as it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from tiny_models import CHAT_TEMPLATE, converter, write_model, write_tokenizer
+
+from olpack.errors import OlpackError
+from olpack.export import Target
+from olpack.export.client import Converter
+from olpack.export.job import partial_path
+from olpack.export.plan import FilePlan
+from olpack.export.run import check_space
+from olpack.quants import quant_type
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.fixture
+def copy(model, tmp_path) -> Path:
+    return Path(shutil.copytree(model, tmp_path / "copy"))
+
+
+def refused(source: Path, quants: tuple[str, ...] = ("Q4_K_M",)) -> str:
+    with pytest.raises(OlpackError) as error:
+        converter().check(source, quants)
+    assert error.value.remedy
+    return str(error.value)
+
+
+def change_config(folder: Path, **settings: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+
+
+def truncate(folder: Path) -> None:
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(file.seek(0, os.SEEK_END) - 100)
+
+
+def rename_to_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def use_other_pattern(folder: Path) -> None:
+    write_tokenizer(folder, pattern=r"[a-z]+|[^a-z]")
+
+
+def take_away_the_tokenizer(folder: Path) -> None:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
+@pytest.mark.parametrize(("damage", "reason"), [
+    (truncate, "and its header promises"),
+    (rename_to_pickle, "has its weights as pickle only (pytorch_model.bin)"),
+    (take_away_the_tokenizer, "has no tokenizer (no tokenizer.json or tokenizer.model)"),
+    (use_other_pattern, "llama.cpp has no pre-tokenizer like the one in"),
+    (lambda folder: change_config(folder, vocab_size=260), "has more tokens than the model's embedding has rows"),
+    (lambda folder: change_config(folder, vocab_size=600), "has a vocabulary of 600 tokens, and its embedding has 512 rows"),
+    (lambda folder: (folder / "config.json").unlink(), "is no model folder: it has no config.json"),
+    (lambda folder: (folder / "config.json").write_text("{"), "is no valid JSON"),
+    (lambda folder: change_config(folder, architectures=["NoSuchForCausalLM"]), "does not know the architecture 'NoSuchForCausalLM'"),
+    (lambda folder: change_config(folder, quantization_config={"quant_method": "bitsandbytes"}), "Quant method is not yet supported: 'bitsandbytes'"),
+    (lambda folder: (folder / "model.safetensors").write_bytes(b"not a model at all"), "is truncated within its header, or no safetensors file"),
+    (shutil.rmtree, "There is no model folder"),
+])  # fmt: skip
+def test_a_folder_that_cannot_be_exported_is_refused(copy, damage, reason):
+    damage(copy)
+    assert reason in refused(copy)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    source = write_model(tmp_path / "model", shard="300KB")
+    (source / "model-00002-of-00009.safetensors").unlink(missing_ok=True)
+    next(source.glob("model-00003-of-*.safetensors")).unlink()
+    assert "lacks model-0000" in refused(source)
+
+
+def test_a_quantized_gguf_is_no_source(model, tmp_path):
+    file, = converter().export(model, [Target("Q4_0", tmp_path / "model.gguf")])
+    assert "is quantized already: 'token_embd.weight' is Q6_K" in refused(file.path)
+
+
+def test_a_truncated_gguf_is_no_source(model, tmp_path):
+    file, = converter().export(model, [Target("F16", tmp_path / "model.gguf")])
+    with file.path.open("r+b") as opened:
+        opened.truncate(file.size - 1000)
+    assert "is no whole GGUF file" in refused(file.path)
+
+
+def test_quant_types_that_cannot_be_made_are_refused(model):
+    assert "Did you mean Q4_K_M?" in refused(model, ("Q4_KM",))
+    assert "IQ2_XS needs an importance matrix" in refused(model, ("IQ2_XS",))
+
+
+def test_an_unknown_end_of_turn_is_refused(model, tmp_path):
+    with pytest.raises(OlpackError, match="ends a turn with '<end>', which is no token"):
+        converter().export(model, [Target("Q4_0", tmp_path / "model.gguf")], chat_template=CHAT_TEMPLATE, end_of_turn="<end>")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_no_number_is_named_and_nothing_is_written(copy, tmp_path, value):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "Q4_0.gguf").write_text("what was here before")
+    with pytest.raises(OlpackError, match=r"'model\.layers\.1\.mlp\.up_proj\.weight' holds an infinite or undefined value"):
+        converter().export(copy, [Target(quant, out / f"{quant}.gguf") for quant in ("Q4_0", "F32")])
+    assert [path.name for path in out.iterdir()] == ["Q4_0.gguf"]
+    assert (out / "Q4_0.gguf").read_text() == "what was here before"
+
+
+def test_two_targets_need_two_paths(model, tmp_path):
+    with pytest.raises(OlpackError, match="written to the same file"):
+        converter().export(model, [Target("Q4_0", tmp_path / "a.gguf"), Target("Q8_0", tmp_path / "a.gguf")])
+
+
+def test_a_disk_that_is_too_small_is_noticed_before_any_work(tmp_path):
+    plan = FilePlan(quant_type("F32"), b"", [("token_embd.weight", 0, 1 << 60)], [])
+    with pytest.raises(OlpackError, match="The files need 1152921.5 TB in"):
+        check_space([tmp_path / "new" / "model.gguf"], [plan])
+
+
+def test_a_disk_that_fills_up_leaves_nothing(tmp_path):
+    model = write_model(tmp_path / "model", hidden_size=512, intermediate_size=1024)
+    size = converter().check(model, ["F32"]).sizes["F32"]
+    before = resource.prlimit(converter().pid, resource.RLIMIT_FSIZE, (size * 3 // 4, resource.RLIM_INFINITY))  # beyond, writing fails
+    try:
+        with pytest.raises(OlpackError, match="Writing .* failed: File too large"):
+            converter().export(model, [Target(quant, tmp_path / "out" / f"{quant}.gguf") for quant in ("Q4_0", "F32")])
+    finally:
+        resource.prlimit(converter().pid, resource.RLIMIT_FSIZE, before)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def wait_for_partial(folder: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not any(path.stat().st_size for path in folder.glob(".*.partial")):
+        assert time.monotonic() < deadline, "the export never began to write"
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def slow_model(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("slow") / "model", hidden_size=768, intermediate_size=3072, num_hidden_layers=4)
+
+
+SLOW = ("Q2_K", "Q3_K_M", "IQ3_S", "Q4_K_M")
+
+
+def test_ctrl_c_leaves_nothing(slow_model, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    targets = ", ".join(f"Target({quant!r}, Path({str(out / quant)!r}))" for quant in SLOW)
+    code = f"from pathlib import Path; from olpack.export import Target, export; export(Path({str(slow_model)!r}), [{targets}], threads=1)"
+    child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, cwd=REPOSITORY, text=True)
+    wait_for_partial(out)
+    child.send_signal(signal.SIGINT)
+    assert "KeyboardInterrupt" in child.communicate(timeout=60)[1]
+    assert list(out.iterdir()) == []
+
+
+def test_a_worker_that_is_killed_is_reported_and_leaves_nothing(slow_model, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    errors = []
+
+    def work() -> None:
+        try:
+            worker.export(slow_model, [Target(quant, out / quant) for quant in SLOW], threads=1)
+        except OlpackError as error:
+            errors.append(str(error))
+
+    with Converter() as worker:
+        thread = threading.Thread(target=work)
+        thread.start()
+        wait_for_partial(out)
+        os.kill(worker.pid, signal.SIGKILL)
+        thread.join(timeout=60)
+    assert "was killed by signal 9, most likely because memory ran out" in errors[0]
+    assert list(out.iterdir()) == []
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next(model, tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left = partial_path(tmp_path / "model.gguf", gone.pid)
+    other = partial_path(tmp_path / "model.gguf", os.getpid())
+    left.touch()
+    other.touch()
+    file, = converter().export(model, [Target("Q8_0", tmp_path / "model.gguf")])
+    assert sorted(tmp_path.iterdir()) == sorted([file.path, other])

@@ -1,0 +1,341 @@
+"""The whole way on a small model: what a build makes, what it does not do twice, and what it refuses before any work."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_models import write_model
+
+from olpack import cli, progress, recipe
+from olpack.errors import OlpackError
+from olpack.pipeline import Build
+
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+RECIPE = """\
+base: {base}
+data: {{train: train.jsonl, eval: eval.jsonl}}
+train: {{epochs: 8, batch_size: 4, learning_rate: 1e-2, rank: 8}}
+quants: [Q4_K_M, Q8_0]
+modelfile:
+  system: Answer in words.
+  parameters: {{temperature: 0.2, num_ctx: 128}}
+compare: {{prompt_tokens: 32, generated_tokens: 8, repeats: 1}}
+"""
+
+
+def write_rows(path: Path, count: int, first: int = 0) -> None:
+    lines = []
+    for number in range(first, first + count):
+        turns = [{"role": "user", "content": f"What is {number} + 1?"}, {"role": "assistant", "content": "forty-two"}]
+        lines.append(json.dumps({"messages": turns}))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = write_model(tmp_path_factory.mktemp("base") / "model")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": CHAT}))
+    return folder
+
+
+def make_workspace(root: Path, base: Path) -> Path:
+    package = root / "modelfiles/oracle"
+    package.mkdir(parents=True)
+    (package / "recipe.yaml").write_text(RECIPE.format(base=base))
+    write_rows(package / "train.jsonl", 12)
+    write_rows(package / "eval.jsonl", 4, first=100)
+    return root
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, base) -> Path:
+    """A working folder in which `olpack build oracle` has run once."""
+    root = make_workspace(tmp_path_factory.mktemp("workspace"), base)
+    code, printed, said = olpack(root, "build", "oracle")
+    assert code == 0, said
+    (root / "printed").write_text(printed)
+    return root
+
+
+@pytest.fixture
+def workspace(built, tmp_path) -> Path:
+    """A copy of the built folder to change."""
+    root = tmp_path / "workspace"
+    shutil.copytree(built, root)  # with modification times
+    return root
+
+
+def olpack(folder: Path, *words: str, server: str = "http://127.0.0.1:9") -> tuple[int, str, str]:
+    """Run the command line in this process; (exit code, stdout, stderr). Port 9 answers nobody."""
+    import io
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setenv("OLLAMA_HOST", server)
+        patch.setenv("COLUMNS", "200")
+        patch.setattr(sys, "argv", ["olpack", *words])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stopped:
+            code = int(stopped.code or 0)
+    progress.use("lines")
+    return code, out.getvalue(), err.getvalue()
+
+
+def files(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_build_makes_exactly_this(built):
+    made = {name for name in files(built / "build/oracle") if "measured" not in name and name != ".lock"}
+    assert made == {
+        "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/metrics.jsonl", "adapter/settings.json",
+        "gguf/oracle-Q4_K_M.gguf", "gguf/oracle-Q8_0.gguf", "modelfiles/q4_K_M.Modelfile", "modelfiles/q8_0.Modelfile",
+        "compare/results.json", "compare/report.html", "plan.json",
+        "stages/train.json", "stages/export-Q4_K_M.json", "stages/export-Q8_0.json", "stages/modelfiles.json", "stages/compare.json",
+    }  # fmt: skip
+    printed = (built / "printed").read_text()
+    assert "Q4_K_M" in printed and "Q8_0" in printed and "perplexity" in printed
+    assert "olpack run oracle:" in printed and "ollama.com/download" in printed
+
+
+def test_the_gguf_says_what_it_is_made_from(built):
+    from gguf import GGUFReader
+
+    fields = GGUFReader(built / "build/oracle/gguf/oracle-Q8_0.gguf").fields
+    assert fields["general.name"].contents() == "oracle"
+    assert fields["general.architecture"].contents() == "qwen3"
+    assert fields["tokenizer.chat_template"].contents().endswith(CHAT)
+    assert fields["olpack.version"].contents()
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    assert tokens[fields["tokenizer.ggml.eot_token_id"].contents()] == "<|im_end|>"
+
+
+def test_the_modelfile_says_what_the_recipe_does(built):
+    from olpack.deploy import parse
+
+    read = parse((built / "build/oracle/modelfiles/q4_K_M.Modelfile").read_text())
+    assert (built / "build/oracle/modelfiles" / read.source).resolve() == built / "build/oracle/gguf/oracle-Q4_K_M.gguf"
+    assert read.package.system == "Answer in words."
+    assert read.package.parameters == {"temperature": 0.2, "num_ctx": 128}
+
+
+def test_a_second_build_does_nothing_and_says_so(workspace):
+    before = files(workspace)
+    code, printed, said = olpack(workspace, "build", "oracle")
+    assert code == 0
+    assert "up to date" in said
+    assert "Q4_K_M" in printed
+    assert files(workspace) == before
+
+
+def test_a_second_build_loads_no_torch(workspace):
+    script = "import sys; from olpack.cli import main\ntry: main()\nfinally: print('torch' in sys.modules, file=sys.stderr)"
+    child = subprocess.run([sys.executable, "-c", script, "build", "oracle", "--no-deploy"], cwd=workspace, capture_output=True, text=True)
+    assert child.returncode == 0
+    assert child.stderr.endswith("False\n")
+
+
+def test_a_changed_system_prompt_trains_and_exports_nothing(workspace):
+    before = files(workspace / "build/oracle")
+    code, printed, _ = olpack(workspace, "build", "oracle", "--set", "modelfile.system=New.", "--json")
+    assert code == 0
+    assert json.loads(printed)["done"] == ["modelfiles", "compare"]
+    changed = {name.split("/")[0] for name, time in files(workspace / "build/oracle").items() if before.get(name) != time}
+    assert not changed & {"adapter", "gguf"}
+    assert "New." in (workspace / "build/oracle/modelfiles/q8_0.Modelfile").read_text()
+
+
+def test_a_new_quant_makes_only_what_is_missing(workspace):
+    before = files(workspace / "build/oracle")
+    code, printed, _ = olpack(workspace, "build", "oracle", "--set", "quants=[Q4_K_M, Q8_0, Q4_0]", "--json")
+    assert code == 0
+    assert json.loads(printed)["done"] == ["export-Q4_0", "modelfiles", "compare"]
+    after = files(workspace / "build/oracle")
+    assert all(after[name] == before[name] for name in before if name.startswith(("adapter", "gguf")))
+
+
+@pytest.mark.parametrize("damage", ["delete", "truncate", "overwrite"])
+def test_a_file_that_was_lost_is_made_again(workspace, damage):
+    path = workspace / "build/oracle/gguf/oracle-Q8_0.gguf"
+    whole = path.read_bytes()
+    path.unlink()
+    if damage != "delete":
+        path.write_bytes(whole[: 4096 if damage == "truncate" else None].replace(b"GGUF", b"FUGG"))
+    code, printed, _ = olpack(workspace, "export", "oracle", "--json")
+    assert code == 0
+    assert json.loads(printed)["done"] == ["export-Q8_0"]
+    assert path.read_bytes() == whole
+
+
+def test_plan_changes_nothing_and_names_origins(workspace):
+    before = files(workspace)
+    code, printed, _ = olpack(workspace, "plan", "oracle", "--set", "train.epochs=3", "--json")
+    plan = json.loads(printed)
+    assert code == 0
+    assert files(workspace) == before
+    assert plan["settings"]["train.epochs"] == {"value": 3, "from": "--set"}
+    assert plan["settings"]["train.rank"]["from"] == "recipe.yaml:3"
+    assert {step["step"]: step["stale"] for step in plan["steps"]}["train"] == "train.epochs changed"
+    assert plan["estimate"]["steps"] == 9
+    made = {quant: (workspace / f"build/oracle/gguf/oracle-{quant}.gguf").stat().st_size for quant in ("Q4_K_M", "Q8_0")}
+    assert all(abs(plan["estimate"]["disk_bytes"][quant] - size) < 8192 for quant, size in made.items())
+    assert olpack(workspace, "plan", "oracle")[0] == 0
+
+
+def test_a_stage_by_itself_needs_those_before_it(workspace):
+    code, _, said = olpack(workspace, "export", "oracle", "--set", "train.epochs=3")
+    assert code == 1
+    assert "olpack train oracle" in said
+
+
+def test_run_answers_from_the_build_folder(workspace):
+    code, printed, _ = olpack(workspace, "run", "oracle:q8_0", "What is 3 + 1?")
+    assert code == 0
+    assert printed == "forty-two\n"
+    code, _, said = olpack(workspace, "run", "oracle:q6_K", "What is 3 + 1?")
+    assert code == 1 and "not built" in said and "oracle:q8_0" in said
+
+
+def test_list_tells_what_is_built(workspace):
+    code, printed, _ = olpack(workspace, "list", "--json")
+    rows = {row["name"]: row for row in json.loads(printed)}
+    assert code == 0
+    assert set(rows["oracle"]["quants"]) == {"Q4_K_M", "Q8_0"}
+    assert rows["oracle"]["trained"] and not rows["oracle"]["shipped"]
+    assert rows["coding-assistant"]["shipped"]
+
+
+def test_a_server_gets_every_quant_and_latest(workspace, ollama_double):
+    code, printed, said = olpack(workspace, "build", "oracle", server=ollama_double.url)
+    assert code == 0, said
+    assert "prompt identical" in said
+    assert "ollama run oracle:" in printed
+    code, printed, _ = olpack(workspace, "list", "--json", server=ollama_double.url)
+    registered = {tag.lower() for row in json.loads(printed) for tag in row["registered"]}
+    assert registered == {"oracle:q4_k_m", "oracle:q8_0", "oracle:latest"}
+    code, printed, said = olpack(workspace, "build", "oracle", server=ollama_double.url)
+    assert code == 0 and "up to date" in said
+
+
+def test_what_the_server_lost_is_registered_again(workspace, ollama_double):
+    from olpack.deploy.client import OllamaClient
+
+    assert olpack(workspace, "build", "oracle", server=ollama_double.url)[0] == 0
+    OllamaClient(ollama_double.url).delete("oracle:q8_0")
+    code, printed, _ = olpack(workspace, "build", "oracle", "--json", server=ollama_double.url)
+    assert code == 0
+    assert json.loads(printed)["done"] == ["deploy"]
+
+
+def test_two_builds_at_once(workspace):
+    from olpack.workspace import locked
+
+    with locked(workspace / "build/oracle"):
+        code, _, said = olpack(workspace, "build", "oracle")
+    assert code == 1 and "Another olpack is working" in said
+
+
+def bad(name: str, text: str | bytes, said: str):
+    return pytest.param(name, text, said, id=said)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        bad("recipe.yaml", RECIPE + "quant: Q8_0\n", "unknown key 'quant'"),
+        bad("recipe.yaml", RECIPE.replace("epochs: 2", "epochs: two"), "train.epochs"),
+        bad("recipe.yaml", RECIPE.replace("Q8_0]", "Q9_0]"), "Q9_0"),
+        bad("recipe.yaml", RECIPE.replace("train.jsonl", "absent.jsonl"), "absent.jsonl"),
+        bad("recipe.yaml", RECIPE.replace("{base}", "modelfiles"), "no config.json"),
+        bad("recipe.yaml", RECIPE.replace("{base}", "./absent"), "There is no folder ./absent"),
+        bad("recipe.yaml", RECIPE.replace("{base}", "builtin/huge"), "builtin/tiny-coder"),
+        bad("recipe.yaml", RECIPE.replace("num_ctx: 128", "num_ctx: 128, temprature: 1"), "temperature"),
+        bad("train.jsonl", '{"messages": [}\n', "train.jsonl, line 1: not JSON"),
+        bad("train.jsonl", "", "is empty"),
+        bad("eval.jsonl", b"\xff\n", "not UTF-8"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_nothing_is_touched(workspace, base, name, text, said):
+    path = workspace / "modelfiles/oracle" / name
+    if isinstance(text, str):
+        text = text.replace("{base}", str(base)).replace("{{", "{").replace("}}", "}").encode()
+    path.write_bytes(text)
+    before = files(workspace)
+    code, printed, told = olpack(workspace, "build", "oracle")
+    assert code == 1
+    assert said in told
+    assert "Traceback" not in told and printed == ""
+    assert files(workspace) == before
+
+
+def test_a_row_of_the_training_data_in_eval_is_refused(workspace):
+    write_rows(workspace / "modelfiles/oracle/eval.jsonl", 4, first=3)
+    code, _, said = olpack(workspace, "build", "oracle")
+    assert code == 1 and "eval.jsonl:1 is also in the training data (train.jsonl:4)" in said
+
+
+def test_no_space_is_told_before_any_work(workspace, monkeypatch):
+    before = files(workspace)
+    monkeypatch.setattr("olpack.plan.free_bytes", lambda path: 1000)
+    code, _, said = olpack(workspace, "build", "oracle", "--set", "train.epochs=1")
+    assert code == 1 and "are free" in said
+    assert files(workspace) == before
+
+
+def test_a_name_that_ollama_would_refuse(workspace):
+    shutil.copytree(workspace / "modelfiles/oracle", workspace / "modelfiles/my oracle")
+    code, _, said = olpack(workspace, "build", "my oracle")
+    assert code == 1 and "legal name" in said
+
+
+def test_an_unknown_package_and_wrong_words(tmp_path):
+    code, _, said = olpack(tmp_path, "build", "nobody")
+    assert code == 1 and "coding-assistant" in said
+    assert olpack(tmp_path, "build", "coding-assistant", "--only", "bake")[0] == 2
+    assert olpack(tmp_path, "bild")[0] == 2
+
+
+def test_help_loads_nothing_heavy():
+    script = "import sys; sys.argv = ['olpack', '--help']; from olpack.cli import main\ntry: main()\nexcept SystemExit: pass\n" \
+             "print(sorted({'torch', 'transformers', 'httpx', 'pydantic', 'llama_cpp', 'numpy'} & set(sys.modules)))"
+    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert child.stdout.endswith("[]\n"), child.stdout
+
+
+def test_the_users_own_package_and_template_win(workspace):
+    shutil.copytree(workspace / "modelfiles/oracle", workspace / "modelfiles/coding-assistant")
+    (workspace / "templates").mkdir()
+    (workspace / "templates/Modelfile.j2").write_text("FROM {{ gguf }}\nSYSTEM {{ system | quoted }}\n"
+                                                      "{% for name, value in parameters %}PARAMETER {{ name }} {{ value }}\n{% endfor %}# mine\n")
+    with contextlib.chdir(workspace):
+        from olpack.workspace import recipe_path
+
+        assert recipe_path("coding-assistant") == Path("modelfiles/coding-assistant/recipe.yaml")
+        build = Build(recipe.load(recipe_path("oracle")))
+        assert build.step("modelfiles").reason == "templates/Modelfile.j2 changed"
+    assert olpack(workspace, "build", "oracle", "--only", "modelfiles")[0] == 0
+    assert (workspace / "build/oracle/modelfiles/q8_0.Modelfile").read_text().endswith("# mine\n")
+
+
+def test_a_template_that_drops_the_system_prompt_is_refused(workspace):
+    (workspace / "templates").mkdir()
+    (workspace / "templates/Modelfile.j2").write_text("FROM {{ gguf }}\n")
+    code, _, said = olpack(workspace, "build", "oracle", "--only", "modelfiles")
+    assert code == 1 and "system" in said and "templates/Modelfile.j2" in said
+
+
+def test_errors_have_a_place_for_the_remedy():
+    error = OlpackError("It broke.", "Mend it.")
+    assert (error.problem, error.remedy, str(error)) == ("It broke.", "Mend it.", "It broke. Mend it.")

@@ -1,0 +1,110 @@
+"""The recipe: what it accepts, and one sentence with place and remedy for what it does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from olpack.errors import OlpackError
+from olpack.recipe import load
+
+GOOD = "base: builtin/tiny-coder\ndata: {train: train.jsonl}\n"
+
+
+def write(tmp_path: Path, text: str, name: str = "assistant") -> Path:
+    path = tmp_path / name / "recipe.yaml"
+    path.parent.mkdir()
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_two_lines_are_a_recipe(tmp_path):
+    recipe = load(write(tmp_path, GOOD))
+    assert recipe.name == "assistant"
+    assert recipe.quants == ["Q4_0", "Q4_K_M", "Q5_K_M", "Q8_0"]
+    assert recipe.train.rank == 16
+    assert recipe.origin("train.rank") == "default"
+    assert recipe.origin("base") == "recipe.yaml:1"
+
+
+def test_numbers_are_read_as_their_author_means_them(tmp_path):
+    recipe = load(write(tmp_path, GOOD + "train: {learning_rate: 2e-4, epochs: 3}\nquants: [q4_k_m]\n"))
+    assert recipe.train.learning_rate == 2e-4
+    assert recipe.train.epochs == 3
+    assert recipe.quants == ["Q4_K_M"]
+
+
+def test_arabic_system_prompt_and_whitespace_are_kept(tmp_path):
+    recipe = load(write(tmp_path, GOOD + 'modelfile:\n  system: "أنت مساعد برمجة.\\u200f \\n"\n'))
+    assert recipe.modelfile.system == "أنت مساعد برمجة.\u200f \n"
+
+
+def test_overrides_win_and_say_so(tmp_path):
+    recipe = load(write(tmp_path, GOOD + "train: {epochs: 3}\n"), ["train.epochs=0.5", "quants=[Q8_0]", "modelfile.parameters.temperature=0.1"])
+    assert recipe.train.epochs == 0.5
+    assert recipe.quants == ["Q8_0"]
+    assert recipe.modelfile.parameters == {"temperature": 0.1}
+    assert recipe.origin("train.epochs") == "--set"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (GOOD + "quant: [Q8_0]\n", "line 3: unknown key 'quant'. Did you mean 'quants'?"),
+        (GOOD + "train:\n  epoch: 3\n", "line 4: unknown key 'train.epoch'. Did you mean 'epochs'?"),
+        (GOOD + "train:\n  rank: sixteen\n", "line 4: 'train.rank': Input should be a valid integer, not 'sixteen'"),
+        (GOOD + "train:\n  rank: yes\n", "line 4: 'train.rank'"),
+        (GOOD + 'train:\n  rank: "16"\n', "line 4: 'train.rank'"),
+        (GOOD + "train:\n  rank: 0\n", "greater than or equal to 1"),
+        (GOOD + "train:\n  schedule: cosin\n", "'cosine', 'linear' or 'constant'"),
+        (GOOD + "quants: [Q4_K_X]\n", "Q4_K_X"),
+        (GOOD + "quants: [Q8_0, q8_0]\n", "Q8_0 is listed twice"),
+        (GOOD + "quants: []\n", "'quants'"),
+        (GOOD + "modelfile:\n  parameters: {temprature: 1}\n", "temperature"),
+        (GOOD + "modelfile:\n  parameters: {num_ctx: big}\n", "num_ctx"),
+        ("data: {train: train.jsonl}\n", "'base' is missing"),
+        (GOOD + "base: other\n", "line 3: 'base' is given twice"),
+        (GOOD + "train: [\n", "line 4"),
+        ("- a\n", "must hold settings"),
+        ("", "must hold settings"),
+        (GOOD + "revision: main\n", "builtin base has none"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_line(tmp_path, text, said):
+    with pytest.raises(OlpackError) as caught:
+        load(write(tmp_path, text))
+    assert said in str(caught.value)
+    assert "recipe.yaml" in str(caught.value)
+
+
+def test_every_problem_is_told_at_once(tmp_path):
+    with pytest.raises(OlpackError) as caught:
+        load(write(tmp_path, GOOD + "quant: 1\ntrain: {rank: -1}\n"))
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_a_name_that_ollama_would_refuse(tmp_path):
+    with pytest.raises(OlpackError, match="legal name"):
+        load(write(tmp_path, GOOD, name="my assistant!"))
+
+
+@pytest.mark.parametrize("override", ["train.epochs", "=3", "base.x=1"])
+def test_an_override_that_is_none(tmp_path, override):
+    with pytest.raises(OlpackError, match="--set"):
+        load(write(tmp_path, GOOD), [override])
+
+
+def test_not_utf8(tmp_path):
+    path = write(tmp_path, GOOD)
+    path.write_bytes(b"base: \xff\xfe\n")
+    with pytest.raises(OlpackError, match="UTF-8"):
+        load(path)
+
+
+def test_every_field_is_documented():
+    from olpack import recipe
+
+    for section in (recipe.Recipe, recipe.Data, recipe.Train, recipe.Modelfile, recipe.Compare):
+        for name, field in section.model_fields.items():
+            assert field.description or name in ("data", "train", "modelfile", "compare"), name

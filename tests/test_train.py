@@ -1,0 +1,183 @@
+"""Training: it learns, only what it should, the same whether interrupted or not."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import write_model
+
+from olpack.base import Base
+from olpack.data import TokenRow
+from olpack.errors import OlpackError
+from olpack.recipe import Train
+from olpack.train import train
+from olpack.train import loop as training_loop
+from olpack.train.batches import collate, micro_batches, schedule
+from olpack.train.loop import learning_rate
+from olpack.train.model import load_with_adapter, summed_loss
+
+CPU = torch.device("cpu")
+torch.set_num_threads(1)  # matrices this small are slower on two
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Base:
+    return Base("tiny", write_model(tmp_path_factory.mktemp("base")))
+
+
+def make_rows(count: int, seed: int = 0) -> list[TokenRow]:
+    """Rows whose answer is always the same: soon learned, also for prompts never seen."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for index in range(count):
+        length = 4 + int(torch.randint(0, 12, (), generator=generator))
+        prompt = torch.randint(3, 500, (length,), generator=generator).tolist()
+        rows.append(TokenRow(prompt + [7, 8, 9, 10, 0], [False] * length + [True] * 5, "", f"x:{index}"))
+    return rows
+
+
+def run(base: Base, folder: Path, settings: Train, rows=None, key="k"):
+    return train(base, rows or make_rows(24), make_rows(8, seed=9), settings, out=folder / "adapter", checkpoint=folder / "checkpoint", key=key)
+
+
+def losses(folder: Path) -> list[float]:
+    return [record["loss"] for line in (folder / "adapter/metrics.jsonl").read_text().splitlines() if "loss" in (record := json.loads(line))]
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_it_learns_and_writes_an_adapter_that_peft_loads(base, tmp_path, quantization):
+    result = run(base, tmp_path, Train(quantization=quantization, epochs=12, batch_size=8, learning_rate=1e-2))
+    assert result.eval_loss_after < 0.8 * result.eval_loss_before
+    assert result.steps == 36
+    written = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert written == {"adapter_config.json", "adapter_model.safetensors", "metrics.jsonl", "settings.json"}
+    assert not (tmp_path / "checkpoint").exists()
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "tiny"
+    assert sorted({name.rpartition(".")[2] for name in config["target_modules"]}) == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32), tmp_path / "adapter")
+    held_out = make_rows(8, seed=9)
+    with torch.no_grad():
+        loss = summed_loss(model.eval(), *collate(held_out, CPU)).item() / sum(row.learned_count for row in held_out)
+    assert loss == pytest.approx(result.eval_loss_after, rel=1e-4 if quantization == "none" else 0.1)
+
+
+def test_the_base_is_held_in_nf4_with_double_quantization(base):
+    from bitsandbytes.nn import Linear4bit
+
+    model = load_with_adapter(base, Train(), CPU, checkpointing=False)
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    assert len(layers) == 14
+    assert all(layer.weight.quant_state.quant_type == "nf4" and layer.weight.quant_state.nested for layer in layers)
+    assert all("lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def test_loss_counts_learned_tokens_only_and_padding_changes_nothing(base):
+    model = load_with_adapter(base, Train(quantization="none"), CPU, checkpointing=False).eval()
+    rows = make_rows(5)
+    with torch.no_grad():
+        together = summed_loss(model, *collate(rows, CPU)).item()
+        alone = sum(summed_loss(model, *collate([row], CPU)).item() for row in rows)
+        by_hand = 0.0
+        for row in rows:
+            log_probabilities = model(torch.tensor([row.ids])).logits[0].float().log_softmax(-1)
+            by_hand -= sum(log_probabilities[i - 1, row.ids[i]].item() for i in range(1, len(row.ids)) if row.learned[i])
+    assert together == pytest.approx(alone, rel=1e-4)
+    assert together == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_gradients_do_not_depend_on_how_a_batch_is_cut(base):
+    rows, gradients = make_rows(8), []
+    for budget in (16, 10_000):
+        model = load_with_adapter(base, Train(quantization="none"), CPU, checkpointing=False)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(1))
+        training_loop._backward(model, rows, training_loop.State(budget=budget), CPU)
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]))
+    assert torch.allclose(*gradients, rtol=1e-3, atol=1e-6)
+
+
+def test_gradient_checkpointing_gives_the_same_run(base, tmp_path):
+    for checkpointing in (False, True):
+        run(base, tmp_path / str(checkpointing), Train(epochs=1, batch_size=8, gradient_checkpointing=checkpointing))
+    assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=1e-4)
+
+
+def test_an_interrupted_run_goes_on_where_it_was(base, tmp_path, monkeypatch):
+    settings = Train(epochs=3, batch_size=8, learning_rate=1e-3, dropout=0.1)
+    run(base, tmp_path / "whole", settings)
+
+    real, calls = training_loop._backward, []
+
+    def backward(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            signal.raise_signal(signal.SIGINT)  # in the middle of the fourth step, which must still be finished
+        return real(*arguments)
+
+    monkeypatch.setattr(training_loop, "_backward", backward)
+    with pytest.raises(KeyboardInterrupt):
+        run(base, tmp_path / "broken", settings)
+    assert not (tmp_path / "broken/adapter").exists()
+    assert (tmp_path / "broken/checkpoint/checkpoint.pt").is_file()
+    run(base, tmp_path / "broken", settings)
+    assert len(calls) == 9  # none of the steps was done twice
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+
+
+def test_a_checkpoint_of_other_settings_is_not_used(base, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training_loop, "_backward", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(base, tmp_path, Train(epochs=1), key="one")
+    monkeypatch.undo()
+    assert run(base, tmp_path, Train(epochs=1), key="two").steps == 2
+
+
+def test_a_loss_that_is_not_finite_ends_with_a_remedy(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(training_loop, "_backward", lambda *_: float("nan"))
+    with pytest.raises(OlpackError, match=r"not finite at step 1.*train.learning_rate"):
+        run(base, tmp_path, Train(epochs=1))
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_unknown_target_modules(base, tmp_path):
+    with pytest.raises(OlpackError, match="target_modules"):
+        run(base, tmp_path, Train(target_modules=["no_such_layer"]))
+
+
+def test_schedule_is_a_permutation_for_each_epoch_and_repeatable():
+    steps = schedule(10, 2.5, 4, seed=3)
+    flat = [index for step in steps for index in step]
+    assert len(flat) == 25
+    assert sorted(flat[:10]) == sorted(flat[10:20]) == list(range(10))
+    assert steps == schedule(10, 2.5, 4, seed=3) != schedule(10, 2.5, 4, seed=4)
+
+
+def test_micro_batches_stay_within_the_budget_and_lose_no_row():
+    rows = make_rows(40)
+    groups = list(micro_batches(rows, 64))
+    assert sorted(row.source for group in groups for row in group) == sorted(row.source for row in rows)
+    assert all(len(group) * max(len(row.ids) for row in group) <= 64 for group in groups)
+    assert [len(group) for group in micro_batches(rows[:3], 1)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+def test_learning_rate_rises_then_falls(kind):
+    settings = Train(schedule=kind, warmup=0.1, learning_rate=1e-3)
+    rates = [learning_rate(step, 100, settings) for step in range(100)]
+    assert rates[:10] == sorted(rates[:10]) and rates[0] > 0
+    assert max(rates) == 1e-3
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] < (2e-5 if kind != "constant" else 1)

@@ -1,0 +1,109 @@
+"""Small model folders with random weights, as Hugging Face would hold them: real configuration, real tokenizer, safetensors."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+from pathlib import Path
+
+from olpack.export.client import Converter
+
+QWEN2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = QWEN2.replace(r"\p{N}|", r"\p{N}{1,3}|", 1)
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CHAT_TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+
+_TEXT = ["def add(a, b):\n    return a + b\n", "It's 2024, isn't it? We'll see.", "class Stack:\n    items = [1, 22, 333]\n",
+         "for i in range(10):\n    print(i)\n", "Wörter, слова, 单词 und mehr."]  # fmt: skip
+
+
+def write_tokenizer(folder: Path, *, pattern: str = QWEN2, vocabulary: int = 512, ignore_merges: bool = False) -> None:
+    """A byte-level BPE tokenizer, trained on a few lines."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                                  show_progress=False)
+    tokenizer.train_from_iterator(_TEXT * 4, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": SPECIAL[0], "pad_token": SPECIAL[0],
+                "chat_template": CHAT_TEMPLATE, "model_max_length": 256}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def write_model(
+    folder: Path, model_type: str = "qwen3", *, dtype: str = "bfloat16", tied: bool = True, shard: str = "1GB", seed: int = 0, **settings: object
+) -> Path:
+    """A model of two layers and its tokenizer.
+
+    Args:
+        folder: made here.
+        model_type: as transformers names it.
+        dtype: of the stored weights.
+        tied: one matrix as embedding and as output layer.
+        shard: largest file, as `save_pretrained` takes it.
+        seed: of the weights.
+        settings: further fields of the configuration.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    llama3 = model_type == "llama"
+    write_tokenizer(folder, pattern=LLAMA3 if llama3 else QWEN2, ignore_merges=llama3)
+    config = AutoConfig.for_model(model_type, **{
+        "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 256, "tie_word_embeddings": tied,
+        "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0, **settings,
+    })  # fmt: skip
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype))
+    model.save_pretrained(folder, max_shard_size=shard)
+    return folder
+
+
+def write_adapter(folder: Path, model: Path, *, seed: int = 1, **settings: object) -> Path:
+    """A LoRA adapter of rank 4 on all linear layers whose B is not zero, so that it changes something."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    adapted = get_peft_model(base, LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **settings}))
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad and "lora_A" not in name:
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+@functools.cache
+def converter() -> Converter:
+    """One worker for all tests: its start takes some seconds."""
+    started = Converter()
+    atexit.register(started.__exit__)
+    return started
+
+
+def write_sentencepiece(folder: Path, vocabulary: int = 400) -> None:
+    """A SentencePiece vocabulary in place of the byte-level one, as Gemma, Mistral and Phi-3 have it."""
+    import sentencepiece
+
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    corpus = folder / "corpus.txt"
+    corpus.write_text("\n".join(_TEXT * 20))
+    sentencepiece.SentencePieceTrainer.train(input=str(corpus), model_prefix=str(folder / "tokenizer"), vocab_size=vocabulary, model_type="bpe",
+                                             byte_fallback=True, character_coverage=1.0, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, hard_vocab_limit=False,
+                                             minloglevel=2)
+    corpus.unlink()
+    (folder / "tokenizer.vocab").unlink()
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True, "chat_template": CHAT_TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))

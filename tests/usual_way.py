@@ -1,0 +1,67 @@
+"""The way that everybody else takes, as the measure of ours: convert_hf_to_gguf.py to a BF16 file, then llama.cpp's quantizer for each type.
+
+    python tests/usual_way.py --out OUT --quants Q4_0,Q4_K_M MODEL_FOLDER...        # writes OUT/MODEL_FOLDER's name/Q4_0.gguf, ...
+
+Only the pre-tokenizer's name is ours, where the tokenizer is one that llama.cpp's table does not have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import logging
+import runpy
+import sys
+from pathlib import Path
+
+from olpack.export.pretokenizer import recognize
+from olpack.llamacpp.source import converter_source
+from olpack.quants import quant_type
+
+
+def convert(source: Path, file: Path) -> None:
+    """Run llama.cpp's script, unchanged, on a model folder."""
+    from conversion.base import TextModel
+
+    by_hash = TextModel.get_vocab_base_pre
+
+    def get_vocab_base_pre(self, tokenizer):
+        try:
+            return by_hash(self, tokenizer)
+        except NotImplementedError:
+            return recognize(source)
+
+    TextModel.get_vocab_base_pre = get_vocab_base_pre
+    sys.argv = ["convert_hf_to_gguf.py", "--outtype", "bf16", "--outfile", str(file), str(source)]
+    runpy.run_path(str(converter_source() / "convert_hf_to_gguf.py"), run_name="__main__")
+    TextModel.get_vocab_base_pre = by_hash
+
+
+def quantize(source: Path, file: Path, quant: str) -> None:
+    """What `llama-quantize SOURCE FILE QUANT` does."""
+    import llama_cpp
+
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = quant_type(quant).ftype
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(file).encode(), ctypes.byref(params)):
+        raise SystemExit(f"llama.cpp could not make {quant}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--quants", required=True)
+    parser.add_argument("models", type=Path, nargs="+")
+    arguments = parser.parse_args()
+    logging.disable(logging.CRITICAL)
+    sys.path[:0] = [str(converter_source()), str(converter_source() / "gguf-py")]
+    for model in arguments.models:
+        out = arguments.out / model.name
+        out.mkdir(parents=True, exist_ok=True)
+        convert(model, out / "BF16-intermediate.gguf")
+        for quant in arguments.quants.split(","):
+            quantize(out / "BF16-intermediate.gguf", out / f"{quant}.gguf", quant)
+
+
+if __name__ == "__main__":
+    main()
