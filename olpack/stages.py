@@ -104,7 +104,7 @@ def compare(build: Build, steps: list[Step]) -> None:
     """Measure every quant, recommend one, write `results.json` and the report, and point `:latest` to the recommended tag."""
     from olpack.compare import MeasureSettings, measure, write_report, write_results
     from olpack.deploy.client import OllamaClient
-    from olpack.deploy.register import register
+    from olpack.deploy.register import Registered, register
     from olpack.workspace import template_source
 
     asked, paths, (step,) = build.recipe.compare, build.paths, steps
@@ -117,7 +117,8 @@ def compare(build: Build, steps: list[Step]) -> None:
     write_report(results, paths.report, template_source("report.html.j2"), metrics=paths.adapter / "metrics.jsonl")
     best = results.recommendation
     if client and best:
-        register(client, build.recipe.name, quant_files(build), build.package, latest=best.tag)
+        before = [Registered(**record) for record in build.step("deploy").result.get("registered", [])]
+        register(client, build.recipe.name, quant_files(build), build.package, latest=best.tag, before=before)
     build.finish(step, [paths.results, paths.report], {"recommended": best.tag if best else None})
 
 

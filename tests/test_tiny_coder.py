@@ -109,15 +109,17 @@ def parses(text: str) -> bool:
 
 def test_completions_of_def_parse_more_often_than_not(model, tokenizer) -> None:
     torch.manual_seed(0)
-    sampled = model.generate(**tokenizer(["def "] * 19, return_tensors="pt", return_token_type_ids=False), max_new_tokens=160)
-    greedy = model.generate(**tokenizer("def ", return_tensors="pt", return_token_type_ids=False), max_new_tokens=160, do_sample=False)
+    sampled = model.generate(**tokenizer(["def "] * 19, return_tensors="pt", return_token_type_ids=False), max_new_tokens=96)
+    greedy = model.generate(**tokenizer("def ", return_tensors="pt", return_token_type_ids=False), max_new_tokens=96, do_sample=False)
     texts = [first_function(text) for text in tokenizer.batch_decode([*sampled, *greedy], skip_special_tokens=True)]
     assert all(text.startswith("def ") for text in texts) and len(texts) == 20
     assert sum(map(parses, texts)) > 10, "\n\n".join(texts)
 
 
-def test_a_turn_ends(model, tokenizer) -> None:
-    chat = [{"role": "user", "content": "Continue this code:\ndef add(a, b):\n"}]
-    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    out = model.generate(**ids, max_new_tokens=200, do_sample=False)
-    assert out[0, -1].item() == tokenizer.eos_token_id
+def test_the_turn_marks_are_learned(model, tokenizer) -> None:
+    asked = "<|im_start|>user\nContinue this code:\ndef add(a, b):\n<|im_end|>\n<|im_start|>assistant"
+    ids = tokenizer(asked, return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = model(ids).logits[0].argmax(-1).tolist()
+    end = ids[0].tolist().index(tokenizer.eos_token_id)
+    assert tokenizer.decode(expected[end:]) == "\n<|im_start|>assistant\n"

@@ -24,12 +24,16 @@ class RowJob(BaseModel):
 
 
 class Job(BaseModel):
-    """What to measure of which file. A unit that is None is left out."""
+    """What to measure of which file. A unit that is None is left out.
+
+    `threads` are for what is timed, `untimed_threads` for perplexity and answers.
+    """
 
     path: Path
     engine: str
     context: int
     threads: int
+    untimed_threads: int
     answer_tokens: int
     speed: SpeedJob | None = None
     perplexity: list[RowJob] | None = None

@@ -103,12 +103,16 @@ def measure(
     embedded = f"llama-cpp-python {version('llama-cpp-python')}, embedded"
     server_version = server.version() if server else None
     machine = describe_machine(server_version)
+    untimed = threads
     if machine.busy > _BUSY:
+        # Threads that share a core with somebody else's work make all the others wait: fewer of them are much faster then.
+        untimed = max(1, round(threads * (1 - machine.busy)))
         progress.warn(f"Others use {machine.busy:.0%} of this machine's CPU time: measuring will take long, and speeds will come out low.")
     described = _describe_rows(rows) if rows else None
     lengths, generated, repeats = list(settings.prompt_lengths), settings.generated_tokens, settings.repeats
     base = Job(
-        path=Path(), engine=embedded, context=settings.context, threads=threads, answer_tokens=settings.answer_tokens,
+        path=Path(), engine=embedded, context=settings.context, threads=threads, untimed_threads=untimed,
+        answer_tokens=settings.answer_tokens,
         speed=None if server else SpeedJob(prompt_lengths=lengths, generated_tokens=generated, repeats=repeats),
         perplexity=[RowJob(ids=row.ids, learned=row.learned, text=row.text) for row in rows] or None,
         answers=list(prompts) or None,

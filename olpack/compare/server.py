@@ -29,8 +29,8 @@ def measure_speed(client: OllamaClient, model: str, engine: str, settings: Measu
 
     The durations are the server's own. Every prompt is a run of new random words, because prompt tokens found in the server's cache count
     as processed; prompts go in raw, with no template. The first call of each kind is discarded. All models that the server runs are
-    unloaded before, and this one between loads. A load is timed until one token is out; the file may be in the server's page cache, so only warm
-    load times are claimed. Generation stops where the model ends its turn, at most after `generated_tokens`.
+    unloaded before, and this one between loads. A load is timed until one token is out; the file may be in the server's page cache, so
+    only warm load times are claimed. Generation stops where the model ends its turn, at most after `generated_tokens`.
 
     Raises:
         OlpackError: the server refuses, or does not unload a model.

@@ -89,7 +89,7 @@ def register(
     Raises:
         OlpackError: the name or a parameter is wrong (before anything is sent), the server failed, or it did not do what it was asked to.
     """
-    _check(name, files, package, latest)
+    check_request(name, files, package, latest)
     earlier = {canonical(record.model): record for record in before}
     records = [_register_one(client, model := f"{name}:{file.tag}", file, package, earlier.get(canonical(model))) for file in files]
     if latest is not None:
@@ -97,7 +97,7 @@ def register(
     return records
 
 
-def _check(name: str, files: Sequence[QuantFile], package: Package, latest: str | None) -> None:
+def check_request(name: str, files: Sequence[QuantFile], package: Package, latest: str | None) -> None:
     check_name(name, tagged=False)
     tags = [file.tag.lower() for file in files]
     for file in files:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -88,11 +89,11 @@ class Converter:
 
     def _do(self, title: str, **job: object) -> object:
         """Hand over a job, show its progress, and return its result or raise its error."""
-        task = None
         try:
             self._process.stdin.write(json.dumps(job) + "\n")
             self._process.stdin.flush()
-            with _ShownWhenKnown(title) as task:
+            with ExitStack() as shown:
+                task = None
                 for line in self._process.stdout:
                     message = json.loads(line)
                     if "result" in message:
@@ -101,7 +102,8 @@ class Converter:
                         raise OlpackError(**message["error"])
                     if "crash" in message:
                         raise RuntimeError(f"The export worker failed unexpectedly:\n{message['crash']}")
-                    task.reach(message["done"], message["total"])
+                    task = task or shown.enter_context(progress.task(title, total=message["total"], unit="B"))
+                    task.advance(message["done"] - task.done)
         except BrokenPipeError:
             pass  # it died before it read the job
         except OlpackError:
@@ -133,27 +135,6 @@ class Converter:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-
-
-class _ShownWhenKnown:
-    """A progress task that begins with the first figure, so that a job without figures shows none."""
-
-    def __init__(self, title: str):
-        self._title = title
-        self._shown = self._task = None
-
-    def __enter__(self) -> _ShownWhenKnown:
-        return self
-
-    def reach(self, done: int, total: int) -> None:
-        if self._task is None:
-            self._shown = progress.task(self._title, total=total, unit="B")
-            self._task = self._shown.__enter__()
-        self._task.advance(done - self._task.done)
-
-    def __exit__(self, *exception: object) -> None:
-        if self._shown is not None:
-            self._shown.__exit__(*exception)
 
 
 def _make_place(path: Path) -> None:

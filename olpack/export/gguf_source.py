@@ -35,7 +35,7 @@ def open_gguf(
         raise OlpackError(f"'{source}' is one part of a GGUF in several files.", "Join them with llama-gguf-split --merge.")
     for tensor in reader.tensors:
         kind = tensor.tensor_type.name
-        if kind not in FLOATS and not kind.startswith("I"):
+        if kind not in (*FLOATS, "I8", "I16", "I32", "I64"):
             raise OlpackError(f"'{source}' is quantized already: '{tensor.name}' is {kind}.", "Start from an F16, BF16 or F32 file of the model.")
 
     writer = gguf.GGUFWriter(None, keys["general.architecture"].value)

@@ -24,7 +24,7 @@ from olpack.export.converter import FLOATS, SourceModel, SourceTensor
 from olpack.export.plan import FilePlan, padded
 from olpack.llamacpp import library
 
-MEMORY = 1 << 30  # bytes of tensors in flight; a larger tensor is in flight alone
+MEMORY = 1 << 30  # bytes of tensors in flight beyond which no further one is loaded
 CHUNK = 1 << 19  # weights that a thread quantizes at a time: 2 MB of float32
 
 
@@ -91,9 +91,9 @@ class _Flight:
         self.failure: BaseException | None = None
 
     def take(self, nbytes: int) -> None:
-        """Wait until so many bytes fit, or nothing else is in flight. Raises the failure of another thread."""
+        """Wait until what is in flight is below the limit, then add so many bytes. Raises the failure of another thread."""
         with self._changed:
-            self._changed.wait_for(lambda: self.failure or not self._used or self._used + nbytes <= self._limit)
+            self._changed.wait_for(lambda: self.failure or self._used <= self._limit)
             self.check()
             self._used += nbytes
 
@@ -122,8 +122,7 @@ class _Work:
         self._lock = threading.Lock()
         columns = source.shape[-1] if source.shape else 1
         sizes = [source.elements // columns * library.row_size(type_, columns) for type_ in self.types]
-        # Loading holds the values twice for a moment where the converter reshapes them.
-        self.nbytes = sum(sizes) + (8 * source.elements if source.type_name in FLOATS else 0)
+        self.nbytes = sum(sizes) + (4 * source.elements if source.type_name in FLOATS else 0)
         self.data: dict[int, np.ndarray] = {}
         self.chunks: list[Future[None]] = []
 

@@ -1,0 +1,81 @@
+"""What the header of a GGUF file says of the model: its scalar metadata and its number of parameters, without its long lists."""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from olpack.errors import OlpackError
+
+_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}  # GGUF's type: its format
+_STRING, _ARRAY = 8, 9
+
+
+@dataclass(frozen=True)
+class Header:
+    """The header of a GGUF file.
+
+    Attributes:
+        metadata: key to number, bool or text. Lists are left out.
+        parameters: elements of all tensors.
+    """
+
+    metadata: dict[str, object]
+    parameters: int
+
+
+def read_header(path: Path) -> Header:
+    """The header of a GGUF file.
+
+    Raises:
+        OlpackError: the file is not there, is no GGUF, or ends within its header.
+    """
+    try:
+        with path.open("rb") as file:
+            magic, version, tensors, count = struct.unpack("<4sIQQ", file.read(24))
+            if magic != b"GGUF" or version not in (2, 3):
+                raise ValueError
+            metadata = {}
+            for _ in range(count):
+                key, kind = _text(file), _number(file, "<I")
+                if kind == _ARRAY:
+                    _skip_list(file)
+                else:
+                    metadata[key] = _text(file) if kind == _STRING else _number(file, _SCALARS[kind])
+            return Header(metadata, sum(_elements(file) for _ in range(tensors)))
+    except (struct.error, ValueError, KeyError):
+        raise OlpackError(f"{path} is no whole GGUF file.", "Make it again with 'olpack export'.") from None
+    except FileNotFoundError:
+        raise OlpackError(f"{path} does not exist.", "Make it with 'olpack export'.") from None
+
+
+def _number(file: BinaryIO, form: str) -> int | float | bool:
+    return struct.unpack(form, file.read(struct.calcsize(form)))[0]
+
+
+def _text(file: BinaryIO) -> str:
+    size = _number(file, "<Q")
+    raw = file.read(size)
+    if len(raw) < size:
+        raise ValueError
+    return raw.decode("utf-8")
+
+
+def _skip_list(file: BinaryIO) -> None:
+    kind, count = _number(file, "<I"), _number(file, "<Q")
+    if kind in _SCALARS:
+        file.seek(struct.calcsize(_SCALARS[kind]) * count, 1)
+    else:
+        for _ in range(count):
+            _skip_list(file) if kind == _ARRAY else file.seek(_number(file, "<Q"), 1)
+
+
+def _elements(file: BinaryIO) -> int:
+    """Elements of the tensor described here: name, number of axes, their lengths, type, offset."""
+    _text(file)
+    shape = [_number(file, "<Q") for _ in range(_number(file, "<I"))]
+    file.seek(4 + 8, 1)
+    return math.prod(shape)

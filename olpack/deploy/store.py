@@ -1,0 +1,322 @@
+"""Tags written straight into a folder of models, for a server that does not run or a machine that cannot be reached.
+
+    write_store(Path("/media/stick/models"), "coding-assistant", files, package, latest="q4_K_M")
+    OLLAMA_MODELS=/media/stick/models ollama serve
+
+The files are those that the server would write for the same package, byte for byte, so their digests are the same, too. A GGUF is linked
+into the store where the file system allows, and takes no space twice. A running server sees the tags at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from olpack import progress
+from olpack.deploy.client import blob_digest
+from olpack.deploy.gguf_header import Header, read_header
+from olpack.deploy.modelfile import Package
+from olpack.deploy.names import DEFAULT_HOST, DEFAULT_NAMESPACE, Name, parse_name
+from olpack.deploy.register import QuantFile, check_request
+from olpack.errors import OlpackError
+from olpack.quants import QUANT_TYPES
+
+_IMAGE = "application/vnd.ollama.image."
+_CONFIG = "application/vnd.docker.container.image.v1+json"
+_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
+# The server takes the number 0, which is F32, for a file that does not say.
+_FILE_TYPES = {kind.ftype: name for name, kind in QUANT_TYPES.items() if kind.ftype}
+_CHUNK = 1 << 20
+
+How = Literal["linked", "cloned", "copied", "there"]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tag in the store.
+
+    Attributes:
+        model: the whole name as the server will list it, "coding-assistant:q4_K_M".
+        digest: of its manifest, 64 hexadecimal digits.
+        blob: digest of its weights, `sha256:<64 hex>`.
+        how: the weights got there: a hard link, a clone that shares blocks, a copy, or they were there.
+        done: whether the manifest was written, or said the same before.
+    """
+
+    model: str
+    digest: str
+    blob: str
+    how: How
+    done: Literal["written", "unchanged"]
+
+
+def models_folder() -> Path:
+    """Where a server on this machine keeps its models: OLLAMA_MODELS, or `.ollama/models` of the home folder."""
+    named = os.environ.get("OLLAMA_MODELS", "").strip().strip("\"'")
+    return Path(named) if named else Path.home() / ".ollama" / "models"
+
+
+def write_store(store: Path, name: str, files: Sequence[QuantFile], package: Package, latest: str | None = None) -> list[Stored]:
+    """Put a package into a model store.
+
+    Blobs first, each under its name only when it is whole, and the manifest last. A tag that is there is replaced; what it alone used stays
+    until the server tidies up at its next start. Nothing else in the store is touched.
+
+    Args:
+        store: the folder that is, or will be, the server's OLLAMA_MODELS.
+        name: of the package, without a tag.
+        files: one for each tag. Hard links are safe: an export puts a new file in place of an old one and never writes into it.
+        package: what all tags carry, with `num_ctx` among its parameters.
+        latest: the tag that `name` alone shall mean; None: `:latest` is left as it is.
+
+    Returns:
+        one record for each file, in order, and one for `:latest` where it was asked for.
+
+    Raises:
+        OlpackError: the name or a parameter is wrong, a file is not what its digest says, or the store cannot be written.
+    """
+    check_request(name, files, package, latest)
+    with _failures(store):
+        blobs = store / "blobs"
+        for folder in (blobs, store / "manifests"):
+            _make_folder(folder, store)
+        stored = []
+        for file in files:
+            stored.append(_write_tag(store, f"{name}:{file.tag}", file, package))
+            if latest is not None and file.tag.lower() == latest.lower():
+                pointed = file
+        if latest is not None:
+            stored.append(_write_tag(store, f"{name}:latest", pointed, package))
+    return stored
+
+
+def compose(weights: str, size: int, header: Header, package: Package) -> tuple[bytes, dict[str, bytes]]:
+    """The manifest of one tag, and the blobs that it names beside the weights, as the server writes them.
+
+    Args:
+        weights: `sha256:<64 hex>` of the GGUF.
+        size: of it, in bytes.
+        header: of it.
+        package: what the tag carries.
+
+    Returns:
+        (manifest, blobs by their digest `sha256:<64 hex>`).
+    """
+    blobs: dict[str, bytes] = {}
+
+    def layer(kind: str, content: bytes) -> dict[str, object]:
+        digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
+        blobs[digest] = content
+        return {"mediaType": kind, "digest": digest, "size": len(content)}
+
+    parameters = {key: _plain(value) for key, value in sorted(package.parameters.items())}
+    messages = [{"role": turn["role"].lower(), "content": turn["content"]} for turn in package.messages]
+    contents = {
+        "template": (package.template or "").encode(),
+        "system": (package.system or "").encode(),
+        "license": (package.license or "").encode(),
+        "params": _go_json(parameters) if parameters else b"",
+        "messages": _go_json(messages) if messages else b"",
+    }
+    layers: list[dict[str, object]] = [{"mediaType": f"{_IMAGE}model", "digest": weights, "size": size}]
+    layers += [layer(_IMAGE + kind, content) for kind, content in contents.items() if content]
+    family = header.metadata.get("general.architecture", "unknown")
+    config = {
+        "model_format": "gguf",
+        "model_family": family,
+        "model_families": [family],
+        "model_type": _human(header.parameters),
+        "file_type": _FILE_TYPES.get(header.metadata.get("general.file_type"), "unknown"),
+        "architecture": "amd64",  # whatever the machine: the field is required by the image format, and the server writes this
+        "os": "linux",
+    }
+    manifest = {"schemaVersion": 2, "mediaType": _MANIFEST, "config": layer(_CONFIG, _go_json(config)), "layers": layers}
+    return _go_json(manifest), blobs
+
+
+def _human(count: int) -> str:
+    """A number of parameters as the server shows it: 494.03M, 1.5B, 40M."""
+    for unit, name, digits in ((10**9, "B", 1), (10**6, "M", 2), (10**3, "K", 0)):
+        if count >= unit:
+            return f"{count / unit:.{0 if count % unit == 0 else digits}f}{name}"
+    return str(count)
+
+
+def _plain(value: object) -> object:
+    """A parameter as Go's JSON has it: tuples are lists, and a whole number has no point."""
+    if isinstance(value, tuple):
+        return list(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _go_json(value: object) -> bytes:
+    """JSON as Go's encoder writes it: no spaces, what HTML minds escaped, a line end after it."""
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    return "".join(f"\\u{ord(char):04x}" if char in "<>&\u2028\u2029" else char for char in text).encode() + b"\n"
+
+
+# -- writing -------------------------------------------------------------------------------------------------------------------------------
+
+
+def _write_tag(store: Path, model: str, file: QuantFile, package: Package) -> Stored:
+    weights = f"sha256:{file.sha256}" if file.sha256 else blob_digest(file.path)
+    manifest, texts = compose(weights, file.path.stat().st_size, read_header(file.path), package)
+    name = _as_spelled(store, parse_name(model))
+    path = store / "manifests" / name.host / name.namespace / name.model / name.tag
+
+    def place() -> How:
+        for digest, content in texts.items():
+            if not _blob(store, digest).is_file():
+                _write(_blob(store, digest), content, store)
+        return _place_weights(file.path, weights, store)
+
+    how = place()
+    unchanged = path.is_file() and path.read_bytes() == manifest
+    if not unchanged:
+        _make_folder(path.parent, store)
+        _write(path, manifest, store)
+    # A server that started meanwhile may have thrown out blobs that no manifest named yet.
+    if not all(_blob(store, digest).is_file() for digest in (weights, *texts)):
+        how = place()
+    listed = f"{name.model}:{name.tag}"
+    if name.host != DEFAULT_HOST:
+        listed = f"{name.host}/{name.namespace}/{listed}"
+    elif name.namespace != DEFAULT_NAMESPACE:
+        listed = f"{name.namespace}/{listed}"
+    progress.say(f"{'unchanged' if unchanged else 'written'} {listed} (weights {how})")
+    return Stored(listed, hashlib.sha256(manifest).hexdigest(), weights, how, "unchanged" if unchanged else "written")
+
+
+def _blob(store: Path, digest: str) -> Path:
+    return store / "blobs" / digest.replace(":", "-")
+
+
+def _as_spelled(store: Path, wanted: Name) -> Name:
+    """The name in the case in which the store has its parts: the server looks for a part as any model at all spells it."""
+    there = [Name(*path.relative_to(store / "manifests").parts) for path in sorted(store.glob("manifests/*/*/*/*"))]
+    parts = {}
+    for part in ("host", "namespace", "model", "tag"):
+        value = getattr(wanted, part)
+        spelled = [getattr(name, part) for name in there if getattr(name, part).lower() == value.lower()]
+        parts[part] = value if value in spelled or not spelled else spelled[0]
+    return Name(**parts)
+
+
+def _place_weights(source: Path, digest: str, store: Path) -> How:
+    blob, source = _blob(store, digest), source.resolve()
+    if blob.is_file() and blob.stat().st_size == source.stat().st_size:
+        return "there"
+    with _beside(blob) as temporary:
+        how = _link(source, temporary, store) or _clone(source, temporary)
+        if how:
+            found = blob_digest(temporary)
+        else:
+            how, found = "copied", _copy(source, temporary)
+        if found != digest:
+            raise OlpackError(f"{source} is not the file it was when it was made.", "Make it again with 'olpack export'.")
+        if how != "linked":
+            _give(temporary, store)
+        os.replace(temporary, blob)
+    return how
+
+
+def _link(source: Path, target: Path, store: Path) -> How | None:
+    """A hard link, unless the file is another user's than the store: the server must be able to touch what it serves."""
+    if hasattr(os, "getuid") and source.stat().st_uid != store.stat().st_uid:
+        return None
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        return None
+    return "linked"
+
+
+def _clone(source: Path, target: Path) -> How | None:
+    """A copy that shares its blocks with the source, where the file system can (btrfs, XFS)."""
+    if sys.platform != "linux":
+        return None
+    import fcntl
+
+    clone = 0x40049409  # FICLONE of linux/fs.h
+    with source.open("rb") as read, target.open("wb") as written:
+        try:
+            fcntl.ioctl(written.fileno(), clone, read.fileno())
+        except OSError:
+            return None
+    return "cloned"
+
+
+def _copy(source: Path, target: Path) -> str:
+    """Copy a file and return its digest, `sha256:<64 hex>`."""
+    hashed = hashlib.sha256()
+    with source.open("rb") as read, target.open("wb") as written, progress.task(f"copying {source.name}", source.stat().st_size, "B") as task:
+        while chunk := read.read(_CHUNK):
+            hashed.update(chunk)
+            written.write(chunk)
+            task.advance(len(chunk))
+        written.flush()
+        os.fsync(written.fileno())
+    return f"sha256:{hashed.hexdigest()}"
+
+
+def _write(path: Path, content: bytes, store: Path) -> None:
+    # A manifest, too, waits among the blobs: beside its place, the server would take the unfinished file for a tag.
+    with _beside(store / "blobs" / path.name) as temporary:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        _give(temporary, store)
+        os.replace(temporary, path)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A name that the server does not know as a blob, and throws out at its start should it stay behind."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _make_folder(path: Path, store: Path) -> None:
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        if store in folder.parents:
+            _give(folder, store)
+
+
+def _give(path: Path, store: Path) -> None:
+    """Readable by all, as the server makes its files, and the store's owner's where we may decide that."""
+    path.chmod(0o755 if path.is_dir() else 0o644)
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        owner = store.stat()
+        with suppress(OSError):  # file systems without owners
+            shutil.chown(path, owner.st_uid, owner.st_gid)
+
+
+@contextmanager
+def _failures(store: Path) -> Iterator[None]:
+    try:
+        yield
+    except PermissionError as error:
+        raise OlpackError(
+            f"The model store {store} cannot be written: {error.filename or store} is another user's.",
+            "Run this as the user whose store it is, or as root (the files are then given to that user).",
+        ) from None
+    except OSError as error:
+        raise OlpackError(
+            f"The model store {store} could not be written: {error.strerror or error}.",
+            "Free some space, or choose another folder with --store. What was registered before is as it was.",
+        ) from None
