@@ -80,17 +80,13 @@ class Base:
                               "The folder needs tokenizer.json and tokenizer_config.json.") from None
 
 
-def resolve(label: str, *, relative_to: Path, revision: str | None = None, download: bool = True) -> Base | None:
+def resolve(label: str, *, relative_to: Path, revision: str | None = None) -> Base:
     """Find the base that a recipe names: shipped with olpack, a folder, or a model on the Hugging Face Hub.
 
     Args:
         label: the recipe's `base`.
         relative_to: the recipe's folder; a relative path is looked up there, then in the working folder.
-        revision: of a Hub id.
-        download: fetch a Hub model that is not in the local cache yet.
-
-    Returns:
-        The base, or None for a Hub id that is not in the cache when `download` is off.
+        revision: of a Hub id. What is not in the Hub's local cache yet is fetched.
 
     Raises:
         OlpackError: no such builtin, no such folder, a folder that is no model, a Hub model that cannot be fetched.
@@ -108,7 +104,7 @@ def resolve(label: str, *, relative_to: Path, revision: str | None = None, downl
             raise OlpackError(f"{label} is a file, not a model's folder.", "Name the folder that holds config.json and the safetensors.")
     if label.startswith((".", "/", "~")) or label.count("/") != 1:
         raise OlpackError(f"There is no folder {label}.", "`base` is builtin/tiny-coder, a model's folder, or a Hub id such as Qwen/Qwen3-0.6B.")
-    return _from_hub(label, revision, download)
+    return _from_hub(label, revision)
 
 
 def _checked(path: Path) -> Path:
@@ -123,19 +119,17 @@ def _checked(path: Path) -> Path:
     return path
 
 
-def _from_hub(repo: str, revision: str | None, download: bool) -> Base | None:
+def _from_hub(repo: str, revision: str | None) -> Base:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        found = snapshot_download(repo, revision=revision, allow_patterns=_HUB_FILES, local_files_only=not download)
+        found = snapshot_download(repo, revision=revision, allow_patterns=_HUB_FILES)
     except GatedRepoError:
         raise OlpackError(f"{repo} is gated: its owner must grant access.", "Accept its terms on its page, then run `hf auth login`.") from None
     except RepositoryNotFoundError:
         raise OlpackError(f"There is no model {repo} on the Hugging Face Hub, or no folder of that name here.", "Check its spelling.") from None
     except LocalEntryNotFoundError:
-        if not download:
-            return None
         raise OlpackError(f"{repo} is not in the local cache and the Hugging Face Hub cannot be reached.",
                           "Connect once, or name a folder as `base`; builtin/tiny-coder needs no network.") from None
     except (HfHubHTTPError, OSError) as error:

@@ -34,7 +34,6 @@ def main() -> None:
     debug = "--debug" in sys.argv[1:] or bool(os.environ.get("OLPACK_DEBUG"))
     if not debug:
         warnings.filterwarnings("ignore")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app(prog_name="olpack")
     except Exception as error:

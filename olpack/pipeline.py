@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 STAGES = ("train", "export", "modelfiles", "deploy", "compare")
 
 # Raised when the same inputs would no longer give the same outputs.
+_OF_THE_MACHINE = ("train.micro_batch_tokens", "train.gradient_checkpointing")  # decide memory and speed, not what is learned
 _VERSIONS = {"train": 1, "export": 1, "modelfiles": 1, "deploy": 1, "compare": 1}
 
 
@@ -117,7 +118,8 @@ class Build:
         """All that decides the outcome of a step, by the name that a user knows it by."""
         made = {f"olpack's {stage}": _VERSIONS[stage]}
         if stage == "train":
-            return made | {"base": self.base.digest} | self._data_inputs | self._settings("train")
+            settings = {key: value for key, value in self._settings("train").items() if key not in _OF_THE_MACHINE}
+            return made | {"base": self.base.digest} | self._data("train") | settings
         if stage == "export":
             from olpack.llamacpp.source import VERSION
 
@@ -129,20 +131,24 @@ class Build:
         if stage == "deploy":
             return made | served | files
         asked = {"modelfile.system": self.recipe.modelfile.system, "num_ctx": self.package.parameters["num_ctx"]}
-        return made | files | self._data_inputs | self._settings("compare") | asked | {"templates/report.html.j2": template_source("report.html.j2")}
+        return made | files | self._data("eval") | self._settings("compare") | asked | {"templates/report.html.j2": template_source("report.html.j2")}
+
+    def _data(self, side: str) -> dict[str, Any]:
+        """What decides the rows of one side: its file, or the training file and the share that is set apart."""
+        shared = {} if self.recipe.data.eval else {"data.eval_share": self.recipe.data.eval_share}
+        which = "train" if shared else side
+        return {f"data.{which}": self._file_digests[which]} | shared
 
     @cached_property
-    def _data_inputs(self) -> dict[str, Any]:
-        inputs: dict[str, Any] = {"data.max_length": self.recipe.data.max_length}
+    def _file_digests(self) -> dict[str, str]:
+        digests = {}
         for which in ("train", "eval"):
             path = self.data_file(which)
-            if path is None:
-                inputs["data.eval_share"] = self.recipe.data.eval_share
-            elif not path.is_file():
+            if path is not None and not path.is_file():
                 raise OlpackError(f"There is no {path}, which `data.{which}` names.", "Files are named relative to the recipe.")
-            else:
-                inputs[f"data.{which}"] = file_digest(path)
-        return inputs
+            if path is not None:
+                digests[which] = file_digest(path)
+        return digests
 
     def _settings(self, section: str) -> dict[str, Any]:
         return {key: value for key, value in self.recipe.settings().items() if key.startswith(f"{section}.")}
@@ -150,9 +156,13 @@ class Build:
     # -- what is done -------------------------------------------------------------------------------------------------------------------
 
     def steps(self) -> list[Step]:
-        """Every step in order, each with the reason why it is stale. A step after a stale one is stale too, through its inputs."""
-        units = [("train", "")] + [("export", quant.name) for quant in self.quants] + [("modelfiles", ""), ("deploy", ""), ("compare", "")]
-        return [self.step(stage, quant) for stage, quant in units if stage != "deploy" or self.server]
+        """Every step in order, each with the reason why it is stale."""
+        units = [("export", quant.name) for quant in self.quants] + [("modelfiles", ""), ("deploy", ""), ("compare", "")]
+        train = self.step("train")
+        after = [self.step(stage, quant) for stage, quant in units if stage != "deploy" or self.server]
+        if train.stale:  # another run of the same training is another adapter
+            after = [replace(step, reason=step.reason or "training is done anew") if step.stage != "modelfiles" else step for step in after]
+        return [train, *after]
 
     def step(self, stage: str, quant: str = "") -> Step:
         unit = f"{stage}-{quant}" if quant else stage

@@ -65,6 +65,9 @@ class Faults:
     no_debug_render: bool = False  # as a server that does not know the request: it answers
     not_json: bool = False  # a proxy's page in place of answers
     drop_parameter: str | None = None  # a server that does not keep what it was told
+    create_error: str | None = None  # what creates end with after their first line, inside 200
+    push_error: str | None = None  # what a registry answers to the first blob
+    break_pushes: int = 0  # that many pushes end before the manifest, with the connection cut
 
 
 class OllamaDouble:
@@ -75,6 +78,7 @@ class OllamaDouble:
         self.faults = Faults()
         self.requests: list[Request] = []
         self.loaded: dict[str, dict] = {}
+        self.registry: dict[str, bytes] = {}  # what was pushed: manifests by name, blobs by digest
         self.answer: Callable[[str], Answer] = lambda prompt: Answer(_PIECES.findall(CANNED))
         self.tokenize: Callable[[str, str], list[int]] = self._tokens
         self._vocabularies: dict[str, object] = {}
@@ -286,12 +290,45 @@ class _Handler(BaseHTTPRequestHandler):
         if faults.drop_parameter and "parameters" in body:
             body = {**body, "parameters": {key: value for key, value in body["parameters"].items() if key != faults.drop_parameter}}
         lines = ({"status": text} for text in self.double.store.create(body))
+        if faults.create_error:
+            lines = _failing(lines, faults.create_error)
         if body.get("stream") is False:
             *_, last = lines
             return self._send(200, last, "application/json")
         broken = 1 if faults.break_creates else None
         faults.break_creates -= broken is not None
         self._stream(lines, broken)
+
+    def _push(self, body: dict) -> None:
+        """As Ollama's source has it (server/routes.go, images.go, upload.go); no push is in the recording."""
+        broken = 3 if self.double.faults.break_pushes else None
+        self.double.faults.break_pushes -= broken is not None
+        lines = self._pushed(body)
+        if body.get("stream") is False:
+            *_, last = lines
+            return self._send(200, last, "application/json")
+        self._stream(lines, broken)
+
+    def _pushed(self, body: dict) -> Iterator[dict]:
+        double = self.double
+        yield {"status": "retrieving manifest"}
+        found = double.store.find(body["model"])
+        if found is None:
+            yield {"status": "couldn't retrieve manifest"}
+            raise Refused(500, "open <OLLAMA_MODELS>/manifests/registry.ollama.ai/...: no such file or directory")
+        name, manifest = found
+        for layer in (*manifest["layers"], manifest["config"]):
+            if double.faults.push_error:
+                raise Refused(500, double.faults.push_error)
+            digest, size = layer["digest"], layer["size"]
+            line = {"status": f"pushing {digest[7:19]}", "digest": digest, "total": size}
+            if digest not in double.registry:
+                yield from (line, {**line, "completed": size // 2})
+                double.registry[digest] = double.store.blob(digest).read_bytes()
+            yield {**line, "completed": size}
+        yield {"status": "pushing manifest"}
+        double.registry[short(name)] = double.store.manifest_path(name).read_bytes()
+        yield {"status": "success"}
 
     # -- running ---------------------------------------------------------------------------------------------------------------------------
 
@@ -373,7 +410,12 @@ class _Handler(BaseHTTPRequestHandler):
         }
 
 
-_ROUTES = ("version", "tags", "ps", "show", "copy", "delete", "create", "generate", "chat")
+def _failing(lines: Iterator[dict], error: str) -> Iterator[dict]:
+    yield next(lines)
+    raise Refused(500, error)
+
+
+_ROUTES = ("version", "tags", "ps", "show", "copy", "delete", "create", "push", "generate", "chat")
 
 # Errors that the server finds before it begins the answer of /api/create, which it then sends with a charset.
 _CHECKED_FIRST = ("invalid model name", "file path must be relative")

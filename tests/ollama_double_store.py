@@ -73,7 +73,11 @@ class Facts:
     @property
     def parameter_size(self) -> str:
         count = self.metadata["general.parameter_count"]
-        return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.2f}M" if count >= 1e6 else f"{count / 1e3:.2f}K"
+        if count >= 1e9:
+            return f"{count / 1e9:.1f}B".replace(".0B", "B" if count % 1_000_000_000 == 0 else ".0B")
+        if count >= 1e6:
+            return f"{count // 1_000_000}M" if count % 1_000_000 == 0 else f"{count / 1e6:.2f}M"
+        return f"{count / 1e3:.0f}K" if count >= 1e3 else str(count)
 
     @property
     def quantization(self) -> str:
@@ -277,7 +281,9 @@ class Store:
         given = body.get("license") or []
         for text in [given] if isinstance(given, str) else given:
             add("license", text.encode(), replacing=False)  # a licence joins those that are inherited
-        parameters = {**self.params(layers), **(body.get("parameters") or {})}
+        given = {**self.params(layers), **(body.get("parameters") or {})}
+        # All numbers are floats to the server, and written without a point where they have no fraction.
+        parameters = {key: int(value) if isinstance(value, float) and value.is_integer() else value for key, value in given.items()}
         if parameters:
             add("params", encoded(parameters))
         if body.get("messages"):

@@ -157,6 +157,27 @@ def test_a_changed_system_prompt_trains_and_exports_nothing(workspace):
     assert "New." in (workspace / "build/oracle/modelfiles/q8_0.Modelfile").read_text()
 
 
+def test_other_held_out_rows_train_nothing(workspace):
+    write_rows(workspace / "modelfiles/oracle/eval.jsonl", 5, first=200)
+    code, printed, _ = olpack(workspace, "build", "oracle", "--json")
+    assert code == 0
+    assert json.loads(printed)["done"] == ["compare"]
+
+
+def test_what_only_the_machine_decides_trains_nothing(workspace):
+    code, _, said = olpack(workspace, "build", "oracle", "--set", "train.micro_batch_tokens=64", "--set", "data.max_length=100")
+    assert code == 0 and "up to date" in said
+
+
+def test_a_lost_adapter_is_trained_again_and_all_after_it(workspace):
+    (workspace / "build/oracle/adapter/adapter_model.safetensors").unlink()
+    _, printed, _ = olpack(workspace, "plan", "oracle", "--json")
+    reasons = {step["step"]: step["stale"] for step in json.loads(printed)["steps"]}
+    assert "is gone" in reasons["train"]
+    assert reasons["export-Q8_0"] == reasons["compare"] == "training is done anew"
+    assert reasons["modelfiles"] is None
+
+
 def test_a_new_quant_makes_only_what_is_missing(workspace):
     before = files(workspace / "build/oracle")
     code, printed, _ = olpack(workspace, "build", "oracle", "--set", "quants=[Q4_K_M, Q8_0, Q4_0]", "--json")

@@ -67,7 +67,7 @@ def test_it_learns_and_writes_an_adapter_that_peft_loads(base, tmp_path, quantiz
     held_out = make_rows(8, seed=9)
     with torch.no_grad():
         loss = summed_loss(model.eval(), *collate(held_out, CPU)).item() / sum(row.learned_count for row in held_out)
-    assert loss == pytest.approx(result.eval_loss_after, rel=1e-4 if quantization == "none" else 0.1)
+    assert loss == pytest.approx(result.eval_loss_after, rel=1e-4 if quantization == "none" and result.device == "cpu" else 0.1)
 
 
 def test_the_base_is_held_in_nf4_with_double_quantization(base):

@@ -297,6 +297,35 @@ class OllamaClient:
             )
         return said
 
+    def push(self, model: str, insecure: bool = False) -> Iterator[dict]:
+        """Have the server send a model to the registry that its name says.
+
+        Args:
+            model: `[host/]namespace/model:tag`.
+            insecure: speak plain HTTP to the registry.
+
+        Yields:
+            lines of progress: `status`, and for a layer under way `digest`, `total` and `completed` (absent for 0) in bytes.
+
+        Raises:
+            OlpackError: the server or the registry refused (also in the middle), or the server stopped without saying success.
+        """
+        last = ""
+        with self._failures(f"pushing {model}"):
+            with self._http.stream("POST", "/api/push", json={"model": model, "insecure": insecure}) as answer:
+                for line in self._lines(answer):
+                    if "error" in line:
+                        raise ollama.ResponseError(str(line["error"]), answer.status_code)
+                    last = str(line.get("status", ""))
+                    yield line
+                if answer.status_code >= 400:
+                    raise ollama.ResponseError(answer.reason_phrase, answer.status_code)
+        if last != "success":
+            raise OlpackError(
+                f"The Ollama server at {self.url} stopped pushing {model} without saying success.",
+                "Run this again: what has been sent stays there.",
+            )
+
     @staticmethod
     def _lines(answer: httpx.Response) -> Iterator[dict]:
         for line in answer.iter_lines():

@@ -98,6 +98,7 @@ def register(
 
 
 def check_request(name: str, files: Sequence[QuantFile], package: Package, latest: str | None) -> None:
+    """Refuse names, tags and parameters that the server would refuse, or take and fail with later."""
     check_name(name, tagged=False)
     tags = [file.tag.lower() for file in files]
     for file in files:

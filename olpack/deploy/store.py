@@ -88,12 +88,9 @@ def write_store(store: Path, name: str, files: Sequence[QuantFile], package: Pac
         blobs = store / "blobs"
         for folder in (blobs, store / "manifests"):
             _make_folder(folder, store)
-        stored = []
-        for file in files:
-            stored.append(_write_tag(store, f"{name}:{file.tag}", file, package))
-            if latest is not None and file.tag.lower() == latest.lower():
-                pointed = file
+        stored = [_write_tag(store, f"{name}:{file.tag}", file, package) for file in files]
         if latest is not None:
+            pointed = next(file for file in files if file.tag.lower() == latest.lower())
             stored.append(_write_tag(store, f"{name}:latest", pointed, package))
     return stored
 
@@ -167,8 +164,9 @@ def _go_json(value: object) -> bytes:
 
 
 def _write_tag(store: Path, model: str, file: QuantFile, package: Package) -> Stored:
+    header = read_header(file.path)
     weights = f"sha256:{file.sha256}" if file.sha256 else blob_digest(file.path)
-    manifest, texts = compose(weights, file.path.stat().st_size, read_header(file.path), package)
+    manifest, texts = compose(weights, file.path.stat().st_size, header, package)
     name = _as_spelled(store, parse_name(model))
     path = store / "manifests" / name.host / name.namespace / name.model / name.tag
 
@@ -216,16 +214,13 @@ def _place_weights(source: Path, digest: str, store: Path) -> How:
         return "there"
     with _beside(blob) as temporary:
         how = _link(source, temporary, store) or _clone(source, temporary)
-        if how:
-            found = blob_digest(temporary)
-        else:
-            how, found = "copied", _copy(source, temporary)
+        found = blob_digest(source) if how else _copy(source, temporary)
         if found != digest:
             raise OlpackError(f"{source} is not the file it was when it was made.", "Make it again with 'olpack export'.")
         if how != "linked":
             _give(temporary, store)
         os.replace(temporary, blob)
-    return how
+    return how or "copied"
 
 
 def _link(source: Path, target: Path, store: Path) -> How | None:

@@ -1,0 +1,70 @@
+"""Removing what olpack registered, and nothing else.
+
+    remove(client, "coding-assistant", records)      # records: what `register` returned
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from olpack import progress
+from olpack.deploy.client import OllamaClient
+from olpack.deploy.names import canonical
+from olpack.deploy.register import Registered
+from olpack.errors import OlpackError
+
+
+def owned(client: OllamaClient, name: str, records: Sequence[Registered]) -> list[str]:
+    """The tags of a package that the server has and that olpack made.
+
+    A tag is olpack's where a record names it, or it is `:latest`, and it still has the weights of a record. A tag that someone has made anew
+    from other weights, or a copy under a name of their own, is theirs.
+
+    Args:
+        client: of a server that answers.
+        name: of the package, without a tag.
+        records: what registering it returned.
+
+    Returns:
+        names as the server lists them, `:latest` first.
+    """
+    weights = {record.blob for record in records}
+    latest = canonical(f"{name}:latest")
+    ours = {canonical(record.model) for record in records if canonical(record.model).rpartition(":")[0] == latest.rpartition(":")[0]}
+    found = []
+    for tag in client.tags():
+        if canonical(tag.model) in ours | {latest}:
+            shown = client.show(tag.model)
+            if shown is not None and shown.blob in weights:
+                found.append(tag.model)
+    return sorted(found, key=lambda model: (canonical(model) != latest, model))
+
+
+def remove(client: OllamaClient, name: str, records: Sequence[Registered], tags: Sequence[str] | None = None) -> list[str]:
+    """Remove a package, or some of its tags, from the server. Files on this machine stay.
+
+    Args:
+        client: of a server that answers.
+        name: of the package, without a tag.
+        records: what registering it returned.
+        tags: which ("q4_K_M"); None: all that are olpack's.
+
+    Returns:
+        what was removed, as the server listed it.
+
+    Raises:
+        OlpackError: a tag is asked for that olpack did not make (before anything is removed), or the server failed.
+    """
+    models = owned(client, name, records)
+    if tags is not None:
+        by_tag = {canonical(model).rpartition(":")[2]: model for model in models}
+        if foreign := [tag for tag in tags if tag.lower() not in by_tag]:
+            raise OlpackError(
+                f"{name}:{foreign[0]} is not olpack's, or the server does not have it.",
+                f"'ollama list' shows what there is; 'ollama rm {name}:{foreign[0]}' removes it whoever made it.",
+            )
+        models = [by_tag[tag] for tag in dict.fromkeys(tag.lower() for tag in tags)]
+    for model in models:
+        client.delete(model)
+        progress.say(f"removed {model}")
+    return models
