@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM
 base, adapter, out = map(Path, sys.argv[1:])
 model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
 PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
-for file in base.glob("tokenizer*"):
+for file in [*base.glob("tokenizer*"), *base.glob("chat_template*")]:
     shutil.copy(file, out)
 """
 CONVERT = """
@@ -55,7 +55,8 @@ import sys
 from pathlib import Path
 from olpack.export import Target, export
 base, adapter, out, rounded, *quants = sys.argv[1:]
-export(Path(base), [Target(quant, Path(out, f"{quant}.gguf")) for quant in quants], adapter=Path(adapter), round_to_bf16=rounded == "rounded")
+targets = [Target(quant, Path(out, f"{quant}.gguf")) for quant in quants]
+export(Path(base), targets, adapter=Path(adapter), round_to_bf16=rounded == "rounded")
 """
 
 
@@ -75,8 +76,9 @@ class Cost:
 def run(code: str, *arguments: object) -> Cost:
     """Run a piece of Python in a process of its own, from the repository, and say what it and its children took."""
     began = time.monotonic()
-    child = subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], cwd=REPOSITORY, stdout=subprocess.DEVNULL,
-                             stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)], cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     said = child.stderr.read()
     _, status, used = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
@@ -109,7 +111,10 @@ def write_base(folder: Path, shape: argparse.Namespace) -> int:
         "mlp.gate_proj": (shape.intermediate, shape.hidden), "mlp.up_proj": (shape.intermediate, shape.hidden),
         "mlp.down_proj": (shape.hidden, shape.intermediate),
     }  # fmt: skip
-    parts = [{"model.embed_tokens.weight": (rows, shape.hidden)}, {"model.norm.weight": (shape.hidden,), "lm_head.weight": (rows, shape.hidden)}]
+    parts = [
+        {"model.embed_tokens.weight": (rows, shape.hidden)},
+        {"model.norm.weight": (shape.hidden,), "lm_head.weight": (rows, shape.hidden)},
+    ]
     parts += [{f"model.layers.{i}.{name}.weight": size for name, size in layer.items()} for i in range(shape.layers)]
     torch.manual_seed(0)
     weight_map, parameters = {}, 0
@@ -172,17 +177,26 @@ def table(shape: str, steps: dict[str, Cost], ours: Cost, same: dict[str, bool])
     """The figures as Markdown."""
     cores = len(os.sched_getaffinity(0))
     total = sum(steps.values(), Cost())
-    lines = [f"{shape}, {', '.join(QUANTS)}; {cores} cores, {platform.machine()}.", "",
-             "| way | wall time | CPU share | peak memory | written |", "| --- | ---: | ---: | ---: | ---: |"]
+    lines = [
+        f"{shape}, {', '.join(QUANTS)}; {cores} cores, {platform.machine()}.",
+        "",
+        "| way | wall time | CPU share | peak memory | written |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
 
     def line(name: str, cost: Cost) -> str:
-        return f"| {name} | {cost.wall:.1f} s | {cost.cpu / cost.wall / cores:.0%} | {cost.memory / 1e9:.2f} GB | {cost.written / 1e9:.2f} GB |"
+        share = cost.cpu / cost.wall / cores
+        return f"| {name} | {cost.wall:.1f} s | {share:.0%} | {cost.memory / 1e9:.2f} GB | {cost.written / 1e9:.2f} GB |"
 
     identical = ", ".join(f"{quant} {'yes' if equal else 'NO'}" for quant, equal in same.items())
     lines += [line(f"usual: {name}", cost) for name, cost in steps.items()]
-    lines += [line("**usual, together**", total), line("**olpack, one pass**", ours), "",
-              f"{total.wall / ours.wall:.1f} × faster, {total.written / max(ours.written, 1):.1f} × less written. "
-              f"Rounded to bfloat16 as the usual way rounds, the files are identical: {identical}."]
+    lines += [
+        line("**usual, together**", total),
+        line("**olpack, one pass**", ours),
+        "",
+        f"{total.wall / ours.wall:.1f} × faster, {total.written / max(ours.written, 1):.1f} × less written. "
+        f"Rounded to bfloat16 as the usual way rounds, the files are identical: {identical}.",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -204,8 +218,10 @@ def main() -> None:
         shutil.rmtree(work / "ours")
         steps = usual_way(base, adapter, work)
         run(ONE_PASS, base, adapter, work / "rounded", "rounded", *QUANTS)
-        same = {quant: not subprocess.run(["cmp", "-s", work / "usual" / f"{quant}.gguf", work / "rounded" / f"{quant}.gguf"]).returncode
-                for quant in QUANTS}
+        same = {
+            quant: not subprocess.run(["cmp", "-s", work / "usual" / f"{quant}.gguf", work / "rounded" / f"{quant}.gguf"]).returncode
+            for quant in QUANTS
+        }
     shape = f"Qwen3 shape, {parameters / 1e6:.0f}M parameters, LoRA of rank 16 on all linear layers"
     text = table(shape, steps, ours, same)
     print(text)

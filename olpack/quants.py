@@ -1,6 +1,6 @@
 """The quant types by name: llama.cpp's file types, and the tag that each has in Ollama's library.
 
-    quant_type("q4_k_m")    # QuantType(name="Q4_K_M", tag="q4_K_M", ftype=15)
+quant_type("q4_k_m")    # QuantType(name="Q4_K_M", tag="q4_K_M", ftype=15)
 """
 
 from __future__ import annotations

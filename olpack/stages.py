@@ -82,13 +82,12 @@ def deploy(build: Build, steps: list[Step]) -> None:
     """Register every quant with the server, prove that the prompt is the trained one, and have each tag answer once."""
     from olpack.deploy.client import OllamaClient
     from olpack.deploy.identity import check_identity
-    from olpack.deploy.register import Registered, register
+    from olpack.deploy.register import register
     from olpack.deploy.smoke import smoke
 
     client, (step,) = OllamaClient(), steps
     client.require()
-    before = [Registered(**record) for record in step.result.get("registered", [])]
-    records = register(client, build.recipe.name, quant_files(build), build.package, before=before)
+    records = register(client, build.recipe.name, registrable(build), build.package, before=registered(build))
     conversations = questions(build)
     identity = check_identity(client, records[0].model, build.renderer.tokenizer, conversations)
     identity.require()
@@ -104,7 +103,7 @@ def compare(build: Build, steps: list[Step]) -> None:
     """Measure every quant, recommend one, write `results.json` and the report, and point `:latest` to the recommended tag."""
     from olpack.compare import MeasureSettings, measure, write_report, write_results
     from olpack.deploy.client import OllamaClient
-    from olpack.deploy.register import Registered, register
+    from olpack.deploy.register import register
     from olpack.workspace import template_source
 
     asked, paths, (step,) = build.recipe.compare, build.paths, steps
@@ -117,13 +116,13 @@ def compare(build: Build, steps: list[Step]) -> None:
     write_report(results, paths.report, template_source("report.html.j2"), metrics=paths.adapter / "metrics.jsonl")
     best = results.recommendation
     if client and best:
-        before = [Registered(**record) for record in build.step("deploy").result.get("registered", [])]
-        register(client, build.recipe.name, quant_files(build), build.package, latest=best.tag, before=before)
+        before = registered(build)
+        register(client, build.recipe.name, registrable(build), build.package, latest=best.tag, before=before)
     build.finish(step, [paths.results, paths.report], {"recommended": best.tag if best else None})
 
 
 def quant_files(build: Build) -> list:
-    """The exported GGUFs as `compare` and `deploy` take them."""
+    """The exported GGUFs as the compare room takes them."""
     from olpack.compare.measure import QuantFile
 
     files = []
@@ -131,6 +130,20 @@ def quant_files(build: Build) -> list:
         made = build.step("export", quant.name).result
         files.append(QuantFile(quant.name, quant.tag, build.paths.gguf(quant.name), made["size"], made["bits_per_weight"], made["sha256"]))
     return files
+
+
+def registrable(build: Build) -> list:
+    """The exported GGUFs as the deploy room takes them."""
+    from olpack.deploy.register import QuantFile
+
+    return [QuantFile(file.tag, file.path, file.sha256) for file in quant_files(build)]
+
+
+def registered(build: Build) -> list:
+    """What the last deploy put on the server."""
+    from olpack.deploy.register import Registered
+
+    return [Registered(**record) for record in build.step("deploy").result.get("registered", [])]
 
 
 def questions(build: Build) -> list[list[dict]]:

@@ -155,3 +155,27 @@ def test_an_unknown_model_and_a_server_that_cannot_show(ollama_double: OllamaDou
     ollama_double.faults.no_debug_render = True
     with pytest.raises(OlpackError, match="cannot show the prompts"):
         check_identity(client, MODEL, _tokenizer(CHATML.jinja))
+
+
+def test_any_tag_against_a_tokenizers_folder(client: OllamaClient, tmp_path: Path) -> None:
+    _serve(client, tmp_path, protect(served_gguf.CHAT, pins_for(served_gguf.CHAT, {})))
+    client.copy(MODEL, "someone/else")
+    _tokenizer(served_gguf.CHAT).save_pretrained(tmp_path / "trained")
+    _tokenizer(CHATML.jinja + "!").save_pretrained(tmp_path / "other")
+    for name in (MODEL, "Coder:q4_k_m", "someone/else"):
+        check_identity(client, name, tmp_path / "trained").require()
+    with pytest.raises(OlpackError, match="someone/else is not served with the prompt that was trained"):
+        check_identity(client, "someone/else", tmp_path / "other").require()
+
+
+def test_a_folder_with_nothing_to_compare_with(client: OllamaClient, tmp_path: Path) -> None:
+    _serve(client, tmp_path, protect(CHATML.jinja, {}))
+    with pytest.raises(OlpackError, match="tokenizer in .* does not load"):
+        check_identity(client, MODEL, tmp_path)
+    bare = _tokenizer("")
+    bare.chat_template = None
+    bare.save_pretrained(tmp_path / "bare")
+    with pytest.raises(OlpackError, match="has no chat template"):
+        check_identity(client, MODEL, tmp_path / "bare")
+    with pytest.raises(OlpackError, match="refuses every conversation: nothing of coder:q4_K_M was compared. It says: never"):
+        check_identity(client, MODEL, _tokenizer("{{ raise_exception('never') }}"))

@@ -65,7 +65,7 @@ def test_the_recorded_manifest_with_all_layers() -> None:
     """What the server put in for a template that it knows is given here as the package's own."""
     asked = _recorded("/api/create", "coder:q4_K_M")
     [digest] = asked["files"].values()
-    size = next(one["request"]["raw_bytes"] for one in TRANSCRIPT if one["request"]["path"].endswith(digest) and one["request"]["raw_bytes"])
+    size = next(raw for one in TRANSCRIPT if one["request"]["path"].endswith(digest) and (raw := one["request"]["raw_bytes"]))
     template = _recorded("/api/show", "coder:q4_K_M")["template"]
     package = Package(asked["system"], template, asked["parameters"], asked["license"], tuple(asked["messages"]))
     manifest, blobs = compose(digest, size, _header("coder:q4_K_M"), package)

@@ -14,7 +14,11 @@ from olpack.export import Target
 
 ADAPTERS = {
     "plain": ("qwen3", "float32", {}),
-    "scaled-by-pattern": ("qwen3", "float32", {"use_rslora": True, "rank_pattern": {"q_proj": 8}, "alpha_pattern": {r"layers\.1\.mlp\.up_proj": 32}}),
+    "scaled-by-pattern": (
+        "qwen3",
+        "float32",
+        {"use_rslora": True, "rank_pattern": {"q_proj": 8}, "alpha_pattern": {r"layers\.1\.mlp\.up_proj": 32}},
+    ),
     "whole-modules": ("llama", "float32", {"modules_to_save": ["lm_head", "embed_tokens"]}),
     "embedding": ("llama", "float32", {"target_modules": ["embed_tokens", "lm_head", "v_proj"]}),
     "bfloat16": ("qwen2", "bfloat16", {}),
@@ -61,7 +65,7 @@ def test_the_merge_that_is_not_rounded_is_nearer_to_the_exact_weights(tmp_path):
     exact = weight + 2.0 * (change[name.format("B")].astype(np.float64) @ change[name.format("A")].astype(np.float64))
 
     def error(round_to_bf16: bool) -> float:
-        file, = converter().export(base, [Target("F32", tmp_path / "model.gguf")], adapter=adapter, round_to_bf16=round_to_bf16)
+        (file,) = converter().export(base, [Target("F32", tmp_path / "model.gguf")], adapter=adapter, round_to_bf16=round_to_bf16)
         written = next(tensor.data for tensor in gguf.GGUFReader(file.path).tensors if tensor.name == "blk.0.ffn_up.weight")
         return float(np.abs(written - exact).max())
 

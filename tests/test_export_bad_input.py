@@ -77,8 +77,8 @@ def take_away_the_tokenizer(folder: Path) -> None:
     (lambda folder: (folder / "config.json").unlink(), "is no model folder: it has no config.json"),
     (lambda folder: (folder / "config.json").write_text("{"), "is no valid JSON"),
     (lambda folder: change_config(folder, architectures=["NoSuchForCausalLM"]), "does not know the architecture 'NoSuchForCausalLM'"),
-    (lambda folder: change_config(folder, quantization_config={"quant_method": "bitsandbytes"}), "Quant method is not yet supported: 'bitsandbytes'"),
-    (lambda folder: (folder / "model.safetensors").write_bytes(b"not a model at all"), "is truncated within its header, or no safetensors file"),
+    (lambda folder: change_config(folder, quantization_config={"quant_method": "bitsandbytes"}), "is not yet supported: 'bitsandbytes'"),
+    (lambda folder: (folder / "model.safetensors").write_bytes(b"not a model at all"), "is truncated within its header"),
     (shutil.rmtree, "There is no model folder"),
 ])  # fmt: skip
 def test_a_folder_that_cannot_be_exported_is_refused(copy, damage, reason):
@@ -94,12 +94,12 @@ def test_a_missing_shard_is_named(tmp_path):
 
 
 def test_a_quantized_gguf_is_no_source(model, tmp_path):
-    file, = converter().export(model, [Target("Q4_0", tmp_path / "model.gguf")])
+    (file,) = converter().export(model, [Target("Q4_0", tmp_path / "model.gguf")])
     assert "is quantized already: 'token_embd.weight' is Q6_K" in refused(file.path)
 
 
 def test_a_truncated_gguf_is_no_source(model, tmp_path):
-    file, = converter().export(model, [Target("F16", tmp_path / "model.gguf")])
+    (file,) = converter().export(model, [Target("F16", tmp_path / "model.gguf")])
     with file.path.open("r+b") as opened:
         opened.truncate(file.size - 1000)
     assert "is no whole GGUF file" in refused(file.path)
@@ -138,7 +138,7 @@ def test_two_targets_need_two_paths(model, tmp_path):
 
 def test_a_disk_that_is_too_small_is_noticed_before_any_work(tmp_path):
     plan = FilePlan(quant_type("F32"), b"", [("token_embd.weight", 0, 1 << 60)], [])
-    with pytest.raises(OlpackError, match="The files need 1152921.5 TB in"):
+    with pytest.raises(OlpackError, match=r"The files need 1152921\.5 TB in"):
         check_space([tmp_path / "new" / "model.gguf"], [plan])
 
 
@@ -147,7 +147,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path):
     size = converter().check(model, ["F32"]).sizes["F32"]
     before = resource.prlimit(converter().pid, resource.RLIMIT_FSIZE, (size * 3 // 4, resource.RLIM_INFINITY))  # beyond, writing fails
     try:
-        with pytest.raises(OlpackError, match="Writing .* failed: File too large"):
+        with pytest.raises(OlpackError, match=r"Writing .* failed: File too large"):
             converter().export(model, [Target(quant, tmp_path / "out" / f"{quant}.gguf") for quant in ("Q4_0", "F32")])
     finally:
         resource.prlimit(converter().pid, resource.RLIMIT_FSIZE, before)
@@ -209,5 +209,5 @@ def test_what_a_killed_export_left_is_removed_by_the_next(model, tmp_path):
     other = partial_path(tmp_path / "model.gguf", os.getpid())
     left.touch()
     other.touch()
-    file, = converter().export(model, [Target("Q8_0", tmp_path / "model.gguf")])
+    (file,) = converter().export(model, [Target("Q8_0", tmp_path / "model.gguf")])
     assert sorted(tmp_path.iterdir()) == sorted([file.path, other])

@@ -37,16 +37,21 @@ def models(tmp_path_factory) -> dict[str, Path]:
 def usual(models, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("usual")
     script = Path(__file__).with_name("usual_way.py")
-    subprocess.run([sys.executable, script, "--out", out, "--quants", ",".join(QUANTS), *models.values()], check=True, capture_output=True,
-                   env={**os.environ, "PYTHONPATH": str(script.parents[1])})
+    subprocess.run(
+        [sys.executable, script, "--out", out, "--quants", ",".join(QUANTS), *models.values()],
+        check=True,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(script.parents[1])},
+    )
     return out
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_bytes_are_those_of_the_converter_and_the_quantizer(name, models, usual, tmp_path):
     plan = converter().check(models[name], QUANTS)
-    files = converter().export(models[name], [Target(quant.lower(), tmp_path / f"{quant}.gguf") for quant in QUANTS],
-                               round_to_bf16="float32" in name)
+    files = converter().export(
+        models[name], [Target(quant.lower(), tmp_path / f"{quant}.gguf") for quant in QUANTS], round_to_bf16="float32" in name
+    )
     assert [file.quant for file in files] == QUANTS
     for file in files:
         data = file.path.read_bytes()
@@ -66,8 +71,8 @@ def test_a_gguf_in_16_bits_is_quantized_as_llama_cpp_does(name, usual, tmp_path)
 
 def test_without_rounding_float32_stays_exact(models, tmp_path):
     source = models["llama-odd-rows-float32"]
-    exact, = converter().export(source, [Target("F32", tmp_path / "exact.gguf")])
-    rounded, = converter().export(source, [Target("F32", tmp_path / "rounded.gguf")], round_to_bf16=True)
+    (exact,) = converter().export(source, [Target("F32", tmp_path / "exact.gguf")])
+    (rounded,) = converter().export(source, [Target("F32", tmp_path / "rounded.gguf")], round_to_bf16=True)
     assert exact.sha256 != rounded.sha256
     import gguf
     import numpy as np
@@ -80,14 +85,16 @@ def test_without_rounding_float32_stays_exact(models, tmp_path):
 def test_a_model_with_fewer_files_gives_the_same_file(models, tmp_path):
     source = models["qwen3-tied"]
     together = converter().export(source, [Target(quant, tmp_path / f"{quant}.gguf") for quant in ("Q4_K_S", "Q4_K_M")])
-    alone, = converter().export(source, [Target("Q4_K_M", tmp_path / "alone.gguf")], threads=1)
+    (alone,) = converter().export(source, [Target("Q4_K_M", tmp_path / "alone.gguf")], threads=1)
     assert together[1].sha256 == alone.sha256
 
 
 def test_rows_that_do_not_fit_are_announced(models):
     plan = converter().check(models["llama-odd-rows-float32"], ["Q4_K_M", "Q8_0"])
     assert len(plan.warnings) == 1
-    assert "everywhere: token_embd.weight (192 columns, q4_K needs a multiple of 256) becomes q5_0, and 12 more tensors." in plan.warnings[0]
+    assert (
+        "everywhere: token_embd.weight (192 columns, q4_K needs a multiple of 256) becomes q5_0, and 12 more tensors." in plan.warnings[0]
+    )
 
 
 def test_the_header_says_what_was_asked_and_llama_cpp_would_copy_the_file_as_it_is(models, tmp_path):
@@ -95,9 +102,14 @@ def test_the_header_says_what_was_asked_and_llama_cpp_would_copy_the_file_as_it_
 
     adapter = write_adapter(tmp_path / "adapter", models["qwen3-tied"])
     template = "{# ours #}" + CHAT_TEMPLATE
-    file, = converter().export(
-        models["qwen3-tied"], [Target("Q4_K_M", tmp_path / "model.gguf")], adapter=adapter, name="coding-assistant", chat_template=template,
-        end_of_turn="<|im_end|>", metadata={"olpack.version": "0.1.0", "general.license": "apache-2.0"},
+    (file,) = converter().export(
+        models["qwen3-tied"],
+        [Target("Q4_K_M", tmp_path / "model.gguf")],
+        adapter=adapter,
+        name="coding-assistant",
+        chat_template=template,
+        end_of_turn="<|im_end|>",
+        metadata={"olpack.version": "0.1.0", "general.license": "apache-2.0"},
     )
     with Vocabulary(file.path) as header:
         assert header.key("general.name") == "coding-assistant"

@@ -36,7 +36,9 @@ def test_an_unknown_quant_type_is_answered_with_the_nearest():
         quant_type("q4km")
 
 
-@pytest.mark.parametrize(("name", "bits", "error"), [("q4_0", 4.5, 0.1), ("q4_K", 4.5, 0.1), ("q8_0", 8.5, 0.01), ("bf16", 16, 0.01), ("f32", 32, 0)])
+@pytest.mark.parametrize(
+    ("name", "bits", "error"), [("q4_0", 4.5, 0.1), ("q4_K", 4.5, 0.1), ("q8_0", 8.5, 0.01), ("bf16", 16, 0.01), ("f32", 32, 0)]
+)
 def test_rows_are_quantized_as_gguf_reads_them(name, bits, error):
     import gguf
 
@@ -63,7 +65,7 @@ def empty_cache(tmp_path, monkeypatch):
 
 def test_a_library_that_runs_is_remembered(empty_cache, monkeypatch):
     check_library()
-    record, = empty_cache.iterdir()
+    (record,) = empty_cache.iterdir()
     assert record.name.startswith("llama.cpp-runs-")
     monkeypatch.setattr(sys, "executable", "/no/such/python")  # a second probe could not even start
     check_library()

@@ -28,18 +28,31 @@ def write_tokenizer(folder: Path, *, pattern: str = QWEN2, vocabulary: int = 512
     ])  # fmt: skip
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                                  show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     tokenizer.train_from_iterator(_TEXT * 4, trainer)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": SPECIAL[0], "pad_token": SPECIAL[0],
-                "chat_template": CHAT_TEMPLATE, "model_max_length": 256}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": SPECIAL[0],
+        "pad_token": SPECIAL[0],
+        "chat_template": CHAT_TEMPLATE,
+        "model_max_length": 256,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def write_model(
-    folder: Path, model_type: str = "qwen3", *, dtype: str = "bfloat16", tied: bool = True, shard: str = "1GB", seed: int = 0, **settings: object
+    folder: Path,
+    model_type: str = "qwen3",
+    *,
+    dtype: str = "bfloat16",
+    tied: bool = True,
+    shard: str = "1GB",
+    seed: int = 0,
+    **settings: object,
 ) -> Path:
     """A model of two layers and its tokenizer.
 
@@ -76,7 +89,9 @@ def write_adapter(folder: Path, model: Path, *, seed: int = 1, **settings: objec
 
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    adapted = get_peft_model(base, LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **settings}))
+    adapted = get_peft_model(
+        base, LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **settings})
+    )
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad and "lora_A" not in name:
             parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
@@ -100,10 +115,28 @@ def write_sentencepiece(folder: Path, vocabulary: int = 400) -> None:
         file.unlink()
     corpus = folder / "corpus.txt"
     corpus.write_text("\n".join(_TEXT * 20))
-    sentencepiece.SentencePieceTrainer.train(input=str(corpus), model_prefix=str(folder / "tokenizer"), vocab_size=vocabulary, model_type="bpe",
-                                             byte_fallback=True, character_coverage=1.0, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, hard_vocab_limit=False,
-                                             minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=vocabulary,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=1.0,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
     corpus.unlink()
     (folder / "tokenizer.vocab").unlink()
-    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True, "chat_template": CHAT_TEMPLATE}
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "add_bos_token": True,
+        "chat_template": CHAT_TEMPLATE,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -1,4 +1,4 @@
-"""The way that everybody else takes, as the measure of ours: convert_hf_to_gguf.py to a BF16 file, then llama.cpp's quantizer for each type.
+"""The usual way, as the measure of ours: convert_hf_to_gguf.py to a BF16 file, then llama.cpp's quantizer for each type.
 
     python tests/usual_way.py --out OUT --quants Q4_0,Q4_K_M MODEL_FOLDER...        # writes OUT/MODEL_FOLDER's name/Q4_0.gguf, ...
 

@@ -6,6 +6,10 @@
     register(client, "coding-assistant", files, package, latest="q4_K_M")     # olpack.deploy.register
     smoke(client, "coding-assistant:q4_K_M", messages)                        # olpack.deploy.smoke
     check_identity(client, "coding-assistant:q4_K_M", tokenizer)              # olpack.deploy.identity
+    write_store(folder, "coding-assistant", files, package)                   # olpack.deploy.store: without a server
+    bundle("coding-assistant", files, modelfiles, report, zip_path)           # olpack.deploy.bundle: for a machine without olpack
+    push_to_ollama(client, ["coding-assistant"], "me")                        # olpack.deploy.push; to the Hub: olpack.deploy.hub
+    remove(client, "coding-assistant", records)                               # olpack.deploy.remove
 
 What talks to the server is imported from its module, so that checking a recipe loads no HTTP library.
 """

@@ -25,7 +25,7 @@ from olpack.errors import OlpackError
 from olpack.workspace import free_bytes
 
 _CHUNK = 1 << 20
-_SUMS = "SHA256SUMS"
+_README, _SUMS = _OWN = ("README.txt", "SHA256SUMS")
 
 
 def bundle(name: str, files: Sequence[QuantFile], modelfiles: Sequence[Path], report: Sequence[Path], out: Path) -> Path:
@@ -51,11 +51,11 @@ def bundle(name: str, files: Sequence[QuantFile], modelfiles: Sequence[Path], re
     folder = name.rpartition("/")[2]
     texts = {path.name: beside(path, {file.path.name for file in files}).encode() for path in modelfiles}
     sources = {file.path.name: file.path for file in files} | {path.name: path for path in report}
-    if len(texts) + len(sources) < len(files) + len(modelfiles) + len(report):
+    if len({*texts, *sources, *_OWN}) < len(files) + len(modelfiles) + len(report) + len(_OWN):
         raise OlpackError(f"Two files of the bundle {name} have the same name.", "Rename one: the archive has one folder.")
     if missing := [path for path in sources.values() if not path.is_file()]:
         raise OlpackError(f"There is no {missing[0]} for the bundle.", "Make it with 'olpack build'.")
-    texts["README.txt"] = _readme(name, files, modelfiles).encode()
+    texts[_README] = _readme(name, files, modelfiles).encode()
     expected = {file.path.name: file.sha256 for file in files if file.sha256}
     with _whole(out, sum(path.stat().st_size for path in sources.values())) as temporary:
         digests = _write(temporary, folder, texts, sources)
@@ -160,6 +160,7 @@ def _whole(out: Path, size: int) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, out)
     except OSError as error:
-        raise OlpackError(f"{out} could not be written: {error.strerror or error}.", "Free some space, or write it to another disk.") from None
+        told = f"{out} could not be written: {error.strerror or error}."
+        raise OlpackError(told, "Free some space, or write it to another disk.") from None
     finally:
         temporary.unlink(missing_ok=True)

@@ -92,6 +92,7 @@ class OllamaClient:
         settings = {
             "timeout": httpx.Timeout(answer_within_s, connect=1.0 if here else 10.0),
             "trust_env": not here,  # a proxy is for what is elsewhere; `ollama` goes to its own machine directly, too
+            "verify": httpx.create_ssl_context(),  # with SSL_CERT_FILE, which is for this machine as well
             "follow_redirects": True,
         }
         key = os.environ.get("OLLAMA_API_KEY")
@@ -116,6 +117,8 @@ class OllamaClient:
         """
         version = self.version()
         if version is None:
+            with self._failures("asking for its version"):
+                self._http.get("/api/version")  # says why, where that is known
             raise self._absent()
         numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
         # A server built from a checkout calls itself 0.0.0.
@@ -360,6 +363,11 @@ class OllamaClient:
         again = (
             "Run this again: what has been uploaded stays. The server's log says more (journalctl -u ollama, or ~/.ollama/logs/server.log)."
         )
+        if "CERTIFICATE_VERIFY_FAILED" in f"{error} {error.__context__}":
+            return OlpackError(
+                f"The certificate of {self.url} is not trusted here.",
+                "Set SSL_CERT_FILE to a file with the certificate of who issued it, or call the server by http:// where that is safe.",
+            )
         if isinstance(
             error, (httpx.ConnectError, httpx.ConnectTimeout, ConnectionError)
         ):  # the last is the ollama package's word for the first

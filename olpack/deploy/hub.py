@@ -122,7 +122,9 @@ def push_to_hub(
 
     api = api or HfApi()
     if not (api.token or get_token()):
-        raise OlpackError("Nobody is logged in to the Hugging Face Hub.", "Run 'hf auth login' with a token that may write, or set HF_TOKEN.")
+        raise OlpackError(
+            "Nobody is logged in to the Hugging Face Hub.", "Run 'hf auth login' with a token that may write, or set HF_TOKEN."
+        )
     for file in files:
         if not re.search(rf"(^|[-_.]){re.escape(_quant(file))}\.gguf$", file.path.name, re.IGNORECASE):
             raise OlpackError(

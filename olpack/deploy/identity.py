@@ -15,9 +15,11 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from olpack import progress
+from olpack.base import Base
 from olpack.deploy.client import OllamaClient
 from olpack.deploy.shown import Shown
 from olpack.errors import OlpackError
@@ -142,7 +144,7 @@ class Identity:
 def check_identity(
     client: OllamaClient,
     model: str,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | Path,
     conversations: Sequence[Sequence[Mapping]] = (),
     variables: Mapping[str, Any] | None = None,
     tokens: bool = True,
@@ -152,14 +154,22 @@ def check_identity(
     Args:
         client: of a server that has the model.
         model: with its tag.
-        tokenizer: the one trained with: its chat template unprotected, as training rendered with it.
+        tokenizer: the one trained with, or its folder: its chat template unprotected, as training rendered with it.
         conversations: some from the data, beside the hard ones. An assistant's turn at the end is left off.
         variables: template variables that training set.
         tokens: compare token ids, too. Takes one generated token for each conversation.
 
     Raises:
-        OlpackError: no such model, a conversation of the data that the template refuses, or a server that cannot show prompts.
+        OlpackError: no such model, a tokenizer that does not load or has no chat template, a template that refuses a conversation of the
+            data or all the hard ones, or a server that cannot show prompts.
     """
+    if isinstance(tokenizer, Path):
+        tokenizer = Base(str(tokenizer), tokenizer).tokenizer()
+    if not tokenizer.chat_template:
+        raise OlpackError(
+            f"The tokenizer to compare the prompts of {model} with has no chat template.",
+            "Name the folder of the model that was trained, with its tokenizer_config.json or chat_template.jinja.",
+        )
     shown = client.show(model)
     if shown is None:
         raise OlpackError(f"The Ollama server at {client.url} has no {model}.", "Register it with 'olpack deploy'.")
@@ -176,6 +186,9 @@ def check_identity(
         raise OlpackError(
             f"The chat template refuses {lost[0]}: {check.refused[lost[0]]}.", "Change the data to what the template accepts."
         )
+    if not check.compared:
+        reason = next(iter(check.refused.values()))
+        raise OlpackError(f"The chat template refuses every conversation: nothing of {model} was compared.", f"It says: {reason}")
     uses_tools = any(turn["role"] == "tool" or turn.get("tool_calls") for turns in named.values() for turn in turns)
     untrained = () if uses_tools else tuple(difference for difference in check.differences if difference.conversation == _WITH_TOOL)
     return Identity(model, check.compared, tuple(one for one in check.differences if one not in untrained), untrained, check.refused)

@@ -41,16 +41,16 @@ def push_to_ollama(client: OllamaClient, models: Sequence[str], namespace: str |
     Raises:
         OlpackError: a model is not there or has no namespace (before anything is sent), or the registry refused.
     """
-    digests = {canonical(tag.model): tag.digest for tag in client.tags()}
-    sizes = {canonical(tag.model): tag.size or 0 for tag in client.tags()}
+    there = {canonical(tag.model): tag for tag in client.tags()}
     targets = [_target(model, namespace) for model in models]
     for model in models:
-        if canonical(model) not in digests:
+        if canonical(model) not in there:
             raise OlpackError(f"The Ollama server at {client.url} has no {model}.", "Register it with 'olpack deploy'.")
     for model, target in zip(models, targets, strict=True):
-        if digests.get(canonical(target)) != digests[canonical(model)]:
+        asked, pushed = there[canonical(model)], there.get(canonical(target))
+        if pushed is None or pushed.digest != asked.digest:
             client.copy(model, target)
-        _push(client, target, sizes[canonical(model)], insecure)
+        _push(client, target, asked.size or 0, insecure)
     return targets
 
 

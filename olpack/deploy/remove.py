@@ -17,8 +17,8 @@ from olpack.errors import OlpackError
 def owned(client: OllamaClient, name: str, records: Sequence[Registered]) -> list[str]:
     """The tags of a package that the server has and that olpack made.
 
-    A tag is olpack's where a record names it, or it is `:latest`, and it still has the weights of a record. A tag that someone has made anew
-    from other weights, or a copy under a name of their own, is theirs.
+    A tag is olpack's where a record names it, or it is `:latest`, and it still has the weights of a record. A tag that someone has made
+    anew from other weights, or a copy under a name of their own, is theirs.
 
     Args:
         client: of a server that answers.

@@ -252,7 +252,8 @@ def _clone(source: Path, target: Path) -> How | None:
 def _copy(source: Path, target: Path) -> str:
     """Copy a file and return its digest, `sha256:<64 hex>`."""
     hashed = hashlib.sha256()
-    with source.open("rb") as read, target.open("wb") as written, progress.task(f"copying {source.name}", source.stat().st_size, "B") as task:
+    size = source.stat().st_size
+    with source.open("rb") as read, target.open("wb") as written, progress.task(f"copying {source.name}", size, "B") as task:
         while chunk := read.read(_CHUNK):
             hashed.update(chunk)
             written.write(chunk)

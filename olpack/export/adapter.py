@@ -98,7 +98,9 @@ def read_adapter(folder: Path, base: Mapping[str, TensorHeader]) -> Adapter:
     config = _read_config(folder)
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
-        raise OlpackError(f"'{folder}' has no adapter_model.safetensors.", "Save the adapter with save_pretrained (safetensors, not pickle).")
+        raise OlpackError(
+            f"'{folder}' has no adapter_model.safetensors.", "Save the adapter with save_pretrained (safetensors, not pickle)."
+        )
     header = read_safetensors_header(file)
     names = _BaseNames(base, config)
 
@@ -139,11 +141,15 @@ def _read_config(folder: Path) -> dict:
         raise OlpackError(f"The adapter '{folder}' is of the kind {kind}, and only LoRA can be merged.", "Train a LoRA adapter.")
     for setting, meaning in _REFUSED.items():
         if config.get(setting):
-            raise OlpackError(f"The adapter '{folder}' uses {meaning} ({setting}), which a plain LoRA merge would lose.",
-                              "Merge it with peft (merge_and_unload) and export the merged folder.")
+            raise OlpackError(
+                f"The adapter '{folder}' uses {meaning} ({setting}), which a plain LoRA merge would lose.",
+                "Merge it with peft (merge_and_unload) and export the merged folder.",
+            )
     if config.get("init_lora_weights", True) not in _PLAIN_STARTS:
-        raise OlpackError(f"The adapter '{folder}' began as '{config['init_lora_weights']}', which also changes the base's weights.",
-                          "Convert it with peft (path_initial_model_for_weight_conversion), or merge it there and export the result.")
+        raise OlpackError(
+            f"The adapter '{folder}' began as '{config['init_lora_weights']}', which also changes the base's weights.",
+            "Convert it with peft (path_initial_model_for_weight_conversion), or merge it there and export the result.",
+        )
     return config
 
 
@@ -156,15 +162,19 @@ def _parse(key: str, folder: Path) -> tuple[str, str]:
     if match:
         return match[1] or match[3], match[2] or match[4]
     if ".lora_" in name:
-        raise OlpackError(f"The adapter '{folder}' holds '{key}', which a plain LoRA merge would lose.",
-                          "Merge it with peft (merge_and_unload) and export the merged folder.")
+        raise OlpackError(
+            f"The adapter '{folder}' holds '{key}', which a plain LoRA merge would lose.",
+            "Merge it with peft (merge_and_unload) and export the merged folder.",
+        )
     return name, "whole"
 
 
 def _expect_shape(folder: Path, key: str, got: tuple[int, ...], wanted: tuple[int, ...]) -> None:
     if tuple(got) != tuple(wanted):
-        raise OlpackError(f"The adapter '{folder}' is for another base: '{key}' makes {list(got)}, and the base has {list(wanted)} there.",
-                          "Name the base that it was trained on.")
+        raise OlpackError(
+            f"The adapter '{folder}' is for another base: '{key}' makes {list(got)}, and the base has {list(wanted)} there.",
+            "Name the base that it was trained on.",
+        )
 
 
 def _scale(config: dict, module: str, rank: int) -> float:
@@ -201,10 +211,14 @@ class _BaseNames:
     def find(self, name: str) -> str:
         module = name.rpartition(".")[0].rpartition(".")[2]
         if self._tied and module in ("lm_head", "embed_tokens", "wte"):
-            raise OlpackError(f"The adapter changes '{module}', and the base uses one matrix as embedding and as output layer.",
-                              f"Train without '{module}', or with ensure_weight_tying: true in peft's configuration.")
+            raise OlpackError(
+                f"The adapter changes '{module}', and the base uses one matrix as embedding and as output layer.",
+                f"Train without '{module}', or with ensure_weight_tying: true in peft's configuration.",
+            )
         found = name if name in self._base else self._short.get(self._shorten(name))
         if found is None:
-            raise OlpackError(f"The adapter is for another base: it changes '{name}', which the base does not have.",
-                              "Name the base that it was trained on.")
+            raise OlpackError(
+                f"The adapter is for another base: it changes '{name}', which the base does not have.",
+                "Name the base that it was trained on.",
+            )
         return found

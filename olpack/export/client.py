@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
@@ -34,12 +34,15 @@ class Converter:
 
     def __init__(self):
         source = converter_source()
-        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 — closed with the worker
         packages = os.pathsep.join(filter(None, [str(Path(olpack.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
             # -P: the folder that the user works in may hold modules of any name
             [sys.executable, "-P", "-m", "olpack.export.worker", str(source)],
-            env={**os.environ, "PYTHONPATH": packages, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+            env={
+                **os.environ, "PYTHONPATH": packages, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+                "MALLOC_MMAP_THRESHOLD_": str(4 << 20),  # glibc: tensors go back to the system at once; without it the peak is double
+            },
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, encoding="utf-8",
         )  # fmt: skip
 
@@ -59,7 +62,9 @@ class Converter:
     def check(self, source: Path, quants: Sequence[str], *, adapter: Path | None = None, out: Path | None = None) -> ExportPlan:
         """As `olpack.export.check_export`."""
         names = [quant_type(name).name for name in quants]
-        return ExportPlan(**self._do("checking the model", do="check", source=_text(source), quants=names, adapter=_text(adapter), out=_text(out)))
+        return ExportPlan(
+            **self._do("checking the model", do="check", source=_text(source), quants=names, adapter=_text(adapter), out=_text(out))
+        )
 
     def export(
         self, source: Path, targets: Sequence[Target], *, adapter: Path | None = None, name: str | None = None,
@@ -101,7 +106,9 @@ class Converter:
                     if "error" in message:
                         raise OlpackError(**message["error"])
                     if "crash" in message:
-                        raise RuntimeError(f"The export worker failed unexpectedly:\n{message['crash']}")
+                        failure = RuntimeError(f"the export worker failed, {message['crash'].strip().splitlines()[-1]}")
+                        failure.add_note(message["crash"])  # shown with the traceback, which --debug asks for
+                        raise failure
                     task = task or shown.enter_context(progress.task(title, total=message["total"], unit="B"))
                     task.advance(message["done"] - task.done)
         except BrokenPipeError:
@@ -121,15 +128,15 @@ class Converter:
         last = f" Its last words: {said[-1]}" if said else ""
         if code == -9:
             return OlpackError(f"The export worker {how}, most likely because memory ran out.", "Close other programs and export again.")
-        return OlpackError(f"The export worker {how}.{last}", f"If llama.cpp's library was built natively, install the portable build: {INSTALL}")
+        return OlpackError(
+            f"The export worker {how}.{last}", f"If llama.cpp's library was built natively, install the portable build: {INSTALL}"
+        )
 
     def _end(self, *, at_once: bool = False) -> None:
         if at_once:
             self._process.terminate()
-        try:
+        with suppress(BrokenPipeError):
             self._process.stdin.close()
-        except BrokenPipeError:
-            pass
         try:
             self._process.wait(timeout=30)
         except subprocess.TimeoutExpired:

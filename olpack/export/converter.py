@@ -134,18 +134,28 @@ def open_model(
         except OlpackError:
             raise
         except AssertionError as error:
-            raise OlpackError(f"The tokenizer in '{source}' has more tokens than the model's embedding has rows.",
-                              "Resize the embedding (resize_token_embeddings) and save the model, or use the tokenizer it came with.") from error
+            raise OlpackError(
+                f"The tokenizer in '{source}' has more tokens than the model's embedding has rows.",
+                "Resize the embedding (resize_token_embeddings) and save the model, or use the tokenizer it came with.",
+            ) from error
         except (ValueError, NotImplementedError, KeyError, TypeError, OSError) as error:
-            raise OlpackError(f"llama.cpp's converter cannot read the tokenizer in '{source}': {_words(error)}.",
-                              "Take the tokenizer files from the model's publisher.") from error
+            raise OlpackError(
+                f"llama.cpp's converter cannot read the tokenizer in '{source}': {_words(error)}.",
+                "Take the tokenizer files from the model's publisher.",
+            ) from error
     writer = model.gguf_writer
     _check_vocabulary(source, writer)
     set_keys(writer, chat_template, end_of_turn, metadata or {})
     tensors = {}
     for info_name, info in writer.tensors[0].items():
-        tensors[info_name] = SourceTensor(info_name, origins.get(info_name, info_name), tuple(int(n) for n in info.shape), info.dtype.name,
-                                          info.nbytes, _loader(info.tensor, info.dtype.name))
+        tensors[info_name] = SourceTensor(
+            info_name,
+            origins.get(info_name, info_name),
+            tuple(int(n) for n in info.shape),
+            info.dtype.name,
+            info.nbytes,
+            _loader(info.tensor, info.dtype.name),
+        )
         info.tensor = None
     return SourceModel(writer.arch, tensors, dict(writer.kv_data[0]))
 
@@ -161,8 +171,10 @@ def _construct(source: Path, name: str | None) -> Any:
         model_class = conversion.get_model_class(class_name)
     except (NotImplementedError, ValueError, KeyError) as error:
         what = f"the architecture '{class_name}'" if class_name else "this model (its config.json names no architecture)"
-        raise OlpackError(f"llama.cpp's converter does not know {what}, so '{source}' cannot become a GGUF.",
-                          "Take a base of an architecture that llama.cpp runs: Llama, Qwen, Gemma, Mistral, Phi and about 150 more.") from error
+        raise OlpackError(
+            f"llama.cpp's converter does not know {what}, so '{source}' cannot become a GGUF.",
+            "Take a base of an architecture that llama.cpp runs: Llama, Qwen, Gemma, Mistral, Phi and about 150 more.",
+        ) from error
     try:
         model = model_class(source, gguf.LlamaFileType.MOSTLY_BF16, source / "unused.gguf", model_name=name)
     except (ValueError, KeyError, TypeError, AssertionError, ImportError) as error:
@@ -210,8 +222,10 @@ def _merge(model: Any, adapter: Adapter) -> None:
         for name in sorted(adapter.tensors):
             kept = type(model).filter_tensors((name, lambda: None))
             if kept is None or kept[0] not in model.model_tensors:
-                raise OlpackError(f"The adapter changes '{name}', which is not part of the text model that llama.cpp runs.",
-                                  "Train an adapter for the language model's layers only.")
+                raise OlpackError(
+                    f"The adapter changes '{name}', which is not part of the text model that llama.cpp runs.",
+                    "Train an adapter for the language model's layers only.",
+                )
 
             def load(base: Callable[[], Any] = model.model_tensors[kept[0]], name: str = name) -> Any:
                 weight = base()
@@ -244,8 +258,10 @@ def _check_vocabulary(source: Path, writer: Any) -> None:
     tokens = writer.kv_data[0].get("tokenizer.ggml.tokens")
     embedding = writer.tensors[0].get("token_embd.weight")
     if tokens is not None and embedding is not None and len(tokens.value) != embedding.shape[0]:
-        raise OlpackError(f"'{source}' has a vocabulary of {len(tokens.value):,} tokens, and its embedding has {embedding.shape[0]:,} rows.",
-                          "Correct vocab_size in config.json, or resize the embedding (resize_token_embeddings) and save the model.")
+        raise OlpackError(
+            f"'{source}' has a vocabulary of {len(tokens.value):,} tokens, and its embedding has {embedding.shape[0]:,} rows.",
+            "Correct vocab_size in config.json, or resize the embedding (resize_token_embeddings) and save the model.",
+        )
 
 
 def set_keys(writer: Any, chat_template: str | None, end_of_turn: str | None, metadata: Mapping[str, str]) -> None:
@@ -257,8 +273,10 @@ def set_keys(writer: Any, chat_template: str | None, end_of_turn: str | None, me
     if end_of_turn is not None:
         tokens = writer.kv_data[0][gguf.Keys.Tokenizer.LIST].value
         if end_of_turn not in tokens:
-            raise OlpackError(f"The chat template ends a turn with '{end_of_turn}', which is no token of the tokenizer.",
-                              "Take the chat template that belongs to this tokenizer.")
+            raise OlpackError(
+                f"The chat template ends a turn with '{end_of_turn}', which is no token of the tokenizer.",
+                "Take the chat template that belongs to this tokenizer.",
+            )
         eos = writer.kv_data[0].get(gguf.Keys.Tokenizer.EOS_ID)
         if eos is None or tokens[eos.value] != end_of_turn:
             writer.add_eot_token_id(tokens.index(end_of_turn))
@@ -267,12 +285,12 @@ def set_keys(writer: Any, chat_template: str | None, end_of_turn: str | None, me
 
 
 def _refused(source: Path, error: Exception) -> OlpackError:
-    return OlpackError(f"llama.cpp's converter cannot convert '{source}': {_words(error)}.",
-                       "Compare config.json and the weights with the model's publisher, or take another base.")
+    return OlpackError(
+        f"llama.cpp's converter cannot convert '{source}': {_words(error)}.",
+        "Compare config.json and the weights with the model's publisher, or take another base.",
+    )
 
 
 def _words(error: Exception) -> str:
     text = str(error).strip().splitlines()
     return (text[0] if text else type(error).__name__).rstrip(".")
-
-

@@ -40,8 +40,12 @@ def read_config(source: Path) -> dict:
     if not path.is_file():
         ggufs = sorted(source.glob("*.gguf"))
         if ggufs:
-            raise OlpackError(f"'{source}' holds a GGUF ({ggufs[0].name}) and no config.json.", "Name the GGUF itself, or the folder of the model.")
-        raise OlpackError(f"'{source}' is no model folder: it has no config.json.", "Name a folder with config.json, a tokenizer and safetensors.")
+            raise OlpackError(
+                f"'{source}' holds a GGUF ({ggufs[0].name}) and no config.json.", "Name the GGUF itself, or the folder of the model."
+            )
+        raise OlpackError(
+            f"'{source}' is no model folder: it has no config.json.", "Name a folder with config.json, a tokenizer and safetensors."
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -54,8 +58,10 @@ def read_config(source: Path) -> dict:
 def check_tokenizer_files(source: Path) -> None:
     """Raises OlpackError if the folder holds no tokenizer."""
     if not any((source / name).is_file() for name in _TOKENIZERS):
-        raise OlpackError(f"'{source}' has no tokenizer (no {' or '.join(_TOKENIZERS[:2])}).",
-                          "Put the tokenizer of the base model there; AutoTokenizer.save_pretrained writes it.")
+        raise OlpackError(
+            f"'{source}' has no tokenizer (no {' or '.join(_TOKENIZERS[:2])}).",
+            "Put the tokenizer of the base model there; AutoTokenizer.save_pretrained writes it.",
+        )
 
 
 def read_tensor_headers(source: Path) -> dict[str, TensorHeader]:
@@ -72,8 +78,9 @@ def read_tensor_headers(source: Path) -> dict[str, TensorHeader]:
     if index.is_file():
         missing = sorted(set(_weight_map(index)) - set(tensors))
         if missing:
-            raise OlpackError(f"'{index}' names {len(missing)} tensors that its files lack, the first is '{missing[0]}'.",
-                              "Download the model again.")
+            raise OlpackError(
+                f"'{index}' names {len(missing)} tensors that its files lack, the first is '{missing[0]}'.", "Download the model again."
+            )
     if not tensors:
         raise OlpackError(f"The safetensors in '{source}' hold no tensors.", "Download the model again.")
     return tensors
@@ -85,16 +92,20 @@ def _weight_files(source: Path) -> list[Path]:
         files = sorted(source / name for name in set(_weight_map(index).values()))
         missing = [file.name for file in files if not file.is_file()]
         if missing:
-            raise OlpackError(f"'{source}' lacks {', '.join(missing[:3])}{' and more' if missing[3:] else ''} of its weights.",
-                              "Finish the download of the model.")
+            raise OlpackError(
+                f"'{source}' lacks {', '.join(missing[:3])}{' and more' if missing[3:] else ''} of its weights.",
+                "Finish the download of the model.",
+            )
         return files
     files = sorted(source.glob("model*.safetensors"))
     if files:
         return files
     pickles = sorted([*source.glob("pytorch_model*.bin"), *source.glob("*.pt"), *source.glob("*.pth")])
     if pickles:
-        raise OlpackError(f"'{source}' has its weights as pickle only ({pickles[0].name}), which can run code when it is read.",
-                          "Take a revision with safetensors, or save the model with save_pretrained(safe_serialization=True).")
+        raise OlpackError(
+            f"'{source}' has its weights as pickle only ({pickles[0].name}), which can run code when it is read.",
+            "Take a revision with safetensors, or save the model with save_pretrained(safe_serialization=True).",
+        )
     raise OlpackError(f"'{source}' holds no weights (no model*.safetensors).", "Finish the download of the model.")
 
 
@@ -132,6 +143,8 @@ def read_safetensors_header(file: Path) -> dict[str, TensorHeader]:
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise OlpackError(f"'{file}' is no safetensors file: its header cannot be read.", "Download it again.") from error
     if size != 8 + length + end:
-        raise OlpackError(f"'{file}' has {size:,} bytes, and its header promises {8 + length + end:,}.",
-                          "It is truncated or was swapped: download it again.")
+        raise OlpackError(
+            f"'{file}' has {size:,} bytes, and its header promises {8 + length + end:,}.",
+            "It is truncated or was swapped: download it again.",
+        )
     return tensors

@@ -36,7 +36,9 @@ def open_gguf(
     for tensor in reader.tensors:
         kind = tensor.tensor_type.name
         if kind not in (*FLOATS, "I8", "I16", "I32", "I64"):
-            raise OlpackError(f"'{source}' is quantized already: '{tensor.name}' is {kind}.", "Start from an F16, BF16 or F32 file of the model.")
+            raise OlpackError(
+                f"'{source}' is quantized already: '{tensor.name}' is {kind}.", "Start from an F16, BF16 or F32 file of the model."
+            )
 
     writer = gguf.GGUFWriter(None, keys["general.architecture"].value)
     writer.kv_data = [keys]
@@ -44,8 +46,14 @@ def open_gguf(
         writer.add_name(name)
     set_keys(writer, chat_template, end_of_turn, metadata or {})
     tensors = {
-        tensor.name: SourceTensor(tensor.name, tensor.name, tuple(int(n) for n in reversed(tensor.shape)), tensor.tensor_type.name,
-                                  tensor.n_bytes, _loader(tensor))
+        tensor.name: SourceTensor(
+            tensor.name,
+            tensor.name,
+            tuple(int(n) for n in reversed(tensor.shape)),
+            tensor.tensor_type.name,
+            tensor.n_bytes,
+            _loader(tensor),
+        )
         for tensor in reader.tensors
     }
     return SourceModel(writer.arch, tensors, dict(writer.kv_data[0]))

@@ -65,8 +65,10 @@ def hollow_file(model: SourceModel) -> Iterator[Path]:
                 file.write(header)
                 file.truncate(len(header) + sum(padded(nbytes) for _, _, nbytes in tensors))
         except OSError as error:
-            raise OlpackError(f"No room for a header of {len(header):,} bytes in '{scratch}': {os.strerror(error.errno)}.",
-                              "Make room there, or set TMPDIR to another folder.") from error
+            raise OlpackError(
+                f"No room for a header of {len(header):,} bytes in '{scratch}': {os.strerror(error.errno)}.",
+                "Make room there, or set TMPDIR to another folder.",
+            ) from error
         yield path
 
 
@@ -85,11 +87,15 @@ def plan_files(model: SourceModel, hollow: Path, quants: Sequence[QuantType]) ->
     for quant in quants:
         chosen = library.type_plan(hollow, quant.ftype)
         if chosen.needs_importance:
-            raise OlpackError(f"{quant.name} needs an importance matrix, which olpack does not make yet.",
-                              "Take a quant type that works without one: Q2_K and larger, IQ3_S, IQ4_XS.")
+            raise OlpackError(
+                f"{quant.name} needs an importance matrix, which olpack does not make yet.",
+                "Take a quant type that works without one: Q2_K and larger, IQ3_S, IQ4_XS.",
+            )
         if {name for name, _ in chosen.tensors} != set(model.tensors):
-            raise OlpackError("llama.cpp's library and its converter disagree about the model's tensors.",
-                              "Their versions differ: unset OLPACK_LLAMA_CPP, or install the matching llama-cpp-python.")
+            raise OlpackError(
+                "llama.cpp's library and its converter disagree about the model's tensors.",
+                "Their versions differ: unset OLPACK_LLAMA_CPP, or install the matching llama-cpp-python.",
+            )
         tensors = []
         for name, type_ in chosen.tensors:
             source = model.tensors[name]
@@ -99,8 +105,10 @@ def plan_files(model: SourceModel, hollow: Path, quants: Sequence[QuantType]) ->
             elif type_ == library.tensor_type(source.type_name):
                 nbytes = source.nbytes
             else:
-                raise OlpackError(f"The base's '{source.origin}' is quantized already ({source.type_name}) and cannot become {quant.name}.",
-                                  "Start from the model in 16 bits.")
+                raise OlpackError(
+                    f"The base's '{source.origin}' is quantized already ({source.type_name}) and cannot become {quant.name}.",
+                    "Start from the model in 16 bits.",
+                )
             tensors.append((name, type_, nbytes))
         plans.append(FilePlan(quant, _header(model, tensors, quant.ftype), tensors, chosen.fallbacks))
     return plans

@@ -31,7 +31,8 @@ _KNOWN: dict[tuple[tuple[str, ...], bool], str] = {
     ((rf"{_CAMEL_A}|{_CAMEL_B}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_TAIL}",), True): "tekken",
     ((rf"{_CAMEL_A}{_CONTRACTIONS}?|{_CAMEL_B}{_CONTRACTIONS}?|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_TAIL}",), False): "gpt-4o",
     ((r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+",
-      r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|" + _TAIL), False): "deepseek-v3",
+      r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|"""
+      r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|" + _TAIL), False): "deepseek-v3",
     (("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", "digit"), False): "deepseek-coder",
 }  # fmt: skip
 
@@ -53,8 +54,10 @@ def recognize(source: Path) -> str:
     """
     path = source / "tokenizer.json"
     if not path.is_file():
-        raise OlpackError(f"llama.cpp does not know the tokenizer in '{source}', and without a tokenizer.json it cannot be recognized.",
-                          "Save it as a fast tokenizer (tokenizer.json), or take another base.")
+        raise OlpackError(
+            f"llama.cpp does not know the tokenizer in '{source}', and without a tokenizer.json it cannot be recognized.",
+            "Save it as a fast tokenizer (tokenizer.json), or take another base.",
+        )
     tokenizer = json.loads(path.read_text(encoding="utf-8"))
     steps = tuple(_steps(tokenizer.get("pre_tokenizer") or {}))
     ignore_merges = bool((tokenizer.get("model") or {}).get("ignore_merges"))

@@ -56,18 +56,22 @@ def export(
     partial = [partial_path(path, os.getpid()) for path in paths]
     total = sum(plan.size for plan in plans)
     try:
-        digests = write_files(model, plans, partial, threads=threads or _cores(), round_to_bf16=round_to_bf16,
-                              advance=lambda count: report(count, total))
+        digests = write_files(
+            model, plans, partial, threads=threads or _cores(), round_to_bf16=round_to_bf16, advance=lambda count: report(count, total)
+        )
         for plan, path in zip(plans, partial, strict=True):
             verify_file(path, plan, keys)
         for path, final in zip(partial, paths, strict=True):
-            os.replace(path, final)
+            path.replace(final)
     finally:
         for path in partial:
             path.unlink(missing_ok=True)
     seconds = time.monotonic() - started
     return [
-        {**asdict(ExportedFile(plan.quant.name, path, plan.size, digest, parameters, 8 * plan.data_size / parameters, seconds)), "path": str(path)}
+        {
+            **asdict(ExportedFile(plan.quant.name, path, plan.size, digest, parameters, 8 * plan.data_size / parameters, seconds)),
+            "path": str(path),
+        }
         for plan, path, digest in zip(plans, paths, digests, strict=True)
     ]
 
@@ -96,8 +100,10 @@ def _open_folder(source: Path, adapter: str | None, settings: dict) -> SourceMod
 
 def _open_file(source: Path, adapter: str | None, settings: dict) -> SourceModel:
     if adapter is not None:
-        raise OlpackError(f"An adapter cannot be merged into the GGUF '{source}', whose tensors have other names than the adapter's.",
-                          "Name the folder of the model that it was trained on.")
+        raise OlpackError(
+            f"An adapter cannot be merged into the GGUF '{source}', whose tensors have other names than the adapter's.",
+            "Name the folder of the model that it was trained on.",
+        )
     return open_gguf(source, **settings)
 
 
@@ -113,8 +119,10 @@ def check_space(paths: list[Path], plans: list[FilePlan]) -> None:
     for device, needed in wanted.items():
         free = shutil.disk_usage(place[device]).free
         if needed > free:
-            raise OlpackError(f"The files need {progress.quantity(needed, 'B')} in '{place[device]}', and {progress.quantity(free, 'B')} are free.",
-                              "Make room, name another folder, or ask for fewer quant types.")
+            raise OlpackError(
+                f"The files need {progress.quantity(needed, 'B')} in '{place[device]}', and {progress.quantity(free, 'B')} are free.",
+                "Make room, name another folder, or ask for fewer quant types.",
+            )
 
 
 def _cores() -> int:

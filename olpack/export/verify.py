@@ -40,7 +40,9 @@ def verify_tokenizer(source: Path, gguf: Path) -> list[str]:
             found = vocabulary.tokenize(_SAMPLE)
     except OlpackError as error:
         reason = error.problem.rpartition(f"'{gguf}': ")[2]
-        raise OlpackError(f"llama.cpp would refuse the model made from '{source}': {reason}", "Compare its tokenizer with the publisher's.") from error
+        raise OlpackError(
+            f"llama.cpp would refuse the model made from '{source}': {reason}", "Compare its tokenizer with the publisher's."
+        ) from error
     path = source / "tokenizer.json"
     if not path.is_file():
         return []
@@ -51,8 +53,10 @@ def verify_tokenizer(source: Path, gguf: Path) -> list[str]:
     if found == expected:
         return []
     place = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), min(len(found), len(expected)))
-    return [f"llama.cpp splits text otherwise than the tokenizer of '{source}' (the first difference comes after "
-            f"{tokenizer.decode(expected[max(0, place - 4):place])!r}), so the exported model sees other tokens than the trained one."]
+    return [
+        f"llama.cpp splits text otherwise than the tokenizer of '{source}' (the first difference comes after "
+        f"{tokenizer.decode(expected[max(0, place - 4) : place])!r}), so the exported model sees other tokens than the trained one."
+    ]
 
 
 def verify_file(path: Path, plan: FilePlan, keys: Mapping[str, Any]) -> None:
@@ -72,5 +76,7 @@ def verify_file(path: Path, plan: FilePlan, keys: Mapping[str, Any]) -> None:
     with Vocabulary(path) as vocabulary:
         for name, value in meant.items():
             if vocabulary.key(name) != value:
-                raise OlpackError(f"llama.cpp reads {vocabulary.key(name)!r} as '{name}' of the {plan.quant.name} file, and {value!r} was written.",
-                                  "Leave characters out that text cannot hold, such as a null.")
+                raise OlpackError(
+                    f"llama.cpp reads {vocabulary.key(name)!r} as '{name}' of the {plan.quant.name} file, and {value!r} was written.",
+                    "Leave characters out that text cannot hold, such as a null.",
+                )

@@ -146,14 +146,18 @@ class _Work:
         rows = values[part]
         # A NaN carries through min and max, so two quick passes find every kind of unusable weight.
         if not (np.isfinite(rows.min()) and np.isfinite(rows.max())):
-            raise OlpackError(f"The weight '{self.source.origin}' holds an infinite or undefined value (inf or NaN).",
-                              "The base or the adapter is damaged, or its training diverged: take another checkpoint.")
+            raise OlpackError(
+                f"The weight '{self.source.origin}' holds an infinite or undefined value (inf or NaN).",
+                "The base or the adapter is damaged, or its training diverged: take another checkpoint.",
+            )
         if rounding != "F32":
             _round(rows, rounding)
         for type_, out in self.data.items():
             if type_ != library.tensor_type("f32") and not library.quantize_rows(type_, rows, out[part]):
-                raise OlpackError(f"The weight '{self.source.origin}' holds values too large to be quantized.",
-                                  "Leave the quant types below 16 bits out, or take another checkpoint.")
+                raise OlpackError(
+                    f"The weight '{self.source.origin}' holds values too large to be quantized.",
+                    "Leave the quant types below 16 bits out, or take another checkpoint.",
+                )
 
     def done_with(self) -> bool:
         """One file has what it needs; whether it was the last."""
@@ -193,8 +197,10 @@ class _FileWriter(threading.Thread):
                         self._flight.give(work.nbytes)
                 os.fsync(file.fileno())
         except OSError as error:
-            failure = OlpackError(f"Writing '{self._path.parent}' failed: {os.strerror(error.errno) if error.errno else error}.",
-                                  "Make room on the disk, or name another folder.")
+            failure = OlpackError(
+                f"Writing '{self._path.parent}' failed: {os.strerror(error.errno) if error.errno else error}.",
+                "Make room on the disk, or name another folder.",
+            )
             failure.__cause__ = error
             self._flight.fail(failure)
         except BaseException as error:  # whatever it is, the main thread must learn of it and end the pass

@@ -118,7 +118,9 @@ class TypePlan:
 
 
 _TENSOR_LINE = re.compile(r"^\[\s*\d+/\s*\d+\]\s+(\S+)\s+- \[.*?\], type =\s+(\w+), size =(?:.*-> .*\((\w+)\))?")
-_FALLBACK_LINE = re.compile(r"^warning: (\S+)\s+- ncols\s+(\d+) not divisible by\s+(\d+) \(required for type\s+(\w+)\).*falling back to\s+(\w+)")
+_FALLBACK_LINE = re.compile(
+    r"^warning: (\S+)\s+- ncols\s+(\d+) not divisible by\s+(\d+) \(required for type\s+(\w+)\).*falling back to\s+(\w+)"
+)
 
 
 def type_plan(header: Path, ftype: int) -> TypePlan:
@@ -139,10 +141,14 @@ def type_plan(header: Path, ftype: int) -> TypePlan:
     lines = "".join(log).splitlines()
     if failed:
         reason = next((line for line in reversed(lines) if "failed to quantize" in line), "no reason given")
-        raise OlpackError(f"llama.cpp cannot quantize this model: {reason.rpartition('failed to quantize: ')[2]}.",
-                          "The converter and the library may be of different versions: unset OLPACK_LLAMA_CPP.")
+        raise OlpackError(
+            f"llama.cpp cannot quantize this model: {reason.rpartition('failed to quantize: ')[2]}.",
+            "The converter and the library may be of different versions: unset OLPACK_LLAMA_CPP.",
+        )
     tensors = [(match[1], tensor_type(match[3] or match[2])) for match in map(_TENSOR_LINE.match, lines) if match]
-    fallbacks = [f"{m[1]} ({m[2]} columns, {m[4]} needs a multiple of {m[3]}) becomes {m[5]}" for m in map(_FALLBACK_LINE.match, lines) if m]
+    fallbacks = [
+        f"{m[1]} ({m[2]} columns, {m[4]} needs a multiple of {m[3]}) becomes {m[5]}" for m in map(_FALLBACK_LINE.match, lines) if m
+    ]
     return TypePlan(tensors, fallbacks, needs_importance=any("will require an imatrix" in line for line in lines))
 
 

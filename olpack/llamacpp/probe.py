@@ -31,16 +31,26 @@ def check_library() -> None:
     import olpack
 
     packages = os.pathsep.join(filter(None, [str(Path(olpack.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
-    child = subprocess.run([sys.executable, "-P", "-m", "olpack.llamacpp.probe"], env={**os.environ, "PYTHONPATH": packages},
-                           stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace", timeout=300)
+    child = subprocess.run(
+        [sys.executable, "-P", "-m", "olpack.llamacpp.probe"],
+        env={**os.environ, "PYTHONPATH": packages},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        timeout=300,
+    )
     if child.returncode == 0:
         passed.parent.mkdir(parents=True, exist_ok=True)
         passed.touch()
         return
     if child.returncode < 0 or child.returncode > 255:  # a signal, or a Windows exception such as 0xC0000005
         how = f"signal {-child.returncode}" if child.returncode < 0 else f"{child.returncode:#x}"
-        raise OlpackError(f"llama.cpp crashes on this machine as soon as it runs a quantized model ({how}): its library was built for another "
-                          "processor, or by a compiler that miscompiles it.", f"Install the portable build: {INSTALL}")
+        raise OlpackError(
+            f"llama.cpp crashes on this machine as soon as it runs a quantized model ({how}): its library was built for another "
+            "processor, or by a compiler that miscompiles it.",
+            f"Install the portable build: {INSTALL}",
+        )
     last = (child.stderr.strip().splitlines() or ["no reason given"])[-1]
     raise OlpackError(f"llama.cpp cannot run a small model on this machine: {last}", f"Install it anew: {INSTALL}")
 

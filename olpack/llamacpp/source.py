@@ -122,8 +122,13 @@ def _fetch(folder: Path) -> None:
             "--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--require-hashes",
             "--requirement", str(home / "requirements.txt"), "--dest", str(home / "archive"),
         ]  # fmt: skip
-        environment = {**os.environ, "PYTHONPATH": str(home / "backend"), "TMPDIR": str(home / "tmp"), "TEMP": str(home / "tmp"),
-                       "PIP_NO_COLOR": "1"}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(home / "backend"),
+            "TMPDIR": str(home / "tmp"),
+            "TEMP": str(home / "tmp"),
+            "PIP_NO_COLOR": "1",
+        }
         _run_pip(command, environment, home)
         _unpack(_verified(home / "archive" / ARCHIVE), folder)
 
@@ -168,13 +173,15 @@ def _unpack(archive: Path, folder: Path) -> None:
         if not _is_complete(scratch):
             raise OlpackError(f"'{archive}' does not hold llama.cpp's converter.", f"Unset {VARIABLE} to have the right release fetched.")
         try:
-            os.rename(scratch, folder)
+            scratch.rename(folder)
         except OSError:
             if not _is_complete(folder):
                 raise
     except OSError as error:
-        raise OlpackError(f"llama.cpp's converter could not be stored in '{folder}': {error.strerror}.",
-                          "Make room or give write access there, or set XDG_CACHE_HOME to another folder.") from error
+        raise OlpackError(
+            f"llama.cpp's converter could not be stored in '{folder}': {error.strerror}.",
+            "Make room or give write access there, or set XDG_CACHE_HOME to another folder.",
+        ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
