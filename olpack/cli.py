@@ -59,6 +59,13 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
+def _print_lines(lines: list[str], as_json: bool) -> None:
+    if as_json:
+        _print_json(lines)
+    else:
+        print("\n".join(lines))
+
+
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=1, ensure_ascii=False))
 
@@ -180,9 +187,25 @@ def export(name: Name, settings: Set = None, quant: Quant = None, out: Out = Non
 
 
 @app.command()
-def deploy(name: Name, settings: Set = None, quant: Quant = None, out: Out = None, as_json: Json = False) -> None:
+def deploy(
+    name: Name,
+    settings: Set = None,
+    quant: Quant = None,
+    check: Annotated[bool, typer.Option("--check", help="Register nothing; compare the served prompts with the trained ones again.")] = False,
+    store: Annotated[Path | None, typer.Option("--store", metavar="DIR", help="Write into this model store instead, for a server that is not running.")] = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
     """Register the quants with the Ollama server, and prove that the prompt it serves is the trained one."""
-    _run(_build_of(name, settings, quant, out, as_json), "deploy", as_json)
+    from olpack import ship
+
+    asked = _build_of(name, settings, quant, out, as_json, deploy=store is None)
+    if store is not None:
+        _print_lines(ship.store(asked, store), as_json)
+    elif check:
+        _print_lines(ship.check(asked), as_json)
+    else:
+        _run(asked, "deploy", as_json)
 
 
 @app.command()
@@ -201,6 +224,65 @@ def run(
     from olpack.talk import talk
 
     talk(model, prompt, out)
+
+
+@app.command()
+def show(name: Name, out: Out = None, as_json: Json = False) -> None:
+    """Show what is known of a build: training, files, recommendation, registered tags, what is stale."""
+    from olpack import ship
+    from olpack.listing import print_facts
+
+    found = ship.facts(_build_of(name, None, None, out, as_json))
+    if as_json:
+        _print_json(found)
+    else:
+        print_facts(found)
+
+
+@app.command()
+def bundle(
+    name: Name,
+    to: Annotated[Path | None, typer.Option("--to", metavar="FILE", help="The archive, ending in .zip; by default NAME.zip in the build folder.")] = None,
+    out: Out = None,
+) -> None:
+    """Make one archive of GGUFs, Modelfiles, digests and report, for `ollama create` elsewhere."""
+    from olpack import ship
+
+    print(ship.bundle(_build_of(name, None, None, out, False, deploy=False), to))
+
+
+@app.command()
+def push(
+    name: Name,
+    namespace: Annotated[str | None, typer.Option("--ollama", metavar="[HOST/]NAMESPACE", help="To ollama.com or another registry, through the server.")] = None,
+    hub: Annotated[str | None, typer.Option("--hub", metavar="USER/REPO", help="To the Hugging Face Hub, with a model card.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new Hub repository private.")] = False,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Let the server use a registry without TLS.")] = False,
+    out: Out = None,
+) -> None:
+    """Publish a package: through the Ollama server, or to the Hugging Face Hub."""
+    from olpack import ship
+
+    if (namespace is None) == (hub is None):
+        raise typer.BadParameter("say where to: either --ollama NAMESPACE or --hub USER/REPO.")
+    asked = _build_of(name, None, None, out, False, deploy=hub is None)
+    _print_lines([ship.push_to_hub(asked, hub, private or None)] if hub else ship.push_to_ollama(asked, namespace, insecure), False)
+
+
+@app.command()
+def remove(
+    name: Name,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    out: Out = None,
+) -> None:
+    """Remove from the server the tags that olpack made for a package. Files here stay."""
+    from olpack import ship
+
+    asked = _build_of(name, None, None, out, False)
+    if not (models := ship.removable(asked)):
+        progress.say(f"the server has no tag that olpack made for {name}")
+    elif yes or typer.confirm(f"Remove {', '.join(models)} from the server?", err=True):
+        _print_lines(ship.remove(asked), False)
 
 
 @app.command("list")

@@ -1,4 +1,4 @@
-"""`olpack list`: packages, what of each is built, and what the server has."""
+"""`olpack list` and `olpack show`: packages, what of each is built, and what the server has."""
 
 from __future__ import annotations
 
@@ -55,3 +55,29 @@ def print_packages(rows: list[dict[str, Any]]) -> None:
         recipe = "ships with olpack" if row["shipped"] else row["recipe"]
         table.add_row(row["name"], recipe, "yes" if row["trained"] else "no", built, row["recommended"] or "–", registered)
     Console().print(table, highlight=False)
+
+
+def print_facts(facts: dict[str, Any]) -> None:
+    """What `ship.facts` found of one build."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from olpack.progress import quantity
+
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_row("package", f"{facts['name']}  ({facts['recipe']})")
+    table.add_row("base", facts["base"])
+    if training := facts["training"]:
+        losses = f"{training['eval_loss_before']:.3f} -> {training['eval_loss_after']:.3f}"
+        table.add_row("training", f"eval loss {losses} in {training['steps']} steps on {training['device']}")
+    for quant, file in facts["files"].items():
+        described = f"{quantity(file['size'], 'B')}, {file['bits_per_weight']:.2f} bits per weight, sha256 {file['sha256'][:12]}…" if file else "not made yet"
+        table.add_row(quant, described)
+    table.add_row("recommended", facts["recommended"] or "not compared yet")
+    for model, digest in facts["registered"].items():
+        table.add_row("registered", f"{model}  {digest[:12]}…")
+    if facts["prompt"]:
+        table.add_row("prompt", facts["prompt"])
+    for unit, reason in facts["stale"].items():
+        table.add_row("stale", f"{unit}: {reason}")
+    Console().print(table, highlight=False, markup=False)

@@ -260,6 +260,26 @@ def test_what_the_server_lost_is_registered_again(workspace, ollama_double):
     assert json.loads(printed)["done"] == ["deploy"]
 
 
+def test_what_is_done_with_a_finished_build(workspace, ollama_double, monkeypatch):
+    code, printed, _ = olpack(workspace, "show", "oracle", "--json")
+    assert code == 0 and set(json.loads(printed)["files"]) == {"Q4_K_M", "Q8_0"}
+    assert "eval loss" in olpack(workspace, "show", "oracle")[1]
+    code, printed, said = olpack(workspace, "bundle", "oracle")
+    assert code == 0 and Path(workspace, printed.strip()).stat().st_size > 1e6, said
+    code, printed, said = olpack(workspace, "deploy", "oracle", "--store", "models")
+    assert code == 0 and len(printed.splitlines()) == 3, said
+    assert (workspace / "models/manifests").is_dir()
+    code, _, said = olpack(workspace, "deploy", "oracle")
+    assert code == 1 and "ollama.com/download" in said
+    assert olpack(workspace, "deploy", "oracle", server=ollama_double.url)[0] == 0
+    code, printed, _ = olpack(workspace, "deploy", "oracle", "--check", server=ollama_double.url)
+    assert code == 0 and printed.count("prompt identical") == 2
+    code, printed, said = olpack(workspace, "remove", "oracle", "--yes", server=ollama_double.url)
+    assert code == 0 and set(printed.split()) == {"oracle:q4_K_M", "oracle:q8_0"}, said
+    assert olpack(workspace, "remove", "oracle", "--yes", server=ollama_double.url)[0] == 0
+    assert olpack(workspace, "push", "oracle")[0] == 2
+
+
 def test_two_builds_at_once(workspace):
     from olpack.workspace import locked
 

@@ -41,6 +41,7 @@ class Converter:
             [sys.executable, "-P", "-m", "olpack.export.worker", str(source)],
             env={
                 **os.environ, "PYTHONPATH": packages, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+                "GGML_NO_BACKTRACE": "1",  # an abort says its reason in one line; a debugger would add seconds and pages
                 "MALLOC_MMAP_THRESHOLD_": str(4 << 20),  # glibc: tensors go back to the system at once; without it the peak is double
             },
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, encoding="utf-8",
@@ -123,14 +124,14 @@ class Converter:
     def _death(self) -> OlpackError:
         code = self._process.wait()
         self._log.seek(0)
-        said = self._log.read().strip().splitlines()
+        said = [line.strip() for line in self._log.read().splitlines() if line.strip()]
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code & 0xFFFFFFFF:#x}"
-        last = f" Its last words: {said[-1]}" if said else ""
         if code == -9:
             return OlpackError(f"The export worker {how}, most likely because memory ran out.", "Close other programs and export again.")
-        return OlpackError(
-            f"The export worker {how}.{last}", f"If llama.cpp's library was built natively, install the portable build: {INSTALL}"
-        )
+        reason = next((line for line in said if "GGML_ASSERT" in line), said[-1] if said else "no reason given")
+        if code in (-4, -11, 0xC0000005, 0xC000001D):  # an instruction or an address that a sound build would not use
+            return OlpackError(f"The export worker {how}: {reason}", f"Install the portable build of llama.cpp: {INSTALL}")
+        return OlpackError(f"The export worker {how}: {reason}", "Take another base, or report this with the model's name.")
 
     def _end(self, *, at_once: bool = False) -> None:
         if at_once:

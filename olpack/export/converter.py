@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -255,12 +256,21 @@ def _loader(tensor: Any, type_name: str) -> Callable[[], np.ndarray]:
 
 
 def _check_vocabulary(source: Path, writer: Any) -> None:
+    """Two rules of llama.cpp that it enforces only when a model is loaded, the second one with an abort."""
     tokens = writer.kv_data[0].get("tokenizer.ggml.tokens")
     embedding = writer.tensors[0].get("token_embd.weight")
-    if tokens is not None and embedding is not None and len(tokens.value) != embedding.shape[0]:
+    if tokens is None or embedding is None:
+        return
+    if len(tokens.value) != embedding.shape[0]:
         raise OlpackError(
             f"'{source}' has a vocabulary of {len(tokens.value):,} tokens, and its embedding has {embedding.shape[0]:,} rows.",
             "Correct vocab_size in config.json, or resize the embedding (resize_token_embeddings) and save the model.",
+        )
+    if len(set(tokens.value)) != len(tokens.value):
+        twice, _ = Counter(tokens.value).most_common(1)[0]
+        raise OlpackError(
+            f"The tokenizer in '{source}' has the token {twice!r} twice, which llama.cpp refuses.",
+            "Take the tokenizer files from the model's publisher.",
         )
 
 

@@ -1,0 +1,133 @@
+"""What is done with a finished build: shown, checked again, written into a model store, bundled, pushed, removed from the server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from olpack import progress
+from olpack.errors import OlpackError
+from olpack.pipeline import Build
+from olpack.stages import questions, recommended, registered, registrable
+
+
+def _exported(build: Build) -> list:
+    """The GGUFs of the recipe's quants.
+
+    Raises:
+        OlpackError: one of them is not there, or no longer what the recipe says.
+    """
+    for step in build.steps():
+        if step.stage in ("train", "export") and step.stale:
+            raise OlpackError(f"{build.recipe.name} is not built: {step.unit} is stale ({step.reason}).", f"Run `olpack build {build.recipe.name}`.")
+    return registrable(build)
+
+
+def _modelfiles(build: Build) -> list[Path]:
+    if (step := build.step("modelfiles")).stale:
+        raise OlpackError(f"The Modelfiles of {build.recipe.name} are stale: {step.reason}.", f"Run `olpack build {build.recipe.name} --only modelfiles`.")
+    return [build.paths.modelfile(quant.tag) for quant in build.quants]
+
+
+def _latest(build: Build) -> str:
+    tag = recommended(build)
+    return tag if tag in [quant.tag for quant in build.quants] else build.quants[0].tag
+
+
+def check(build: Build) -> list[str]:
+    """Compare the prompts that the server gives to each registered tag with the trained ones, again. Returns one line a tag.
+
+    Raises:
+        OlpackError: nothing is registered, or a prompt differs.
+    """
+    from olpack.deploy.client import OllamaClient
+    from olpack.deploy.identity import check_identity
+
+    client, lines = OllamaClient(), []
+    client.require()
+    for quant in build.quants:
+        identity = check_identity(client, f"{build.recipe.name}:{quant.tag}", build.renderer.tokenizer, questions(build))
+        identity.require()
+        lines.append(f"{build.recipe.name}:{quant.tag}  {identity.summary()}")
+    return lines
+
+
+def store(build: Build, folder: Path) -> list[str]:
+    """Write every quant straight into an Ollama model store, for a server that is not running. Returns one line a tag."""
+    from olpack.deploy.store import write_store
+
+    made = write_store(folder, build.recipe.name, _exported(build), build.package, latest=_latest(build))
+    return [f"{record.model}  {record.done}, weights {record.how}" for record in made]
+
+
+def bundle(build: Build, out: Path | None) -> Path:
+    """One archive of GGUFs, Modelfiles, digests and report; by default `NAME.zip` in the build folder."""
+    from olpack.deploy.bundle import bundle
+
+    reports = [path for path in (build.paths.report, build.paths.results) if path.is_file()]
+    return bundle(build.recipe.name, _exported(build), _modelfiles(build), reports, out or build.paths.root / f"{build.recipe.name}.zip")
+
+
+def push_to_ollama(build: Build, namespace: str | None, insecure: bool) -> list[str]:
+    """Push every registered tag through the server; returns the names it has there."""
+    from olpack.deploy.client import OllamaClient
+    from olpack.deploy.push import push_to_ollama
+
+    client = OllamaClient()
+    client.require()
+    return push_to_ollama(client, [record.model for record in _registered(build)], namespace, insecure)
+
+
+def push_to_hub(build: Build, repo: str, private: bool | None) -> str:
+    """Upload the GGUFs with a model card to the Hugging Face Hub; returns the repository's URL."""
+    from olpack.deploy.hub import hub_card, push_to_hub
+    from olpack.workspace import template_source
+
+    files = _exported(build)
+    card = hub_card(template_source("hub_card.md.j2"), repo=repo, name=build.recipe.name, base=build.recipe.base, files=files,
+                    package=build.package, license=build.base.license, recommended=_latest(build))
+    return push_to_hub(repo, files, _modelfiles(build), build.package, card, private)
+
+
+def removable(build: Build) -> list[str]:
+    """The tags on the server that olpack made for this package."""
+    from olpack.deploy.client import OllamaClient
+    from olpack.deploy.remove import owned
+
+    client = OllamaClient()
+    client.require()
+    return owned(client, build.recipe.name, registered(build))
+
+
+def remove(build: Build) -> list[str]:
+    """Remove from the server what olpack registered there; files on this machine stay."""
+    from olpack.deploy.client import OllamaClient
+    from olpack.deploy.remove import remove
+
+    removed = remove(OllamaClient(), build.recipe.name, registered(build))
+    progress.say(f"the files in {build.paths.root} stay")
+    return removed
+
+
+def _registered(build: Build) -> list:
+    records = registered(build)
+    if not records:
+        raise OlpackError(f"{build.recipe.name} is not registered.", f"Run `olpack deploy {build.recipe.name}`.")
+    return records
+
+
+def facts(build: Build) -> dict[str, Any]:
+    """What is known of a build, for `olpack show`."""
+    steps = {step.unit: step for step in build.steps()}
+    deployed = build.step("deploy").result
+    return {
+        "name": build.recipe.name,
+        "recipe": str(build.recipe.folder / "recipe.yaml"),
+        "base": build.recipe.base,
+        "training": {key: steps["train"].result[key] for key in ("eval_loss_before", "eval_loss_after", "steps", "device") if steps["train"].result},
+        "files": {quant.name: steps[f"export-{quant.name}"].result for quant in build.quants},
+        "recommended": steps["compare"].result.get("recommended"),
+        "registered": {record["model"]: record["digest"] for record in deployed.get("registered", [])},
+        "prompt": deployed.get("identity"),
+        "stale": {unit: step.reason for unit, step in steps.items() if step.stale},
+    }
