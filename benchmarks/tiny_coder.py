@@ -28,13 +28,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
-
-from tiny_coder_corpus import CONTEXT, END_OF_TEXT, ROOT, SHORT, VOCABULARY, epoch_of, functions_of, parses, save_tokenizer, train_tokenizer
 
 # The corpus puts the repository and make_data.py's folder on the path.
 from make_data import Module, documented_functions, held_out, library_modules
+from tiny_coder_corpus import CONTEXT, END_OF_TEXT, ROOT, SHORT, VOCABULARY, epoch_of, functions_of, parses, save_tokenizer, train_tokenizer
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+
 from olpack import progress
 
 CARD = Path(__file__).with_name("tiny_coder_card.md")

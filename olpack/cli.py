@@ -192,7 +192,7 @@ def deploy(
     settings: Set = None,
     quant: Quant = None,
     check: Annotated[bool, typer.Option("--check", help="Register nothing; compare the served prompts with the trained ones again.")] = False,
-    store: Annotated[Path | None, typer.Option("--store", metavar="DIR", help="Write into this model store instead, for a server that is not running.")] = None,
+    store: Annotated[Path | None, typer.Option("--store", metavar="DIR", help="Write into this model store; the server need not run.")] = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
@@ -242,7 +242,7 @@ def show(name: Name, out: Out = None, as_json: Json = False) -> None:
 @app.command()
 def bundle(
     name: Name,
-    to: Annotated[Path | None, typer.Option("--to", metavar="FILE", help="The archive, ending in .zip; by default NAME.zip in the build folder.")] = None,
+    to: Annotated[Path | None, typer.Option("--to", metavar="FILE", help="The archive; by default NAME.zip in the build folder.")] = None,
     out: Out = None,
 ) -> None:
     """Make one archive of GGUFs, Modelfiles, digests and report, for `ollama create` elsewhere."""
@@ -254,7 +254,7 @@ def bundle(
 @app.command()
 def push(
     name: Name,
-    namespace: Annotated[str | None, typer.Option("--ollama", metavar="[HOST/]NAMESPACE", help="To ollama.com or another registry, through the server.")] = None,
+    namespace: Annotated[str | None, typer.Option("--ollama", metavar="[HOST/]NAMESPACE", help="To a registry, through the server.")] = None,
     hub: Annotated[str | None, typer.Option("--hub", metavar="USER/REPO", help="To the Hugging Face Hub, with a model card.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a new Hub repository private.")] = False,
     insecure: Annotated[bool, typer.Option("--insecure", help="Let the server use a registry without TLS.")] = False,

@@ -37,7 +37,8 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Look at everything that a build needs. Downloads nothing, changes nothing."""
-    return [_python(), *map(_package, _PACKAGES), _gpu(), _tried("4-bit training", _nf4), _tried("llama.cpp", _llama_cpp), _converter(), _server(), _disk()]
+    tried = [_tried("4-bit training", _nf4), _tried("llama.cpp", _llama_cpp)]
+    return [_python(), *map(_package, _PACKAGES), _gpu(), *tried, _converter(), _server(), _disk()]
 
 
 def _python() -> Finding:
@@ -57,7 +58,8 @@ def _gpu() -> Finding:
     except ImportError as error:
         return Finding("GPU", "broken", f"torch does not import: {error}", "Install torch again.")
     if not torch.cuda.is_available():
-        return Finding("GPU", "missing", "none that torch can use: training runs on the CPU", "For an NVIDIA card, install its driver and a CUDA build of torch.")
+        return Finding("GPU", "missing", "none that torch can use: training runs on the CPU",
+                       "For an NVIDIA card, install its driver and a CUDA build of torch.")
     found = torch.cuda.get_device_properties(0)
     return Finding("GPU", "ready", f"{found.name}, {quantity(found.total_memory, 'B')}, compute capability {found.major}.{found.minor}")
 

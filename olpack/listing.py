@@ -71,8 +71,10 @@ def print_facts(facts: dict[str, Any]) -> None:
         losses = f"{training['eval_loss_before']:.3f} -> {training['eval_loss_after']:.3f}"
         table.add_row("training", f"eval loss {losses} in {training['steps']} steps on {training['device']}")
     for quant, file in facts["files"].items():
-        described = f"{quantity(file['size'], 'B')}, {file['bits_per_weight']:.2f} bits per weight, sha256 {file['sha256'][:12]}…" if file else "not made yet"
-        table.add_row(quant, described)
+        if file:
+            table.add_row(quant, f"{quantity(file['size'], 'B')}, {file['bits_per_weight']:.2f} bits per weight, sha256 {file['sha256'][:12]}…")
+        else:
+            table.add_row(quant, "not made yet")
     table.add_row("recommended", facts["recommended"] or "not compared yet")
     for model, digest in facts["registered"].items():
         table.add_row("registered", f"{model}  {digest[:12]}…")

@@ -168,9 +168,9 @@ def _linear_parameters(build: Build) -> int:
 def _adapter_parameters(build: Build) -> int:
     """rank × (rows + columns) of each layer that gets an adapter."""
     asked = build.recipe.train
-    targets = None if asked.target_modules == "all-linear" else [asked.target_modules] if isinstance(asked.target_modules, str) else asked.target_modules
-    shapes = _linear_shapes(build)
-    return sum(asked.rank * sum(shape) for name, shape in shapes.items() if targets is None or name.rsplit(".", 1)[-1] in targets)
+    targets = [asked.target_modules] if isinstance(asked.target_modules, str) else asked.target_modules
+    everything = targets == ["all-linear"]
+    return sum(asked.rank * sum(shape) for name, shape in _linear_shapes(build).items() if everything or name.rsplit(".", 1)[-1] in targets)
 
 
 def write_plan(build: Build) -> None:
@@ -182,7 +182,8 @@ def describe(build: Build, estimated: Estimate | None = None) -> dict:
     """The plan as plain data."""
     settings = {key: {"value": value, "from": build.recipe.origin(key)} for key, value in build.recipe.settings().items()}
     steps = [{"stage": step.stage, "step": step.unit, "stale": step.reason or None} for step in build.steps()]
-    plan = {"name": build.recipe.name, "base": str(build.base.path), "build": str(build.paths.root), "server": build.server, "settings": settings, "steps": steps}
+    places = {"base": str(build.base.path), "build": str(build.paths.root), "server": build.server}
+    plan = {"name": build.recipe.name, **places, "settings": settings, "steps": steps}
     return plan | ({"estimate": asdict(estimated)} if estimated else {})
 
 
@@ -209,7 +210,7 @@ def print_plan(plan: dict) -> None:
                           f"{found['learned_tokens'] / found['train_tokens']:.0%} of them learned")
     needs.add_row("training", f"{found['steps']:,} steps ({epochs:g} epochs) on {found['device']}"
                   + (f", about {progress.duration(found['train_seconds'])}" if found["train_seconds"] else ""))
-    needs.add_row("adapter", f"{found['adapter_parameters']:,} weights; with gradients and optimizer {progress.quantity(found['adapter_bytes'], 'B')}")
+    needs.add_row("adapter", f"{found['adapter_parameters']:,} weights, {progress.quantity(found['adapter_bytes'], 'B')} with gradients and optimizer")
     needs.add_row("frozen base", f"{progress.quantity(found['weights_bytes'], 'B')} in memory as {plan['settings']['train.quantization']['value']}, "
                                  "activations and logits besides")
     if found["disk_bytes"]:

@@ -25,7 +25,8 @@ def _exported(build: Build) -> list:
 
 def _modelfiles(build: Build) -> list[Path]:
     if (step := build.step("modelfiles")).stale:
-        raise OlpackError(f"The Modelfiles of {build.recipe.name} are stale: {step.reason}.", f"Run `olpack build {build.recipe.name} --only modelfiles`.")
+        raise OlpackError(f"The Modelfiles of {build.recipe.name} are stale: {step.reason}.",
+                          f"Run `olpack build {build.recipe.name} --only modelfiles`.")
     return [build.paths.modelfile(quant.tag) for quant in build.quants]
 
 

@@ -111,7 +111,8 @@ def compare(build: Build, steps: list[Step]) -> None:
                                context=build.package.parameters["num_ctx"], tolerance=asked.max_loss)
     _, held_out = build.rows
     client = OllamaClient() if build.server else None
-    results = measure(quant_files(build), held_out[: asked.eval_rows], questions(build), settings, client, build.recipe.name, paths.compare / "measured")
+    results = measure(quant_files(build), held_out[: asked.eval_rows], questions(build), settings, client, build.recipe.name,
+                      cache=paths.compare / "measured")
     write_results(results, paths.results)
     write_report(results, paths.report, template_source("report.html.j2"), metrics=paths.adapter / "metrics.jsonl")
     best = results.recommendation

@@ -25,7 +25,7 @@ def turns(*contents: str, system: str | None = None) -> list[dict]:
 
 
 def learned_text(renderer: Renderer, row) -> str:
-    return renderer.tokenizer.decode([token for token, flag in zip(row.ids, row.learned) if flag])
+    return renderer.tokenizer.decode([token for token, flag in zip(row.ids, row.learned, strict=True) if flag])
 
 
 def test_only_the_answer_and_its_end_are_learned(renderer):
@@ -73,7 +73,10 @@ def test_the_token_that_ends_a_turn_is_found_whatever_the_tokenizer_calls_it(ren
     other.eos_token = "<|endoftext|>"
     row = Renderer(other).row(Chat(turns("q", "answer"), "x:1"))
     assert Renderer(other).end_of_turn(row) == "<|im_end|>"
-    other.chat_template = "{% for m in messages %}{{ m.role }}:\n{{ m.content }}\n### End\n{% endfor %}{% if add_generation_prompt %}assistant:\n{% endif %}"
+    other.chat_template = (
+        "{% for m in messages %}{{ m.role }}:\n{{ m.content }}\n### End\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:\n{% endif %}"
+    )
     row = Renderer(other).row(Chat(turns("q", "answer"), "x:1"))
     assert learned_text(Renderer(other), row) == "answer\n### End\n"
     assert Renderer(other).end_of_turn(row) is None

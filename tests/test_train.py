@@ -14,8 +14,8 @@ from olpack.base import Base
 from olpack.data import TokenRow
 from olpack.errors import OlpackError
 from olpack.recipe import Train
-from olpack.train import train
 from olpack.train import loop as training_loop
+from olpack.train import train
 from olpack.train.batches import collate, micro_batches, schedule
 from olpack.train.loop import learning_rate
 from olpack.train.model import load_with_adapter, summed_loss

@@ -74,5 +74,7 @@ def split(chats: list[Chat], share: float) -> tuple[list[Chat], list[Chat]]:
     Returns:
         (train, eval), both in the order given.
     """
-    apart = [int(value_digest(chat.messages)[:8], 16) / 2**32 < share for chat in chats]
-    return [c for c, held in zip(chats, apart) if not held], [c for c, held in zip(chats, apart) if held]
+    sides: tuple[list[Chat], list[Chat]] = ([], [])
+    for chat in chats:
+        sides[int(value_digest(chat.messages)[:8], 16) / 2**32 < share].append(chat)
+    return sides

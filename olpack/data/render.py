@@ -6,7 +6,7 @@ generation prompt is the assistant's turn. No generation markers in the template
 
 from __future__ import annotations
 
-import os
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from olpack.data.rows import Chat, TokenRow
@@ -83,8 +83,13 @@ class Renderer:
         before = self.text(messages[:index], ask=True)
         after = self.text(messages[: index + 1])
         # A generation prompt can say more than the turn itself does (an empty thinking block): learn from where they part.
-        start = len(os.path.commonprefix([before, after]))
-        if not full.startswith(after) or start < len(os.path.commonprefix([self.text(messages[:index]), after])):
+        start = _shared(before, after)
+        if not full.startswith(after) or start < _shared(self.text(messages[:index]), after):
             raise OlpackError("the base's chat template rewrites earlier turns of this conversation, so training would not see what is served.",
                               "Split the row into one for each assistant's turn.")
         return start, len(after)
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters two texts have in common at their beginning."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
