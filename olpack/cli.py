@@ -31,8 +31,6 @@ Json = Annotated[bool, typer.Option("--json", help="Print the outcome as JSON, a
 def main() -> None:
     """Entry point: one sentence for what is wrong, exit code 1; a traceback only with --debug."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Threads that wait for each other in a busy loop make training several times slower as soon as anything else runs.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     debug = "--debug" in sys.argv[1:] or bool(os.environ.get("OLPACK_DEBUG"))
     if not debug:
         warnings.filterwarnings("ignore")
