@@ -27,9 +27,8 @@ $(VENV)/.llama-cpp-$(LLAMA_CPP): $(SDIST)
 	$(VENV)/bin/python -m pip install -q --no-deps --force-reinstall -C cmake.args=-DGGML_NATIVE=OFF $(SDIST)
 	touch $@
 
-$(SDIST): constraints.txt | $(VENV)/bin/python
-	$(VENV)/bin/python -m pip download -q --no-deps --no-binary llama-cpp-python -d $(@D) -c constraints.txt llama-cpp-python
-	touch $@
+$(SDIST): | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip download -q --no-deps --no-binary llama-cpp-python -d $(@D) llama-cpp-python==$(LLAMA_CPP)
 
 # torch by itself and first: its pinned version alone decides which build is taken.
 $(READY): pyproject.toml constraints.txt $(VENV)/.llama-cpp-$(LLAMA_CPP)

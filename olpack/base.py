@@ -13,6 +13,7 @@ from olpack.workspace import PACKAGE, folder_fingerprint
 
 BUILTIN = PACKAGE / "assets"
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"]
+_OTHER_FORMS = ["consolidated*", "original/*", "onnx/*"]  # of the same weights
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Base:
     def context_length(self) -> int:
         """Longest sequence in tokens that the model was made for; 4096 where its configuration does not say."""
         text = self.config.get("text_config", self.config)
-        return int(text.get("max_position_embeddings") or 4096)
+        return int(next((text[key] for key in ("max_position_embeddings", "n_positions", "max_sequence_length") if text.get(key)), 4096))
 
     @cached_property
     def license(self) -> str | None:
@@ -121,12 +122,16 @@ def _checked(path: Path) -> Path:
 
 def _from_hub(repo: str, revision: str | None) -> Base:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        found = snapshot_download(repo, revision=revision, allow_patterns=_HUB_FILES)
+        found = snapshot_download(repo, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_OTHER_FORMS)
     except GatedRepoError:
         raise OlpackError(f"{repo} is gated: its owner must grant access.", "Accept its terms on its page, then run `hf auth login`.") from None
+    except HFValidationError:
+        raise OlpackError(f"There is no folder {repo}, and a Hub id is written otherwise.", "Check its spelling: Qwen/Qwen3-0.6B is one.") from None
+    except RevisionNotFoundError:
+        raise OlpackError(f"{repo} has no revision {revision}.", "Name one of its branches, tags or commits as `revision`.") from None
     except RepositoryNotFoundError:
         raise OlpackError(f"There is no model {repo} on the Hugging Face Hub, or no folder of that name here.", "Check its spelling.") from None
     except LocalEntryNotFoundError:

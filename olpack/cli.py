@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -137,8 +138,8 @@ def _closing(build: Build, deploy: bool) -> None:
     if build.server:
         print(f"run      ollama run {tag}")
         return
-    prompt = (build.recipe.compare.prompts or ["…"])[0].replace('"', '\\"').replace("`", "'")
-    print(f'run      olpack run {tag} "{prompt}"')
+    prompts = build.recipe.compare.prompts
+    print(f"run      olpack run {tag} {shlex.quote(prompts[0]) if prompts else ''}".rstrip())
     if deploy:
         print(f"serve    no Ollama server answers: install it from https://ollama.com/download, start it, run `olpack deploy {build.recipe.name}`,")
         print(f"         then `ollama run {tag}`")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 from collections.abc import Callable
@@ -49,7 +50,9 @@ def _package(name: str) -> Finding:
     try:
         return Finding(name, "ready", version(name))
     except PackageNotFoundError:
-        return Finding(name, "broken", "not installed", f"{Path(sys.executable).name} -m pip install {name}")
+        from olpack.llamacpp.library import INSTALL
+
+        return Finding(name, "broken", "not installed", INSTALL if name == "llama-cpp-python" else f"{sys.executable} -m pip install {name}")
 
 
 def _gpu() -> Finding:
@@ -70,7 +73,7 @@ def _tried(part: str, attempt: Callable[[], str]) -> Finding:
     except OlpackError as error:
         return Finding(part, "broken", error.problem, error.remedy)
     except (ImportError, RuntimeError, OSError) as error:
-        return Finding(part, "broken", f"{type(error).__name__}: {error}", "Install bitsandbytes again, for this version of torch.")
+        return Finding(part, "broken", f"{type(error).__name__}: {error}", "`olpack --debug doctor` shows where it comes from.")
 
 
 def _nf4() -> str:
@@ -94,10 +97,11 @@ def _llama_cpp() -> str:
 
 
 def _converter() -> Finding:
-    from olpack.llamacpp.source import cached_source
+    from olpack.llamacpp.source import VARIABLE, cached_source, converter_source
 
-    found = cached_source()
-    if found is None:
+    if os.environ.get(VARIABLE):
+        return _tried("converter", lambda: str(converter_source()))
+    if (found := cached_source()) is None:
         return Finding("converter", "missing", "llama.cpp's converter is not in the cache: the first export fetches it",
                        "Without a network, point OLPACK_LLAMA_CPP at a llama.cpp checkout.")
     return Finding("converter", "ready", str(found))
@@ -106,7 +110,10 @@ def _converter() -> Finding:
 def _server() -> Finding:
     from olpack.deploy.client import OllamaClient
 
-    client = OllamaClient()
+    try:
+        client = OllamaClient()
+    except OlpackError as error:
+        return Finding("Ollama", "broken", error.problem, error.remedy)
     found = client.version()
     if found is None:
         return Finding("Ollama", "missing", f"no server answers at {client.url}: olpack works, nothing is served",

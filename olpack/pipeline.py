@@ -31,6 +31,7 @@ STAGES = ("train", "export", "modelfiles", "deploy", "compare")
 
 # Raised when the same inputs would no longer give the same outputs.
 _OF_THE_MACHINE = ("train.micro_batch_tokens", "train.gradient_checkpointing")  # decide memory and speed, not what is learned
+_OF_THE_SPEED = ("num_ctx", "num_batch", "num_gpu", "num_thread", "use_mmap")
 _VERSIONS = {"train": 1, "export": 1, "modelfiles": 1, "deploy": 1, "compare": 1}
 
 
@@ -107,8 +108,9 @@ class Build:
         """What every tag is registered with, beside its weights; `num_ctx` is always set."""
         from olpack.deploy.modelfile import Package
 
-        asked = self.recipe.modelfile
-        parameters = {"num_ctx": min(4096, self.base.context_length), **asked.parameters}
+        asked, parameters = self.recipe.modelfile, dict(self.recipe.modelfile.parameters)
+        if "num_ctx" not in parameters:
+            parameters["num_ctx"] = min(4096, self.base.context_length)
         return Package(system=asked.system, template=asked.template, parameters=parameters, license=asked.license,
                        messages=tuple(message.model_dump() for message in asked.messages))
 
@@ -123,14 +125,15 @@ class Build:
         if stage == "export":
             from olpack.llamacpp.source import VERSION
 
-            return made | {"training": value_digest(self.inputs("train")), "quant": quant, "llama.cpp": VERSION, "name": self.recipe.name}
+            made |= {"quant": quant, "llama.cpp": VERSION, "name": self.recipe.name}
+            return made | {"training": value_digest(self.inputs("train")), "adapter": self.result("train").get("adapter_digest")}
         served = self._settings("modelfile") | {"quants": self.recipe.quants}
         if stage == "modelfiles":
             return made | served | {"num_ctx": self.package.parameters["num_ctx"], "templates/Modelfile.j2": template_source("Modelfile.j2")}
         files = {"files": {quant.name: value_digest(self.inputs("export", quant.name)) for quant in self.quants}, "server": self.server}
         if stage == "deploy":
             return made | served | files
-        asked = {"modelfile.system": self.recipe.modelfile.system, "num_ctx": self.package.parameters["num_ctx"]}
+        asked = {name: self.package.parameters.get(name) for name in _OF_THE_SPEED} | {"modelfile.system": self.recipe.modelfile.system}
         return made | files | self._data("eval") | self._settings("compare") | asked | {"templates/report.html.j2": template_source("report.html.j2")}
 
     def _data(self, side: str) -> dict[str, Any]:
@@ -176,6 +179,10 @@ class Build:
             reason = self._unregistered(record["result"]["registered"])
         return Step(stage, unit, inputs, reason, record["result"])
 
+    def result(self, unit: str) -> dict[str, Any]:
+        """What the last run of a step left to know, whether it still holds or not; empty before the first."""
+        return (self._record(unit) or {}).get("result", {})
+
     def _record(self, unit: str) -> dict[str, Any] | None:
         try:
             return json.loads(self.paths.stage(unit).read_text(encoding="utf-8"))
@@ -192,12 +199,13 @@ class Build:
                 return f"{path} was changed"
         return ""
 
-    @staticmethod
-    def _unregistered(registered: list[dict[str, Any]]) -> str:
+    def _unregistered(self, registered: list[dict[str, Any]]) -> str:
         from olpack.deploy.client import OllamaClient
 
         there = {tag.model: tag.digest for tag in OllamaClient().tags()}
-        lost = [made["model"] for made in registered if there.get(made["model"]) != made["digest"]]
+        wanted = {quant.tag.lower() for quant in self.quants}  # a tag of an earlier recipe may be gone
+        made_now = [made for made in registered if made["model"].rpartition(":")[2].lower() in wanted]
+        lost = [made["model"] for made in made_now if there.get(made["model"]) != made["digest"]]
         return f"the server has no {', '.join(lost)} as it was registered" if lost else ""
 
     def finish(self, step: Step, outputs: list[Path], result: dict[str, Any], digests: dict[Path, str] | None = None) -> None:
@@ -207,8 +215,14 @@ class Build:
             found = path.stat()
             digest = (digests or {}).get(path) or file_digest(path)
             described[str(path.relative_to(self.paths.root))] = [found.st_size, found.st_mtime_ns, digest]
-        record = {"inputs": step.inputs, "outputs": described, "result": result}
-        write_atomically(self.paths.stage(step.unit), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        self._write_record(step.unit, {"inputs": step.inputs, "outputs": described, "result": result})
+
+    def remember(self, step: Step, result: dict[str, Any]) -> None:
+        """Keep what an unfinished step has done so far. It stays stale."""
+        self._write_record(step.unit, {"inputs": {}, "outputs": {}, "result": result})
+
+    def _write_record(self, unit: str, record: dict[str, Any]) -> None:
+        write_atomically(self.paths.stage(unit), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
     # -- doing it -----------------------------------------------------------------------------------------------------------------------
 
@@ -234,8 +248,9 @@ class Build:
 
                 check(self, stale)
                 write_plan(self)
-            for stage in STAGES:
-                if todo := [step for step in stale if step.stage == stage]:
+            for stage in STAGES if only is None else [only]:
+                # Looked at again, because what came before has changed its inputs.
+                if todo := [step for step in self.steps() if step.stale and step.stage == stage]:
                     with self._timed(stage):
                         getattr(stages, stage)(self, todo)
                     done += todo
@@ -246,9 +261,9 @@ class Build:
             from olpack.deploy.client import OllamaClient
 
             OllamaClient().require()
-        needed = {"train": [], "export": ["train"], "modelfiles": [], "deploy": ["export"], "compare": ["export"]}[only]
+        needed = {"export": ["train"], "deploy": ["train", "export"], "compare": ["train", "export", "deploy"]}
         for step in stale:
-            if step.stage in needed:
+            if step.stage in needed.get(only, []):
                 raise OlpackError(f"`olpack {only} {self.recipe.name}` needs {step.unit}, which is stale: {step.reason}.",
                                   f"Run `olpack {step.stage} {self.recipe.name}`, or `olpack build {self.recipe.name}` for all of it.")
 

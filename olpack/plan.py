@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from olpack import progress
+from olpack.deploy import context_warnings
 from olpack.errors import OlpackError
 from olpack.workspace import free_bytes, write_atomically
 
@@ -87,6 +88,8 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
         if (free := free_bytes(build.paths.root)) < need:
             raise OlpackError(f"{build.paths.root} needs {progress.quantity(need, 'B')} of space, and {progress.quantity(free, 'B')} are free.",
                               "Free some, choose another disk with --out, or make fewer quants.")
+        for warning in context_warnings(build.package.parameters["num_ctx"], longest=build.base.context_length):
+            progress.warn(warning)
     if "deploy" in stages:
         from olpack.deploy.client import OllamaClient
 
@@ -109,12 +112,12 @@ def estimate(build: Build) -> Estimate:
     from olpack.train.batches import schedule
     from olpack.train.model import pick_device
 
-    exported = check(build, build.steps())
+    exported = check(build, [replace(step, reason="planned") for step in build.steps()])
     rows, held_out = build.rows
     asked, device = build.recipe.train, pick_device()
     adapter = _adapter_parameters(build)
     tokens = sum(len(row.ids) for row in rows)
-    parameters = exported.parameters if exported else build.step("export", build.quants[0].name).result["parameters"]
+    parameters = exported.parameters
     bits = 4.13 if asked.quantization == "nf4" else 32 if device.type == "cpu" else 16  # NF4 with double quantization: 4 + 8/64 + 32/(64*256)
     linear = _linear_parameters(build)
     full = 4 if device.type == "cpu" else 2
@@ -131,8 +134,8 @@ def estimate(build: Build) -> Estimate:
         train_seconds=passes * parameters / (0.5 * _matmul_rate()) if device.type == "cpu" else None,
         weights_bytes=round(linear * bits / 8) + (parameters - linear) * full,
         adapter_bytes=adapter * (4 + 4 + (8 if device.type == "cpu" else 2)),
-        disk_bytes=exported.sizes if exported else {},
-        warnings=exported.warnings if exported else [],
+        disk_bytes=exported.sizes,
+        warnings=exported.warnings,
     )
 
 
@@ -213,9 +216,8 @@ def print_plan(plan: dict) -> None:
     needs.add_row("adapter", f"{found['adapter_parameters']:,} weights, {progress.quantity(found['adapter_bytes'], 'B')} with gradients and optimizer")
     needs.add_row("frozen base", f"{progress.quantity(found['weights_bytes'], 'B')} in memory as {plan['settings']['train.quantization']['value']}, "
                                  "activations and logits besides")
-    if found["disk_bytes"]:
-        files = ", ".join(f"{quant} {progress.quantity(size, 'B')}" for quant, size in found["disk_bytes"].items())
-        needs.add_row("disk", f"{progress.quantity(sum(found['disk_bytes'].values()), 'B')}: {files}; no intermediate files")
+    files = ", ".join(f"{quant} {progress.quantity(size, 'B')}" for quant, size in found["disk_bytes"].items())
+    needs.add_row("disk", f"{progress.quantity(sum(found['disk_bytes'].values()), 'B')}: {files}; no intermediate files")
     console.print(needs, "", highlight=False)
     settings = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for title in ("setting", "value", "from"):

@@ -172,7 +172,7 @@ def load(path: Path, overrides: list[str] | None = None) -> Recipe:
         OlpackError: every problem of the file, each with its line.
     """
     name = path.parent.resolve().name
-    check_name(name)
+    check_name(name, tagged=False)
     document, lines = _read_yaml(path)
     origins = {key: f"{path.name}:{line}" for key, line in lines.items()}
     for override in overrides or []:

@@ -120,7 +120,7 @@ def _registered(build: Build) -> list:
 def facts(build: Build) -> dict[str, Any]:
     """What is known of a build, for `olpack show`."""
     steps = {step.unit: step for step in build.steps()}
-    deployed = build.step("deploy").result
+    deployed = build.result("deploy")
     return {
         "name": build.recipe.name,
         "recipe": str(build.recipe.folder / "recipe.yaml"),

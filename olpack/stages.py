@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from olpack import __version__, progress
 from olpack.errors import OlpackError
 from olpack.quants import quant_type
+from olpack.workspace import file_digest, template_source, write_atomically
 
 if TYPE_CHECKING:
     from olpack.pipeline import Build, Step
@@ -26,7 +27,8 @@ def train(build: Build, steps: list[Step]) -> None:
     result = run(build.base, rows, held_out, build.recipe.train, out=paths.adapter, checkpoint=paths.checkpoint, key=step.key)
     progress.say(f"eval loss {result.eval_loss_before:.3f} -> {result.eval_loss_after:.3f} in {result.steps} steps "
                  f"({result.learned_tokens:,} learned tokens, {result.padding_share:.0%} padding)")
-    build.finish(step, sorted(path for path in paths.adapter.iterdir() if path.is_file()), asdict(result))
+    outputs = sorted(path for path in paths.adapter.iterdir() if path.is_file())
+    build.finish(step, outputs, {**asdict(result), "adapter_digest": file_digest(paths.adapter / "adapter_model.safetensors")})
 
 
 def export(build: Build, steps: list[Step]) -> None:
@@ -63,7 +65,6 @@ def export(build: Build, steps: list[Step]) -> None:
 def modelfiles(build: Build, steps: list[Step]) -> None:
     """Render a Modelfile for each quant, usable with `ollama create -f`."""
     from olpack.deploy.modelfile import differences, parse, render, unrepresentable
-    from olpack.workspace import template_source, write_atomically
 
     source, outputs = template_source("Modelfile.j2"), []
     for problem in unrepresentable(build.package):
@@ -88,6 +89,10 @@ def deploy(build: Build, steps: list[Step]) -> None:
     client, (step,) = OllamaClient(), steps
     client.require()
     records = register(client, build.recipe.name, registrable(build), build.package, before=registered(build))
+    # Written down before anything can fail: what is on the server must be known, to be removed or left alone.
+    now = {record.model for record in records}
+    known = [record for record in registered(build) if record.model not in now] + records
+    build.remember(step, {"registered": [asdict(record) for record in known]})
     conversations = questions(build)
     identity = check_identity(client, records[0].model, build.renderer.tokenizer, conversations)
     identity.require()
@@ -96,15 +101,14 @@ def deploy(build: Build, steps: list[Step]) -> None:
         answered = smoke(client, record.model, conversations[0])
         if not answered.stopped:
             progress.warn(f"{record.model} was cut after {answered.tokens} tokens: it may not know when to stop")
-    build.finish(step, [], {"registered": [asdict(record) for record in records], "identity": identity.summary()})
+    build.finish(step, [], {"registered": [asdict(record) for record in known], "identity": identity.summary()})
 
 
 def compare(build: Build, steps: list[Step]) -> None:
     """Measure every quant, recommend one, write `results.json` and the report, and point `:latest` to the recommended tag."""
     from olpack.compare import MeasureSettings, measure, write_report, write_results
     from olpack.deploy.client import OllamaClient
-    from olpack.deploy.register import register
-    from olpack.workspace import template_source
+    from olpack.deploy.register import point_latest
 
     asked, paths, (step,) = build.recipe.compare, build.paths, steps
     settings = MeasureSettings(prompt_lengths=(asked.prompt_tokens,), generated_tokens=asked.generated_tokens, repeats=asked.repeats,
@@ -117,8 +121,10 @@ def compare(build: Build, steps: list[Step]) -> None:
     write_report(results, paths.report, template_source("report.html.j2"), metrics=paths.adapter / "metrics.jsonl")
     best = results.recommendation
     if client and best:
-        before = registered(build)
-        register(client, build.recipe.name, registrable(build), build.package, latest=best.tag, before=before)
+        point_latest(client, build.recipe.name, best.tag)
+    if failed := [quant.quant for quant in results.quants if any(flag.code == "failed" for flag in quant.flags)]:
+        progress.warn(f"{', '.join(failed)} could not be measured; `olpack compare {build.recipe.name}` tries again and keeps what was measured")
+        return
     build.finish(step, [paths.results, paths.report], {"recommended": best.tag if best else None})
 
 
@@ -128,7 +134,7 @@ def quant_files(build: Build) -> list:
 
     files = []
     for quant in build.quants:
-        made = build.step("export", quant.name).result
+        made = build.result(f"export-{quant.name}")
         files.append(QuantFile(quant.name, quant.tag, build.paths.gguf(quant.name), made["size"], made["bits_per_weight"], made["sha256"]))
     return files
 
@@ -144,16 +150,17 @@ def registered(build: Build) -> list:
     """What the last deploy put on the server."""
     from olpack.deploy.register import Registered
 
-    return [Registered(**record) for record in build.step("deploy").result.get("registered", [])]
+    return [Registered(**record) for record in build.result("deploy").get("registered", [])]
 
 
 def questions(build: Build) -> list[list[dict]]:
     """Conversations that every quant answers: the recipe's prompts under its system prompt, or the first held-out requests as they are."""
     if not build.recipe.compare.prompts:
-        from olpack.data import load_chats
+        from olpack.data import load_chats, split
 
-        path = build.data_file("eval") or build.data_file("train")
-        return [_request(chat.messages) for chat in load_chats(path)[:_ANSWERED]]
+        path = build.data_file("eval")
+        chats = load_chats(path) if path else split(load_chats(build.data_file("train")), build.recipe.data.eval_share)[1]
+        return [request for chat in chats if (request := _request(chat.messages))][:_ANSWERED]
     system = [{"role": "system", "content": build.recipe.modelfile.system}] if build.recipe.modelfile.system else []
     return [[*system, {"role": "user", "content": prompt}] for prompt in build.recipe.compare.prompts]
 
@@ -166,5 +173,4 @@ def _request(messages: list[dict]) -> list[dict]:
 
 def recommended(build: Build) -> str:
     """The tag to run: what the comparison recommends, or the first quant's."""
-    step = build.step("compare")
-    return step.result.get("recommended") or quant_type(build.recipe.quants[0]).tag
+    return build.result("compare").get("recommended") or quant_type(build.recipe.quants[0]).tag

@@ -55,19 +55,14 @@ def packages() -> list[str]:
     return sorted({path.parent.name for root in roots for path in root.glob("*/recipe.yaml")})
 
 
-def template_environment():
-    """A Jinja environment that finds `templates/` in the working folder first, then the shipped ones."""
-    import jinja2
-
-    loader = jinja2.FileSystemLoader([Path("templates").absolute(), shipped("templates")])
-    return jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True,
-                              autoescape=jinja2.select_autoescape(["html", "html.j2"]))
-
-
 def template_source(name: str) -> str:
     """The text of a template, from the working folder's `templates/` or the shipped ones."""
-    environment = template_environment()
-    return environment.loader.get_source(environment, name)[0]
+    own = Path("templates") / name
+    path = own if own.is_file() else shipped("templates") / name
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise OlpackError(f"{path} is not UTF-8 (byte {error.start}).", "Save it as UTF-8.") from None
 
 
 @dataclass(frozen=True)
@@ -160,14 +155,18 @@ def locked(root: Path) -> Iterator[None]:
     """
     import filelock
 
+    lock = filelock.FileLock(root / ".lock", timeout=0)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(root / ".lock", timeout=0):
-            yield
+        lock.acquire()
     except filelock.Timeout:
         raise OlpackError(f"Another olpack is working in {root}.", "Wait for it, or build into another folder with --out.") from None
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+    except OSError as error:
         raise OlpackError(f"{root} cannot be used as a build folder: {error.strerror}.", "Choose another with --out.") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def file_digest(path: Path) -> str:

@@ -119,6 +119,7 @@ def test_no_template(renderer):
         ('{"text": "x"}', "line 2: there is no list of `messages`"),
         ('{"messages": [{"role": "robot", "content": "x"}]}', "message 1 has no role"),
         ('{"messages": [{"role": "user", "content": 3}]}', "message 1 has no text"),
+        ('{"messages": [{"role": "user", "content": "cut \\ud83d"}]}', "half a character"),
         ('{"messages": [{"role": "user", "content": "x"}]}', "no assistant's turn"),
         ('{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": " "}]}', "message 2, the assistant's, is empty"),
     ],

@@ -41,3 +41,13 @@ def test_an_installed_olpack_finds_what_ships_with_it(unpacked, tmp_path):
     assert child.returncode == 0, child.stderr
     recipe, base, length = child.stdout.splitlines()
     assert Path(recipe).is_relative_to(unpacked) and Path(base).is_relative_to(unpacked) and int(length) > 0
+
+
+def test_the_version_of_llama_cpp_is_the_same_everywhere():
+    from olpack.llamacpp.library import INSTALL
+    from olpack.llamacpp.source import VERSION
+
+    assert f"LLAMA_CPP := {VERSION}\n" in (ROOT / "Makefile").read_text()
+    for name in ("pyproject.toml", "constraints.txt"):
+        assert f"llama-cpp-python=={VERSION}" in (ROOT / name).read_text()
+    assert INSTALL.endswith(f"llama-cpp-python=={VERSION}")

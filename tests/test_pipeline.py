@@ -23,11 +23,11 @@ CHAT = (
 RECIPE = """\
 base: {base}
 data: {{train: train.jsonl, eval: eval.jsonl}}
-train: {{epochs: 8, batch_size: 4, learning_rate: 1e-2, rank: 8}}
+train: {{epochs: 12, batch_size: 4, learning_rate: 1e-2, rank: 8}}
 quants: [Q4_K_M, Q8_0]
 modelfile:
   system: Answer in words.
-  parameters: {{temperature: 0.2, num_ctx: 128}}
+  parameters: {{temperature: 0.0, num_ctx: 128}}
 compare: {{prompt_tokens: 32, generated_tokens: 8, repeats: 1}}
 """
 
@@ -128,7 +128,7 @@ def test_the_modelfile_says_what_the_recipe_does(built):
     read = parse((built / "build/oracle/modelfiles/q4_K_M.Modelfile").read_text())
     assert (built / "build/oracle/modelfiles" / read.source).resolve() == built / "build/oracle/gguf/oracle-Q4_K_M.gguf"
     assert read.package.system == "Answer in words."
-    assert read.package.parameters == {"temperature": 0.2, "num_ctx": 128}
+    assert read.package.parameters == {"temperature": 0.0, "num_ctx": 128}
 
 
 def test_a_second_build_does_nothing_and_says_so(workspace):
@@ -176,6 +176,35 @@ def test_a_lost_adapter_is_trained_again_and_all_after_it(workspace):
     assert "is gone" in reasons["train"]
     assert reasons["export-Q8_0"] == reasons["compare"] == "training is done anew"
     assert reasons["modelfiles"] is None
+
+
+def test_another_adapter_is_exported_even_if_its_training_was_another_command(workspace):
+    record = json.loads((workspace / "build/oracle/stages/train.json").read_text())
+    record["result"]["adapter_digest"] = "another"
+    (workspace / "build/oracle/stages/train.json").write_text(json.dumps(record))
+    _, printed, _ = olpack(workspace, "plan", "oracle", "--json")
+    reasons = {step["step"]: step["stale"] for step in json.loads(printed)["steps"]}
+    assert reasons == {"train": None, "export-Q4_K_M": "adapter changed", "export-Q8_0": "adapter changed", "modelfiles": None,
+                       "compare": "files changed"}
+
+
+def test_a_comparison_that_failed_is_not_done(workspace, monkeypatch):
+    results = json.loads((workspace / "build/oracle/compare/results.json").read_text())
+    results["quants"][0]["flags"] = [{"code": "failed", "text": "it crashed", "serious": True}]
+    from olpack.compare import Results
+
+    monkeypatch.setattr("olpack.compare.measure", lambda *_, **__: Results.model_validate(results))
+    (workspace / "build/oracle/stages/compare.json").unlink()
+    code, _, said = olpack(workspace, "compare", "oracle")
+    assert code == 0 and "could not be measured" in said
+    monkeypatch.undo()
+    code, _, said = olpack(workspace, "compare", "oracle")
+    assert code == 0 and "up to date" not in said and "could not be measured" not in said
+
+
+def test_compare_with_a_server_that_lacks_the_package(workspace, ollama_double):
+    code, _, said = olpack(workspace, "compare", "oracle", server=ollama_double.url)
+    assert code == 1 and "olpack deploy oracle" in said
 
 
 def test_a_new_quant_makes_only_what_is_missing(workspace):
@@ -296,7 +325,7 @@ def bad(name: str, text: str | bytes, said: str):
     ("name", "text", "said"),
     [
         bad("recipe.yaml", RECIPE + "quant: Q8_0\n", "unknown key 'quant'"),
-        bad("recipe.yaml", RECIPE.replace("epochs: 2", "epochs: two"), "train.epochs"),
+        bad("recipe.yaml", RECIPE.replace("epochs: 12", "epochs: two"), "train.epochs"),
         bad("recipe.yaml", RECIPE.replace("Q8_0]", "Q9_0]"), "Q9_0"),
         bad("recipe.yaml", RECIPE.replace("train.jsonl", "absent.jsonl"), "absent.jsonl"),
         bad("recipe.yaml", RECIPE.replace("{base}", "modelfiles"), "no config.json"),

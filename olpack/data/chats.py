@@ -59,6 +59,8 @@ def _messages(line: bytes) -> list[dict]:
             raise ValueError(f"message {index} has no role of {', '.join(ROLES)}")
         if not isinstance(message.get("content"), str):
             raise ValueError(f"message {index} has no text as `content`")
+        if not message["content"].isascii() and any("\ud800" <= letter <= "\udfff" for letter in message["content"]):
+            raise ValueError(f"message {index} has half a character (an unpaired surrogate), as text that was cut has")
         if message["role"] == "assistant" and not message["content"].strip():
             raise ValueError(f"message {index}, the assistant's, is empty")
     if not any(message["role"] == "assistant" for message in messages):

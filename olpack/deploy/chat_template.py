@@ -8,12 +8,11 @@ training did not (`enable_thinking`, dates): the template's first statements set
 from __future__ import annotations
 
 import re
-import struct
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
-from typing import BinaryIO
 
+from olpack.deploy.gguf_header import read_header
 from olpack.errors import OlpackError
 
 
@@ -99,61 +98,10 @@ def _literal(name: str, value: object) -> str:
     )
 
 
-_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of each scalar type of GGUF's metadata
-_STRING, _ARRAY = 8, 9
-
-
 def read_chat_template(path: Path) -> str | None:
     """The `tokenizer.chat_template` of a GGUF file, None where it has none.
-
-    Walks over the header without keeping it: the `gguf` package turns each of some hundred thousand tokens and merges into an object first,
-    which takes seconds.
 
     Raises:
         OlpackError: the file is no GGUF, or ends within its header.
     """
-    try:
-        with path.open("rb") as file:
-            magic, version, _tensors, count = struct.unpack("<4sIQQ", file.read(24))
-            if magic != b"GGUF" or version not in (2, 3):
-                raise ValueError
-            for _ in range(count):
-                key = _text(file)
-                kind = _number(file, 4)
-                if key == "tokenizer.chat_template" and kind == _STRING:
-                    return _text(file)
-                _skip(file, kind)
-    except (struct.error, ValueError, KeyError):
-        raise OlpackError(f"{path} is no whole GGUF file.", "Make it again with 'olpack export'.") from None
-    except FileNotFoundError:
-        raise OlpackError(f"{path} does not exist.", "Make it with 'olpack export'.") from None
-    return None
-
-
-def _number(file: BinaryIO, size: int) -> int:
-    raw = file.read(size)
-    if len(raw) < size:
-        raise ValueError
-    return int.from_bytes(raw, "little")
-
-
-def _text(file: BinaryIO) -> str:
-    size = _number(file, 8)
-    raw = file.read(size)
-    if len(raw) < size:
-        raise ValueError
-    return raw.decode("utf-8")
-
-
-def _skip(file: BinaryIO, kind: int) -> None:
-    if kind == _STRING:
-        file.seek(_number(file, 8), 1)
-    elif kind == _ARRAY:
-        inner, count = _number(file, 4), _number(file, 8)
-        if inner in _SIZES:
-            file.seek(_SIZES[inner] * count, 1)
-        else:
-            for _ in range(count):
-                _skip(file, inner)
-    else:
-        file.seek(_SIZES[kind], 1)
+    return read_header(path).metadata.get("tokenizer.chat_template")

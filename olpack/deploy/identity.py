@@ -283,11 +283,11 @@ def _cause(expected: str, served: str, bos: str, shown: Shown) -> str:
     if "".join(expected.split()) == "".join(served.split()):
         return "whitespace was trimmed or added by the server"
     if served.count("<think>") != expected.count("<think>"):
-        return "thinking is switched on in one and off in the other; pin it (enable_thinking)"
+        return "thinking is switched on in one and off in the other; set enable_thinking at the top of the base's chat_template.jinja"
     if "{{" in (shown.template or "") and ("range .Messages" in shown.template or ".Prompt" in shown.template):
         return "the server runs a Go template, not the chat template that was trained"
     if _DATE.sub("", expected) == _DATE.sub("", served):
-        return "the date differs; pin it (date_string)"
+        return "the date differs; set date_string at the top of the base's chat_template.jinja"
     return ""
 
 

@@ -63,7 +63,7 @@ def _target(model: str, namespace: str | None) -> str:
     if not namespace:
         raise OlpackError(
             f"{model} cannot be pushed: its name does not say whose it is.",
-            f"Name your account on ollama.com with --namespace: it becomes YOU/{parsed.model}:{parsed.tag}.",
+            f"Name your account on ollama.com with --ollama: it becomes YOU/{parsed.model}:{parsed.tag}.",
         )
     target = f"{namespace.rstrip('/')}/{parsed.model}:{parsed.tag}"
     check_name(target)

@@ -93,7 +93,7 @@ def register(
     earlier = {canonical(record.model): record for record in before}
     records = [_register_one(client, model := f"{name}:{file.tag}", file, package, earlier.get(canonical(model))) for file in files]
     if latest is not None:
-        _point_latest(client, name, latest)
+        point_latest(client, name, latest)
     return records
 
 
@@ -225,7 +225,7 @@ def _short(value: object) -> str:
     return text if len(text) <= 100 else text[:100] + "…"
 
 
-def _point_latest(client: OllamaClient, name: str, tag: str) -> None:
+def point_latest(client: OllamaClient, name: str, tag: str) -> None:
     digests = {canonical(listed.model): listed.digest for listed in client.tags()}
     source, latest = f"{name}:{tag}", f"{name}:latest"
     if digests.get(canonical(latest)) != digests[canonical(source)]:

@@ -19,7 +19,8 @@ from olpack.errors import OlpackError
 if TYPE_CHECKING:
     import numpy as np
 
-INSTALL = "pip install --no-cache-dir -C cmake.args=-DGGML_NATIVE=OFF llama-cpp-python==0.3.36"
+# Over what is there, into the Python that runs olpack, and never from a wheel that pip built and cached without the option.
+INSTALL = f"{sys.executable} -m pip install --force-reinstall --no-deps --no-cache-dir -C cmake.args=-DGGML_NATIVE=OFF llama-cpp-python==0.3.36"
 
 
 def load_llama_cpp():

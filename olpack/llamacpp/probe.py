@@ -6,6 +6,7 @@ A crash there would take the whole build with it, after the training, so it is l
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import subprocess
@@ -41,8 +42,9 @@ def check_library() -> None:
         timeout=300,
     )
     if child.returncode == 0:
-        passed.parent.mkdir(parents=True, exist_ok=True)
-        passed.touch()
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs a second each time, no more
+            passed.parent.mkdir(parents=True, exist_ok=True)
+            passed.touch()
         return
     if child.returncode < 0 or child.returncode > 255:  # a signal, or a Windows exception such as 0xC0000005
         how = f"signal {-child.returncode}" if child.returncode < 0 else f"{child.returncode:#x}"

@@ -107,7 +107,11 @@ def _verified(archive: Path) -> Path:
 
 def _fetch(folder: Path) -> None:
     """Download the pinned archive with pip, into a folder that goes away, and keep the converter."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OlpackError(f"llama.cpp's converter could not be stored in '{folder.parent}': {error.strerror}.",
+                          "Give write access there, or set XDG_CACHE_HOME to another folder.") from error
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent) as scratch:
         home = Path(scratch)
         (home / "backend" / "scikit_build_core").mkdir(parents=True)

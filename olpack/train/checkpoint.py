@@ -25,6 +25,7 @@ class State:
         learned, processed, real: tokens so far: with a loss, through the model, and of these not padding.
         seconds: wall time of the run's earlier parts.
         budget: tokens of a micro-batch; smaller than set once memory ran out.
+        whole: weights, optimizer and step count belong together; False within a step.
     """
 
     step: int = 0
@@ -33,6 +34,7 @@ class State:
     real: int = 0
     seconds: float = 0.0
     budget: int = 0
+    whole: bool = True
     metrics: list[dict] = field(default_factory=list)
 
 

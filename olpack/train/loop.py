@@ -51,11 +51,13 @@ def run(base: Base, rows: list[TokenRow], eval_rows: list[TokenRow], settings: T
     started = time.monotonic() - state.seconds
     try:
         _steps(model, optimizer, adapter, rows, batches, settings, state, saved, device, started)
-    except KeyboardInterrupt:
-        state.seconds = time.monotonic() - started
-        saved.save(model, optimizer, state)
+    except _Stopped:
         progress.say(f"stopped at step {state.step} of {len(batches)}; the same command goes on from there")
         raise
+    finally:
+        state.seconds = time.monotonic() - started
+        if state.whole:
+            saved.save(model, optimizer, state)
     saved.log(state, eval_loss=evaluate(model, eval_rows, state.budget, device, "eval loss after"))
     result = TrainResult(
         steps=state.step,
@@ -88,18 +90,24 @@ def _steps(model, optimizer, adapter, rows, batches, settings: Train, state: Sta
             if not math.isfinite(loss) or not math.isfinite(norm):
                 raise OlpackError(f"The loss is not finite at step {state.step + 1} (loss {loss}, gradient norm {norm}).",
                                   f"Lower `train.learning_rate` (now {settings.learning_rate:g}).")
+            state.whole = False
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             state.step += 1
             state.real += (tokens := sum(len(row.ids) for row in chosen))
             state.learned += sum(row.learned_count for row in chosen)
             saved.log(state, loss=loss, learning_rate=rate, grad_norm=norm)
+            state.whole = True
             task.advance(tokens, note=f"step {state.step}/{len(batches)}  loss {loss:.3f}")
             if time.monotonic() - checkpointed > CHECKPOINT_EVERY_S and state.step < len(batches):
                 state.seconds = time.monotonic() - started
                 saved.save(model, optimizer, state)
                 checkpointed = time.monotonic()
             stop_if_asked()
+
+
+class _Stopped(KeyboardInterrupt):
+    """Ctrl-C, between two steps."""
 
 
 @contextmanager
@@ -116,7 +124,7 @@ def _interrupt_between_steps() -> Iterator[Callable[[], None]]:
 
     def stop_if_asked():
         if asked.is_set():
-            raise KeyboardInterrupt
+            raise _Stopped
 
     before = signal.signal(signal.SIGINT, note)
     try:
@@ -137,7 +145,7 @@ def _backward(model, rows: list[TokenRow], state: State, device: torch.device) -
         try:
             for group in micro_batches(rows, state.budget):
                 ids, labels = collate(group, device)
-                loss = summed_loss(model, ids, labels) / count
+                loss = summed_loss(model, ids, labels)
                 loss.backward()
                 total += loss.item()
                 processed += ids.numel()
@@ -150,8 +158,12 @@ def _backward(model, rows: list[TokenRow], state: State, device: torch.device) -
             state.budget //= 2
             progress.warn(f"GPU memory ran out: going on with micro-batches of {state.budget} tokens, same batch")
         else:
+            # Divided last, in float32: in 16 bits the gradients of one token among thousands could vanish.
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad /= count
             state.processed += processed
-            return total
+            return total / count
 
 
 def evaluate(model, rows: list[TokenRow], budget: int, device: torch.device, title: str) -> float:
