@@ -76,7 +76,7 @@ def test_thinking_that_the_server_switches_on(client: OllamaClient, tmp_path: Pa
     identity = check_identity(client, MODEL, _tokenizer(served_gguf.CHAT))
     assert not identity.identical
     assert {difference.cause for difference in identity.differences} == {
-        "thinking is switched on in one and off in the other; pin it (enable_thinking)"
+        "thinking is switched on in one and off in the other; set enable_thinking at the top of the base's chat_template.jinja"
     }
     with pytest.raises(OlpackError, match="coder:q4_K_M is not served with the prompt that was trained") as caught:
         identity.require()
@@ -87,7 +87,7 @@ def test_thinking_that_the_server_switches_on(client: OllamaClient, tmp_path: Pa
 def test_a_date_that_the_server_sets(client: OllamaClient, tmp_path: Path) -> None:
     _serve(client, tmp_path, protect(DATED, {"enable_thinking": False}))
     identity = check_identity(client, MODEL, _tokenizer(DATED), variables={"enable_thinking": False})
-    assert {difference.cause for difference in identity.differences} == {"the date differs; pin it (date_string)"}
+    assert {difference.cause for difference in identity.differences} == {"the date differs; set date_string at the top of the base's chat_template.jinja"}
 
 
 def test_a_template_that_the_server_replaced(ollama_double: OllamaDouble, client: OllamaClient, tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_a_push_that_breaks_off(ollama_double: OllamaDouble, client: OllamaClien
 @pytest.mark.parametrize(
     ("model", "namespace", "said"),
     [
-        ("coder:q4_0", None, r"coder:q4_0 cannot be pushed: .* --namespace: it becomes YOU/coder:q4_0"),
+        ("coder:q4_0", None, r"coder:q4_0 cannot be pushed: .* --ollama: it becomes YOU/coder:q4_0"),
         ("coder:q4_0", "my name", "its namespace has ' '"),
         ("coder:q8_0", "me", "has no coder:q8_0. Register it"),
         ("bad name", "me", "its model has ' '"),
