@@ -237,16 +237,19 @@ class Build:
         """
         from olpack import stages
 
+        stale = [step for step in self.steps() if step.stale]
+        if only is not None:
+            self._refuse_stale_before(only, stale)
+            stale = [step for step in stale if step.stage == only]
+        if stale:
+            from olpack.plan import check
+
+            check(self, stale)
         with locked(self.paths.root):
             done: list[Step] = []
-            stale = [step for step in self.steps() if step.stale]
-            if only is not None:
-                self._refuse_stale_before(only, stale)
-                stale = [step for step in stale if step.stage == only]
             if stale:
-                from olpack.plan import check, write_plan
+                from olpack.plan import write_plan
 
-                check(self, stale)
                 write_plan(self)
             for stage in STAGES if only is None else [only]:
                 # Looked at again, because what came before has changed its inputs.

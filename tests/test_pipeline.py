@@ -370,6 +370,14 @@ def test_a_name_that_ollama_would_refuse(workspace):
     assert code == 1 and "legal name" in said
 
 
+def test_bad_input_leaves_no_build_folder(tmp_path, base):
+    root = make_workspace(tmp_path, base)
+    (root / "modelfiles/oracle/train.jsonl").write_text("{")
+    before = files(root)
+    assert olpack(root, "build", "oracle")[0] == 1
+    assert files(root) == before and not (root / "build").exists()
+
+
 def test_an_unknown_package_and_wrong_words(tmp_path):
     code, _, said = olpack(tmp_path, "build", "nobody")
     assert code == 1 and "coding-assistant" in said
