@@ -122,7 +122,14 @@ def _checked(path: Path) -> Path:
 
 def _from_hub(repo: str, revision: str | None) -> Base:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
         found = snapshot_download(repo, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_OTHER_FORMS)

@@ -228,7 +228,7 @@ def main() -> None:
     parser.add_argument("--stdlib", type=Path, default=Path(sysconfig.get_path("stdlib")), help="the library's folder")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="where the two files go")
     args = parser.parse_args()
-    for name, functions in zip(("train.jsonl", "eval.jsonl"), choose(list(library_modules(args.stdlib)))):
+    for name, functions in zip(("train.jsonl", "eval.jsonl"), choose(list(library_modules(args.stdlib))), strict=True):
         target = args.out / name
         target.write_text("".join(json.dumps(row(function)) + "\n" for function in functions), encoding="utf-8", newline="\n")
         print(f"{target}: {len(functions)} chats", file=sys.stderr)
