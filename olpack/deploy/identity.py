@@ -1,7 +1,7 @@
 """Is the served prompt the trained prompt? The server renders conversations, and each is compared with the tokenizer's own rendering.
 
     identity = check_identity(client, "coding-assistant:q4_K_M", tokenizer, rows, variables={"enable_thinking": False})
-    identity.summary()        # "prompt identical: 26/26"
+    identity.summary()        # "prompt identical: 42/42"
 
 Characters first, byte for byte, through /api/chat and (where one user's turn is all there is to say) /api/generate. Then token ids, as far
 as the server
@@ -120,7 +120,7 @@ class Identity:
         return not self.differences
 
     def summary(self) -> str:
-        """One line: "prompt identical: 26/26 (1 conversation refused by the template)"."""
+        """One line: "prompt identical: 42/42 (1 conversation refused by the template)"."""
         notes = [f"{len(self.refused)} of the hard conversations refused by the template itself"] if self.refused else []
         notes += ["tools, which the data does not use, are written otherwise"] if self.untrained else []
         same = self.compared - len(self.differences) - len(self.untrained)
