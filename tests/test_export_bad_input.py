@@ -173,7 +173,9 @@ def test_ctrl_c_leaves_nothing(slow_model, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     targets = ", ".join(f"Target({quant!r}, Path({str(out / quant)!r}))" for quant in SLOW)
-    code = f"from pathlib import Path; from olpack.export import Target, export; export(Path({str(slow_model)!r}), [{targets}], threads=1)"
+    # A suite that is run in the background inherits an ignored SIGINT; a person at a terminal does not.
+    code = ("import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from pathlib import Path; "
+            f"from olpack.export import Target, export; export(Path({str(slow_model)!r}), [{targets}], threads=1)")
     child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, cwd=REPOSITORY, text=True)
     wait_for_partial(out)
     child.send_signal(signal.SIGINT)
