@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from olpack.deploy import Package
 
 STAGES = ("train", "export", "modelfiles", "deploy", "compare")
+ADAPTER = "adapter"  # beside the names of quants: what the export makes of an adapter that is not merged
 
 # Raised when the same inputs would no longer give the same outputs.
 _OF_THE_MACHINE = ("train.micro_batch_tokens", "train.gradient_checkpointing")  # decide memory and speed, not what is learned
@@ -73,9 +74,18 @@ class Build:
 
     def __init__(self, recipe: Recipe, out: Path | None = None, server: str | None = None):
         self.recipe = recipe
-        self.paths = BuildPaths(recipe.name, (out or Path("build")) / recipe.name)
+        self.out = out or Path("build")
         self.server = server
         self.quants = [quant_type(name) for name in recipe.quants]
+
+    @cached_property
+    def paths(self) -> BuildPaths:
+        """Where this build's files lie."""
+        root = self.out / self.recipe.name
+        if self.recipe.package == "merged":
+            return BuildPaths(self.recipe.name, root)
+        base = f"{Path(self.recipe.base).name}-{self.base.digest[:12]}"
+        return BuildPaths(self.recipe.name, root, BuildPaths(base, self.out / "bases" / base))
 
     @cached_property
     def base(self) -> Base:
@@ -125,16 +135,23 @@ class Build:
         if stage == "export":
             from olpack.llamacpp.source import VERSION
 
-            made |= {"quant": quant, "llama.cpp": VERSION, "name": self.recipe.name}
+            made |= {"quant": quant, "llama.cpp": VERSION, "name": self.paths.home(f"export-{quant}").name}
+            if self.paths.base and quant != ADAPTER:
+                return made | {"base": self.base.digest}
             return made | {"training": value_digest(self.inputs("train")), "adapter": self.result("train").get("adapter_digest")}
-        served = self._settings("modelfile") | {"quants": self.recipe.quants}
+        served = self._settings("modelfile") | {"quants": self.recipe.quants} | ({"package": "adapter"} if self.paths.base else {})
         if stage == "modelfiles":
             return made | served | {"num_ctx": self.package.parameters["num_ctx"], "templates/Modelfile.j2": template_source("Modelfile.j2")}
-        files = {"files": {quant.name: value_digest(self.inputs("export", quant.name)) for quant in self.quants}, "server": self.server}
+        files = {"files": {name: value_digest(self.inputs("export", name)) for name in self._exported}, "server": self.server}
         if stage == "deploy":
             return made | served | files
         asked = {name: self.package.parameters.get(name) for name in _OF_THE_SPEED} | {"modelfile.system": self.recipe.modelfile.system}
         return made | files | self._data("eval") | self._settings("compare") | asked | {"templates/report.html.j2": template_source("report.html.j2")}
+
+    @property
+    def _exported(self) -> list[str]:
+        """What the export makes: the recipe's quants, and the adapter where it is not merged into them."""
+        return [quant.name for quant in self.quants] + ([ADAPTER] if self.paths.base else [])
 
     def _data(self, side: str) -> dict[str, Any]:
         """What decides the rows of one side: its file, or the training file and the share that is set apart."""
@@ -160,12 +177,15 @@ class Build:
 
     def steps(self) -> list[Step]:
         """Every step in order, each with the reason why it is stale."""
-        units = [("export", quant.name) for quant in self.quants] + [("modelfiles", ""), ("deploy", ""), ("compare", "")]
+        units = [("export", name) for name in self._exported] + [("modelfiles", ""), ("deploy", ""), ("compare", "")]
         train = self.step("train")
         after = [self.step(stage, quant) for stage, quant in units if stage != "deploy" or self.server]
         if train.stale:  # another run of the same training is another adapter
-            after = [replace(step, reason=step.reason or "training is done anew") if step.stage != "modelfiles" else step for step in after]
+            after = [replace(step, reason=step.reason or "training is done anew") if self._holds_training(step) else step for step in after]
         return [train, *after]
+
+    def _holds_training(self, step: Step) -> bool:
+        return step.stage != "modelfiles" and self.paths.home(step.unit) is self.paths
 
     def step(self, stage: str, quant: str = "") -> Step:
         unit = f"{stage}-{quant}" if quant else stage
@@ -174,7 +194,7 @@ class Build:
         if record is None:
             return Step(stage, unit, inputs, "not made yet")
         changed = [name for name in inputs | record["inputs"] if inputs.get(name) != record["inputs"].get(name)]
-        reason = f"{', '.join(changed)} changed" if changed else self._damage(record)
+        reason = f"{', '.join(changed)} changed" if changed else self._damage(record, self.paths.home(unit).root)
         if stage == "deploy" and not reason:
             reason = self._unregistered(record["result"]["registered"])
         return Step(stage, unit, inputs, reason, record["result"])
@@ -185,13 +205,13 @@ class Build:
 
     def _record(self, unit: str) -> dict[str, Any] | None:
         try:
-            return json.loads(self.paths.stage(unit).read_text(encoding="utf-8"))
+            return json.loads(self.paths.home(unit).stage(unit).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
 
-    def _damage(self, record: dict[str, Any]) -> str:
+    def _damage(self, record: dict[str, Any], root: Path) -> str:
         for name, (size, modified, digest) in record["outputs"].items():
-            path = self.paths.root / name
+            path = root / name
             if not path.is_file():
                 return f"{path} is gone"
             found = path.stat()
@@ -210,11 +230,11 @@ class Build:
 
     def finish(self, step: Step, outputs: list[Path], result: dict[str, Any], digests: dict[Path, str] | None = None) -> None:
         """Record that a step is done: its inputs, its result, and how to tell that its outputs are still whole."""
-        described = {}
+        described, root = {}, self.paths.home(step.unit).root
         for path in outputs:
             found = path.stat()
             digest = (digests or {}).get(path) or file_digest(path)
-            described[str(path.relative_to(self.paths.root))] = [found.st_size, found.st_mtime_ns, digest]
+            described[str(path.relative_to(root))] = [found.st_size, found.st_mtime_ns, digest]
         self._write_record(step.unit, {"inputs": step.inputs, "outputs": described, "result": result})
 
     def remember(self, step: Step, result: dict[str, Any]) -> None:
@@ -222,7 +242,7 @@ class Build:
         self._write_record(step.unit, {"inputs": {}, "outputs": {}, "result": result})
 
     def _write_record(self, unit: str, record: dict[str, Any]) -> None:
-        write_atomically(self.paths.stage(unit), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        write_atomically(self.paths.home(unit).stage(unit), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
     # -- doing it -----------------------------------------------------------------------------------------------------------------------
 

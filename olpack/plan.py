@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from olpack import progress
 from olpack.deploy import context_warnings
 from olpack.errors import OlpackError
+from olpack.pipeline import ADAPTER
 from olpack.workspace import free_bytes, write_atomically
 
 if TYPE_CHECKING:
@@ -73,8 +74,8 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
     if stages & {"train", "export"}:
         from olpack.export import check_export
 
-        quants = [step.inputs["quant"] for step in stale if step.stage == "export"] or build.recipe.quants
-        exported = check_export(build.base.path, quants, out=build.paths.root / "gguf")
+        quants = [step.inputs["quant"] for step in stale if step.stage == "export" and step.unit != f"export-{ADAPTER}"] or build.recipe.quants
+        exported = check_export(build.base.path, quants, out=build.paths.gguf(quants[0]).parent)
         for warning in exported.warnings:
             progress.warn(warning)
     if stages & {"train", "export", "compare"}:
@@ -88,8 +89,13 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
         if (free := free_bytes(build.paths.root)) < need:
             raise OlpackError(f"{build.paths.root} needs {progress.quantity(need, 'B')} of space, and {progress.quantity(free, 'B')} are free.",
                               "Free some, choose another disk with --out, or make fewer quants.")
-        for warning in context_warnings(build.package.parameters["num_ctx"], longest=build.base.context_length):
+        longest = max(len(row.ids) for row in rows)
+        for warning in context_warnings(build.package.parameters["num_ctx"], trained=longest, longest=build.base.context_length):
             progress.warn(warning)
+        if build.paths.base:
+            from olpack.export.lora import check_adapter
+
+            check_adapter(build.base.path, _adapted(build))
     if "deploy" in stages:
         from olpack.deploy.client import OllamaClient
 
@@ -170,10 +176,14 @@ def _linear_parameters(build: Build) -> int:
 
 def _adapter_parameters(build: Build) -> int:
     """rank × (rows + columns) of each layer that gets an adapter."""
-    asked = build.recipe.train
-    targets = [asked.target_modules] if isinstance(asked.target_modules, str) else asked.target_modules
-    everything = targets == ["all-linear"]
-    return sum(asked.rank * sum(shape) for name, shape in _linear_shapes(build).items() if everything or name.rsplit(".", 1)[-1] in targets)
+    return sum(build.recipe.train.rank * sum(shape) for shape in _adapted(build).values())
+
+
+def _adapted(build: Build) -> dict[str, tuple[int, int]]:
+    """(rows, columns) of the layers that get an adapter."""
+    asked = build.recipe.train.target_modules
+    targets = [asked] if isinstance(asked, str) else asked
+    return {name: shape for name, shape in _linear_shapes(build).items() if targets == ["all-linear"] or name.rsplit(".", 1)[-1] in targets}
 
 
 def write_plan(build: Build) -> None:

@@ -118,6 +118,8 @@ class Recipe(_Section):
     train: Train = Field(default_factory=Train)
     quants: Annotated[list[str], Field(min_length=1)] = Field(default_factory=lambda: ["Q4_0", "Q4_K_M", "Q5_K_M", "Q8_0"])
     """Quant types of llama.cpp to make."""
+    package: Literal["merged", "adapter"] = "merged"
+    """`merged`: each quant holds the fine-tuned weights. `adapter`: quants of the base, which packages share, and a small LoRA file."""
     modelfile: Modelfile = Field(default_factory=Modelfile)
     compare: Compare = Field(default_factory=Compare)
 

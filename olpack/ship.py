@@ -81,12 +81,17 @@ def push_to_ollama(build: Build, namespace: str | None, insecure: bool) -> list[
 
 def push_to_hub(build: Build, repo: str, private: bool | None) -> str:
     """Upload the GGUFs with a model card to the Hugging Face Hub; returns the repository's URL."""
+    from olpack.compare import markdown_table, read_results
     from olpack.deploy.hub import hub_card, push_to_hub
     from olpack.workspace import template_source
 
+    if build.paths.base:
+        raise OlpackError("The Hub hands Ollama one GGUF, without an adapter beside it.",
+                          f"Push the merged form: `olpack build {build.recipe.name} --set package=merged`, with `package: merged` in the recipe.")
     files = _exported(build)
+    table = "" if build.step("compare").stale else markdown_table(read_results(build.paths.results))
     card = hub_card(template_source("hub_card.md.j2"), repo=repo, name=build.recipe.name, base=build.recipe.base, files=files,
-                    package=build.package, license=build.base.license, recommended=_latest(build))
+                    package=build.package, license=build.base.license, recommended=_latest(build), table=table)
     return push_to_hub(repo, files, _modelfiles(build), build.package, card, private)
 
 
@@ -126,7 +131,7 @@ def facts(build: Build) -> dict[str, Any]:
         "recipe": str(build.recipe.folder / "recipe.yaml"),
         "base": build.recipe.base,
         "training": {key: steps["train"].result[key] for key in ("eval_loss_before", "eval_loss_after", "steps", "device") if steps["train"].result},
-        "files": {quant.name: steps[f"export-{quant.name}"].result for quant in build.quants},
+        "files": {step.inputs["quant"]: step.result for step in steps.values() if step.stage == "export"},
         "recommended": steps["compare"].result.get("recommended"),
         "registered": {record["model"]: record["digest"] for record in deployed.get("registered", [])},
         "prompt": deployed.get("identity"),

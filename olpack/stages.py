@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from olpack import __version__, progress
 from olpack.errors import OlpackError
+from olpack.pipeline import ADAPTER
 from olpack.quants import quant_type
 from olpack.workspace import file_digest, template_source, write_atomically
 
@@ -32,24 +33,42 @@ def train(build: Build, steps: list[Step]) -> None:
 
 
 def export(build: Build, steps: list[Step]) -> None:
-    """Merge, convert and quantize in one pass; a GGUF for each stale step."""
+    """Merge, convert and quantize in one pass; a GGUF for each stale step. An adapter package gets quants of its base, and a LoRA GGUF."""
+    if alone := [step for step in steps if step.unit == f"export-{ADAPTER}"]:
+        _export_adapter(build, alone[0])
+    if quants := [step for step in steps if step not in alone]:
+        _export_quants(build, quants)
+
+
+def _export_adapter(build: Build, step: Step) -> None:
+    from olpack.export.lora import export_adapter
+
+    path = build.paths.gguf(ADAPTER)
+    with progress.task("exporting the adapter"):
+        size, sha256 = export_adapter(build.base.path, build.paths.adapter, path)
+    build.finish(step, [path], {"size": size, "sha256": sha256}, {path: sha256})
+    progress.say(f"wrote {path} ({progress.quantity(size, 'B')})")
+
+
+def _export_quants(build: Build, steps: list[Step]) -> None:
     from olpack.deploy.chat_template import pins_for, protect
     from olpack.export import Target, export
 
     template = build.renderer.tokenizer.chat_template
+    base = build.paths.base
     paths = {step.unit: build.paths.gguf(step.inputs["quant"]) for step in steps}
     metadata = {
         "olpack.version": __version__,
         "olpack.base": build.recipe.base,
         "olpack.base_digest": build.base.digest,
-        "olpack.training": steps[0].inputs["training"],
+        **({} if base else {"olpack.training": steps[0].inputs["training"]}),
         **({"general.license": build.base.license} if build.base.license else {}),
     }
     files = export(
         build.base.path,
         [Target(step.inputs["quant"], paths[step.unit]) for step in steps],
-        adapter=build.paths.adapter,
-        name=build.recipe.name,
+        adapter=None if base else build.paths.adapter,
+        name=base.name if base else build.recipe.name,
         chat_template=protect(template, pins_for(template, {})),
         # What ends a turn is what training saw there, whatever the tokenizer calls it.
         end_of_turn=build.renderer.end_of_turn(build.rows[0][0]),
@@ -59,7 +78,7 @@ def export(build: Build, steps: list[Step]) -> None:
         figures = {"size": file.size, "sha256": file.sha256, "bits_per_weight": file.bits_per_weight, "parameters": file.parameters}
         build.finish(step, [paths[step.unit]], figures, {paths[step.unit]: file.sha256})
     made = ", ".join(f"{file.quant} {progress.quantity(file.size, 'B')}" for file in files)
-    progress.say(f"wrote {made} to {build.paths.root / 'gguf'}")
+    progress.say(f"wrote {made} to {next(iter(paths.values())).parent}")
 
 
 def modelfiles(build: Build, steps: list[Step]) -> None:
@@ -71,8 +90,10 @@ def modelfiles(build: Build, steps: list[Step]) -> None:
         progress.warn(f"{problem} `olpack deploy` sends it unchanged.")
     for quant in build.quants:
         path = build.paths.modelfile(quant.tag)
-        text = render(build.package, Path("..") / "gguf" / build.paths.gguf(quant.name).name, source)
-        if not unrepresentable(build.package) and (lost := differences(parse(text), build.package)):
+        gguf, adapter = (os.path.relpath(file, path.parent) for file in (build.paths.gguf(quant.name), build.paths.gguf(ADAPTER)))
+        adapter = adapter if build.paths.base else None
+        text = render(build.package, gguf, source, adapter)
+        if not unrepresentable(build.package) and (lost := differences(parse(text), build.package, adapter)):
             raise OlpackError(f"The rendered Modelfile does not say what the recipe does: {'; '.join(lost)}", "Mend templates/Modelfile.j2.")
         write_atomically(path, text)
         outputs.append(path)
@@ -88,11 +109,12 @@ def deploy(build: Build, steps: list[Step]) -> None:
 
     client, (step,) = OllamaClient(), steps
     client.require()
-    records = register(client, build.recipe.name, registrable(build), build.package, before=registered(build))
-    # Written down before anything can fail: what is on the server must be known, to be removed or left alone.
-    now = {record.model for record in records}
-    known = [record for record in registered(build) if record.model not in now] + records
-    build.remember(step, {"registered": [asdict(record) for record in known]})
+    records, known = [], registered(build)
+    for file in registrable(build):
+        records += register(client, build.recipe.name, [file], build.package, before=known)
+        # Written down after each tag: what is on the server must be known, to be removed or left alone, should the next one fail.
+        known = [record for record in known if record.model != records[-1].model] + records[-1:]
+        build.remember(step, {"registered": [asdict(record) for record in known]})
     conversations = questions(build)
     identity = check_identity(client, records[0].model, build.renderer.tokenizer, conversations)
     identity.require()
@@ -135,7 +157,9 @@ def quant_files(build: Build) -> list:
     files = []
     for quant in build.quants:
         made = build.result(f"export-{quant.name}")
-        files.append(QuantFile(quant.name, quant.tag, build.paths.gguf(quant.name), made["size"], made["bits_per_weight"], made["sha256"]))
+        adapter = build.paths.gguf(ADAPTER) if build.paths.base else None
+        size = made["size"] + (build.result(f"export-{ADAPTER}")["size"] if adapter else 0)
+        files.append(QuantFile(quant.name, quant.tag, build.paths.gguf(quant.name), size, made["bits_per_weight"], made["sha256"], adapter))
     return files
 
 
@@ -143,7 +167,7 @@ def registrable(build: Build) -> list:
     """The exported GGUFs as the deploy room takes them."""
     from olpack.deploy.register import QuantFile
 
-    return [QuantFile(file.tag, file.path, file.sha256) for file in quant_files(build)]
+    return [QuantFile(file.tag, file.path, file.sha256, file.adapter) for file in quant_files(build)]
 
 
 def registered(build: Build) -> list:

@@ -10,7 +10,7 @@ Public here:
     measure(files, rows, prompts, settings, server, name, cache) -> Results
     Results, read_results(path), write_results(results, path)
     recommend(results) -> Recommendation | None    (measure has already put it into the results)
-    print_table(results, console=None)
+    print_table(results, console=None), markdown_table(results) -> str
     render_report(results, template, metrics=None) -> str, write_report(results, path, template, metrics=None)
 """
 
@@ -20,12 +20,13 @@ from olpack.compare.measure import MeasureSettings, QuantFile, measure
 from olpack.compare.recommend import recommend
 from olpack.compare.report import render_report, write_report
 from olpack.compare.results import Results, read_results, write_results
-from olpack.compare.table import print_table
+from olpack.compare.table import markdown_table, print_table
 
 __all__ = [
     "MeasureSettings",
     "QuantFile",
     "Results",
+    "markdown_table",
     "measure",
     "print_table",
     "read_results",

@@ -30,6 +30,7 @@ class Job(BaseModel):
     """
 
     path: Path
+    adapter: Path | None = None
     engine: str
     context: int
     threads: int

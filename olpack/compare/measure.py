@@ -40,6 +40,7 @@ class QuantFile:
         size: in bytes.
         bits_per_weight: None where nobody knows.
         sha256: of the file, as hexadecimal digits; None: it is read and hashed.
+        adapter: a LoRA GGUF that is applied to it; None: there is none.
     """
 
     quant: str
@@ -48,6 +49,7 @@ class QuantFile:
     size: int
     bits_per_weight: float | None = None
     sha256: str | None = None
+    adapter: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -133,10 +135,11 @@ def measure(
     quants, errors = [], []
     for file in files:
         sha256 = file.sha256 or file_digest(Path(file.path))
-        keys = {unit: {"schema": SCHEMA_VERSION, "file": sha256, **rest} for unit, rest in dependencies.items()}
+        weights = {"file": sha256} | ({"adapter": file_digest(file.adapter)} if file.adapter else {})
+        keys = {unit: {"schema": SCHEMA_VERSION, **weights, **rest} for unit, rest in dependencies.items()}
         units = _Units(Cache(cache), file.tag, keys)
         problems: list[OlpackError] = []
-        job = base.model_copy(update={"path": Path(file.path), **{unit: None for unit in units.found}})
+        job = base.model_copy(update={"path": Path(file.path), "adapter": file.adapter, **{unit: None for unit in units.found}})
         if job.speed or job.perplexity or job.answers:
             problems += _run_worker(job, file.quant, units)
         if server and "speed" not in units.found:

@@ -34,6 +34,19 @@ def print_table(results: Results, console: Console | None = None) -> None:
         console.print(Text(f"Recommended: {results.recommendation.reason}"), soft_wrap=not console.is_terminal)
 
 
+def markdown_table(results: Results) -> str:
+    """The same table as Markdown, with what it was measured on and the recommendation below it."""
+    titles = ["quant", "size", "bits per weight", "prompt tokens/s", "generated tokens/s", "load", "peak memory", "perplexity ± s.e."]
+    chosen = results.recommendation.tag if results.recommendation else None
+    rows = [_cells(quant, quant.tag == chosen)[1:] for quant in results.quants]
+    lines = [f"| {' | '.join(row)} |" for row in (titles, ["---", *["---:"] * (len(titles) - 1)], *rows)]
+    engine = next((quant.speed.engine for quant in results.quants if quant.speed), None)
+    measured = f"Measured on {results.machine.cpu}" + (f" with {engine}" if engine else "") + (
+        f"; perplexity of the answers in {results.rows.count} held-out rows." if results.rows else "."
+    )
+    return "\n".join([*lines, "", measured, *([results.recommendation.reason] if results.recommendation else [])])
+
+
 def _cells(quant: QuantResult, chosen: bool) -> list[str]:
     speed, score = quant.speed, quant.perplexity
     perplexity = MISSING

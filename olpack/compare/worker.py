@@ -131,7 +131,7 @@ def measure_perplexity(job: Job) -> Steps:
     """Negative log-probability of the learned tokens, row by row, and whether the GGUF's tokenizer gives the training's ids."""
     rows = job.perplexity
     sums, same = [], 0
-    with Engine(job.path, max(len(row.ids) for row in rows), job.untimed_threads) as engine:
+    with Engine(job.path, max(len(row.ids) for row in rows), job.untimed_threads, adapter=job.adapter) as engine:
         for done, row in enumerate(rows, 1):
             sums.append(-float(engine.logprobs(row.ids, row.learned).sum()))
             same += engine.tokenize(row.text) == row.ids
@@ -148,7 +148,7 @@ def measure_perplexity(job: Job) -> Steps:
 def measure_answers(job: Job) -> Steps:
     """A free answer to each conversation, at temperature 0."""
     answers = []
-    with Engine(job.path, job.context, job.untimed_threads) as engine:
+    with Engine(job.path, job.context, job.untimed_threads, adapter=job.adapter) as engine:
         for done, messages in enumerate(job.answers, 1):
             generation = engine.generate(messages, job.answer_tokens, Sampling(temperature=0))
             text = "".join(generation)
@@ -159,7 +159,7 @@ def measure_answers(job: Job) -> Steps:
 
 
 def _open(job: Job, context: int) -> Engine:
-    engine = Engine(job.path, context, job.threads, max_outputs=1)
+    engine = Engine(job.path, context, job.threads, adapter=job.adapter, max_outputs=1)
     engine.process([0])
     return engine
 

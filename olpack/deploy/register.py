@@ -33,11 +33,13 @@ class QuantFile:
         tag: what follows the colon, "q4_K_M".
         path: the file.
         sha256: of the file, 64 hexadecimal digits; None: it is read and hashed.
+        adapter: a LoRA GGUF that the server shall apply to it; None: there is none.
     """
 
     tag: str
     path: Path
     sha256: str | None = None
+    adapter: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -121,15 +123,21 @@ def check_request(name: str, files: Sequence[QuantFile], package: Package, lates
 def _register_one(client: OllamaClient, model: str, file: QuantFile, package: Package, earlier: Registered | None) -> Registered:
     started, sent = time.monotonic(), client.bytes_sent
     digest = f"sha256:{file.sha256}" if file.sha256 else blob_digest(file.path)
+    adapter = blob_digest(file.adapter) if file.adapter else None
     # Without a Go template of the package's own, the GGUF's is to run, and nothing that the server takes for it.
     fields = {**_fields(package), "template": package.template or read_chat_template(file.path)}
     shown = client.show(model)
     changed = _differing(fields, shown) if shown else []
     done: Done
-    if shown is None or not _same_weights(shown, digest, earlier) or _needs_files(changed, fields, shown, package):
+    same_weights = shown is not None and shown.adapter == adapter and _same_weights(shown, digest, earlier)
+    if not same_weights or _needs_files(changed, fields, shown, package):
         done = "updated" if shown else "created"
         client.upload(file.path, digest)
-        client.create({"model": model, "files": {file.path.name: digest}, **_fields(package)})
+        adapters = {}
+        if file.adapter:
+            client.upload(file.adapter, adapter)
+            adapters = {"adapters": {file.adapter.name: adapter}}
+        client.create({"model": model, "files": {file.path.name: digest}, **adapters, **_fields(package)})
     elif changed:
         done = "updated"
         client.create({"model": model, "from": model, **{field: fields[field] for field in changed}})
@@ -138,6 +146,9 @@ def _register_one(client: OllamaClient, model: str, file: QuantFile, package: Pa
     if done != "unchanged":
         shown = client.show(model)
         _refuse_drift(model, fields, shown, package)
+        if shown.adapter != adapter:
+            problem = f"The Ollama server registered {model} with {shown.adapter or 'no adapter'} in place of {adapter or 'none'}."
+            raise OlpackError(problem, "Remove the tag with 'ollama rm' and deploy again.")
         if shown.blob != digest:
             progress.warn(f"The server rewrote {file.path.name} for {model}; until it is restarted, the file takes its space twice.")
     # The server lists a tag in the case in which it first met it.

@@ -2,6 +2,7 @@
 
     plan = check_export(base, ["Q4_K_M", "Q8_0"], adapter=adapter)        # seconds; reads headers only
     files = export(base, [Target("Q4_K_M", Path("out.gguf"))], adapter=adapter)
+    size, sha256 = export_adapter(base, adapter, Path("adapter.gguf"))    # the adapter by itself (olpack.export.lora)
 
 llama.cpp's own converter names and reshapes the tensors, llama.cpp's own quantizer chooses their types and makes their bytes.
 Both run in a worker process: the converter needs its own `gguf` package, which must not replace the one in this process, and

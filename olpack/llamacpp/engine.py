@@ -85,6 +85,7 @@ class Engine:
         path: the file.
         context: most tokens that prompt and answer may have together.
         threads: CPU threads; None: the physical cores this process may use.
+        adapter: a LoRA GGUF that is applied to the weights as it runs; None: there is none.
         gpu_layers: layers put on a GPU, where the build has one; negative: all.
         max_outputs: most positions whose logits one call returns; None: as many as 64 MiB hold.
         debug: let llama.cpp's own log through to stderr.
@@ -99,6 +100,7 @@ class Engine:
         context: int,
         threads: int | None = None,
         *,
+        adapter: Path | None = None,
         gpu_layers: int = -1,
         max_outputs: int | None = None,
         debug: bool = False,
@@ -132,6 +134,17 @@ class Engine:
             raise OlpackError(f"llama.cpp cannot make a context of {context} tokens for {self.path}: {reason}.", "Try a smaller context.")
         self._memory = llama_cpp.llama_get_memory(self._context)
         self._batch = llama_cpp.llama_batch_init(_BATCH, 0, 1)
+        if adapter is not None:
+            self._apply(adapter)
+
+    def _apply(self, adapter: Path) -> None:
+        loaded = llama_cpp.llama_adapter_lora_init(self._model, os.fsencode(adapter))  # freed with the model
+        if not loaded:
+            reason = _log.reason()
+            self.close()
+            raise OlpackError(f"llama.cpp cannot apply {adapter} to {self.path}: {reason}.", "Was it made for this base? `olpack export` makes both.")
+        adapters, scales = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(loaded), (ctypes.c_float * 1)(1.0)
+        llama_cpp.llama_set_adapters_lora(self._context, adapters, 1, scales)
 
     def close(self) -> None:
         """Free the model. May be called twice."""
