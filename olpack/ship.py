@@ -36,20 +36,27 @@ def _latest(build: Build) -> str:
 
 
 def check(build: Build) -> list[str]:
-    """Compare the prompts that the server gives to each registered tag with the trained ones, again. Returns one line a tag.
+    """Compare what the server has of each tag with the recipe, and the prompts that it makes with the trained ones. Returns one line a tag.
 
     Raises:
-        OlpackError: nothing is registered, or a prompt differs.
+        OlpackError: a tag is not registered, says something else than the recipe, or a prompt differs.
     """
     from olpack.deploy.client import OllamaClient
     from olpack.deploy.identity import check_identity
+    from olpack.deploy.register import drift
 
     client, lines = OllamaClient(), []
     client.require()
-    for quant in build.quants:
-        identity = check_identity(client, f"{build.recipe.name}:{quant.tag}", build.renderer.tokenizer, questions(build))
+    for file in registrable(build):
+        model = f"{build.recipe.name}:{file.tag}"
+        shown = client.show(model)
+        if shown is None:
+            raise OlpackError(f"The Ollama server at {client.url} has no {model}.", f"Run `olpack deploy {build.recipe.name}`.")
+        if told := drift(shown, file, build.package):
+            raise OlpackError(f"{model} is not as the recipe says: {'; '.join(told)}.", f"Run `olpack deploy {build.recipe.name}` to set it right.")
+        identity = check_identity(client, model, build.renderer.tokenizer, questions(build))
         identity.require()
-        lines.append(f"{build.recipe.name}:{quant.tag}  {identity.summary()}")
+        lines.append(f"{model}  {identity.summary()}")
     return lines
 
 

@@ -16,6 +16,7 @@ from olpack import recipe
 from olpack.errors import OlpackError
 from olpack.pipeline import Build
 
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     return write_base(tmp_path_factory.mktemp("base") / "model")
@@ -245,6 +246,8 @@ def test_what_is_done_with_a_finished_build(workspace, ollama_double, monkeypatc
     assert olpack(workspace, "deploy", "oracle", server=ollama_double.url)[0] == 0
     code, printed, _ = olpack(workspace, "deploy", "oracle", "--check", server=ollama_double.url)
     assert code == 0 and printed.count("prompt identical") == 2
+    code, _, said = olpack(workspace, "deploy", "oracle", "--check", "--set", "modelfile.system=Be brief.", server=ollama_double.url)
+    assert code == 1 and "system is 'Answer in words.' and not 'Be brief.'" in said
     code, printed, said = olpack(workspace, "remove", "oracle", "--yes", server=ollama_double.url)
     assert code == 0 and set(printed.split()) == {"oracle:q4_K_M", "oracle:q8_0"}, said
     assert olpack(workspace, "remove", "oracle", "--yes", server=ollama_double.url)[0] == 0
