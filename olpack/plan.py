@@ -37,6 +37,7 @@ class Estimate:
         weights_bytes: the frozen base in memory.
         adapter_bytes: adapter, its gradients and optimizer state.
         disk_bytes: of each GGUF, exact, by quant.
+        temporary_bytes: what the comparison takes for as long as it runs: the unquantized fine-tune, and its logits.
         warnings: what a user should know and need not mend.
     """
 
@@ -52,6 +53,7 @@ class Estimate:
     weights_bytes: int
     adapter_bytes: int
     disk_bytes: dict[str, int]
+    temporary_bytes: int
     warnings: list[str] = field(default_factory=list)
 
 
@@ -89,6 +91,9 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
         if (free := free_bytes(build.paths.root)) < need:
             raise OlpackError(f"{build.paths.root} needs {progress.quantity(need, 'B')} of space, and {progress.quantity(free, 'B')} are free.",
                               "Free some, choose another disk with --out, or make fewer quants.")
+        if "compare" in stages and exported and free < need + (temporary := _temporary_bytes(build, exported.parameters)):
+            progress.warn(f"The comparison needs {progress.quantity(need + temporary - free, 'B')} more space than is free, for the unquantized "
+                          "fine-tune, while it runs. Free them by then, or it leaves out what the quants lost against it.")
         longest = max(len(row.ids) for row in rows)
         for warning in context_warnings(build.package.parameters["num_ctx"], trained=longest, longest=build.base.context_length):
             progress.warn(warning)
@@ -101,6 +106,17 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
 
         OllamaClient().require()
     return exported
+
+
+def _temporary_bytes(build: Build, parameters: int) -> int:
+    """Most that the comparison's temporary files take at once, norms and vocabulary of the unquantized fine-tune left out."""
+    from olpack.compare.job import LOGITS_BYTES
+
+    if not build.recipe.compare.reference:
+        return 0
+    vocabulary = build.base.config.get("text_config", build.base.config)["vocab_size"]
+    positions = sum(row.learned_count for row in build.rows[1][: build.recipe.compare.eval_rows])
+    return 2 * parameters + min(LOGITS_BYTES, 4 * vocabulary * positions)
 
 
 def _refuse_leak(rows, held_out) -> None:
@@ -141,6 +157,7 @@ def estimate(build: Build) -> Estimate:
         weights_bytes=round(linear * bits / 8) + (parameters - linear) * full,
         adapter_bytes=adapter * (4 + 4 + (8 if device.type == "cpu" else 2)),
         disk_bytes=exported.sizes,
+        temporary_bytes=_temporary_bytes(build, parameters),
         warnings=exported.warnings,
     )
 
@@ -228,6 +245,8 @@ def print_plan(plan: dict) -> None:
                                  "activations and logits besides")
     files = ", ".join(f"{quant} {progress.quantity(size, 'B')}" for quant, size in found["disk_bytes"].items())
     needs.add_row("disk", f"{progress.quantity(sum(found['disk_bytes'].values()), 'B')}: {files}; no intermediate files")
+    if found["temporary_bytes"]:
+        needs.add_row("while comparing", f"{progress.quantity(found['temporary_bytes'], 'B')} more disk: the unquantized fine-tune and its logits")
     console.print(needs, "", highlight=False)
     settings = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for title in ("setting", "value", "from"):

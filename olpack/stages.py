@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from olpack import __version__, progress
 from olpack.errors import OlpackError
 from olpack.pipeline import ADAPTER
 from olpack.quants import quant_type
-from olpack.workspace import file_digest, template_source, write_atomically
+from olpack.workspace import file_digest, template_source, value_digest, write_atomically
 
 if TYPE_CHECKING:
     from olpack.pipeline import Build, Step
@@ -51,34 +53,37 @@ def _export_adapter(build: Build, step: Step) -> None:
 
 
 def _export_quants(build: Build, steps: list[Step]) -> None:
-    from olpack.deploy.chat_template import pins_for, protect
     from olpack.export import Target, export
 
-    template = build.renderer.tokenizer.chat_template
-    base = build.paths.base
     paths = {step.unit: build.paths.gguf(step.inputs["quant"]) for step in steps}
-    metadata = {
-        "olpack.version": __version__,
-        "olpack.base": build.recipe.base,
-        "olpack.base_digest": build.base.digest,
-        **({} if base else {"olpack.training": steps[0].inputs["training"]}),
-        **({"general.license": build.base.license} if build.base.license else {}),
-    }
-    files = export(
-        build.base.path,
-        [Target(step.inputs["quant"], paths[step.unit]) for step in steps],
-        adapter=None if base else build.paths.adapter,
-        name=base.name if base else build.recipe.name,
-        chat_template=protect(template, pins_for(template, {})),
-        # What ends a turn is what training saw there, whatever the tokenizer calls it.
-        end_of_turn=build.renderer.end_of_turn(build.rows[0][0]),
-        metadata=metadata,
-    )
+    targets = [Target(step.inputs["quant"], paths[step.unit]) for step in steps]
+    adapter = None if build.paths.base else build.paths.adapter
+    files = export(build.base.path, targets, adapter=adapter, **_said_of_a_file(build))
     for step, file in zip(steps, files, strict=True):
         figures = {"size": file.size, "sha256": file.sha256, "bits_per_weight": file.bits_per_weight, "parameters": file.parameters}
         build.finish(step, [paths[step.unit]], figures, {paths[step.unit]: file.sha256})
     made = ", ".join(f"{file.quant} {progress.quantity(file.size, 'B')}" for file in files)
     progress.say(f"wrote {made} to {next(iter(paths.values())).parent}")
+
+
+def _said_of_a_file(build: Build) -> dict:
+    """What every GGUF of a build says beside its weights, as arguments of `export`. One that packages share says nothing of either."""
+    from olpack.deploy.chat_template import pins_for, protect
+
+    template, base = build.renderer.tokenizer.chat_template, build.paths.base
+    return {
+        "name": base.name if base else build.recipe.name,
+        "chat_template": protect(template, pins_for(template, {})),
+        # What ends a turn is what training saw there, whatever the tokenizer calls it.
+        "end_of_turn": build.renderer.end_of_turn(build.rows[0][0]),
+        "metadata": {
+            "olpack.version": __version__,
+            "olpack.base": build.recipe.base,
+            "olpack.base_digest": build.base.digest,
+            **({} if base else {"olpack.training": value_digest(build.inputs("train"))}),
+            **({"general.license": build.base.license} if build.base.license else {}),
+        },
+    }
 
 
 def modelfiles(build: Build, steps: list[Step]) -> None:
@@ -138,16 +143,42 @@ def compare(build: Build, steps: list[Step]) -> None:
     _, held_out = build.rows
     client = OllamaClient() if build.server else None
     results = measure(quant_files(build), held_out[: asked.eval_rows], questions(build), settings, client, build.recipe.name,
-                      cache=paths.compare / "measured")
+                      cache=paths.compare / "measured", yardstick=_yardstick(build) if asked.reference else None)
     write_results(results, paths.results)
     write_report(results, paths.report, template_source("report.html.j2"), metrics=paths.adapter / "metrics.jsonl")
     best = results.recommendation
     if client and best:
         point_latest(client, build.recipe.name, best.tag)
+    outcome, again = {"recommended": best.tag if best else None}, f"`olpack compare {build.recipe.name}` tries again and keeps what was measured"
     if failed := [quant.quant for quant in results.quants if any(flag.code == "failed" for flag in quant.flags)]:
-        progress.warn(f"{', '.join(failed)} could not be measured; `olpack compare {build.recipe.name}` tries again and keeps what was measured")
+        progress.warn(f"{', '.join(failed)} could not be measured; {again}")
+    if results.flags:
+        progress.warn(f"{' '.join(flag.text for flag in results.flags)} So what the quants lost against the unquantized fine-tune is not known; "
+                      f"{again}, with `--set compare.reference=false` it does without")
+    if failed or results.flags:
+        build.remember(step, outcome)
         return
-    build.finish(step, [paths.results, paths.report], {"recommended": best.tag if best else None})
+    build.finish(step, [paths.results, paths.report], outcome)
+
+
+def _yardstick(build: Build):
+    """The unquantized fine-tune, and the untuned base at Q8_0, or at the largest quant that is made where that is none of them."""
+    from olpack.compare import Yardstick
+    from olpack.export import Target, export
+
+    training, version = build.result("train")["adapter_digest"], build.inputs("export")["llama.cpp"]
+
+    def write(quant: str, path: Path, adapter: Path | None) -> None:
+        export(build.base.path, [Target(quant, path)], adapter=adapter, **_said_of_a_file(build))
+
+    return Yardstick(
+        folder=build.paths.compare / "temporary",
+        write_reference=partial(write, adapter=build.paths.adapter),
+        reference_key=value_digest([build.base.digest, training, version]),
+        write_base=partial(write, adapter=None),
+        base_key=value_digest([build.base.digest, version]),
+        base_quant=max(quant_files(build), key=lambda file: (file.quant == "Q8_0", file.size)).quant,
+    )
 
 
 def quant_files(build: Build) -> list:

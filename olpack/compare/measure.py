@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 
 from olpack import progress
 from olpack.compare.cache import Cache
-from olpack.compare.job import Job, RowJob, SpeedJob
+from olpack.compare.job import LOGITS_BYTES, Job, RowJob, SpeedJob
 from olpack.compare.machine import describe_machine
-from olpack.compare.process import events
 from olpack.compare.recommend import recommend, set_losses
-from olpack.compare.results import SCHEMA_VERSION, Answer, Flag, Perplexity, QuantResult, Results, Rows, Speed
+from olpack.compare.results import SCHEMA_VERSION, Answer, Divergence, Flag, Perplexity, QuantResult, Results, Rows, Speed
 from olpack.compare.server import measure_speed as measure_served_speed
+from olpack.compare.units import Steps, Units, run_worker
+from olpack.compare.yardstick import Held, Yardstick, hold
 from olpack.data.rows import TokenRow
 from olpack.errors import OlpackError
 from olpack.llamacpp.cores import usable_cores
@@ -83,6 +84,7 @@ def measure(
     server: OllamaClient | None,
     name: str,
     cache: Path | None = None,
+    yardstick: Yardstick | None = None,
 ) -> Results:
     """Speed, memory, perplexity and answers of every file, with the recommendation.
 
@@ -97,6 +99,8 @@ def measure(
         name: of the package.
         cache: folder that keeps what was measured, one JSON file per quant and kind of figure, under a key of all that it depends on.
             An interrupted comparison goes on from there, and an unchanged quant is not measured again. None: nothing is kept.
+        yardstick: how to make the unquantized fine-tune and the untuned base. They are made only if a figure that is not in the cache
+            needs them, and removed before the others are measured. None, or no rows: no KL divergence and no figures of the base.
 
     Raises:
         OlpackError: nothing could be measured of any file. One file that fails is flagged in its result and does not stop the others.
@@ -112,14 +116,16 @@ def measure(
         progress.warn(f"Others use {machine.busy:.0%} of this machine's CPU time: measuring will take long, and speeds will come out low.")
     described = _describe_rows(rows) if rows else None
     lengths, generated, repeats = list(settings.prompt_lengths), settings.generated_tokens, settings.repeats
-    base = Job(
+    job = Job(
         path=Path(), engine=embedded, context=settings.context, threads=threads, untimed_threads=untimed,
-        answer_tokens=settings.answer_tokens,
-        speed=None if server else SpeedJob(prompt_lengths=lengths, generated_tokens=generated, repeats=repeats),
-        perplexity=[RowJob(ids=row.ids, learned=row.learned, text=row.text) for row in rows] or None,
-        answers=list(prompts) or None,
+        answer_tokens=settings.answer_tokens, rows=[RowJob(ids=row.ids, learned=row.learned, text=row.text) for row in rows],
     )  # fmt: skip
-    dependencies: dict[str, dict] = {
+    wanted = {
+        "speed": None if server else SpeedJob(prompt_lengths=lengths, generated_tokens=generated, repeats=repeats),
+        "perplexity": bool(rows),
+        "answers": list(prompts) or None,
+    }
+    depends: dict[str, dict] = {
         "speed": {
             "engine": f"Ollama {server_version}, {server.url}" if server else f"{embedded}, {threads} threads",
             "cpu": machine.cpu,
@@ -131,21 +137,28 @@ def measure(
         "perplexity": {"engine": embedded, "rows": described.digest if described else None},
         "answers": {"engine": embedded, "prompts": list(prompts), "tokens": settings.answer_tokens, "context": settings.context},
     }
+    if yardstick and rows:
+        depends["divergence"] = depends["perplexity"] | {"reference": yardstick.reference_key, "kept": LOGITS_BYTES}
+    depends = {unit: {"schema": SCHEMA_VERSION, **rest} for unit, rest in depends.items()}
 
+    store = Cache(cache)
+    files = [file if file.sha256 else replace(file, sha256=file_digest(Path(file.path))) for file in files]
+    known = [Units(store, file.tag, {unit: rest | _weights(file) for unit, rest in depends.items()}) for file in files]
+    held = Held()
     quants, errors = [], []
-    for file in files:
-        sha256 = file.sha256 or file_digest(Path(file.path))
-        weights = {"file": sha256} | ({"adapter": file_digest(file.adapter)} if file.adapter else {})
-        keys = {unit: {"schema": SCHEMA_VERSION, **weights, **rest} for unit, rest in dependencies.items()}
-        units = _Units(Cache(cache), file.tag, keys)
-        problems: list[OlpackError] = []
-        job = base.model_copy(update={"path": Path(file.path), "adapter": file.adapter, **{unit: None for unit in units.found}})
-        if job.speed or job.perplexity or job.answers:
-            problems += _run_worker(job, file.quant, units)
-        if server and "speed" not in units.found:
-            problems += _ask_server(server, f"{name}:{file.tag}", f"Ollama {server_version}", settings, units)
-        errors += problems
-        quants.append(_result(file, sha256, units.found, problems, described))
+    with ExitStack() as temporary:
+        if yardstick and rows:
+            needed = any("divergence" not in units.found for units in known)
+            held = hold(yardstick, job, depends, store, needed, temporary)
+        for file, units in zip(files, known, strict=True):
+            problems: list[OlpackError] = []
+            missing = {unit: value for unit, value in (wanted | {"divergence": held.logits}).items() if value and unit not in units.found}
+            if missing:
+                problems += run_worker(job.model_copy(update={"path": Path(file.path), "adapter": file.adapter, **missing}), file.quant, units)
+            if server and "speed" not in units.found:
+                problems += _ask_server(server, f"{name}:{file.tag}", f"Ollama {server_version}", settings, units)
+            errors += problems
+            quants.append(_result(file, units.found, problems, described))
 
     if quants and not any(quant.speed or quant.perplexity or quant.answers for quant in quants) and errors:
         raise errors[0]
@@ -154,48 +167,19 @@ def measure(
     results = Results(
         name=name, created=datetime.now(UTC).isoformat(timespec="seconds"), machine=machine, rows=described,
         settings={**asdict(settings), "prompt_lengths": lengths}, prompts=list(prompts), quants=quants,
+        reference=held.reference, base=held.base, flags=[Flag(code="reference", text=str(problem), serious=False) for problem in held.problems],
     )  # fmt: skip
     results.recommendation = recommend(results, settings.tolerance)
     return results
 
 
-class _Units:
-    """What is known of one file, by unit ("speed", "perplexity", "answers"), from the cache or just measured."""
-
-    def __init__(self, cache: Cache, tag: str, keys: dict[str, dict]):
-        self._cache, self._tag, self._keys = cache, tag, keys
-        self.found: dict[str, dict] = {}
-        for unit, key in keys.items():
-            if (data := cache.find(tag, unit, key)) is not None:
-                self.found[unit] = data
-
-    def add(self, unit: str, data: dict) -> None:
-        self.found[unit] = data
-        self._cache.keep(self._tag, unit, self._keys[unit], data)
+def _weights(file: QuantFile) -> dict[str, str]:
+    """What a unit's key holds of the weights."""
+    return {"file": file.sha256} | ({"adapter": file_digest(file.adapter)} if file.adapter else {})
 
 
-def _run_worker(job: Job, quant: str, units: _Units) -> list[OlpackError]:
-    """Measure what the job asks for; what fails comes back, what was measured is in `units`."""
-    problems = []
-    steps = _Steps(f"measuring {quant}")
-    try:
-        with closing(events(job)) as stream:
-            for event in stream:
-                if event["event"] == "progress":
-                    steps.show(event["unit"], event["done"], event["total"])
-                elif event["event"] == "result":
-                    units.add(event["unit"], event["data"])
-                else:
-                    problems.append(OlpackError(event["problem"], event["remedy"]))
-    except OlpackError as error:
-        problems.append(error)
-    finally:
-        steps.close()
-    return problems
-
-
-def _ask_server(server: OllamaClient, model: str, engine: str, settings: MeasureSettings, units: _Units) -> list[OlpackError]:
-    steps = _Steps(f"measuring {model}")
+def _ask_server(server: OllamaClient, model: str, engine: str, settings: MeasureSettings, units: Units) -> list[OlpackError]:
+    steps = Steps(f"measuring {model}")
     try:
         for step in measure_served_speed(server, model, engine, settings):
             if isinstance(step, Speed):
@@ -209,31 +193,13 @@ def _ask_server(server: OllamaClient, model: str, engine: str, settings: Measure
     return []
 
 
-class _Steps:
-    """One progress task per unit, one after the other."""
-
-    def __init__(self, title: str):
-        self._title, self._unit = title, ""
-        self._open = ExitStack()
-
-    def show(self, unit: str, done: int, total: int) -> None:
-        if unit != self._unit:
-            self._open.close()
-            noun = {"speed": "runs", "perplexity": "rows", "answers": "answers"}[unit]
-            self._task = self._open.enter_context(progress.task(f"{self._title}: {unit}", total, noun))
-            self._unit = unit
-        self._task.advance(done - self._task.done)
-
-    def close(self) -> None:
-        self._open.close()
-
-
-def _result(file: QuantFile, sha256: str, found: dict[str, dict], problems: list[OlpackError], rows: Rows | None) -> QuantResult:
+def _result(file: QuantFile, found: dict[str, dict], problems: list[OlpackError], rows: Rows | None) -> QuantResult:
     result = QuantResult(
-        quant=file.quant, tag=file.tag, file=Path(file.path).name, sha256=sha256,
+        quant=file.quant, tag=file.tag, file=Path(file.path).name, sha256=file.sha256,
         size_bytes=file.size, bits_per_weight=file.bits_per_weight,
         speed=Speed.model_validate(found["speed"]) if "speed" in found else None,
         perplexity=Perplexity.model_validate(found["perplexity"]) if "perplexity" in found else None,
+        divergence=Divergence.model_validate(found["divergence"]) if "divergence" in found else None,
         answers=[Answer.model_validate(answer) for answer in found["answers"]["answers"]] if "answers" in found else None,
     )  # fmt: skip
     result.flags = [Flag(code="failed", text=str(error), serious=True) for error in problems]

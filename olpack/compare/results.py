@@ -82,6 +82,22 @@ class Loss(_Record):
     standard_error: float | None = Field(description="of `relative`, from paired differences by row; null with fewer than two rows")
 
 
+class Divergence(_Record):
+    """How far a file's predictions are from the unquantized fine-tune's, over the learned tokens of the first `rows` rows."""
+
+    reference: str = Field(description='quant type that the unquantized fine-tune was written in, "F16"')
+    rows: int = Field(description="rows from the first on; fewer than were scored where the reference's logits did not all fit on the disk")
+    tokens: int = Field(description="learned tokens of these rows")
+    mean: float = Field(description="mean of KL(reference ‖ file) per token, in nats")
+    standard_error: float | None = Field(description="of `mean`, by rows; null with fewer than two rows")
+    p99: float = Field(description="99th percentile of KL(reference ‖ file) over the tokens, in nats")
+    p99_standard_error: float | None = Field(description="of `p99`, from 1000 resamples of whole rows; null with fewer than two rows")
+    same_top: float = Field(description="share of tokens for which both hold the same token for the likeliest")
+    same_top_standard_error: float | None = Field(description="of `same_top`, by rows; null with fewer than two rows")
+    row_kl: list[float] = Field(description="KL divergence summed over the learned tokens of each row, in nats")
+    row_same_top: list[int] = Field(description="tokens of each row for which both hold the same token for the likeliest")
+
+
 class Answer(_Record):
     """A free answer at temperature 0."""
 
@@ -94,7 +110,7 @@ class Answer(_Record):
 class Flag(_Record):
     """Something that a person should know before choosing this quant."""
 
-    code: Literal["failed", "broken", "tokenizer", "empty", "looping", "endless"]
+    code: Literal["failed", "broken", "tokenizer", "empty", "looping", "endless", "reference"]
     text: str
     serious: bool = Field(description="a quant with a serious flag is never recommended")
 
@@ -111,8 +127,24 @@ class QuantResult(_Record):
     speed: Speed | None = None
     perplexity: Perplexity | None = None
     loss: Loss | None = None
+    divergence: Divergence | None = Field(None, description="null without an unquantized reference")
     answers: list[Answer] | None = Field(None, description="one per prompt, in the order of `Results.prompts`")
     flags: list[Flag] = []
+
+
+class Reference(_Record):
+    """The unquantized fine-tune, written for the comparison and removed after it."""
+
+    quant: str = Field(description='quant type that it was written in, "F16"')
+    perplexity: Perplexity
+
+
+class BaseResult(_Record):
+    """The base before its training, at one quant, on the same rows: what the fine-tune gave. Removed after the comparison too."""
+
+    quant: str = Field(description='"Q8_0"')
+    perplexity: Perplexity | None = None
+    divergence: Divergence | None = Field(None, description="from the unquantized fine-tune")
 
 
 class Rows(_Record):
@@ -154,7 +186,10 @@ class Results(_Record):
     rows: Rows | None = None
     prompts: list[list[dict]] = Field([], description="conversations put to every quant")
     quants: list[QuantResult]
+    reference: Reference | None = None
+    base: BaseResult | None = None
     recommendation: Recommendation | None = None
+    flags: list[Flag] = Field([], description="what a person should know about the comparison as a whole")
 
 
 def write_results(results: Results, path: Path) -> None:

@@ -7,25 +7,26 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from olpack.compare.results import QuantResult, Results, Spread
+from olpack.compare.results import Divergence, Perplexity, QuantResult, Results, Spread
 from olpack.progress import quantity
 
 MISSING = "–"
 
 
 def print_table(results: Results, console: Console | None = None) -> None:
-    """Print the table, the flags and the recommendation to stdout, or to `console`. Fits 80 columns; medians of the repeats."""
+    """Print the tables, the flags and the recommendation to stdout, or to `console`. Fits 80 columns; medians of the repeats."""
     console = console or Console()
     chosen = results.recommendation.tag if results.recommendation else None
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    table.add_column("", width=1)
-    table.add_column("quant", no_wrap=True)
-    for title in ("size", "bits/\nweight", "prompt\ntok/s", "gener.\ntok/s", "load", "peak\nmemory", "perplexity\n± s.e."):
-        table.add_column(title, justify="right", no_wrap=True)
+    # Quality has a table of its own where there is more of it than the perplexity.
+    compared = results.reference is not None or any(quant.divergence for quant in results.quants)
+    table = _table(["size", "bits/\nweight", "prompt\ntok/s", "gener.\ntok/s", "load", "peak\nmemory", *([] if compared else ["perplexity\n± s.e."])])
     for quant in results.quants:
-        style = "bold green" if quant.tag == chosen else "red" if any(flag.serious for flag in quant.flags) else ""
-        table.add_row(*_cells(quant, quant.tag == chosen), style=style)
+        table.add_row(*_cells(quant, quant.tag == chosen), *([] if compared else [_perplexity(quant.perplexity)]), style=_style(quant, chosen))
     console.print(table)
+    if compared:
+        console.print(_quality(results, chosen))
+    for flag in results.flags:
+        console.print(Text(flag.text, style="yellow"), soft_wrap=True)
     for quant in results.quants:
         for flag in quant.flags:
             # Hard line breaks would tear a path or a command.
@@ -36,9 +37,12 @@ def print_table(results: Results, console: Console | None = None) -> None:
 
 def markdown_table(results: Results) -> str:
     """The same table as Markdown, with what it was measured on and the recommendation below it."""
-    titles = ["quant", "size", "bits per weight", "prompt tokens/s", "generated tokens/s", "load", "peak memory", "perplexity ± s.e."]
+    titles = ["quant", "size", "bits per weight", "prompt tokens/s", "generated tokens/s", "load", "peak memory", "perplexity ± s.e.", "KL divergence, millinats"]
     chosen = results.recommendation.tag if results.recommendation else None
-    rows = [_cells(quant, quant.tag == chosen)[1:] for quant in results.quants]
+    rows = [
+        [*_cells(quant, quant.tag == chosen)[1:], _perplexity(quant.perplexity), _divergence(quant.divergence)[0]]
+        for quant in results.quants
+    ]
     lines = [f"| {' | '.join(row)} |" for row in (titles, ["---", *["---:"] * (len(titles) - 1)], *rows)]
     engine = next((quant.speed.engine for quant in results.quants if quant.speed), None)
     measured = f"Measured on {results.machine.cpu}" + (f" with {engine}" if engine else "") + (
@@ -47,11 +51,21 @@ def markdown_table(results: Results) -> str:
     return "\n".join([*lines, "", measured, *([results.recommendation.reason] if results.recommendation else [])])
 
 
+def _table(titles: list[str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column("", width=1)
+    table.add_column("quant", no_wrap=True)
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    return table
+
+
+def _style(quant: QuantResult, chosen: str | None) -> str:
+    return "bold green" if quant.tag == chosen else "red" if any(flag.serious for flag in quant.flags) else ""
+
+
 def _cells(quant: QuantResult, chosen: bool) -> list[str]:
-    speed, score = quant.speed, quant.perplexity
-    perplexity = MISSING
-    if score is not None and score.value is not None:
-        perplexity = plain(score.value) if score.standard_error is None else f"{plain(score.value)} ± {plain(score.standard_error)}"
+    speed = quant.speed
     return [
         "→" if chosen else "",
         quant.quant,
@@ -61,8 +75,37 @@ def _cells(quant: QuantResult, chosen: bool) -> list[str]:
         rate(speed.generation_tokens_per_s if speed else None),
         seconds(speed.load_warm_s.median if speed and speed.load_warm_s else None),
         quantity(speed.peak_memory_bytes, "B") if speed and speed.peak_memory_bytes is not None else MISSING,
-        perplexity,
     ]
+
+
+def _quality(results: Results, chosen: str | None) -> Table:
+    """Every file against the unquantized fine-tune, between the base that it came from and the fine-tune itself."""
+    table = _table(["perplexity\n± s.e.", "KL mean ± s.e.\nmillinats", "KL 99 %\nmillinats", "same top\ntoken ± s.e."])
+    if results.base:
+        table.add_row("", f"base {results.base.quant}", _perplexity(results.base.perplexity), *_divergence(results.base.divergence), style="dim")
+    for quant in results.quants:
+        mark = "→" if quant.tag == chosen else ""
+        table.add_row(mark, quant.quant, _perplexity(quant.perplexity), *_divergence(quant.divergence), style=_style(quant, chosen))
+    if results.reference:
+        table.add_row("", f"unquantized {results.reference.quant}", _perplexity(results.reference.perplexity), "0", "0", "100%", style="dim")
+    return table
+
+
+def _perplexity(score: Perplexity | None) -> str:
+    return MISSING if score is None or score.value is None else with_error(score.value, score.standard_error)
+
+
+def _divergence(found: Divergence | None) -> list[str]:
+    if found is None:
+        return [MISSING] * 3
+    error = None if found.standard_error is None else 1000 * found.standard_error
+    top_error = "" if found.same_top_standard_error is None else f" ± {100 * found.same_top_standard_error:.1f}"
+    return [with_error(1000 * found.mean, error), plain(1000 * found.p99), f"{100 * found.same_top:.1f}{top_error}%"]
+
+
+def with_error(value: float, error: float | None) -> str:
+    """ "8.52 ± 0.60": a figure, with its standard error where there is one."""
+    return plain(value) if error is None else f"{plain(value)} ± {plain(error)}"
 
 
 def rate(spread: Spread | None) -> str:

@@ -5,7 +5,7 @@
 The job (`Job`) is JSON on stdin. What comes out on stdout is JSON lines, each flushed, so that what was measured survives a later crash:
 
     {"event": "progress", "unit": "perplexity", "done": 12, "total": 100}
-    {"event": "result", "unit": "perplexity", "data": {…}}         a Speed, a Perplexity, or {"answers": [Answer, …]}
+    {"event": "result", "unit": "perplexity", "data": {…}}         a Speed, Perplexity or Divergence, {"rows": …} kept, {"answers": [Answer, …]}
     {"event": "failed", "unit": "answers", "problem": "…", "remedy": "…"}
 
 How speed is taken (as llama-bench does): a prompt is a run of random token ids, new for each repeat; generation feeds one random token
@@ -21,11 +21,14 @@ import random
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 from olpack.compare.answers import flags_of
+from olpack.compare.divergence import LogitsWriter, kl_divergence, log_softmax, open_logits, summarize
 from olpack.compare.job import Job
 from olpack.compare.perplexity import perplexity
 from olpack.compare.results import Answer, Perplexity, PromptSpeed, Speed, Spread
@@ -45,20 +48,25 @@ def main() -> None:
         print(json.dumps(event), file=events, flush=True)
 
     job = Job.model_validate_json(sys.stdin.buffer.read())
-    for unit, measure in (("speed", measure_speed), ("perplexity", measure_perplexity), ("answers", measure_answers)):
-        if getattr(job, unit) is None:
+    for unit, measure, wanted in (
+        ("speed", measure_speed, job.speed),
+        ("rows", measure_rows, job.perplexity or job.keep_logits or job.divergence),
+        ("answers", measure_answers, job.answers),
+    ):
+        if not wanted:
             continue
         try:
             for step in measure(job):
                 if isinstance(step, tuple):
                     send(event="progress", unit=unit, done=step[0], total=step[1])
                 else:
-                    send(event="result", unit=unit, data=step)
+                    for name, data in step.items():
+                        send(event="result", unit=name, data=data)
         except OlpackError as error:
             send(event="failed", unit=unit, problem=error.problem, remedy=error.remedy)
 
 
-Steps = Iterator[tuple[int, int] | dict]  # (done, total) any number of times, then the result
+Steps = Iterator[tuple[int, int] | dict[str, dict]]  # (done, total) any number of times, then the results by unit
 
 
 def measure_speed(job: Job) -> Steps:
@@ -114,7 +122,7 @@ def measure_speed(job: Job) -> Steps:
         with _open(job, job.context):
             warm.append(time.perf_counter() - started)
         yield (done := done + 1), rounds
-    yield Speed(
+    speed = Speed(
         engine=job.engine,
         context=job.context,
         threads=job.threads,
@@ -124,25 +132,58 @@ def measure_speed(job: Job) -> Steps:
         generation_tokens_per_s=generation,
         generated_tokens=plan.generated_tokens,
         peak_memory_bytes=peak - before,
-    ).model_dump(mode="json")
+    )
+    yield {"speed": speed.model_dump(mode="json")}
 
 
-def measure_perplexity(job: Job) -> Steps:
-    """Negative log-probability of the learned tokens, row by row, and whether the GGUF's tokenizer gives the training's ids."""
-    rows = job.perplexity
-    sums, same = [], 0
-    with Engine(job.path, max(len(row.ids) for row in rows), job.untimed_threads, adapter=job.adapter) as engine:
-        for done, row in enumerate(rows, 1):
-            sums.append(-float(engine.logprobs(row.ids, row.learned).sum()))
-            same += engine.tokenize(row.text) == row.ids
-            yield done, len(rows)
-    value, error = perplexity(sums, [sum(row.learned[1:]) for row in rows])
-    yield Perplexity(
-        value=value if math.isfinite(value) else None,
-        standard_error=error if error is not None and math.isfinite(error) else None,
-        row_nll=[total if math.isfinite(total) else None for total in sums],
-        same_tokens_rows=same,
-    ).model_dump(mode="json")
+def measure_rows(job: Job) -> Steps:
+    """One pass over the rows for all that is taken from the learned tokens' logits.
+
+    Perplexity, and whether the GGUF's tokenizer gives the training's ids; the logits themselves, kept for other files; the divergence from
+    logits that were kept. Where only the divergence is wanted, only the rows that have kept logits are run.
+    """
+    all_rows = job.perplexity or job.keep_logits is not None
+    rows = job.rows if all_rows else job.rows[: job.divergence.rows]
+    counts = [sum(row.learned[1:]) for row in job.rows]
+    sums, same_tokens, divergences, same_top = [], 0, [], []
+    with ExitStack() as opened:
+        engine = opened.enter_context(Engine(job.path, max(len(row.ids) for row in rows), job.untimed_threads, adapter=job.adapter))
+        kept = opened.enter_context(LogitsWriter(job.keep_logits, counts, engine.vocabulary_size)) if job.keep_logits else None
+        against = None
+        if job.divergence:
+            against = iter(open_logits(job.divergence.path, sum(counts[: job.divergence.rows]), engine.vocabulary_size))
+        for number, row in enumerate(rows):
+            compared = against is not None and number < job.divergence.rows
+            total, row_divergences, row_same = 0.0, [], 0
+            for token, logits in engine.scored(row.ids, row.learned):
+                scores = log_softmax(logits)
+                total -= float(scores[token])
+                if kept:
+                    kept.add(number, logits)
+                if compared:
+                    reference = next(against)
+                    row_divergences.append(kl_divergence(log_softmax(reference), scores))
+                    row_same += int(np.argmax(reference) == np.argmax(logits))
+            sums.append(total)
+            same_tokens += engine.tokenize(row.text) == row.ids
+            if compared:
+                divergences.append(row_divergences)
+                same_top.append(row_same)
+            yield number + 1, len(rows)
+    found: dict[str, dict] = {}
+    if job.perplexity:
+        value, error = perplexity(sums, counts)
+        found["perplexity"] = Perplexity(
+            value=value if math.isfinite(value) else None,
+            standard_error=error if error is not None and math.isfinite(error) else None,
+            row_nll=[total if math.isfinite(total) else None for total in sums],
+            same_tokens_rows=same_tokens,
+        ).model_dump(mode="json")
+    if kept:
+        found["logits"] = {"rows": kept.rows}
+    if divergences and all(math.isfinite(value) for row in divergences for value in row):
+        found["divergence"] = summarize(job.divergence.quant, divergences, same_top).model_dump(mode="json")
+    yield found
 
 
 def measure_answers(job: Job) -> Steps:
@@ -155,7 +196,7 @@ def measure_answers(job: Job) -> Steps:
             flags = flags_of(text, generation.finish)
             answers.append(Answer(text=text, finish=generation.finish, tokens=generation.tokens, flags=flags).model_dump(mode="json"))
             yield done, len(job.answers)
-    yield {"answers": answers}
+    yield {"answers": {"answers": answers}}
 
 
 def _open(job: Job, context: int) -> Engine:

@@ -238,19 +238,27 @@ class Engine:
         Returns:
             float64, one per wanted token, in order. The softmax is taken in float64 over llama.cpp's float32 logits.
         """
+        found = []
+        for token, logits in self.scored(ids, wanted):
+            top = logits.max()
+            found.append(float(logits[token] - top - np.log(np.exp(logits - top).sum())))
+        return np.array(found, dtype=np.float64)
+
+    def scored(self, ids: Sequence[int], wanted: Sequence[bool]) -> Iterator[tuple[int, np.ndarray]]:
+        """Each wanted token with the logits from which it would have been drawn, given all tokens before it. Arguments as for `logprobs`.
+
+        Returns:
+            (token, float64 of shape [vocabulary]) for one wanted token after the other; only one is held at a time.
+        """
         self._forget(len(ids))
         # Position i predicts token i + 1.
         predicts = [bool(flag) for flag in wanted[1:]]
         while predicts and not predicts[-1]:  # what comes after the last wanted token is of no use
             predicts.pop()
-        found: list[float] = []
         for start, stop in _chunks(predicts, _BATCH, self._outputs):
             self._decode(ids[start:stop], start, predicts[start:stop])
             for position in (position for position in range(start, stop) if predicts[position]):
-                logits = self._logits(position - start)
-                top = logits.max()
-                found.append(float(logits[ids[position + 1]] - top - np.log(np.exp(logits - top).sum())))
-        return np.array(found, dtype=np.float64)
+                yield ids[position + 1], self._logits(position - start)
 
     def generate(self, prompt: list[dict] | Sequence[int], max_tokens: int | None = None, sampling: Sampling = Sampling()) -> Generation:
         """Answer a conversation (messages), or go on from token ids.
