@@ -99,12 +99,14 @@ class Compare(_Section):
     """At most this many held-out rows are scored."""
     prompts: list[str] = Field(default_factory=list)
     """Prompts answered by every quant, side by side in the report. None given: the first three held-out requests."""
-    prompt_tokens: Annotated[int, Field(ge=16)] = 512
-    """Length of the prompts on which speed is measured."""
+    prompt_tokens: list[Annotated[int, Field(ge=16)]] = Field(default=[128, 512], min_length=1)
+    """Lengths of the prompts on which speed is measured."""
     generated_tokens: Annotated[int, Field(ge=8)] = 64
     """Tokens generated in each timed run."""
-    repeats: Annotated[int, Field(ge=1)] = 3
-    """Timed runs per figure; the table shows their median, the report their spread."""
+    repeats: Annotated[int, Field(ge=1)] = 4
+    """Timed runs per figure, in two rounds; the table shows their median, the report their spread."""
+    clients: list[Annotated[int, Field(ge=1, le=256)]] = Field(default_factory=list)
+    """Numbers of clients that ask at once, such as [1, 2, 4, 8]. Only through a server, and only where it is asked for: it takes long."""
     max_loss: Annotated[float, Field(gt=0)] = 0.01
     """The recommended quant is the smallest whose perplexity is at most this share above the best."""
     reference: bool = True

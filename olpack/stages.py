@@ -138,7 +138,8 @@ def compare(build: Build, steps: list[Step]) -> None:
     from olpack.deploy.register import point_latest
 
     asked, paths, (step,) = build.recipe.compare, build.paths, steps
-    settings = MeasureSettings(prompt_lengths=(asked.prompt_tokens,), generated_tokens=asked.generated_tokens, repeats=asked.repeats,
+    settings = MeasureSettings(prompt_lengths=tuple(asked.prompt_tokens), generated_tokens=asked.generated_tokens, repeats=asked.repeats,
+                               clients=tuple(asked.clients),
                                context=build.package.parameters["num_ctx"], tolerance=asked.max_loss)
     _, held_out = build.rows
     client = OllamaClient() if build.server else None

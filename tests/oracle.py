@@ -25,7 +25,7 @@ quants: [Q4_K_M, Q8_0]
 modelfile:
   system: Answer in words.
   parameters: {{temperature: 0.0, num_ctx: 128}}
-compare: {{prompt_tokens: 32, generated_tokens: 8, repeats: 1}}
+compare: {{prompt_tokens: [32], generated_tokens: 8, repeats: 1}}
 """
 
 

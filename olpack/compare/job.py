@@ -11,10 +11,10 @@ from pydantic import BaseModel
 LOGITS_BYTES = 1 << 30
 
 
-
 class SpeedJob(BaseModel):
-    """What `olpack.compare.MeasureSettings` says about speed."""
+    """One round of what `olpack.compare.MeasureSettings` says about speed."""
 
+    round: int
     prompt_lengths: list[int]
     generated_tokens: int
     repeats: int

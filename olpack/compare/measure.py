@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import TypeAdapter
+
 from olpack import progress
+from olpack.compare import speed
 from olpack.compare.cache import Cache
-from olpack.compare.job import LOGITS_BYTES, Job, RowJob, SpeedJob
+from olpack.compare.job import LOGITS_BYTES, Job, RowJob
 from olpack.compare.machine import describe_machine
 from olpack.compare.recommend import recommend, set_losses
 from olpack.compare.results import SCHEMA_VERSION, Answer, Divergence, Flag, Perplexity, QuantResult, Results, Rows, Speed
-from olpack.compare.server import measure_speed as measure_served_speed
-from olpack.compare.units import Steps, Units, run_worker
+from olpack.compare.units import Units, run_worker
 from olpack.compare.yardstick import Held, Yardstick, hold
 from olpack.data.rows import TokenRow
 from olpack.errors import OlpackError
@@ -60,7 +62,8 @@ class MeasureSettings:
     Attributes:
         prompt_lengths: prompt lengths in tokens at which prompt speed is taken.
         generated_tokens: tokens generated in one timed run.
-        repeats: timed runs of each speed figure; one more goes before and is discarded.
+        repeats: timed runs of each speed figure, shared out over the rounds; in each round one more goes before and is discarded.
+        clients: numbers of clients that ask at once, measured through a server only; none: it is not measured.
         context: context length to load with, in tokens. Memory depends on it: give what the package serves (num_ctx).
         threads: CPU threads of the embedded engine; None: the physical cores that this process may use.
         answer_tokens: an answer is cut here.
@@ -70,6 +73,7 @@ class MeasureSettings:
     prompt_lengths: tuple[int, ...] = (512,)
     generated_tokens: int = 64
     repeats: int = 5
+    clients: tuple[int, ...] = ()
     context: int = 4096
     threads: int | None = None
     answer_tokens: int = 256
@@ -88,8 +92,8 @@ def measure(
 ) -> Results:
     """Speed, memory, perplexity and answers of every file, with the recommendation.
 
-    Speed, load time and memory come from the server where there is one, else from the embedded engine; perplexity and answers always come
-    from the embedded engine, on the GGUF that ships.
+    Speed, load time and memory come from the server where there is one, else from the embedded engine, in rounds that visit every file;
+    perplexity and answers always come from the embedded engine, on the GGUF that ships.
 
     Args:
         files: the GGUFs; the order is kept.
@@ -115,25 +119,22 @@ def measure(
         untimed = max(1, round(threads * (1 - machine.busy)))
         progress.warn(f"Others use {machine.busy:.0%} of this machine's CPU time: measuring will take long, and speeds will come out low.")
     described = _describe_rows(rows) if rows else None
-    lengths, generated, repeats = list(settings.prompt_lengths), settings.generated_tokens, settings.repeats
     job = Job(
         path=Path(), engine=embedded, context=settings.context, threads=threads, untimed_threads=untimed,
         answer_tokens=settings.answer_tokens, rows=[RowJob(ids=row.ids, learned=row.learned, text=row.text) for row in rows],
     )  # fmt: skip
-    wanted = {
-        "speed": None if server else SpeedJob(prompt_lengths=lengths, generated_tokens=generated, repeats=repeats),
-        "perplexity": bool(rows),
-        "answers": list(prompts) or None,
+    wanted = {"perplexity": bool(rows), "answers": list(prompts) or None}
+    timed = {
+        "engine": f"Ollama {server_version}, {server.url}" if server else f"{embedded}, {threads} threads",
+        "cpu": machine.cpu,
+        "context": settings.context,
+        "prompt_lengths": list(settings.prompt_lengths),
+        "generated_tokens": settings.generated_tokens,
+        "repeats": settings.repeats,
     }
     depends: dict[str, dict] = {
-        "speed": {
-            "engine": f"Ollama {server_version}, {server.url}" if server else f"{embedded}, {threads} threads",
-            "cpu": machine.cpu,
-            "context": settings.context,
-            "prompt_lengths": lengths,
-            "generated_tokens": generated,
-            "repeats": repeats,
-        },
+        **dict.fromkeys(speed.UNITS, timed),
+        speed.CONCURRENCY: timed | {"clients": list(settings.clients)},
         "perplexity": {"engine": embedded, "rows": described.digest if described else None},
         "answers": {"engine": embedded, "prompts": list(prompts), "tokens": settings.answer_tokens, "context": settings.context},
     }
@@ -144,29 +145,32 @@ def measure(
     store = Cache(cache)
     files = [file if file.sha256 else replace(file, sha256=file_digest(Path(file.path))) for file in files]
     known = [Units(store, file.tag, {unit: rest | _weights(file) for unit, rest in depends.items()}) for file in files]
+    if server:
+        visit = speed.served(server, [f"{name}:{file.tag}" for file in files], known, settings)
+    else:
+        visit = speed.embedded(files, known, job, settings)
+    problems = speed.measure_speeds(known, visit, settings.repeats)
+    ran = {"engine": f"Ollama {server_version}" if server else embedded, "threads": None if server else threads}
     held = Held()
-    quants, errors = [], []
+    quants = []
     with ExitStack() as temporary:
         if yardstick and rows:
             needed = any("divergence" not in units.found for units in known)
             held = hold(yardstick, job, depends, store, needed, temporary)
-        for file, units in zip(files, known, strict=True):
-            problems: list[OlpackError] = []
+        for file, units, failed in zip(files, known, problems, strict=True):
             missing = {unit: value for unit, value in (wanted | {"divergence": held.logits}).items() if value and unit not in units.found}
             if missing:
-                problems += run_worker(job.model_copy(update={"path": Path(file.path), "adapter": file.adapter, **missing}), file.quant, units)
-            if server and "speed" not in units.found:
-                problems += _ask_server(server, f"{name}:{file.tag}", f"Ollama {server_version}", settings, units)
-            errors += problems
-            quants.append(_result(file, units.found, problems, described))
+                failed += run_worker(job.model_copy(update={"path": Path(file.path), "adapter": file.adapter, **missing}), file.quant, units)
+            figures = speed.speed_of(units, **ran, generated_tokens=settings.generated_tokens)
+            quants.append(_result(file, figures, units.found, failed, described))
 
-    if quants and not any(quant.speed or quant.perplexity or quant.answers for quant in quants) and errors:
-        raise errors[0]
+    if any(problems) and not any(quant.speed or quant.perplexity or quant.answers for quant in quants):
+        raise next(failed[0] for failed in problems if failed)
     if described:
         set_losses(quants, described.learned_tokens)
     results = Results(
         name=name, created=datetime.now(UTC).isoformat(timespec="seconds"), machine=machine, rows=described,
-        settings={**asdict(settings), "prompt_lengths": lengths}, prompts=list(prompts), quants=quants,
+        settings=TypeAdapter(MeasureSettings).dump_python(settings, mode="json"), prompts=list(prompts), quants=quants,
         reference=held.reference, base=held.base, flags=[Flag(code="reference", text=str(problem), serious=False) for problem in held.problems],
     )  # fmt: skip
     results.recommendation = recommend(results, settings.tolerance)
@@ -178,31 +182,19 @@ def _weights(file: QuantFile) -> dict[str, str]:
     return {"file": file.sha256} | ({"adapter": file_digest(file.adapter)} if file.adapter else {})
 
 
-def _ask_server(server: OllamaClient, model: str, engine: str, settings: MeasureSettings, units: Units) -> list[OlpackError]:
-    steps = Steps(f"measuring {model}")
-    try:
-        for step in measure_served_speed(server, model, engine, settings):
-            if isinstance(step, Speed):
-                units.add("speed", step.model_dump(mode="json"))
-            else:
-                steps.show("speed", *step)
-    except OlpackError as error:
-        return [error]
-    finally:
-        steps.close()
-    return []
-
-
-def _result(file: QuantFile, found: dict[str, dict], problems: list[OlpackError], rows: Rows | None) -> QuantResult:
+def _result(
+    file: QuantFile, speed: Speed | None, found: dict[str, dict], problems: list[OlpackError], rows: Rows | None
+) -> QuantResult:
     result = QuantResult(
         quant=file.quant, tag=file.tag, file=Path(file.path).name, sha256=file.sha256,
         size_bytes=file.size, bits_per_weight=file.bits_per_weight,
-        speed=Speed.model_validate(found["speed"]) if "speed" in found else None,
+        speed=speed,
         perplexity=Perplexity.model_validate(found["perplexity"]) if "perplexity" in found else None,
         divergence=Divergence.model_validate(found["divergence"]) if "divergence" in found else None,
         answers=[Answer.model_validate(answer) for answer in found["answers"]["answers"]] if "answers" in found else None,
     )  # fmt: skip
-    result.flags = [Flag(code="failed", text=str(error), serious=True) for error in problems]
+    # The same crash ends every measurement: it is told once.
+    result.flags = [Flag(code="failed", text=text, serious=True) for text in dict.fromkeys(str(error) for error in problems)]
     score = result.perplexity
     if score is not None and score.value is None:
         result.flags.append(Flag(code="broken", text="the model's probabilities are no numbers: this file is broken", serious=True))

@@ -37,7 +37,8 @@ def print_table(results: Results, console: Console | None = None) -> None:
 
 def markdown_table(results: Results) -> str:
     """The same table as Markdown, with what it was measured on and the recommendation below it."""
-    titles = ["quant", "size", "bits per weight", "prompt tokens/s", "generated tokens/s", "load", "peak memory", "perplexity ± s.e.", "KL divergence, millinats"]
+    titles = ["quant", "size", "bits per weight", "prompt tokens/s", "generated tokens/s", "load", "peak memory"]
+    titles += ["perplexity ± s.e.", "KL divergence, millinats"]
     chosen = results.recommendation.tag if results.recommendation else None
     rows = [
         [*_cells(quant, quant.tag == chosen)[1:], _perplexity(quant.perplexity), _divergence(quant.divergence)[0]]
@@ -71,7 +72,7 @@ def _cells(quant: QuantResult, chosen: bool) -> list[str]:
         quant.quant,
         quantity(quant.size_bytes, "B"),
         MISSING if quant.bits_per_weight is None else f"{quant.bits_per_weight:.2f}",
-        rate(speed.prompt[0].tokens_per_s if speed and speed.prompt else None),
+        rate(speed.prompt[-1].tokens_per_s if speed and speed.prompt else None),
         rate(speed.generation_tokens_per_s if speed else None),
         seconds(speed.load_warm_s.median if speed and speed.load_warm_s else None),
         quantity(speed.peak_memory_bytes, "B") if speed and speed.peak_memory_bytes is not None else MISSING,

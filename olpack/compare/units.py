@@ -10,7 +10,7 @@ from olpack.compare.job import Job
 from olpack.compare.process import events
 from olpack.errors import OlpackError
 
-_NOUNS = {"speed": "runs", "rows": "rows", "answers": "answers"}
+_NOUNS = {"speed": "runs", "concurrency": "loads", "rows": "rows", "answers": "answers"}
 
 
 class Units:

@@ -5,7 +5,7 @@
 The job (`Job`) is JSON on stdin. What comes out on stdout is JSON lines, each flushed, so that what was measured survives a later crash:
 
     {"event": "progress", "unit": "perplexity", "done": 12, "total": 100}
-    {"event": "result", "unit": "perplexity", "data": {…}}         a Speed, Perplexity or Divergence, {"rows": …} kept, {"answers": [Answer, …]}
+    {"event": "result", "unit": "perplexity", "data": {…}}         a SpeedRound, Perplexity or Divergence, {"rows": …} kept, {"answers": [Answer, …]}
     {"event": "failed", "unit": "answers", "problem": "…", "remedy": "…"}
 
 How speed is taken (as llama-bench does): a prompt is a run of random token ids, new for each repeat; generation feeds one random token
@@ -29,13 +29,14 @@ import psutil
 
 from olpack.compare.answers import flags_of
 from olpack.compare.divergence import LogitsWriter, kl_divergence, log_softmax, open_logits, summarize
+from olpack.compare.energy import joules
 from olpack.compare.job import Job
 from olpack.compare.perplexity import perplexity
-from olpack.compare.results import Answer, Perplexity, PromptSpeed, Speed, Spread
+from olpack.compare.results import Answer, Perplexity
+from olpack.compare.rounds import PromptRun, SpeedRound
 from olpack.errors import OlpackError
-from olpack.llamacpp.engine import Engine, Sampling
+from olpack.llamacpp.engine import Engine, Sampling, llama_cpp
 
-_WARM_LOADS = 3
 _BEFORE_GENERATION = 32  # tokens already in the context when generation is timed
 
 
@@ -70,70 +71,62 @@ Steps = Iterator[tuple[int, int] | dict[str, dict]]  # (done, total) any number 
 
 
 def measure_speed(job: Job) -> Steps:
-    """Load, prompt and generation speed, memory.
+    """One round of load, prompt and generation speed, and memory.
 
     Load time is from opening the file until one token has gone through the model. Memory is the growth of this process's resident set from
     just before the load to its peak after the timed runs: the weights as far as they were touched (mapped pages count), weights repacked
-    for the CPU, KV cache and compute buffers. Memory on a GPU is not in it.
+    for the CPU, KV cache and compute buffers. Memory on a GPU is not in it. Only the first round's first load can be cold.
     """
     plan = job.speed
-    rounds = (len(plan.prompt_lengths) + 1) * (plan.repeats + 1) + 1 + _WARM_LOADS
+    total = (len(plan.prompt_lengths) + 1) * (plan.repeats + 1) + 2
     done = 0
-    cold = _drop_from_cache(job.path)
+    cold = plan.round == 0 and _drop_from_cache(job.path)
     before, read_before = psutil.Process().memory_info().rss, _bytes_read()
     started = time.perf_counter()
     with _open(job, job.context) as engine:
         first_load = time.perf_counter() - started
         # Dropping is a request: the load was cold only if the file was read from the disk.
         cold = cold and _bytes_read() - read_before > job.path.stat().st_size / 2
-        yield (done := done + 1), rounds
+        yield (done := done + 1), total
 
-        fresh = random.Random(0)
+        fresh = random.Random(plan.round)
 
         def tokens(count: int) -> list[int]:
             return [fresh.randrange(engine.vocabulary_size) for _ in range(count)]
 
-        prompt = []
+        prompts = []
         for length in dict.fromkeys(min(length, job.context - plan.generated_tokens) for length in plan.prompt_lengths):
-            rates = []
-            for _ in range(plan.repeats + 1):
+            for repeat in range(plan.repeats + 1):
                 ids = tokens(length)
                 started = time.perf_counter()
-                engine.process(ids)
-                rates.append(length / (time.perf_counter() - started))
-                yield (done := done + 1), rounds
-            prompt.append(PromptSpeed(prompt_tokens=length, tokens_per_s=Spread.of(rates[1:])))
+                engine.process(ids)  # what chooses the first token is there when it returns
+                seconds = time.perf_counter() - started
+                if repeat:
+                    prompts.append(PromptRun(asked=length, tokens=length, seconds=seconds, first_token_s=seconds))
+                yield (done := done + 1), total
 
-        rates = []
-        for _ in range(plan.repeats + 1):
+        rates, energies = [], []
+        for repeat in range(plan.repeats + 1):
             engine.process(tokens(min(_BEFORE_GENERATION, job.context - plan.generated_tokens)))
             ids = tokens(plan.generated_tokens)
-            started = time.perf_counter()
+            used, started = joules(), time.perf_counter()
             for token in ids:
                 engine.extend(token)
-            rates.append(len(ids) / (time.perf_counter() - started))
-            yield (done := done + 1), rounds
-        generation = Spread.of(rates[1:])
+            if repeat:
+                rates.append(len(ids) / (time.perf_counter() - started))
+                if llama_cpp.llama_supports_gpu_offload() and used is not None and (now := joules()) is not None:
+                    energies.append((now - used) / len(ids))
+            yield (done := done + 1), total
         peak = _peak_resident()
 
-    warm = []
-    for _ in range(_WARM_LOADS):
-        started = time.perf_counter()
-        with _open(job, job.context):
-            warm.append(time.perf_counter() - started)
-        yield (done := done + 1), rounds
-    speed = Speed(
-        engine=job.engine,
-        context=job.context,
-        threads=job.threads,
-        load_cold_s=first_load if cold else None,
-        load_warm_s=Spread.of(warm),
-        prompt=prompt,
-        generation_tokens_per_s=generation,
-        generated_tokens=plan.generated_tokens,
-        peak_memory_bytes=peak - before,
-    )
-    yield {"speed": speed.model_dump(mode="json")}
+    started = time.perf_counter()
+    with _open(job, job.context):
+        again = time.perf_counter() - started
+    found = SpeedRound(
+        context=job.context, load_cold_s=first_load if cold else None, loads_s=[again] if plan.round == 0 else [first_load, again],
+        prompts=prompts, generation_tokens_per_s=rates, joules_per_token=energies, memory_bytes=peak - before,
+    )  # fmt: skip
+    yield {f"speed-{plan.round}": found.model_dump(mode="json")}
 
 
 def measure_rows(job: Job) -> Steps:

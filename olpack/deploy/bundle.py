@@ -82,10 +82,11 @@ def beside(modelfile: Path, ggufs: set[str]) -> str:
     named = {"from": before.source, "adapter": before.adapter}
     places = {command: f"./{Path(path).name}" for command, path in named.items() if path is not None}
     for command, place in places.items():
+        line = f"{command.upper()} {quoted(place)}"
         if Path(place).name not in ggufs:
             told = f"{modelfile} names {named[command]}, which is not among the GGUFs that go with it."
             raise OlpackError(told, "Run 'olpack build' again.")
-        text = re.sub(rf"(?im)^[ \t]*{command}[ \t].*$", lambda _, line=f"{command.upper()} {quoted(place)}": line, text, count=1)
+        text = re.sub(rf"(?im)^[ \t]*{command}[ \t].*$", line.replace("\\", r"\\"), text, count=1)
     if parse(text) != replace(before, source=places["from"], adapter=places.get("adapter")):
         raise OlpackError(f"The FROM of {modelfile} could not be changed.", "Put it before every other line of templates/Modelfile.j2.")
     return text
