@@ -25,17 +25,17 @@ _INFO = re.compile(r"^print_info: (\w+)\s*= (.*)$")
 _LAYER = re.compile(r"^load_tensors: layer\s+(\d+) assigned to device .*is_swa = 1")
 
 
-def dry_run(path: Path, settings: list[dict[str, Any]]) -> dict[str, Any]:
+def dry_run(path: Path, setting: dict[str, Any]) -> dict[str, Any]:
     """What llama.cpp says of one file.
 
     Args:
         path: a GGUF, whose data may be a hole.
-        settings: the fields of `footprint.Setting`, one set for each run.
+        setting: the fields of a `footprint.Setting`.
 
     Returns:
-        `info`: what llama.cpp prints of the model, as text; `sliding`: layers with a sliding window; `process_bytes`: growth of the
-        resident set by the load (vocabulary, bookkeeping); `runs`: for each setting `caches` ([bytes, cells, layers] of each KV cache),
-        `state_bytes` (recurrent layers), `compute_bytes`, `output_bytes` and `flash`, whether flash attention is used.
+        `info`: what llama.cpp prints of the model, as text; `sliding`: layers with a sliding window; `caches`: [bytes, cells, layers] of
+        each KV cache; `state_bytes`: of recurrent layers; `compute_bytes`; `output_bytes`; `process_bytes`: by how much the resident set
+        grew for all else (vocabulary, bookkeeping, the graph's nodes); `flash`: whether flash attention is used.
 
     Raises:
         OlpackError: llama.cpp refuses the file or the setting, in its own words.
@@ -46,22 +46,18 @@ def dry_run(path: Path, settings: list[dict[str, Any]]) -> dict[str, Any]:
         params = llama.llama_model_default_params()
         params.no_alloc, params.load_mode = True, llama.LLAMA_LOAD_MODE_NONE
         model = llama.llama_model_load_from_file(os.fsencode(path), params)
-    process_bytes = psutil.Process().memory_info().rss - before
     lines = "".join(log).splitlines()
     if not model:
         raise OlpackError(f"llama.cpp cannot load {path.name}: {_reason(lines)}.", "Make the file anew, or take one that `olpack run` loads.")
     try:
-        return {
-            "info": dict(match.groups() for match in map(_INFO.match, lines) if match),
-            "sliding": [int(match[1]) for match in map(_LAYER.match, lines) if match],
-            "process_bytes": process_bytes,
-            "runs": [_run(llama, model, setting) for setting in settings],
-        }
+        run = _run(llama, model, setting, before)
+        sliding = [int(match[1]) for match in map(_LAYER.match, lines) if match]
+        return {"info": dict(match.groups() for match in map(_INFO.match, lines) if match), "sliding": sliding, **run}
     finally:
         llama.llama_model_free(model)
 
 
-def _run(llama, model, setting: dict[str, Any]) -> dict[str, Any]:
+def _run(llama, model, setting: dict[str, Any], before: int) -> dict[str, Any]:
     params = llama.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch = setting["context"], setting["micro_batch"], setting["micro_batch"]
     params.n_outputs_max = setting["outputs"]
@@ -75,6 +71,7 @@ def _run(llama, model, setting: dict[str, Any]) -> dict[str, Any]:
     if not context:
         raise OlpackError(f"llama.cpp cannot make a context of {setting['context']:,} tokens: {_reason(lines)}.",
                           "Try a shorter context, or a KV cache in f16.")
+    grown = psutil.Process().memory_info().rss - before
     llama.llama_free(context)
     caches, layers = [], []
     for line in lines:
@@ -83,9 +80,11 @@ def _run(llama, model, setting: dict[str, Any]) -> dict[str, Any]:
         elif match := _CACHE.match(line):
             caches.append([round(float(match[1]) * _MIB), int(match[2]), layers])
             layers = []
+    state = _total(_STATE, lines)  # the one buffer that is really allocated
     return {
         "caches": caches,
-        "state_bytes": _total(_STATE, lines),
+        "state_bytes": state,
+        "process_bytes": max(0, grown - state),
         "compute_bytes": _total(_COMPUTE, lines),
         "output_bytes": _total(_OUTPUT, lines),
         "flash": setting["flash_attention"] is True or any("Flash Attention enabled" in line for line in lines),

@@ -25,7 +25,7 @@ from olpack.memory.subject import Subject
 from olpack.quants import QUANT_TYPES
 
 KV_TYPES = ("f16", "q8_0", "q4_0")
-_BYTES_PER_TOKEN = 430  # of llama.cpp's vocabulary: text, piece and merges of a token; the median of published vocabularies
+_BYTES_PER_TOKEN = 353  # of llama.cpp's vocabulary: the median of the 19 that its source holds (180 to 530 bytes a token)
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 _INPUTS = ("token_embd", "per_layer_token_embd", "position_embd", "token_types")
 
@@ -156,7 +156,7 @@ def plan(subject: Subject, quants: Sequence[str], setting: Setting) -> tuple[lis
     source = converter_source()
     with tempfile.TemporaryDirectory(prefix="olpack-") as scratch, progress.task(f"asking llama.cpp about {subject.label}"):
         write_hollow_checkpoint(subject.model, subject.config, Path(scratch))
-        found = _work({"file": None, "folder": scratch, "converter": str(source), "quants": list(quants), "settings": [asdict(setting)]},
+        found = _work({"file": None, "folder": scratch, "converter": str(source), "quants": list(quants), "setting": asdict(setting)},
                       subject.label)
     vocabulary = round(_BYTES_PER_TOKEN * subject.model.shape.vocabulary)
     return [_footprint(quant, setting, found["tensors"][quant], found, vocabulary) for quant in quants], _layout(found)
@@ -172,7 +172,7 @@ def read(path: Path, setting: Setting) -> tuple[Footprint, Layout]:
     if int(header.metadata.get("split.count", 1)) > 1:
         raise OlpackError(f"{path} is one part of a GGUF in several files.", "Join them with llama-gguf-split --merge.")
     tensors = [(name, math.prod(shape) // shape[0] * row_size(type_, shape[0])) for name, (shape, type_) in header.tensors.items()]
-    found = _work({"file": str(path.absolute()), "settings": [asdict(setting)]}, path.name)
+    found = _work({"file": str(path.absolute()), "setting": asdict(setting)}, path.name)
     by_number = {quant.ftype: quant.name for quant in QUANT_TYPES.values()}
     quant = by_number.get(header.metadata.get("general.file_type"), path.stem)
     return _footprint(quant, setting, tensors, found, 0), _layout(found)
@@ -189,20 +189,19 @@ def _footprint(quant: str, setting: Setting, tensors: Sequence[tuple[str, int]],
         else:
             output += size
             tied = tied and not name.startswith("output.")
-    (run,) = found["runs"]
     cache = [0.0] * layers
-    for size, _, of_layers in run["caches"]:
+    for size, _, of_layers in found["caches"]:
         for layer in of_layers:  # llama.cpp tells the sum of a cache; layers of one cache have the same number of cells
             cache[layer] += size / len(of_layers)
     return Footprint(
-        quant, setting, tuple(blocks), inputs, output, tied, tuple(cache), run["state_bytes"], run["compute_bytes"], run["output_bytes"],
-        found["process_bytes"] + vocabulary,
+        quant, setting, tuple(blocks), inputs, output, tied, tuple(cache), found["state_bytes"], found["compute_bytes"],
+        found["output_bytes"], found["process_bytes"] + vocabulary,
     )  # fmt: skip
 
 
 def _layout(found: dict[str, Any]) -> Layout:
-    info, (run,) = found["info"], found["runs"]
-    return Layout(info["arch"], int(info["n_layer"]), info.get("n_head_kv", "?"), tuple(found["sliding"]), run["state_bytes"] > 0, run["flash"])
+    info = found["info"]
+    return Layout(info["arch"], int(info["n_layer"]), info.get("n_head_kv", "?"), tuple(found["sliding"]), found["state_bytes"] > 0, found["flash"])
 
 
 def _work(job: dict[str, Any], label: str) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class Activations:
         layers: of each repeating layer.
         inputs: what a checkpointed layer keeps: its input.
         outside: of all that is no repeating layer.
-        working: the most that one layer's computation needs for a moment beside what it keeps.
+        working: what the backward pass of one layer needs for a moment beside what it kept.
     """
 
     layers: tuple[int, ...]
@@ -42,15 +42,16 @@ class Activations:
 
 @dataclass(frozen=True)
 class Training:
-    """Bytes of GPU memory at the peak of a step.
+    """Bytes of GPU memory that a training step takes.
 
     Attributes:
         weights: the frozen base.
         adapter, gradients, optimizer: of the adapter.
-        activations: without gradient checkpointing; None where they cannot be counted.
-        checkpointed: with it: layer inputs, and one layer computed again.
-        logits: of all tokens of the batch, with their gradient.
-        working: the largest weight in 16 bits while it is multiplied.
+        activations: kept from forward to backward pass without gradient checkpointing; None where they cannot be counted.
+        checkpointed: kept with it.
+        backward: what the backward pass of one layer needs for a moment; with checkpointing, that layer's activations come on top.
+        layer: activations of the largest layer.
+        logits: of all tokens of the batch, with their gradients.
     """
 
     weights: int
@@ -59,33 +60,38 @@ class Training:
     optimizer: int
     activations: int | None
     checkpointed: int | None
+    backward: int
+    layer: int
     logits: int
-    working: int
 
     @property
     def fixed(self) -> int:
         """Bytes that do not depend on the batch."""
-        return self.weights + self.adapter + self.gradients + self.optimizer + self.working
+        return self.weights + self.adapter + self.gradients + self.optimizer
 
     def total(self, checkpointing: bool) -> int | None:
-        """Peak of a step. With checkpointing, the logits are gone when the first layer is computed again: the larger of the two counts."""
-        kept = self.checkpointed if checkpointing else self.activations
-        return None if kept is None else self.fixed + kept + self.logits
+        """Peak of a step: either at the loss, where the logits are, or in the backward pass, where they are gone."""
+        if self.activations is None:
+            return None
+        if checkpointing:
+            return self.fixed + self.checkpointed + max(self.logits, self.layer + self.backward)
+        return self.fixed + self.activations + max(self.logits, self.backward)
 
 
-def frozen_bytes(model: MetaModel, precision: str) -> tuple[int, int]:
+def frozen_bytes(model: MetaModel, precision: str, rest_bytes: int = 2) -> tuple[int, int]:
     """(weights, quantization constants) of a model that transformers has loaded, in bytes.
 
     Args:
         precision: "float32", "bfloat16", "int8" (bitsandbytes' LLM.int8) or "nf4" (double quantization). The last two leave embeddings,
-            output layer, norms and stacked experts in 16 bits.
+            output layer, norms and stacked experts as they are.
+        rest_bytes: of each weight that is left as it is.
     """
     total = model.parameters.total
     if precision in ("float32", "bfloat16"):
         return total * (4 if precision == "float32" else 2), 0
     shapes = model.quantizable().values()
     packed = sum(rows * columns for rows, columns in shapes)
-    rest = 2 * (total - packed)
+    rest = rest_bytes * (total - packed)
     if precision == "int8":
         return rest + packed, 4 * sum(rows for rows, _ in shapes)
     return rest + round(packed * NF4_CODES), round(packed * NF4_SCALES)
@@ -116,19 +122,20 @@ def estimate_training(model: MetaModel, *, rank: int, tokens: int, quantized: bo
         tokens: that go through the model at once; all of them are taken to be learned.
     """
     adapter = adapter_parameters(model, rank)
-    shapes = adapter_shapes(model).values()
     found = None
     with contextlib.suppress(OlpackError):
         found = activations(model, tokens)
+    dequantized = 2 * max(rows * columns for rows, columns in adapter_shapes(model).values()) if quantized else 0
     return Training(
         weights=sum(frozen_bytes(model, "nf4" if quantized else "bfloat16")),
         adapter=adapter * _ADAPTER,
         gradients=adapter * _GRADIENT,
         optimizer=round(adapter * _MOMENTS_8BIT),
-        activations=sum(found.layers) + found.outside + found.working if found else None,
-        checkpointed=found.inputs + max(found.layers) + found.outside + found.working if found else None,
+        activations=sum(found.layers) + found.outside if found else None,
+        checkpointed=found.inputs + found.outside if found else None,
+        backward=(found.working if found else 0) + dequantized,
+        layer=max(found.layers) if found else 0,
         logits=tokens * model.shape.vocabulary * _LOGIT,
-        working=2 * max(rows * columns for rows, columns in shapes) if quantized else 0,
     )
 
 

@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def _of_file(job: dict[str, Any]) -> dict[str, Any]:
-    return dry_run(Path(job["file"]), job["settings"])
+    return dry_run(Path(job["file"]), job["setting"])
 
 
 def _of_folder(job: dict[str, Any]) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def _of_folder(job: dict[str, Any]) -> dict[str, Any]:
     model = converter.open_model(Path(job["folder"]), vocabulary=False)
     with hollow_file(model) as hollow:
         plans = plan_files(model, hollow, [quant_type(name) for name in job["quants"]])
-        found = dry_run(hollow, job["settings"])
+        found = dry_run(hollow, job["setting"])
     return {**found, "tensors": {plan.quant.name: [[name, nbytes] for name, _, nbytes in plan.tensors] for plan in plans}}
 
 
