@@ -26,6 +26,7 @@ from olpack.workspace import BuildPaths, file_digest, locked, template_source, v
 if TYPE_CHECKING:
     from olpack.data import Renderer, TokenRow
     from olpack.deploy import Package
+    from olpack.memory.shape import MetaModel
 
 STAGES = ("train", "export", "modelfiles", "deploy", "compare")
 ADAPTER = "adapter"  # beside the names of quants: what the export makes of an adapter that is not merged
@@ -91,6 +92,13 @@ class Build:
     def base(self) -> Base:
         """The base model, fetched from the Hub where that is needed."""
         return resolve(self.recipe.base, relative_to=self.recipe.folder, revision=self.recipe.revision)
+
+    @cached_property
+    def meta_model(self) -> MetaModel:
+        """The base without data, for counting."""
+        from olpack.memory.shape import MetaModel
+
+        return MetaModel(self.base.config, self.base.label)
 
     def data_file(self, which: str) -> Path | None:
         """The file of `data.train` or `data.eval`; None where the recipe names none."""

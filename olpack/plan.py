@@ -99,8 +99,9 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
             progress.warn(warning)
         if build.paths.base:
             from olpack.export.lora import check_adapter
+            from olpack.memory.training import adapter_shapes
 
-            check_adapter(build.base.path, _adapted(build))
+            check_adapter(build.base.path, adapter_shapes(build.meta_model, build.recipe.train.target_modules))
     if "deploy" in stages:
         from olpack.deploy.client import OllamaClient
 
@@ -131,6 +132,7 @@ def estimate(build: Build) -> Estimate:
     """Sizes, counts and time of a whole build. Times one matrix product; writes nothing."""
     import torch
 
+    from olpack.memory.training import frozen_bytes
     from olpack.train.batches import schedule
     from olpack.train.model import pick_device
 
@@ -140,9 +142,8 @@ def estimate(build: Build) -> Estimate:
     adapter = _adapter_parameters(build)
     tokens = sum(len(row.ids) for row in rows)
     parameters = exported.parameters
-    bits = 4.13 if asked.quantization == "nf4" else 32 if device.type == "cpu" else 16  # NF4 with double quantization: 4 + 8/64 + 32/(64*256)
-    linear = _linear_parameters(build)
     full = 4 if device.type == "cpu" else 2
+    held = "nf4" if asked.quantization == "nf4" else "float32" if full == 4 else "bfloat16"
     passes = asked.epochs * tokens * 4 + 2 * sum(len(row.ids) for row in held_out) * 2  # forward 2, backward of activations 2, per weight and token
     return Estimate(
         parameters=parameters,
@@ -154,7 +155,7 @@ def estimate(build: Build) -> Estimate:
         adapter_parameters=adapter,
         device="cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
         train_seconds=passes * parameters / (0.5 * _matmul_rate()) if device.type == "cpu" else None,
-        weights_bytes=round(linear * bits / 8) + (parameters - linear) * full,
+        weights_bytes=sum(frozen_bytes(build.meta_model, held, full)),
         adapter_bytes=adapter * (4 + 4 + (8 if device.type == "cpu" else 2)),
         disk_bytes=exported.sizes,
         temporary_bytes=_temporary_bytes(build, parameters),
@@ -176,31 +177,10 @@ def _matmul_rate() -> float:
     return 2 * n**3 / best
 
 
-def _linear_shapes(build: Build) -> dict[str, tuple[int, int]]:
-    """(rows, columns) of the weights of all linear layers but the output head, from a model without data."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(build.base.path, local_files_only=True))
-    head = model.get_output_embeddings()
-    return {name: tuple(module.weight.shape) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head}
-
-
-def _linear_parameters(build: Build) -> int:
-    return sum(rows * columns for rows, columns in _linear_shapes(build).values())
-
-
 def _adapter_parameters(build: Build) -> int:
-    """rank × (rows + columns) of each layer that gets an adapter."""
-    return sum(build.recipe.train.rank * sum(shape) for shape in _adapted(build).values())
+    from olpack.memory.training import adapter_parameters
 
-
-def _adapted(build: Build) -> dict[str, tuple[int, int]]:
-    """(rows, columns) of the layers that get an adapter."""
-    asked = build.recipe.train.target_modules
-    targets = [asked] if isinstance(asked, str) else asked
-    return {name: shape for name, shape in _linear_shapes(build).items() if targets == ["all-linear"] or name.rsplit(".", 1)[-1] in targets}
+    return adapter_parameters(build.meta_model, build.recipe.train.rank, build.recipe.train.target_modules)
 
 
 def write_plan(build: Build) -> None:
@@ -242,7 +222,7 @@ def print_plan(plan: dict) -> None:
                   + (f", about {progress.duration(found['train_seconds'])}" if found["train_seconds"] else ""))
     needs.add_row("adapter", f"{found['adapter_parameters']:,} weights, {progress.quantity(found['adapter_bytes'], 'B')} with gradients and optimizer")
     needs.add_row("frozen base", f"{progress.quantity(found['weights_bytes'], 'B')} in memory as {plan['settings']['train.quantization']['value']}, "
-                                 "activations and logits besides")
+                                 "activations and logits besides (`olpack estimate`)")
     files = ", ".join(f"{quant} {progress.quantity(size, 'B')}" for quant, size in found["disk_bytes"].items())
     needs.add_row("disk", f"{progress.quantity(sum(found['disk_bytes'].values()), 'B')}: {files}; no intermediate files")
     if found["temporary_bytes"]:

@@ -111,10 +111,12 @@ def open_model(
     chat_template: str | None = None,
     end_of_turn: str | None = None,
     metadata: Mapping[str, str] | None = None,
+    vocabulary: bool = True,
 ) -> SourceModel:
     """Open a model folder with llama.cpp's converter. Reads configuration, tokenizer and tensor headers; no weight is loaded.
 
-    The arguments are those of `olpack.export.export`.
+    The arguments are those of `olpack.export.export`, and `vocabulary`: False where the folder has no tokenizer and only shapes are
+    asked for. llama.cpp loads such a model, but can turn no text into tokens with it.
 
     Raises:
         OlpackError: what the converter does not know or refuses, in its words where they say more.
@@ -126,6 +128,8 @@ def open_model(
         origins = _record_origins(model)
         if adapter is not None:
             _merge(model, adapter)
+        if not vocabulary:
+            model.set_vocab = lambda: _set_empty_vocabulary(model)
         try:
             model.prepare_tensors()
         except (ValueError, NotImplementedError, KeyError, AssertionError) as error:
@@ -182,6 +186,11 @@ def _construct(source: Path, name: str | None) -> Any:
         raise _refused(source, error) from error
     _recognize_pretokenizer(model, source)
     return model
+
+
+def _set_empty_vocabulary(model: Any) -> None:
+    model.gguf_writer.add_tokenizer_model("no_vocab")
+    model.gguf_writer.add_vocab_size(model.gguf_writer.tensors[0]["token_embd.weight"].shape[0])
 
 
 def _recognize_pretokenizer(model: Any, source: Path) -> None:

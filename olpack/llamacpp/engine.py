@@ -125,6 +125,7 @@ class Engine:
         params.n_ctx = context
         params.n_batch = params.n_ubatch = _BATCH
         params.n_outputs_max = self._outputs
+        params.swa_full = False  # one sequence that only grows or begins anew: a sliding layer needs no more than its window
         params.n_threads = params.n_threads_batch = threads or usable_cores()
         params.no_perf = True
         self._context = llama_cpp.llama_init_from_model(self._model, params)
