@@ -21,11 +21,13 @@ from olpack.base import Base, resolve
 from olpack.errors import OlpackError
 from olpack.quants import quant_type
 from olpack.recipe import Recipe
+from olpack.tasks import function_files
 from olpack.workspace import BuildPaths, file_digest, locked, template_source, value_digest, write_atomically
 
 if TYPE_CHECKING:
     from olpack.data import Renderer, TokenRow
     from olpack.deploy import Package
+    from olpack.tasks import Task
 
 STAGES = ("train", "export", "modelfiles", "deploy", "compare")
 
@@ -104,6 +106,23 @@ class Build:
         return load_rows(self.data_file("train"), self.data_file("eval"), self.renderer, max_length=limit, eval_share=data.eval_share)
 
     @cached_property
+    def tasks(self) -> list[Task]:
+        """What every quant is scored on, from the recipe or the file that it names.
+
+        Raises:
+            OlpackError: tasks that are wrong, each with its place.
+        """
+        from olpack.tasks import load_tasks, parse_task
+
+        asked, folder, system = self.recipe.compare.tasks, self.recipe.folder, self.recipe.modelfile.system
+        if isinstance(asked, str):
+            return load_tasks(folder / asked, system)
+        try:
+            return [parse_task(item, f"task {number}", folder, system) for number, item in enumerate(asked, 1)]
+        except ValueError as error:
+            raise OlpackError(f"{folder / 'recipe.yaml'}: compare.tasks: {error}.") from None
+
+    @cached_property
     def package(self) -> Package:
         """What every tag is registered with, beside its weights; `num_ctx` is always set."""
         from olpack.deploy.modelfile import Package
@@ -134,6 +153,9 @@ class Build:
         if stage == "deploy":
             return made | served | files
         asked = {name: self.package.parameters.get(name) for name in _OF_THE_SPEED} | {"modelfile.system": self.recipe.modelfile.system}
+        if self.tasks:
+            asked["compare.tasks"] = value_digest([[task.messages, task.check, [str(part) for part in task.expected]] for task in self.tasks])
+            asked |= {str(path): file_digest(path) for path in function_files(self.tasks)}
         return made | files | self._data("eval") | self._settings("compare") | asked | {"templates/report.html.j2": template_source("report.html.j2")}
 
     def _data(self, side: str) -> dict[str, Any]:

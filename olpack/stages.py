@@ -120,7 +120,7 @@ def compare(build: Build, steps: list[Step]) -> None:
     _, held_out = build.rows
     client = OllamaClient() if build.server else None
     results = measure(quant_files(build), held_out[: asked.eval_rows], questions(build), settings, client, build.recipe.name,
-                      cache=paths.compare / "measured", yardstick=_yardstick(build) if asked.reference else None)
+                      cache=paths.compare / "measured", yardstick=_yardstick(build) if asked.reference else None, tasks=build.tasks)
     write_results(results, paths.results)
     write_report(results, paths.report, template_source("report.html.j2"), metrics=paths.adapter / "metrics.jsonl")
     best = results.recommendation

@@ -55,3 +55,4 @@ class Job(BaseModel):
     keep_logits: Path | None = None
     divergence: LogitsJob | None = None
     answers: list[list[dict]] | None = None
+    tasks: list[list[dict]] | None = None

@@ -15,13 +15,15 @@ from olpack.compare.cache import Cache
 from olpack.compare.job import LOGITS_BYTES, Job, RowJob, SpeedJob
 from olpack.compare.machine import describe_machine
 from olpack.compare.recommend import recommend, set_losses
-from olpack.compare.results import SCHEMA_VERSION, Answer, Divergence, Flag, Perplexity, QuantResult, Results, Rows, Speed
+from olpack.compare.results import SCHEMA_VERSION, Answer, Divergence, Flag, Perplexity, QuantResult, Results, Rows, Scores, Speed, TaskAsked
+from olpack.compare.scores import check_answers
 from olpack.compare.server import measure_speed as measure_served_speed
 from olpack.compare.units import Steps, Units, run_worker
 from olpack.compare.yardstick import Held, Yardstick, hold
 from olpack.data.rows import TokenRow
 from olpack.errors import OlpackError
 from olpack.llamacpp.cores import usable_cores
+from olpack.tasks import Task, function_files
 from olpack.workspace import file_digest, value_digest
 
 if TYPE_CHECKING:
@@ -83,6 +85,7 @@ def measure(
     name: str,
     cache: Path | None = None,
     yardstick: Yardstick | None = None,
+    tasks: Sequence[Task] = (),
 ) -> Results:
     """Speed, memory, perplexity and answers of every file, with the recommendation.
 
@@ -99,6 +102,7 @@ def measure(
             An interrupted comparison goes on from there, and an unchanged quant is not measured again. None: nothing is kept.
         yardstick: how to make the unquantized fine-tune and the untuned base. They are made only if a figure that is not in the cache
             needs them, and removed before the others are measured. None, or no rows: no KL divergence and no figures of the base.
+        tasks: what every file, and the base, is asked and scored on.
 
     Raises:
         OlpackError: nothing could be measured of any file. One file that fails is flagged in its result and does not stop the others.
@@ -122,6 +126,7 @@ def measure(
         "speed": None if server else SpeedJob(prompt_lengths=lengths, generated_tokens=generated, repeats=repeats),
         "perplexity": bool(rows),
         "answers": list(prompts) or None,
+        "tasks": [task.messages for task in tasks] or None,
     }
     depends: dict[str, dict] = {
         "speed": {
@@ -135,6 +140,10 @@ def measure(
         "perplexity": {"engine": embedded, "rows": described.digest if described else None},
         "answers": {"engine": embedded, "prompts": list(prompts), "tokens": settings.answer_tokens, "context": settings.context},
     }
+    if tasks:
+        depends["tasks"] = depends["answers"] | {"prompts": wanted["tasks"]}
+        checks = [[task.check, [str(part) for part in task.expected]] for task in tasks]
+        depends["scores"] = depends["tasks"] | {"checks": checks, "functions": [file_digest(path) for path in function_files(tasks)]}
     if yardstick and rows:
         depends["divergence"] = depends["perplexity"] | {"reference": yardstick.reference_key, "kept": LOGITS_BYTES}
     depends = {unit: {"schema": SCHEMA_VERSION, **rest} for unit, rest in depends.items()}
@@ -147,7 +156,7 @@ def measure(
     with ExitStack() as temporary:
         if yardstick and rows:
             needed = any("divergence" not in units.found for units in known)
-            held = hold(yardstick, job, depends, store, needed, temporary)
+            held = hold(yardstick, job, depends, store, needed, temporary, tasks)
         for file, units in zip(files, known, strict=True):
             problems: list[OlpackError] = []
             missing = {unit: value for unit, value in (wanted | {"divergence": held.logits}).items() if value and unit not in units.found}
@@ -155,6 +164,10 @@ def measure(
                 problems += run_worker(job.model_copy(update={"path": Path(file.path), **missing}), file.quant, units)
             if server and "speed" not in units.found:
                 problems += _ask_server(server, f"{name}:{file.tag}", f"Ollama {server_version}", settings, units)
+            try:
+                check_answers(tasks, units, file.quant)
+            except OlpackError as error:
+                problems.append(error)
             errors += problems
             quants.append(_result(file, units.found, problems, described))
 
@@ -165,10 +178,15 @@ def measure(
     results = Results(
         name=name, created=datetime.now(UTC).isoformat(timespec="seconds"), machine=machine, rows=described,
         settings={**asdict(settings), "prompt_lengths": lengths}, prompts=list(prompts), quants=quants,
+        tasks=[TaskAsked(messages=task.messages, check=task.check, expected=_shown(task), source=task.source) for task in tasks],
         reference=held.reference, base=held.base, flags=[Flag(code="reference", text=str(problem), serious=False) for problem in held.problems],
     )  # fmt: skip
     results.recommendation = recommend(results, settings.tolerance)
     return results
+
+
+def _shown(task: Task) -> str | list[str]:
+    return f"{task.expected[0].name}:{task.expected[1]}" if task.check == "function" else task.expected
 
 
 def _ask_server(server: OllamaClient, model: str, engine: str, settings: MeasureSettings, units: Units) -> list[OlpackError]:
@@ -194,6 +212,8 @@ def _result(file: QuantFile, found: dict[str, dict], problems: list[OlpackError]
         perplexity=Perplexity.model_validate(found["perplexity"]) if "perplexity" in found else None,
         divergence=Divergence.model_validate(found["divergence"]) if "divergence" in found else None,
         answers=[Answer.model_validate(answer) for answer in found["answers"]["answers"]] if "answers" in found else None,
+        task_answers=[Answer.model_validate(answer) for answer in found["tasks"]["answers"]] if "tasks" in found else None,
+        scores=Scores.model_validate(found["scores"]) if "scores" in found else None,
     )  # fmt: skip
     result.flags = [Flag(code="failed", text=str(error), serious=True) for error in problems]
     score = result.perplexity

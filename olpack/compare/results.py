@@ -107,6 +107,34 @@ class Answer(_Record):
     flags: list[Literal["empty", "looping", "endless"]] = []
 
 
+class CheckScore(_Record):
+    """Tasks of one check."""
+
+    check: str = Field(description='"exact", "contains", "regex", "json", "python", "python_asserts" or "function"')
+    count: int
+    mean: float
+    standard_error: float | None = Field(description="null with fewer than two tasks, and where all scored the same")
+
+
+class Scores(_Record):
+    """Task scores, each from 0 to 1, the tasks being the sampling unit."""
+
+    count: int
+    mean: float
+    standard_error: float | None = Field(description="null with fewer than two tasks, and where all scored the same")
+    checks: list[CheckScore]
+    values: list[float] = Field(description="one per task, in the order of `Results.tasks`")
+
+
+class TaskAsked(_Record):
+    """A task as it was put to every file."""
+
+    messages: list[dict]
+    check: str
+    expected: str | list[str] = Field(description="what the check compares with")
+    source: str = Field(description='where the task stands: "tasks.jsonl:4"')
+
+
 class Flag(_Record):
     """Something that a person should know before choosing this quant."""
 
@@ -129,6 +157,8 @@ class QuantResult(_Record):
     loss: Loss | None = None
     divergence: Divergence | None = Field(None, description="null without an unquantized reference")
     answers: list[Answer] | None = Field(None, description="one per prompt, in the order of `Results.prompts`")
+    task_answers: list[Answer] | None = Field(None, description="one per task, in the order of `Results.tasks`")
+    scores: Scores | None = None
     flags: list[Flag] = []
 
 
@@ -145,6 +175,7 @@ class BaseResult(_Record):
     quant: str = Field(description='"Q8_0"')
     perplexity: Perplexity | None = None
     divergence: Divergence | None = Field(None, description="from the unquantized fine-tune")
+    scores: Scores | None = None
 
 
 class Rows(_Record):
@@ -185,6 +216,7 @@ class Results(_Record):
     settings: dict = Field(description="the settings it ran with")
     rows: Rows | None = None
     prompts: list[list[dict]] = Field([], description="conversations put to every quant")
+    tasks: list[TaskAsked] = []
     quants: list[QuantResult]
     reference: Reference | None = None
     base: BaseResult | None = None

@@ -10,11 +10,11 @@ from olpack.compare.job import Job
 from olpack.compare.process import events
 from olpack.errors import OlpackError
 
-_NOUNS = {"speed": "runs", "rows": "rows", "answers": "answers"}
+_NOUNS = {"speed": "runs", "rows": "rows", "answers": "answers", "tasks": "answers"}
 
 
 class Units:
-    """What is known of one file, by unit: "speed", "perplexity", "divergence", "answers".
+    """What is known of one file, by unit: "speed", "perplexity", "divergence", "answers", "tasks", "scores".
 
     Args:
         cache: where units are looked up and kept.

@@ -5,7 +5,7 @@
 The job (`Job`) is JSON on stdin. What comes out on stdout is JSON lines, each flushed, so that what was measured survives a later crash:
 
     {"event": "progress", "unit": "perplexity", "done": 12, "total": 100}
-    {"event": "result", "unit": "perplexity", "data": {…}}         a Speed, Perplexity or Divergence, {"rows": …} kept, {"answers": [Answer, …]}
+    {"event": "result", "unit": "perplexity", "data": {…}}         a Speed, Perplexity or Divergence, {"rows": …} kept, {"answers": […]}
     {"event": "failed", "unit": "answers", "problem": "…", "remedy": "…"}
 
 How speed is taken (as llama-bench does): a prompt is a run of random token ids, new for each repeat; generation feeds one random token
@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,8 @@ def main() -> None:
     for unit, measure, wanted in (
         ("speed", measure_speed, job.speed),
         ("rows", measure_rows, job.perplexity or job.keep_logits or job.divergence),
-        ("answers", measure_answers, job.answers),
+        ("answers", partial(measure_answers, unit="answers"), job.answers),
+        ("tasks", partial(measure_answers, unit="tasks"), job.tasks),
     ):
         if not wanted:
             continue
@@ -186,17 +188,17 @@ def measure_rows(job: Job) -> Steps:
     yield found
 
 
-def measure_answers(job: Job) -> Steps:
-    """A free answer to each conversation, at temperature 0."""
-    answers = []
+def measure_answers(job: Job, unit: str) -> Steps:
+    """A free answer to each conversation of the unit, at temperature 0."""
+    answers, conversations = [], getattr(job, unit)
     with Engine(job.path, job.context, job.untimed_threads) as engine:
-        for done, messages in enumerate(job.answers, 1):
+        for done, messages in enumerate(conversations, 1):
             generation = engine.generate(messages, job.answer_tokens, Sampling(temperature=0))
             text = "".join(generation)
             flags = flags_of(text, generation.finish)
             answers.append(Answer(text=text, finish=generation.finish, tokens=generation.tokens, flags=flags).model_dump(mode="json"))
-            yield done, len(job.answers)
-    yield {"answers": {"answers": answers}}
+            yield done, len(conversations)
+    yield {unit: {"answers": answers}}
 
 
 def _open(job: Job, context: int) -> Engine:
