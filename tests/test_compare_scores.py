@@ -166,10 +166,8 @@ def test_every_file_is_scored_and_the_answers_are_kept(tmp_path):
     tiny_gguf.write(tmp_path / "R.gguf", tiny_gguf.model(tokenizer.get_vocab_size()), tokenizer, gguf.GGMLQuantizationType.Q8_0)
     checks = tmp_path / "checks.py"
     checks.write_text("def half(answer): return 0.5")
-    tasks = [
-        parse_task(item, f"task {number}", tmp_path)
-        for number, item in enumerate([{"prompt": "p", "regex": "^x+$"}, {"prompt": "q", "contains": "y"}, {"prompt": "p", "function": "checks.py:half"}])
-    ]
+    items = [{"prompt": "p", "regex": "^x+$"}, {"prompt": "q", "contains": "y"}, {"prompt": "p", "function": "checks.py:half"}]
+    tasks = [parse_task(item, f"task {number}", tmp_path) for number, item in enumerate(items, 1)]
     settings = dataclasses.replace(SETTINGS, answer_tokens=8, repeats=1, prompt_lengths=(16,))
     files, cache = [quant_file(tmp_path, name) for name in ("X", "R")], tmp_path / "cache"
     results = measure(files, [], [], settings, None, "tiny", cache, tasks=tasks)

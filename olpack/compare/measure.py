@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 
 from olpack import progress
 from olpack.compare.cache import Cache
+from olpack.compare.flags import flag_answers, flag_neighbours
 from olpack.compare.job import LOGITS_BYTES, Job, RowJob, SpeedJob
+from olpack.compare.language import Scripts
 from olpack.compare.machine import describe_machine
 from olpack.compare.recommend import recommend, set_losses
 from olpack.compare.results import SCHEMA_VERSION, Answer, Divergence, Flag, Perplexity, QuantResult, Results, Rows, Scores, Speed, TaskAsked
@@ -86,6 +88,7 @@ def measure(
     cache: Path | None = None,
     yardstick: Yardstick | None = None,
     tasks: Sequence[Task] = (),
+    examples: Sequence[tuple[str, str]] = (),
 ) -> Results:
     """Speed, memory, perplexity and answers of every file, with the recommendation.
 
@@ -103,6 +106,7 @@ def measure(
         yardstick: how to make the unquantized fine-tune and the untuned base. They are made only if a figure that is not in the cache
             needs them, and removed before the others are measured. None, or no rows: no KL divergence and no figures of the base.
         tasks: what every file, and the base, is asked and scored on.
+        examples: (request, answer) of held-out rows, which say in what script answers are expected.
 
     Raises:
         OlpackError: nothing could be measured of any file. One file that fails is flagged in its result and does not stop the others.
@@ -152,6 +156,7 @@ def measure(
     files = [file if file.sha256 else replace(file, sha256=file_digest(Path(file.path))) for file in files]
     known = [Units(store, file.tag, {unit: rest | {"file": file.sha256} for unit, rest in depends.items()}) for file in files]
     held = Held()
+    scripts = Scripts(examples)
     quants, errors = [], []
     with ExitStack() as temporary:
         if yardstick and rows:
@@ -170,11 +175,13 @@ def measure(
                 problems.append(error)
             errors += problems
             quants.append(_result(file, units.found, problems, described))
+            flag_answers(quants[-1], prompts, scripts)
 
     if quants and not any(quant.speed or quant.perplexity or quant.answers for quant in quants) and errors:
         raise errors[0]
     if described:
         set_losses(quants, described.learned_tokens)
+        flag_neighbours(quants, described.learned_tokens)
     results = Results(
         name=name, created=datetime.now(UTC).isoformat(timespec="seconds"), machine=machine, rows=described,
         settings={**asdict(settings), "prompt_lengths": lengths}, prompts=list(prompts), quants=quants,
@@ -223,10 +230,6 @@ def _result(file: QuantFile, found: dict[str, dict], problems: list[OlpackError]
         different = rows.count - score.same_tokens_rows
         text = f"its tokenizer turns {different} of {rows.count} rows into other tokens than training saw: it is not served what it learned"
         result.flags.append(Flag(code="tokenizer", text=text, serious=True))
-    answers = result.answers or []
-    for code, said in (("empty", "empty"), ("looping", "in a loop"), ("endless", "not finished at the limit")):
-        if count := sum(code in answer.flags for answer in answers):
-            result.flags.append(Flag(code=code, text=f"{count} of {len(answers)} answers {said}", serious=False))
     return result
 
 

@@ -104,7 +104,7 @@ class Answer(_Record):
     text: str
     finish: Literal["stop", "length"] = Field(description='"length": it was still going at the limit')
     tokens: int
-    flags: list[Literal["empty", "looping", "endless"]] = []
+    flags: list[Literal["empty", "looping", "endless", "script"]] = Field([], description='"script": in another script than expected')
 
 
 class CheckScore(_Record):
@@ -138,7 +138,7 @@ class TaskAsked(_Record):
 class Flag(_Record):
     """Something that a person should know before choosing this quant."""
 
-    code: Literal["failed", "broken", "tokenizer", "empty", "looping", "endless", "reference"]
+    code: Literal["failed", "broken", "tokenizer", "empty", "looping", "endless", "script", "neighbours", "reference"]
     text: str
     serious: bool = Field(description="a quant with a serious flag is never recommended")
 
