@@ -122,6 +122,12 @@ class Build:
         except ValueError as error:
             raise OlpackError(f"{folder / 'recipe.yaml'}: compare.tasks: {error}.") from None
 
+    @property
+    def suite_folder(self) -> Path | None:
+        """The user's own suites for lm-evaluation-harness: `suites/` beside the recipe, None where there is none."""
+        folder = self.recipe.folder / "suites"
+        return folder if folder.is_dir() else None
+
     @cached_property
     def package(self) -> Package:
         """What every tag is registered with, beside its weights; `num_ctx` is always set."""
@@ -156,6 +162,8 @@ class Build:
         if self.tasks:
             asked["compare.tasks"] = value_digest([[task.messages, task.check, [str(part) for part in task.expected]] for task in self.tasks])
             asked |= {str(path): file_digest(path) for path in function_files(self.tasks)}
+        if self.recipe.compare.suites and self.suite_folder:
+            asked |= {str(path): file_digest(path) for path in sorted(self.suite_folder.rglob("*.*")) if path.suffix != ".pyc"}
         return made | files | self._data("eval") | self._settings("compare") | asked | {"templates/report.html.j2": template_source("report.html.j2")}
 
     def _data(self, side: str) -> dict[str, Any]:

@@ -90,6 +90,10 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
 
         for task in own.values():
             load_function(task)
+    if "compare" in stages and build.recipe.compare.suites:
+        from olpack.compare.harness import check_suites
+
+        check_suites(build.recipe.compare.suites, build.suite_folder)
     if "train" in stages:
         need = _adapter_parameters(build) * 4 * _CHECKPOINTS + (sum(exported.sizes.values()) if exported else 0)
         if (free := free_bytes(build.paths.root)) < need:

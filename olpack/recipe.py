@@ -115,6 +115,11 @@ class Compare(_Section):
     tasks: _Tasks = Field(default_factory=list)
     """Prompts with a check each (exact, contains, regex, json, python, python_asserts, function), on which every quant is scored:
     a list, or a JSONL file relative to the recipe. `olpack/tasks.py` says what each check takes."""
+    suites: list[str] = Field(default_factory=list)
+    """Tasks of lm-evaluation-harness (mmlu, gsm8k, …) to run on every quant: by its names, or by those of YAML files in the recipe's
+    folder `suites`. Needs `pip install 'olpack[harness]'`."""
+    suite_limit: Annotated[int, Field(ge=1)] | None = None
+    """At most this many questions of each suite's task. None: all of them."""
     prompt_tokens: Annotated[int, Field(ge=16)] = 512
     """Length of the prompts on which speed is measured."""
     generated_tokens: Annotated[int, Field(ge=8)] = 64

@@ -116,7 +116,8 @@ def compare(build: Build, steps: list[Step]) -> None:
 
     asked, paths, (step,) = build.recipe.compare, build.paths, steps
     settings = MeasureSettings(prompt_lengths=(asked.prompt_tokens,), generated_tokens=asked.generated_tokens, repeats=asked.repeats,
-                               context=build.package.parameters["num_ctx"], tolerance=asked.max_loss)
+                               context=build.package.parameters["num_ctx"], tolerance=asked.max_loss,
+                               suites=tuple(asked.suites), suite_folder=build.suite_folder and str(build.suite_folder), suite_limit=asked.suite_limit)
     _, held_out = build.rows
     client = OllamaClient() if build.server else None
     results = measure(quant_files(build), held_out[: asked.eval_rows], questions(build), settings, client, build.recipe.name,

@@ -13,14 +13,27 @@ from typing import TYPE_CHECKING
 from olpack import progress
 from olpack.compare.cache import Cache
 from olpack.compare.flags import flag_answers, flag_neighbours
-from olpack.compare.job import LOGITS_BYTES, Job, RowJob, SpeedJob
+from olpack.compare.job import LOGITS_BYTES, Job, RowJob, SpeedJob, SuitesJob
 from olpack.compare.language import Scripts
 from olpack.compare.machine import describe_machine
 from olpack.compare.recommend import recommend, set_losses
-from olpack.compare.results import SCHEMA_VERSION, Answer, Divergence, Flag, Perplexity, QuantResult, Results, Rows, Scores, Speed, TaskAsked
+from olpack.compare.results import (
+    SCHEMA_VERSION,
+    Answer,
+    Divergence,
+    Flag,
+    Perplexity,
+    QuantResult,
+    Results,
+    Rows,
+    Scores,
+    Speed,
+    SuiteScore,
+    TaskAsked,
+)
 from olpack.compare.scores import check_answers
 from olpack.compare.server import measure_speed as measure_served_speed
-from olpack.compare.units import Steps, Units, run_worker
+from olpack.compare.units import Steps, Units, run_worker, suite_unit
 from olpack.compare.yardstick import Held, Yardstick, hold
 from olpack.data.rows import TokenRow
 from olpack.errors import OlpackError
@@ -67,6 +80,9 @@ class MeasureSettings:
         threads: CPU threads of the embedded engine; None: the physical cores that this process may use.
         answer_tokens: an answer is cut here.
         tolerance: relative growth of perplexity the recommendation accepts.
+        suites: tasks of lm-evaluation-harness to run on every file.
+        suite_folder: a folder with tasks of one's own in YAML.
+        suite_limit: at most this many questions of each; None: all.
     """
 
     prompt_lengths: tuple[int, ...] = (512,)
@@ -76,6 +92,9 @@ class MeasureSettings:
     threads: int | None = None
     answer_tokens: int = 256
     tolerance: float = 0.01
+    suites: tuple[str, ...] = ()
+    suite_folder: str | None = None
+    suite_limit: int | None = None
 
 
 def measure(
@@ -150,6 +169,8 @@ def measure(
         depends["scores"] = depends["tasks"] | {"checks": checks, "functions": [file_digest(path) for path in function_files(tasks)]}
     if yardstick and rows:
         depends["divergence"] = depends["perplexity"] | {"reference": yardstick.reference_key, "kept": LOGITS_BYTES}
+    for suite in settings.suites:
+        depends[suite_unit(suite)] = {"engine": embedded, "context": settings.context, "limit": settings.suite_limit, "tasks": _own_suites(settings)}
     depends = {unit: {"schema": SCHEMA_VERSION, **rest} for unit, rest in depends.items()}
 
     store = Cache(cache)
@@ -165,6 +186,8 @@ def measure(
         for file, units in zip(files, known, strict=True):
             problems: list[OlpackError] = []
             missing = {unit: value for unit, value in (wanted | {"divergence": held.logits}).items() if value and unit not in units.found}
+            if suites := [suite for suite in settings.suites if suite_unit(suite) not in units.found]:
+                missing["suites"] = SuitesJob(names=suites, folder=settings.suite_folder, limit=settings.suite_limit)
             if missing:
                 problems += run_worker(job.model_copy(update={"path": Path(file.path), **missing}), file.quant, units)
             if server and "speed" not in units.found:
@@ -184,12 +207,18 @@ def measure(
         flag_neighbours(quants, described.learned_tokens)
     results = Results(
         name=name, created=datetime.now(UTC).isoformat(timespec="seconds"), machine=machine, rows=described,
-        settings={**asdict(settings), "prompt_lengths": lengths}, prompts=list(prompts), quants=quants,
+        settings={**asdict(settings), "prompt_lengths": lengths, "suites": list(settings.suites)}, prompts=list(prompts), quants=quants,
         tasks=[TaskAsked(messages=task.messages, check=task.check, expected=_shown(task), source=task.source) for task in tasks],
         reference=held.reference, base=held.base, flags=[Flag(code="reference", text=str(problem), serious=False) for problem in held.problems],
     )  # fmt: skip
     results.recommendation = recommend(results, settings.tolerance)
     return results
+
+
+def _own_suites(settings: MeasureSettings) -> list[str]:
+    """Digests of all files in the user's folder of suites: a task may take its data or its code from any of them."""
+    folder = Path(settings.suite_folder) if settings.suite_folder else None
+    return [file_digest(path) for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".pyc"] if folder else []
 
 
 def _shown(task: Task) -> str | list[str]:
@@ -221,6 +250,7 @@ def _result(file: QuantFile, found: dict[str, dict], problems: list[OlpackError]
         answers=[Answer.model_validate(answer) for answer in found["answers"]["answers"]] if "answers" in found else None,
         task_answers=[Answer.model_validate(answer) for answer in found["tasks"]["answers"]] if "tasks" in found else None,
         scores=Scores.model_validate(found["scores"]) if "scores" in found else None,
+        suites=[SuiteScore.model_validate(score) for unit in found if unit.startswith(suite_unit("")) for score in found[unit]["scores"]],
     )  # fmt: skip
     result.flags = [Flag(code="failed", text=str(error), serious=True) for error in problems]
     score = result.perplexity

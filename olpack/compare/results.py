@@ -126,6 +126,16 @@ class Scores(_Record):
     values: list[float] = Field(description="one per task, in the order of `Results.tasks`")
 
 
+class SuiteScore(_Record):
+    """One metric of one task of lm-evaluation-harness."""
+
+    suite: str = Field(description='the task: "gsm8k"')
+    metric: str = Field(description='as the harness calls it, with its filter where it has one: "exact_match, strict-match"')
+    value: float
+    standard_error: float | None = Field(description="as the harness computes it; null where it does not")
+    limit: int | None = Field(None, description="only so many questions of it were asked; null: all")
+
+
 class TaskAsked(_Record):
     """A task as it was put to every file."""
 
@@ -159,6 +169,7 @@ class QuantResult(_Record):
     answers: list[Answer] | None = Field(None, description="one per prompt, in the order of `Results.prompts`")
     task_answers: list[Answer] | None = Field(None, description="one per task, in the order of `Results.tasks`")
     scores: Scores | None = None
+    suites: list[SuiteScore] = Field([], description="every metric of `settings.suites`")
     flags: list[Flag] = []
 
 

@@ -25,6 +25,8 @@ def print_table(results: Results, console: Console | None = None) -> None:
     console.print(table)
     if compared:
         console.print(_quality(results, chosen))
+    if any(quant.suites for quant in results.quants):
+        console.print(_suites(results, chosen))
     for flag in results.flags:
         console.print(Text(flag.text, style="yellow"), soft_wrap=True)
     for quant in results.quants:
@@ -75,6 +77,21 @@ def _quality(results: Results, chosen: str | None) -> Table:
     if results.reference:
         scores = [MISSING] if tasks else []
         table.add_row("", "unquantized", _perplexity(results.reference.perplexity), "0", "0", "100%", *scores, style="dim")
+    return table
+
+
+def _suites(results: Results, chosen: str | None) -> Table:
+    """A row for each metric of a suite, because there may be many of them, and a column for each file."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column("suite", overflow="fold")
+    for quant in results.quants:
+        table.add_column(f"{'→ ' if quant.tag == chosen else ''}{quant.quant}", justify="right", no_wrap=True, style=_style(quant, chosen))
+    for suite, metric in dict.fromkeys((score.suite, score.metric) for quant in results.quants for score in quant.suites):
+        cells = []
+        for quant in results.quants:
+            score = next((score for score in quant.suites if (score.suite, score.metric) == (suite, metric)), None)
+            cells.append(MISSING if score is None else with_error(score.value, score.standard_error))
+        table.add_row(f"{suite} {metric}", *cells)
     return table
 
 

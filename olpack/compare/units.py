@@ -10,7 +10,12 @@ from olpack.compare.job import Job
 from olpack.compare.process import events
 from olpack.errors import OlpackError
 
-_NOUNS = {"speed": "runs", "rows": "rows", "answers": "answers", "tasks": "answers"}
+_NOUNS = {"speed": "runs", "rows": "rows", "answers": "answers", "tasks": "answers", "suites": "requests"}
+
+
+def suite_unit(name: str) -> str:
+    """The unit of one suite of lm-evaluation-harness."""
+    return f"suite-{name}"
 
 
 class Units:
@@ -67,7 +72,7 @@ class Steps:
         self._open = ExitStack()
 
     def show(self, unit: str, done: int, total: int) -> None:
-        if unit != self._unit:
+        if unit != self._unit or total != self._task.total:
             self._open.close()
             self._task = self._open.enter_context(progress.task(f"{self._title}: {unit}", total, _NOUNS[unit]))
             self._unit = unit

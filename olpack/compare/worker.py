@@ -20,7 +20,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from olpack.compare.divergence import LogitsWriter, kl_divergence, log_softmax, 
 from olpack.compare.job import Job
 from olpack.compare.perplexity import perplexity
 from olpack.compare.results import Answer, Perplexity, PromptSpeed, Speed, Spread
+from olpack.compare.units import suite_unit
 from olpack.errors import OlpackError
 from olpack.llamacpp.engine import Engine, Sampling
 
@@ -54,6 +55,7 @@ def main() -> None:
         ("rows", measure_rows, job.perplexity or job.keep_logits or job.divergence),
         ("answers", partial(measure_answers, unit="answers"), job.answers),
         ("tasks", partial(measure_answers, unit="tasks"), job.tasks),
+        ("suites", partial(measure_suites, show=lambda done, total: send(event="progress", unit="suites", done=done, total=total)), job.suites),
     ):
         if not wanted:
             continue
@@ -199,6 +201,16 @@ def measure_answers(job: Job, unit: str) -> Steps:
             answers.append(Answer(text=text, finish=generation.finish, tokens=generation.tokens, flags=flags).model_dump(mode="json"))
             yield done, len(conversations)
     yield {unit: {"answers": answers}}
+
+
+def measure_suites(job: Job, show: Callable[[int, int], None]) -> Steps:
+    """Each suite's scores as a unit of its own. The harness runs for long between two results; `show` gets its (done, total)."""
+    from olpack.compare.harness import run_suite  # a large import that only this needs
+
+    with Engine(job.path, job.context, job.untimed_threads) as engine:
+        for name in job.suites.names:
+            scores = run_suite(engine, name, job.suites.folder, job.suites.limit, show)
+            yield {suite_unit(name): {"scores": [score.model_dump(mode="json") for score in scores]}}
 
 
 def _open(job: Job, context: int) -> Engine:
