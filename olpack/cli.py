@@ -211,9 +211,19 @@ def deploy(
 
 
 @app.command()
-def compare(name: Name, settings: Set = None, quant: Quant = None, out: Out = None, as_json: Json = False) -> None:
+def compare(
+    name: Name,
+    settings: Set = None,
+    quant: Quant = None,
+    suite: Annotated[
+        list[str] | None, typer.Option("--suite", metavar="TASK", help="Run this task of lm-evaluation-harness too (may be repeated).")
+    ] = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
     """Measure the quants: size, speed, memory, perplexity; which one to take, and why."""
-    _run(_build_of(name, settings, quant, out, as_json), "compare", as_json)
+    suites = [f"compare.suites={json.dumps(suite)}"] if suite else []
+    _run(_build_of(name, [*(settings or []), *suites], quant, out, as_json), "compare", as_json)
 
 
 @app.command()

@@ -21,12 +21,17 @@ from olpack.base import Base, resolve
 from olpack.errors import OlpackError
 from olpack.quants import quant_type
 from olpack.recipe import Recipe
+from olpack.tasks import function_files
 from olpack.workspace import BuildPaths, file_digest, locked, template_source, value_digest, write_atomically
 
 if TYPE_CHECKING:
     from olpack.data import Renderer, TokenRow
     from olpack.deploy import Package
+<<<<<<< HEAD
     from olpack.memory.shape import MetaModel
+=======
+    from olpack.tasks import Task
+>>>>>>> quality
 
 STAGES = ("train", "export", "modelfiles", "deploy", "compare")
 ADAPTER = "adapter"  # beside the names of quants: what the export makes of an adapter that is not merged
@@ -122,6 +127,29 @@ class Build:
         return load_rows(self.data_file("train"), self.data_file("eval"), self.renderer, max_length=limit, eval_share=data.eval_share)
 
     @cached_property
+    def tasks(self) -> list[Task]:
+        """What every quant is scored on, from the recipe or the file that it names.
+
+        Raises:
+            OlpackError: tasks that are wrong, each with its place.
+        """
+        from olpack.tasks import load_tasks, parse_task
+
+        asked, folder, system = self.recipe.compare.tasks, self.recipe.folder, self.recipe.modelfile.system
+        if isinstance(asked, str):
+            return load_tasks(folder / asked, system)
+        try:
+            return [parse_task(item, f"task {number}", folder, system) for number, item in enumerate(asked, 1)]
+        except ValueError as error:
+            raise OlpackError(f"{folder / 'recipe.yaml'}: compare.tasks: {error}.") from None
+
+    @property
+    def suite_folder(self) -> Path | None:
+        """The user's own suites for lm-evaluation-harness: `suites/` beside the recipe, None where there is none."""
+        folder = self.recipe.folder / "suites"
+        return folder if folder.is_dir() else None
+
+    @cached_property
     def package(self) -> Package:
         """What every tag is registered with, beside its weights; `num_ctx` is always set."""
         from olpack.deploy.modelfile import Package
@@ -154,6 +182,11 @@ class Build:
         if stage == "deploy":
             return made | served | files
         asked = {name: self.package.parameters.get(name) for name in _OF_THE_SPEED} | {"modelfile.system": self.recipe.modelfile.system}
+        if self.tasks:
+            asked["compare.tasks"] = value_digest([[task.messages, task.check, [str(part) for part in task.expected]] for task in self.tasks])
+            asked |= {str(path): file_digest(path) for path in function_files(self.tasks)}
+        if self.recipe.compare.suites and self.suite_folder:
+            asked |= {str(path): file_digest(path) for path in sorted(self.suite_folder.rglob("*.*")) if path.suffix != ".pyc"}
         return made | files | self._data("eval") | self._settings("compare") | asked | {"templates/report.html.j2": template_source("report.html.j2")}
 
     @property

@@ -86,6 +86,15 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
         if build.renderer.end_of_turn(rows[0]) is None and "stop" not in build.package.parameters:
             raise OlpackError("The base's chat template ends an assistant's turn with no special token, so served answers would never stop.",
                               "Set `modelfile.parameters.stop` to the text that ends a turn.")
+    if "compare" in stages and (own := {task.expected: task for task in build.tasks if task.check == "function"}):
+        from olpack.compare.scores import load_function
+
+        for task in own.values():
+            load_function(task)
+    if "compare" in stages and build.recipe.compare.suites:
+        from olpack.compare.harness import check_suites
+
+        check_suites(build.recipe.compare.suites, build.suite_folder)
     if "train" in stages:
         need = _adapter_parameters(build) * 4 * _CHECKPOINTS + (sum(exported.sizes.values()) if exported else 0)
         if (free := free_bytes(build.paths.root)) < need:

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag, ValidationError, field_validator, model_validator
 
 from olpack.deploy.names import check_name
 from olpack.deploy.parameters import check_parameters
 from olpack.errors import OlpackError
 from olpack.quants import quant_type
+from olpack.tasks import parse_task
 
 
 class _Section(BaseModel):
@@ -94,13 +95,38 @@ class Modelfile(_Section):
         return value
 
 
+def _known_task(item: dict[str, Any]) -> dict[str, Any]:
+    parse_task(item)
+    return item
+
+
+# Only one of the two is tried, so that a mistake in a task is not also reported as "not a string".
+_Tasks = Annotated[
+    Annotated[str, Tag("str")] | Annotated[list[Annotated[dict[str, Any], AfterValidator(_known_task)]], Tag("list[task]")],
+    Discriminator(lambda value: "str" if isinstance(value, str) else "list[task]"),
+]
+
+
 class Compare(_Section):
     eval_rows: Annotated[int, Field(ge=1)] = 100
     """At most this many held-out rows are scored."""
     prompts: list[str] = Field(default_factory=list)
     """Prompts answered by every quant, side by side in the report. None given: the first three held-out requests."""
+<<<<<<< HEAD
     prompt_tokens: list[Annotated[int, Field(ge=16)]] = Field(default=[128, 512], min_length=1)
     """Lengths of the prompts on which speed is measured."""
+=======
+    tasks: _Tasks = Field(default_factory=list)
+    """Prompts with a check each (exact, contains, regex, json, python, python_asserts, function), on which every quant is scored:
+    a list, or a JSONL file relative to the recipe. `olpack/tasks.py` says what each check takes."""
+    suites: list[str] = Field(default_factory=list)
+    """Tasks of lm-evaluation-harness (mmlu, gsm8k, …) to run on every quant: by its names, or by those of YAML files in the recipe's
+    folder `suites`. Needs `pip install 'olpack[harness]'`."""
+    suite_limit: Annotated[int, Field(ge=1)] | None = None
+    """At most this many questions of each suite's task. None: all of them."""
+    prompt_tokens: Annotated[int, Field(ge=16)] = 512
+    """Length of the prompts on which speed is measured."""
+>>>>>>> quality
     generated_tokens: Annotated[int, Field(ge=8)] = 64
     """Tokens generated in each timed run."""
     repeats: Annotated[int, Field(ge=1)] = 4
@@ -223,6 +249,10 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
 
 
 def _lines_of(node: yaml.Node | None, prefix: str, lines: dict[str, int], path: Path) -> None:
+    if isinstance(node, yaml.SequenceNode):
+        for number, item in enumerate(node.value):
+            lines[f"{prefix}{number}"] = item.start_mark.line + 1
+            _lines_of(item, f"{prefix}{number}.", lines, path)
     if not isinstance(node, yaml.MappingNode):
         return
     for key, value in node.value:

@@ -138,13 +138,20 @@ def compare(build: Build, steps: list[Step]) -> None:
     from olpack.deploy.register import point_latest
 
     asked, paths, (step,) = build.recipe.compare, build.paths, steps
+<<<<<<< HEAD
     settings = MeasureSettings(prompt_lengths=tuple(asked.prompt_tokens), generated_tokens=asked.generated_tokens, repeats=asked.repeats,
                                clients=tuple(asked.clients),
                                context=build.package.parameters["num_ctx"], tolerance=asked.max_loss)
+=======
+    settings = MeasureSettings(prompt_lengths=(asked.prompt_tokens,), generated_tokens=asked.generated_tokens, repeats=asked.repeats,
+                               context=build.package.parameters["num_ctx"], tolerance=asked.max_loss,
+                               suites=tuple(asked.suites), suite_folder=build.suite_folder and str(build.suite_folder), suite_limit=asked.suite_limit)
+>>>>>>> quality
     _, held_out = build.rows
     client = OllamaClient() if build.server else None
     results = measure(quant_files(build), held_out[: asked.eval_rows], questions(build), settings, client, build.recipe.name,
-                      cache=paths.compare / "measured", yardstick=_yardstick(build) if asked.reference else None)
+                      cache=paths.compare / "measured", yardstick=_yardstick(build) if asked.reference else None, tasks=build.tasks,
+                      examples=_examples(build))
     write_results(results, paths.results)
     write_report(results, paths.report, template_source("report.html.j2"), metrics=paths.adapter / "metrics.jsonl")
     best = results.recommendation
@@ -212,13 +219,22 @@ def registered(build: Build) -> list:
 def questions(build: Build) -> list[list[dict]]:
     """Conversations that every quant answers: the recipe's prompts under its system prompt, or the first held-out requests as they are."""
     if not build.recipe.compare.prompts:
-        from olpack.data import load_chats, split
-
-        path = build.data_file("eval")
-        chats = load_chats(path) if path else split(load_chats(build.data_file("train")), build.recipe.data.eval_share)[1]
-        return [request for chat in chats if (request := _request(chat.messages))][:_ANSWERED]
+        return [request for chat in _held_out(build) if (request := _request(chat.messages))][:_ANSWERED]
     system = [{"role": "system", "content": build.recipe.modelfile.system}] if build.recipe.modelfile.system else []
     return [[*system, {"role": "user", "content": prompt}] for prompt in build.recipe.compare.prompts]
+
+
+def _examples(build: Build) -> list[tuple[str, str]]:
+    """(request, answer) of the held-out chats: the first of each that opens with a request."""
+    chats = [(chat.messages, request) for chat in _held_out(build) if (request := _request(chat.messages))]
+    return [(request[-1]["content"], messages[len(request)]["content"]) for messages, request in chats]
+
+
+def _held_out(build: Build) -> list:
+    from olpack.data import load_chats, split
+
+    path = build.data_file("eval")
+    return load_chats(path) if path else split(load_chats(build.data_file("train")), build.recipe.data.eval_share)[1]
 
 
 def _request(messages: list[dict]) -> list[dict]:

@@ -36,6 +36,14 @@ class LogitsJob(BaseModel):
     rows: int
 
 
+class SuitesJob(BaseModel):
+    """Suites of lm-evaluation-harness, as `olpack.compare.MeasureSettings` names them."""
+
+    names: list[str]
+    folder: Path | None
+    limit: int | None
+
+
 class Job(BaseModel):
     """What to measure of which file. A unit that is None or False is left out.
 
@@ -56,3 +64,5 @@ class Job(BaseModel):
     keep_logits: Path | None = None
     divergence: LogitsJob | None = None
     answers: list[list[dict]] | None = None
+    tasks: list[list[dict]] | None = None
+    suites: SuitesJob | None = None

@@ -15,15 +15,41 @@ from pydantic import TypeAdapter
 from olpack import progress
 from olpack.compare import speed
 from olpack.compare.cache import Cache
+<<<<<<< HEAD
 from olpack.compare.job import LOGITS_BYTES, Job, RowJob
 from olpack.compare.machine import describe_machine
 from olpack.compare.recommend import recommend, set_losses
 from olpack.compare.results import SCHEMA_VERSION, Answer, Divergence, Flag, Perplexity, QuantResult, Results, Rows, Speed
 from olpack.compare.units import Units, run_worker
+=======
+from olpack.compare.flags import flag_answers, flag_neighbours
+from olpack.compare.job import LOGITS_BYTES, Job, RowJob, SpeedJob, SuitesJob
+from olpack.compare.language import Scripts
+from olpack.compare.machine import describe_machine
+from olpack.compare.recommend import recommend, set_losses
+from olpack.compare.results import (
+    SCHEMA_VERSION,
+    Answer,
+    Divergence,
+    Flag,
+    Perplexity,
+    QuantResult,
+    Results,
+    Rows,
+    Scores,
+    Speed,
+    SuiteScore,
+    TaskAsked,
+)
+from olpack.compare.scores import check_answers
+from olpack.compare.server import measure_speed as measure_served_speed
+from olpack.compare.units import Steps, Units, run_worker, suite_unit
+>>>>>>> quality
 from olpack.compare.yardstick import Held, Yardstick, hold
 from olpack.data.rows import TokenRow
 from olpack.errors import OlpackError
 from olpack.llamacpp.cores import usable_cores
+from olpack.tasks import Task, function_files
 from olpack.workspace import file_digest, value_digest
 
 if TYPE_CHECKING:
@@ -68,6 +94,9 @@ class MeasureSettings:
         threads: CPU threads of the embedded engine; None: the physical cores that this process may use.
         answer_tokens: an answer is cut here.
         tolerance: relative growth of perplexity the recommendation accepts.
+        suites: tasks of lm-evaluation-harness to run on every file.
+        suite_folder: a folder with tasks of one's own in YAML.
+        suite_limit: at most this many questions of each; None: all.
     """
 
     prompt_lengths: tuple[int, ...] = (512,)
@@ -78,6 +107,9 @@ class MeasureSettings:
     threads: int | None = None
     answer_tokens: int = 256
     tolerance: float = 0.01
+    suites: tuple[str, ...] = ()
+    suite_folder: str | None = None
+    suite_limit: int | None = None
 
 
 def measure(
@@ -89,6 +121,8 @@ def measure(
     name: str,
     cache: Path | None = None,
     yardstick: Yardstick | None = None,
+    tasks: Sequence[Task] = (),
+    examples: Sequence[tuple[str, str]] = (),
 ) -> Results:
     """Speed, memory, perplexity and answers of every file, with the recommendation.
 
@@ -105,6 +139,8 @@ def measure(
             An interrupted comparison goes on from there, and an unchanged quant is not measured again. None: nothing is kept.
         yardstick: how to make the unquantized fine-tune and the untuned base. They are made only if a figure that is not in the cache
             needs them, and removed before the others are measured. None, or no rows: no KL divergence and no figures of the base.
+        tasks: what every file, and the base, is asked and scored on.
+        examples: (request, answer) of held-out rows, which say in what script answers are expected.
 
     Raises:
         OlpackError: nothing could be measured of any file. One file that fails is flagged in its result and does not stop the others.
@@ -123,6 +159,7 @@ def measure(
         path=Path(), engine=embedded, context=settings.context, threads=threads, untimed_threads=untimed,
         answer_tokens=settings.answer_tokens, rows=[RowJob(ids=row.ids, learned=row.learned, text=row.text) for row in rows],
     )  # fmt: skip
+<<<<<<< HEAD
     wanted = {"perplexity": bool(rows), "answers": list(prompts) or None}
     timed = {
         "engine": f"Ollama {server_version}, {server.url}" if server else f"{embedded}, {threads} threads",
@@ -131,6 +168,13 @@ def measure(
         "prompt_lengths": list(settings.prompt_lengths),
         "generated_tokens": settings.generated_tokens,
         "repeats": settings.repeats,
+=======
+    wanted = {
+        "speed": None if server else SpeedJob(prompt_lengths=lengths, generated_tokens=generated, repeats=repeats),
+        "perplexity": bool(rows),
+        "answers": list(prompts) or None,
+        "tasks": [task.messages for task in tasks] or None,
+>>>>>>> quality
     }
     depends: dict[str, dict] = {
         **dict.fromkeys(speed.UNITS, timed),
@@ -138,8 +182,14 @@ def measure(
         "perplexity": {"engine": embedded, "rows": described.digest if described else None},
         "answers": {"engine": embedded, "prompts": list(prompts), "tokens": settings.answer_tokens, "context": settings.context},
     }
+    if tasks:
+        depends["tasks"] = depends["answers"] | {"prompts": wanted["tasks"]}
+        checks = [[task.check, [str(part) for part in task.expected]] for task in tasks]
+        depends["scores"] = depends["tasks"] | {"checks": checks, "functions": [file_digest(path) for path in function_files(tasks)]}
     if yardstick and rows:
         depends["divergence"] = depends["perplexity"] | {"reference": yardstick.reference_key, "kept": LOGITS_BYTES}
+    for suite in settings.suites:
+        depends[suite_unit(suite)] = {"engine": embedded, "context": settings.context, "limit": settings.suite_limit, "tasks": _own_suites(settings)}
     depends = {unit: {"schema": SCHEMA_VERSION, **rest} for unit, rest in depends.items()}
 
     store = Cache(cache)
@@ -152,34 +202,92 @@ def measure(
     problems = speed.measure_speeds(known, visit, settings.repeats)
     ran = {"engine": f"Ollama {server_version}" if server else embedded, "threads": None if server else threads}
     held = Held()
+<<<<<<< HEAD
     quants = []
     with ExitStack() as temporary:
         if yardstick and rows:
             needed = any("divergence" not in units.found for units in known)
             held = hold(yardstick, job, depends, store, needed, temporary)
         for file, units, failed in zip(files, known, problems, strict=True):
+=======
+    scripts = Scripts(examples)
+    quants, errors = [], []
+    with ExitStack() as temporary:
+        if yardstick and rows:
+            needed = any("divergence" not in units.found for units in known)
+            held = hold(yardstick, job, depends, store, needed, temporary, tasks)
+        for file, units in zip(files, known, strict=True):
+            problems: list[OlpackError] = []
+>>>>>>> quality
             missing = {unit: value for unit, value in (wanted | {"divergence": held.logits}).items() if value and unit not in units.found}
+            if suites := [suite for suite in settings.suites if suite_unit(suite) not in units.found]:
+                missing["suites"] = SuitesJob(names=suites, folder=settings.suite_folder, limit=settings.suite_limit)
             if missing:
+<<<<<<< HEAD
                 failed += run_worker(job.model_copy(update={"path": Path(file.path), "adapter": file.adapter, **missing}), file.quant, units)
             figures = speed.speed_of(units, **ran, generated_tokens=settings.generated_tokens)
             quants.append(_result(file, figures, units.found, failed, described))
+=======
+                problems += run_worker(job.model_copy(update={"path": Path(file.path), **missing}), file.quant, units)
+            if server and "speed" not in units.found:
+                problems += _ask_server(server, f"{name}:{file.tag}", f"Ollama {server_version}", settings, units)
+            try:
+                check_answers(tasks, units, file.quant)
+            except OlpackError as error:
+                problems.append(error)
+            errors += problems
+            quants.append(_result(file, units.found, problems, described))
+            flag_answers(quants[-1], prompts, scripts)
+>>>>>>> quality
 
     if any(problems) and not any(quant.speed or quant.perplexity or quant.answers for quant in quants):
         raise next(failed[0] for failed in problems if failed)
     if described:
         set_losses(quants, described.learned_tokens)
+        flag_neighbours(quants, described.learned_tokens)
     results = Results(
         name=name, created=datetime.now(UTC).isoformat(timespec="seconds"), machine=machine, rows=described,
+<<<<<<< HEAD
         settings=TypeAdapter(MeasureSettings).dump_python(settings, mode="json"), prompts=list(prompts), quants=quants,
+=======
+        settings={**asdict(settings), "prompt_lengths": lengths, "suites": list(settings.suites)}, prompts=list(prompts), quants=quants,
+        tasks=[TaskAsked(messages=task.messages, check=task.check, expected=_shown(task), source=task.source) for task in tasks],
+>>>>>>> quality
         reference=held.reference, base=held.base, flags=[Flag(code="reference", text=str(problem), serious=False) for problem in held.problems],
     )  # fmt: skip
     results.recommendation = recommend(results, settings.tolerance)
     return results
 
 
+<<<<<<< HEAD
 def _weights(file: QuantFile) -> dict[str, str]:
     """What a unit's key holds of the weights."""
     return {"file": file.sha256} | ({"adapter": file_digest(file.adapter)} if file.adapter else {})
+=======
+def _own_suites(settings: MeasureSettings) -> list[str]:
+    """Digests of all files in the user's folder of suites: a task may take its data or its code from any of them."""
+    folder = Path(settings.suite_folder) if settings.suite_folder else None
+    return [file_digest(path) for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".pyc"] if folder else []
+
+
+def _shown(task: Task) -> str | list[str]:
+    return f"{task.expected[0].name}:{task.expected[1]}" if task.check == "function" else task.expected
+
+
+def _ask_server(server: OllamaClient, model: str, engine: str, settings: MeasureSettings, units: Units) -> list[OlpackError]:
+    steps = Steps(f"measuring {model}")
+    try:
+        for step in measure_served_speed(server, model, engine, settings):
+            if isinstance(step, Speed):
+                units.add("speed", step.model_dump(mode="json"))
+            else:
+                steps.show("speed", *step)
+    except OlpackError as error:
+        return [error]
+    finally:
+        steps.close()
+    return []
+>>>>>>> quality
 
 
 def _result(
@@ -192,6 +300,9 @@ def _result(
         perplexity=Perplexity.model_validate(found["perplexity"]) if "perplexity" in found else None,
         divergence=Divergence.model_validate(found["divergence"]) if "divergence" in found else None,
         answers=[Answer.model_validate(answer) for answer in found["answers"]["answers"]] if "answers" in found else None,
+        task_answers=[Answer.model_validate(answer) for answer in found["tasks"]["answers"]] if "tasks" in found else None,
+        scores=Scores.model_validate(found["scores"]) if "scores" in found else None,
+        suites=[SuiteScore.model_validate(score) for unit in found if unit.startswith(suite_unit("")) for score in found[unit]["scores"]],
     )  # fmt: skip
     # The same crash ends every measurement: it is told once.
     result.flags = [Flag(code="failed", text=text, serious=True) for text in dict.fromkeys(str(error) for error in problems)]
@@ -202,10 +313,6 @@ def _result(
         different = rows.count - score.same_tokens_rows
         text = f"its tokenizer turns {different} of {rows.count} rows into other tokens than training saw: it is not served what it learned"
         result.flags.append(Flag(code="tokenizer", text=text, serious=True))
-    answers = result.answers or []
-    for code, said in (("empty", "empty"), ("looping", "in a loop"), ("endless", "not finished at the limit")):
-        if count := sum(code in answer.flags for answer in answers):
-            result.flags.append(Flag(code=code, text=f"{count} of {len(answers)} answers {said}", serious=False))
     return result
 
 

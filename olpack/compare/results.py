@@ -116,13 +116,51 @@ class Answer(_Record):
     text: str
     finish: Literal["stop", "length"] = Field(description='"length": it was still going at the limit')
     tokens: int
-    flags: list[Literal["empty", "looping", "endless"]] = []
+    flags: list[Literal["empty", "looping", "endless", "script"]] = Field([], description='"script": in another script than expected')
+
+
+class CheckScore(_Record):
+    """Tasks of one check."""
+
+    check: str = Field(description='"exact", "contains", "regex", "json", "python", "python_asserts" or "function"')
+    count: int
+    mean: float
+    standard_error: float | None = Field(description="null with fewer than two tasks, and where all scored the same")
+
+
+class Scores(_Record):
+    """Task scores, each from 0 to 1, the tasks being the sampling unit."""
+
+    count: int
+    mean: float
+    standard_error: float | None = Field(description="null with fewer than two tasks, and where all scored the same")
+    checks: list[CheckScore]
+    values: list[float] = Field(description="one per task, in the order of `Results.tasks`")
+
+
+class SuiteScore(_Record):
+    """One metric of one task of lm-evaluation-harness."""
+
+    suite: str = Field(description='the task: "gsm8k"')
+    metric: str = Field(description='as the harness calls it, with its filter where it has one: "exact_match, strict-match"')
+    value: float
+    standard_error: float | None = Field(description="as the harness computes it; null where it does not")
+    limit: int | None = Field(None, description="only so many questions of it were asked; null: all")
+
+
+class TaskAsked(_Record):
+    """A task as it was put to every file."""
+
+    messages: list[dict]
+    check: str
+    expected: str | list[str] = Field(description="what the check compares with")
+    source: str = Field(description='where the task stands: "tasks.jsonl:4"')
 
 
 class Flag(_Record):
     """Something that a person should know before choosing this quant."""
 
-    code: Literal["failed", "broken", "tokenizer", "empty", "looping", "endless", "reference"]
+    code: Literal["failed", "broken", "tokenizer", "empty", "looping", "endless", "script", "neighbours", "reference"]
     text: str
     serious: bool = Field(description="a quant with a serious flag is never recommended")
 
@@ -141,6 +179,9 @@ class QuantResult(_Record):
     loss: Loss | None = None
     divergence: Divergence | None = Field(None, description="null without an unquantized reference")
     answers: list[Answer] | None = Field(None, description="one per prompt, in the order of `Results.prompts`")
+    task_answers: list[Answer] | None = Field(None, description="one per task, in the order of `Results.tasks`")
+    scores: Scores | None = None
+    suites: list[SuiteScore] = Field([], description="every metric of `settings.suites`")
     flags: list[Flag] = []
 
 
@@ -157,6 +198,7 @@ class BaseResult(_Record):
     quant: str = Field(description='"Q8_0"')
     perplexity: Perplexity | None = None
     divergence: Divergence | None = Field(None, description="from the unquantized fine-tune")
+    scores: Scores | None = None
 
 
 class Rows(_Record):
@@ -197,6 +239,7 @@ class Results(_Record):
     settings: dict = Field(description="the settings it ran with")
     rows: Rows | None = None
     prompts: list[list[dict]] = Field([], description="conversations put to every quant")
+    tasks: list[TaskAsked] = []
     quants: list[QuantResult]
     reference: Reference | None = None
     base: BaseResult | None = None

@@ -18,13 +18,15 @@ def print_table(results: Results, console: Console | None = None) -> None:
     console = console or Console()
     chosen = results.recommendation.tag if results.recommendation else None
     # Quality has a table of its own where there is more of it than the perplexity.
-    compared = results.reference is not None or any(quant.divergence for quant in results.quants)
+    compared = results.reference is not None or any(quant.divergence or quant.scores for quant in results.quants)
     table = _table(["size", "bits/\nweight", "prompt\ntok/s", "gener.\ntok/s", "load", "peak\nmemory", *([] if compared else ["perplexity\n± s.e."])])
     for quant in results.quants:
         table.add_row(*_cells(quant, quant.tag == chosen), *([] if compared else [_perplexity(quant.perplexity)]), style=_style(quant, chosen))
     console.print(table)
     if compared:
         console.print(_quality(results, chosen))
+    if any(quant.suites for quant in results.quants):
+        console.print(_suites(results, chosen))
     for flag in results.flags:
         console.print(Text(flag.text, style="yellow"), soft_wrap=True)
     for quant in results.quants:
@@ -80,15 +82,33 @@ def _cells(quant: QuantResult, chosen: bool) -> list[str]:
 
 
 def _quality(results: Results, chosen: str | None) -> Table:
-    """Every file against the unquantized fine-tune, between the base that it came from and the fine-tune itself."""
-    table = _table(["perplexity\n± s.e.", "KL mean ± s.e.\nmillinats", "KL 99 %\nmillinats", "same top\ntoken ± s.e."])
-    if results.base:
-        table.add_row("", f"base {results.base.quant}", _perplexity(results.base.perplexity), *_divergence(results.base.divergence), style="dim")
-    for quant in results.quants:
-        mark = "→" if quant.tag == chosen else ""
-        table.add_row(mark, quant.quant, _perplexity(quant.perplexity), *_divergence(quant.divergence), style=_style(quant, chosen))
+    """Every file against the unquantized fine-tune, between the base that it came from and the fine-tune itself; task scores."""
+    tasks = ["tasks\n± s.e."] if results.tasks else []
+    table = _table(["perplexity\n± s.e.", "KL mean ± s.e.\nmillinats", "KL 99 %\nmillinats", "same top\ntoken ± s.e.", *tasks])
+    for mark, name, file, style in [
+        *([("", f"base {results.base.quant}", results.base, "dim")] if results.base else []),
+        *(("→" if quant.tag == chosen else "", quant.quant, quant, _style(quant, chosen)) for quant in results.quants),
+    ]:
+        scores = [_share(file.scores.mean, file.scores.standard_error) if file.scores else MISSING] if tasks else []
+        table.add_row(mark, name, _perplexity(file.perplexity), *_divergence(file.divergence), *scores, style=style)
     if results.reference:
-        table.add_row("", f"unquantized {results.reference.quant}", _perplexity(results.reference.perplexity), "0", "0", "100%", style="dim")
+        scores = [MISSING] if tasks else []
+        table.add_row("", "unquantized", _perplexity(results.reference.perplexity), "0", "0", "100%", *scores, style="dim")
+    return table
+
+
+def _suites(results: Results, chosen: str | None) -> Table:
+    """A row for each metric of a suite, because there may be many of them, and a column for each file."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column("suite", overflow="fold")
+    for quant in results.quants:
+        table.add_column(f"{'→ ' if quant.tag == chosen else ''}{quant.quant}", justify="right", no_wrap=True, style=_style(quant, chosen))
+    for suite, metric in dict.fromkeys((score.suite, score.metric) for quant in results.quants for score in quant.suites):
+        cells = []
+        for quant in results.quants:
+            score = next((score for score in quant.suites if (score.suite, score.metric) == (suite, metric)), None)
+            cells.append(MISSING if score is None else with_error(score.value, score.standard_error))
+        table.add_row(f"{suite} {metric}", *cells)
     return table
 
 
@@ -100,8 +120,12 @@ def _divergence(found: Divergence | None) -> list[str]:
     if found is None:
         return [MISSING] * 3
     error = None if found.standard_error is None else 1000 * found.standard_error
-    top_error = "" if found.same_top_standard_error is None else f" ± {100 * found.same_top_standard_error:.1f}"
-    return [with_error(1000 * found.mean, error), plain(1000 * found.p99), f"{100 * found.same_top:.1f}{top_error}%"]
+    return [with_error(1000 * found.mean, error), plain(1000 * found.p99), _share(found.same_top, found.same_top_standard_error)]
+
+
+def _share(value: float, error: float | None) -> str:
+    """ "83.3 ± 12.7%"."""
+    return f"{100 * value:.1f}{'' if error is None else f' ± {100 * error:.1f}'}%"
 
 
 def with_error(value: float, error: float | None) -> str:

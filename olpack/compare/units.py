@@ -10,11 +10,20 @@ from olpack.compare.job import Job
 from olpack.compare.process import events
 from olpack.errors import OlpackError
 
+<<<<<<< HEAD
 _NOUNS = {"speed": "runs", "concurrency": "loads", "rows": "rows", "answers": "answers"}
+=======
+_NOUNS = {"speed": "runs", "rows": "rows", "answers": "answers", "tasks": "answers", "suites": "requests"}
+
+
+def suite_unit(name: str) -> str:
+    """The unit of one suite of lm-evaluation-harness."""
+    return f"suite-{name}"
+>>>>>>> quality
 
 
 class Units:
-    """What is known of one file, by unit: "speed", "perplexity", "divergence", "answers".
+    """What is known of one file, by unit: "speed", "perplexity", "divergence", "answers", "tasks", "scores".
 
     Args:
         cache: where units are looked up and kept.
@@ -67,7 +76,7 @@ class Steps:
         self._open = ExitStack()
 
     def show(self, unit: str, done: int, total: int) -> None:
-        if unit != self._unit:
+        if unit != self._unit or total != self._task.total:
             self._open.close()
             self._task = self._open.enter_context(progress.task(f"{self._title}: {unit}", total, _NOUNS[unit]))
             self._unit = unit

@@ -5,7 +5,11 @@
 The job (`Job`) is JSON on stdin. What comes out on stdout is JSON lines, each flushed, so that what was measured survives a later crash:
 
     {"event": "progress", "unit": "perplexity", "done": 12, "total": 100}
+<<<<<<< HEAD
     {"event": "result", "unit": "perplexity", "data": {…}}         a SpeedRound, Perplexity or Divergence, {"rows": …} kept, {"answers": [Answer, …]}
+=======
+    {"event": "result", "unit": "perplexity", "data": {…}}         a Speed, Perplexity or Divergence, {"rows": …} kept, {"answers": […]}
+>>>>>>> quality
     {"event": "failed", "unit": "answers", "problem": "…", "remedy": "…"}
 
 How speed is taken (as llama-bench does): a prompt is a run of random token ids, new for each repeat; generation feeds one random token
@@ -20,8 +24,9 @@ import os
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +37,13 @@ from olpack.compare.divergence import LogitsWriter, kl_divergence, log_softmax, 
 from olpack.compare.energy import joules
 from olpack.compare.job import Job
 from olpack.compare.perplexity import perplexity
+<<<<<<< HEAD
 from olpack.compare.results import Answer, Perplexity
 from olpack.compare.rounds import PromptRun, SpeedRound
+=======
+from olpack.compare.results import Answer, Perplexity, PromptSpeed, Speed, Spread
+from olpack.compare.units import suite_unit
+>>>>>>> quality
 from olpack.errors import OlpackError
 from olpack.llamacpp.engine import Engine, Sampling, llama_cpp
 
@@ -52,7 +62,9 @@ def main() -> None:
     for unit, measure, wanted in (
         ("speed", measure_speed, job.speed),
         ("rows", measure_rows, job.perplexity or job.keep_logits or job.divergence),
-        ("answers", measure_answers, job.answers),
+        ("answers", partial(measure_answers, unit="answers"), job.answers),
+        ("tasks", partial(measure_answers, unit="tasks"), job.tasks),
+        ("suites", partial(measure_suites, show=lambda done, total: send(event="progress", unit="suites", done=done, total=total)), job.suites),
     ):
         if not wanted:
             continue
@@ -179,17 +191,35 @@ def measure_rows(job: Job) -> Steps:
     yield found
 
 
+<<<<<<< HEAD
 def measure_answers(job: Job) -> Steps:
     """A free answer to each conversation, at temperature 0."""
     answers = []
     with Engine(job.path, job.context, job.untimed_threads, adapter=job.adapter) as engine:
         for done, messages in enumerate(job.answers, 1):
+=======
+def measure_answers(job: Job, unit: str) -> Steps:
+    """A free answer to each conversation of the unit, at temperature 0."""
+    answers, conversations = [], getattr(job, unit)
+    with Engine(job.path, job.context, job.untimed_threads) as engine:
+        for done, messages in enumerate(conversations, 1):
+>>>>>>> quality
             generation = engine.generate(messages, job.answer_tokens, Sampling(temperature=0))
             text = "".join(generation)
             flags = flags_of(text, generation.finish)
             answers.append(Answer(text=text, finish=generation.finish, tokens=generation.tokens, flags=flags).model_dump(mode="json"))
-            yield done, len(job.answers)
-    yield {"answers": {"answers": answers}}
+            yield done, len(conversations)
+    yield {unit: {"answers": answers}}
+
+
+def measure_suites(job: Job, show: Callable[[int, int], None]) -> Steps:
+    """Each suite's scores as a unit of its own. The harness runs for long between two results; `show` gets its (done, total)."""
+    from olpack.compare.harness import run_suite  # a large import that only this needs
+
+    with Engine(job.path, job.context, job.untimed_threads) as engine:
+        for name in job.suites.names:
+            scores = run_suite(engine, name, job.suites.folder, job.suites.limit, show)
+            yield {suite_unit(name): {"scores": [score.model_dump(mode="json") for score in scores]}}
 
 
 def _open(job: Job, context: int) -> Engine:

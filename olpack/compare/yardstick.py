@@ -8,17 +8,19 @@ on builtin/tiny-coder with an adapter its KL divergence from float32 is 4e-7 nat
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from olpack.compare.cache import Cache
 from olpack.compare.job import LOGITS_BYTES, Job, LogitsJob
-from olpack.compare.results import BaseResult, Divergence, Perplexity, Reference
+from olpack.compare.results import BaseResult, Divergence, Perplexity, Reference, Scores
+from olpack.compare.scores import check_answers
 from olpack.compare.units import Units, run_worker
 from olpack.errors import OlpackError
 from olpack.progress import quantity
+from olpack.tasks import Task
 
 REFERENCE_QUANTS = ("F16", "BF16")  # in the order in which they are tried
 
@@ -70,20 +72,21 @@ class Held:
     problems: list[OlpackError] = field(default_factory=list)
 
 
-def hold(yardstick: Yardstick, job: Job, depends: dict[str, dict], cache: Cache, needed: bool, temporary: ExitStack) -> Held:
+def hold(yardstick: Yardstick, job: Job, depends: dict[str, dict], cache: Cache, needed: bool, temporary: ExitStack, tasks: Sequence[Task]) -> Held:
     """Measure the reference and the base, as far as their figures are not in the cache.
 
     Args:
         job: with the rows, and nothing to measure.
-        depends: what the units "perplexity" and "divergence" depend on, the file left out.
+        depends: what the units "perplexity", "divergence", "tasks" and "scores" depend on, the file left out.
         needed: a quant has no divergence yet, so the reference's logits are wanted in any case.
         temporary: the logits last until it closes. The two GGUFs are gone when this returns.
+        tasks: what the base is asked.
     """
     reference = Units(cache, "reference", {unit: depends["perplexity"] | {"file": yardstick.reference_key} for unit in ("perplexity", "quant")})
-    base = Units(cache, "base", {
-        unit: depends[unit] | {"file": yardstick.base_key, "quant": yardstick.base_quant} for unit in ("perplexity", "divergence")
-    })  # fmt: skip
-    base_missing = yardstick.write_base is not None and not {"perplexity", "divergence"} <= base.found.keys()
+    identity = {"file": yardstick.base_key, "quant": yardstick.base_quant}
+    base = Units(cache, "base", {unit: depends[unit] | identity for unit in ("perplexity", "divergence", "tasks", "scores") if unit in depends})
+    wanted = {"perplexity": True, "tasks": [task.messages for task in tasks]}
+    base_missing = yardstick.write_base is not None and not base.found.keys() >= depends.keys() & {"perplexity", "divergence", "tasks"}
     held = Held()
     try:
         if needed or base_missing or not {"perplexity", "quant"} <= reference.found.keys():
@@ -91,8 +94,9 @@ def hold(yardstick: Yardstick, job: Job, depends: dict[str, dict], cache: Cache,
             held.logits = _measure_reference(yardstick, job, folder, reference)
         if base_missing:
             with _written(yardstick.write_base, yardstick.base_quant, folder) as path:
-                wanted = {"path": path, "perplexity": True, "divergence": held.logits}
-                held.problems += run_worker(job.model_copy(update=wanted), f"the base ({yardstick.base_quant})", base)
+                missing = {unit: value for unit, value in (wanted | {"divergence": held.logits}).items() if unit not in base.found}
+                held.problems += run_worker(job.model_copy(update={"path": path, **missing}), f"the base ({yardstick.base_quant})", base)
+        check_answers(tasks, base, "the base")
     except OlpackError as error:
         held.problems.append(error)
     if {"perplexity", "quant"} <= reference.found.keys():
@@ -102,6 +106,7 @@ def hold(yardstick: Yardstick, job: Job, depends: dict[str, dict], cache: Cache,
             quant=yardstick.base_quant,
             perplexity=Perplexity.model_validate(base.found["perplexity"]) if "perplexity" in base.found else None,
             divergence=Divergence.model_validate(base.found["divergence"]) if "divergence" in base.found else None,
+            scores=Scores.model_validate(base.found["scores"]) if "scores" in base.found else None,
         )
     return held
 

@@ -90,6 +90,12 @@ class Engine:
         max_outputs: most positions whose logits one call returns; None: as many as 64 MiB hold.
         debug: let llama.cpp's own log through to stderr.
 
+    Attributes:
+        vocabulary_size: entries of the output layer.
+        begin_token: the token that a text begins with where the model wants one; `tokenize` does not add it. None where it wants none.
+        end_token: the token with which a text ends.
+        trained_context: tokens that the model was made for.
+
     Raises:
         OlpackError: no such file, or one that llama.cpp refuses; its reason is in the message.
     """
@@ -117,6 +123,9 @@ class Engine:
             raise OlpackError(f"llama.cpp cannot load {self.path}: {_log.reason()}.", "Is the file whole? `olpack export` makes it anew.")
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self.vocabulary_size: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
+        begin = llama_cpp.llama_vocab_bos(self._vocab)
+        self.begin_token: int | None = begin if llama_cpp.llama_vocab_get_add_bos(self._vocab) and begin >= 0 else None
+        self.end_token: int = llama_cpp.llama_vocab_eos(self._vocab)
         self.trained_context: int = llama_cpp.llama_model_n_ctx_train(self._model)
         self.context = context
         self._outputs = max(1, min(_BATCH, max_outputs or _LOGITS_BYTES // (4 * self.vocabulary_size)))
