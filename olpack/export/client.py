@@ -35,15 +35,10 @@ class Converter:
     def __init__(self):
         source = converter_source()
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 — closed with the worker
-        packages = os.pathsep.join(filter(None, [str(Path(olpack.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
             # -P: the folder that the user works in may hold modules of any name
             [sys.executable, "-P", "-m", "olpack.export.worker", str(source)],
-            env={
-                **os.environ, "PYTHONPATH": packages, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-                "GGML_NO_BACKTRACE": "1",  # an abort says its reason in one line; a debugger would add seconds and pages
-                "MALLOC_MMAP_THRESHOLD_": str(4 << 20),  # glibc: tensors go back to the system at once; without it the peak is double
-            },
+            env=worker_environment(),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, encoding="utf-8",
         )  # fmt: skip
 
@@ -143,6 +138,16 @@ class Converter:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+def worker_environment() -> dict[str, str]:
+    """The variables of the worker's process."""
+    packages = os.pathsep.join(filter(None, [str(Path(olpack.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    return {
+        **os.environ, "PYTHONPATH": packages, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+        "GGML_NO_BACKTRACE": "1",  # an abort says its reason in one line; a debugger would add seconds and pages
+        "MALLOC_MMAP_THRESHOLD_": str(4 << 20),  # glibc: tensors go back to the system at once; without it the peak is double
+    }  # fmt: skip
 
 
 def _make_place(path: Path) -> None:

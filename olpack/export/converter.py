@@ -5,6 +5,7 @@ Runs in the worker process only, because it imports the converter's own `gguf` p
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
@@ -29,8 +30,14 @@ def use_converter(source: Path) -> None:
     os.environ.pop("NO_LOCAL_GGUF", None)
     sys.path[:0] = [str(source), str(source / "gguf-py")]
     logging.disable(logging.CRITICAL)  # what matters of the converter's news becomes an error or a warning of ours
+    gc.disable()  # these imports make a million objects that all stay: looking for garbage among them takes most of a second
+    import conversion  # noqa: F401 — with torch and transformers
     import gguf
+    import torch
 
+    gc.freeze()
+    gc.enable()
+    torch.set_num_threads(1)  # tensors are loaded in many threads, each of which would start a team of its own
     assert Path(gguf.__file__).is_relative_to(source), "another gguf was imported before the converter's own"
     _keep_floats(gguf)
 

@@ -19,6 +19,7 @@ from olpack.export.job import ExportedFile, ExportPlan, partial_path
 from olpack.export.plan import FilePlan, hollow_file, plan_files
 from olpack.export.verify import verify_file, verify_tokenizer
 from olpack.export.write import write_files
+from olpack.llamacpp.cores import usable_processors
 from olpack.quants import quant_type
 
 Report = Callable[[int, int], None]
@@ -57,7 +58,7 @@ def export(
     total = sum(plan.size for plan in plans)
     try:
         digests = write_files(
-            model, plans, partial, threads=threads or _cores(), round_to_bf16=round_to_bf16, advance=lambda count: report(count, total)
+            model, plans, partial, threads=threads or usable_processors(), round_to_bf16=round_to_bf16, advance=lambda count: report(count, total)
         )
         for plan, path in zip(plans, partial, strict=True):
             verify_file(path, plan, keys)
@@ -123,7 +124,3 @@ def check_space(paths: list[Path], plans: list[FilePlan]) -> None:
                 f"The files need {progress.quantity(needed, 'B')} in '{place[device]}', and {progress.quantity(free, 'B')} are free.",
                 "Make room, name another folder, or ask for fewer quant types.",
             )
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,7 +1,7 @@
 """The pass itself: each tensor is loaded once, quantized once per type, and appended to every file.
 
-    this thread     loads tensor after tensor, as far ahead as the memory allows
-    thread pool     quantizes rows: each chunk to every type that some file wants, while it is in the cache
+    this thread     hands out tensor after tensor, as far ahead as the memory allows
+    thread pool     loads tensors, and quantizes their rows: each chunk to every type that some file wants, while it is in the cache
     one per file    waits for the next tensor, appends and hashes it
 
 All the heavy calls (torch, ggml, write, SHA-256) release the GIL, so these really run at the same time.
@@ -24,7 +24,7 @@ from olpack.export.converter import FLOATS, SourceModel, SourceTensor
 from olpack.export.plan import FilePlan, padded
 from olpack.llamacpp import library
 
-MEMORY = 1 << 30  # bytes of tensors in flight beyond which no further one is loaded
+MEMORY = 1 << 30  # bytes of tensors in flight beyond which no further one is begun
 CHUNK = 1 << 19  # weights that a thread quantizes at a time: 2 MB of float32
 
 
@@ -63,7 +63,7 @@ def write_files(
             source = model.tensors.pop(name)
             work = _Work(source, [writer.types[name] for writer in writers], readers=len(writers))
             flight.take(work.nbytes)
-            work.begin(pool, round_to_bf16)
+            work.loaded = pool.submit(work.load, pool, round_to_bf16)
             for writer in writers:
                 writer.todo.put(work)
         for writer in writers:
@@ -124,9 +124,11 @@ class _Work:
         sizes = [source.elements // columns * library.row_size(type_, columns) for type_ in self.types]
         self.nbytes = sum(sizes) + (4 * source.elements if source.type_name in FLOATS else 0)
         self.data: dict[int, np.ndarray] = {}
-        self.chunks: list[Future[None]] = []
+        self.loaded: Future[None] | None = None
+        self._chunks: list[Future[None]] = []
 
-    def begin(self, pool: ThreadPoolExecutor, round_to_bf16: bool) -> None:
+    def load(self, pool: ThreadPoolExecutor, round_to_bf16: bool) -> None:
+        """Read and merge the tensor, and hand its rows to the pool."""
         values = self.source.load()
         if self.source.type_name not in FLOATS:
             self.data = {self.types[0]: values}
@@ -140,7 +142,13 @@ class _Work:
         step = max(1, CHUNK // columns)
         rounding = self.source.type_name if round_to_bf16 else "F32"
         for start in range(0, rows, step):
-            self.chunks.append(pool.submit(self._quantize, values, slice(start, start + step), rounding))
+            self._chunks.append(pool.submit(self._quantize, values, slice(start, start + step), rounding))
+
+    def wait(self) -> None:
+        """Until `data` is complete. Raises what went wrong on the way."""
+        self.loaded.result()
+        for chunk in self._chunks:
+            chunk.result()
 
     def _quantize(self, values: np.ndarray, part: slice, rounding: str) -> None:
         rows = values[part]
@@ -188,8 +196,7 @@ class _FileWriter(threading.Thread):
             with self._path.open("wb", buffering=0) as file:
                 self._append(file, self._plan.header)
                 while (work := self.todo.get()) is not None and self._flight.failure is None:
-                    for chunk in work.chunks:
-                        chunk.result()
+                    work.wait()
                     data = work.data[self.types[work.source.name]].reshape(-1)
                     self._append(file, data)
                     self._append(file, bytes(padded(data.nbytes) - data.nbytes))
