@@ -27,11 +27,8 @@ from olpack.workspace import BuildPaths, file_digest, locked, template_source, v
 if TYPE_CHECKING:
     from olpack.data import Renderer, TokenRow
     from olpack.deploy import Package
-<<<<<<< HEAD
     from olpack.memory.shape import MetaModel
-=======
     from olpack.tasks import Task
->>>>>>> quality
 
 STAGES = ("train", "export", "modelfiles", "deploy", "compare")
 ADAPTER = "adapter"  # beside the names of quants: what the export makes of an adapter that is not merged

@@ -112,10 +112,6 @@ class Compare(_Section):
     """At most this many held-out rows are scored."""
     prompts: list[str] = Field(default_factory=list)
     """Prompts answered by every quant, side by side in the report. None given: the first three held-out requests."""
-<<<<<<< HEAD
-    prompt_tokens: list[Annotated[int, Field(ge=16)]] = Field(default=[128, 512], min_length=1)
-    """Lengths of the prompts on which speed is measured."""
-=======
     tasks: _Tasks = Field(default_factory=list)
     """Prompts with a check each (exact, contains, regex, json, python, python_asserts, function), on which every quant is scored:
     a list, or a JSONL file relative to the recipe. `olpack/tasks.py` says what each check takes."""
@@ -124,9 +120,8 @@ class Compare(_Section):
     folder `suites`. Needs `pip install 'olpack[harness]'`."""
     suite_limit: Annotated[int, Field(ge=1)] | None = None
     """At most this many questions of each suite's task. None: all of them."""
-    prompt_tokens: Annotated[int, Field(ge=16)] = 512
-    """Length of the prompts on which speed is measured."""
->>>>>>> quality
+    prompt_tokens: list[Annotated[int, Field(ge=16)]] = Field(default=[128, 512], min_length=1)
+    """Lengths of the prompts on which speed is measured."""
     generated_tokens: Annotated[int, Field(ge=8)] = 64
     """Tokens generated in each timed run."""
     repeats: Annotated[int, Field(ge=1)] = 4

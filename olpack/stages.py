@@ -138,15 +138,9 @@ def compare(build: Build, steps: list[Step]) -> None:
     from olpack.deploy.register import point_latest
 
     asked, paths, (step,) = build.recipe.compare, build.paths, steps
-<<<<<<< HEAD
     settings = MeasureSettings(prompt_lengths=tuple(asked.prompt_tokens), generated_tokens=asked.generated_tokens, repeats=asked.repeats,
-                               clients=tuple(asked.clients),
-                               context=build.package.parameters["num_ctx"], tolerance=asked.max_loss)
-=======
-    settings = MeasureSettings(prompt_lengths=(asked.prompt_tokens,), generated_tokens=asked.generated_tokens, repeats=asked.repeats,
-                               context=build.package.parameters["num_ctx"], tolerance=asked.max_loss,
+                               clients=tuple(asked.clients), context=build.package.parameters["num_ctx"], tolerance=asked.max_loss,
                                suites=tuple(asked.suites), suite_folder=build.suite_folder and str(build.suite_folder), suite_limit=asked.suite_limit)
->>>>>>> quality
     _, held_out = build.rows
     client = OllamaClient() if build.server else None
     results = measure(quant_files(build), held_out[: asked.eval_rows], questions(build), settings, client, build.recipe.name,

@@ -15,15 +15,8 @@ from pydantic import TypeAdapter
 from olpack import progress
 from olpack.compare import speed
 from olpack.compare.cache import Cache
-<<<<<<< HEAD
-from olpack.compare.job import LOGITS_BYTES, Job, RowJob
-from olpack.compare.machine import describe_machine
-from olpack.compare.recommend import recommend, set_losses
-from olpack.compare.results import SCHEMA_VERSION, Answer, Divergence, Flag, Perplexity, QuantResult, Results, Rows, Speed
-from olpack.compare.units import Units, run_worker
-=======
 from olpack.compare.flags import flag_answers, flag_neighbours
-from olpack.compare.job import LOGITS_BYTES, Job, RowJob, SpeedJob, SuitesJob
+from olpack.compare.job import LOGITS_BYTES, Job, RowJob, SuitesJob
 from olpack.compare.language import Scripts
 from olpack.compare.machine import describe_machine
 from olpack.compare.recommend import recommend, set_losses
@@ -42,9 +35,7 @@ from olpack.compare.results import (
     TaskAsked,
 )
 from olpack.compare.scores import check_answers
-from olpack.compare.server import measure_speed as measure_served_speed
-from olpack.compare.units import Steps, Units, run_worker, suite_unit
->>>>>>> quality
+from olpack.compare.units import Units, run_worker, suite_unit
 from olpack.compare.yardstick import Held, Yardstick, hold
 from olpack.data.rows import TokenRow
 from olpack.errors import OlpackError
@@ -159,8 +150,11 @@ def measure(
         path=Path(), engine=embedded, context=settings.context, threads=threads, untimed_threads=untimed,
         answer_tokens=settings.answer_tokens, rows=[RowJob(ids=row.ids, learned=row.learned, text=row.text) for row in rows],
     )  # fmt: skip
-<<<<<<< HEAD
-    wanted = {"perplexity": bool(rows), "answers": list(prompts) or None}
+    wanted = {
+        "perplexity": bool(rows),
+        "answers": list(prompts) or None,
+        "tasks": [task.messages for task in tasks] or None,
+    }
     timed = {
         "engine": f"Ollama {server_version}, {server.url}" if server else f"{embedded}, {threads} threads",
         "cpu": machine.cpu,
@@ -168,13 +162,6 @@ def measure(
         "prompt_lengths": list(settings.prompt_lengths),
         "generated_tokens": settings.generated_tokens,
         "repeats": settings.repeats,
-=======
-    wanted = {
-        "speed": None if server else SpeedJob(prompt_lengths=lengths, generated_tokens=generated, repeats=repeats),
-        "perplexity": bool(rows),
-        "answers": list(prompts) or None,
-        "tasks": [task.messages for task in tasks] or None,
->>>>>>> quality
     }
     depends: dict[str, dict] = {
         **dict.fromkeys(speed.UNITS, timed),
@@ -202,43 +189,25 @@ def measure(
     problems = speed.measure_speeds(known, visit, settings.repeats)
     ran = {"engine": f"Ollama {server_version}" if server else embedded, "threads": None if server else threads}
     held = Held()
-<<<<<<< HEAD
+    scripts = Scripts(examples)
     quants = []
     with ExitStack() as temporary:
         if yardstick and rows:
             needed = any("divergence" not in units.found for units in known)
-            held = hold(yardstick, job, depends, store, needed, temporary)
-        for file, units, failed in zip(files, known, problems, strict=True):
-=======
-    scripts = Scripts(examples)
-    quants, errors = [], []
-    with ExitStack() as temporary:
-        if yardstick and rows:
-            needed = any("divergence" not in units.found for units in known)
             held = hold(yardstick, job, depends, store, needed, temporary, tasks)
-        for file, units in zip(files, known, strict=True):
-            problems: list[OlpackError] = []
->>>>>>> quality
+        for file, units, failed in zip(files, known, problems, strict=True):
             missing = {unit: value for unit, value in (wanted | {"divergence": held.logits}).items() if value and unit not in units.found}
             if suites := [suite for suite in settings.suites if suite_unit(suite) not in units.found]:
                 missing["suites"] = SuitesJob(names=suites, folder=settings.suite_folder, limit=settings.suite_limit)
             if missing:
-<<<<<<< HEAD
                 failed += run_worker(job.model_copy(update={"path": Path(file.path), "adapter": file.adapter, **missing}), file.quant, units)
-            figures = speed.speed_of(units, **ran, generated_tokens=settings.generated_tokens)
-            quants.append(_result(file, figures, units.found, failed, described))
-=======
-                problems += run_worker(job.model_copy(update={"path": Path(file.path), **missing}), file.quant, units)
-            if server and "speed" not in units.found:
-                problems += _ask_server(server, f"{name}:{file.tag}", f"Ollama {server_version}", settings, units)
             try:
                 check_answers(tasks, units, file.quant)
             except OlpackError as error:
-                problems.append(error)
-            errors += problems
-            quants.append(_result(file, units.found, problems, described))
+                failed.append(error)
+            figures = speed.speed_of(units, **ran, generated_tokens=settings.generated_tokens)
+            quants.append(_result(file, figures, units.found, failed, described))
             flag_answers(quants[-1], prompts, scripts)
->>>>>>> quality
 
     if any(problems) and not any(quant.speed or quant.perplexity or quant.answers for quant in quants):
         raise next(failed[0] for failed in problems if failed)
@@ -247,23 +216,19 @@ def measure(
         flag_neighbours(quants, described.learned_tokens)
     results = Results(
         name=name, created=datetime.now(UTC).isoformat(timespec="seconds"), machine=machine, rows=described,
-<<<<<<< HEAD
         settings=TypeAdapter(MeasureSettings).dump_python(settings, mode="json"), prompts=list(prompts), quants=quants,
-=======
-        settings={**asdict(settings), "prompt_lengths": lengths, "suites": list(settings.suites)}, prompts=list(prompts), quants=quants,
         tasks=[TaskAsked(messages=task.messages, check=task.check, expected=_shown(task), source=task.source) for task in tasks],
->>>>>>> quality
         reference=held.reference, base=held.base, flags=[Flag(code="reference", text=str(problem), serious=False) for problem in held.problems],
     )  # fmt: skip
     results.recommendation = recommend(results, settings.tolerance)
     return results
 
 
-<<<<<<< HEAD
 def _weights(file: QuantFile) -> dict[str, str]:
     """What a unit's key holds of the weights."""
     return {"file": file.sha256} | ({"adapter": file_digest(file.adapter)} if file.adapter else {})
-=======
+
+
 def _own_suites(settings: MeasureSettings) -> list[str]:
     """Digests of all files in the user's folder of suites: a task may take its data or its code from any of them."""
     folder = Path(settings.suite_folder) if settings.suite_folder else None
@@ -272,22 +237,6 @@ def _own_suites(settings: MeasureSettings) -> list[str]:
 
 def _shown(task: Task) -> str | list[str]:
     return f"{task.expected[0].name}:{task.expected[1]}" if task.check == "function" else task.expected
-
-
-def _ask_server(server: OllamaClient, model: str, engine: str, settings: MeasureSettings, units: Units) -> list[OlpackError]:
-    steps = Steps(f"measuring {model}")
-    try:
-        for step in measure_served_speed(server, model, engine, settings):
-            if isinstance(step, Speed):
-                units.add("speed", step.model_dump(mode="json"))
-            else:
-                steps.show("speed", *step)
-    except OlpackError as error:
-        return [error]
-    finally:
-        steps.close()
-    return []
->>>>>>> quality
 
 
 def _result(

@@ -10,16 +10,12 @@ from olpack.compare.job import Job
 from olpack.compare.process import events
 from olpack.errors import OlpackError
 
-<<<<<<< HEAD
-_NOUNS = {"speed": "runs", "concurrency": "loads", "rows": "rows", "answers": "answers"}
-=======
-_NOUNS = {"speed": "runs", "rows": "rows", "answers": "answers", "tasks": "answers", "suites": "requests"}
+_NOUNS = {"speed": "runs", "concurrency": "loads", "rows": "rows", "answers": "answers", "tasks": "answers", "suites": "requests"}
 
 
 def suite_unit(name: str) -> str:
     """The unit of one suite of lm-evaluation-harness."""
     return f"suite-{name}"
->>>>>>> quality
 
 
 class Units:

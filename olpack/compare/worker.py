@@ -5,11 +5,7 @@
 The job (`Job`) is JSON on stdin. What comes out on stdout is JSON lines, each flushed, so that what was measured survives a later crash:
 
     {"event": "progress", "unit": "perplexity", "done": 12, "total": 100}
-<<<<<<< HEAD
-    {"event": "result", "unit": "perplexity", "data": {…}}         a SpeedRound, Perplexity or Divergence, {"rows": …} kept, {"answers": [Answer, …]}
-=======
-    {"event": "result", "unit": "perplexity", "data": {…}}         a Speed, Perplexity or Divergence, {"rows": …} kept, {"answers": […]}
->>>>>>> quality
+    {"event": "result", "unit": "perplexity", "data": {…}}         a SpeedRound, Perplexity or Divergence, {"rows": …} kept, {"answers": […]}
     {"event": "failed", "unit": "answers", "problem": "…", "remedy": "…"}
 
 How speed is taken (as llama-bench does): a prompt is a run of random token ids, new for each repeat; generation feeds one random token
@@ -37,13 +33,9 @@ from olpack.compare.divergence import LogitsWriter, kl_divergence, log_softmax, 
 from olpack.compare.energy import joules
 from olpack.compare.job import Job
 from olpack.compare.perplexity import perplexity
-<<<<<<< HEAD
 from olpack.compare.results import Answer, Perplexity
 from olpack.compare.rounds import PromptRun, SpeedRound
-=======
-from olpack.compare.results import Answer, Perplexity, PromptSpeed, Speed, Spread
 from olpack.compare.units import suite_unit
->>>>>>> quality
 from olpack.errors import OlpackError
 from olpack.llamacpp.engine import Engine, Sampling, llama_cpp
 
@@ -191,19 +183,11 @@ def measure_rows(job: Job) -> Steps:
     yield found
 
 
-<<<<<<< HEAD
-def measure_answers(job: Job) -> Steps:
-    """A free answer to each conversation, at temperature 0."""
-    answers = []
-    with Engine(job.path, job.context, job.untimed_threads, adapter=job.adapter) as engine:
-        for done, messages in enumerate(job.answers, 1):
-=======
 def measure_answers(job: Job, unit: str) -> Steps:
     """A free answer to each conversation of the unit, at temperature 0."""
     answers, conversations = [], getattr(job, unit)
-    with Engine(job.path, job.context, job.untimed_threads) as engine:
+    with Engine(job.path, job.context, job.untimed_threads, adapter=job.adapter) as engine:
         for done, messages in enumerate(conversations, 1):
->>>>>>> quality
             generation = engine.generate(messages, job.answer_tokens, Sampling(temperature=0))
             text = "".join(generation)
             flags = flags_of(text, generation.finish)
@@ -216,7 +200,7 @@ def measure_suites(job: Job, show: Callable[[int, int], None]) -> Steps:
     """Each suite's scores as a unit of its own. The harness runs for long between two results; `show` gets its (done, total)."""
     from olpack.compare.harness import run_suite  # a large import that only this needs
 
-    with Engine(job.path, job.context, job.untimed_threads) as engine:
+    with Engine(job.path, job.context, job.untimed_threads, adapter=job.adapter) as engine:
         for name in job.suites.names:
             scores = run_suite(engine, name, job.suites.folder, job.suites.limit, show)
             yield {suite_unit(name): {"scores": [score.model_dump(mode="json") for score in scores]}}

@@ -34,7 +34,7 @@ Quantize = Callable[[int, "np.ndarray", "np.ndarray", "np.ndarray | None"], None
 class _Functions(ctypes.Structure):
     """`ggml_functions` of kquants.cpp."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ("quantize_chunk", "to_half", "from_half")]  # noqa: RUF012
+    _fields_ = [(name, ctypes.c_void_p) for name in ("quantize_chunk", "to_half", "from_half")]
 
 
 def quantizer(ggml: ctypes.CDLL) -> Quantize | None:
