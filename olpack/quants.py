@@ -6,6 +6,8 @@ quant_type("q4_k_m")    # QuantType(name="Q4_K_M", tag="q4_K_M", ftype=15)
 from __future__ import annotations
 
 import difflib
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from olpack.errors import OlpackError
@@ -37,6 +39,15 @@ _FTYPES = {
     "TQ1_0": 36, "TQ2_0": 37, "Q1_0": 40, "Q2_0": 41,
 }  # fmt: skip
 
+# The types of single tensors in ggml that its quantizer makes.
+TENSOR_TYPES = (
+    "f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_K", "q3_K", "q4_K", "q5_K", "q6_K",
+    "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_nl", "iq4_xs", "tq1_0", "tq2_0", "q1_0", "q2_0",
+)  # fmt: skip
+
+# Conversions with nothing to choose: an importance matrix changes none of their bytes.
+_UNWEIGHTED = ("f32", "f16", "bf16", "q8_0")
+
 # What llama-quantize understands too.
 _ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 
@@ -63,3 +74,37 @@ def quant_type(name: str) -> QuantType:
     near = difflib.get_close_matches(wanted, QUANT_TYPES, n=1, cutoff=0.5)
     hint = f"Did you mean {near[0]}? " if near else ""
     raise OlpackError(f"There is no quant type '{name}'.", f"{hint}llama.cpp has: {', '.join(QUANT_TYPES)}.")
+
+
+def check_tensor_types(tensor_types: Mapping[str, str]) -> dict[str, str]:
+    """Patterns for tensor names with the types that they get, each type spelled as ggml does: "Q6_k" is "q6_K".
+
+    Raises:
+        OlpackError: a pattern is no regular expression, or there is no such type; the message names the nearest and lists all.
+    """
+    spelled = {known.lower(): known for known in TENSOR_TYPES}
+    checked = {}
+    for pattern, name in tensor_types.items():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise OlpackError(f"'{pattern}' is no regular expression: {error}.", "Write a part of a tensor's name, such as 'attn_v'.") from None
+        wanted = str(name).strip().lower()
+        if wanted not in spelled:
+            near = difflib.get_close_matches(wanted, spelled, n=1, cutoff=0.5)
+            hint = f"Did you mean {spelled[near[0]]}? " if near else ""
+            raise OlpackError(f"There is no tensor type '{name}'.", f"{hint}ggml has: {', '.join(TENSOR_TYPES)}.")
+        checked[pattern] = spelled[wanted]
+    return checked
+
+
+def overridable(quant: QuantType) -> bool:
+    """Whether types that are chosen for single tensors have a say in a file type: llama.cpp heeds them in quantized ones only."""
+    return quant.name not in ("F32", "F16", "BF16")
+
+
+def gains_by_importance(quant: QuantType, tensor_types: Mapping[str, str]) -> bool:
+    """Whether an importance matrix decides anything in a file of this type, with these types for single tensors (pattern to name)."""
+    if not overridable(quant):
+        return False
+    return quant.name.lower() not in _UNWEIGHTED or any(type_ not in _UNWEIGHTED for type_ in tensor_types.values())

@@ -107,7 +107,7 @@ def test_a_truncated_gguf_is_no_source(model, tmp_path):
 
 def test_quant_types_that_cannot_be_made_are_refused(model):
     assert "Did you mean Q4_K_M?" in refused(model, ("Q4_KM",))
-    assert "IQ2_XS needs an importance matrix" in refused(model, ("IQ2_XS",))
+    assert "IQ2_XS needs an importance matrix. Set `export.importance: train` in the recipe" in refused(model, ("IQ2_XS",))
 
 
 def test_an_unknown_end_of_turn_is_refused(model, tmp_path):

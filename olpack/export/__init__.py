@@ -13,13 +13,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from olpack.export.job import ExportedFile, ExportPlan, Target
 
-__all__ = ["ExportPlan", "ExportedFile", "Target", "check_export", "export"]
+__all__ = ["ExportPlan", "ExportedFile", "Target", "check_export", "collect_importance", "export"]
 
 
-def check_export(source: Path, quants: Sequence[str], *, adapter: Path | None = None, out: Path | None = None) -> ExportPlan:
+def check_export(
+    source: Path,
+    quants: Sequence[str],
+    *,
+    adapter: Path | None = None,
+    out: Path | None = None,
+    importance: Path | Literal["later"] | None = None,
+    tensor_types: Mapping[str, str] = {},
+) -> ExportPlan:
     """Find whatever would fail in an export, before anything is trained. Takes seconds and writes nothing.
 
     Args:
@@ -27,16 +36,19 @@ def check_export(source: Path, quants: Sequence[str], *, adapter: Path | None = 
         quants: quant types, in any case.
         adapter: folder of a LoRA adapter in peft's format, checked against the base when given. Only with a folder as source.
         out: folder that the files will go to; its free space is checked when given.
+        importance: as for `export`; "later" where it will be collected on this very model.
+        tensor_types: as for `export`.
 
     Raises:
         OlpackError: no model folder, no tokenizer, pickle weights only, a truncated or missing safetensors file, an architecture
             or a pre-tokenizer that llama.cpp does not know, a tokenizer larger than the embedding, an unknown quant type, one that
-            needs an importance matrix, an adapter for another base, too little space.
+            needs an importance matrix and gets none, a matrix for another model, types for tensors that the model does not have,
+            an adapter for another base, too little space.
     """
     from olpack.export.client import Converter
 
     with Converter() as converter:
-        return converter.check(source, quants, adapter=adapter, out=out)
+        return converter.check(source, quants, adapter=adapter, out=out, importance=importance, tensor_types=tensor_types)
 
 
 def export(
@@ -50,6 +62,8 @@ def export(
     metadata: Mapping[str, str] | None = None,
     round_to_bf16: bool = False,
     threads: int | None = None,
+    importance: Path | None = None,
+    tensor_types: Mapping[str, str] = {},
 ) -> list[ExportedFile]:
     """Write every target in one pass. All of them appear under their names when all are complete, or none does.
 
@@ -68,6 +82,10 @@ def export(
         round_to_bf16: round every tensor that llama.cpp would store in 16 bits to bfloat16 before it is quantized, as the usual
             way over a BF16 file does. The default quantizes the exact float32 values.
         threads: quantizing threads; by default one for each core that this process may use.
+        importance: an importance matrix of this model in llama.cpp's GGUF form, as `collect_importance` and llama-imatrix write it. It is
+            used for every tensor and type that gains by it; a file that gains nothing (Q8_0, F16, BF16, F32) is the same without.
+        tensor_types: regular expression to tensor type ("attn_v": "q6_K"). The first that is found in a tensor's name decides its type, in
+            quantized files; where rows do not fit its blocks, llama.cpp takes another.
 
     Returns:
         One entry per target, in the order of the targets.
@@ -80,5 +98,24 @@ def export(
     with Converter() as converter:
         return converter.export(
             source, targets, adapter=adapter, name=name, chat_template=chat_template, end_of_turn=end_of_turn,
-            metadata=metadata, round_to_bf16=round_to_bf16, threads=threads,
+            metadata=metadata, round_to_bf16=round_to_bf16, threads=threads, importance=importance, tensor_types=tensor_types,
         )  # fmt: skip
+
+
+def collect_importance(gguf: Path, rows: Sequence[Sequence[int]], out: Path, *, dataset: str, threads: int | None = None) -> None:
+    """Have a model read text, and write how much each column of its weights matters for it: an importance matrix in llama.cpp's GGUF form.
+
+    Args:
+        gguf: the model, best in 16 or 8 bits.
+        rows: token ids, each row read from an empty context. Every token counts, so give whole rounds of chat as training renders them.
+        out: where the matrix goes. An existing file is replaced once the new one is complete.
+        dataset: what the rows are called in it.
+        threads: CPU threads; by default the physical cores that this process may use.
+
+    Raises:
+        OlpackError: no rows, a GGUF that llama.cpp cannot run, or one that computes no numbers.
+    """
+    from olpack.export.client import Converter
+
+    with Converter() as converter:
+        converter.collect(gguf, rows, out, dataset=dataset, threads=threads)

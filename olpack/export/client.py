@@ -10,16 +10,17 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Literal
 
 import psutil
 
 import olpack
 from olpack import progress
 from olpack.errors import OlpackError
-from olpack.export.job import ExportedFile, ExportPlan, Target, partial_path
+from olpack.export.job import LATER, ExportedFile, ExportPlan, Target, partial_path
 from olpack.llamacpp.library import INSTALL
 from olpack.llamacpp.source import converter_source
-from olpack.quants import quant_type
+from olpack.quants import check_tensor_types, quant_type
 
 
 class Converter:
@@ -55,17 +56,21 @@ class Converter:
         """The worker's process id."""
         return self._process.pid
 
-    def check(self, source: Path, quants: Sequence[str], *, adapter: Path | None = None, out: Path | None = None) -> ExportPlan:
+    def check(
+        self, source: Path, quants: Sequence[str], *, adapter: Path | None = None, out: Path | None = None,
+        importance: Path | Literal["later"] | None = None, tensor_types: Mapping[str, str] = {},
+    ) -> ExportPlan:  # fmt: skip
         """As `olpack.export.check_export`."""
         names = [quant_type(name).name for name in quants]
-        return ExportPlan(
-            **self._do("checking the model", do="check", source=_text(source), quants=names, adapter=_text(adapter), out=_text(out))
-        )
+        return ExportPlan(**self._do(
+            "checking the model", do="check", source=_text(source), quants=names, adapter=_text(adapter), out=_text(out),
+            importance=importance if importance == LATER else _text(importance), tensor_types=check_tensor_types(tensor_types),
+        ))  # fmt: skip
 
     def export(
         self, source: Path, targets: Sequence[Target], *, adapter: Path | None = None, name: str | None = None,
         chat_template: str | None = None, end_of_turn: str | None = None, metadata: Mapping[str, str] | None = None,
-        round_to_bf16: bool = False, threads: int | None = None,
+        round_to_bf16: bool = False, threads: int | None = None, importance: Path | None = None, tensor_types: Mapping[str, str] = {},
     ) -> list[ExportedFile]:  # fmt: skip
         """As `olpack.export.export`."""
         if not targets:
@@ -80,7 +85,7 @@ class Converter:
                 f"exporting {', '.join(quant for quant, _ in wanted)}", do="export",
                 source=_text(source), targets=[(quant, str(path)) for quant, path in wanted], adapter=_text(adapter),
                 name=name, chat_template=chat_template, end_of_turn=end_of_turn, metadata=dict(metadata or {}),
-                round_to_bf16=round_to_bf16, threads=threads,
+                round_to_bf16=round_to_bf16, threads=threads, importance=_text(importance), tensor_types=check_tensor_types(tensor_types),
             )  # fmt: skip
         except BaseException:
             for _, path in wanted:  # the worker removes them itself, unless it was killed
@@ -88,7 +93,20 @@ class Converter:
             raise
         return [ExportedFile(**{**fields, "path": Path(fields["path"])}) for fields in files]
 
-    def _do(self, title: str, **job: object) -> object:
+    def collect(self, gguf: Path, rows: Sequence[Sequence[int]], out: Path, *, dataset: str, threads: int | None = None) -> None:
+        """As `olpack.export.collect_importance`."""
+        _make_place(out)
+        found = self._do(
+            "collecting the importance matrix", "tokens", do="collect",
+            gguf=_text(gguf), rows=[list(row) for row in rows], out=_text(out), dataset=dataset, threads=threads,
+        )  # fmt: skip
+        if found["unused"]:
+            progress.warn(
+                f"{found['unused']:,} of {found['experts']:,} experts' matrices were given no token by these rows: nothing is known of them, "
+                "and the types that need an importance matrix will be poor there."
+            )
+
+    def _do(self, title: str, unit: str = "B", **job: object) -> object:
         """Hand over a job, show its progress, and return its result or raise its error."""
         try:
             self._process.stdin.write(json.dumps(job) + "\n")
@@ -105,7 +123,7 @@ class Converter:
                         failure = RuntimeError(f"the export worker failed, {message['crash'].strip().splitlines()[-1]}")
                         failure.add_note(message["crash"])  # shown with the traceback, which --debug asks for
                         raise failure
-                    task = task or shown.enter_context(progress.task(title, total=message["total"], unit="B"))
+                    task = task or shown.enter_context(progress.task(title, total=message["total"], unit=unit))
                     task.advance(message["done"] - task.done)
         except BrokenPipeError:
             pass  # it died before it read the job

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 
+LATER = "later"  # in place of an importance matrix: it will be collected on the model that is checked
+
+
 @dataclass(frozen=True)
 class Target:
     """One file to write.

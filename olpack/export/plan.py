@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from olpack.errors import OlpackError
 from olpack.export.converter import FLOATS, SourceModel
+from olpack.export.importance import ColumnWeights
 from olpack.llamacpp import library
-from olpack.quants import QuantType
+from olpack.quants import QuantType, gains_by_importance, overridable
 
 ALIGNMENT = 32  # of tensor data in a GGUF; llama.cpp's quantizer knows no other
 
@@ -30,12 +33,14 @@ class FilePlan:
         header: everything in front of the first tensor's data, padding included.
         tensors: (name, tensor type of ggml, bytes without padding) in the order of the file.
         fallbacks: what llama.cpp says of tensors whose rows do not fit the blocks of their type.
+        unweighted: tensors of the layers that are quantized without importance in a file that is made with a matrix.
     """
 
     quant: QuantType
     header: bytes
     tensors: list[tuple[str, int, int]]
     fallbacks: list[str]
+    unweighted: list[str] = field(default_factory=list)
 
     @property
     def size(self) -> int:
@@ -72,50 +77,98 @@ def hollow_file(model: SourceModel) -> Iterator[Path]:
         yield path
 
 
-def plan_files(model: SourceModel, hollow: Path, quants: Sequence[QuantType]) -> list[FilePlan]:
+def plan_files(
+    model: SourceModel, hollow: Path, quants: Sequence[QuantType], *, importance: ColumnWeights | None = None, tensor_types: Mapping[str, str] = {}
+) -> list[FilePlan]:
     """Plan one file per quant.
 
     Args:
         model: the opened model.
         hollow: its `hollow_file`.
         quants: the file types.
+        importance: the importance matrix, if there is one. Files that gain nothing by it are the same as without.
+        tensor_types: regular expression to tensor type: the first that is found in a tensor's name decides, in quantized file types.
 
     Raises:
-        OlpackError: llama.cpp refuses the model, a quant needs an importance matrix, or the base's weights are quantized already.
+        OlpackError: llama.cpp refuses the model, a quant needs an importance matrix or has none for some tensor, the base's weights are
+            quantized already, or one of `tensor_types` is for no tensor.
     """
-    plans = []
-    for quant in quants:
-        chosen = library.type_plan(hollow, quant.ftype)
-        if chosen.needs_importance:
-            raise OlpackError(
-                f"{quant.name} needs an importance matrix, which olpack does not make yet.",
-                "Take a quant type that works without one: Q2_K and larger, IQ3_S, IQ4_XS.",
-            )
-        if {name for name, _ in chosen.tensors} != set(model.tensors):
-            raise OlpackError(
-                "llama.cpp's library and its converter disagree about the model's tensors.",
-                "Their versions differ: unset OLPACK_LLAMA_CPP, or install the matching llama-cpp-python.",
-            )
-        tensors = []
-        for name, type_ in chosen.tensors:
-            source = model.tensors[name]
-            if source.type_name in FLOATS:
-                columns = source.shape[-1] if source.shape else 1
-                nbytes = source.elements // columns * library.row_size(type_, columns)
-            elif type_ == library.tensor_type(source.type_name):
-                nbytes = source.nbytes
-            else:
-                raise OlpackError(
-                    f"The base's '{source.origin}' is quantized already ({source.type_name}) and cannot become {quant.name}.",
-                    "Start from the model in 16 bits.",
-                )
-            tensors.append((name, type_, nbytes))
-        plans.append(FilePlan(quant, _header(model, tensors, quant.ftype), tensors, chosen.fallbacks))
-    return plans
+    return [_plan(model, hollow, quant, importance, tensor_types) for quant in quants]
 
 
-def _header(model: SourceModel, tensors: Sequence[tuple[str, int, int]], ftype: int | None) -> bytes:
-    """Magic, keys and tensor table. With `ftype`, the keys are in the order in which llama.cpp's quantizer writes them."""
+def _plan(model: SourceModel, hollow: Path, quant: QuantType, importance: ColumnWeights | None, tensor_types: Mapping[str, str]) -> FilePlan:
+    weighed = importance if gains_by_importance(quant, tensor_types) else None
+    overrides = [(pattern, library.tensor_type(name)) for pattern, name in tensor_types.items()]
+    chosen = library.type_plan(hollow, quant.ftype, overrides=overrides, with_importance=weighed is not None)
+    if {name for name, _ in chosen.tensors} != set(model.tensors):
+        raise OlpackError(
+            "llama.cpp's library and its converter disagree about the model's tensors.",
+            "Their versions differ: unset OLPACK_LLAMA_CPP, or install the matching llama-cpp-python.",
+        )
+    changed = {name: type_ for name, type_ in chosen.tensors if type_ != library.tensor_type(model.tensors[name].type_name)}
+    if overridable(quant):
+        _refuse_idle(overrides, chosen, changed)
+    missing: dict[str, int] = {}
+    if weighed is None:
+        _refuse_without_matrix(quant, chosen)
+    elif weighed.by_tensor is not None:
+        missing = {name: type_ for name, type_ in changed.items() if name not in weighed.by_tensor}
+        _refuse_gaps(hollow, quant, missing)
+    tensors = []
+    for name, type_ in chosen.tensors:
+        source = model.tensors[name]
+        if source.type_name in FLOATS:
+            columns = source.shape[-1] if source.shape else 1
+            nbytes = source.elements // columns * library.row_size(type_, columns)
+        elif type_ == library.tensor_type(source.type_name):
+            nbytes = source.nbytes
+        else:
+            raise OlpackError(
+                f"The base's '{source.origin}' is quantized already ({source.type_name}) and cannot become {quant.name}.",
+                "Start from the model in 16 bits.",
+            )
+        tensors.append((name, type_, nbytes))
+    header = _header(model, tensors, quant.ftype, weighed.keys if weighed else {})
+    return FilePlan(quant, header, tensors, chosen.fallbacks, [name for name in missing if name.startswith("blk.")])
+
+
+def _refuse_idle(overrides: Sequence[tuple[str, int]], chosen: library.TypePlan, changed: Mapping[str, int]) -> None:
+    """Raise OlpackError where a pattern decides nothing: it names no tensor, or only such as llama.cpp leaves as they are (norms, routers)."""
+    for pattern, wanted in overrides:
+        named = [(name, type_) for name, type_ in chosen.tensors if re.search(pattern, name)]
+        if not any(name in changed or type_ == wanted for name, type_ in named):
+            what = f"quantizes no tensor named like '{pattern}'" if named else f"has no tensor named like '{pattern}'"
+            raise OlpackError(
+                f"llama.cpp {what} in this model, which tensor_types has.", f"Names are like {', '.join(list(changed)[:3])}: correct the pattern."
+            )
+
+
+def _refuse_without_matrix(quant: QuantType, chosen: library.TypePlan) -> None:
+    if chosen.needs_importance or any(library.requires_importance(type_) for _, type_ in chosen.tensors):
+        raise OlpackError(
+            f"{quant.name} needs an importance matrix.",
+            "Set `export.importance: train` in the recipe, or give one to `olpack quantize` with --importance.",
+        )
+
+
+def _refuse_gaps(hollow: Path, quant: QuantType, missing: Mapping[str, int]) -> None:
+    """Raise OlpackError where a tensor of which the matrix knows nothing is to get a type that is useless without.
+
+    Which types those are, llama.cpp says itself: in a plan in which every other tensor gets a type that needs no matrix.
+    """
+    aborting = [name for name, type_ in missing.items() if library.requires_importance(type_)]
+    alone = [(f"^{re.escape(name)}$", type_) for name, type_ in missing.items()]
+    everything_else = (".", library.tensor_type("q8_0"))
+    if aborting or library.type_plan(hollow, quant.ftype, overrides=[*alone, everything_else]).needs_importance:
+        name = next(iter([*aborting, *(name for name in missing if name.startswith("blk.")), *missing]))
+        raise OlpackError(
+            f"{quant.name} needs the importance of every tensor, and the matrix says nothing of '{name}'.",
+            "Collect it on this model, or give that tensor a larger type (tensor_types).",
+        )
+
+
+def _header(model: SourceModel, tensors: Sequence[tuple[str, int, int]], ftype: int | None, more: Mapping[str, Any] = {}) -> bytes:
+    """Magic, keys and tensor table. With `ftype`, the keys are in the order in which llama.cpp's quantizer writes them, `more` last."""
     import gguf
 
     writer = gguf.GGUFWriter(None, model.architecture)
@@ -125,6 +178,9 @@ def _header(model: SourceModel, tensors: Sequence[tuple[str, int, int]], ftype: 
             writer.remove_key(key)  # the quantizer sets these two last
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_file_type(ftype)
+    for key, value in more.items():
+        writer.remove_key(key)
+        writer.add_uint32(key, value) if isinstance(value, int) else writer.add_string(key, value)
     for name, type_, nbytes in tensors:
         writer.add_tensor_info(name, _trimmed(model.tensors[name].shape), "float32", nbytes, gguf.GGMLQuantizationType(type_))
     buffer = io.BytesIO()

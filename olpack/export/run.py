@@ -9,13 +9,16 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
+
 from olpack import progress
 from olpack.errors import OlpackError
 from olpack.export.adapter import read_adapter
 from olpack.export.converter import SourceModel, open_model
 from olpack.export.folder import check_tokenizer_files, read_config, read_tensor_headers
 from olpack.export.gguf_source import open_gguf
-from olpack.export.job import ExportedFile, ExportPlan, partial_path
+from olpack.export.importance import ColumnWeights, column_weights
+from olpack.export.job import LATER, ExportedFile, ExportPlan, partial_path
 from olpack.export.plan import FilePlan, hollow_file, plan_files
 from olpack.export.verify import verify_file, verify_tokenizer
 from olpack.export.write import write_files
@@ -25,9 +28,11 @@ from olpack.quants import quant_type
 Report = Callable[[int, int], None]
 
 
-def check(source: str, quants: list[str], adapter: str | None, out: str | None, report: Report) -> dict:
+def check(
+    source: str, quants: list[str], adapter: str | None, out: str | None, importance: str | None, tensor_types: dict[str, str], report: Report
+) -> dict:
     """`olpack.export.check_export`, over the pipe. Returns the fields of an `ExportPlan`."""
-    model, plans, warnings = _prepare(Path(source), quants, adapter)
+    model, plans, _, warnings = _prepare(Path(source), quants, adapter, importance, tensor_types)
     if out is not None:
         check_space([Path(out, plan.quant.name) for plan in plans], plans)
     context = model.key(f"{model.architecture}.context_length")
@@ -43,13 +48,13 @@ def check(source: str, quants: list[str], adapter: str | None, out: str | None, 
 
 def export(
     source: str, targets: list[tuple[str, str]], adapter: str | None, name: str | None, chat_template: str | None, end_of_turn: str | None,
-    metadata: dict[str, str], round_to_bf16: bool, threads: int | None, report: Report,
+    metadata: dict[str, str], round_to_bf16: bool, threads: int | None, importance: str | None, tensor_types: dict[str, str], report: Report,
 ) -> list[dict]:  # fmt: skip
     """`olpack.export.export`, over the pipe. Returns the fields of one `ExportedFile` for each target."""
     started = time.monotonic()
     paths = [Path(path) for _, path in targets]
-    model, plans, _ = _prepare(
-        Path(source), [quant for quant, _ in targets], adapter,
+    model, plans, weights, _ = _prepare(
+        Path(source), [quant for quant, _ in targets], adapter, importance, tensor_types,
         name=name, chat_template=chat_template, end_of_turn=end_of_turn, metadata=metadata,
     )  # fmt: skip
     parameters, keys = model.parameters, dict(model.keys)
@@ -58,8 +63,9 @@ def export(
     total = sum(plan.size for plan in plans)
     try:
         digests = write_files(
-            model, plans, partial, threads=threads or usable_processors(), round_to_bf16=round_to_bf16, advance=lambda count: report(count, total)
-        )
+            model, plans, partial, threads=threads or usable_processors(), round_to_bf16=round_to_bf16, importance=weights,
+            advance=lambda count: report(count, total),
+        )  # fmt: skip
         for plan, path in zip(plans, partial, strict=True):
             verify_file(path, plan, keys)
         for path, final in zip(partial, paths, strict=True):
@@ -77,18 +83,31 @@ def export(
     ]
 
 
-def _prepare(source: Path, quants: list[str], adapter: str | None, **settings) -> tuple[SourceModel, list[FilePlan], list[str]]:
-    """Everything up to the first weight: (model, one plan per quant, warnings)."""
+def _prepare(
+    source: Path, quants: list[str], adapter: str | None, importance: str | None, tensor_types: dict[str, str], **settings
+) -> tuple[SourceModel, list[FilePlan], dict[str, np.ndarray], list[str]]:
+    """Everything up to the first weight: (model, one plan per quant, weights of the columns by tensor, warnings)."""
     types = [quant_type(name) for name in quants]
     model = _open_file(source, adapter, settings) if source.is_file() else _open_folder(source, adapter, settings)
+    weights = None
+    if importance is not None:
+        weights = ColumnWeights(None, {}) if importance == LATER else column_weights(Path(importance), model.tensors)
     with hollow_file(model) as hollow:
-        plans = plan_files(model, hollow, types)
+        plans = plan_files(model, hollow, types, importance=weights, tensor_types=tensor_types)
         warnings = verify_tokenizer(source, hollow)
     for plan in plans:
         if plan.fallbacks:
             more = f", and {len(plan.fallbacks) - 1} more tensors" if len(plan.fallbacks) > 1 else ""
             warnings.append(f"{plan.quant.name} does not fit this model's shapes everywhere: {plan.fallbacks[0]}{more}.")
-    return model, plans, warnings
+    if weights is None or weights.by_tensor is None:
+        return model, plans, {}, warnings
+    if unweighted := list(dict.fromkeys(name for plan in plans for name in plan.unweighted)):
+        more = f" and {len(unweighted) - 1} more tensors" if len(unweighted) > 1 else ""
+        warnings.append(f"The importance matrix says nothing of {unweighted[0]}{more}, quantized as without one.")
+    if weights.unknown:
+        more = f" and {len(weights.unknown) - 1} more tensors" if len(weights.unknown) > 1 else ""
+        warnings.append(f"The importance matrix also has {weights.unknown[0]}{more}: is it of another model?")
+    return model, plans, weights.by_tensor, warnings
 
 
 def _open_folder(source: Path, adapter: str | None, settings: dict) -> SourceModel:

@@ -1,6 +1,6 @@
 """The worker process: `python -m olpack.export.worker CONVERTER_FOLDER`, driven by `client.py` over a pipe.
 
-One JSON object a line comes in on stdin ({"do": "check" or "export", …}), JSON objects go out on stdout until one has "result",
+One JSON object a line comes in on stdin ({"do": "check", "export" or "collect", …}), JSON objects go out on stdout until one has "result",
 "error" or "crash". End of input ends the process, also in the middle of an export: its partial files go with it.
 """
 
@@ -44,9 +44,9 @@ def main() -> None:
 
                 converter.use_converter(Path(sys.argv[1]))
                 converter_ready = True
-            from olpack.export import run
+            from olpack.export import importance, run
 
-            do = {"check": run.check, "export": run.export}[job.pop("do")]
+            do = {"check": run.check, "export": run.export, "collect": importance.collect}[job.pop("do")]
             send(result=do(**job, report=_reporter(send)))
         except OlpackError as error:
             send(error={"problem": error.problem, "remedy": error.remedy})
@@ -69,7 +69,7 @@ def _read_jobs() -> queue.SimpleQueue[dict | None]:
 
 
 def _reporter(send: Callable[..., None]) -> Callable[[int, int], None]:
-    """Sends how many of how many bytes are written, ten times a second at most."""
+    """Sends how many of how many bytes are written, or tokens read, ten times a second at most."""
     state = {"done": 0, "sent": 0.0}
     lock = threading.Lock()
 

@@ -13,7 +13,7 @@ import hashlib
 import os
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,6 +35,7 @@ def write_files(
     *,
     threads: int,
     round_to_bf16: bool = False,
+    importance: Mapping[str, np.ndarray] = {},
     advance: Callable[[int], None] = lambda count: None,
 ) -> list[str]:
     """Write every planned file to its path, in one pass over the model's tensors. The tensors of `model` are used up.
@@ -45,6 +46,8 @@ def write_files(
         paths: one for each plan, written in place: give temporary names.
         threads: how many quantize.
         round_to_bf16: round what llama.cpp's converter would store in 16 bits first, as it would.
+        importance: float32 [matrices, columns] by tensor name, the weight of each column's error; for a stack of experts one row each. It
+            changes nothing in tensors of a type that has nothing to choose.
         advance: told the bytes that were written, from several threads.
 
     Returns:
@@ -63,7 +66,7 @@ def write_files(
             source = model.tensors.pop(name)
             work = _Work(source, [writer.types[name] for writer in writers], readers=len(writers))
             flight.take(work.nbytes)
-            work.loaded = pool.submit(work.load, pool, round_to_bf16)
+            work.loaded = pool.submit(work.load, pool, round_to_bf16, importance.get(name))
             for writer in writers:
                 writer.todo.put(work)
         for writer in writers:
@@ -127,7 +130,7 @@ class _Work:
         self.loaded: Future[None] | None = None
         self._chunks: list[Future[None]] = []
 
-    def load(self, pool: ThreadPoolExecutor, round_to_bf16: bool) -> None:
+    def load(self, pool: ThreadPoolExecutor, round_to_bf16: bool, importance: np.ndarray | None) -> None:
         """Read and merge the tensor, and hand its rows to the pool."""
         values = self.source.load()
         if self.source.type_name not in FLOATS:
@@ -141,8 +144,12 @@ class _Work:
                 self.data[type_] = np.empty((rows, library.row_size(type_, columns)), np.uint8)
         step = max(1, CHUNK // columns)
         rounding = self.source.type_name if round_to_bf16 else "F32"
-        for start in range(0, rows, step):
-            self._chunks.append(pool.submit(self._quantize, values, slice(start, start + step), rounding))
+        weights = [None] if importance is None else importance
+        rows_of_one = rows // len(weights)  # a chunk lies within one expert, because each has its own weights
+        for first, columns_weights in zip(range(0, rows, rows_of_one), weights, strict=True):
+            for start in range(first, first + rows_of_one, step):
+                part = slice(start, min(start + step, first + rows_of_one))
+                self._chunks.append(pool.submit(self._quantize, values, part, rounding, columns_weights))
 
     def wait(self) -> None:
         """Until `data` is complete. Raises what went wrong on the way."""
@@ -150,7 +157,7 @@ class _Work:
         for chunk in self._chunks:
             chunk.result()
 
-    def _quantize(self, values: np.ndarray, part: slice, rounding: str) -> None:
+    def _quantize(self, values: np.ndarray, part: slice, rounding: str, importance: np.ndarray | None) -> None:
         rows = values[part]
         # A NaN carries through min and max, so two quick passes find every kind of unusable weight.
         if not (np.isfinite(rows.min()) and np.isfinite(rows.max())):
@@ -161,7 +168,7 @@ class _Work:
         if rounding != "F32":
             _round(rows, rounding)
         for type_, out in self.data.items():
-            if type_ != library.tensor_type("f32") and not library.quantize_rows(type_, rows, out[part]):
+            if type_ != library.tensor_type("f32") and not library.quantize_rows(type_, rows, out[part], importance):
                 raise OlpackError(
                     f"The weight '{self.source.origin}' holds values too large to be quantized.",
                     "Leave the quant types below 16 bits out, or take another checkpoint.",

@@ -15,7 +15,7 @@ import ctypes
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -89,6 +89,8 @@ class Engine:
         gpu_layers: layers put on a GPU, where the build has one; negative: all.
         max_outputs: most positions whose logits one call returns; None: as many as 64 MiB hold.
         debug: let llama.cpp's own log through to stderr.
+        watch: llama.cpp's evaluation callback: gets the address of a node's `ggml_tensor` and True before the node is computed; where it
+            returns True, it is called again with False when the node's values are there, and ends the pass if it then returns False.
 
     Attributes:
         vocabulary_size: entries of the output layer.
@@ -110,6 +112,7 @@ class Engine:
         gpu_layers: int = -1,
         max_outputs: int | None = None,
         debug: bool = False,
+        watch: Callable[[int, bool], bool] | None = None,
     ):
         self.path = Path(path)
         self._model = self._context = None
@@ -137,6 +140,9 @@ class Engine:
         params.swa_full = False  # one sequence that only grows or begins anew: a sliding layer needs no more than its window
         params.n_threads = params.n_threads_batch = threads or usable_cores()
         params.no_perf = True
+        if watch is not None:
+            self._watch = llama_cpp.ggml_backend_sched_eval_callback(lambda tensor, ask, _: watch(tensor, ask))  # must outlive the context
+            params.cb_eval = self._watch
         self._context = llama_cpp.llama_init_from_model(self._model, params)
         if not self._context:
             reason = _log.reason()
@@ -231,6 +237,13 @@ class Engine:
     def process(self, ids: Sequence[int]) -> None:
         """Forget what came before and run the model over `ids`; only the last position's logits are computed. Returns when it is done."""
         self._start(ids)
+        llama_cpp.llama_synchronize(self._context)
+
+    def process_whole(self, ids: Sequence[int]) -> None:
+        """As `process`, with every position an output: a position that is none leaves out a part of the last layer."""
+        self._forget(len(ids))
+        for start, stop in _chunks([True] * len(ids), _BATCH, self._outputs):
+            self._decode(ids[start:stop], start, [True] * (stop - start))
         llama_cpp.llama_synchronize(self._context)
 
     def extend(self, token: int) -> None:

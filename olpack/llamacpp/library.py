@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,21 +52,30 @@ def library_folder() -> Path:
 
 
 @functools.cache
-def _ggml() -> ctypes.CDLL:
+def ggml() -> ctypes.CDLL:
+    """ggml's base library, with the signatures of the functions that olpack calls."""
     load_llama_cpp()
     name = {"darwin": "libggml-base.dylib", "win32": "ggml-base.dll"}.get(sys.platform, "libggml-base.so")
-    ggml = ctypes.CDLL(str(library_folder() / name))
-    ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
-    ggml.ggml_quantize_chunk.argtypes = [
+    library = ctypes.CDLL(str(library_folder() / name))
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    library.ggml_quantize_chunk.argtypes = [
         ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p,
     ]  # fmt: skip
-    ggml.ggml_validate_row_data.restype = ctypes.c_bool
-    ggml.ggml_validate_row_data.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
-    ggml.ggml_row_size.restype = ctypes.c_size_t
-    ggml.ggml_row_size.argtypes = [ctypes.c_int, ctypes.c_int64]
-    ggml.ggml_type_name.restype = ctypes.c_char_p
-    ggml.ggml_type_name.argtypes = [ctypes.c_int]
-    return ggml
+    library.ggml_validate_row_data.restype = ctypes.c_bool
+    library.ggml_validate_row_data.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
+    library.ggml_row_size.restype = ctypes.c_size_t
+    library.ggml_row_size.argtypes = [ctypes.c_int, ctypes.c_int64]
+    for name in ("ggml_type_name", "ggml_op_name"):
+        getattr(library, name).restype = ctypes.c_char_p
+        getattr(library, name).argtypes = [ctypes.c_int]
+    library.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
+    library.ggml_quantize_requires_imatrix.argtypes = [ctypes.c_int]
+    for name, result in (("ggml_get_name", ctypes.c_void_p), ("ggml_get_data", ctypes.c_void_p), ("ggml_nbytes", ctypes.c_size_t)):
+        getattr(library, name).restype = result
+        getattr(library, name).argtypes = [ctypes.c_void_p]
+    library.ggml_backend_tensor_get.restype = None
+    library.ggml_backend_tensor_get.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
+    return library
 
 
 _first_use = threading.Lock()  # so that of many threads that begin at once only one compiles
@@ -79,12 +88,12 @@ def _k_quantizer() -> kquants.Quantize | None:
 
 @functools.cache
 def _compiled_quantizer() -> kquants.Quantize | None:
-    return kquants.quantizer(_ggml())
+    return kquants.quantizer(ggml())
 
 
 @functools.cache
 def _types_by_name() -> dict[str, int]:
-    names = {number: _ggml().ggml_type_name(number) for number in range(load_llama_cpp().GGML_TYPE_COUNT)}
+    names = {number: ggml().ggml_type_name(number) for number in range(load_llama_cpp().GGML_TYPE_COUNT)}
     return {name.decode().lower(): number for number, name in names.items() if name}
 
 
@@ -100,7 +109,7 @@ def tensor_type(name: str) -> int:
 
 def row_size(type_: int, columns: int) -> int:
     """Bytes of a row of `columns` weights in a tensor type."""
-    return _ggml().ggml_row_size(type_, columns)
+    return ggml().ggml_row_size(type_, columns)
 
 
 def quantize_rows(type_: int, rows: np.ndarray, out: np.ndarray, importance: np.ndarray | None = None) -> bool:
@@ -110,7 +119,7 @@ def quantize_rows(type_: int, rows: np.ndarray, out: np.ndarray, importance: np.
         type_: a tensor type of ggml, also f32, f16 or bf16.
         rows: float32 [rows, columns], C-contiguous.
         out: uint8, C-contiguous, `rows * row_size(type_, columns)` bytes.
-        importance: float32 [columns], the weight of each column's error; None for equal weights.
+        importance: float32 [columns], C-contiguous, the weight of each column's error; None: llama.cpp weighs by the values themselves.
 
     Returns:
         Whether the result is sound, by llama.cpp's own test (no infinite or undefined scale).
@@ -121,9 +130,9 @@ def quantize_rows(type_: int, rows: np.ndarray, out: np.ndarray, importance: np.
         faster(type_, rows, out, importance)
     else:
         weights = importance.ctypes.data if importance is not None else None
-        written = _ggml().ggml_quantize_chunk(type_, rows.ctypes.data, out.ctypes.data, 0, count, columns, weights)
+        written = ggml().ggml_quantize_chunk(type_, rows.ctypes.data, out.ctypes.data, 0, count, columns, weights)
         assert written == out.nbytes
-    return _ggml().ggml_validate_row_data(type_, out.ctypes.data, out.nbytes)
+    return ggml().ggml_validate_row_data(type_, out.ctypes.data, out.nbytes)
 
 
 @dataclass(frozen=True)
@@ -147,12 +156,15 @@ _FALLBACK_LINE = re.compile(
 )
 
 
-def type_plan(header: Path, ftype: int) -> TypePlan:
+def type_plan(header: Path, ftype: int, *, overrides: Sequence[tuple[str, int]] = (), with_importance: bool = False) -> TypePlan:
     """Ask llama.cpp which type each tensor of a model gets in a file type.
 
     Args:
         header: a GGUF whose data may be a hole; only its header is read.
         ftype: a value of `enum llama_ftype`.
+        overrides: (regular expression, tensor type) pairs. The first that is found in a tensor's name decides its type.
+        with_importance: whether there will be an importance matrix. llama.cpp chooses some types otherwise then, and `needs_importance`
+            is False.
 
     Raises:
         OlpackError: llama.cpp refuses the model; with its own words.
@@ -160,20 +172,32 @@ def type_plan(header: Path, ftype: int) -> TypePlan:
     llama_cpp = load_llama_cpp()
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.nthread, params.dry_run = ftype, 1, True
+    if overrides:
+        pairs = [(pattern.encode(), type_) for pattern, type_ in overrides]
+        params.tt_overrides = (llama_cpp.llama_model_tensor_override * (len(pairs) + 1))(*pairs, (None, 0))
+    if with_importance:  # that there is one is all that counts in a dry run
+        one = (ctypes.c_float * 1)(1)
+        params.imatrix = (llama_cpp.llama_model_imatrix_data * 2)((b"any", one, 1), (None, None, 0))
     with captured_log() as log:
         failed = llama_cpp.llama_model_quantize(str(header).encode(), b"", ctypes.byref(params))
     lines = "".join(log).splitlines()
     if failed:
         reason = next((line for line in reversed(lines) if "failed to quantize" in line), "no reason given")
         raise OlpackError(
-            f"llama.cpp cannot quantize this model: {reason.rpartition('failed to quantize: ')[2]}.",
-            "The converter and the library may be of different versions: unset OLPACK_LLAMA_CPP.",
+            f"llama.cpp cannot quantize this model: {reason.rpartition('failed to quantize: ')[2].rstrip('.')}.",
+            "The types for single tensors (tensor_types) may hold a regular expression that C++ does not know." if overrides
+            else "The converter and the library may be of different versions: unset OLPACK_LLAMA_CPP.",
         )
     tensors = [(match[1], tensor_type(match[3] or match[2])) for match in map(_TENSOR_LINE.match, lines) if match]
     fallbacks = [
         f"{m[1]} ({m[2]} columns, {m[4]} needs a multiple of {m[3]}) becomes {m[5]}" for m in map(_FALLBACK_LINE.match, lines) if m
     ]
     return TypePlan(tensors, fallbacks, needs_importance=any("will require an imatrix" in line for line in lines))
+
+
+def requires_importance(type_: int) -> bool:
+    """Whether ggml's quantizer aborts where it is to make this tensor type without an importance matrix."""
+    return ggml().ggml_quantize_requires_imatrix(type_)
 
 
 @contextmanager

@@ -1,0 +1,255 @@
+"""The importance matrix is the model's own, llama.cpp takes it, and what is quantized with it is what llama.cpp makes of it."""
+
+from __future__ import annotations
+
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_models import converter, write_model
+from usual_way import quantize
+
+from olpack.errors import OlpackError
+from olpack.export import Target
+from olpack.export.importance import ImportanceMatrix, read_importance, write_importance
+from olpack.llamacpp.activations import InputSquares, input_squares
+
+QUANTS = ["IQ2_XS", "IQ1_M", "IQ3_XXS", "Q2_K", "Q4_K_M"]
+MODELS = {
+    "qwen3-tied": ("qwen3", {"tied": True, "intermediate_size": 256}),
+    # Eight layers: llama.cpp treats the first of so many otherwise where there is a matrix.
+    "llama-deep": ("llama", {"tied": False, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 8}),
+    "qwen3-experts": ("qwen3_moe", {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "num_hidden_layers": 1}),
+}
+ROWS = [[random.Random(length).randrange(3, 512) for _ in range(length)] for length in (200, 5, 1, 64, 130)]
+TOKENS = sum(len(row) for row in ROWS)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {name: write_model(root / name, kind, **settings) for name, (kind, settings) in MODELS.items()}
+
+
+@pytest.fixture(scope="module")
+def unquantized(models, tmp_path_factory) -> dict[str, dict[str, Path]]:
+    """The models as GGUFs in F32 and BF16."""
+    root = tmp_path_factory.mktemp("unquantized")
+    made = {}
+    for name, source in models.items():
+        files = converter().export(source, [Target(quant, root / f"{name}-{quant}.gguf") for quant in ("F32", "BF16")])
+        made[name] = {file.quant: file.path for file in files}
+    return made
+
+
+@pytest.fixture(scope="module")
+def matrices(unquantized, tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("matrices")
+    for name, files in unquantized.items():
+        converter().collect(files["F32"], ROWS, root / f"{name}.gguf", dataset="some/rows.jsonl", threads=1)
+    return {name: root / f"{name}.gguf" for name in unquantized}
+
+
+@pytest.fixture
+def exact_attention(monkeypatch):
+    """Attention in float32: llama.cpp's default keeps keys and values, and adds up, in half precision."""
+    import llama_cpp
+
+    defaults = llama_cpp.llama_context_default_params
+
+    def in_float32():
+        params = defaults()
+        params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
+        params.flash_attn_type = 0  # LLAMA_FLASH_ATTN_TYPE_DISABLED
+        return params
+
+    monkeypatch.setattr(llama_cpp, "llama_context_default_params", in_float32)
+
+
+def squares_in_transformers(source: Path) -> dict[str, np.ndarray]:
+    """What the sums should be, by the tensor's name in the GGUF: [matrices, columns], from the modules' inputs in transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    names = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
+             "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}  # fmt: skip
+    sums: dict[str, np.ndarray] = {}
+
+    def add(name: str, value: torch.Tensor) -> None:
+        sums[name] = sums.get(name, 0) + value.double().numpy()
+
+    def linear(module, given, result, name):
+        _, _, layer, *_, last = name.split(".")
+        add(f"blk.{layer}.{names[last]}.weight", given[0].reshape(-1, given[0].shape[-1]).square().sum(0)[None])
+
+    def routed(module, given, result, name):
+        layer, (hidden,), (_, _, chosen) = name.split(".")[2], given, result
+        add(f"blk.{layer}.ffn_gate_inp.weight", hidden.square().sum(0)[None])
+        experts = model.model.layers[int(layer)].mlp.experts
+        for expert in range(experts.num_experts):
+            mine = hidden[(chosen == expert).any(-1)]
+            gate, up = (mine @ experts.gate_up_proj[expert].T).chunk(2, -1)
+            for tensor, value in (("gate", mine), ("up", mine), ("down", torch.nn.functional.silu(gate) * up)):
+                whole = torch.zeros(experts.num_experts, value.shape[-1])
+                whole[expert] = value.square().sum(0)
+                add(f"blk.{layer}.ffn_{tensor}_exps.weight", whole)
+
+    for name, module in model.named_modules():
+        if name.endswith("_proj"):
+            module.register_forward_hook(lambda *call, name=name: linear(*call, name))
+        elif name.endswith("mlp.gate"):
+            module.register_forward_hook(lambda *call, name=name: routed(*call, name))
+    with torch.inference_mode():
+        for row in ROWS:
+            model(torch.tensor([row]))
+    return sums
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_sums_are_those_of_the_model_in_transformers(name, models, unquantized, exact_attention):
+    found, expected = input_squares(unquantized[name]["F32"], ROWS, threads=1), squares_in_transformers(models[name])
+    assert found.keys() == expected.keys()
+    for tensor, squares in found.items():
+        np.testing.assert_allclose(squares.sums, expected[tensor], rtol=1e-3, atol=1e-6 * expected[tensor].max(), err_msg=tensor)
+        assert squares.counts.sum() == TOKENS * (2 if "_exps" in tensor else 1)
+
+
+def test_half_precision_attention_changes_little(unquantized, exact_attention, matrices):
+    exactly, found = input_squares(unquantized["qwen3-tied"]["F32"], ROWS, threads=1), read_importance(matrices["qwen3-tied"])
+    assert (found.datasets, found.chunk_size, found.chunk_count) == (["some/rows.jsonl"], 512, 1)
+    for tensor, squares in found.tensors.items():
+        np.testing.assert_allclose(squares.sums, exactly[tensor].sums, rtol=0.03, err_msg=tensor)
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    tensors = {
+        "blk.0.ffn_up_exps.weight": InputSquares(np.arange(12, dtype=np.float32).reshape(3, 4), np.array([7, 0, 2])),
+        "blk.0.attn_q.weight": InputSquares(np.array([[1, 2, 4]], np.float32), np.array([4])),
+    }
+    write_importance(ImportanceMatrix(tensors, ["a.txt", "b.txt"], 3, 512), tmp_path / "matrix.gguf")
+    read = read_importance(tmp_path / "matrix.gguf")
+    assert (read.datasets, read.chunk_count, read.chunk_size) == (["a.txt", "b.txt"], 3, 512)
+    assert list(read.tensors) == sorted(tensors)
+    for name, squares in tensors.items():
+        assert np.array_equal(read.tensors[name].sums, squares.sums) and np.array_equal(read.tensors[name].counts, squares.counts)
+    assert read.weights("blk.0.attn_q.weight", 1).tolist() == [[0.25, 0.5, 1]]
+    assert read.weights("blk.0.ffn_up_exps.weight", 3)[1:].tolist() == [[1, 1, 1, 1], [4, 4.5, 5, 5.5]]
+
+
+@pytest.mark.parametrize(("name", "quants"), [
+    ("qwen3-tied", QUANTS), ("llama-deep", ["Q4_0", "Q5_0", "IQ4_XS", "IQ4_NL"]), ("qwen3-experts", ["Q2_K", "Q4_0", "IQ3_XXS"]),
+])  # fmt: skip
+def test_the_bytes_are_those_of_llama_cpp_with_the_same_matrix(name, quants, models, unquantized, matrices, tmp_path):
+    plan = converter().check(models[name], quants, importance=matrices[name])
+    files = converter().export(models[name], [Target(quant, tmp_path / f"{quant}.gguf") for quant in quants], importance=matrices[name])
+    for file in files:
+        quantize(unquantized[name]["BF16"], tmp_path / "usual.gguf", file.quant, matrices[name])
+        assert file.path.read_bytes() == (tmp_path / "usual.gguf").read_bytes(), file.quant
+        assert file.size == plan.sizes[file.quant]
+
+
+def test_a_file_that_gains_nothing_is_the_same_without(models, matrices, tmp_path):
+    targets = [Target(quant, tmp_path / f"{quant}.gguf") for quant in ("Q8_0", "Q4_0")]
+    with_matrix = converter().export(models["qwen3-tied"], targets, importance=matrices["qwen3-tied"])
+    without = converter().export(models["qwen3-tied"], targets)
+    assert [one.sha256 == other.sha256 for one, other in zip(with_matrix, without, strict=True)] == [True, False]
+
+
+def test_a_matrix_that_is_still_to_be_collected_gives_the_same_types(models, matrices):
+    later = converter().check(models["qwen3-tied"], QUANTS, importance="later").sizes
+    there = converter().check(models["qwen3-tied"], QUANTS, importance=matrices["qwen3-tied"]).sizes
+    assert all(0 <= there[quant] - later[quant] < 300 for quant in QUANTS)  # the keys that name the matrix
+
+
+def test_types_for_single_tensors_are_those_of_llama_cpp(models, unquantized, matrices, tmp_path):
+    types = {r"blk\.1\.ffn_(up|gate)": "q3_K", "ffn": "IQ4_XS", "attn_[qk]": "q6_k", "token_embd": "q8_0"}
+    targets = [Target(quant, tmp_path / f"{quant}.gguf") for quant in ("Q4_0", "Q8_0")]
+    for file in converter().export(models["qwen3-tied"], targets, importance=matrices["qwen3-tied"], tensor_types=types):
+        quantize(unquantized["qwen3-tied"]["BF16"], tmp_path / "usual.gguf", file.quant, matrices["qwen3-tied"], types)
+        assert file.path.read_bytes() == (tmp_path / "usual.gguf").read_bytes(), file.quant
+    import gguf
+
+    written = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "Q4_0.gguf").tensors}
+    assert [written[f"{name}.weight"] for name in ("blk.0.ffn_up", "blk.1.ffn_up", "blk.1.attn_q", "blk.1.attn_v", "token_embd")] == [
+        "IQ4_XS", "Q3_K", "Q6_K", "Q4_0", "Q8_0",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("types", "said"), [
+    ({"atn_v": "q6_K"}, "has no tensor named like 'atn_v'"),
+    ({"attn_norm": "q6_K"}, "quantizes no tensor named like 'attn_norm'"),
+    ({"attn_v": "q6k"}, "no tensor type 'q6k'. Did you mean q6_K?"),
+    ({"attn_v": "q8_K"}, "no tensor type 'q8_K'"),
+    ({"attn_(v": "q6_K"}, "is no regular expression"),
+    ({"(?i)attn_V": "q6_K"}, "a regular expression that C++ does not know"),
+    ({"ffn_up": "iq2_xs"}, "Q4_0 needs an importance matrix"),
+])  # fmt: skip
+def test_types_that_cannot_be_given_are_refused(models, types, said):
+    with pytest.raises(OlpackError, match=re.escape(said)) as error:
+        converter().check(models["qwen3-tied"], ["Q4_0"], tensor_types=types)
+    assert error.value.remedy
+
+
+def changed(matrix: Path, out: Path, change) -> Path:
+    read = read_importance(matrix)
+    change(read.tensors)
+    write_importance(read, out)
+    return out
+
+
+def undefine(tensors: dict[str, InputSquares]) -> None:
+    tensors["blk.0.ffn_up.weight"].sums[0, 3] = np.nan
+
+
+def negate(tensors: dict[str, InputSquares]) -> None:
+    tensors["blk.0.ffn_up.weight"].sums[0, 3] = -1
+
+
+def forget(tensors: dict[str, InputSquares]) -> None:
+    del tensors["blk.1.ffn_up.weight"]
+
+
+@pytest.mark.parametrize(("matrix", "said"), [
+    (lambda own, other, out: out, "There is no importance matrix"),
+    (lambda own, other, out: out.write_text("blk") and out, "is no importance matrix in llama.cpp's GGUF form"),
+    (lambda own, other, out: changed(own, out, lambda tensors: tensors.clear()), "has none of this one's tensors"),
+    (lambda own, other, out: other, "is for another model: it has 96 values for 'blk."),
+    (lambda own, other, out: changed(own, out, undefine), "an infinite or undefined value for 'blk.0.ffn_up.weight'"),
+    (lambda own, other, out: changed(own, out, negate), "is damaged at 'blk.0.ffn_up.weight'"),
+    (lambda own, other, out: changed(own, out, forget), "IQ2_XS needs the importance of every tensor, and the matrix says nothing of "
+                                                        "'blk.1.ffn_up.weight'"),
+])  # fmt: skip
+def test_a_matrix_that_does_not_fit_is_refused_before_any_work(models, matrices, tmp_path, matrix, said):
+    path = matrix(matrices["qwen3-tied"], matrices["llama-deep"], tmp_path / "changed.gguf")
+    with pytest.raises(OlpackError, match=re.escape(said)) as error:
+        converter().export(models["qwen3-tied"], [Target("IQ2_XS", tmp_path / "out.gguf")], importance=path)
+    assert error.value.remedy
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_a_model_is_no_matrix(models, unquantized):
+    with pytest.raises(OlpackError, match="is no importance matrix"):
+        converter().check(models["qwen3-tied"], ["Q4_0"], importance=unquantized["qwen3-tied"]["BF16"])
+
+
+def test_tensors_without_importance_are_quantized_as_llama_cpp_does(models, unquantized, matrices, tmp_path):
+    partial = changed(matrices["qwen3-tied"], tmp_path / "partial.gguf", forget)
+    assert "says nothing of blk.1.ffn_up.weight" in converter().check(models["qwen3-tied"], ["Q4_K_M"], importance=partial).warnings[0]
+    (file,) = converter().export(models["qwen3-tied"], [Target("Q4_K_M", tmp_path / "out.gguf")], importance=partial)
+    quantize(unquantized["qwen3-tied"]["BF16"], tmp_path / "usual.gguf", "Q4_K_M", partial)
+    assert file.path.read_bytes() == (tmp_path / "usual.gguf").read_bytes()
+
+
+@pytest.mark.parametrize(("rows", "said"), [([], "There is no text"), ([[5, 9999]], "llama.cpp stopped with code")])
+def test_rows_that_cannot_be_read_leave_nothing(unquantized, tmp_path, rows, said):
+    with pytest.raises(OlpackError, match=said):
+        converter().collect(unquantized["qwen3-tied"]["F32"], rows, tmp_path / "matrix.gguf", dataset="rows")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_experts_that_no_token_is_sent_to_are_told(unquantized, tmp_path, capfd):
+    converter().collect(unquantized["qwen3-experts"]["F32"], [[7]], tmp_path / "matrix.gguf", dataset="rows")
+    assert "18 of 24 experts' matrices were given no token" in capfd.readouterr().err
