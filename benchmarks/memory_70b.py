@@ -67,13 +67,13 @@ def export_hollow(work: Path) -> None:
     from olpack.export.write import write_files
 
     began = time.monotonic()
-    model, plans, _ = _prepare(work / "base", list(QUANTS), str(work / "adapter"))
+    model, plans, *_ = _prepare(work / "base", list(QUANTS), str(work / "adapter"), None, {})
     figures = {"parameters": model.parameters, "largest": 4 * max(tensor.elements for tensor in model.tensors.values()),
                "before": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}  # fmt: skip
     paths = [work / f"{quant}.gguf" for quant in QUANTS]
     puncher = Puncher(paths)
     puncher.start()
-    write_files(model, plans, paths, threads=usable_processors())
+    write_files(model, [[file] for file in zip(plans, paths, strict=True)], threads=usable_processors())
     puncher.stop()
     used = resource.getrusage(resource.RUSAGE_SELF)
     sizes = {quant: path.stat().st_size for quant, path in zip(QUANTS, paths, strict=True)}

@@ -15,7 +15,7 @@ TYPES = ("q4_K", "q5_K", "q6_K")
 def by_ggml(type_: int, rows: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
     out = np.zeros((len(rows), library.row_size(type_, rows.shape[1])), np.uint8)
     weights = importance.ctypes.data if importance is not None else None
-    library._ggml().ggml_quantize_chunk(type_, rows.ctypes.data, out.ctypes.data, 0, *rows.shape, weights)
+    library.ggml().ggml_quantize_chunk(type_, rows.ctypes.data, out.ctypes.data, 0, *rows.shape, weights)
     return out
 
 
@@ -60,7 +60,7 @@ def test_it_is_compiled_once_and_used(tmp_path, monkeypatch):
     assert kquants.compiled() == first
     assert first.stat().st_mtime_ns == made
     assert [path.name for path in first.parent.iterdir()] == [first.name]
-    assert kquants.quantizer(library._ggml()) is not None
+    assert kquants.quantizer(library.ggml()) is not None
 
 
 def test_bits_that_are_not_ggmls_are_not_used(tmp_path, monkeypatch):
@@ -68,7 +68,7 @@ def test_bits_that_are_not_ggmls_are_not_used(tmp_path, monkeypatch):
     # The very licence that the compiler must not have: sums in any order.
     monkeypatch.setattr(kquants, "_FLAGS", (*kquants._FLAGS, "-ffast-math"))
     assert kquants.compiled() is not None
-    assert kquants.quantizer(library._ggml()) is None
+    assert kquants.quantizer(library.ggml()) is None
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])

@@ -7,6 +7,7 @@ new or has another value is set through `from` the tag itself, which touches no 
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -105,6 +106,8 @@ def check_request(name: str, files: Sequence[QuantFile], package: Package, lates
     tags = [file.tag.lower() for file in files]
     for file in files:
         check_name(f"{name}:{file.tag}")
+        if re.search(r"-\d{5}-of-\d{5}\.gguf$", file.path.name):
+            raise OlpackError(f"'{file.path}' is one part of a GGUF in several files, and Ollama takes a model from one.", "Export it unsplit.")
         if tags.count(file.tag.lower()) > 1:
             raise OlpackError(
                 f"Two files shall become {name}:{file.tag}.", "Tags are matched without regard to case: give each file its own."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import subprocess
@@ -10,14 +11,14 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 
 import olpack
 from olpack import progress
 from olpack.errors import OlpackError
-from olpack.export.job import LATER, ExportedFile, ExportPlan, Target, partial_path
+from olpack.export.job import LATER, ExportedFile, ExportedPart, ExportPlan, Target, partial_path, remove_partial
 from olpack.llamacpp.library import INSTALL
 from olpack.llamacpp.source import converter_source
 from olpack.quants import check_tensor_types, quant_type
@@ -71,6 +72,7 @@ class Converter:
         self, source: Path, targets: Sequence[Target], *, adapter: Path | None = None, name: str | None = None,
         chat_template: str | None = None, end_of_turn: str | None = None, metadata: Mapping[str, str] | None = None,
         round_to_bf16: bool = False, threads: int | None = None, importance: Path | None = None, tensor_types: Mapping[str, str] = {},
+        split: int | None = None,
     ) -> list[ExportedFile]:  # fmt: skip
         """As `olpack.export.export`."""
         if not targets:
@@ -86,12 +88,13 @@ class Converter:
                 source=_text(source), targets=[(quant, str(path)) for quant, path in wanted], adapter=_text(adapter),
                 name=name, chat_template=chat_template, end_of_turn=end_of_turn, metadata=dict(metadata or {}),
                 round_to_bf16=round_to_bf16, threads=threads, importance=_text(importance), tensor_types=check_tensor_types(tensor_types),
+                split=split,
             )  # fmt: skip
         except BaseException:
             for _, path in wanted:  # the worker removes them itself, unless it was killed
-                partial_path(path, self.pid).unlink(missing_ok=True)
+                remove_partial(partial_path(path, self.pid))
             raise
-        return [ExportedFile(**{**fields, "path": Path(fields["path"])}) for fields in files]
+        return [_exported(fields) for fields in files]
 
     def collect(self, gguf: Path, rows: Sequence[Sequence[int]], out: Path, *, dataset: str, threads: int | None = None) -> None:
         """As `olpack.export.collect_importance`."""
@@ -178,10 +181,15 @@ def _make_place(path: Path) -> None:
             raise PermissionError(13, "Permission denied")
     except OSError as error:
         raise OlpackError(f"Nothing can be written in '{path.parent}': {error.strerror}.", "Name another folder.") from error
-    for left in path.parent.glob(f".{path.name}.*.partial"):
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         pid = left.name.removesuffix(".partial").rpartition(".")[2]
         if pid.isdecimal() and not psutil.pid_exists(int(pid)):
-            left.unlink(missing_ok=True)
+            remove_partial(left)
+
+
+def _exported(fields: dict[str, Any]) -> ExportedFile:
+    parts = [ExportedPart(**{**part, "path": Path(part["path"])}) for part in fields["parts"]]
+    return ExportedFile(**{**fields, "path": Path(fields["path"]), "parts": parts})
 
 
 def _text(path: Path | None) -> str | None:

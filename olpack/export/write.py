@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -30,20 +31,19 @@ CHUNK = 1 << 19  # weights that a thread quantizes at a time: 2 MB of float32
 
 def write_files(
     model: SourceModel,
-    plans: Sequence[FilePlan],
-    paths: Sequence[Path],
+    files: Sequence[Sequence[tuple[FilePlan, Path]]],
     *,
     threads: int,
     round_to_bf16: bool = False,
     importance: Mapping[str, np.ndarray] = {},
     advance: Callable[[int], None] = lambda count: None,
-) -> list[str]:
+) -> list[list[str]]:
     """Write every planned file to its path, in one pass over the model's tensors. The tensors of `model` are used up.
 
     Args:
         model: the opened model.
-        plans: what each file holds; all list the same tensors in the same order.
-        paths: one for each plan, written in place: give temporary names.
+        files: for each the parts that it consists of, mostly one: what it holds, and where it is written. It is written in place: give
+            temporary names. All files list the same tensors in the same order.
         threads: how many quantize.
         round_to_bf16: round what llama.cpp's converter would store in 16 bits first, as it would.
         importance: float32 [matrices, columns] by tensor name, the weight of each column's error; for a stack of experts one row each. It
@@ -51,18 +51,18 @@ def write_files(
         advance: told the bytes that were written, from several threads.
 
     Returns:
-        The SHA-256 of each file, in hex. The files are on the disk (fsync) by then.
+        For each file the SHA-256 of its parts, in hex. The files are on the disk (fsync) by then.
 
     Raises:
         OlpackError: a weight that is infinite or not a number, one too large for a type, a disk that fills up.
     """
     flight = _Flight(MEMORY)
-    writers = [_FileWriter(plan, path, flight, advance) for plan, path in zip(plans, paths, strict=True)]
+    writers = [_FileWriter(parts, flight, advance) for parts in files]
     pool = ThreadPoolExecutor(threads, thread_name_prefix="quantize")
     try:
         for writer in writers:
             writer.start()
-        for name, *_ in plans[0].tensors:
+        for name in writers[0].types:
             source = model.tensors.pop(name)
             work = _Work(source, [writer.types[name] for writer in writers], readers=len(writers))
             flight.take(work.nbytes)
@@ -82,7 +82,7 @@ def write_files(
         for writer in writers:
             writer.todo.put(None)
             writer.join()
-    return [writer.digest.hexdigest() for writer in writers]
+    return [writer.digests for writer in writers]
 
 
 class _Flight:
@@ -189,30 +189,25 @@ def _round(rows: np.ndarray, type_name: str) -> None:
 
 
 class _FileWriter(threading.Thread):
-    """Appends tensors to one file in order, and hashes what it writes."""
+    """Appends tensors to one file in order, part by part, and hashes what it writes."""
 
-    def __init__(self, plan: FilePlan, path: Path, flight: _Flight, advance: Callable[[int], None]):
-        super().__init__(name=f"write-{plan.quant.name}", daemon=True)
-        self.types = {name: type_ for name, type_, _ in plan.tensors}
+    def __init__(self, parts: Sequence[tuple[FilePlan, Path]], flight: _Flight, advance: Callable[[int], None]):
+        super().__init__(name=f"write-{parts[0][0].quant.name}", daemon=True)
+        self.types = {name: type_ for plan, _ in parts for name, type_, _ in plan.tensors}
         self.todo: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
-        self.digest = hashlib.sha256()
-        self._plan, self._path, self._flight, self._advance = plan, path, flight, advance
+        self.digests: list[str] = []
+        self._parts, self._flight, self._advance = parts, flight, advance
 
     def run(self) -> None:
         try:
-            with self._path.open("wb", buffering=0) as file:
-                self._append(file, self._plan.header)
-                while (work := self.todo.get()) is not None and self._flight.failure is None:
-                    work.wait()
-                    data = work.data[self.types[work.source.name]].reshape(-1)
-                    self._append(file, data)
-                    self._append(file, bytes(padded(data.nbytes) - data.nbytes))
-                    if work.done_with():
-                        self._flight.give(work.nbytes)
-                os.fsync(file.fileno())
+            for plan, path in self._parts:
+                with path.open("wb", buffering=0) as file:
+                    if not self._write(plan, file):
+                        return
+                    os.fsync(file.fileno())
         except OSError as error:
             failure = OlpackError(
-                f"Writing '{self._path.parent}' failed: {os.strerror(error.errno) if error.errno else error}.",
+                f"Writing '{self._parts[0][1].parent}' failed: {os.strerror(error.errno) if error.errno else error}.",
                 "Make room on the disk, or name another folder.",
             )
             failure.__cause__ = error
@@ -220,10 +215,27 @@ class _FileWriter(threading.Thread):
         except BaseException as error:  # whatever it is, the main thread must learn of it and end the pass
             self._flight.fail(error)
 
-    def _append(self, file, data) -> None:
+    def _write(self, plan: FilePlan, file: BinaryIO) -> bool:
+        """Write one part; False where the pass ends early."""
+        digest = hashlib.sha256()
+        self._append(file, digest, plan.header)
+        for _ in plan.tensors:
+            work = self.todo.get()
+            if work is None or self._flight.failure is not None:
+                return False
+            work.wait()
+            data = work.data[self.types[work.source.name]].reshape(-1)
+            self._append(file, digest, data)
+            self._append(file, digest, bytes(padded(data.nbytes) - data.nbytes))
+            if work.done_with():
+                self._flight.give(work.nbytes)
+        self.digests.append(digest.hexdigest())
+        return True
+
+    def _append(self, file: BinaryIO, digest: hashlib._Hash, data: np.ndarray | bytes) -> None:
         view = memoryview(data)
         while view.nbytes:
             written = file.write(view)
-            self.digest.update(view[:written])
+            digest.update(view[:written])
             self._advance(written)
             view = view[written:]
