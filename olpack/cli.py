@@ -276,10 +276,10 @@ def _earlier_results(path: Path | None) -> Any:
 
 @app.command()
 def recommend(
-    models: Annotated[list[str] | None, typer.Argument(metavar="[NAME | GGUF…]", help="A package, or files of one model.", show_default=False)] = None,
+    models: Annotated[list[str] | None, typer.Argument(metavar="[NAME | GGUF…]", help="A package, a model as `olpack estimate` takes it, or files of one model.", show_default=False)] = None,
     params: Params = None,
-    vram: Annotated[float | None, typer.Option("--vram", metavar="GB", min=0, help="GPU memory in place of this machine's; 0 for none.")] = None,
-    ram: Annotated[float | None, typer.Option("--ram", metavar="GB", min=0, help="RAM in place of this machine's.")] = None,
+    vram: Annotated[float | None, typer.Option("--vram", metavar="GB", min=0, help="GPU memory in place of this machine's, as cards are sold (GiB); 0 for none.")] = None,
+    ram: Annotated[float | None, typer.Option("--ram", metavar="GB", min=0, help="RAM in place of this machine's (GiB).")] = None,
     context: Context = None,
     kv: KvType = "f16",
     max_loss: Annotated[float | None, typer.Option("--max-loss", metavar="SHARE", min=0, help="Growth of perplexity to accept: 0.01 is 1 %.")] = None,
