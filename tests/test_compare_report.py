@@ -144,7 +144,7 @@ def test_the_report_renders_when_little_was_measured(template):
     made.quants[0].speed = made.quants[0].answers = None
     made.rows, made.prompts = None, []
     page = render_report(made, template)
-    assert "No recommendation" in page and "<svg" not in page and "it broke" in page and "Prompt identical" not in page
+    assert "How it was measured" not in page and "first token" not in page and "No recommendation" in page and "<svg" not in page and "it broke" in page and "Prompt identical" not in page
 
 
 def test_the_report_says_what_the_fine_tune_gave_and_the_quants_took(template):
@@ -172,8 +172,8 @@ def test_every_length_and_load_has_its_column(template):
         for length in (128, 512)
     ]
     page = render_report(made, template)
-    assert page.count("<th>128 tokens</th>") == page.count("<th>512 tokens</th>") == 2 and "0.77 s" in page and "0.51–1.02" in page and "0.40 s" in page and "0.05–0.07" in page
-    for title in ("joules", "Several clients", "parameters"):
+    assert page.count("<th>128</th>") == page.count("<th>512</th>") == 2 and "0.77 s" in page and "0.51–1.02" in page and "0.40 s" in page and "0.050–0.070" in page
+    for title in ("joules", "Several clients", "parameters", "KL divergence"):
         assert title not in page
 
 
@@ -188,7 +188,7 @@ def test_flags_that_several_quants_have_are_told_once_and_serious_ones_first(tem
 def test_models_of_a_server_have_a_page_without_what_only_files_have(template):
     page = render_report(served(), template)
     assert "2 models side by side" in page and "the files lie with the server" in page and "494M" in page and "on the GPU" in page
-    assert "joules per" in page and "8 clients" in page and "1 refused" in page and "2048–2049 tokens" in page and "Ollama 0.33.0" in page
+    assert "joules per" in page and "<th>8</th>" in page and "1 without answer" in page and "<th>2048–2049</th>" in page and "Ollama 0.33.0" in page
     for absent in ("bits per", "perplexity<", "KL divergence", "load, cold", "before the training", "Take ", "held-out"):
         assert absent not in page
     assert "hf.co/bartowski" in page and page.count("<svg") == 1 and "tasks solved, %" in page
@@ -295,6 +295,8 @@ def test_plots_have_the_colours_of_the_page_and_only_what_was_measured():
     made = against_the_unquantized(four())
     for svg in (plot_quality(made), plot_divergence(made), plot_loss([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}])):
         assert "currentColor" in svg and "var(--faint)" in svg and not re.search(r"#0[0-9a-f]0[0-9a-f]0[0-9a-f]", svg)
+        places = [(float(x), float(y)) for x, y in re.findall(r'<text[^>]* x="([^"]+)" y="([^"]+)"', svg)]
+        assert places and all(0 <= x <= 310 and 0 <= y <= 231 for x, y in places)  # points of 4.3 × 3.2 inches
     made.quants[0].divergence.mean = 0.0
     assert ">Q4_0<" not in plot_divergence(made) and ">Q8_0<" in plot_divergence(made)
     assert plot_divergence(four()) is None and plot_quality(results(quant("Q4_0", 10, [12.0, 25.0, 33.0]))) is None

@@ -44,8 +44,11 @@ def plot_quality(results: Results) -> str | None:
     axes.grid(color=_FAINT, linewidth=0.6)
     data = [(quant.speed.generation_tokens_per_s.median, value) for quant, (value, _) in zip(points, quality, strict=True)]
     texts = [f"{_short(quant.quant)} · {quantity(quant.size_bytes, 'B')}" for quant in points]
-    bars = [(rate.low + part * (rate.high - rate.low) / 12, value)
-            for rate, (_, value) in zip((quant.speed.generation_tokens_per_s for quant in points), data, strict=True) for part in range(13)]
+    bars = []
+    for quant, (value, error) in zip(points, quality, strict=True):
+        speed, part = quant.speed.generation_tokens_per_s, 100 * (error or 0)
+        bars += [(speed.low + step / 12 * (speed.high - speed.low), value) for step in range(13)]
+        bars += [(speed.median, value + step * part) for step in (-1, -0.5, 0.5, 1)]
     _label(axes, texts, data, [_color(quant, results) == _ACCENT for quant in points], beside=bars)
     return _svg(figure, "Speed and quality of each quant")
 
@@ -73,7 +76,8 @@ def plot_divergence(results: Results) -> str | None:
     axes.grid(color=_FAINT, linewidth=0.6)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     data = [(quant.size_bytes / unit, 1000 * quant.divergence.mean) for quant in points]
-    strokes = [(size, 1000 * quant.divergence.p99) for quant, (size, _) in zip(points, data, strict=True)]
+    strokes = [(size, mean + step / 12 * (1000 * quant.divergence.p99 - mean)) for quant, (size, mean) in zip(points, data, strict=True)
+               for step in range(13)]
     _label(axes, [_short(quant.quant) for quant in points], data, [_color(quant, results) == _ACCENT for quant in points], beside=strokes)
     return _svg(figure, "KL divergence of each quant by its size")
 
@@ -110,34 +114,38 @@ def _color(quant: QuantResult, results: Results) -> str:
 def _short(name: str) -> str:
     """A model's name without its namespace, cut to what a plot has room for."""
     name = name.rpartition("/")[2]
-    return name if len(name) <= 28 else f"{name[:15]}…{name[-12:]}"
+    return name if len(name) <= 20 else f"{name[:11]}…{name[-8:]}"
 
 
 def _label(axes, texts: Sequence[str], points: Sequence[tuple[float, float]], bold: Sequence[bool], beside: Sequence[tuple[float, float]] = ()) -> None:
     """Name every point, at that place near it where the name covers least of points, of other names, and of what lies `beside`."""
-    axes.figure.canvas.draw()  # settles the axes, so that distances on the paper are known
+    axes.figure.draw_without_rendering()  # settles the axes, so that distances on the paper are known
 
-    def box(point: tuple[float, float], width: float = 14, height: float = 14) -> tuple[float, float, float, float]:
+    def box(point: tuple[float, float], width: float, height: float) -> tuple[float, float, float, float]:
         """Left, bottom, right, top in points (1/72 inch) of what stands centred on a point of the data."""
         x, y = axes.transData.transform(point) * 72 / axes.figure.dpi
         return x - width / 2, y - height / 2, x + width / 2, y + height / 2
 
-    taken = [box(point) for point in (*points, *beside)]
-    area = axes.get_window_extent().bounds
-    left, right = area[0] * 72 / axes.figure.dpi, (area[0] + area[2]) * 72 / axes.figure.dpi
+    taken = [box(point, 12, 12) for point in points] + [box(point, 4, 4) for point in beside]
+    left, bottom, right, top = axes.get_window_extent().extents * 72 / axes.figure.dpi
     for text, point, heavy in zip(texts, points, bold, strict=True):
-        width = 5.2 * len(text)
+        width = (5.9 if heavy else 5.4) * len(text)
         centred = box(point, width, 11)
+        aside = width / 2 + 8
+        inward = max(0, left - centred[0]) - max(0, centred[2] - right)  # what is above or below need not be centred
 
-        def covered(shift: tuple[float, float], at: tuple[float, float, float, float] = centred) -> float:
-            own = at[0] + shift[0], at[1] + shift[1], at[2] + shift[0], at[3] + shift[1]
-            outside = max(0, left - own[0]) + max(0, own[2] - right)
+        def moved(shift: tuple[float, float], at: tuple[float, float, float, float] = centred) -> tuple[float, float, float, float]:
+            return at[0] + shift[0], at[1] + shift[1], at[2] + shift[0], at[3] + shift[1]
+
+        def covered(shift: tuple[float, float]) -> float:
+            own = moved(shift)
+            outside = max(0, left - own[0]) + max(0, own[2] - right) + max(0, bottom + 2 - own[1]) + max(0, own[3] - top)
             across = [(min(own[2], other[2]) - max(own[0], other[0]), min(own[3], other[3]) - max(own[1], other[1])) for other in taken]
             return 20 * outside + sum(wide * high for wide, high in across if wide > 0 and high > 0)
 
-        aside = width / 2 + 9
-        shift = min([(0, 14), (0, -14), (aside, 0), (-aside, 0), (aside, 12), (-aside, -12), (0, 27), (0, -27), (0, 40), (0, -40)], key=covered)
-        taken.append((centred[0] + shift[0], centred[1] + shift[1], centred[2] + shift[0], centred[3] + shift[1]))
+        sides = [(side * aside, height) for height in (0, 8, -8, 13, -13) for side in (1, -1)]
+        shift = min([(inward, 13), (inward, -13), *sides, *((inward, height) for height in (26, -26, 39, -39))], key=covered)
+        taken.append(moved(shift))
         label = axes.annotate(text, point, xytext=shift, textcoords="offset points", ha="center", va="center", color=_INK,
                               fontweight="bold" if heavy else "normal")  # fmt: skip
         label.set_in_layout(False)  # else the axes would shrink to make room
