@@ -18,7 +18,9 @@ from olpack.compare.recommend import set_losses
 from olpack.compare.results import Answer, CheckScore, Concurrency, Flag, PromptSpeed, Scores, Spread, SuiteScore, TaskAsked
 from olpack.errors import OlpackError
 
-ARABIC = "إليك الدالة المطلوبة، وهي تحصر القيمة بين حدّين:\n\n```python\ndef clamp(value, low, high):\n    # تعليق بالعربية\n    return max(low, min(value, high))\n```\n\nتعمل مع الأعداد كلها."
+ARABIC = "إليك الدالة المطلوبة، وهي تحصر القيمة بين حدّين:\n\n"
+ARABIC += "```python\ndef clamp(value, low, high):\n    # تعليق بالعربية\n    return max(low, min(value, high))\n"
+ARABIC += "```\n\nتعمل مع الأعداد كلها."
 CODE = "def clamp(value, low, high):\n    if value < low:\n        return low\n    return min(value, high)\n"
 
 
@@ -144,7 +146,9 @@ def test_the_report_renders_when_little_was_measured(template):
     made.quants[0].speed = made.quants[0].answers = None
     made.rows, made.prompts = None, []
     page = render_report(made, template)
-    assert "How it was measured" not in page and "first token" not in page and "No recommendation" in page and "<svg" not in page and "it broke" in page and "Prompt identical" not in page
+    for absent in ("How it was measured", "first token", "Prompt identical"):
+        assert absent not in page
+    assert "No recommendation" in page and "<svg" not in page and "it broke" in page
 
 
 def test_the_report_says_what_the_fine_tune_gave_and_the_quants_took(template):
@@ -172,7 +176,9 @@ def test_every_length_and_load_has_its_column(template):
         for length in (128, 512)
     ]
     page = render_report(made, template)
-    assert page.count("<th>128</th>") == page.count("<th>512</th>") == 2 and "0.77 s" in page and "0.51–1.02" in page and "0.40 s" in page and "0.050–0.070" in page
+    assert page.count("<th>128</th>") == page.count("<th>512</th>") == 2
+    for figure in ("0.77 s", "0.51–1.02", "0.40 s", "0.050–0.070"):
+        assert figure in page
     for title in ("joules", "Several clients", "parameters", "KL divergence"):
         assert title not in page
 
@@ -188,7 +194,8 @@ def test_flags_that_several_quants_have_are_told_once_and_serious_ones_first(tem
 def test_models_of_a_server_have_a_page_without_what_only_files_have(template):
     page = render_report(served(), template)
     assert "2 models side by side" in page and "the files lie with the server" in page and "494M" in page and "on the GPU" in page
-    assert "joules per" in page and "<th>8</th>" in page and "1 without answer" in page and "<th>2048–2049</th>" in page and "Ollama 0.33.0" in page
+    for present in ("joules per", "<th>8</th>", "1 without answer", "<th>2048–2049</th>", "Ollama 0.33.0"):
+        assert present in page
     for absent in ("bits per", "perplexity<", "KL divergence", "load, cold", "before the training", "Take ", "held-out"):
         assert absent not in page
     assert "hf.co/bartowski" in page and page.count("<svg") == 1 and "tasks solved, %" in page
@@ -283,7 +290,7 @@ def test_the_words_that_differ_are_marked():
 def test_what_is_lacking_is_shown_where_it_is_short_and_moves_no_line():
     said = group_answers(["a", "b"], [answered(CODE), answered(CODE.replace("    if value < low:\n        return low\n", ""))])
     (block,) = said[1].blocks
-    assert re.fullmatch(r'def clamp\(value, low, high\):<del title="    if .*?">⋯</del>\n    return min\(value, high\)\n', block.html, re.DOTALL)
+    assert re.sub(r'<del title="    if [^"]*">⋯</del>', "[…]", block.html) == "def clamp(value, low, high):[…]\n    return min(value, high)\n"
 
 
 def test_another_answer_is_not_marked_all_over():

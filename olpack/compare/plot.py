@@ -67,9 +67,10 @@ def plot_divergence(results: Results) -> str | None:
     axes.set_yscale("log")
     for quant in points:
         size, far, color = quant.size_bytes / unit, quant.divergence, _color(quant, results)
-        axes.plot([size, size], [1000 * far.mean, 1000 * max(far.p99, far.mean)], color=color, linewidth=0.8, linestyle=(0, (2, 2)), zorder=2)
-        axes.errorbar(size, 1000 * far.mean, yerr=1000 * (far.standard_error or 0), color=color, linewidth=1, capsize=2, marker="o", markersize=7)
-        axes.errorbar(size, 1000 * far.p99, color=color, marker="_", markersize=11, markeredgewidth=1.6)
+        mean, error, p99 = 1000 * far.mean, 1000 * (far.standard_error or 0), 1000 * far.p99
+        axes.plot([size, size], [mean, p99], color=color, linewidth=0.8, linestyle=(0, (2, 2)), zorder=2)
+        axes.errorbar(size, mean, yerr=error, color=color, linewidth=1, capsize=2, marker="o", markersize=7)
+        axes.plot(size, p99, color=color, marker="_", markersize=11, markeredgewidth=1.6)
     axes.margins(x=0.25, y=0.2)
     axes.set_xlabel(f"size of the file, {name}  (further left is smaller)")
     axes.set_ylabel("KL divergence, millinats per token")
@@ -117,7 +118,9 @@ def _short(name: str) -> str:
     return name if len(name) <= 20 else f"{name[:11]}…{name[-8:]}"
 
 
-def _label(axes, texts: Sequence[str], points: Sequence[tuple[float, float]], bold: Sequence[bool], beside: Sequence[tuple[float, float]] = ()) -> None:
+def _label(
+    axes, texts: Sequence[str], points: Sequence[tuple[float, float]], bold: Sequence[bool], beside: Sequence[tuple[float, float]]
+) -> None:
     """Name every point, at that place near it where the name covers least of points, of other names, and of what lies `beside`."""
     axes.figure.draw_without_rendering()  # settles the axes, so that distances on the paper are known
 

@@ -46,7 +46,8 @@ def render_report(results: Results, template: str, metrics: Path | None = None, 
         "loss": _loss,
         "blocks": lambda text: split_blocks([("same", text)]),
     }
-    plots = {"quality_plot": plot_quality(results), "divergence_plot": plot_divergence(results), "loss_plot": plot_loss(_read_metrics(metrics))}
+    loss_plot = plot_loss(_read_metrics(metrics))
+    plots = {"quality_plot": plot_quality(results), "divergence_plot": plot_divergence(results), "loss_plot": loss_plot}
     try:
         return environment.from_string(template).render(
             results=results,
@@ -57,7 +58,9 @@ def render_report(results: Results, template: str, metrics: Path | None = None, 
             flags=_flags(results),
             lengths=_lengths(results),
             losses=_losses(results),
-            answers=[_said(results, [quant.answers and quant.answers[at] for quant in results.quants]) for at in range(len(results.prompts))],
+            answers=[
+                _said(results, [quant.answers and quant.answers[at] for quant in results.quants]) for at in range(len(results.prompts))
+            ],
             system=_system(results),
             tasks=_tasks(results),
             suites=list(dict.fromkeys((score.suite, score.metric) for quant in results.quants for score in quant.suites)),
