@@ -236,26 +236,74 @@ def deploy(
 
 @app.command()
 def compare(
-    name: Name,
+    names: Annotated[list[str], typer.Argument(metavar="NAME | TAG…", help="A package, or models that the server has.", show_default=False)],
     settings: Set = None,
     quant: Quant = None,
+    against: Annotated[
+        Path | None, typer.Option("--against", metavar="FILE", help="An earlier results.json: what got better or worse since.", exists=True, dir_okay=False)
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="Ask the server's models this (may be repeated).")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", metavar="FILE", help="Ask them these: a text file, or JSONL of tasks or chats.")
+    ] = None,
+    clients: Annotated[
+        list[int] | None, typer.Option("--clients", metavar="N", min=1, help="Also with N clients at once, through a server (may be repeated).")
+    ] = None,
     suite: Annotated[
         list[str] | None, typer.Option("--suite", metavar="TASK", help="Run this task of lm-evaluation-harness too (may be repeated).")
     ] = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Measure the quants: size, speed, memory, perplexity; which one to take, and why."""
-    suites = [f"compare.suites={json.dumps(suite)}"] if suite else []
-    _run(_build_of(name, [*(settings or []), *suites], quant, out, as_json), "compare", as_json)
+    """Measure the quants of a package: size, speed, memory, quality; which one to take, and why. Or any models of the server."""
+    from olpack.side_by_side import compare_models, is_package
+
+    earlier = _earlier_results(against)
+    if is_package(names):
+        if prompt or prompts:
+            raise typer.BadParameter("a package's prompts stand in its recipe, as compare.prompts and compare.tasks.", param_hint="--prompt")
+        more = [f"compare.suites={json.dumps(suite)}"] if suite else []
+        more += [f"compare.clients={json.dumps(clients)}"] if clients else []
+        asked = _build_of(names[0], [*(settings or []), *more], quant, out, as_json)
+        _run(asked, "compare", as_json)
+        folder = asked.paths.compare
+    else:
+        if settings or quant or suite:
+            raise typer.BadParameter(f"only a package has these, and {' '.join(names)} is none.", param_hint="--set, --quant, --suite")
+        if as_json:
+            progress.use("json")
+        folder = out or Path("build/side-by-side")
+        results = compare_models(names, prompt or [], prompts, clients or [], folder)
+        if as_json:
+            print(results.model_dump_json(indent=1))
+        else:
+            from olpack.compare import print_table
+
+            print_table(results)
+            print(f"\nreport   {folder / 'report.html'}")
+    if earlier is not None and not as_json:
+        from olpack.compare import read_results
+        from olpack.compare.against import changes, print_changes
+
+        print()
+        print_changes(changes(earlier, read_results(folder / "results.json")), earlier)
+
+
+def _earlier_results(path: Path | None) -> Any:
+    """Read before anything is measured: it may be the file that the comparison writes."""
+    if path is None:
+        return None
+    from olpack.compare import read_results
+
+    return read_results(path)
 
 
 @app.command()
 def recommend(
-    models: Annotated[list[str] | None, typer.Argument(metavar="[NAME | GGUF…]", help="A package, or files of one model.", show_default=False)] = None,
+    models: Annotated[list[str] | None, typer.Argument(metavar="[NAME | GGUF…]", help="A package, a model as `olpack estimate` takes it, or files of one model.", show_default=False)] = None,
     params: Params = None,
-    vram: Annotated[float | None, typer.Option("--vram", metavar="GB", min=0, help="GPU memory in place of this machine's; 0 for none.")] = None,
-    ram: Annotated[float | None, typer.Option("--ram", metavar="GB", min=0, help="RAM in place of this machine's.")] = None,
+    vram: Annotated[float | None, typer.Option("--vram", metavar="GB", min=0, help="GPU memory in place of this machine's, as cards are sold (GiB); 0 for none.")] = None,
+    ram: Annotated[float | None, typer.Option("--ram", metavar="GB", min=0, help="RAM in place of this machine's (GiB).")] = None,
     context: Context = None,
     kv: KvType = "f16",
     max_loss: Annotated[float | None, typer.Option("--max-loss", metavar="SHARE", min=0, help="Growth of perplexity to accept: 0.01 is 1 %.")] = None,

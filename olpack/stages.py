@@ -133,7 +133,8 @@ def deploy(build: Build, steps: list[Step]) -> None:
 
 def compare(build: Build, steps: list[Step]) -> None:
     """Measure every quant, recommend one, write `results.json` and the report, and point `:latest` to the recommended tag."""
-    from olpack.compare import MeasureSettings, measure, write_report, write_results
+    from olpack.compare import MeasureSettings, measure
+    from olpack.compare.outputs import write_outputs
     from olpack.deploy.client import OllamaClient
     from olpack.deploy.register import point_latest
 
@@ -146,8 +147,7 @@ def compare(build: Build, steps: list[Step]) -> None:
     results = measure(quant_files(build), held_out[: asked.eval_rows], questions(build), settings, client, build.recipe.name,
                       cache=paths.compare / "measured", yardstick=_yardstick(build) if asked.reference else None, tasks=build.tasks,
                       examples=_examples(build))
-    write_results(results, paths.results)
-    write_report(results, paths.report, template_source("report.html.j2"), metrics=paths.adapter / "metrics.jsonl")
+    outputs = write_outputs(results, paths.compare, template_source("report.html.j2"), metrics=paths.adapter / "metrics.jsonl")
     best = results.recommendation
     if client and best:
         point_latest(client, build.recipe.name, best.tag)
@@ -160,7 +160,7 @@ def compare(build: Build, steps: list[Step]) -> None:
     if failed or results.flags:
         build.remember(step, outcome)
         return
-    build.finish(step, [paths.results, paths.report], outcome)
+    build.finish(step, outputs, outcome)
 
 
 def _yardstick(build: Build):
@@ -213,14 +213,18 @@ def registered(build: Build) -> list:
 def questions(build: Build) -> list[list[dict]]:
     """Conversations that every quant answers: the recipe's prompts under its system prompt, or the first held-out requests as they are."""
     if not build.recipe.compare.prompts:
-        return [request for chat in _held_out(build) if (request := _request(chat.messages))][:_ANSWERED]
+        from olpack.data.chats import request_of
+
+        return [request for chat in _held_out(build) if (request := request_of(chat.messages))][:_ANSWERED]
     system = [{"role": "system", "content": build.recipe.modelfile.system}] if build.recipe.modelfile.system else []
     return [[*system, {"role": "user", "content": prompt}] for prompt in build.recipe.compare.prompts]
 
 
 def _examples(build: Build) -> list[tuple[str, str]]:
     """(request, answer) of the held-out chats: the first of each that opens with a request."""
-    chats = [(chat.messages, request) for chat in _held_out(build) if (request := _request(chat.messages))]
+    from olpack.data.chats import request_of
+
+    chats = [(chat.messages, request) for chat in _held_out(build) if (request := request_of(chat.messages))]
     return [(request[-1]["content"], messages[len(request)]["content"]) for messages, request in chats]
 
 
@@ -229,12 +233,6 @@ def _held_out(build: Build) -> list:
 
     path = build.data_file("eval")
     return load_chats(path) if path else split(load_chats(build.data_file("train")), build.recipe.data.eval_share)[1]
-
-
-def _request(messages: list[dict]) -> list[dict]:
-    """A conversation up to its first answer."""
-    first = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
-    return [{"role": message["role"], "content": message["content"]} for message in messages[:first]]
 
 
 def recommended(build: Build) -> str:

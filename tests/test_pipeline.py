@@ -45,7 +45,7 @@ def test_a_build_makes_exactly_this(built):
     assert made == {
         "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/metrics.jsonl", "adapter/settings.json",
         "gguf/oracle-Q4_K_M.gguf", "gguf/oracle-Q8_0.gguf", "modelfiles/q4_K_M.Modelfile", "modelfiles/q8_0.Modelfile",
-        "compare/results.json", "compare/report.html", "plan.json",
+        "compare/results.json", "compare/results.csv", "compare/results.md", "compare/report.html", "plan.json",
         "stages/train.json", "stages/export-Q4_K_M.json", "stages/export-Q8_0.json", "stages/modelfiles.json", "stages/compare.json",
     }  # fmt: skip
     printed = (built / "printed").read_text()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 from olpack.compare.perplexity import paired_loss
@@ -48,11 +48,6 @@ def changes(old: Results, new: Results) -> list[Change]:
             found += _speeds(earlier, quant)
             found += _qualities(earlier, quant, old, new)
     return found
-
-
-def as_json(found: list[Change]) -> list[dict]:
-    """Changes as plain data."""
-    return [asdict(change) for change in found]
 
 
 def print_changes(found: list[Change], old: Results) -> None:

@@ -217,7 +217,7 @@ def measure(
     results = Results(
         name=name, created=datetime.now(UTC).isoformat(timespec="seconds"), machine=machine, rows=described,
         settings=TypeAdapter(MeasureSettings).dump_python(settings, mode="json"), prompts=list(prompts), quants=quants,
-        tasks=[TaskAsked(messages=task.messages, check=task.check, expected=_shown(task), source=task.source) for task in tasks],
+        tasks=describe_tasks(tasks),
         reference=held.reference, base=held.base, flags=[Flag(code="reference", text=str(problem), serious=False) for problem in held.problems],
     )  # fmt: skip
     results.recommendation = recommend(results, settings.tolerance)
@@ -233,6 +233,11 @@ def _own_suites(settings: MeasureSettings) -> list[str]:
     """Digests of all files in the user's folder of suites: a task may take its data or its code from any of them."""
     folder = Path(settings.suite_folder) if settings.suite_folder else None
     return [file_digest(path) for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".pyc"] if folder else []
+
+
+def describe_tasks(tasks: Sequence[Task]) -> list[TaskAsked]:
+    """The tasks as the results hold them."""
+    return [TaskAsked(messages=task.messages, check=task.check, expected=_shown(task), source=task.source) for task in tasks]
 
 
 def _shown(task: Task) -> str | list[str]:

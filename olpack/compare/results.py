@@ -174,6 +174,8 @@ class QuantResult(_Record):
     sha256: str
     size_bytes: int
     bits_per_weight: float | None = None
+    parameters: str | None = Field(None, description='of a model that only a server has: what it says of its size, "7.6B"')
+    quantization: str | None = Field(None, description='of such a model: what the server says of its type, "Q4_K_M"')
     speed: Speed | None = None
     perplexity: Perplexity | None = None
     loss: Loss | None = None

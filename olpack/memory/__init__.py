@@ -63,7 +63,7 @@ def advise(
         return recommend_files(files, machine, _setting(context, kv_type), max_loss)
     if len(models) > 1:
         raise OlpackError("More than one model is named.", "Name one package, or several GGUFs.")
-    if models and models[0] in packages():
+    if models and "/" not in models[0] and (models[0] in packages() or not Path(models[0]).exists()):
         from olpack import recipe
         from olpack.pipeline import Build
         from olpack.workspace import recipe_path

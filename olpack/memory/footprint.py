@@ -25,7 +25,8 @@ from olpack.memory.subject import Subject
 from olpack.quants import QUANT_TYPES
 
 KV_TYPES = ("f16", "q8_0", "q4_0")
-_BYTES_PER_TOKEN = 353  # of llama.cpp's vocabulary: the median of the 19 that its source holds (180 to 530 bytes a token)
+# What a vocabulary takes in llama.cpp, measured on the byte-level ones that its source holds: tables, and text, piece and merges of a token.
+_VOCABULARY, _TOKEN = 3_500_000, 310
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 _INPUTS = ("token_embd", "per_layer_token_embd", "position_embd", "token_types")
 
@@ -158,7 +159,7 @@ def plan(subject: Subject, quants: Sequence[str], setting: Setting) -> tuple[lis
         write_hollow_checkpoint(subject.model, subject.config, Path(scratch))
         found = _work({"file": None, "folder": scratch, "converter": str(source), "quants": list(quants), "setting": asdict(setting)},
                       subject.label)
-    vocabulary = round(_BYTES_PER_TOKEN * subject.model.shape.vocabulary)
+    vocabulary = _VOCABULARY + _TOKEN * subject.model.shape.vocabulary
     return [_footprint(quant, setting, found["tensors"][quant], found, vocabulary) for quant in quants], _layout(found)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +57,8 @@ def _from_driver() -> tuple[int, ...]:
 
 
 def _from_torch() -> tuple[int, ...]:
+    if sys.platform == "linux" and not any(Path(device).exists() for device in ("/dev/nvidia0", "/dev/kfd", "/dev/dxg")):
+        return ()  # without a driver's device torch finds nothing either, and takes seconds to say so
     import torch
 
     return tuple(torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count()))

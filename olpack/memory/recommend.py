@@ -179,7 +179,8 @@ def _best(candidates: list[Candidate], machine: Machine) -> Choice | None:
     larger = [c for c in candidates if c.footprint.weights > chosen.footprint.weights and c.place.where != chosen.place.where]
     if larger:
         beyond = min(larger, key=lambda c: c.footprint.weights)
-        reason += f"; {beyond.quant} would take {quantity(beyond.footprint.total, 'B')}"
+        need = beyond.footprint.on_gpu(beyond.footprint.layers) if chosen.place.where == "gpu" else beyond.footprint.total
+        reason += f"; {beyond.quant} would take {quantity(need, 'B')}"
     return Choice(chosen.quant, f"{reason}.")
 
 
@@ -212,16 +213,16 @@ def _notes(candidates: list[Candidate], parameters: int, machine: Machine, setti
 
 
 def _against_rule(candidates: list[Candidate], parameters: int, machine: Machine, setting: Setting) -> str:
-    """Where the tutorials' rule would go wrong here."""
-    ruled = [(c, bytes_) for c in candidates if (bytes_ := rule_of_thumb(c.quant, parameters)) is not None]
+    """What the tutorials' rule would take here, and what that takes in truth."""
+    ruled = [c for c in candidates if c.rule_bytes is not None]
     if not ruled:
         return ""
     size = sum(machine.gpus) or machine.ram
-    fits = [c for c, bytes_ in ruled if bytes_ <= size]
-    taken = f"would take {max(fits, key=lambda c: c.footprint.weights).quant}" if fits else "would find nothing that fits"
-    worst, said = max(ruled, key=lambda pair: abs(pair[0].footprint.total / pair[1] - 1))
-    off = worst.footprint.total / said - 1
-    bits = 8 * worst.footprint.weights / parameters
-    return (f"The rule of thumb (GB per billion parameters × 1.2) {taken}; it knows no context and no quant's real bits: for {worst.quant} it says "
-            f"{quantity(said, 'B')} where {quantity(worst.footprint.total, 'B')} are needed ({off:+.0%}: {bits:.2f} bits a weight, "
-            f"{quantity(worst.footprint.cache, 'B')} of KV cache for {setting.context:,} tokens).")  # fmt: skip
+    fits = [c for c in ruled if c.rule_bytes <= size]
+    chosen = max(fits or ruled[:1], key=lambda c: c.footprint.weights)
+    taken = f"takes {chosen.quant}" if fits else f"finds nothing that fits, not even {chosen.quant}"
+    needed, rule = chosen.footprint.total, chosen.rule_bytes
+    bits = f"{8 * chosen.footprint.weights / parameters:.2f} bits a weight in truth"
+    return (f"The rule of thumb, GB per billion parameters × 1.2, {taken}: {quantity(rule, 'B')}. Computed are {quantity(needed, 'B')} "
+            f"({needed / rule - 1:+.0%}); the rule knows neither the quant's real size ({bits}) nor the context "
+            f"({quantity(chosen.footprint.cache, 'B')} of KV cache for {setting.context:,} tokens).")  # fmt: skip

@@ -97,13 +97,13 @@ class MetaModel:
     """
 
     def __init__(self, config: dict[str, Any], label: str):
+        if "model_type" not in config:
+            raise OlpackError(f"The configuration of {label} names no model_type.", "Take config.json as the model's publisher has it.")
         import torch
         import transformers
 
         transformers.utils.logging.set_verbosity_error()
         self.label = label
-        if "model_type" not in config:
-            raise OlpackError(f"The configuration of {label} names no model_type.", "Take config.json as the model's publisher has it.")
         # How the weights are stored is no part of the shape, and a quantizer's modules would hide it.
         plain = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map", "dtype", "torch_dtype")}
         try:

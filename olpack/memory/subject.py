@@ -103,4 +103,4 @@ def typical(size: str) -> Subject:
         count = max(1, round(layers * (wanted - fixed) / (parameters - fixed)))
         note += f" with {count} layers in place of {layers}"
         config = {**config, "num_hidden_layers": count}
-    return Subject(f"{size.strip().upper()} parameters", config, note=f"{note}; name a model for exact figures")
+    return Subject(size.strip().upper(), config, note=f"{note}; name a model for exact figures")

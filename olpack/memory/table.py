@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from olpack.compare.table import plain
 from olpack.memory.estimate import TITLES, Estimate
 from olpack.memory.footprint import Setting
 from olpack.memory.machine import Machine
@@ -23,11 +24,14 @@ def print_advice(advice: Advice, console: Console | None = None) -> None:
     console = console or Console()
     title = f"{advice.label}, {_count(advice.parameters)} parameters, on {_machine(advice.machine)}; {_setting(advice.setting)}"
     console.print(Text(title), soft_wrap=not console.is_terminal)
-    table = _table("", "quant", "weights", "KV\ncache", "buffers", "total", "rule of\nthumb", "runs", "loss", "tok/s")
+    unit, divisor = ("GB", 1e9) if max(candidate.footprint.total for candidate in advice.candidates) >= 1e9 else ("MB", 1e6)
+    timed = any(candidate.tokens_per_s for candidate in advice.candidates)
+    table = _table(unit, "quant", "weights", "KV\ncache", "buffers", "total", "rule of\nthumb", "runs on", "loss", *(["tok/s"] if timed else []))
+    chosen = {choice.quant for choice in (advice.best, advice.fastest) if choice}
     for candidate in advice.candidates:
-        chosen = {choice.quant for choice in (advice.best, advice.fastest) if choice}
         style = "dim" if candidate.place.where == "nowhere" else "bold green" if candidate.quant in chosen else ""
-        table.add_row(*_advice_cells(candidate, candidate.quant in chosen), style=style)
+        cells = _advice_cells(candidate, divisor)
+        table.add_row("→" if candidate.quant in chosen else "", *(cells if timed else cells[:-1]), style=style)
     console.print(table)
     lines = [f"Best:    {advice.best.reason}" if advice.best else _nothing(advice)]
     if advice.best:
@@ -64,13 +68,14 @@ def print_estimate(found: Estimate, console: Console | None = None) -> None:
     _print_lines(console, found.notes)
 
 
-def _advice_cells(candidate: Candidate, chosen: bool) -> list[str]:
+def _advice_cells(candidate: Candidate, divisor: float) -> list[str]:
     footprint, place = candidate.footprint, candidate.place
-    part = f"{place.gpu_layers} of {place.layers} on GPU"
-    where = {"gpu": "GPU", "split": part, "ram": "RAM", "nowhere": "does not fit"}[place.where]
+    part = f"GPU {place.gpu_layers}/{place.layers}"
+    where = {"gpu": "GPU", "split": part, "ram": "RAM", "nowhere": "nothing"}[place.where]
     loss = _NONE if candidate.loss is None else f"{candidate.loss:.1%}" if candidate.measured else f"({candidate.loss:.1%})"
-    sizes = map(_bytes, (footprint.weights, footprint.cache, footprint.buffers, footprint.total, candidate.rule_bytes))
-    return ["→" if chosen else "", candidate.quant, *sizes, where, loss, f"{candidate.tokens_per_s:,.0f}" if candidate.tokens_per_s else _NONE]
+    sizes = (footprint.weights, footprint.cache, footprint.buffers, footprint.total, candidate.rule_bytes)
+    cells = [_NONE if size is None else plain(size / divisor) for size in sizes]
+    return [candidate.quant, *cells, where, loss, plain(candidate.tokens_per_s) if candidate.tokens_per_s else _NONE]
 
 
 def _description(found: Estimate) -> list[str]:
@@ -115,7 +120,7 @@ def _table(first: str, *others: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.add_column(first, no_wrap=True)
     for title in others:
-        table.add_column(title, justify="left" if title in ("quant", "runs") else "right", no_wrap=True)
+        table.add_column(title, justify="left" if title in ("quant", "runs on") else "right", no_wrap=True)
     return table
 
 
