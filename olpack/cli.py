@@ -189,6 +189,30 @@ def export(name: Name, settings: Set = None, quant: Quant = None, out: Out = Non
 
 
 @app.command()
+def quantize(
+    source: Annotated[str, typer.Argument(help="A model's folder, a GGUF in F16, BF16 or F32, or a Hub id.", show_default=False)],
+    quant: Annotated[list[str], typer.Option("--quant", metavar="TYPE", help="A quant type to write (may be repeated).")],
+    adapter: Annotated[Path | None, typer.Option("--adapter", metavar="DIR", help="A LoRA adapter to merge on the way.")] = None,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the files go; by default the working folder.", show_default=False)] = Path(),
+    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Files are NAME-QUANT.gguf; by default the source's name.")] = None,
+    split: Annotated[str | None, typer.Option("--split", metavar="SIZE", help="Write parts of at most SIZE, such as 4GB (not for Ollama).")] = None,
+    importance: Annotated[Path | None, typer.Option("--importance", metavar="FILE", help="An importance matrix in llama.cpp's GGUF form.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Quantize a model in one pass, with no recipe."""
+    from olpack.quantize import print_files, rows
+    from olpack.quantize import quantize as run
+
+    if as_json:
+        progress.use("json")
+    files = run(source, quant, adapter=adapter, out=out, name=name, split=split, importance=importance)
+    if as_json:
+        _print_json(rows(files))
+    else:
+        print_files(files)
+
+
+@app.command()
 def deploy(
     name: Name,
     settings: Set = None,
