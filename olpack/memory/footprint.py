@@ -157,8 +157,8 @@ def plan(subject: Subject, quants: Sequence[str], setting: Setting) -> tuple[lis
     source = converter_source()
     with tempfile.TemporaryDirectory(prefix="olpack-") as scratch, progress.task(f"asking llama.cpp about {subject.label}"):
         write_hollow_checkpoint(subject.model, subject.config, Path(scratch))
-        found = _work({"file": None, "folder": scratch, "converter": str(source), "quants": list(quants), "setting": asdict(setting)},
-                      subject.label)
+        job = {"file": None, "folder": scratch, "converter": str(source), "quants": list(quants), "setting": asdict(setting)}
+        found = _work(job, subject.label)
     vocabulary = _VOCABULARY + _TOKEN * subject.model.shape.vocabulary
     return [_footprint(quant, setting, found["tensors"][quant], found, vocabulary) for quant in quants], _layout(found)
 
@@ -215,7 +215,8 @@ def _work(job: dict[str, Any], label: str) -> dict[str, Any]:
     if child.returncode == 0:
         answer = json.loads(child.stdout)
         if "error" in answer:
-            raise OlpackError(**answer["error"])
+            told = answer["error"]
+            raise OlpackError(told["problem"].replace(job.get("folder") or "\0", label), told["remedy"])
         return answer["result"]
     said = [line.strip() for line in child.stderr.splitlines() if line.strip()]
     reason = next((line for line in said if "GGML_ASSERT" in line), said[-1] if said else "it said nothing")

@@ -84,10 +84,12 @@ def _description(found: Estimate) -> list[str]:
     parts = [f"{_count(size)} {title}" for kind, title in _KINDS.items() if (size := getattr(found.parameters, kind))]
     shape = found.shape
     lines = [f"{found.label}, {_count(found.parameters.total)} parameters: {', '.join(parts)}"]
-    heads = f"{shape.layers} layers, hidden {shape.hidden:,}, {shape.heads} heads, {shape.kv_heads} KV heads of {shape.head_dim}"
-    lines.append(f"{heads}, intermediate {shape.intermediate:,}, vocabulary {shape.vocabulary:,}{' (tied)' if shape.tied else ''}")
+    heads = f"{shape.heads} heads, {shape.kv_heads} KV heads of {shape.head_dim}" if shape.heads else "no attention"
+    lines.append(f"{shape.layers} layers, hidden {shape.hidden:,}, {heads}, intermediate {shape.intermediate:,}, vocabulary {shape.vocabulary:,}{' (tied)' if shape.tied else ''}")
     if shape.window:
-        lines.append(f"{sum(shape.sliding)} layers see a window of {shape.window:,} tokens, {shape.sliding.count(False)} the whole context")
+        lines.append(f"{shape.kinds.count('sliding')} layers see a window of {shape.window:,} tokens, {shape.kinds.count('full')} the whole context")
+    if shape.heads and (without := shape.kinds.count("none")):
+        lines.append(f"{without} layers keep a state in place of keys and values")
     if shape.experts:
         lines.append(f"{shape.experts} experts, {shape.experts_used} for a token: {_count(found.parameters.active)} parameters active")
     return [*lines, _setting(found.setting)]
