@@ -82,7 +82,7 @@ class Shape:
     experts_used: int
 
     def kv_bytes(self, context: int, bytes_per_value: float) -> int:
-        """Keys and values of one sequence in transformers' cache, where a sliding layer keeps its window and the others the whole context."""
+        """Keys and values of one sequence in transformers' cache, where a sliding layer keeps its window, the others the whole context."""
         cells = self.kinds.count("full") * context + self.kinds.count("sliding") * min(self.window or context, context)
         return round(cells * self.kv_heads * (self.head_dim + self.value_dim) * bytes_per_value)
 
@@ -197,12 +197,13 @@ class MetaModel:
         """Names and shapes of the tensors as the model's checkpoint has them: stacked experts apart, tied weights once."""
         from transformers.core_model_loading import revert_weight_conversion
 
-        return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(self.module, dict(self.module.named_parameters())).items()}
+        named = revert_weight_conversion(self.module, dict(self.module.named_parameters()))
+        return {name: tuple(tensor.shape) for name, tensor in named.items()}
 
 
 def write_hollow_checkpoint(model: MetaModel, config: dict[str, Any], folder: Path) -> None:
-    """A model's folder for llama.cpp's converter: config.json, tokens without a meaning, and a safetensors file with a real header and a hole
-    in place of the weights. A few MB on the disk, whatever the model's size."""
+    """A model's folder for llama.cpp's converter: config.json, tokens without a meaning, and a safetensors file with a real header and a
+    hole in place of the weights. A few MB on the disk, whatever the model's size."""
     header, offset = {}, 0
     for name, shape in model.checkpoint().items():
         end = offset + 2 * math.prod(shape)

@@ -1,8 +1,8 @@
 """What a training step keeps in memory: frozen weights, adapter, gradients, optimizer, activations and logits.
 
-Activations are counted, not estimated: the model runs forward on torch's meta device, and what autograd would keep for the backward pass is
-added up. Three things are known rather than run: attention keeps queries, keys, values and its result (as a fused kernel does, never the square
-of the length), each adapter keeps its input in 16 bits, and the loss keeps the logits.
+Activations are counted, not estimated: the model runs forward on torch's meta device, and what autograd would keep for the backward pass
+is added up. Three things are known rather than run: attention keeps queries, keys, values and its result (as a fused kernel does, never the
+square of the length), each adapter keeps its input in 16 bits, and the loss keeps the logits.
 """
 
 from __future__ import annotations
