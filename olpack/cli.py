@@ -26,6 +26,7 @@ Name = Annotated[str, typer.Argument(help="A package: a folder in modelfiles/.",
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting of the recipe, as in train.epochs=3.")]
 Quant = Annotated[list[str] | None, typer.Option("--quant", metavar="TYPE", help="Only this quant (may be repeated), whatever the recipe lists.")]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Build below this folder instead of build/.")]
+_MODELS = "A package, a model as `olpack estimate` takes it, or files of one model."
 Params = Annotated[str | None, typer.Option("--params", metavar="SIZE", help="No model, but a typical one of this size: 8B, 350M.")]
 Context = Annotated[int | None, typer.Option("--context", metavar="TOKENS", min=1, help="Length of the context; a package's num_ctx, else 4096.")]
 KvType = Annotated[str, typer.Option("--kv", metavar="TYPE", help="Type of the KV cache in llama.cpp: f16, q8_0 or q4_0.")]
@@ -300,10 +301,10 @@ def _earlier_results(path: Path | None) -> Any:
 
 @app.command()
 def recommend(
-    models: Annotated[list[str] | None, typer.Argument(metavar="[NAME | GGUF…]", help="A package, a model as `olpack estimate` takes it, or files of one model.", show_default=False)] = None,
+    models: Annotated[list[str] | None, typer.Argument(metavar="[NAME | GGUF…]", help=_MODELS, show_default=False)] = None,
     params: Params = None,
-    vram: Annotated[float | None, typer.Option("--vram", metavar="GB", min=0, help="GPU memory in place of this machine's, as cards are sold (GiB); 0 for none.")] = None,
-    ram: Annotated[float | None, typer.Option("--ram", metavar="GB", min=0, help="RAM in place of this machine's (GiB).")] = None,
+    vram: Annotated[float | None, typer.Option("--vram", metavar="GB", min=0, help="GPU memory in place of this machine's; 0 for none.")] = None,
+    ram: Annotated[float | None, typer.Option("--ram", metavar="GB", min=0, help="RAM in place of this machine's.")] = None,
     context: Context = None,
     kv: KvType = "f16",
     max_loss: Annotated[float | None, typer.Option("--max-loss", metavar="SHARE", min=0, help="Growth of perplexity to accept: 0.01 is 1 %.")] = None,
@@ -311,9 +312,11 @@ def recommend(
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Which quant fits this machine, or the one described: what runs where, the best, the fastest, and why."""
+    """Say which quant fits this machine, or the one described: what runs where, the best, the fastest, and why."""
     from olpack.memory import advise
 
+    if as_json:
+        progress.use("json")
     advice = advise(models or [], params, vram, ram, context, kv, max_loss, quant, out)
     if as_json:
         _print_json(advice.as_json())
@@ -334,9 +337,11 @@ def estimate(
     quant: Quant = None,
     as_json: Json = False,
 ) -> None:
-    """What a model takes for inference and training: FP32 to 4 bits, each quant, LoRA and QLoRA. Fetches no weights."""
+    """Say what a model takes for inference and training: FP32 to 4 bits, each quant, LoRA and QLoRA. Fetches no weights."""
     from olpack.memory import estimate_model
 
+    if as_json:
+        progress.use("json")
     found = estimate_model(model, params, context, kv, rank, batch, quant)
     if as_json:
         _print_json(found.as_json())

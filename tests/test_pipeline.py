@@ -241,6 +241,20 @@ def test_run_answers_from_the_build_folder(workspace):
     assert code == 1 and "not built" in said and "oracle:q8_0" in said
 
 
+def test_a_quant_is_recommended_by_what_was_measured(workspace):
+    code, printed, said = olpack(workspace, "recommend", "oracle", "--json")
+    assert code == 0, said
+    advice, measured = json.loads(printed), json.loads((workspace / "build/oracle/compare/results.json").read_text())
+    found = {row["quant"]: row for row in advice["quants"]}
+    assert advice["setting"]["context"] == 128 and set(found) == {quant["quant"] for quant in measured["quants"]}
+    for quant in measured["quants"]:
+        row = found[quant["quant"]]
+        assert row["loss_measured"] and row["loss"] == quant["loss"]["relative"]
+        assert row["generation_tokens_per_s"] == quant["speed"]["generation_tokens_per_s"]["median"]
+        assert row["weights_bytes"] < quant["size_bytes"]
+    assert "tokens/s measured here" in advice["fastest"]["reason"]
+
+
 def test_list_tells_what_is_built(workspace):
     code, printed, _ = olpack(workspace, "list", "--json")
     rows = {row["name"]: row for row in json.loads(printed)}
