@@ -36,6 +36,7 @@ class Estimate:
         weights_bytes: the frozen base in memory.
         adapter_bytes: adapter, its gradients and optimizer state.
         disk_bytes: of each GGUF, exact, by quant.
+        temporary_bytes: of a file that is needed to collect the importance matrix, and removed then.
         warnings: what a user should know and need not mend.
     """
 
@@ -51,6 +52,7 @@ class Estimate:
     weights_bytes: int
     adapter_bytes: int
     disk_bytes: dict[str, int]
+    temporary_bytes: int = 0
     warnings: list[str] = field(default_factory=list)
 
 
@@ -74,7 +76,11 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
         from olpack.export import check_export
 
         quants = [step.inputs["quant"] for step in stale if step.stage == "export"] or build.recipe.quants
-        exported = check_export(build.base.path, quants, out=build.paths.root / "gguf")
+        importance = build.importance_file
+        exported = check_export(
+            build.base.path, quants + temporary_files(build, stale), out=build.paths.root / "gguf", tensor_types=build.recipe.export.tensor_types,
+            importance="later" if importance == build.paths.importance else importance,
+        )  # fmt: skip
         for warning in exported.warnings:
             progress.warn(warning)
     if stages & {"train", "export", "compare"}:
@@ -97,6 +103,11 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
     return exported
 
 
+def temporary_files(build: Build, stale: list[Step]) -> list[str]:
+    """Quant types that are written for a while only: Q8_0, to collect an importance matrix on, where the recipe has no file to do it on."""
+    return ["Q8_0"] if build.uncollected(stale) and not build.unweighed else []
+
+
 def _refuse_leak(rows, held_out) -> None:
     seen = {row.text: row.source for row in rows}
     for row in held_out:
@@ -112,7 +123,8 @@ def estimate(build: Build) -> Estimate:
     from olpack.train.batches import schedule
     from olpack.train.model import pick_device
 
-    exported = check(build, [replace(step, reason="planned") for step in build.steps()])
+    planned = [replace(step, reason="planned") for step in build.steps()]
+    exported = check(build, planned)
     rows, held_out = build.rows
     asked, device = build.recipe.train, pick_device()
     adapter = _adapter_parameters(build)
@@ -134,7 +146,8 @@ def estimate(build: Build) -> Estimate:
         train_seconds=passes * parameters / (0.5 * _matmul_rate()) if device.type == "cpu" else None,
         weights_bytes=round(linear * bits / 8) + (parameters - linear) * full,
         adapter_bytes=adapter * (4 + 4 + (8 if device.type == "cpu" else 2)),
-        disk_bytes=exported.sizes,
+        disk_bytes={quant.name: exported.sizes[quant.name] for quant in build.quants},
+        temporary_bytes=sum(exported.sizes[name] for name in temporary_files(build, planned)),
         warnings=exported.warnings,
     )
 
@@ -217,7 +230,9 @@ def print_plan(plan: dict) -> None:
     needs.add_row("frozen base", f"{progress.quantity(found['weights_bytes'], 'B')} in memory as {plan['settings']['train.quantization']['value']}, "
                                  "activations and logits besides")
     files = ", ".join(f"{quant} {progress.quantity(size, 'B')}" for quant, size in found["disk_bytes"].items())
-    needs.add_row("disk", f"{progress.quantity(sum(found['disk_bytes'].values()), 'B')}: {files}; no intermediate files")
+    needs.add_row("disk", f"{progress.quantity(sum(found['disk_bytes'].values()), 'B')}: {files}; "
+                  + (f"{progress.quantity(found['temporary_bytes'], 'B')} for a while, to collect the importance matrix on"
+                     if found["temporary_bytes"] else "no intermediate files"))
     console.print(needs, "", highlight=False)
     settings = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for title in ("setting", "value", "from"):

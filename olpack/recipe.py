@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 from olpack.deploy.names import check_name
 from olpack.deploy.parameters import check_parameters
 from olpack.errors import OlpackError
-from olpack.quants import quant_type
+from olpack.quants import check_tensor_types, quant_type
 
 
 class _Section(BaseModel):
@@ -94,6 +94,21 @@ class Modelfile(_Section):
         return value
 
 
+class Export(_Section):
+    importance: Literal["none", "train"] | str = "none"
+    """Importance matrix, with which small quants lose less: `train` collects one on the training rows, a name is a file in llama.cpp's form."""
+    tensor_types: dict[str, str] = Field(default_factory=dict)
+    """Types of single tensors in quantized files: a part of their names (a regular expression, the first that fits counts) to q6_K, q8_0, …"""
+
+    @field_validator("tensor_types")
+    @classmethod
+    def _known_types(cls, value: dict[str, str]) -> dict[str, str]:
+        try:
+            return check_tensor_types(value)
+        except OlpackError as error:
+            raise ValueError(str(error)) from None
+
+
 class Compare(_Section):
     eval_rows: Annotated[int, Field(ge=1)] = 100
     """At most this many held-out rows are scored."""
@@ -118,6 +133,7 @@ class Recipe(_Section):
     train: Train = Field(default_factory=Train)
     quants: Annotated[list[str], Field(min_length=1)] = Field(default_factory=lambda: ["Q4_0", "Q4_K_M", "Q5_K_M", "Q8_0"])
     """Quant types of llama.cpp to make."""
+    export: Export = Field(default_factory=Export)
     modelfile: Modelfile = Field(default_factory=Modelfile)
     compare: Compare = Field(default_factory=Compare)
 
@@ -287,7 +303,7 @@ def _description(fields: list[str]) -> str:
 
 def _flatten(value: dict[str, Any], prefix: str):
     for key, inner in value.items():
-        if isinstance(inner, dict) and key != "parameters":
+        if isinstance(inner, dict) and key not in ("parameters", "tensor_types"):
             yield from _flatten(inner, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", inner

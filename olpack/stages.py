@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import random
+from bisect import bisect_right
 from dataclasses import asdict
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +15,7 @@ from olpack.quants import quant_type
 from olpack.workspace import file_digest, template_source, write_atomically
 
 if TYPE_CHECKING:
+    from olpack.data import TokenRow
     from olpack.pipeline import Build, Step
 
 _ANSWERED = 3  # held-out requests that every quant answers where the recipe has no prompts
@@ -32,10 +36,24 @@ def train(build: Build, steps: list[Step]) -> None:
 
 
 def export(build: Build, steps: list[Step]) -> None:
-    """Merge, convert and quantize in one pass; a GGUF for each stale step."""
+    """Merge, convert and quantize in one pass; a GGUF for each stale step.
+
+    Where an importance matrix is to be collected first, the quants that do without it make a pass of their own before it.
+    """
+    build.paths.importance_source.unlink(missing_ok=True)  # of a build that was killed
+    if waiting := build.uncollected(steps):
+        _export(build, [step for step in steps if step not in waiting])
+        _collect_importance(build)
+        steps = waiting
+    _export(build, steps)
+
+
+def _export(build: Build, steps: list[Step]) -> None:
     from olpack.deploy.chat_template import pins_for, protect
     from olpack.export import Target, export
 
+    if not steps:
+        return
     template = build.renderer.tokenizer.chat_template
     paths = {step.unit: build.paths.gguf(step.inputs["quant"]) for step in steps}
     metadata = {
@@ -54,12 +72,40 @@ def export(build: Build, steps: list[Step]) -> None:
         # What ends a turn is what training saw there, whatever the tokenizer calls it.
         end_of_turn=build.renderer.end_of_turn(build.rows[0][0]),
         metadata=metadata,
+        importance=build.importance_file if any(build.weighs(quant_type(step.inputs["quant"])) for step in steps) else None,
+        tensor_types=build.recipe.export.tensor_types,
     )
     for step, file in zip(steps, files, strict=True):
         figures = {"size": file.size, "sha256": file.sha256, "bits_per_weight": file.bits_per_weight, "parameters": file.parameters}
         build.finish(step, [paths[step.unit]], figures, {paths[step.unit]: file.sha256})
     made = ", ".join(f"{file.quant} {progress.quantity(file.size, 'B')}" for file in files)
     progress.say(f"wrote {made} to {build.paths.root / 'gguf'}")
+
+
+def _collect_importance(build: Build) -> None:
+    """Read training rows with the largest quant that needs no matrix, or with a Q8_0 file that is there for this only."""
+    from olpack.export import Target, collect_importance, export
+    from olpack.pipeline import IMPORTANCE_TOKENS
+
+    step, rows = build.step("importance"), _sample(build.rows[0], IMPORTANCE_TOKENS)
+    at_hand = [build.paths.gguf(quant.name) for quant in build.unweighed]
+    source = max(at_hand, key=lambda path: path.stat().st_size, default=build.paths.importance_source)
+    try:
+        if not at_hand:
+            export(build.base.path, [Target("Q8_0", source)], adapter=build.paths.adapter)
+        collect_importance(source, [row.ids for row in rows], build.paths.importance, dataset=build.recipe.data.train)
+    finally:
+        build.paths.importance_source.unlink(missing_ok=True)
+    tokens = sum(len(row.ids) for row in rows)
+    build.finish(step, [build.paths.importance], {"rows": len(rows), "tokens": tokens})
+    progress.say(f"collected the importance matrix on {tokens:,} tokens of {len(rows):,} training rows")
+
+
+def _sample(rows: list[TokenRow], tokens: int) -> list[TokenRow]:
+    """Rows drawn from all over the data, the same ones each time, with at most so many tokens (but one row at least)."""
+    drawn = random.Random(0).sample(rows, len(rows))
+    ends = list(accumulate(len(row.ids) for row in drawn))
+    return drawn[: max(1, bisect_right(ends, tokens))]
 
 
 def modelfiles(build: Build, steps: list[Step]) -> None:

@@ -105,6 +105,6 @@ def test_not_utf8(tmp_path):
 def test_every_field_is_documented():
     from olpack import recipe
 
-    for section in (recipe.Recipe, recipe.Data, recipe.Train, recipe.Modelfile, recipe.Compare):
+    for section in (recipe.Recipe, recipe.Data, recipe.Train, recipe.Export, recipe.Modelfile, recipe.Compare):
         for name, field in section.model_fields.items():
-            assert field.description or name in ("data", "train", "modelfile", "compare"), name
+            assert field.description or name in ("data", "train", "export", "modelfile", "compare"), name
