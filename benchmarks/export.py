@@ -1,10 +1,14 @@
 """One pass against the usual way: merge with peft, convert to BF16, quantize four times. Same model, same machine, same run.
 
-    python benchmarks/export.py                                          # 300M parameters, tiny-coder's vocabulary
-    python benchmarks/export.py --hidden 4096 --intermediate 12288 --layers 36 --work /scratch   # the shape of an 8B model
-    python benchmarks/export.py --vocabulary ggml-vocab-qwen2.gguf       # a published vocabulary, as llama.cpp's source holds it
+    python benchmarks/export.py                                          # 280M parameters, tiny-coder's vocabulary
+    python benchmarks/export.py --hidden 4096 --intermediate 12288 --layers 36 --rows 151936 --work /scratch --deadline 500    # 8B
 
-Prints a Markdown table and writes it to benchmarks/export.md.
+With --work the steps that are done are kept in that folder, so that the same command goes on where it was; --deadline stops it between
+two steps. The disk holds the base, and beside it either one set of quants, or the merged checkpoint and one BF16 file: files are compared
+by their SHA-256 and removed at once. Before each step, what it reads is dropped from the system's cache.
+
+Prints a Markdown table and writes it to benchmarks/export.md. Needs olpack on PYTHONPATH or installed; where the package index cannot be
+reached, OLPACK_LLAMA_CPP names llama.cpp's converter.
 """
 
 from __future__ import annotations
@@ -12,16 +16,24 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+from random_model import write_adapter, write_base  # noqa: E402 — beside this file
+
+from olpack.llamacpp.cores import usable_processors  # noqa: E402
+from olpack.workspace import file_digest  # noqa: E402
+
 QUANTS = ("Q4_0", "Q4_K_M", "Q5_K_M", "Q8_0")
 
 MERGE = """
@@ -62,142 +74,192 @@ export(Path(base), targets, adapter=Path(adapter), round_to_bf16=rounded == "rou
 
 @dataclass
 class Cost:
-    """What one or more commands took: seconds of wall time and of CPU time, peak bytes of the largest process, bytes written."""
+    """What one or more commands took.
+
+    Attributes:
+        wall, cpu: seconds; CPU time is user and system of the command and its children.
+        memory: peak bytes of the largest process.
+        read, written: bytes from and to the disk. What a later command finds in the system's cache is not read again.
+        digests: SHA-256 of each quant that was made.
+        weights: how many weights went to each tensor type of ggml, each type of a tensor counted once.
+    """
 
     wall: float = 0.0
     cpu: float = 0.0
     memory: int = 0
+    read: int = 0
     written: int = 0
+    digests: dict[str, str] = field(default_factory=dict)
+    weights: dict[str, int] = field(default_factory=dict)
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.wall + other.wall, self.cpu + other.cpu, max(self.memory, other.memory), self.written + other.written)
+        return Cost(self.wall + other.wall, self.cpu + other.cpu, max(self.memory, other.memory), self.read + other.read,
+                    self.written + other.written, self.digests | other.digests)  # fmt: skip
 
 
 def run(code: str, *arguments: object) -> Cost:
     """Run a piece of Python in a process of its own, from the repository, and say what it and its children took."""
-    began = time.monotonic()
-    child = subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)], cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    said = child.stderr.read()
-    _, status, used = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise SystemExit(f"a step failed:\n{said[-3000:]}")
-    return Cost(time.monotonic() - began, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024, used.ru_oublock * 512)
+    packages = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    with tempfile.TemporaryFile("w+") as log:
+        began = time.monotonic()
+        child = subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=log,
+                                 env={**os.environ, "PYTHONPATH": packages})  # fmt: skip
+        _, status, used = os.wait4(child.pid, 0)
+        wall = time.monotonic() - began
+        child.returncode = os.waitstatus_to_exitcode(status)
+        if child.returncode:
+            log.seek(0)
+            raise SystemExit(f"a step failed:\n{log.read()[-3000:]}")
+    return Cost(wall, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024, used.ru_inblock * 512, used.ru_oublock * 512)
 
 
-def write_base(folder: Path, shape: argparse.Namespace) -> int:
-    """A Qwen3 of random weights, one file for each layer, so that its size is not bounded by memory. Returns its parameters."""
-    import torch
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True)
-    rows = write_vocabulary(folder, shape.vocabulary)
-    heads, head_dim = shape.hidden // 128, 128
-    config = {
-        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": rows, "hidden_size": shape.hidden,
-        "intermediate_size": shape.intermediate, "num_hidden_layers": shape.layers, "num_attention_heads": heads,
-        "num_key_value_heads": max(1, heads // 4), "head_dim": head_dim, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6, "tie_word_embeddings": False, "hidden_act": "silu", "dtype": "bfloat16",
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
-    keys = config["num_key_value_heads"] * head_dim
-    layer = {
-        "input_layernorm": (shape.hidden,), "post_attention_layernorm": (shape.hidden,),
-        "self_attn.q_norm": (head_dim,), "self_attn.k_norm": (head_dim,),
-        "self_attn.q_proj": (heads * head_dim, shape.hidden), "self_attn.k_proj": (keys, shape.hidden),
-        "self_attn.v_proj": (keys, shape.hidden), "self_attn.o_proj": (shape.hidden, heads * head_dim),
-        "mlp.gate_proj": (shape.intermediate, shape.hidden), "mlp.up_proj": (shape.intermediate, shape.hidden),
-        "mlp.down_proj": (shape.hidden, shape.intermediate),
-    }  # fmt: skip
-    parts = [
-        {"model.embed_tokens.weight": (rows, shape.hidden)},
-        {"model.norm.weight": (shape.hidden,), "lm_head.weight": (rows, shape.hidden)},
-    ]
-    parts += [{f"model.layers.{i}.{name}.weight": size for name, size in layer.items()} for i in range(shape.layers)]
-    torch.manual_seed(0)
-    weight_map, parameters = {}, 0
-    for number, part in enumerate(parts):
-        name = f"model-{number + 1:05d}-of-{len(parts):05d}.safetensors"
-        tensors = {key: torch.empty(size, dtype=torch.bfloat16).normal_(std=0.02) for key, size in part.items()}
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(tensors, name))
-        parameters += sum(tensor.numel() for tensor in tensors.values())
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return parameters
+def forget(*places: Path) -> None:
+    """Have the system drop files from its cache, after they are on the disk."""
+    for place in places:
+        for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def write_vocabulary(folder: Path, vocabulary: Path | None) -> int:
-    """The tokenizer's files; returns how many rows the embedding needs."""
-    if vocabulary is None:
-        source = REPOSITORY / "olpack" / "assets" / "tiny-coder"
-        for file in source.glob("tokenizer*"):
-            shutil.copy(file, folder)
-        return json.loads((source / "config.json").read_text())["vocab_size"]
-    from transformers import AutoTokenizer
+class Steps:
+    """The steps of a benchmark, each done once: its cost is written beside the files when it is done."""
 
-    tokenizer = AutoTokenizer.from_pretrained(vocabulary.parent, gguf_file=vocabulary.name)
-    tokenizer.save_pretrained(folder)
-    return -(-len(tokenizer) // 256) * 256
+    def __init__(self, work: Path, deadline: float | None):
+        self.work = work
+        self._records = work / "done"
+        self._records.mkdir(parents=True, exist_ok=True)
+        self._until = time.monotonic() + deadline if deadline else None
 
-
-def write_adapter(folder: Path, base: Path, rank: int = 16) -> None:
-    """A LoRA adapter on every linear layer, made from the base's tensor headers."""
-    import torch
-    from safetensors.torch import save_file
-
-    from olpack.export.folder import read_tensor_headers
-
-    folder.mkdir()
-    tensors = {}
-    for name, header in read_tensor_headers(base).items():
-        if name.endswith("_proj.weight"):
-            module = f"base_model.model.{name.removesuffix('.weight')}"
-            tensors[f"{module}.lora_A.weight"] = torch.randn(rank, header.shape[1]) * 0.02
-            tensors[f"{module}.lora_B.weight"] = torch.randn(header.shape[0], rank) * 0.02
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    targets = sorted({name.split(".")[-3] for name in tensors})
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": targets, "task_type": "CAUSAL_LM", "bias": "none"}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    def do(self, name: str, step: Callable[[], Cost]) -> Cost:
+        """Do a step, or read what it took before."""
+        record = self._records / f"{name}.json"
+        if record.is_file():
+            return Cost(**json.loads(record.read_text()))
+        if self._until and time.monotonic() > self._until:
+            raise SystemExit(f"The time is up before the step '{name}': run the same command again, it goes on there.")
+        print(f"{name} …", file=sys.stderr, flush=True)
+        cost = step()
+        record.write_text(json.dumps(asdict(cost), indent=1))
+        print(f"{name}: {cost.wall:.1f} s, CPU {cost.cpu:.1f} s", file=sys.stderr, flush=True)
+        return cost
 
 
-def usual_way(base: Path, adapter: Path, work: Path) -> dict[str, Cost]:
-    """The steps, one process each. The merged folder has the base's name, because it becomes `general.name`."""
-    merged, intermediate = work / "merged" / base.name, work / "bf16.gguf"
-    (work / "usual").mkdir()
-    steps = {"merge": run(MERGE, base, adapter, merged), "convert": run(CONVERT, merged, intermediate)}
+def one_pass(base: Path, adapter: Path, out: Path, rounding: str) -> Cost:
+    """All quants by olpack, hashed and removed."""
+    import gguf
+
+    shutil.rmtree(out, ignore_errors=True)
+    forget(base, adapter)
+    cost = run(ONE_PASS, base, adapter, out, rounding, *QUANTS)
+    counted: set[tuple[str, str]] = set()
+    for quant in QUANTS:
+        path = out / f"{quant}.gguf"
+        for tensor in gguf.GGUFReader(path).tensors:
+            kind = tensor.tensor_type.name
+            if (tensor.name, kind) not in counted:
+                counted.add((tensor.name, kind))
+                cost.weights[kind] = cost.weights.get(kind, 0) + int(tensor.n_elements)
+        cost.digests[quant] = file_digest(path)
+        path.unlink()
+    return cost
+
+
+def merge(base: Path, adapter: Path, merged: Path) -> Cost:
+    shutil.rmtree(merged, ignore_errors=True)
+    forget(base, adapter)
+    return run(MERGE, base, adapter, merged)
+
+
+def convert(merged: Path, intermediate: Path) -> Cost:
+    forget(merged)
+    cost = run(CONVERT, merged, intermediate)
     shutil.rmtree(merged)
-    steps |= {quant: run(QUANTIZE, intermediate, work / "usual" / f"{quant}.gguf", quant) for quant in QUANTS}
-    intermediate.unlink()
-    return steps
+    return cost
 
 
-def table(shape: str, steps: dict[str, Cost], ours: Cost, same: dict[str, bool]) -> str:
+def quantize(intermediate: Path, out: Path, quant: str) -> Cost:
+    forget(intermediate)
+    cost = run(QUANTIZE, intermediate, out, quant)
+    cost.digests[quant] = file_digest(out)
+    out.unlink()
+    return cost
+
+
+def measure_quantizer(weights: dict[str, int]) -> Cost:
+    """What the quantizing alone of so many weights of each type takes on one core, from one tensor of 8M weights."""
+    import numpy as np
+
+    from olpack.llamacpp import library
+
+    values = (np.random.default_rng(0).standard_normal((2048, 4096), np.float32) * 0.02)  # fmt: skip
+    seconds = 0.0
+    for kind, count in weights.items():
+        if kind == "F32":
+            continue
+        type_ = library.tensor_type(kind)
+        out = np.empty((len(values), library.row_size(type_, values.shape[1])), np.uint8)
+        library.quantize_rows(type_, values[:64], out[:64])
+        began = time.process_time()
+        library.quantize_rows(type_, values, out)
+        seconds += (time.process_time() - began) / values.size * count
+    return Cost(cpu=seconds)
+
+
+def measure_disk(folder: Path, nbytes: int = 2 << 30) -> Cost:
+    """Writing a plain file of so many bytes, until it is on the disk."""
+    path, block = folder / "plain", os.urandom(64 << 20)
+    began = time.monotonic()
+    with path.open("wb", buffering=0) as file:
+        for _ in range(nbytes // len(block)):
+            file.write(block)
+        os.fsync(file.fileno())
+    cost = Cost(wall=time.monotonic() - began, written=nbytes)
+    path.unlink()
+    return cost
+
+
+def machine() -> str:
+    """The processor, how many of its threads may be used, and the memory."""
+    info = Path("/proc/cpuinfo").read_text()
+    name = next((line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")), "unknown processor")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return f"{name}, {usable_processors()} cores, {memory / 1e9:.0f} GB of memory"
+
+
+def table(shape: str, steps: dict[str, Cost], ours: Cost, rounded: Cost, quantizer: Cost, disk: Cost) -> str:
     """The figures as Markdown."""
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_processors()
     total = sum(steps.values(), Cost())
-    lines = [
-        f"{shape}, {', '.join(QUANTS)}; {cores} cores, {platform.machine()}.",
-        "",
-        "| way | wall time | CPU share | peak memory | written |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
 
     def line(name: str, cost: Cost) -> str:
         share = cost.cpu / cost.wall / cores
-        return f"| {name} | {cost.wall:.1f} s | {share:.0%} | {cost.memory / 1e9:.2f} GB | {cost.written / 1e9:.2f} GB |"
+        return (f"| {name} | {cost.wall:.1f} s | {cost.cpu:.1f} s | {share:.0%} | {cost.memory / 1e9:.2f} GB | {cost.read / 1e9:.2f} GB | "
+                f"{cost.written / 1e9:.2f} GB |")  # fmt: skip
 
-    identical = ", ".join(f"{quant} {'yes' if equal else 'NO'}" for quant, equal in same.items())
-    lines += [line(f"usual: {name}", cost) for name, cost in steps.items()]
-    lines += [
+    quantizing, rate = quantizer.cpu / cores, disk.written / disk.wall
+    writing = ours.written / rate
+    slowest = max(quantizing, writing)
+    pace = sum(ours.weights.values()) * 2 / max(quantizer.cpu, 1e-9) / 1e6
+    same = ", ".join(f"{quant} {'yes' if total.digests[quant] == rounded.digests[quant] else 'NO'}" for quant in QUANTS)
+    return "\n".join([
+        f"{date.today()}: {shape}, {', '.join(QUANTS)}. {machine()}.",
+        "",
+        "| way | wall time | CPU time | CPU share | peak memory | read | written |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        *(line(f"usual: {name}", cost) for name, cost in steps.items()),
         line("**usual, together**", total),
         line("**olpack, one pass**", ours),
         "",
-        f"{total.wall / ours.wall:.1f} × faster, {total.written / max(ours.written, 1):.1f} × less written. "
-        f"Rounded to bfloat16 as the usual way rounds, the files are identical: {identical}.",
-    ]
-    return "\n".join(lines) + "\n"
+        f"**{total.wall / ours.wall:.1f} × faster** ({total.cpu / ours.cpu:.1f} × less CPU time), "
+        f"{total.written / max(ours.written, 1):.1f} × less written.",
+        f"Rounded to bfloat16 as the usual way rounds, the files are identical: {same}.",
+        "",
+        f"The slowest part alone would take {slowest:.1f} s: quantizing {quantizing:.1f} s ({pace:.0f} MB/s of bfloat16 weights a core and "
+        f"type, {cores} cores), writing {writing:.1f} s (a plain file: {rate / 1e6:.0f} MB/s). The whole pass takes {ours.wall / slowest:.1f} × that.",
+        "",
+    ])  # fmt: skip
 
 
 def main() -> None:
@@ -205,25 +267,49 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1280)
     parser.add_argument("--intermediate", type=int, default=4096)
     parser.add_argument("--layers", type=int, default=13)
-    parser.add_argument("--vocabulary", type=Path, help="a GGUF with a vocabulary")
-    parser.add_argument("--work", type=Path, help="a folder with room for four times the model")
+    parser.add_argument("--rows", type=int, help="of the embedding, if more than tiny-coder's vocabulary has tokens")
+    parser.add_argument("--vocabulary", type=Path, help="a GGUF with a vocabulary, as llama.cpp's source holds some")
+    parser.add_argument("--work", type=Path, help="a folder that keeps what is done, with room for three times the model")
+    parser.add_argument("--deadline", type=float, metavar="SECONDS", help="begin no further step after this time")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=arguments.work) as scratch:
-        work = Path(scratch)
-        base, adapter = work / "base", work / "adapter"
-        parameters = write_base(base, arguments)
+    if arguments.work is None:
+        with tempfile.TemporaryDirectory() as scratch:
+            benchmark(Path(scratch), arguments)
+    else:
+        benchmark(arguments.work, arguments)
+
+
+def benchmark(work: Path, arguments: argparse.Namespace) -> None:
+    """All steps in `work`, then the table."""
+    asked = {name: str(getattr(arguments, name)) for name in ("hidden", "intermediate", "layers", "rows", "vocabulary")}
+    shape_file = work / "shape.json"
+    if shape_file.is_file() and json.loads(shape_file.read_text()) != asked:
+        raise SystemExit(f"{work} holds a benchmark of another shape: remove it, or name another folder.")
+    steps = Steps(work, arguments.deadline)
+    shape_file.write_text(json.dumps(asked))
+    base, adapter, merged, intermediate = work / "base", work / "adapter", work / "merged" / "base", work / "bf16.gguf"
+
+    def make_base() -> Cost:
+        shutil.rmtree(base, ignore_errors=True)
+        began = time.monotonic()
+        parameters = write_base(base, arguments.hidden, arguments.intermediate, arguments.layers, arguments.rows, arguments.vocabulary)
         write_adapter(adapter, base)
-        ours = run(ONE_PASS, base, adapter, work / "ours", "exact", *QUANTS)
-        shutil.rmtree(work / "ours")
-        steps = usual_way(base, adapter, work)
-        run(ONE_PASS, base, adapter, work / "rounded", "rounded", *QUANTS)
-        same = {
-            quant: not subprocess.run(["cmp", "-s", work / "usual" / f"{quant}.gguf", work / "rounded" / f"{quant}.gguf"]).returncode
-            for quant in QUANTS
-        }
+        return Cost(wall=time.monotonic() - began, weights={"BF16": parameters})
+
+    parameters = steps.do("base", make_base).weights["BF16"]
+    ours = steps.do("one pass", lambda: one_pass(base, adapter, work / "ours", "exact"))
+    rounded = steps.do("one pass, rounded", lambda: one_pass(base, adapter, work / "ours", "rounded"))
+    # The merged folder has the base's name, because it becomes `general.name`.
+    usual = {"merge": steps.do("merge", lambda: merge(base, adapter, merged))}
+    usual["convert"] = steps.do("convert", lambda: convert(merged, intermediate))
+    for quant in QUANTS:
+        usual[quant] = steps.do(quant, lambda quant=quant: quantize(intermediate, work / f"{quant}.gguf", quant))
+    intermediate.unlink(missing_ok=True)
+    quantizer = steps.do("quantizer alone", lambda: measure_quantizer(ours.weights))
+    disk = steps.do("disk alone", lambda: measure_disk(work))
     shape = f"Qwen3 shape, {parameters / 1e6:.0f}M parameters, LoRA of rank 16 on all linear layers"
-    text = table(shape, steps, ours, same)
+    text = table(shape, usual, ours, rounded, quantizer, disk)
     print(text)
     arguments.output.write_text(text, encoding="utf-8")
 

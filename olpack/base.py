@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -122,7 +124,36 @@ def _checked(path: Path) -> Path:
 
 def _from_hub(repo: str, revision: str | None) -> Base:
     from huggingface_hub import snapshot_download
+
+    with _hub_failures(repo, revision):
+        found = snapshot_download(repo, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_OTHER_FORMS)
+    return Base(repo, _checked(Path(found)))
+
+
+def config_of(label: str) -> dict[str, Any]:
+    """The config.json of a builtin base, a folder, the file itself, or a Hub id, of which nothing else is fetched.
+
+    Raises:
+        OlpackError: there is no such model, it cannot be reached, or its config.json is no JSON object.
+    """
+    path = BUILTIN / label.removeprefix("builtin/") if label.startswith("builtin/") else Path(label).expanduser()
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise OlpackError(f"{path} is no model folder: it has no config.json.", "Name a folder with config.json, or a GGUF.")
+    if path.is_dir() or path.is_file():
+        return _json(path / "config.json" if path.is_dir() else path)
+    if label.startswith((".", "/", "~", "builtin/")) or label.count("/") != 1:
+        raise OlpackError(f"There is no {label}.", "Name a model's folder, its config.json, a GGUF, or a Hub id such as Qwen/Qwen3-0.6B.")
+    from huggingface_hub import hf_hub_download
+
+    with _hub_failures(label, None):
+        return _json(Path(hf_hub_download(label, "config.json")))
+
+
+@contextmanager
+def _hub_failures(repo: str, revision: str | None) -> Iterator[None]:
+    """Say in a sentence why something could not be had from the Hub."""
     from huggingface_hub.errors import (
+        EntryNotFoundError,
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
@@ -132,7 +163,7 @@ def _from_hub(repo: str, revision: str | None) -> Base:
     )
 
     try:
-        found = snapshot_download(repo, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_OTHER_FORMS)
+        yield
     except GatedRepoError:
         raise OlpackError(f"{repo} is gated: its owner must grant access.", "Accept its terms on its page, then run `hf auth login`.") from None
     except HFValidationError:
@@ -143,10 +174,11 @@ def _from_hub(repo: str, revision: str | None) -> Base:
         raise OlpackError(f"There is no model {repo} on the Hugging Face Hub, or no folder of that name here.", "Check its spelling.") from None
     except LocalEntryNotFoundError:
         raise OlpackError(f"{repo} is not in the local cache and the Hugging Face Hub cannot be reached.",
-                          "Connect once, or name a folder as `base`; builtin/tiny-coder needs no network.") from None
+                          "Connect once, or name a folder; builtin/tiny-coder needs no network.") from None
+    except EntryNotFoundError:
+        raise OlpackError(f"{repo} has no config.json, so it is no model that transformers knows.", "Name the repository of the original model.") from None
     except (HfHubHTTPError, OSError) as error:
         raise OlpackError(f"{repo} could not be fetched: {str(error).splitlines()[0]}", "Run the same command again to go on.") from None
-    return Base(repo, _checked(Path(found)))
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -26,6 +26,9 @@ Name = Annotated[str, typer.Argument(help="A package: a folder in modelfiles/.",
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting of the recipe, as in train.epochs=3.")]
 Quant = Annotated[list[str] | None, typer.Option("--quant", metavar="TYPE", help="Only this quant (may be repeated), whatever the recipe lists.")]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Build below this folder instead of build/.")]
+Params = Annotated[str | None, typer.Option("--params", metavar="SIZE", help="No model, but a typical one of this size: 8B, 350M.")]
+Context = Annotated[int | None, typer.Option("--context", metavar="TOKENS", min=1, help="Length of the context; a package's num_ctx, else 4096.")]
+KvType = Annotated[str, typer.Option("--kv", metavar="TYPE", help="Type of the KV cache in llama.cpp: f16, q8_0 or q4_0.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the outcome as JSON, and progress as JSON lines on stderr.")]
 
 
@@ -208,9 +211,115 @@ def deploy(
 
 
 @app.command()
-def compare(name: Name, settings: Set = None, quant: Quant = None, out: Out = None, as_json: Json = False) -> None:
-    """Measure the quants: size, speed, memory, perplexity; which one to take, and why."""
-    _run(_build_of(name, settings, quant, out, as_json), "compare", as_json)
+def compare(
+    names: Annotated[list[str], typer.Argument(metavar="NAME | TAG…", help="A package, or models that the server has.", show_default=False)],
+    settings: Set = None,
+    quant: Quant = None,
+    against: Annotated[
+        Path | None, typer.Option("--against", metavar="FILE", help="An earlier results.json: what got better or worse since.", exists=True, dir_okay=False)
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="Ask the server's models this (may be repeated).")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", metavar="FILE", help="Ask them these: a text file, or JSONL of tasks or chats.")
+    ] = None,
+    clients: Annotated[
+        list[int] | None, typer.Option("--clients", metavar="N", min=1, help="Also with N clients at once, through a server (may be repeated).")
+    ] = None,
+    suite: Annotated[
+        list[str] | None, typer.Option("--suite", metavar="TASK", help="Run this task of lm-evaluation-harness too (may be repeated).")
+    ] = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the quants of a package: size, speed, memory, quality; which one to take, and why. Or any models of the server."""
+    from olpack.side_by_side import compare_models, is_package
+
+    earlier = _earlier_results(against)
+    if is_package(names):
+        if prompt or prompts:
+            raise typer.BadParameter("a package's prompts stand in its recipe, as compare.prompts and compare.tasks.", param_hint="--prompt")
+        more = [f"compare.suites={json.dumps(suite)}"] if suite else []
+        more += [f"compare.clients={json.dumps(clients)}"] if clients else []
+        asked = _build_of(names[0], [*(settings or []), *more], quant, out, as_json)
+        _run(asked, "compare", as_json)
+        folder = asked.paths.compare
+    else:
+        if settings or quant or suite:
+            raise typer.BadParameter(f"only a package has these, and {' '.join(names)} is none.", param_hint="--set, --quant, --suite")
+        if as_json:
+            progress.use("json")
+        folder = out or Path("build/side-by-side")
+        results = compare_models(names, prompt or [], prompts, clients or [], folder)
+        if as_json:
+            print(results.model_dump_json(indent=1))
+        else:
+            from olpack.compare import print_table
+
+            print_table(results)
+            print(f"\nreport   {folder / 'report.html'}")
+    if earlier is not None and not as_json:
+        from olpack.compare import read_results
+        from olpack.compare.against import changes, print_changes
+
+        print()
+        print_changes(changes(earlier, read_results(folder / "results.json")), earlier)
+
+
+def _earlier_results(path: Path | None) -> Any:
+    """Read before anything is measured: it may be the file that the comparison writes."""
+    if path is None:
+        return None
+    from olpack.compare import read_results
+
+    return read_results(path)
+
+
+@app.command()
+def recommend(
+    models: Annotated[list[str] | None, typer.Argument(metavar="[NAME | GGUF…]", help="A package, a model as `olpack estimate` takes it, or files of one model.", show_default=False)] = None,
+    params: Params = None,
+    vram: Annotated[float | None, typer.Option("--vram", metavar="GB", min=0, help="GPU memory in place of this machine's, as cards are sold (GiB); 0 for none.")] = None,
+    ram: Annotated[float | None, typer.Option("--ram", metavar="GB", min=0, help="RAM in place of this machine's (GiB).")] = None,
+    context: Context = None,
+    kv: KvType = "f16",
+    max_loss: Annotated[float | None, typer.Option("--max-loss", metavar="SHARE", min=0, help="Growth of perplexity to accept: 0.01 is 1 %.")] = None,
+    quant: Quant = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Which quant fits this machine, or the one described: what runs where, the best, the fastest, and why."""
+    from olpack.memory import advise
+
+    advice = advise(models or [], params, vram, ram, context, kv, max_loss, quant, out)
+    if as_json:
+        _print_json(advice.as_json())
+    else:
+        from olpack.memory.table import print_advice
+
+        print_advice(advice)
+
+
+@app.command()
+def estimate(
+    model: Annotated[str | None, typer.Argument(help="A model's folder, its config.json, a GGUF, or a Hub id.", show_default=False)] = None,
+    params: Params = None,
+    context: Context = None,
+    kv: KvType = "f16",
+    rank: Annotated[int, typer.Option("--rank", min=1, help="Rank of the adapter.")] = 16,
+    batch: Annotated[int, typer.Option("--batch", metavar="TOKENS", min=1, help="Tokens that go through the model at once in training.")] = 2048,
+    quant: Quant = None,
+    as_json: Json = False,
+) -> None:
+    """What a model takes for inference and training: FP32 to 4 bits, each quant, LoRA and QLoRA. Fetches no weights."""
+    from olpack.memory import estimate_model
+
+    found = estimate_model(model, params, context, kv, rank, batch, quant)
+    if as_json:
+        _print_json(found.as_json())
+    else:
+        from olpack.memory.table import print_estimate
+
+        print_estimate(found)
 
 
 @app.command()

@@ -39,7 +39,7 @@ class Finding:
 def examine() -> list[Finding]:
     """Look at everything that a build needs. Downloads nothing, changes nothing."""
     tried = [_tried("4-bit training", _nf4), _tried("llama.cpp", _llama_cpp)]
-    return [_python(), *map(_package, _PACKAGES), _gpu(), *tried, _converter(), _server(), _disk()]
+    return [_python(), *map(_package, _PACKAGES), _gpu(), *tried, _k_quants(), _converter(), _server(), _disk()]
 
 
 def _python() -> Finding:
@@ -105,6 +105,18 @@ def _converter() -> Finding:
         return Finding("converter", "missing", "llama.cpp's converter is not in the cache: the first export fetches it",
                        "Without a network, point OLPACK_LLAMA_CPP at a llama.cpp checkout.")
     return Finding("converter", "ready", str(found))
+
+
+def _k_quants() -> Finding:
+    from olpack.llamacpp.library import k_quants_are_compiled
+
+    try:
+        if k_quants_are_compiled():
+            return Finding("K-quants", "ready", "compiled for this processor, with the bits of llama.cpp's")
+    except OlpackError as error:
+        return Finding("K-quants", "broken", error.problem, error.remedy)
+    return Finding("K-quants", "missing", "llama.cpp's own functions make them, several times slower",
+                   "Install a C++ compiler (`apt install g++`), or name one in CXX.")
 
 
 def _server() -> Finding:

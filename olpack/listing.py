@@ -72,7 +72,8 @@ def print_facts(facts: dict[str, Any]) -> None:
         table.add_row("training", f"eval loss {losses} in {training['steps']} steps on {training['device']}")
     for quant, file in facts["files"].items():
         if file:
-            table.add_row(quant, f"{quantity(file['size'], 'B')}, {file['bits_per_weight']:.2f} bits per weight, sha256 {file['sha256'][:12]}…")
+            bits = f", {file['bits_per_weight']:.2f} bits per weight" if "bits_per_weight" in file else ""
+            table.add_row(quant, f"{quantity(file['size'], 'B')}{bits}, sha256 {file['sha256'][:12]}…")
         else:
             table.add_row(quant, "not made yet")
     table.add_row("recommended", facts["recommended"] or "not compared yet")

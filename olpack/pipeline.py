@@ -19,15 +19,19 @@ from typing import TYPE_CHECKING, Any
 from olpack import progress
 from olpack.base import Base, resolve
 from olpack.errors import OlpackError
-from olpack.quants import QuantType, gains_by_importance, overridable, quant_type
+from olpack.quants import gains_by_importance, overridable, quant_type
 from olpack.recipe import Recipe
+from olpack.tasks import function_files
 from olpack.workspace import BuildPaths, file_digest, locked, template_source, value_digest, write_atomically
 
 if TYPE_CHECKING:
     from olpack.data import Renderer, TokenRow
     from olpack.deploy import Package
+    from olpack.memory.shape import MetaModel
+    from olpack.tasks import Task
 
 STAGES = ("train", "export", "modelfiles", "deploy", "compare")
+ADAPTER = "adapter"  # beside the names of quants: what the export makes of an adapter that is not merged
 
 # Raised when the same inputs would no longer give the same outputs.
 _OF_THE_MACHINE = ("train.micro_batch_tokens", "train.gradient_checkpointing")  # decide memory and speed, not what is learned
@@ -77,14 +81,30 @@ class Build:
 
     def __init__(self, recipe: Recipe, out: Path | None = None, server: str | None = None):
         self.recipe = recipe
-        self.paths = BuildPaths(recipe.name, (out or Path("build")) / recipe.name)
+        self.out = out or Path("build")
         self.server = server
         self.quants = [quant_type(name) for name in recipe.quants]
+
+    @cached_property
+    def paths(self) -> BuildPaths:
+        """Where this build's files lie."""
+        root = self.out / self.recipe.name
+        if self.recipe.package == "merged":
+            return BuildPaths(self.recipe.name, root)
+        base = f"{Path(self.recipe.base).name}-{self.base.digest[:12]}"
+        return BuildPaths(self.recipe.name, root, BuildPaths(base, self.out / "bases" / base))
 
     @cached_property
     def base(self) -> Base:
         """The base model, fetched from the Hub where that is needed."""
         return resolve(self.recipe.base, relative_to=self.recipe.folder, revision=self.recipe.revision)
+
+    @cached_property
+    def meta_model(self) -> MetaModel:
+        """The base without data, for counting."""
+        from olpack.memory.shape import MetaModel
+
+        return MetaModel(self.base.config, self.base.label)
 
     def data_file(self, which: str) -> Path | None:
         """The file of `data.train` or `data.eval`; None where the recipe names none."""
@@ -108,6 +128,29 @@ class Build:
         return load_rows(self.data_file("train"), self.data_file("eval"), self.renderer, max_length=limit, eval_share=data.eval_share)
 
     @cached_property
+    def tasks(self) -> list[Task]:
+        """What every quant is scored on, from the recipe or the file that it names.
+
+        Raises:
+            OlpackError: tasks that are wrong, each with its place.
+        """
+        from olpack.tasks import load_tasks, parse_task
+
+        asked, folder, system = self.recipe.compare.tasks, self.recipe.folder, self.recipe.modelfile.system
+        if isinstance(asked, str):
+            return load_tasks(folder / asked, system)
+        try:
+            return [parse_task(item, f"task {number}", folder, system) for number, item in enumerate(asked, 1)]
+        except ValueError as error:
+            raise OlpackError(f"{folder / 'recipe.yaml'}: compare.tasks: {error}.") from None
+
+    @property
+    def suite_folder(self) -> Path | None:
+        """The user's own suites for lm-evaluation-harness: `suites/` beside the recipe, None where there is none."""
+        folder = self.recipe.folder / "suites"
+        return folder if folder.is_dir() else None
+
+    @cached_property
     def package(self) -> Package:
         """What every tag is registered with, beside its weights; `num_ctx` is always set."""
         from olpack.deploy.modelfile import Package
@@ -129,31 +172,40 @@ class Build:
         if stage in ("importance", "export"):
             from olpack.llamacpp.source import VERSION
 
-            made |= {"llama.cpp": VERSION, "training": value_digest(self.inputs("train")), "adapter": self.result("train").get("adapter_digest")}
+            made["llama.cpp"] = VERSION
+            trained = {"training": value_digest(self.inputs("train")), "adapter": self.result("train").get("adapter_digest")}
             if stage == "importance":
-                return made | {"tokens": IMPORTANCE_TOKENS}
-            return made | {"quant": quant, "name": self.recipe.name} | self._choices(quant_type(quant))
-        served = self._settings("modelfile") | {"quants": self.recipe.quants}
+                return made | trained | {"tokens": IMPORTANCE_TOKENS}
+            made |= {"quant": quant, "name": self.paths.home(f"export-{quant}").name}
+            if self.paths.base and quant != ADAPTER:
+                return made | {"base": self.base.digest}
+            return made | trained | self._choices(quant)
+        served = self._settings("modelfile") | {"quants": self.recipe.quants} | ({"package": "adapter"} if self.paths.base else {})
         if stage == "modelfiles":
             return made | served | {"num_ctx": self.package.parameters["num_ctx"], "templates/Modelfile.j2": template_source("Modelfile.j2")}
-        files = {"files": {quant.name: value_digest(self.inputs("export", quant.name)) for quant in self.quants}, "server": self.server}
+        files = {"files": {name: value_digest(self.inputs("export", name)) for name in self._exported}, "server": self.server}
         if stage == "deploy":
             return made | served | files
         asked = {name: self.package.parameters.get(name) for name in _OF_THE_SPEED} | {"modelfile.system": self.recipe.modelfile.system}
+        if self.tasks:
+            asked["compare.tasks"] = value_digest([[task.messages, task.check, [str(part) for part in task.expected]] for task in self.tasks])
+            asked |= {str(path): file_digest(path) for path in function_files(self.tasks)}
+        if self.recipe.compare.suites and self.suite_folder:
+            asked |= {str(path): file_digest(path) for path in sorted(self.suite_folder.rglob("*.*")) if path.suffix != ".pyc"}
         return made | files | self._data("eval") | self._settings("compare") | asked | {"templates/report.html.j2": template_source("report.html.j2")}
 
-    def _choices(self, quant: QuantType) -> dict[str, Any]:
+    def _choices(self, quant: str) -> dict[str, Any]:
         """What the recipe's `export` decides for one quant: nothing, where its file would be the same."""
         asked, made = self.recipe.export, {}
-        if asked.tensor_types and overridable(quant):
+        if asked.tensor_types and overridable(quant_type(quant)):
             made["export.tensor_types"] = [list(pair) for pair in asked.tensor_types.items()]  # their order counts
         if self.weighs(quant):
             made["export.importance"] = value_digest(self.inputs("importance")) if asked.importance == "train" else self._importance_digest
         return made
 
-    def weighs(self, quant: QuantType) -> bool:
+    def weighs(self, quant: str) -> bool:
         """Whether an importance matrix decides anything in the file of a quant."""
-        return self.recipe.export.importance != "none" and gains_by_importance(quant, self.recipe.export.tensor_types)
+        return self.recipe.export.importance != "none" and gains_by_importance(quant_type(quant), self.recipe.export.tensor_types)
 
     @property
     def importance_file(self) -> Path | None:
@@ -175,15 +227,20 @@ class Build:
         return file_digest(self.importance_file)
 
     def uncollected(self, steps: list[Step]) -> list[Step]:
-        """Of these steps of the export, those that wait for an importance matrix to be collected."""
-        waiting = [step for step in steps if step.stage == "export" and self.weighs(quant_type(step.inputs["quant"]))]
-        stale = self.recipe.export.importance == "train" and (self.step("train").stale or self.step("importance").stale)
-        return waiting if stale else []
+        """Of these steps, the quants that wait for an importance matrix to be collected."""
+        if self.recipe.export.importance != "train" or not (self.step("train").stale or self.step("importance").stale):
+            return []
+        return [step for step in steps if step.stage == "export" and self.weighs(step.inputs["quant"])]
 
     @property
-    def unweighed(self) -> list[QuantType]:
+    def unweighed(self) -> list[str]:
         """The recipe's quants to which an importance matrix is nothing: one can be collected on them."""
-        return [quant for quant in self.quants if not self.weighs(quant)]
+        return [quant.name for quant in self.quants if not self.weighs(quant.name)]
+
+    @property
+    def _exported(self) -> list[str]:
+        """What the export makes: the recipe's quants, and the adapter where it is not merged into them."""
+        return [quant.name for quant in self.quants] + ([ADAPTER] if self.paths.base else [])
 
     def _data(self, side: str) -> dict[str, Any]:
         """What decides the rows of one side: its file, or the training file and the share that is set apart."""
@@ -209,12 +266,15 @@ class Build:
 
     def steps(self) -> list[Step]:
         """Every step in order, each with the reason why it is stale."""
-        units = [("export", quant.name) for quant in self.quants] + [("modelfiles", ""), ("deploy", ""), ("compare", "")]
+        units = [("export", name) for name in self._exported] + [("modelfiles", ""), ("deploy", ""), ("compare", "")]
         train = self.step("train")
         after = [self.step(stage, quant) for stage, quant in units if stage != "deploy" or self.server]
         if train.stale:  # another run of the same training is another adapter
-            after = [replace(step, reason=step.reason or "training is done anew") if step.stage != "modelfiles" else step for step in after]
+            after = [replace(step, reason=step.reason or "training is done anew") if self._holds_training(step) else step for step in after]
         return [train, *after]
+
+    def _holds_training(self, step: Step) -> bool:
+        return step.stage != "modelfiles" and self.paths.home(step.unit) is self.paths
 
     def step(self, stage: str, quant: str = "") -> Step:
         unit = f"{stage}-{quant}" if quant else stage
@@ -223,7 +283,7 @@ class Build:
         if record is None:
             return Step(stage, unit, inputs, "not made yet")
         changed = [name for name in inputs | record["inputs"] if inputs.get(name) != record["inputs"].get(name)]
-        reason = f"{', '.join(changed)} changed" if changed else self._damage(record)
+        reason = f"{', '.join(changed)} changed" if changed else self._damage(record, self.paths.home(unit).root)
         if stage == "deploy" and not reason:
             reason = self._unregistered(record["result"]["registered"])
         return Step(stage, unit, inputs, reason, record["result"])
@@ -234,13 +294,13 @@ class Build:
 
     def _record(self, unit: str) -> dict[str, Any] | None:
         try:
-            return json.loads(self.paths.stage(unit).read_text(encoding="utf-8"))
+            return json.loads(self.paths.home(unit).stage(unit).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
 
-    def _damage(self, record: dict[str, Any]) -> str:
+    def _damage(self, record: dict[str, Any], root: Path) -> str:
         for name, (size, modified, digest) in record["outputs"].items():
-            path = self.paths.root / name
+            path = root / name
             if not path.is_file():
                 return f"{path} is gone"
             found = path.stat()
@@ -259,11 +319,11 @@ class Build:
 
     def finish(self, step: Step, outputs: list[Path], result: dict[str, Any], digests: dict[Path, str] | None = None) -> None:
         """Record that a step is done: its inputs, its result, and how to tell that its outputs are still whole."""
-        described = {}
+        described, root = {}, self.paths.home(step.unit).root
         for path in outputs:
             found = path.stat()
             digest = (digests or {}).get(path) or file_digest(path)
-            described[str(path.relative_to(self.paths.root))] = [found.st_size, found.st_mtime_ns, digest]
+            described[str(path.relative_to(root))] = [found.st_size, found.st_mtime_ns, digest]
         self._write_record(step.unit, {"inputs": step.inputs, "outputs": described, "result": result})
 
     def remember(self, step: Step, result: dict[str, Any]) -> None:
@@ -271,7 +331,7 @@ class Build:
         self._write_record(step.unit, {"inputs": {}, "outputs": {}, "result": result})
 
     def _write_record(self, unit: str, record: dict[str, Any]) -> None:
-        write_atomically(self.paths.stage(unit), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        write_atomically(self.paths.home(unit).stage(unit), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
     # -- doing it -----------------------------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from olpack import progress
 from olpack.deploy import context_warnings
 from olpack.errors import OlpackError
+from olpack.pipeline import ADAPTER
 from olpack.workspace import free_bytes, write_atomically
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ class Estimate:
         weights_bytes: the frozen base in memory.
         adapter_bytes: adapter, its gradients and optimizer state.
         disk_bytes: of each GGUF, exact, by quant.
-        temporary_bytes: of a file that is needed to collect the importance matrix, and removed then.
+        temporary_bytes: what the comparison takes for as long as it runs: the unquantized fine-tune, and its logits.
+        importance_bytes: of a Q8_0 file that is there for as long as the importance matrix is collected on it.
         warnings: what a user should know and need not mend.
     """
 
@@ -52,7 +54,8 @@ class Estimate:
     weights_bytes: int
     adapter_bytes: int
     disk_bytes: dict[str, int]
-    temporary_bytes: int = 0
+    temporary_bytes: int
+    importance_bytes: int
     warnings: list[str] = field(default_factory=list)
 
 
@@ -75,11 +78,11 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
     if stages & {"train", "export"}:
         from olpack.export import check_export
 
-        quants = [step.inputs["quant"] for step in stale if step.stage == "export"] or build.recipe.quants
+        quants = [step.inputs["quant"] for step in stale if step.stage == "export" and step.unit != f"export-{ADAPTER}"] or build.recipe.quants
         importance = build.importance_file
         exported = check_export(
-            build.base.path, quants + temporary_files(build, stale), out=build.paths.root / "gguf", tensor_types=build.recipe.export.tensor_types,
-            importance="later" if importance == build.paths.importance else importance,
+            build.base.path, quants + _for_a_while(build, stale), out=build.paths.gguf(quants[0]).parent,
+            importance="later" if importance == build.paths.importance else importance, tensor_types=build.recipe.export.tensor_types,
         )  # fmt: skip
         for warning in exported.warnings:
             progress.warn(warning)
@@ -89,13 +92,31 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
         if build.renderer.end_of_turn(rows[0]) is None and "stop" not in build.package.parameters:
             raise OlpackError("The base's chat template ends an assistant's turn with no special token, so served answers would never stop.",
                               "Set `modelfile.parameters.stop` to the text that ends a turn.")
+    if "compare" in stages and (own := {task.expected: task for task in build.tasks if task.check == "function"}):
+        from olpack.compare.scores import load_function
+
+        for task in own.values():
+            load_function(task)
+    if "compare" in stages and build.recipe.compare.suites:
+        from olpack.compare.harness import check_suites
+
+        check_suites(build.recipe.compare.suites, build.suite_folder)
     if "train" in stages:
         need = _adapter_parameters(build) * 4 * _CHECKPOINTS + (sum(exported.sizes.values()) if exported else 0)
         if (free := free_bytes(build.paths.root)) < need:
             raise OlpackError(f"{build.paths.root} needs {progress.quantity(need, 'B')} of space, and {progress.quantity(free, 'B')} are free.",
                               "Free some, choose another disk with --out, or make fewer quants.")
-        for warning in context_warnings(build.package.parameters["num_ctx"], longest=build.base.context_length):
+        if "compare" in stages and exported and free < need + (temporary := _temporary_bytes(build, exported.parameters)):
+            progress.warn(f"The comparison needs {progress.quantity(need + temporary - free, 'B')} more space than is free, for the unquantized "
+                          "fine-tune, while it runs. Free them by then, or it leaves out what the quants lost against it.")
+        longest = max(len(row.ids) for row in rows)
+        for warning in context_warnings(build.package.parameters["num_ctx"], trained=longest, longest=build.base.context_length):
             progress.warn(warning)
+        if build.paths.base:
+            from olpack.export.lora import check_adapter
+            from olpack.memory.training import adapter_shapes
+
+            check_adapter(build.base.path, adapter_shapes(build.meta_model, build.recipe.train.target_modules))
     if "deploy" in stages:
         from olpack.deploy.client import OllamaClient
 
@@ -103,9 +124,20 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
     return exported
 
 
-def temporary_files(build: Build, stale: list[Step]) -> list[str]:
-    """Quant types that are written for a while only: Q8_0, to collect an importance matrix on, where the recipe has no file to do it on."""
+def _for_a_while(build: Build, stale: list[Step]) -> list[str]:
+    """Q8_0 where it is written to collect an importance matrix on it, because the recipe has no quant that will do for that."""
     return ["Q8_0"] if build.uncollected(stale) and not build.unweighed else []
+
+
+def _temporary_bytes(build: Build, parameters: int) -> int:
+    """Most that the comparison's temporary files take at once, norms and vocabulary of the unquantized fine-tune left out."""
+    from olpack.compare.job import LOGITS_BYTES
+
+    if not build.recipe.compare.reference:
+        return 0
+    vocabulary = build.base.config.get("text_config", build.base.config)["vocab_size"]
+    positions = sum(row.learned_count for row in build.rows[1][: build.recipe.compare.eval_rows])
+    return 2 * parameters + min(LOGITS_BYTES, 4 * vocabulary * positions)
 
 
 def _refuse_leak(rows, held_out) -> None:
@@ -120,6 +152,7 @@ def estimate(build: Build) -> Estimate:
     """Sizes, counts and time of a whole build. Times one matrix product; writes nothing."""
     import torch
 
+    from olpack.memory.training import frozen_bytes
     from olpack.train.batches import schedule
     from olpack.train.model import pick_device
 
@@ -130,9 +163,8 @@ def estimate(build: Build) -> Estimate:
     adapter = _adapter_parameters(build)
     tokens = sum(len(row.ids) for row in rows)
     parameters = exported.parameters
-    bits = 4.13 if asked.quantization == "nf4" else 32 if device.type == "cpu" else 16  # NF4 with double quantization: 4 + 8/64 + 32/(64*256)
-    linear = _linear_parameters(build)
     full = 4 if device.type == "cpu" else 2
+    held = "nf4" if asked.quantization == "nf4" else "float32" if full == 4 else "bfloat16"
     passes = asked.epochs * tokens * 4 + 2 * sum(len(row.ids) for row in held_out) * 2  # forward 2, backward of activations 2, per weight and token
     return Estimate(
         parameters=parameters,
@@ -144,10 +176,11 @@ def estimate(build: Build) -> Estimate:
         adapter_parameters=adapter,
         device="cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
         train_seconds=passes * parameters / (0.5 * _matmul_rate()) if device.type == "cpu" else None,
-        weights_bytes=round(linear * bits / 8) + (parameters - linear) * full,
+        weights_bytes=sum(frozen_bytes(build.meta_model, held, full)),
         adapter_bytes=adapter * (4 + 4 + (8 if device.type == "cpu" else 2)),
         disk_bytes={quant.name: exported.sizes[quant.name] for quant in build.quants},
-        temporary_bytes=sum(exported.sizes[name] for name in temporary_files(build, planned)),
+        temporary_bytes=_temporary_bytes(build, parameters),
+        importance_bytes=sum(exported.sizes[name] for name in _for_a_while(build, planned)),
         warnings=exported.warnings,
     )
 
@@ -166,27 +199,10 @@ def _matmul_rate() -> float:
     return 2 * n**3 / best
 
 
-def _linear_shapes(build: Build) -> dict[str, tuple[int, int]]:
-    """(rows, columns) of the weights of all linear layers but the output head, from a model without data."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(build.base.path, local_files_only=True))
-    head = model.get_output_embeddings()
-    return {name: tuple(module.weight.shape) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head}
-
-
-def _linear_parameters(build: Build) -> int:
-    return sum(rows * columns for rows, columns in _linear_shapes(build).values())
-
-
 def _adapter_parameters(build: Build) -> int:
-    """rank × (rows + columns) of each layer that gets an adapter."""
-    asked = build.recipe.train
-    targets = [asked.target_modules] if isinstance(asked.target_modules, str) else asked.target_modules
-    everything = targets == ["all-linear"]
-    return sum(asked.rank * sum(shape) for name, shape in _linear_shapes(build).items() if everything or name.rsplit(".", 1)[-1] in targets)
+    from olpack.memory.training import adapter_parameters
+
+    return adapter_parameters(build.meta_model, build.recipe.train.rank, build.recipe.train.target_modules)
 
 
 def write_plan(build: Build) -> None:
@@ -228,11 +244,13 @@ def print_plan(plan: dict) -> None:
                   + (f", about {progress.duration(found['train_seconds'])}" if found["train_seconds"] else ""))
     needs.add_row("adapter", f"{found['adapter_parameters']:,} weights, {progress.quantity(found['adapter_bytes'], 'B')} with gradients and optimizer")
     needs.add_row("frozen base", f"{progress.quantity(found['weights_bytes'], 'B')} in memory as {plan['settings']['train.quantization']['value']}, "
-                                 "activations and logits besides")
+                                 "activations and logits besides (`olpack estimate`)")
     files = ", ".join(f"{quant} {progress.quantity(size, 'B')}" for quant, size in found["disk_bytes"].items())
-    needs.add_row("disk", f"{progress.quantity(sum(found['disk_bytes'].values()), 'B')}: {files}; "
-                  + (f"{progress.quantity(found['temporary_bytes'], 'B')} for a while, to collect the importance matrix on"
-                     if found["temporary_bytes"] else "no intermediate files"))
+    needs.add_row("disk", f"{progress.quantity(sum(found['disk_bytes'].values()), 'B')}: {files}; no intermediate files")
+    if found["importance_bytes"]:
+        needs.add_row("while exporting", f"{progress.quantity(found['importance_bytes'], 'B')} more disk: a Q8_0 to collect the importance matrix on")
+    if found["temporary_bytes"]:
+        needs.add_row("while comparing", f"{progress.quantity(found['temporary_bytes'], 'B')} more disk: the unquantized fine-tune and its logits")
     console.print(needs, "", highlight=False)
     settings = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for title in ("setting", "value", "from"):

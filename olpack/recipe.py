@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag, ValidationError, field_validator, model_validator
 
 from olpack.deploy.names import check_name
 from olpack.deploy.parameters import check_parameters
 from olpack.errors import OlpackError
 from olpack.quants import check_tensor_types, quant_type
+from olpack.tasks import parse_task
 
 
 class _Section(BaseModel):
@@ -109,19 +110,44 @@ class Export(_Section):
             raise ValueError(str(error)) from None
 
 
+def _known_task(item: dict[str, Any]) -> dict[str, Any]:
+    parse_task(item)
+    return item
+
+
+# Only one of the two is tried, so that a mistake in a task is not also reported as "not a string".
+_Tasks = Annotated[
+    Annotated[str, Tag("str")] | Annotated[list[Annotated[dict[str, Any], AfterValidator(_known_task)]], Tag("list[task]")],
+    Discriminator(lambda value: "str" if isinstance(value, str) else "list[task]"),
+]
+
+
 class Compare(_Section):
     eval_rows: Annotated[int, Field(ge=1)] = 100
     """At most this many held-out rows are scored."""
     prompts: list[str] = Field(default_factory=list)
     """Prompts answered by every quant, side by side in the report. None given: the first three held-out requests."""
-    prompt_tokens: Annotated[int, Field(ge=16)] = 512
-    """Length of the prompts on which speed is measured."""
+    tasks: _Tasks = Field(default_factory=list)
+    """Prompts with a check each (exact, contains, regex, json, python, python_asserts, function), on which every quant is scored:
+    a list, or a JSONL file relative to the recipe. `olpack/tasks.py` says what each check takes."""
+    suites: list[str] = Field(default_factory=list)
+    """Tasks of lm-evaluation-harness (mmlu, gsm8k, …) to run on every quant: by its names, or by those of YAML files in the recipe's
+    folder `suites`. Needs `pip install 'olpack[harness]'`."""
+    suite_limit: Annotated[int, Field(ge=1)] | None = None
+    """At most this many questions of each suite's task. None: all of them."""
+    prompt_tokens: list[Annotated[int, Field(ge=16)]] = Field(default=[128, 512], min_length=1)
+    """Lengths of the prompts on which speed is measured."""
     generated_tokens: Annotated[int, Field(ge=8)] = 64
     """Tokens generated in each timed run."""
-    repeats: Annotated[int, Field(ge=1)] = 3
-    """Timed runs per figure; the table shows their median, the report their spread."""
+    repeats: Annotated[int, Field(ge=1)] = 4
+    """Timed runs per figure, in two rounds; the table shows their median, the report their spread."""
+    clients: list[Annotated[int, Field(ge=1, le=256)]] = Field(default_factory=list)
+    """Numbers of clients that ask at once, such as [1, 2, 4, 8]. Only through a server, and only where it is asked for: it takes long."""
     max_loss: Annotated[float, Field(gt=0)] = 0.01
     """The recommended quant is the smallest whose perplexity is at most this share above the best."""
+    reference: bool = True
+    """Hold every quant against the unquantized fine-tune (KL divergence, equal top tokens) and measure the untuned base at one quant.
+    Takes 2 bytes a parameter of disk, and at most 1.1 GB more, while it runs."""
 
 
 class Recipe(_Section):
@@ -134,6 +160,8 @@ class Recipe(_Section):
     quants: Annotated[list[str], Field(min_length=1)] = Field(default_factory=lambda: ["Q4_0", "Q4_K_M", "Q5_K_M", "Q8_0"])
     """Quant types of llama.cpp to make."""
     export: Export = Field(default_factory=Export)
+    package: Literal["merged", "adapter"] = "merged"
+    """`merged`: each quant holds the fine-tuned weights. `adapter`: quants of the base, which packages share, and a small LoRA file."""
     modelfile: Modelfile = Field(default_factory=Modelfile)
     compare: Compare = Field(default_factory=Compare)
 
@@ -156,6 +184,12 @@ class Recipe(_Section):
     def _revision_of_hub_id(self) -> Recipe:
         if self.revision and self.base.startswith("builtin/"):
             raise ValueError("revision goes with a Hub id; a builtin base has none.")
+        return self
+
+    @model_validator(mode="after")
+    def _shared_quants_are_plain(self) -> Recipe:
+        if self.package == "adapter" and self.export != Export():
+            raise ValueError("export goes with package: merged; the quants of a base are shared by packages, and none of them decides for the others.")
         return self
 
     @property
@@ -232,6 +266,10 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
 
 
 def _lines_of(node: yaml.Node | None, prefix: str, lines: dict[str, int], path: Path) -> None:
+    if isinstance(node, yaml.SequenceNode):
+        for number, item in enumerate(node.value):
+            lines[f"{prefix}{number}"] = item.start_mark.line + 1
+            _lines_of(item, f"{prefix}{number}.", lines, path)
     if not isinstance(node, yaml.MappingNode):
         return
     for key, value in node.value:

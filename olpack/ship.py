@@ -36,20 +36,27 @@ def _latest(build: Build) -> str:
 
 
 def check(build: Build) -> list[str]:
-    """Compare the prompts that the server gives to each registered tag with the trained ones, again. Returns one line a tag.
+    """Compare what the server has of each tag with the recipe, and the prompts that it makes with the trained ones. Returns one line a tag.
 
     Raises:
-        OlpackError: nothing is registered, or a prompt differs.
+        OlpackError: a tag is not registered, says something else than the recipe, or a prompt differs.
     """
     from olpack.deploy.client import OllamaClient
     from olpack.deploy.identity import check_identity
+    from olpack.deploy.register import drift
 
     client, lines = OllamaClient(), []
     client.require()
-    for quant in build.quants:
-        identity = check_identity(client, f"{build.recipe.name}:{quant.tag}", build.renderer.tokenizer, questions(build))
+    for file in registrable(build):
+        model = f"{build.recipe.name}:{file.tag}"
+        shown = client.show(model)
+        if shown is None:
+            raise OlpackError(f"The Ollama server at {client.url} has no {model}.", f"Run `olpack deploy {build.recipe.name}`.")
+        if told := drift(shown, file, build.package):
+            raise OlpackError(f"{model} is not as the recipe says: {'; '.join(told)}.", f"Run `olpack deploy {build.recipe.name}` to set it right.")
+        identity = check_identity(client, model, build.renderer.tokenizer, questions(build))
         identity.require()
-        lines.append(f"{build.recipe.name}:{quant.tag}  {identity.summary()}")
+        lines.append(f"{model}  {identity.summary()}")
     return lines
 
 
@@ -81,12 +88,17 @@ def push_to_ollama(build: Build, namespace: str | None, insecure: bool) -> list[
 
 def push_to_hub(build: Build, repo: str, private: bool | None) -> str:
     """Upload the GGUFs with a model card to the Hugging Face Hub; returns the repository's URL."""
+    from olpack.compare import markdown_table, read_results
     from olpack.deploy.hub import hub_card, push_to_hub
     from olpack.workspace import template_source
 
+    if build.paths.base:
+        raise OlpackError("The Hub hands Ollama one GGUF, without an adapter beside it.",
+                          f"Push the merged form: `olpack build {build.recipe.name} --set package=merged`, with `package: merged` in the recipe.")
     files = _exported(build)
+    table = "" if build.step("compare").stale else markdown_table(read_results(build.paths.results))
     card = hub_card(template_source("hub_card.md.j2"), repo=repo, name=build.recipe.name, base=build.recipe.base, files=files,
-                    package=build.package, license=build.base.license, recommended=_latest(build))
+                    package=build.package, license=build.base.license, recommended=_latest(build), table=table)
     return push_to_hub(repo, files, _modelfiles(build), build.package, card, private)
 
 
@@ -126,7 +138,7 @@ def facts(build: Build) -> dict[str, Any]:
         "recipe": str(build.recipe.folder / "recipe.yaml"),
         "base": build.recipe.base,
         "training": {key: steps["train"].result[key] for key in ("eval_loss_before", "eval_loss_after", "steps", "device") if steps["train"].result},
-        "files": {quant.name: steps[f"export-{quant.name}"].result for quant in build.quants},
+        "files": {step.inputs["quant"]: step.result for step in steps.values() if step.stage == "export"},
         "recommended": steps["compare"].result.get("recommended"),
         "registered": {record["model"]: record["digest"] for record in deployed.get("registered", [])},
         "prompt": deployed.get("identity"),

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import random
 from bisect import bisect_right
 from dataclasses import asdict
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from olpack import __version__, progress
 from olpack.errors import OlpackError
+from olpack.pipeline import ADAPTER, IMPORTANCE_TOKENS
 from olpack.quants import quant_type
-from olpack.workspace import file_digest, template_source, write_atomically
+from olpack.workspace import file_digest, template_source, value_digest, write_atomically
 
 if TYPE_CHECKING:
     from olpack.data import TokenRow
@@ -36,59 +39,75 @@ def train(build: Build, steps: list[Step]) -> None:
 
 
 def export(build: Build, steps: list[Step]) -> None:
-    """Merge, convert and quantize in one pass; a GGUF for each stale step.
+    """Merge, convert and quantize in one pass; a GGUF for each stale step. An adapter package gets quants of its base, and a LoRA GGUF.
 
     Where an importance matrix is to be collected first, the quants that do without it make a pass of their own before it.
     """
     build.paths.importance_source.unlink(missing_ok=True)  # of a build that was killed
-    if waiting := build.uncollected(steps):
-        _export(build, [step for step in steps if step not in waiting])
+    if alone := [step for step in steps if step.unit == f"export-{ADAPTER}"]:
+        _export_adapter(build, alone[0])
+    quants = [step for step in steps if step not in alone]
+    if waiting := build.uncollected(quants):
+        _export_quants(build, [step for step in quants if step not in waiting])
         _collect_importance(build)
-        steps = waiting
-    _export(build, steps)
+        quants = waiting
+    _export_quants(build, quants)
 
 
-def _export(build: Build, steps: list[Step]) -> None:
-    from olpack.deploy.chat_template import pins_for, protect
+def _export_adapter(build: Build, step: Step) -> None:
+    from olpack.export.lora import export_adapter
+
+    path = build.paths.gguf(ADAPTER)
+    with progress.task("exporting the adapter"):
+        size, sha256 = export_adapter(build.base.path, build.paths.adapter, path)
+    build.finish(step, [path], {"size": size, "sha256": sha256}, {path: sha256})
+    progress.say(f"wrote {path} ({progress.quantity(size, 'B')})")
+
+
+def _export_quants(build: Build, steps: list[Step]) -> None:
     from olpack.export import Target, export
 
     if not steps:
         return
-    template = build.renderer.tokenizer.chat_template
     paths = {step.unit: build.paths.gguf(step.inputs["quant"]) for step in steps}
-    metadata = {
-        "olpack.version": __version__,
-        "olpack.base": build.recipe.base,
-        "olpack.base_digest": build.base.digest,
-        "olpack.training": steps[0].inputs["training"],
-        **({"general.license": build.base.license} if build.base.license else {}),
-    }
-    files = export(
-        build.base.path,
-        [Target(step.inputs["quant"], paths[step.unit]) for step in steps],
-        adapter=build.paths.adapter,
-        name=build.recipe.name,
-        chat_template=protect(template, pins_for(template, {})),
-        # What ends a turn is what training saw there, whatever the tokenizer calls it.
-        end_of_turn=build.renderer.end_of_turn(build.rows[0][0]),
-        metadata=metadata,
-        importance=build.importance_file if any(build.weighs(quant_type(step.inputs["quant"])) for step in steps) else None,
-        tensor_types=build.recipe.export.tensor_types,
-    )
+    targets = [Target(step.inputs["quant"], paths[step.unit]) for step in steps]
+    adapter = None if build.paths.base else build.paths.adapter
+    importance = build.importance_file if any(build.weighs(step.inputs["quant"]) for step in steps) else None
+    types = build.recipe.export.tensor_types
+    files = export(build.base.path, targets, adapter=adapter, importance=importance, tensor_types=types, **_said_of_a_file(build))
     for step, file in zip(steps, files, strict=True):
         figures = {"size": file.size, "sha256": file.sha256, "bits_per_weight": file.bits_per_weight, "parameters": file.parameters}
         build.finish(step, [paths[step.unit]], figures, {paths[step.unit]: file.sha256})
     made = ", ".join(f"{file.quant} {progress.quantity(file.size, 'B')}" for file in files)
-    progress.say(f"wrote {made} to {build.paths.root / 'gguf'}")
+    progress.say(f"wrote {made} to {next(iter(paths.values())).parent}")
+
+
+def _said_of_a_file(build: Build) -> dict:
+    """What every GGUF of a build says beside its weights, as arguments of `export`. One that packages share says nothing of either."""
+    from olpack.deploy.chat_template import pins_for, protect
+
+    template, base = build.renderer.tokenizer.chat_template, build.paths.base
+    return {
+        "name": base.name if base else build.recipe.name,
+        "chat_template": protect(template, pins_for(template, {})),
+        # What ends a turn is what training saw there, whatever the tokenizer calls it.
+        "end_of_turn": build.renderer.end_of_turn(build.rows[0][0]),
+        "metadata": {
+            "olpack.version": __version__,
+            "olpack.base": build.recipe.base,
+            "olpack.base_digest": build.base.digest,
+            **({} if base else {"olpack.training": value_digest(build.inputs("train"))}),
+            **({"general.license": build.base.license} if build.base.license else {}),
+        },
+    }
 
 
 def _collect_importance(build: Build) -> None:
     """Read training rows with the largest quant that needs no matrix, or with a Q8_0 file that is there for this only."""
     from olpack.export import Target, collect_importance, export
-    from olpack.pipeline import IMPORTANCE_TOKENS
 
     step, rows = build.step("importance"), _sample(build.rows[0], IMPORTANCE_TOKENS)
-    at_hand = [build.paths.gguf(quant.name) for quant in build.unweighed]
+    at_hand = [build.paths.gguf(quant) for quant in build.unweighed]
     source = max(at_hand, key=lambda path: path.stat().st_size, default=build.paths.importance_source)
     try:
         if not at_hand:
@@ -117,8 +136,10 @@ def modelfiles(build: Build, steps: list[Step]) -> None:
         progress.warn(f"{problem} `olpack deploy` sends it unchanged.")
     for quant in build.quants:
         path = build.paths.modelfile(quant.tag)
-        text = render(build.package, Path("..") / "gguf" / build.paths.gguf(quant.name).name, source)
-        if not unrepresentable(build.package) and (lost := differences(parse(text), build.package)):
+        gguf, adapter = (os.path.relpath(file, path.parent) for file in (build.paths.gguf(quant.name), build.paths.gguf(ADAPTER)))
+        adapter = adapter if build.paths.base else None
+        text = render(build.package, gguf, source, adapter)
+        if not unrepresentable(build.package) and (lost := differences(parse(text), build.package, adapter)):
             raise OlpackError(f"The rendered Modelfile does not say what the recipe does: {'; '.join(lost)}", "Mend templates/Modelfile.j2.")
         write_atomically(path, text)
         outputs.append(path)
@@ -134,11 +155,12 @@ def deploy(build: Build, steps: list[Step]) -> None:
 
     client, (step,) = OllamaClient(), steps
     client.require()
-    records = register(client, build.recipe.name, registrable(build), build.package, before=registered(build))
-    # Written down before anything can fail: what is on the server must be known, to be removed or left alone.
-    now = {record.model for record in records}
-    known = [record for record in registered(build) if record.model not in now] + records
-    build.remember(step, {"registered": [asdict(record) for record in known]})
+    records, known = [], registered(build)
+    for file in registrable(build):
+        records += register(client, build.recipe.name, [file], build.package, before=known)
+        # Written down after each tag: what is on the server must be known, to be removed or left alone, should the next one fail.
+        known = [record for record in known if record.model != records[-1].model] + records[-1:]
+        build.remember(step, {"registered": [asdict(record) for record in known]})
     conversations = questions(build)
     identity = check_identity(client, records[0].model, build.renderer.tokenizer, conversations)
     identity.require()
@@ -152,26 +174,54 @@ def deploy(build: Build, steps: list[Step]) -> None:
 
 def compare(build: Build, steps: list[Step]) -> None:
     """Measure every quant, recommend one, write `results.json` and the report, and point `:latest` to the recommended tag."""
-    from olpack.compare import MeasureSettings, measure, write_report, write_results
+    from olpack.compare import MeasureSettings, measure
+    from olpack.compare.outputs import write_outputs
     from olpack.deploy.client import OllamaClient
     from olpack.deploy.register import point_latest
 
     asked, paths, (step,) = build.recipe.compare, build.paths, steps
-    settings = MeasureSettings(prompt_lengths=(asked.prompt_tokens,), generated_tokens=asked.generated_tokens, repeats=asked.repeats,
-                               context=build.package.parameters["num_ctx"], tolerance=asked.max_loss)
+    settings = MeasureSettings(prompt_lengths=tuple(asked.prompt_tokens), generated_tokens=asked.generated_tokens, repeats=asked.repeats,
+                               clients=tuple(asked.clients), context=build.package.parameters["num_ctx"], tolerance=asked.max_loss,
+                               suites=tuple(asked.suites), suite_folder=build.suite_folder and str(build.suite_folder), suite_limit=asked.suite_limit)
     _, held_out = build.rows
     client = OllamaClient() if build.server else None
     results = measure(quant_files(build), held_out[: asked.eval_rows], questions(build), settings, client, build.recipe.name,
-                      cache=paths.compare / "measured")
-    write_results(results, paths.results)
-    write_report(results, paths.report, template_source("report.html.j2"), metrics=paths.adapter / "metrics.jsonl")
+                      cache=paths.compare / "measured", yardstick=_yardstick(build) if asked.reference else None, tasks=build.tasks,
+                      examples=_examples(build))
+    outputs = write_outputs(results, paths.compare, template_source("report.html.j2"), metrics=paths.adapter / "metrics.jsonl")
     best = results.recommendation
     if client and best:
         point_latest(client, build.recipe.name, best.tag)
+    outcome, again = {"recommended": best.tag if best else None}, f"`olpack compare {build.recipe.name}` tries again and keeps what was measured"
     if failed := [quant.quant for quant in results.quants if any(flag.code == "failed" for flag in quant.flags)]:
-        progress.warn(f"{', '.join(failed)} could not be measured; `olpack compare {build.recipe.name}` tries again and keeps what was measured")
+        progress.warn(f"{', '.join(failed)} could not be measured; {again}")
+    if results.flags:
+        progress.warn(f"{' '.join(flag.text for flag in results.flags)} So what the quants lost against the unquantized fine-tune is not known; "
+                      f"{again}, with `--set compare.reference=false` it does without")
+    if failed or results.flags:
+        build.remember(step, outcome)
         return
-    build.finish(step, [paths.results, paths.report], {"recommended": best.tag if best else None})
+    build.finish(step, outputs, outcome)
+
+
+def _yardstick(build: Build):
+    """The unquantized fine-tune, and the untuned base at Q8_0, or at the largest quant that is made where that is none of them."""
+    from olpack.compare import Yardstick
+    from olpack.export import Target, export
+
+    training, version = build.result("train")["adapter_digest"], build.inputs("export")["llama.cpp"]
+
+    def write(quant: str, path: Path, adapter: Path | None) -> None:
+        export(build.base.path, [Target(quant, path)], adapter=adapter, **_said_of_a_file(build))
+
+    return Yardstick(
+        folder=build.paths.compare / "temporary",
+        write_reference=partial(write, adapter=build.paths.adapter),
+        reference_key=value_digest([build.base.digest, training, version]),
+        write_base=partial(write, adapter=None),
+        base_key=value_digest([build.base.digest, version]),
+        base_quant=max(quant_files(build), key=lambda file: (file.quant == "Q8_0", file.size)).quant,
+    )
 
 
 def quant_files(build: Build) -> list:
@@ -181,7 +231,9 @@ def quant_files(build: Build) -> list:
     files = []
     for quant in build.quants:
         made = build.result(f"export-{quant.name}")
-        files.append(QuantFile(quant.name, quant.tag, build.paths.gguf(quant.name), made["size"], made["bits_per_weight"], made["sha256"]))
+        adapter = build.paths.gguf(ADAPTER) if build.paths.base else None
+        size = made["size"] + (build.result(f"export-{ADAPTER}")["size"] if adapter else 0)
+        files.append(QuantFile(quant.name, quant.tag, build.paths.gguf(quant.name), size, made["bits_per_weight"], made["sha256"], adapter))
     return files
 
 
@@ -189,7 +241,7 @@ def registrable(build: Build) -> list:
     """The exported GGUFs as the deploy room takes them."""
     from olpack.deploy.register import QuantFile
 
-    return [QuantFile(file.tag, file.path, file.sha256) for file in quant_files(build)]
+    return [QuantFile(file.tag, file.path, file.sha256, file.adapter) for file in quant_files(build)]
 
 
 def registered(build: Build) -> list:
@@ -202,19 +254,26 @@ def registered(build: Build) -> list:
 def questions(build: Build) -> list[list[dict]]:
     """Conversations that every quant answers: the recipe's prompts under its system prompt, or the first held-out requests as they are."""
     if not build.recipe.compare.prompts:
-        from olpack.data import load_chats, split
+        from olpack.data.chats import request_of
 
-        path = build.data_file("eval")
-        chats = load_chats(path) if path else split(load_chats(build.data_file("train")), build.recipe.data.eval_share)[1]
-        return [request for chat in chats if (request := _request(chat.messages))][:_ANSWERED]
+        return [request for chat in _held_out(build) if (request := request_of(chat.messages))][:_ANSWERED]
     system = [{"role": "system", "content": build.recipe.modelfile.system}] if build.recipe.modelfile.system else []
     return [[*system, {"role": "user", "content": prompt}] for prompt in build.recipe.compare.prompts]
 
 
-def _request(messages: list[dict]) -> list[dict]:
-    """A conversation up to its first answer."""
-    first = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
-    return [{"role": message["role"], "content": message["content"]} for message in messages[:first]]
+def _examples(build: Build) -> list[tuple[str, str]]:
+    """(request, answer) of the held-out chats: the first of each that opens with a request."""
+    from olpack.data.chats import request_of
+
+    chats = [(chat.messages, request) for chat in _held_out(build) if (request := request_of(chat.messages))]
+    return [(request[-1]["content"], messages[len(request)]["content"]) for messages, request in chats]
+
+
+def _held_out(build: Build) -> list:
+    from olpack.data import load_chats, split
+
+    path = build.data_file("eval")
+    return load_chats(path) if path else split(load_chats(build.data_file("train")), build.recipe.data.eval_share)[1]
 
 
 def recommended(build: Build) -> str:

@@ -71,7 +71,7 @@ def _served(name: str, tag: str) -> Answer | None:
 def _embedded(name: str, tag: str, out: Path | None) -> Answer:
     """Answers of a GGUF in the build folder, with the system prompt and the parameters of its recipe."""
     from olpack import recipe
-    from olpack.pipeline import Build
+    from olpack.pipeline import ADAPTER, Build
     from olpack.quants import quant_type
     from olpack.stages import recommended
     from olpack.workspace import recipe_path
@@ -90,7 +90,7 @@ def _embedded(name: str, tag: str, out: Path | None) -> Answer:
 
     parameters = build.package.parameters
     with progress.task(f"loading {path.name}"):
-        engine = Engine(path, parameters["num_ctx"])
+        engine = Engine(path, parameters["num_ctx"], adapter=build.paths.gguf(ADAPTER) if build.paths.base else None)
     start = [{"role": "system", "content": build.package.system}] if build.package.system else []
     start += build.package.messages
     return lambda messages: iter(engine.generate([*start, *messages], parameters.get("num_predict"), Sampling.of(parameters)))

@@ -8,6 +8,7 @@
     build/NAME/modelfiles/q4_K_M.Modelfile
     build/NAME/compare/results.json, report.html
     build/NAME/stages/*.json            which inputs each of these was made from
+    build/bases/BASE-DIGEST/            a build folder of quants without an adapter, which adapter packages share
 """
 
 from __future__ import annotations
@@ -68,10 +69,21 @@ def template_source(name: str) -> str:
 
 @dataclass(frozen=True)
 class BuildPaths:
-    """The folder of one build, and what lies where in it."""
+    """The folder of one build, and what lies where in it.
+
+    Attributes:
+        name: of the package, or of a shared base.
+        root: the folder.
+        base: of a package that consists of an adapter: where the quants of its base lie.
+    """
 
     name: str
     root: Path
+    base: BuildPaths | None = None
+
+    def home(self, unit: str) -> BuildPaths:
+        """Where a step leaves its record and its outputs: the quants of an adapter package are those of its base."""
+        return self.base if self.base and unit.startswith("export-") and unit != "export-adapter" else self
 
     @property
     def adapter(self) -> Path:
@@ -82,7 +94,8 @@ class BuildPaths:
         return self.root / "checkpoint"
 
     def gguf(self, quant: str) -> Path:
-        return self.root / "gguf" / f"{self.name}-{quant}.gguf"
+        home = self.home(f"export-{quant}")
+        return home.root / "gguf" / f"{home.name}-{quant}.gguf"
 
     @property
     def importance(self) -> Path:

@@ -20,6 +20,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from olpack.compare import MeasureSettings, QuantFile, Results, measure
 from olpack.compare.job import Job
 from olpack.compare.process import events
+from olpack.compare.rounds import repeats_of, visits
 from olpack.data.rows import TokenRow
 from olpack.deploy.client import OllamaClient, blob_digest
 from olpack.errors import OlpackError
@@ -96,7 +97,7 @@ def test_a_worker_killed_by_a_signal_does_not_stop_the_others(folder, rows, tmp_
     assert flag.serious and "crashed (SIGABRT) on CRASH.gguf" in flag.text and "GGML_NATIVE=OFF" in flag.text and "GGML_ASSERT" in flag.text
     assert sound.perplexity is not None and not any(flag.serious for flag in sound.flags)
     assert results.recommendation.quant == "F32"
-    assert {path.name for path in tmp_path.iterdir()} == {"f32.speed.json", "f32.perplexity.json", "f32.answers.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"f32.speed-0.json", "f32.speed-1.json", "f32.perplexity.json", "f32.answers.json"}
 
 
 def test_when_nothing_can_be_measured_the_first_error_is_raised(folder, tmp_path, rows):
@@ -109,7 +110,8 @@ def test_when_nothing_can_be_measured_the_first_error_is_raised(folder, tmp_path
 def test_what_was_measured_survives_a_later_crash(folder, rows):
     # the answer would take so long that the signal comes in the midst of it
     job = Job(path=folder / "ENDLESS.gguf", engine="e", context=60_000, threads=1, untimed_threads=1, answer_tokens=50_000,
-              answers=[PROMPTS[0]], perplexity=[{"ids": one.ids, "learned": one.learned, "text": one.text} for one in rows])  # fmt: skip
+              answers=[PROMPTS[0]], perplexity=True,
+              rows=[{"ids": one.ids, "learned": one.learned, "text": one.text} for one in rows])  # fmt: skip
     seen = []
     stream = events(job)
     with pytest.raises(OlpackError, match=r"crashed \(SIGSEGV\) on ENDLESS.gguf"):
@@ -203,8 +205,9 @@ def test_speed_is_taken_through_the_server(folder, rows, ollama_double: OllamaDo
     prompts = [body["prompt"] for body in bodies if body.get("prompt")]
     assert len({prompt[:3] for prompt in prompts}) >= len(prompts) - 1 and all(body["raw"] for body in bodies if body.get("prompt"))
     assert all(body["options"]["num_ctx"] == 512 for body in bodies if body.get("prompt"))
-    # one unload of the model that was there before, one between loads, one at the end
-    assert [body["model"] for body in bodies if body.get("keep_alive") == 0] == ["other:latest", *["tiny:q8_0"] * 4]
+    assert all(first > 0 for first in speed.prompt[0].first_token_s.values)
+    # one unload of the model that was there before, one between loads, one at the end of each round
+    assert [body["model"] for body in bodies if body.get("keep_alive") == 0] == ["other:latest", *["tiny:q8_0"] * 5]
     assert ollama_double.loaded == {}
 
 
@@ -212,3 +215,28 @@ def test_a_model_that_the_server_lacks_is_flagged(folder, rows, ollama_double: O
     (quant,) = measure([quant_file(folder, "F32")], rows, [], SETTINGS, OllamaClient(ollama_double.url), "absent").quants
     assert quant.speed is None and quant.perplexity is not None
     assert [flag.code for flag in quant.flags] == ["failed"] and "absent:f32" in quant.flags[0].text
+
+
+def test_several_clients_at_once(folder, rows, ollama_double: OllamaDouble):
+    client = OllamaClient(ollama_double.url)
+    file = quant_file(folder, "Q8_0")
+    client.upload(file.path, digest := blob_digest(file.path))
+    client.create({"model": "tiny:q8_0", "files": {"model.gguf": digest}, "parameters": {"num_ctx": 512}})
+    (quant,) = measure([file], [], [], dataclasses.replace(SETTINGS, clients=(1, 3)), client, "tiny").quants
+    assert [(load.clients, load.failed, len(load.first_token_s.values)) for load in quant.speed.concurrency] == [(1, 0, 1), (3, 0, 3)]
+    assert all(load.tokens_per_s > 0 for load in quant.speed.concurrency)
+
+
+def test_every_model_is_visited_and_then_again_in_the_opposite_order():
+    assert visits(3) == [(0, 0), (0, 1), (0, 2), (1, 2), (1, 1), (1, 0)]
+    assert [[repeats_of(number, repeats) for number in range(2)] for repeats in (1, 2, 3, 4)] == [[1, 1], [1, 1], [2, 1], [2, 2]]
+
+
+def test_a_comparison_goes_on_in_the_midst_of_the_rounds(folder, rows, tmp_path):
+    files = [quant_file(folder, "F32"), quant_file(folder, "Q8_0")]
+    measure(files, [], PROMPTS, SETTINGS, None, "tiny", tmp_path)
+    kept = (tmp_path / "f32.speed-0.json").read_bytes()
+    (tmp_path / "f32.speed-1.json").unlink()
+    again = measure(files, [], PROMPTS, SETTINGS, None, "tiny", tmp_path)
+    assert (tmp_path / "f32.speed-0.json").read_bytes() == kept and (tmp_path / "f32.speed-1.json").is_file()
+    assert len(again.quants[0].speed.generation_tokens_per_s.values) == 2

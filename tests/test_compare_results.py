@@ -14,9 +14,10 @@ from rich.console import Console
 from olpack import workspace
 from olpack.compare import Results, print_table, read_results, recommend, render_report, write_report, write_results
 from olpack.compare.answers import flags_of
+from olpack.compare.divergence import summarize
 from olpack.compare.perplexity import paired_loss, perplexity
 from olpack.compare.recommend import set_losses
-from olpack.compare.results import Answer, Flag, Machine, Perplexity, PromptSpeed, QuantResult, Rows, Speed, Spread
+from olpack.compare.results import Answer, BaseResult, Flag, Machine, Perplexity, PromptSpeed, QuantResult, Reference, Rows, Speed, Spread
 from olpack.errors import OlpackError
 
 TOKENS = [10, 20, 30]
@@ -137,6 +138,23 @@ def test_the_table_fits_80_columns_and_a_log():
     assert "…" not in text and "Q4_0: 2 of 3 answers not finished at the limit" in text and "Recommended: Q4_K_M" in text
 
 
+def against_the_unquantized(made: Results) -> Results:
+    for number, one in enumerate(made.quants, 1):
+        one.divergence = summarize("F16", [[0.001 / number, 0.004 / number], [0.01 / number], [0.02 / number] * 3], [2, 1, 2])
+    made.reference = Reference(quant="F16", perplexity=made.quants[-1].perplexity)
+    made.base = BaseResult(quant="Q8_0", perplexity=made.quants[0].perplexity, divergence=made.quants[0].divergence)
+    return made
+
+
+def test_quality_has_a_table_of_its_own_where_there_is_more_of_it():
+    text = printed(against_the_unquantized(four()))
+    assert max(len(line) for line in text.split("Recommended")[0].splitlines()) <= 80 and "…" not in text
+    assert text.count("Q4_K_M") == 3 and "base Q8_0" in text and "unquantized" in text
+    # By hand: S = (2.5, 5, 30), T = (2, 1, 3), mean 37.5/6, deviations -10, -1.25, 11.25; for equal tops S = (2, 1, 2).
+    row = next(line for line in text.splitlines() if line.startswith("→  Q4_K_M") and "%" in line)
+    assert row.split()[5:] == ["6.25", "±", "3.08", "10.00", "83.3", "±", "12.7%"]
+
+
 def test_the_table_shows_what_is_missing():
     made = results(quant("Q4_0", 10, None))
     made.quants[0].speed = None
@@ -216,6 +234,14 @@ def test_the_report_renders_when_little_was_measured(template):
     made.rows, made.prompts = None, []
     page = render_report(made, template)
     assert "No recommendation" in page and "<svg" not in page and "it broke" in page
+
+
+def test_the_report_says_what_the_fine_tune_gave_and_the_quants_took(template):
+    made = against_the_unquantized(four())
+    made.flags = [Flag(code="reference", text="it did not fit", serious=False)]
+    page = render_report(made, template)
+    assert "before the training" in page and "KL divergence" in page and "it did not fit" in page and "± 3.08" in page
+    assert "KL divergence" not in render_report(four(), template)
 
 
 def test_a_template_that_does_not_render_is_named():

@@ -250,4 +250,4 @@ def test_the_card(files: list[QuantFile], base: str, linked: bool) -> None:
     assert "| Q4_K_M (recommended) | [coder-Q4_K_M.gguf](./coder-Q4_K_M.gguf) | 138." in text
     assert PACKAGE.system in text and "| Q4_0 | 12 |" in text
     with pytest.raises(OlpackError, match="model card's template fails"):
-        hub_card("{{ nope }}", repo="me/coder", name="coder", base=base, files=files, package=PACKAGE)
+        hub_card("{{ nope }}", repo="me/coder", name="coder", base=base, files=files, package=PACKAGE, table="")

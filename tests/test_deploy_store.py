@@ -58,7 +58,7 @@ def _tree(store: Path) -> dict[str, bytes]:
 
 def _header(model: str) -> Header:
     metadata = _recorded("/api/show", model)["model_info"]
-    return Header(metadata, metadata["general.parameter_count"])
+    return Header(metadata, {"all": ((metadata["general.parameter_count"],), 0)})
 
 
 def test_the_recorded_manifest_with_all_layers() -> None:
@@ -89,7 +89,7 @@ def test_the_recorded_manifest_of_bare_weights() -> None:
     [(0, "0"), (999, "999"), (33_536, "34K"), (40_081_152, "40.08M"), (40_000_000, "40M"), (1_543_714_304, "1.5B"), (7_000_000_000, "7B")],
 )
 def test_parameters_are_counted_as_the_server_shows_them(count: int, shown: str) -> None:
-    _, blobs = compose("sha256:" + "0" * 64, 1, Header({"general.architecture": "llama", "general.file_type": 0}, count), Package())
+    _, blobs = compose("sha256:" + "0" * 64, 1, Header({"general.architecture": "llama", "general.file_type": 0}, {"all": ((count,), 0)}), Package())
     [config] = [json.loads(content) for content in blobs.values()]
     assert (config["model_type"], config["model_family"], config["file_type"]) == (shown, "llama", "unknown")
 

@@ -65,7 +65,7 @@ def empty_cache(tmp_path, monkeypatch):
 
 def test_a_library_that_runs_is_remembered(empty_cache, monkeypatch):
     check_library()
-    (record,) = empty_cache.iterdir()
+    (record,) = empty_cache.glob("llama.cpp-runs-*")
     assert record.name.startswith("llama.cpp-runs-")
     monkeypatch.setattr(sys, "executable", "/no/such/python")  # a second probe could not even start
     check_library()

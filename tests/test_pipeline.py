@@ -10,51 +10,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_models import write_model
+from oracle import CHAT, RECIPE, files, make_workspace, olpack, write_base, write_rows
 
-from olpack import cli, progress, recipe
+from olpack import recipe
 from olpack.errors import OlpackError
 from olpack.pipeline import Build
-
-CHAT = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-RECIPE = """\
-base: {base}
-data: {{train: train.jsonl, eval: eval.jsonl}}
-train: {{epochs: 12, batch_size: 4, learning_rate: 1e-2, rank: 8}}
-quants: [Q4_K_M, Q8_0]
-modelfile:
-  system: Answer in words.
-  parameters: {{temperature: 0.0, num_ctx: 128}}
-compare: {{prompt_tokens: 32, generated_tokens: 8, repeats: 1}}
-"""
-
-
-def write_rows(path: Path, count: int, first: int = 0) -> None:
-    lines = []
-    for number in range(first, first + count):
-        turns = [{"role": "user", "content": f"What is {number} + 1?"}, {"role": "assistant", "content": "forty-two"}]
-        lines.append(json.dumps({"messages": turns}))
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    folder = write_model(tmp_path_factory.mktemp("base") / "model")
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": CHAT}))
-    return folder
-
-
-def make_workspace(root: Path, base: Path) -> Path:
-    package = root / "modelfiles/oracle"
-    package.mkdir(parents=True)
-    (package / "recipe.yaml").write_text(RECIPE.format(base=base))
-    write_rows(package / "train.jsonl", 12)
-    write_rows(package / "eval.jsonl", 4, first=100)
-    return root
+    return write_base(tmp_path_factory.mktemp("base") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -75,39 +40,18 @@ def workspace(built, tmp_path) -> Path:
     return root
 
 
-def olpack(folder: Path, *words: str, server: str = "http://127.0.0.1:9") -> tuple[int, str, str]:
-    """Run the command line in this process; (exit code, stdout, stderr). Port 9 answers nobody."""
-    import io
-
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setenv("OLLAMA_HOST", server)
-        patch.setenv("COLUMNS", "200")
-        patch.setattr(sys, "argv", ["olpack", *words])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stopped:
-            code = int(stopped.code or 0)
-    progress.use("lines")
-    return code, out.getvalue(), err.getvalue()
-
-
-def files(folder: Path) -> dict[str, int]:
-    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 def test_a_build_makes_exactly_this(built):
     made = {name for name in files(built / "build/oracle") if "measured" not in name and name != ".lock"}
     assert made == {
         "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/metrics.jsonl", "adapter/settings.json",
         "gguf/oracle-Q4_K_M.gguf", "gguf/oracle-Q8_0.gguf", "modelfiles/q4_K_M.Modelfile", "modelfiles/q8_0.Modelfile",
-        "compare/results.json", "compare/report.html", "plan.json",
+        "compare/results.json", "compare/results.csv", "compare/results.md", "compare/report.html", "plan.json",
         "stages/train.json", "stages/export-Q4_K_M.json", "stages/export-Q8_0.json", "stages/modelfiles.json", "stages/compare.json",
     }  # fmt: skip
     printed = (built / "printed").read_text()
     assert "Q4_K_M" in printed and "Q8_0" in printed and "perplexity" in printed
     assert "olpack run oracle:" in printed and "ollama.com/download" in printed
+    assert "base Q8_0" in printed and "unquantized" in printed
 
 
 def test_the_gguf_says_what_it_is_made_from(built):
@@ -267,7 +211,7 @@ def test_without_a_quant_to_collect_on_there_is_a_file_for_a_while(workspace):
     code, printed, _ = olpack(workspace, "plan", "oracle", "--json", "--set", "export.importance=train", "--set", "quants=[Q2_K]")
     estimate = json.loads(printed)["estimate"]
     q8 = (workspace / "build/oracle/gguf/oracle-Q8_0.gguf").stat().st_size
-    assert code == 0 and set(estimate["disk_bytes"]) == {"Q2_K"} and abs(estimate["temporary_bytes"] - q8) < 8192
+    assert code == 0 and set(estimate["disk_bytes"]) == {"Q2_K"} and abs(estimate["importance_bytes"] - q8) < 8192
     assert done(workspace, "export.importance=train", "quants=[Q2_K]") == ["export-Q2_K"]
     assert not (workspace / "build/oracle/importance-source.gguf").exists()
 
@@ -323,6 +267,8 @@ def test_plan_changes_nothing_and_names_origins(workspace):
     assert plan["settings"]["train.rank"]["from"] == "recipe.yaml:3"
     assert {step["step"]: step["stale"] for step in plan["steps"]}["train"] == "train.epochs changed"
     assert plan["estimate"]["steps"] == 9
+    # two bytes a weight, and what 4 rows leave of logits over a vocabulary of 512
+    assert 0 < plan["estimate"]["temporary_bytes"] - 2 * plan["estimate"]["parameters"] < 4 * 512 * 128 * 4
     made = {quant: (workspace / f"build/oracle/gguf/oracle-{quant}.gguf").stat().st_size for quant in ("Q4_K_M", "Q8_0")}
     assert all(abs(plan["estimate"]["disk_bytes"][quant] - size) < 8192 for quant, size in made.items())
     assert olpack(workspace, "plan", "oracle")[0] == 0
@@ -387,6 +333,8 @@ def test_what_is_done_with_a_finished_build(workspace, ollama_double, monkeypatc
     assert olpack(workspace, "deploy", "oracle", server=ollama_double.url)[0] == 0
     code, printed, _ = olpack(workspace, "deploy", "oracle", "--check", server=ollama_double.url)
     assert code == 0 and printed.count("prompt identical") == 2
+    code, _, said = olpack(workspace, "deploy", "oracle", "--check", "--set", "modelfile.system=Be brief.", server=ollama_double.url)
+    assert code == 1 and "system is 'Answer in words.' and not 'Be brief.'" in said
     code, printed, said = olpack(workspace, "remove", "oracle", "--yes", server=ollama_double.url)
     assert code == 0 and set(printed.split()) == {"oracle:q4_K_M", "oracle:q8_0"}, said
     assert olpack(workspace, "remove", "oracle", "--yes", server=ollama_double.url)[0] == 0

@@ -7,10 +7,11 @@
 
 Public here:
     MeasureSettings, QuantFile      what to measure
-    measure(files, rows, prompts, settings, server, name, cache) -> Results
+    Yardstick                       the unquantized fine-tune and the base to hold it against
+    measure(files, rows, prompts, settings, server, name, cache, yardstick) -> Results
     Results, read_results(path), write_results(results, path)
     recommend(results) -> Recommendation | None    (measure has already put it into the results)
-    print_table(results, console=None)
+    print_table(results, console=None), markdown_table(results) -> str
     render_report(results, template, metrics=None) -> str, write_report(results, path, template, metrics=None)
 """
 
@@ -20,12 +21,15 @@ from olpack.compare.measure import MeasureSettings, QuantFile, measure
 from olpack.compare.recommend import recommend
 from olpack.compare.report import render_report, write_report
 from olpack.compare.results import Results, read_results, write_results
-from olpack.compare.table import print_table
+from olpack.compare.table import markdown_table, print_table
+from olpack.compare.yardstick import Yardstick
 
 __all__ = [
     "MeasureSettings",
     "QuantFile",
     "Results",
+    "Yardstick",
+    "markdown_table",
     "measure",
     "print_table",
     "read_results",

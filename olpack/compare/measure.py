@@ -3,24 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import TypeAdapter
+
 from olpack import progress
+from olpack.compare import speed
 from olpack.compare.cache import Cache
-from olpack.compare.job import Job, RowJob, SpeedJob
+from olpack.compare.flags import flag_answers, flag_neighbours
+from olpack.compare.job import LOGITS_BYTES, Job, RowJob, SuitesJob
+from olpack.compare.language import Scripts
 from olpack.compare.machine import describe_machine
-from olpack.compare.process import events
 from olpack.compare.recommend import recommend, set_losses
-from olpack.compare.results import SCHEMA_VERSION, Answer, Flag, Perplexity, QuantResult, Results, Rows, Speed
-from olpack.compare.server import measure_speed as measure_served_speed
+from olpack.compare.results import (
+    SCHEMA_VERSION,
+    Answer,
+    Divergence,
+    Flag,
+    Perplexity,
+    QuantResult,
+    Results,
+    Rows,
+    Scores,
+    Speed,
+    SuiteScore,
+    TaskAsked,
+)
+from olpack.compare.scores import check_answers
+from olpack.compare.units import Units, run_worker, suite_unit
+from olpack.compare.yardstick import Held, Yardstick, hold
 from olpack.data.rows import TokenRow
 from olpack.errors import OlpackError
 from olpack.llamacpp.cores import usable_cores
+from olpack.tasks import Task, function_files
 from olpack.workspace import file_digest, value_digest
 
 if TYPE_CHECKING:
@@ -40,6 +60,7 @@ class QuantFile:
         size: in bytes.
         bits_per_weight: None where nobody knows.
         sha256: of the file, as hexadecimal digits; None: it is read and hashed.
+        adapter: a LoRA GGUF that is applied to it; None: there is none.
     """
 
     quant: str
@@ -48,6 +69,7 @@ class QuantFile:
     size: int
     bits_per_weight: float | None = None
     sha256: str | None = None
+    adapter: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -57,20 +79,28 @@ class MeasureSettings:
     Attributes:
         prompt_lengths: prompt lengths in tokens at which prompt speed is taken.
         generated_tokens: tokens generated in one timed run.
-        repeats: timed runs of each speed figure; one more goes before and is discarded.
+        repeats: timed runs of each speed figure, shared out over the rounds; in each round one more goes before and is discarded.
+        clients: numbers of clients that ask at once, measured through a server only; none: it is not measured.
         context: context length to load with, in tokens. Memory depends on it: give what the package serves (num_ctx).
         threads: CPU threads of the embedded engine; None: the physical cores that this process may use.
         answer_tokens: an answer is cut here.
         tolerance: relative growth of perplexity the recommendation accepts.
+        suites: tasks of lm-evaluation-harness to run on every file.
+        suite_folder: a folder with tasks of one's own in YAML.
+        suite_limit: at most this many questions of each; None: all.
     """
 
     prompt_lengths: tuple[int, ...] = (512,)
     generated_tokens: int = 64
     repeats: int = 5
+    clients: tuple[int, ...] = ()
     context: int = 4096
     threads: int | None = None
     answer_tokens: int = 256
     tolerance: float = 0.01
+    suites: tuple[str, ...] = ()
+    suite_folder: str | None = None
+    suite_limit: int | None = None
 
 
 def measure(
@@ -81,11 +111,14 @@ def measure(
     server: OllamaClient | None,
     name: str,
     cache: Path | None = None,
+    yardstick: Yardstick | None = None,
+    tasks: Sequence[Task] = (),
+    examples: Sequence[tuple[str, str]] = (),
 ) -> Results:
     """Speed, memory, perplexity and answers of every file, with the recommendation.
 
-    Speed, load time and memory come from the server where there is one, else from the embedded engine; perplexity and answers always come
-    from the embedded engine, on the GGUF that ships.
+    Speed, load time and memory come from the server where there is one, else from the embedded engine, in rounds that visit every file;
+    perplexity and answers always come from the embedded engine, on the GGUF that ships.
 
     Args:
         files: the GGUFs; the order is kept.
@@ -95,6 +128,10 @@ def measure(
         name: of the package.
         cache: folder that keeps what was measured, one JSON file per quant and kind of figure, under a key of all that it depends on.
             An interrupted comparison goes on from there, and an unchanged quant is not measured again. None: nothing is kept.
+        yardstick: how to make the unquantized fine-tune and the untuned base. They are made only if a figure that is not in the cache
+            needs them, and removed before the others are measured. None, or no rows: no KL divergence and no figures of the base.
+        tasks: what every file, and the base, is asked and scored on.
+        examples: (request, answer) of held-out rows, which say in what script answers are expected.
 
     Raises:
         OlpackError: nothing could be measured of any file. One file that fails is flagged in its result and does not stop the others.
@@ -109,131 +146,120 @@ def measure(
         untimed = max(1, round(threads * (1 - machine.busy)))
         progress.warn(f"Others use {machine.busy:.0%} of this machine's CPU time: measuring will take long, and speeds will come out low.")
     described = _describe_rows(rows) if rows else None
-    lengths, generated, repeats = list(settings.prompt_lengths), settings.generated_tokens, settings.repeats
-    base = Job(
+    job = Job(
         path=Path(), engine=embedded, context=settings.context, threads=threads, untimed_threads=untimed,
-        answer_tokens=settings.answer_tokens,
-        speed=None if server else SpeedJob(prompt_lengths=lengths, generated_tokens=generated, repeats=repeats),
-        perplexity=[RowJob(ids=row.ids, learned=row.learned, text=row.text) for row in rows] or None,
-        answers=list(prompts) or None,
+        answer_tokens=settings.answer_tokens, rows=[RowJob(ids=row.ids, learned=row.learned, text=row.text) for row in rows],
     )  # fmt: skip
-    dependencies: dict[str, dict] = {
-        "speed": {
-            "engine": f"Ollama {server_version}, {server.url}" if server else f"{embedded}, {threads} threads",
-            "cpu": machine.cpu,
-            "context": settings.context,
-            "prompt_lengths": lengths,
-            "generated_tokens": generated,
-            "repeats": repeats,
-        },
+    wanted = {
+        "perplexity": bool(rows),
+        "answers": list(prompts) or None,
+        "tasks": [task.messages for task in tasks] or None,
+    }
+    timed = {
+        "engine": f"Ollama {server_version}, {server.url}" if server else f"{embedded}, {threads} threads",
+        "cpu": machine.cpu,
+        "context": settings.context,
+        "prompt_lengths": list(settings.prompt_lengths),
+        "generated_tokens": settings.generated_tokens,
+        "repeats": settings.repeats,
+    }
+    depends: dict[str, dict] = {
+        **dict.fromkeys(speed.UNITS, timed),
+        speed.CONCURRENCY: timed | {"clients": list(settings.clients)},
         "perplexity": {"engine": embedded, "rows": described.digest if described else None},
         "answers": {"engine": embedded, "prompts": list(prompts), "tokens": settings.answer_tokens, "context": settings.context},
     }
+    if tasks:
+        depends["tasks"] = depends["answers"] | {"prompts": wanted["tasks"]}
+        checks = [[task.check, [str(part) for part in task.expected]] for task in tasks]
+        depends["scores"] = depends["tasks"] | {"checks": checks, "functions": [file_digest(path) for path in function_files(tasks)]}
+    if yardstick and rows:
+        depends["divergence"] = depends["perplexity"] | {"reference": yardstick.reference_key, "kept": LOGITS_BYTES}
+    for suite in settings.suites:
+        depends[suite_unit(suite)] = {"engine": embedded, "context": settings.context, "limit": settings.suite_limit, "tasks": _own_suites(settings)}
+    depends = {unit: {"schema": SCHEMA_VERSION, **rest} for unit, rest in depends.items()}
 
-    quants, errors = [], []
-    for file in files:
-        sha256 = file.sha256 or file_digest(Path(file.path))
-        keys = {unit: {"schema": SCHEMA_VERSION, "file": sha256, **rest} for unit, rest in dependencies.items()}
-        units = _Units(Cache(cache), file.tag, keys)
-        problems: list[OlpackError] = []
-        job = base.model_copy(update={"path": Path(file.path), **{unit: None for unit in units.found}})
-        if job.speed or job.perplexity or job.answers:
-            problems += _run_worker(job, file.quant, units)
-        if server and "speed" not in units.found:
-            problems += _ask_server(server, f"{name}:{file.tag}", f"Ollama {server_version}", settings, units)
-        errors += problems
-        quants.append(_result(file, sha256, units.found, problems, described))
+    store = Cache(cache)
+    files = [file if file.sha256 else replace(file, sha256=file_digest(Path(file.path))) for file in files]
+    known = [Units(store, file.tag, {unit: rest | _weights(file) for unit, rest in depends.items()}) for file in files]
+    if server:
+        visit = speed.served(server, [f"{name}:{file.tag}" for file in files], known, settings)
+    else:
+        visit = speed.embedded(files, known, job, settings)
+    problems = speed.measure_speeds(known, visit, settings.repeats)
+    ran = {"engine": f"Ollama {server_version}" if server else embedded, "threads": None if server else threads}
+    held = Held()
+    scripts = Scripts(examples)
+    quants = []
+    with ExitStack() as temporary:
+        if yardstick and rows:
+            needed = any("divergence" not in units.found for units in known)
+            held = hold(yardstick, job, depends, store, needed, temporary, tasks)
+        for file, units, failed in zip(files, known, problems, strict=True):
+            missing = {unit: value for unit, value in (wanted | {"divergence": held.logits}).items() if value and unit not in units.found}
+            if suites := [suite for suite in settings.suites if suite_unit(suite) not in units.found]:
+                missing["suites"] = SuitesJob(names=suites, folder=settings.suite_folder, limit=settings.suite_limit)
+            if missing:
+                failed += run_worker(job.model_copy(update={"path": Path(file.path), "adapter": file.adapter, **missing}), file.quant, units)
+            try:
+                check_answers(tasks, units, file.quant)
+            except OlpackError as error:
+                failed.append(error)
+            figures = speed.speed_of(units, **ran, generated_tokens=settings.generated_tokens)
+            quants.append(_result(file, figures, units.found, failed, described))
+            flag_answers(quants[-1], prompts, scripts)
 
-    if quants and not any(quant.speed or quant.perplexity or quant.answers for quant in quants) and errors:
-        raise errors[0]
+    if any(problems) and not any(quant.speed or quant.perplexity or quant.answers for quant in quants):
+        raise next(failed[0] for failed in problems if failed)
     if described:
         set_losses(quants, described.learned_tokens)
+        flag_neighbours(quants, described.learned_tokens)
     results = Results(
         name=name, created=datetime.now(UTC).isoformat(timespec="seconds"), machine=machine, rows=described,
-        settings={**asdict(settings), "prompt_lengths": lengths}, prompts=list(prompts), quants=quants,
+        settings=TypeAdapter(MeasureSettings).dump_python(settings, mode="json"), prompts=list(prompts), quants=quants,
+        tasks=describe_tasks(tasks),
+        reference=held.reference, base=held.base, flags=[Flag(code="reference", text=str(problem), serious=False) for problem in held.problems],
     )  # fmt: skip
     results.recommendation = recommend(results, settings.tolerance)
     return results
 
 
-class _Units:
-    """What is known of one file, by unit ("speed", "perplexity", "answers"), from the cache or just measured."""
-
-    def __init__(self, cache: Cache, tag: str, keys: dict[str, dict]):
-        self._cache, self._tag, self._keys = cache, tag, keys
-        self.found: dict[str, dict] = {}
-        for unit, key in keys.items():
-            if (data := cache.find(tag, unit, key)) is not None:
-                self.found[unit] = data
-
-    def add(self, unit: str, data: dict) -> None:
-        self.found[unit] = data
-        self._cache.keep(self._tag, unit, self._keys[unit], data)
+def _weights(file: QuantFile) -> dict[str, str]:
+    """What a unit's key holds of the weights."""
+    return {"file": file.sha256} | ({"adapter": file_digest(file.adapter)} if file.adapter else {})
 
 
-def _run_worker(job: Job, quant: str, units: _Units) -> list[OlpackError]:
-    """Measure what the job asks for; what fails comes back, what was measured is in `units`."""
-    problems = []
-    steps = _Steps(f"measuring {quant}")
-    try:
-        with closing(events(job)) as stream:
-            for event in stream:
-                if event["event"] == "progress":
-                    steps.show(event["unit"], event["done"], event["total"])
-                elif event["event"] == "result":
-                    units.add(event["unit"], event["data"])
-                else:
-                    problems.append(OlpackError(event["problem"], event["remedy"]))
-    except OlpackError as error:
-        problems.append(error)
-    finally:
-        steps.close()
-    return problems
+def _own_suites(settings: MeasureSettings) -> list[str]:
+    """Digests of all files in the user's folder of suites: a task may take its data or its code from any of them."""
+    folder = Path(settings.suite_folder) if settings.suite_folder else None
+    return [file_digest(path) for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".pyc"] if folder else []
 
 
-def _ask_server(server: OllamaClient, model: str, engine: str, settings: MeasureSettings, units: _Units) -> list[OlpackError]:
-    steps = _Steps(f"measuring {model}")
-    try:
-        for step in measure_served_speed(server, model, engine, settings):
-            if isinstance(step, Speed):
-                units.add("speed", step.model_dump(mode="json"))
-            else:
-                steps.show("speed", *step)
-    except OlpackError as error:
-        return [error]
-    finally:
-        steps.close()
-    return []
+def describe_tasks(tasks: Sequence[Task]) -> list[TaskAsked]:
+    """The tasks as the results hold them."""
+    return [TaskAsked(messages=task.messages, check=task.check, expected=_shown(task), source=task.source) for task in tasks]
 
 
-class _Steps:
-    """One progress task per unit, one after the other."""
-
-    def __init__(self, title: str):
-        self._title, self._unit = title, ""
-        self._open = ExitStack()
-
-    def show(self, unit: str, done: int, total: int) -> None:
-        if unit != self._unit:
-            self._open.close()
-            noun = {"speed": "runs", "perplexity": "rows", "answers": "answers"}[unit]
-            self._task = self._open.enter_context(progress.task(f"{self._title}: {unit}", total, noun))
-            self._unit = unit
-        self._task.advance(done - self._task.done)
-
-    def close(self) -> None:
-        self._open.close()
+def _shown(task: Task) -> str | list[str]:
+    return f"{task.expected[0].name}:{task.expected[1]}" if task.check == "function" else task.expected
 
 
-def _result(file: QuantFile, sha256: str, found: dict[str, dict], problems: list[OlpackError], rows: Rows | None) -> QuantResult:
+def _result(
+    file: QuantFile, speed: Speed | None, found: dict[str, dict], problems: list[OlpackError], rows: Rows | None
+) -> QuantResult:
     result = QuantResult(
-        quant=file.quant, tag=file.tag, file=Path(file.path).name, sha256=sha256,
+        quant=file.quant, tag=file.tag, file=Path(file.path).name, sha256=file.sha256,
         size_bytes=file.size, bits_per_weight=file.bits_per_weight,
-        speed=Speed.model_validate(found["speed"]) if "speed" in found else None,
+        speed=speed,
         perplexity=Perplexity.model_validate(found["perplexity"]) if "perplexity" in found else None,
+        divergence=Divergence.model_validate(found["divergence"]) if "divergence" in found else None,
         answers=[Answer.model_validate(answer) for answer in found["answers"]["answers"]] if "answers" in found else None,
+        task_answers=[Answer.model_validate(answer) for answer in found["tasks"]["answers"]] if "tasks" in found else None,
+        scores=Scores.model_validate(found["scores"]) if "scores" in found else None,
+        suites=[SuiteScore.model_validate(score) for unit in found if unit.startswith(suite_unit("")) for score in found[unit]["scores"]],
     )  # fmt: skip
-    result.flags = [Flag(code="failed", text=str(error), serious=True) for error in problems]
+    # The same crash ends every measurement: it is told once.
+    result.flags = [Flag(code="failed", text=text, serious=True) for text in dict.fromkeys(str(error) for error in problems)]
     score = result.perplexity
     if score is not None and score.value is None:
         result.flags.append(Flag(code="broken", text="the model's probabilities are no numbers: this file is broken", serious=True))
@@ -241,10 +267,6 @@ def _result(file: QuantFile, sha256: str, found: dict[str, dict], problems: list
         different = rows.count - score.same_tokens_rows
         text = f"its tokenizer turns {different} of {rows.count} rows into other tokens than training saw: it is not served what it learned"
         result.flags.append(Flag(code="tokenizer", text=text, serious=True))
-    answers = result.answers or []
-    for code, said in (("empty", "empty"), ("looping", "in a loop"), ("endless", "not finished at the limit")):
-        if count := sum(code in answer.flags for answer in answers):
-            result.flags.append(Flag(code=code, text=f"{count} of {len(answers)} answers {said}", serious=False))
     return result
 
 

@@ -20,7 +20,7 @@ def perplexity(row_nll: Sequence[float], row_tokens: Sequence[int]) -> tuple[flo
     Returns:
         perplexity, and its standard error, None with fewer than two rows.
     """
-    mean, error = _ratio(row_nll, row_tokens)
+    mean, error = ratio(row_nll, row_tokens)
     value = _exp(mean)
     return value, None if error is None else value * error
 
@@ -30,12 +30,18 @@ def paired_loss(row_nll: Sequence[float], reference_nll: Sequence[float], row_to
 
     exp(Σ(S_r - R_r)/ΣT) - 1. How hard a row is cancels in S_r - R_r, so the error is far smaller than that of either perplexity.
     """
-    difference, error = _ratio([own - other for own, other in zip(row_nll, reference_nll, strict=True)], row_tokens)
-    ratio = _exp(difference)
-    return ratio - 1, None if error is None else ratio * error
+    difference, error = ratio([own - other for own, other in zip(row_nll, reference_nll, strict=True)], row_tokens)
+    growth = _exp(difference)
+    return growth - 1, None if error is None else growth * error
 
 
-def _ratio(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float | None]:
+def ratio(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float | None]:
+    """Mean per token, ΣS/ΣT, of what was summed over the tokens of each row, and its standard error as in `perplexity`.
+
+    Args:
+        sums: S_r, of anything that a token has: nats, or 1 where something holds.
+        counts: T_r, at least one token in all.
+    """
     total = sum(counts)
     mean = math.fsum(sums) / total
     rows = len(sums)

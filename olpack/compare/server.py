@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
-import statistics
 import string
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from olpack.compare.results import PromptSpeed, Speed, Spread
+from olpack.compare.energy import joules
+from olpack.compare.results import Concurrency, Spread
+from olpack.compare.rounds import PromptRun, SpeedRound
 from olpack.errors import OlpackError
 
 if TYPE_CHECKING:
@@ -18,71 +21,147 @@ if TYPE_CHECKING:
     from olpack.compare.measure import MeasureSettings
     from olpack.deploy.client import OllamaClient
 
-_WARM_LOADS = 3
+_LOADS = 2  # in each round; the very first is discarded
 _UNLOAD_S = 30.0
 _CHARACTERS_PER_TOKEN = 2.5  # of random words, to begin with; the discarded first call corrects it
+_SHORT = 80  # characters of the prompt before a timed generation
 _NANO = 1e-9
 
 
-def measure_speed(client: OllamaClient, model: str, engine: str, settings: MeasureSettings) -> Iterator[tuple[int, int] | Speed]:
-    """Measure one model of the server: (done, total) any number of times, then the result.
+class ServedSpeed:
+    """Measures models of one server, round by round.
 
-    The durations are the server's own. Every prompt is a run of new random words, because prompt tokens found in the server's cache count
-    as processed; prompts go in raw, with no template. The first call of each kind is discarded. All models that the server runs are
-    unloaded before, and this one between loads. A load is timed until one token is out; the file may be in the server's page cache, so
-    only warm load times are claimed. Generation stops where the model ends its turn, at most after `generated_tokens`.
+    The durations of prompt and generation are the server's own; the time to the first token is the client's, from sending the request to the
+    first piece of the answer. Every prompt is a run of new random words, because prompt tokens found in the server's cache count as
+    processed; prompts go in raw, with no template. The first call of each kind is discarded. All models that the server runs are unloaded
+    before, and the measured one between loads. A load is timed until one token is out; the file may be in the server's page cache, so only
+    warm load times are claimed. Generation stops where the model ends its turn, at most after `generated_tokens`.
 
-    Raises:
-        OlpackError: the server refuses, or does not unload a model.
+    Args:
+        client: of the server.
+        settings: lengths, tokens and context.
     """
-    words = _Words()
-    done, total = 0, _WARM_LOADS + 1 + (len(settings.prompt_lengths) + 1) * (settings.repeats + 1)
 
-    def ask(characters: int, tokens: int) -> GenerateResponse:
-        options = {"num_ctx": settings.context, "num_predict": tokens, "temperature": 0}
-        return client.generate(model, words.text(characters), options, raw=True)
+    def __init__(self, client: OllamaClient, settings: MeasureSettings):
+        self._client, self._settings = client, settings
+        self._words = _Words()
 
-    loads = []
-    for _ in range(_WARM_LOADS + 1):
-        _unload_all(client)
-        loads.append(ask(8, 1).total_duration * _NANO)
-        yield (done := done + 1), total
+    def round(self, model: str, repeats: int, first: bool) -> Iterator[tuple[int, int] | SpeedRound]:
+        """Visit a model: (done, total) any number of times, then the round.
 
-    # A model trained on less context than asked for is loaded with less.
-    context = min(settings.context, _running(client, model).context_length or settings.context)
-    prompt, per_token = [], _CHARACTERS_PER_TOKEN
-    for length in dict.fromkeys(min(length, context - settings.generated_tokens) for length in settings.prompt_lengths):
-        lengths, rates = [], []
-        for _ in range(settings.repeats + 1):
-            # The discarded first call counts how many characters a token takes. A prompt over the context would be cut in silence.
-            characters = int(length * per_token)
-            answer = ask(characters, 1)
-            per_token = characters / answer.prompt_eval_count
-            lengths.append(answer.prompt_eval_count)
-            rates.append(answer.prompt_eval_count / (answer.prompt_eval_duration * _NANO))
+        Args:
+            model: as the server names it.
+            repeats: timed runs of each figure.
+            first: the model was not visited before, so the first of its loads is discarded.
+
+        Raises:
+            OlpackError: the server refuses, or does not unload a model.
+        """
+        settings = self._settings
+        done, total = 0, _LOADS + first + (len(settings.prompt_lengths) + 1) * (repeats + 1)
+        loads = []
+        for _ in range(_LOADS + first):
+            self._unload_all()
+            loads.append(self._ask(model, 8, 1).last.total_duration * _NANO)
             yield (done := done + 1), total
-        prompt.append(PromptSpeed(prompt_tokens=round(statistics.median(lengths[1:])), tokens_per_s=Spread.of(rates[1:])))
 
-    rates = []
-    for _ in range(settings.repeats + 1):
-        answer = ask(80, settings.generated_tokens)
-        if answer.eval_count and answer.eval_duration:
-            rates.append(answer.eval_count / (answer.eval_duration * _NANO))
-        yield (done := done + 1), total
+        # A model trained on less context than asked for is loaded with less.
+        context = min(settings.context, self._running(model).context_length or settings.context)
+        prompts, per_token = [], _CHARACTERS_PER_TOKEN
+        for asked in dict.fromkeys(min(length, context - settings.generated_tokens) for length in settings.prompt_lengths):
+            for repeat in range(repeats + 1):
+                # The discarded first call counts how many characters a token takes. A prompt over the context would be cut in silence.
+                characters = int(asked * per_token)
+                answer = self._ask(model, characters, 1)
+                per_token = characters / answer.last.prompt_eval_count
+                if repeat:
+                    seconds = answer.last.prompt_eval_duration * _NANO
+                    prompts.append(PromptRun(asked=asked, tokens=answer.last.prompt_eval_count, seconds=seconds, first_token_s=answer.first_s))
+                yield (done := done + 1), total
 
-    running = _running(client, model)
-    _unload_all(client)
-    yield Speed(
-        engine=engine,
-        context=context,
-        threads=None,
-        load_warm_s=Spread.of(loads[1:]),
-        prompt=prompt,
-        generation_tokens_per_s=Spread.of(rates[1:]) if len(rates) > 1 else None,
-        generated_tokens=settings.generated_tokens,
-        peak_memory_bytes=running.size,
-        gpu_memory_bytes=running.size_vram,
-    )
+        rates, energies = [], []
+        for repeat in range(repeats + 1):
+            before = joules()
+            answer = self._ask(model, _SHORT, settings.generated_tokens)
+            if repeat and answer.last.eval_count and answer.last.eval_duration:
+                rates.append(answer.last.eval_count / (answer.last.eval_duration * _NANO))
+                if before is not None and (after := joules()) is not None:
+                    energies.append((after - before) / answer.last.eval_count)
+            yield (done := done + 1), total
+
+        running = self._running(model)
+        self._unload_all()
+        yield SpeedRound(
+            context=context, loads_s=loads[first:], prompts=prompts, generation_tokens_per_s=rates,
+            joules_per_token=energies if running.size_vram else [], memory_bytes=running.size, gpu_memory_bytes=running.size_vram,
+        )  # fmt: skip
+
+    def concurrency(self, model: str, clients: Sequence[int]) -> Iterator[tuple[int, int] | list[Concurrency]]:
+        """So many clients at once, each with a request of its own: (done, total) any number of times, then one entry for each number.
+
+        The server works on as many requests at a time as OLLAMA_NUM_PARALLEL lets it; the others wait, and their waiting counts.
+        """
+        self._ask(model, _SHORT, 1)
+        found = []
+        for count in clients:
+            prompts = [self._words.text(_SHORT) for _ in range(count)]
+            started = time.perf_counter()
+            with ThreadPoolExecutor(count) as pool:
+                answers = list(pool.map(lambda prompt: self._answer_or_none(model, prompt), prompts))
+            seconds = time.perf_counter() - started
+            whole = [answer for answer in answers if answer is not None]
+            if not whole:
+                raise OlpackError(f"The server answered none of {count} requests at once to {model}.", "Look into its log (OLLAMA_MAX_QUEUE).")
+            found.append(Concurrency(
+                clients=count, tokens_per_s=sum(answer.last.eval_count or 0 for answer in whole) / seconds,
+                first_token_s=Spread.of([answer.first_s for answer in whole]), failed=count - len(whole),
+            ))  # fmt: skip
+            yield len(found), len(clients)
+        self._unload_all()
+        yield found
+
+    def _answer_or_none(self, model: str, prompt: str) -> _Answer | None:
+        try:
+            return self._stream(model, prompt, self._settings.generated_tokens)
+        except OlpackError:  # a full queue; how many were refused is part of the result
+            return None
+
+    def _ask(self, model: str, characters: int, tokens: int) -> _Answer:
+        return self._stream(model, self._words.text(characters), tokens)
+
+    def _stream(self, model: str, prompt: str, tokens: int) -> _Answer:
+        options = {"num_ctx": self._settings.context, "num_predict": tokens, "temperature": 0}
+        started, first, last = time.perf_counter(), None, None
+        for piece in self._client.stream_generate(model, prompt, options, raw=True):
+            first, last = first or time.perf_counter() - started, piece
+        if last is None or not last.done:
+            raise OlpackError(f"The server broke off its answer to {model}.", "Look into its log, then run this again.")
+        return _Answer(first, last)
+
+    def _running(self, model: str) -> ProcessResponse.Model:
+        """What /api/ps says of a loaded model. Ollama matches names without regard to case."""
+        for entry in self._client.ps():
+            if entry.model.casefold() == model.casefold():
+                return entry
+        raise OlpackError(f"The server unloaded {model} while it was measured.", "Is memory short, or does somebody else use the server?")
+
+    def _unload_all(self) -> None:
+        for entry in self._client.ps():
+            self._client.unload(entry.model)
+        deadline = time.monotonic() + _UNLOAD_S
+        while loaded := self._client.ps():
+            if time.monotonic() > deadline:
+                problem = f"The server still holds {loaded[0].model}, {_UNLOAD_S:.0f} s after it was asked to unload it."
+                raise OlpackError(problem, "If somebody else is using it, wait; else run `ollama stop`.")
+            time.sleep(0.05)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """Seconds until the first piece of it came, and its last piece, which has the server's counts and durations (nanoseconds)."""
+
+    first_s: float
+    last: GenerateResponse
 
 
 class _Words:
@@ -99,22 +178,3 @@ class _Words:
             words.append(word)
             size += len(word) + 1
         return " ".join(words)[:characters]
-
-
-def _running(client: OllamaClient, model: str) -> ProcessResponse.Model:
-    """What /api/ps says of a loaded model. Ollama matches names without regard to case."""
-    for entry in client.ps():
-        if entry.model.casefold() == model.casefold():
-            return entry
-    raise OlpackError(f"The server unloaded {model} while it was measured.", "Is memory short, or does somebody else use the server?")
-
-
-def _unload_all(client: OllamaClient) -> None:
-    for entry in client.ps():
-        client.unload(entry.model)
-    deadline = time.monotonic() + _UNLOAD_S
-    while loaded := client.ps():
-        if time.monotonic() > deadline:
-            problem = f"The server still holds {loaded[0].model}, {_UNLOAD_S:.0f} s after it was asked to unload it."
-            raise OlpackError(problem, "If somebody else is using it, wait; else run `ollama stop`.")
-        time.sleep(0.05)

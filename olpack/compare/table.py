@@ -7,25 +7,28 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from olpack.compare.results import QuantResult, Results, Spread
+from olpack.compare.results import Divergence, Perplexity, QuantResult, Results, Spread
 from olpack.progress import quantity
 
 MISSING = "–"
 
 
 def print_table(results: Results, console: Console | None = None) -> None:
-    """Print the table, the flags and the recommendation to stdout, or to `console`. Fits 80 columns; medians of the repeats."""
+    """Print the tables, the flags and the recommendation to stdout, or to `console`. Fits 80 columns; medians of the repeats."""
     console = console or Console()
     chosen = results.recommendation.tag if results.recommendation else None
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    table.add_column("", width=1)
-    table.add_column("quant", no_wrap=True)
-    for title in ("size", "bits/\nweight", "prompt\ntok/s", "gener.\ntok/s", "load", "peak\nmemory", "perplexity\n± s.e."):
-        table.add_column(title, justify="right", no_wrap=True)
+    # Quality has a table of its own where there is more of it than the perplexity.
+    compared = results.reference is not None or any(quant.divergence or quant.scores for quant in results.quants)
+    table = _table(["size", "bits/\nweight", "prompt\ntok/s", "gener.\ntok/s", "load", "peak\nmemory", *([] if compared else ["perplexity\n± s.e."])])
     for quant in results.quants:
-        style = "bold green" if quant.tag == chosen else "red" if any(flag.serious for flag in quant.flags) else ""
-        table.add_row(*_cells(quant, quant.tag == chosen), style=style)
+        table.add_row(*_cells(quant, quant.tag == chosen), *([] if compared else [_perplexity(quant.perplexity)]), style=_style(quant, chosen))
     console.print(table)
+    if compared:
+        console.print(_quality(results, chosen))
+    if any(quant.suites for quant in results.quants):
+        console.print(_suites(results, chosen))
+    for flag in results.flags:
+        console.print(Text(flag.text, style="yellow"), soft_wrap=True)
     for quant in results.quants:
         for flag in quant.flags:
             # Hard line breaks would tear a path or a command.
@@ -34,22 +37,100 @@ def print_table(results: Results, console: Console | None = None) -> None:
         console.print(Text(f"Recommended: {results.recommendation.reason}"), soft_wrap=not console.is_terminal)
 
 
+def markdown_table(results: Results) -> str:
+    """The same table as Markdown, with what it was measured on and the recommendation below it."""
+    titles = ["quant", "size", "bits per weight", "prompt tokens/s", "generated tokens/s", "load", "peak memory"]
+    titles += ["perplexity ± s.e.", "KL divergence, millinats"]
+    chosen = results.recommendation.tag if results.recommendation else None
+    rows = [
+        [*_cells(quant, quant.tag == chosen)[1:], _perplexity(quant.perplexity), _divergence(quant.divergence)[0]]
+        for quant in results.quants
+    ]
+    lines = [f"| {' | '.join(row)} |" for row in (titles, ["---", *["---:"] * (len(titles) - 1)], *rows)]
+    engine = next((quant.speed.engine for quant in results.quants if quant.speed), None)
+    measured = f"Measured on {results.machine.cpu}" + (f" with {engine}" if engine else "") + (
+        f"; perplexity of the answers in {results.rows.count} held-out rows." if results.rows else "."
+    )
+    return "\n".join([*lines, "", measured, *([results.recommendation.reason] if results.recommendation else [])])
+
+
+def _table(titles: list[str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column("", width=1)
+    table.add_column("quant", no_wrap=True)
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    return table
+
+
+def _style(quant: QuantResult, chosen: str | None) -> str:
+    return "bold green" if quant.tag == chosen else "red" if any(flag.serious for flag in quant.flags) else ""
+
+
 def _cells(quant: QuantResult, chosen: bool) -> list[str]:
-    speed, score = quant.speed, quant.perplexity
-    perplexity = MISSING
-    if score is not None and score.value is not None:
-        perplexity = plain(score.value) if score.standard_error is None else f"{plain(score.value)} ± {plain(score.standard_error)}"
+    speed = quant.speed
     return [
         "→" if chosen else "",
         quant.quant,
         quantity(quant.size_bytes, "B"),
         MISSING if quant.bits_per_weight is None else f"{quant.bits_per_weight:.2f}",
-        rate(speed.prompt[0].tokens_per_s if speed and speed.prompt else None),
+        rate(speed.prompt[-1].tokens_per_s if speed and speed.prompt else None),
         rate(speed.generation_tokens_per_s if speed else None),
         seconds(speed.load_warm_s.median if speed and speed.load_warm_s else None),
         quantity(speed.peak_memory_bytes, "B") if speed and speed.peak_memory_bytes is not None else MISSING,
-        perplexity,
     ]
+
+
+def _quality(results: Results, chosen: str | None) -> Table:
+    """Every file against the unquantized fine-tune, between the base that it came from and the fine-tune itself; task scores."""
+    tasks = ["tasks\n± s.e."] if results.tasks else []
+    table = _table(["perplexity\n± s.e.", "KL mean ± s.e.\nmillinats", "KL 99 %\nmillinats", "same top\ntoken ± s.e.", *tasks])
+    for mark, name, file, style in [
+        *([("", f"base {results.base.quant}", results.base, "dim")] if results.base else []),
+        *(("→" if quant.tag == chosen else "", quant.quant, quant, _style(quant, chosen)) for quant in results.quants),
+    ]:
+        scores = [_share(file.scores.mean, file.scores.standard_error) if file.scores else MISSING] if tasks else []
+        table.add_row(mark, name, _perplexity(file.perplexity), *_divergence(file.divergence), *scores, style=style)
+    if results.reference:
+        scores = [MISSING] if tasks else []
+        table.add_row("", "unquantized", _perplexity(results.reference.perplexity), "0", "0", "100%", *scores, style="dim")
+    return table
+
+
+def _suites(results: Results, chosen: str | None) -> Table:
+    """A row for each metric of a suite, because there may be many of them, and a column for each file."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column("suite", overflow="fold")
+    for quant in results.quants:
+        table.add_column(f"{'→ ' if quant.tag == chosen else ''}{quant.quant}", justify="right", no_wrap=True, style=_style(quant, chosen))
+    for suite, metric in dict.fromkeys((score.suite, score.metric) for quant in results.quants for score in quant.suites):
+        cells = []
+        for quant in results.quants:
+            score = next((score for score in quant.suites if (score.suite, score.metric) == (suite, metric)), None)
+            cells.append(MISSING if score is None else with_error(score.value, score.standard_error))
+        table.add_row(f"{suite} {metric}", *cells)
+    return table
+
+
+def _perplexity(score: Perplexity | None) -> str:
+    return MISSING if score is None or score.value is None else with_error(score.value, score.standard_error)
+
+
+def _divergence(found: Divergence | None) -> list[str]:
+    if found is None:
+        return [MISSING] * 3
+    error = None if found.standard_error is None else 1000 * found.standard_error
+    return [with_error(1000 * found.mean, error), plain(1000 * found.p99), _share(found.same_top, found.same_top_standard_error)]
+
+
+def _share(value: float, error: float | None) -> str:
+    """ "83.3 ± 12.7%"."""
+    return f"{100 * value:.1f}{'' if error is None else f' ± {100 * error:.1f}'}%"
+
+
+def with_error(value: float, error: float | None) -> str:
+    """ "8.52 ± 0.60": a figure, with its standard error where there is one."""
+    return plain(value) if error is None else f"{plain(value)} ± {plain(error)}"
 
 
 def rate(spread: Spread | None) -> str:

@@ -80,3 +80,9 @@ def split(chats: list[Chat], share: float) -> tuple[list[Chat], list[Chat]]:
     for chat in chats:
         sides[int(value_digest(chat.messages)[:8], 16) / 2**32 < share].append(chat)
     return sides
+
+
+def request_of(messages: list[dict]) -> list[dict]:
+    """A conversation up to its first answer, roles and contents only."""
+    first = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
+    return [{"role": message["role"], "content": message["content"]} for message in messages[:first]]

@@ -49,9 +49,11 @@ def bundle(name: str, files: Sequence[QuantFile], modelfiles: Sequence[Path], re
     if out.suffix.lower() != ".zip":
         raise OlpackError(f"The bundle {out} would be a zip archive under another name.", f"Call it {out.with_suffix('.zip').name}.")
     folder = name.rpartition("/")[2]
-    texts = {path.name: beside(path, {file.path.name for file in files}).encode() for path in modelfiles}
-    sources = {file.path.name: file.path for file in files} | {path.name: path for path in report}
-    if len({*texts, *sources, *_OWN}) < len(files) + len(modelfiles) + len(report) + len(_OWN):
+    adapters = {file.adapter for file in files if file.adapter}
+    weights = {path.name: path for path in (*(file.path for file in files), *adapters)}
+    texts = {path.name: beside(path, set(weights)).encode() for path in modelfiles}
+    sources = weights | {path.name: path for path in report}
+    if len({*texts, *sources, *_OWN}) < len(files) + len(adapters) + len(modelfiles) + len(report) + len(_OWN):
         raise OlpackError(f"Two files of the bundle {name} have the same name.", "Rename one: the archive has one folder.")
     if missing := [path for path in sources.values() if not path.is_file()]:
         raise OlpackError(f"There is no {missing[0]} for the bundle.", "Make it with 'olpack build'.")
@@ -67,23 +69,27 @@ def bundle(name: str, files: Sequence[QuantFile], modelfiles: Sequence[Path], re
 
 
 def beside(modelfile: Path, ggufs: set[str]) -> str:
-    """A Modelfile's text for a folder in which its GGUF lies beside it.
+    """A Modelfile's text for a folder in which its GGUF, and its adapter where it has one, lie beside it.
 
     Raises:
-        OlpackError: it cannot be read, or names none of the GGUFs.
+        OlpackError: it cannot be read, or names a GGUF that is none of these.
     """
     try:
         text = modelfile.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise OlpackError(f"There is no {modelfile}.", "Make it with 'olpack build'.") from None
     before = parse(text)
-    gguf = Path(before.source).name
-    if gguf not in ggufs:
-        raise OlpackError(f"{modelfile} names {before.source}, which is not among the GGUFs that go with it.", "Run 'olpack build' again.")
-    moved = re.sub(r"(?im)^[ \t]*from[ \t].*$", lambda _: f"FROM {quoted(f'./{gguf}')}", text, count=1)
-    if parse(moved) != replace(before, source=f"./{gguf}"):
+    named = {"from": before.source, "adapter": before.adapter}
+    places = {command: f"./{Path(path).name}" for command, path in named.items() if path is not None}
+    for command, place in places.items():
+        line = f"{command.upper()} {quoted(place)}"
+        if Path(place).name not in ggufs:
+            told = f"{modelfile} names {named[command]}, which is not among the GGUFs that go with it."
+            raise OlpackError(told, "Run 'olpack build' again.")
+        text = re.sub(rf"(?im)^[ \t]*{command}[ \t].*$", line.replace("\\", r"\\"), text, count=1)
+    if parse(text) != replace(before, source=places["from"], adapter=places.get("adapter")):
         raise OlpackError(f"The FROM of {modelfile} could not be changed.", "Put it before every other line of templates/Modelfile.j2.")
-    return moved
+    return text
 
 
 def _readme(name: str, files: Sequence[QuantFile], modelfiles: Sequence[Path]) -> str:

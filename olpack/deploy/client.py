@@ -158,6 +158,13 @@ class OllamaClient:
         with self._failures(f"running {model}"):
             return self._typed.generate(model, prompt, options=options, stream=False, **fields)
 
+    def stream_generate(
+        self, model: str, prompt: str, options: Mapping[str, object] | None = None, **fields: object
+    ) -> Iterator[ollama.GenerateResponse]:
+        """The answer to one prompt, piece by piece; the last piece has `done` and the durations."""
+        with self._failures(f"running {model}"):
+            yield from self._typed.generate(model, prompt, options=options, stream=True, **fields)
+
     def chat(
         self, model: str, messages: Sequence[Mapping], options: Mapping[str, object] | None = None, **fields: object
     ) -> ollama.ChatResponse:

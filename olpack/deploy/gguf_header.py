@@ -1,4 +1,4 @@
-"""What the header of a GGUF file says of the model: its scalar metadata and its number of parameters, without its long lists."""
+"""What the header of a GGUF file says of the model: its scalar metadata and its tensors, without its long lists."""
 
 from __future__ import annotations
 
@@ -20,11 +20,16 @@ class Header:
 
     Attributes:
         metadata: key to number, bool or text. Lists are left out.
-        parameters: elements of all tensors.
+        tensors: name to (lengths of the axes, innermost first; number of ggml's type).
     """
 
     metadata: dict[str, object]
-    parameters: int
+    tensors: dict[str, tuple[tuple[int, ...], int]]
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all tensors."""
+        return sum(math.prod(shape) for shape, _ in self.tensors.values())
 
 
 def read_header(path: Path) -> Header:
@@ -45,7 +50,7 @@ def read_header(path: Path) -> Header:
                     _skip_list(file)
                 else:
                     metadata[key] = _text(file) if kind == _STRING else _number(file, _SCALARS[kind])
-            return Header(metadata, sum(_elements(file) for _ in range(tensors)))
+            return Header(metadata, dict(_tensor(file) for _ in range(tensors)))
     except (struct.error, ValueError, KeyError):
         raise OlpackError(f"{path} is no whole GGUF file.", "Make it again with 'olpack export'.") from None
     except FileNotFoundError:
@@ -73,9 +78,10 @@ def _skip_list(file: BinaryIO) -> None:
             _skip_list(file) if kind == _ARRAY else file.seek(_number(file, "<Q"), 1)
 
 
-def _elements(file: BinaryIO) -> int:
-    """Elements of the tensor described here: name, number of axes, their lengths, type, offset."""
-    _text(file)
-    shape = [_number(file, "<Q") for _ in range(_number(file, "<I"))]
-    file.seek(4 + 8, 1)
-    return math.prod(shape)
+def _tensor(file: BinaryIO) -> tuple[str, tuple[tuple[int, ...], int]]:
+    """The tensor described here: name, number of axes, their lengths, type, offset."""
+    name = _text(file)
+    shape = tuple(_number(file, "<Q") for _ in range(_number(file, "<I")))
+    type_ = _number(file, "<I")
+    file.seek(8, 1)
+    return name, (shape, type_)

@@ -38,7 +38,7 @@ def hub_card(
     package: Package,
     license: str | None = None,
     recommended: str | None = None,
-    table: str = "",
+    table: str,
 ) -> str:
     """The README.md of the repository.
 

@@ -43,24 +43,26 @@ class Package:
 
 @dataclass(frozen=True)
 class ParsedModelfile:
-    """What the server would read from a Modelfile: the path after FROM, the package, and any other command with its text."""
+    """What the server would read from a Modelfile: the paths after FROM and ADAPTER, the package, and any other command with its text."""
 
     source: str
     package: Package
+    adapter: str | None = None
     others: tuple[tuple[str, str], ...] = ()
 
 
 # -- writing -------------------------------------------------------------------------------------------------------------------------------
 
 
-def render(package: Package, gguf_path: Path | str, template_source: str) -> str:
+def render(package: Package, gguf_path: Path | str, template_source: str, adapter_path: Path | str | None = None) -> str:
     """The Modelfile of one quant.
 
     Args:
         package: what it shall say.
         gguf_path: what FROM names. `ollama create -f` takes a relative path from the folder of the Modelfile.
-        template_source: Jinja, of `templates/Modelfile.j2` or the user's own. It sees `gguf`, the attributes of the package, `problems`
-            (what the grammar cannot hold) and the filter `quoted`.
+        template_source: Jinja, of `templates/Modelfile.j2` or the user's own. It sees `gguf` and `adapter`, the attributes of the package,
+            `problems` (what the grammar cannot hold) and the filter `quoted`.
+        adapter_path: what ADAPTER names; None: the GGUF holds the fine-tuned weights.
 
     Raises:
         OlpackError: the template does not compile, or names something that is not there.
@@ -72,6 +74,7 @@ def render(package: Package, gguf_path: Path | str, template_source: str) -> str
     try:
         return environment.from_string(template_source).render(
             gguf=str(gguf_path),
+            adapter=None if adapter_path is None else str(adapter_path),
             system=package.system,
             template=package.template,
             license=package.license,
@@ -115,6 +118,7 @@ def parse(text: str) -> ParsedModelfile:
         OlpackError: where `ollama create` would refuse it, with the line and the reason.
     """
     source: str | None = None
+    adapter: str | None = None
     texts: dict[str, str] = {}
     licenses: list[str] = []
     parameters: dict[str, object] = {}
@@ -123,6 +127,8 @@ def parse(text: str) -> ParsedModelfile:
     for command, word, value in _commands(text):
         if command == "from":
             source = value
+        elif command == "adapter":
+            adapter = value
         elif command in ("system", "template"):
             texts[command] = value
         elif command == "license":
@@ -136,7 +142,7 @@ def parse(text: str) -> ParsedModelfile:
     if source is None:
         raise OlpackError("The Modelfile has no FROM line.", "It must name the GGUF: FROM ./model.gguf")
     package = Package(texts.get("system"), texts.get("template"), parameters, "\n".join(licenses) if licenses else None, tuple(messages))
-    return ParsedModelfile(source, package, tuple(others))
+    return ParsedModelfile(source, package, adapter, tuple(others))
 
 
 def _set_parameter(parameters: dict[str, object], name: str, value: str) -> None:
@@ -235,7 +241,7 @@ def unrepresentable(package: Package) -> list[str]:
     return problems
 
 
-def differences(parsed: ParsedModelfile, package: Package) -> list[str]:
+def differences(parsed: ParsedModelfile, package: Package, adapter: str | None = None) -> list[str]:
     """What a Modelfile says otherwise than the package, one sentence each: the proof that a rendered file (with a user's own template, too)
     is right.
     """
@@ -243,6 +249,7 @@ def differences(parsed: ParsedModelfile, package: Package) -> list[str]:
     pairs: list[tuple[str, object, object]] = [
         (name, getattr(package, name), getattr(found, name)) for name in ("system", "template", "license")
     ]
+    pairs.append(("adapter", adapter, parsed.adapter))
     pairs.append(
         (
             "messages",

@@ -98,5 +98,5 @@ def context_warnings(num_ctx: int, trained: int | None = None, longest: int | No
             f"num_ctx {num_ctx} is more than the {longest} tokens that the base model was made for: answers beyond them degrade."
         )
     if trained is not None and num_ctx > trained:
-        warnings.append(f"num_ctx {num_ctx} is more than the {trained} tokens trained on: the adapter has seen nothing that long.")
+        warnings.append(f"num_ctx {num_ctx} is more than the {trained} tokens of the longest row trained on: beyond them only the base has learned.")
     return warnings

@@ -7,6 +7,7 @@ new or has another value is set through `from` the tag itself, which touches no 
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,11 +34,13 @@ class QuantFile:
         tag: what follows the colon, "q4_K_M".
         path: the file.
         sha256: of the file, 64 hexadecimal digits; None: it is read and hashed.
+        adapter: a LoRA GGUF that the server shall apply to it; None: there is none.
     """
 
     tag: str
     path: Path
     sha256: str | None = None
+    adapter: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,8 @@ def check_request(name: str, files: Sequence[QuantFile], package: Package, lates
     tags = [file.tag.lower() for file in files]
     for file in files:
         check_name(f"{name}:{file.tag}")
+        if re.search(r"-\d{5}-of-\d{5}\.gguf$", file.path.name):
+            raise OlpackError(f"'{file.path}' is one part of a GGUF in several files, and Ollama takes a model from one.", "Export it unsplit.")
         if tags.count(file.tag.lower()) > 1:
             raise OlpackError(
                 f"Two files shall become {name}:{file.tag}.", "Tags are matched without regard to case: give each file its own."
@@ -121,15 +126,20 @@ def check_request(name: str, files: Sequence[QuantFile], package: Package, lates
 def _register_one(client: OllamaClient, model: str, file: QuantFile, package: Package, earlier: Registered | None) -> Registered:
     started, sent = time.monotonic(), client.bytes_sent
     digest = f"sha256:{file.sha256}" if file.sha256 else blob_digest(file.path)
-    # Without a Go template of the package's own, the GGUF's is to run, and nothing that the server takes for it.
-    fields = {**_fields(package), "template": package.template or read_chat_template(file.path)}
+    adapter = blob_digest(file.adapter) if file.adapter else None
+    fields = _wanted(file, package)
     shown = client.show(model)
     changed = _differing(fields, shown) if shown else []
     done: Done
-    if shown is None or not _same_weights(shown, digest, earlier) or _needs_files(changed, fields, shown, package):
+    same_weights = shown is not None and shown.adapter == adapter and _same_weights(shown, digest, earlier)
+    if not same_weights or _needs_files(changed, fields, shown, package):
         done = "updated" if shown else "created"
         client.upload(file.path, digest)
-        client.create({"model": model, "files": {file.path.name: digest}, **_fields(package)})
+        adapters = {}
+        if file.adapter:
+            client.upload(file.adapter, adapter)
+            adapters = {"adapters": {file.adapter.name: adapter}}
+        client.create({"model": model, "files": {file.path.name: digest}, **adapters, **_fields(package)})
     elif changed:
         done = "updated"
         client.create({"model": model, "from": model, **{field: fields[field] for field in changed}})
@@ -137,7 +147,7 @@ def _register_one(client: OllamaClient, model: str, file: QuantFile, package: Pa
         done = "unchanged"
     if done != "unchanged":
         shown = client.show(model)
-        _refuse_drift(model, fields, shown, package)
+        _refuse_drift(model, shown, file, package)
         if shown.blob != digest:
             progress.warn(f"The server rewrote {file.path.name} for {model}; until it is restarted, the file takes its space twice.")
     # The server lists a tag in the case in which it first met it.
@@ -148,6 +158,19 @@ def _register_one(client: OllamaClient, model: str, file: QuantFile, package: Pa
     figures = f" ({progress.quantity(record.bytes_sent, 'B')} sent, {progress.duration(record.seconds)})" if done != "unchanged" else ""
     progress.say(f"{done} {record.model}{figures}")
     return record
+
+
+def drift(shown: Shown, file: QuantFile, package: Package) -> list[str]:
+    """In what a registered tag differs from its package beside the weights, one clause each: "parameters is {…} and not {…}"."""
+    fields = _wanted(file, package)
+    told = [f"{field} is {_short(getattr(shown, field))} and not {_short(fields.get(field))}" for field in _differing(fields, shown)]
+    adapter = blob_digest(file.adapter) if file.adapter else None
+    return told if shown.adapter == adapter else [*told, f"adapter is {shown.adapter} and not {adapter}"]
+
+
+def _wanted(file: QuantFile, package: Package) -> dict[str, object]:
+    # Without a Go template of the package's own, the GGUF's is to run, and nothing that the server takes for it.
+    return {**_fields(package), "template": package.template or read_chat_template(file.path)}
 
 
 def _fields(package: Package) -> dict[str, object]:
@@ -197,26 +220,25 @@ def _needs_files(changed: Sequence[str], fields: dict[str, object], shown: Shown
     )
 
 
-def _refuse_drift(model: str, fields: dict[str, object], shown: Shown | None, package: Package) -> None:
+def _refuse_drift(model: str, shown: Shown | None, file: QuantFile, package: Package) -> None:
     if shown is None:
         raise OlpackError(
             f"The Ollama server said that it registered {model}, and does not have it.", "Look into its log, then run this again."
         )
-    drift = _differing(fields, shown)
-    if "template" in drift and package.template is None:
+    differing = _differing(_wanted(file, package), shown)
+    if "template" in differing and package.template is None:
         raise OlpackError(
             f"The Ollama server replaced the chat template of {model} by a similar one of its own: prompts would not be as trained.",
             "Export again: olpack protects the template that it writes into a GGUF.",
         )
-    if "template" in drift:
+    if "template" in differing:
         raise OlpackError(
             f"The Ollama server runs the chat template inside the GGUF of {model}, which knows tools or thinking, not the recipe's.",
             "Leave modelfile.template out of the recipe.",
         )
-    if drift:
-        told = "; ".join(f"{field} is {_short(getattr(shown, field))} and not {_short(fields.get(field))}" for field in drift)
+    if told := drift(shown, file, package):
         raise OlpackError(
-            f"The Ollama server registered {model} otherwise than asked: {told}.", "Remove the tag with 'ollama rm' and deploy again."
+            f"The Ollama server registered {model} otherwise than asked: {'; '.join(told)}.", "Remove the tag with 'ollama rm' and deploy again."
         )
 
 

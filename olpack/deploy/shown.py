@@ -13,6 +13,7 @@ class Shown:
 
     Attributes:
         blob: digest of its weights, `sha256:<64 hex>`; None where the server names no blob.
+        adapter: digest of the adapter that is applied to them, in the same form; None where there is none.
         system, template, license: None where there is none. `template` is the GGUF's own Jinja or a Go template, whichever runs.
         parameters: name to value; `stop` is always a list.
         messages: turns that precede every conversation.
@@ -22,6 +23,7 @@ class Shown:
     """
 
     blob: str | None
+    adapter: str | None = None
     system: str | None = None
     template: str | None = None
     license: str | None = None
@@ -34,10 +36,12 @@ class Shown:
 
 def read_shown(answer: dict) -> Shown:
     """The answer of `/api/show` in types."""
-    # The first line that begins so is the weights' own: the model's texts come after it.
-    weights = re.search(r"^FROM .*sha256-([0-9a-f]{64})\s*$", answer.get("modelfile") or "", re.MULTILINE)
+    # The first line that begins so is the weights' own, and an adapter's comes right after it: the model's texts follow these.
+    weights = re.search(r"^FROM .*sha256-([0-9a-f]{64})\s*(?:^ADAPTER .*sha256-([0-9a-f]{64})\s*)?$", answer.get("modelfile") or "", re.MULTILINE)
+    blob, adapter = weights.groups() if weights else (None, None)
     return Shown(
-        blob=f"sha256:{weights.group(1)}" if weights else None,
+        blob=blob and f"sha256:{blob}",
+        adapter=adapter and f"sha256:{adapter}",
         system=answer.get("system") or None,
         template=answer.get("template") or None,
         license=answer.get("license") or None,

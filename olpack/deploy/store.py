@@ -95,7 +95,9 @@ def write_store(store: Path, name: str, files: Sequence[QuantFile], package: Pac
     return stored
 
 
-def compose(weights: str, size: int, header: Header, package: Package) -> tuple[bytes, dict[str, bytes]]:
+def compose(
+    weights: str, size: int, header: Header, package: Package, adapter: tuple[str, int] | None = None
+) -> tuple[bytes, dict[str, bytes]]:
     """The manifest of one tag, and the blobs that it names beside the weights, as the server writes them.
 
     Args:
@@ -103,6 +105,7 @@ def compose(weights: str, size: int, header: Header, package: Package) -> tuple[
         size: of it, in bytes.
         header: of it.
         package: what the tag carries.
+        adapter: (digest, size) of a LoRA GGUF that is applied to the weights. The server puts its layer after theirs.
 
     Returns:
         (manifest, blobs by their digest `sha256:<64 hex>`).
@@ -124,6 +127,7 @@ def compose(weights: str, size: int, header: Header, package: Package) -> tuple[
         "messages": _go_json(messages) if messages else b"",
     }
     layers: list[dict[str, object]] = [{"mediaType": f"{_IMAGE}model", "digest": weights, "size": size}]
+    layers += [{"mediaType": f"{_IMAGE}adapter", "digest": adapter[0], "size": adapter[1]}] if adapter else []
     layers += [layer(_IMAGE + kind, content) for kind, content in contents.items() if content]
     family = header.metadata.get("general.architecture", "unknown")
     config = {
@@ -166,7 +170,8 @@ def _go_json(value: object) -> bytes:
 def _write_tag(store: Path, model: str, file: QuantFile, package: Package) -> Stored:
     header = read_header(file.path)
     weights = f"sha256:{file.sha256}" if file.sha256 else blob_digest(file.path)
-    manifest, texts = compose(weights, file.path.stat().st_size, header, package)
+    adapter = (blob_digest(file.adapter), file.adapter.stat().st_size) if file.adapter else None
+    manifest, texts = compose(weights, file.path.stat().st_size, header, package, adapter)
     name = _as_spelled(store, parse_name(model))
     path = store / "manifests" / name.host / name.namespace / name.model / name.tag
 
@@ -174,6 +179,8 @@ def _write_tag(store: Path, model: str, file: QuantFile, package: Package) -> St
         for digest, content in texts.items():
             if not _blob(store, digest).is_file():
                 _write(_blob(store, digest), content, store)
+        if adapter:
+            _place_weights(file.adapter, adapter[0], store)
         return _place_weights(file.path, weights, store)
 
     how = place()
@@ -182,7 +189,7 @@ def _write_tag(store: Path, model: str, file: QuantFile, package: Package) -> St
         _make_folder(path.parent, store)
         _write(path, manifest, store)
     # A server that started meanwhile may have thrown out blobs that no manifest named yet.
-    if not all(_blob(store, digest).is_file() for digest in (weights, *texts)):
+    if not all(_blob(store, digest).is_file() for digest in (weights, *(adapter or ())[:1], *texts)):
         how = place()
     listed = f"{name.model}:{name.tag}"
     if name.host != DEFAULT_HOST:

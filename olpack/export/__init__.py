@@ -2,6 +2,7 @@
 
     plan = check_export(base, ["Q4_K_M", "Q8_0"], adapter=adapter)        # seconds; reads headers only
     files = export(base, [Target("Q4_K_M", Path("out.gguf"))], adapter=adapter)
+    size, sha256 = export_adapter(base, adapter, Path("adapter.gguf"))    # the adapter by itself (olpack.export.lora)
 
 llama.cpp's own converter names and reshapes the tensors, llama.cpp's own quantizer chooses their types and makes their bytes.
 Both run in a worker process: the converter needs its own `gguf` package, which must not replace the one in this process, and
@@ -14,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from olpack.export.job import ExportedFile, ExportPlan, Target
+from olpack.export.job import ExportedFile, ExportedPart, ExportPlan, Target
 
-__all__ = ["ExportPlan", "ExportedFile", "Target", "check_export", "collect_importance", "export"]
+__all__ = ["ExportPlan", "ExportedFile", "ExportedPart", "Target", "check_export", "collect_importance", "export"]
 
 
 def check_export(
@@ -63,6 +64,7 @@ def export(
     threads: int | None = None,
     importance: Path | None = None,
     tensor_types: Mapping[str, str] = {},
+    split: int | None = None,
 ) -> list[ExportedFile]:
     """Write every target in one pass. All of them appear under their names when all are complete, or none does.
 
@@ -85,6 +87,8 @@ def export(
             used for every tensor and type that gains by it; a file that gains nothing (Q8_0, F16, BF16, F32) is the same without.
         tensor_types: regular expression to tensor type ("attn_v": "q6_K"). The first that is found in a tensor's name decides its type, in
             quantized files; where rows do not fit its blocks, llama.cpp takes another.
+        split: most bytes of one file. A larger GGUF becomes several, "model-00001-of-00003.gguf" and so on in place of "model.gguf", which
+            llama.cpp loads by the first and Ollama does not take.
 
     Returns:
         One entry per target, in the order of the targets.
@@ -98,6 +102,7 @@ def export(
         return converter.export(
             source, targets, adapter=adapter, name=name, chat_template=chat_template, end_of_turn=end_of_turn,
             metadata=metadata, round_to_bf16=round_to_bf16, threads=threads, importance=importance, tensor_types=tensor_types,
+            split=split,
         )  # fmt: skip
 
 

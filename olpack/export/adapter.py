@@ -82,7 +82,8 @@ class Adapter:
             change = self.low_rank[name]
             # Cloned, because the last bit of a product depends on how its factors are aligned, and in the file they are anyhow.
             product = file.get_tensor(change.b).to(torch.float32).clone() @ file.get_tensor(change.a).to(torch.float32).clone()
-        return torch.add(weight.to(torch.float32), (product.T if change.transposed else product) * change.scale)
+        # In place: a further matrix of the weight's size would cost as much time as the product itself.
+        return (product.T if change.transposed else product).mul_(change.scale).add_(weight)
 
 
 def read_adapter(folder: Path, base: Mapping[str, TensorHeader]) -> Adapter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import subprocess
@@ -10,14 +11,14 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 
 import olpack
 from olpack import progress
 from olpack.errors import OlpackError
-from olpack.export.job import LATER, ExportedFile, ExportPlan, Target, partial_path
+from olpack.export.job import LATER, ExportedFile, ExportedPart, ExportPlan, Target, partial_path, remove_partial
 from olpack.llamacpp.library import INSTALL
 from olpack.llamacpp.source import converter_source
 from olpack.quants import check_tensor_types, quant_type
@@ -36,15 +37,10 @@ class Converter:
     def __init__(self):
         source = converter_source()
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 — closed with the worker
-        packages = os.pathsep.join(filter(None, [str(Path(olpack.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
             # -P: the folder that the user works in may hold modules of any name
             [sys.executable, "-P", "-m", "olpack.export.worker", str(source)],
-            env={
-                **os.environ, "PYTHONPATH": packages, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-                "GGML_NO_BACKTRACE": "1",  # an abort says its reason in one line; a debugger would add seconds and pages
-                "MALLOC_MMAP_THRESHOLD_": str(4 << 20),  # glibc: tensors go back to the system at once; without it the peak is double
-            },
+            env=worker_environment(),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, encoding="utf-8",
         )  # fmt: skip
 
@@ -76,6 +72,7 @@ class Converter:
         self, source: Path, targets: Sequence[Target], *, adapter: Path | None = None, name: str | None = None,
         chat_template: str | None = None, end_of_turn: str | None = None, metadata: Mapping[str, str] | None = None,
         round_to_bf16: bool = False, threads: int | None = None, importance: Path | None = None, tensor_types: Mapping[str, str] = {},
+        split: int | None = None,
     ) -> list[ExportedFile]:  # fmt: skip
         """As `olpack.export.export`."""
         if not targets:
@@ -91,12 +88,13 @@ class Converter:
                 source=_text(source), targets=[(quant, str(path)) for quant, path in wanted], adapter=_text(adapter),
                 name=name, chat_template=chat_template, end_of_turn=end_of_turn, metadata=dict(metadata or {}),
                 round_to_bf16=round_to_bf16, threads=threads, importance=_text(importance), tensor_types=check_tensor_types(tensor_types),
+                split=split,
             )  # fmt: skip
         except BaseException:
             for _, path in wanted:  # the worker removes them itself, unless it was killed
-                partial_path(path, self.pid).unlink(missing_ok=True)
+                remove_partial(partial_path(path, self.pid))
             raise
-        return [ExportedFile(**{**fields, "path": Path(fields["path"])}) for fields in files]
+        return [_exported(fields) for fields in files]
 
     def collect(self, gguf: Path, rows: Sequence[Sequence[int]], out: Path, *, dataset: str, threads: int | None = None) -> None:
         """As `olpack.export.collect_importance`."""
@@ -163,6 +161,16 @@ class Converter:
             self._process.wait()
 
 
+def worker_environment() -> dict[str, str]:
+    """The variables of the worker's process."""
+    packages = os.pathsep.join(filter(None, [str(Path(olpack.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    return {
+        **os.environ, "PYTHONPATH": packages, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+        "GGML_NO_BACKTRACE": "1",  # an abort says its reason in one line; a debugger would add seconds and pages
+        "MALLOC_MMAP_THRESHOLD_": str(4 << 20),  # glibc: tensors go back to the system at once; without it the peak is double
+    }  # fmt: skip
+
+
 def _make_place(path: Path) -> None:
     """Make the folder for a file, and remove what killed exports left of it there."""
     if path.is_dir():
@@ -173,10 +181,15 @@ def _make_place(path: Path) -> None:
             raise PermissionError(13, "Permission denied")
     except OSError as error:
         raise OlpackError(f"Nothing can be written in '{path.parent}': {error.strerror}.", "Name another folder.") from error
-    for left in path.parent.glob(f".{path.name}.*.partial"):
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         pid = left.name.removesuffix(".partial").rpartition(".")[2]
         if pid.isdecimal() and not psutil.pid_exists(int(pid)):
-            left.unlink(missing_ok=True)
+            remove_partial(left)
+
+
+def _exported(fields: dict[str, Any]) -> ExportedFile:
+    parts = [ExportedPart(**{**part, "path": Path(part["path"])}) for part in fields["parts"]]
+    return ExportedFile(**{**fields, "path": Path(fields["path"]), "parts": parts})
 
 
 def _text(path: Path | None) -> str | None:

@@ -5,6 +5,7 @@ Runs in the worker process only, because it imports the converter's own `gguf` p
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
@@ -29,8 +30,14 @@ def use_converter(source: Path) -> None:
     os.environ.pop("NO_LOCAL_GGUF", None)
     sys.path[:0] = [str(source), str(source / "gguf-py")]
     logging.disable(logging.CRITICAL)  # what matters of the converter's news becomes an error or a warning of ours
+    gc.disable()  # these imports make a million objects that all stay: looking for garbage among them takes most of a second
+    import conversion  # noqa: F401 — with torch and transformers
     import gguf
+    import torch
 
+    gc.freeze()
+    gc.enable()
+    torch.set_num_threads(1)  # tensors are loaded in many threads, each of which would start a team of its own
     assert Path(gguf.__file__).is_relative_to(source), "another gguf was imported before the converter's own"
     _keep_floats(gguf)
 
@@ -111,10 +118,12 @@ def open_model(
     chat_template: str | None = None,
     end_of_turn: str | None = None,
     metadata: Mapping[str, str] | None = None,
+    vocabulary: bool = True,
 ) -> SourceModel:
     """Open a model folder with llama.cpp's converter. Reads configuration, tokenizer and tensor headers; no weight is loaded.
 
-    The arguments are those of `olpack.export.export`.
+    The arguments are those of `olpack.export.export`, and `vocabulary`: False where the folder has no tokenizer and only shapes are
+    asked for. llama.cpp loads such a model, but can turn no text into tokens with it.
 
     Raises:
         OlpackError: what the converter does not know or refuses, in its words where they say more.
@@ -126,6 +135,8 @@ def open_model(
         origins = _record_origins(model)
         if adapter is not None:
             _merge(model, adapter)
+        if not vocabulary:
+            model.set_vocab = lambda: _set_empty_vocabulary(model)
         try:
             model.prepare_tensors()
         except (ValueError, NotImplementedError, KeyError, AssertionError) as error:
@@ -182,6 +193,11 @@ def _construct(source: Path, name: str | None) -> Any:
         raise _refused(source, error) from error
     _recognize_pretokenizer(model, source)
     return model
+
+
+def _set_empty_vocabulary(model: Any) -> None:
+    model.gguf_writer.add_tokenizer_model("no_vocab")
+    model.gguf_writer.add_vocab_size(model.gguf_writer.tensors[0]["token_embd.weight"].shape[0])
 
 
 def _recognize_pretokenizer(model: Any, source: Path) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-
 
 LATER = "later"  # in place of an importance matrix: it will be collected on the model that is checked
 
@@ -23,17 +23,27 @@ class Target:
 
 
 @dataclass(frozen=True)
+class ExportedPart:
+    """One file of a GGUF that was split: where it is, its bytes, its SHA-256 in hex."""
+
+    path: Path
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class ExportedFile:
     """One GGUF that was written.
 
     Attributes:
         quant: the quant type's name, "Q4_K_M".
-        path: the file.
-        size: bytes.
-        sha256: of the whole file, in hex.
+        path: the file; the first of its parts, where it was split.
+        size: bytes, of all parts together.
+        sha256: of the file, in hex; of the first part, where it was split.
         parameters: weights in the model, norms and biases included.
         bits_per_weight: bits of tensor data per parameter (header and vocabulary not counted), as llama.cpp counts them.
         seconds: wall time of the pass that wrote it (one pass writes all files).
+        parts: its files in order, where it was split; empty for a single file.
     """
 
     quant: str
@@ -43,6 +53,7 @@ class ExportedFile:
     parameters: int
     bits_per_weight: float
     seconds: float
+    parts: list[ExportedPart] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -68,5 +79,14 @@ class ExportPlan:
 
 
 def partial_path(path: Path, pid: int) -> Path:
-    """Where a file is written until it is complete: beside its place, with the writing process in its name."""
+    """Where a file is written until it is complete: beside its place, with the writing process in its name. Parts are written into a
+    folder of this name."""
     return path.with_name(f".{path.name}.{pid}.partial")
+
+
+def remove_partial(place: Path) -> None:
+    """Remove what is at a `partial_path`, if anything."""
+    if place.is_dir():
+        shutil.rmtree(place, ignore_errors=True)
+    else:
+        place.unlink(missing_ok=True)

@@ -18,10 +18,12 @@ from olpack.export.converter import SourceModel, open_model
 from olpack.export.folder import check_tokenizer_files, read_config, read_tensor_headers
 from olpack.export.gguf_source import open_gguf
 from olpack.export.importance import ColumnWeights, column_weights
-from olpack.export.job import LATER, ExportedFile, ExportPlan, partial_path
+from olpack.export.job import LATER, ExportPlan, partial_path, remove_partial
 from olpack.export.plan import FilePlan, hollow_file, plan_files
+from olpack.export.split import part_names, split_plan
 from olpack.export.verify import verify_file, verify_tokenizer
 from olpack.export.write import write_files
+from olpack.llamacpp.cores import usable_processors
 from olpack.quants import quant_type
 
 Report = Callable[[int, int], None]
@@ -47,39 +49,69 @@ def check(
 
 def export(
     source: str, targets: list[tuple[str, str]], adapter: str | None, name: str | None, chat_template: str | None, end_of_turn: str | None,
-    metadata: dict[str, str], round_to_bf16: bool, threads: int | None, importance: str | None, tensor_types: dict[str, str], report: Report,
+    metadata: dict[str, str], round_to_bf16: bool, threads: int | None, importance: str | None, tensor_types: dict[str, str],
+    split: int | None, report: Report,
 ) -> list[dict]:  # fmt: skip
     """`olpack.export.export`, over the pipe. Returns the fields of one `ExportedFile` for each target."""
     started = time.monotonic()
-    paths = [Path(path) for _, path in targets]
     model, plans, weights, _ = _prepare(
         Path(source), [quant for quant, _ in targets], adapter, importance, tensor_types,
         name=name, chat_template=chat_template, end_of_turn=end_of_turn, metadata=metadata,
     )  # fmt: skip
     parameters, keys = model.parameters, dict(model.keys)
-    check_space(paths, plans)
-    partial = [partial_path(path, os.getpid()) for path in paths]
-    total = sum(plan.size for plan in plans)
+    files = [_Output(Path(path), split_plan(plan, split)) for plan, (_, path) in zip(plans, targets, strict=True)]
+    check_space([path for file in files for path in file.paths], [part for file in files for part in file.parts])
+    total = sum(file.size for file in files)
     try:
+        for file in files:
+            file.begin()
         digests = write_files(
-            model, plans, partial, threads=threads or _cores(), round_to_bf16=round_to_bf16, importance=weights,
+            model, [file.partial for file in files], threads=threads or usable_processors(), round_to_bf16=round_to_bf16, importance=weights,
             advance=lambda count: report(count, total),
         )  # fmt: skip
-        for plan, path in zip(plans, partial, strict=True):
-            verify_file(path, plan, keys)
-        for path, final in zip(partial, paths, strict=True):
-            path.replace(final)
+        for file in files:
+            verify_file(file.partial, keys)
+        for file in files:
+            file.finish()
     finally:
-        for path in partial:
-            path.unlink(missing_ok=True)
+        for file in files:
+            file.clean()
     seconds = time.monotonic() - started
-    return [
-        {
-            **asdict(ExportedFile(plan.quant.name, path, plan.size, digest, parameters, 8 * plan.data_size / parameters, seconds)),
-            "path": str(path),
-        }
-        for plan, path, digest in zip(plans, paths, digests, strict=True)
-    ]
+    exported = []
+    for plan, file, found in zip(plans, files, digests, strict=True):
+        parts = [{"path": str(path), "size": part.size, "sha256": digest} for path, part, digest in zip(file.paths, file.parts, found, strict=True)]
+        exported.append({
+            "quant": plan.quant.name, "path": str(file.paths[0]), "size": file.size, "sha256": found[0], "parameters": parameters,
+            "bits_per_weight": 8 * plan.data_size / parameters, "seconds": seconds, "parts": parts if len(parts) > 1 else [],
+        })  # fmt: skip
+    return exported
+
+
+class _Output:
+    """One GGUF on its way to its place: the paths of its parts, and where they are until all are complete."""
+
+    def __init__(self, path: Path, parts: list[FilePlan]):
+        self.parts = parts
+        self.size = sum(part.size for part in parts)
+        self._place = partial_path(path, os.getpid())
+        if len(parts) == 1:
+            self.paths, places = [path], [self._place]
+        else:
+            self.paths = [path.with_name(name) for name in part_names(path.name, len(parts))]
+            places = [self._place / path.name for path in self.paths]  # llama.cpp finds parts by their names alone
+        self.partial = list(zip(parts, places, strict=True))
+
+    def begin(self) -> None:
+        if len(self.parts) > 1:
+            self._place.mkdir()
+
+    def finish(self) -> None:
+        """Move everything to its place; the first part last, because it is the one that is opened."""
+        for path, (_, place) in reversed(list(zip(self.paths, self.partial, strict=True))):
+            place.replace(path)
+
+    def clean(self) -> None:
+        remove_partial(self._place)
 
 
 def _prepare(
@@ -142,7 +174,3 @@ def check_space(paths: list[Path], plans: list[FilePlan]) -> None:
                 f"The files need {progress.quantity(needed, 'B')} in '{place[device]}', and {progress.quantity(free, 'B')} are free.",
                 "Make room, name another folder, or ask for fewer quant types.",
             )
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,24 +59,25 @@ def verify_tokenizer(source: Path, gguf: Path) -> list[str]:
     ]
 
 
-def verify_file(path: Path, plan: FilePlan, keys: Mapping[str, Any]) -> None:
+def verify_file(parts: Sequence[tuple[FilePlan, Path]], keys: Mapping[str, Any]) -> None:
     """Check a written file against its plan: its size, its file type, and every text in its header.
 
     Args:
-        path: the file.
-        plan: what it should hold.
+        parts: what the file consists of, mostly one: what it should hold, and where it is.
         keys: the header's keys, as in `SourceModel.keys`.
 
     Raises:
         OlpackError: llama.cpp does not read back what was meant.
     """
-    if path.stat().st_size != plan.size:
-        raise OlpackError(f"'{path}' has {path.stat().st_size:,} bytes instead of {plan.size:,}.", "Check the disk, and export again.")
-    meant = {name: key.value for name, key in keys.items() if isinstance(key.value, str)} | {"general.file_type": str(plan.quant.ftype)}
-    with Vocabulary(path) as vocabulary:
+    for plan, path in parts:
+        if path.stat().st_size != plan.size:
+            raise OlpackError(f"'{path}' has {path.stat().st_size:,} bytes instead of {plan.size:,}.", "Check the disk, and export again.")
+    quant, first = parts[0][0].quant, parts[0][1]
+    meant = {name: key.value for name, key in keys.items() if isinstance(key.value, str)} | {"general.file_type": str(quant.ftype)}
+    with Vocabulary(first) as vocabulary:
         for name, value in meant.items():
             if vocabulary.key(name) != value:
                 raise OlpackError(
-                    f"llama.cpp reads {vocabulary.key(name)!r} as '{name}' of the {plan.quant.name} file, and {value!r} was written.",
+                    f"llama.cpp reads {vocabulary.key(name)!r} as '{name}' of the {quant.name} file, and {value!r} was written.",
                     "Leave characters out that text cannot hold, such as a null.",
                 )

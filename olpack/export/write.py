@@ -1,7 +1,7 @@
 """The pass itself: each tensor is loaded once, quantized once per type, and appended to every file.
 
-    this thread     loads tensor after tensor, as far ahead as the memory allows
-    thread pool     quantizes rows: each chunk to every type that some file wants, while it is in the cache
+    this thread     hands out tensor after tensor, as far ahead as the memory allows
+    thread pool     loads tensors, and quantizes their rows: each chunk to every type that some file wants, while it is in the cache
     one per file    waits for the next tensor, appends and hashes it
 
 All the heavy calls (torch, ggml, write, SHA-256) release the GIL, so these really run at the same time.
@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -24,26 +25,25 @@ from olpack.export.converter import FLOATS, SourceModel, SourceTensor
 from olpack.export.plan import FilePlan, padded
 from olpack.llamacpp import library
 
-MEMORY = 1 << 30  # bytes of tensors in flight beyond which no further one is loaded
+MEMORY = 1 << 30  # bytes of tensors in flight beyond which no further one is begun
 CHUNK = 1 << 19  # weights that a thread quantizes at a time: 2 MB of float32
 
 
 def write_files(
     model: SourceModel,
-    plans: Sequence[FilePlan],
-    paths: Sequence[Path],
+    files: Sequence[Sequence[tuple[FilePlan, Path]]],
     *,
     threads: int,
     round_to_bf16: bool = False,
     importance: Mapping[str, np.ndarray] = {},
     advance: Callable[[int], None] = lambda count: None,
-) -> list[str]:
+) -> list[list[str]]:
     """Write every planned file to its path, in one pass over the model's tensors. The tensors of `model` are used up.
 
     Args:
         model: the opened model.
-        plans: what each file holds; all list the same tensors in the same order.
-        paths: one for each plan, written in place: give temporary names.
+        files: for each the parts that it consists of, mostly one: what it holds, and where it is written. It is written in place: give
+            temporary names. All files list the same tensors in the same order.
         threads: how many quantize.
         round_to_bf16: round what llama.cpp's converter would store in 16 bits first, as it would.
         importance: float32 [matrices, columns] by tensor name, the weight of each column's error; for a stack of experts one row each. It
@@ -51,22 +51,22 @@ def write_files(
         advance: told the bytes that were written, from several threads.
 
     Returns:
-        The SHA-256 of each file, in hex. The files are on the disk (fsync) by then.
+        For each file the SHA-256 of its parts, in hex. The files are on the disk (fsync) by then.
 
     Raises:
         OlpackError: a weight that is infinite or not a number, one too large for a type, a disk that fills up.
     """
     flight = _Flight(MEMORY)
-    writers = [_FileWriter(plan, path, flight, advance) for plan, path in zip(plans, paths, strict=True)]
+    writers = [_FileWriter(parts, flight, advance) for parts in files]
     pool = ThreadPoolExecutor(threads, thread_name_prefix="quantize")
     try:
         for writer in writers:
             writer.start()
-        for name, *_ in plans[0].tensors:
+        for name in writers[0].types:
             source = model.tensors.pop(name)
             work = _Work(source, [writer.types[name] for writer in writers], readers=len(writers))
             flight.take(work.nbytes)
-            work.begin(pool, round_to_bf16, importance.get(name))
+            work.loaded = pool.submit(work.load, pool, round_to_bf16, importance.get(name))
             for writer in writers:
                 writer.todo.put(work)
         for writer in writers:
@@ -82,7 +82,7 @@ def write_files(
         for writer in writers:
             writer.todo.put(None)
             writer.join()
-    return [writer.digest.hexdigest() for writer in writers]
+    return [writer.digests for writer in writers]
 
 
 class _Flight:
@@ -127,9 +127,11 @@ class _Work:
         sizes = [source.elements // columns * library.row_size(type_, columns) for type_ in self.types]
         self.nbytes = sum(sizes) + (4 * source.elements if source.type_name in FLOATS else 0)
         self.data: dict[int, np.ndarray] = {}
-        self.chunks: list[Future[None]] = []
+        self.loaded: Future[None] | None = None
+        self._chunks: list[Future[None]] = []
 
-    def begin(self, pool: ThreadPoolExecutor, round_to_bf16: bool, importance: np.ndarray | None) -> None:
+    def load(self, pool: ThreadPoolExecutor, round_to_bf16: bool, importance: np.ndarray | None) -> None:
+        """Read and merge the tensor, and hand its rows to the pool."""
         values = self.source.load()
         if self.source.type_name not in FLOATS:
             self.data = {self.types[0]: values}
@@ -147,7 +149,13 @@ class _Work:
         for first, columns_weights in zip(range(0, rows, rows_of_one), weights, strict=True):
             for start in range(first, first + rows_of_one, step):
                 part = slice(start, min(start + step, first + rows_of_one))
-                self.chunks.append(pool.submit(self._quantize, values, part, rounding, columns_weights))
+                self._chunks.append(pool.submit(self._quantize, values, part, rounding, columns_weights))
+
+    def wait(self) -> None:
+        """Until `data` is complete. Raises what went wrong on the way."""
+        self.loaded.result()
+        for chunk in self._chunks:
+            chunk.result()
 
     def _quantize(self, values: np.ndarray, part: slice, rounding: str, importance: np.ndarray | None) -> None:
         rows = values[part]
@@ -181,31 +189,25 @@ def _round(rows: np.ndarray, type_name: str) -> None:
 
 
 class _FileWriter(threading.Thread):
-    """Appends tensors to one file in order, and hashes what it writes."""
+    """Appends tensors to one file in order, part by part, and hashes what it writes."""
 
-    def __init__(self, plan: FilePlan, path: Path, flight: _Flight, advance: Callable[[int], None]):
-        super().__init__(name=f"write-{plan.quant.name}", daemon=True)
-        self.types = {name: type_ for name, type_, _ in plan.tensors}
+    def __init__(self, parts: Sequence[tuple[FilePlan, Path]], flight: _Flight, advance: Callable[[int], None]):
+        super().__init__(name=f"write-{parts[0][0].quant.name}", daemon=True)
+        self.types = {name: type_ for plan, _ in parts for name, type_, _ in plan.tensors}
         self.todo: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
-        self.digest = hashlib.sha256()
-        self._plan, self._path, self._flight, self._advance = plan, path, flight, advance
+        self.digests: list[str] = []
+        self._parts, self._flight, self._advance = parts, flight, advance
 
     def run(self) -> None:
         try:
-            with self._path.open("wb", buffering=0) as file:
-                self._append(file, self._plan.header)
-                while (work := self.todo.get()) is not None and self._flight.failure is None:
-                    for chunk in work.chunks:
-                        chunk.result()
-                    data = work.data[self.types[work.source.name]].reshape(-1)
-                    self._append(file, data)
-                    self._append(file, bytes(padded(data.nbytes) - data.nbytes))
-                    if work.done_with():
-                        self._flight.give(work.nbytes)
-                os.fsync(file.fileno())
+            for plan, path in self._parts:
+                with path.open("wb", buffering=0) as file:
+                    if not self._write(plan, file):
+                        return
+                    os.fsync(file.fileno())
         except OSError as error:
             failure = OlpackError(
-                f"Writing '{self._path.parent}' failed: {os.strerror(error.errno) if error.errno else error}.",
+                f"Writing '{self._parts[0][1].parent}' failed: {os.strerror(error.errno) if error.errno else error}.",
                 "Make room on the disk, or name another folder.",
             )
             failure.__cause__ = error
@@ -213,10 +215,27 @@ class _FileWriter(threading.Thread):
         except BaseException as error:  # whatever it is, the main thread must learn of it and end the pass
             self._flight.fail(error)
 
-    def _append(self, file, data) -> None:
+    def _write(self, plan: FilePlan, file: BinaryIO) -> bool:
+        """Write one part; False where the pass ends early."""
+        digest = hashlib.sha256()
+        self._append(file, digest, plan.header)
+        for _ in plan.tensors:
+            work = self.todo.get()
+            if work is None or self._flight.failure is not None:
+                return False
+            work.wait()
+            data = work.data[self.types[work.source.name]].reshape(-1)
+            self._append(file, digest, data)
+            self._append(file, digest, bytes(padded(data.nbytes) - data.nbytes))
+            if work.done_with():
+                self._flight.give(work.nbytes)
+        self.digests.append(digest.hexdigest())
+        return True
+
+    def _append(self, file: BinaryIO, digest: hashlib._Hash, data: np.ndarray | bytes) -> None:
         view = memoryview(data)
         while view.nbytes:
             written = file.write(view)
-            self.digest.update(view[:written])
+            digest.update(view[:written])
             self._advance(written)
             view = view[written:]

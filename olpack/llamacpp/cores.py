@@ -1,4 +1,4 @@
-"""How many threads llama.cpp gets."""
+"""How many threads do the work."""
 
 from __future__ import annotations
 
@@ -8,14 +8,20 @@ from pathlib import Path
 import psutil
 
 
+def usable_processors() -> int:
+    """Logical processors that this process may use: its affinity and a container's CPU limit are respected."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, _container_limit() or allowed))
+
+
 def usable_cores() -> int:
-    """Physical cores that this process may use: its affinity and a container's CPU limit are respected.
+    """Physical cores among the `usable_processors`, for llama.cpp's inference.
 
     A second thread on one core makes llama.cpp slower, and more threads than the limit grants make it many times slower: each step waits
     for the last of them.
     """
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed, _container_limit() or allowed))
+    allowed = usable_processors()
+    return min(allowed, psutil.cpu_count(logical=False) or allowed)
 
 
 def _container_limit(file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int | None:

@@ -85,11 +85,18 @@ class Engine:
         path: the file.
         context: most tokens that prompt and answer may have together.
         threads: CPU threads; None: the physical cores this process may use.
+        adapter: a LoRA GGUF that is applied to the weights as it runs; None: there is none.
         gpu_layers: layers put on a GPU, where the build has one; negative: all.
         max_outputs: most positions whose logits one call returns; None: as many as 64 MiB hold.
         debug: let llama.cpp's own log through to stderr.
         watch: llama.cpp's evaluation callback: gets the address of a node's `ggml_tensor` and True before the node is computed; where it
             returns True, it is called again with False when the node's values are there, and ends the pass if it then returns False.
+
+    Attributes:
+        vocabulary_size: entries of the output layer.
+        begin_token: the token that a text begins with where the model wants one; `tokenize` does not add it. None where it wants none.
+        end_token: the token with which a text ends.
+        trained_context: tokens that the model was made for.
 
     Raises:
         OlpackError: no such file, or one that llama.cpp refuses; its reason is in the message.
@@ -101,6 +108,7 @@ class Engine:
         context: int,
         threads: int | None = None,
         *,
+        adapter: Path | None = None,
         gpu_layers: int = -1,
         max_outputs: int | None = None,
         debug: bool = False,
@@ -118,6 +126,9 @@ class Engine:
             raise OlpackError(f"llama.cpp cannot load {self.path}: {_log.reason()}.", "Is the file whole? `olpack export` makes it anew.")
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self.vocabulary_size: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
+        begin = llama_cpp.llama_vocab_bos(self._vocab)
+        self.begin_token: int | None = begin if llama_cpp.llama_vocab_get_add_bos(self._vocab) and begin >= 0 else None
+        self.end_token: int = llama_cpp.llama_vocab_eos(self._vocab)
         self.trained_context: int = llama_cpp.llama_model_n_ctx_train(self._model)
         self.context = context
         self._outputs = max(1, min(_BATCH, max_outputs or _LOGITS_BYTES // (4 * self.vocabulary_size)))
@@ -126,6 +137,7 @@ class Engine:
         params.n_ctx = context
         params.n_batch = params.n_ubatch = _BATCH
         params.n_outputs_max = self._outputs
+        params.swa_full = False  # one sequence that only grows or begins anew: a sliding layer needs no more than its window
         params.n_threads = params.n_threads_batch = threads or usable_cores()
         params.no_perf = True
         if watch is not None:
@@ -138,6 +150,17 @@ class Engine:
             raise OlpackError(f"llama.cpp cannot make a context of {context} tokens for {self.path}: {reason}.", "Try a smaller context.")
         self._memory = llama_cpp.llama_get_memory(self._context)
         self._batch = llama_cpp.llama_batch_init(_BATCH, 0, 1)
+        if adapter is not None:
+            self._apply(adapter)
+
+    def _apply(self, adapter: Path) -> None:
+        loaded = llama_cpp.llama_adapter_lora_init(self._model, os.fsencode(adapter))  # freed with the model
+        if not loaded:
+            reason = _log.reason()
+            self.close()
+            raise OlpackError(f"llama.cpp cannot apply {adapter} to {self.path}: {reason}.", "Was it made for this base? `olpack export` makes both.")
+        adapters, scales = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(loaded), (ctypes.c_float * 1)(1.0)
+        llama_cpp.llama_set_adapters_lora(self._context, adapters, 1, scales)
 
     def close(self) -> None:
         """Free the model. May be called twice."""
@@ -238,19 +261,27 @@ class Engine:
         Returns:
             float64, one per wanted token, in order. The softmax is taken in float64 over llama.cpp's float32 logits.
         """
+        found = []
+        for token, logits in self.scored(ids, wanted):
+            top = logits.max()
+            found.append(float(logits[token] - top - np.log(np.exp(logits - top).sum())))
+        return np.array(found, dtype=np.float64)
+
+    def scored(self, ids: Sequence[int], wanted: Sequence[bool]) -> Iterator[tuple[int, np.ndarray]]:
+        """Each wanted token with the logits from which it would have been drawn, given all tokens before it. Arguments as for `logprobs`.
+
+        Returns:
+            (token, float64 of shape [vocabulary]) for one wanted token after the other; only one is held at a time.
+        """
         self._forget(len(ids))
         # Position i predicts token i + 1.
         predicts = [bool(flag) for flag in wanted[1:]]
         while predicts and not predicts[-1]:  # what comes after the last wanted token is of no use
             predicts.pop()
-        found: list[float] = []
         for start, stop in _chunks(predicts, _BATCH, self._outputs):
             self._decode(ids[start:stop], start, predicts[start:stop])
             for position in (position for position in range(start, stop) if predicts[position]):
-                logits = self._logits(position - start)
-                top = logits.max()
-                found.append(float(logits[ids[position + 1]] - top - np.log(np.exp(logits - top).sum())))
-        return np.array(found, dtype=np.float64)
+                yield ids[position + 1], self._logits(position - start)
 
     def generate(self, prompt: list[dict] | Sequence[int], max_tokens: int | None = None, sampling: Sampling = Sampling()) -> Generation:
         """Answer a conversation (messages), or go on from token ids.

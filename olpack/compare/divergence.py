@@ -1,0 +1,124 @@
+"""How far a quant's predictions are from the unquantized model's: KL divergence and equal top tokens, position by position.
+
+The reference's logits are kept in a temporary file, because it and a quant need not fit into memory together. They are measured on the GGUFs
+themselves, so llama.cpp's own rounding (its kernels quantize activations too) is part of the figure, as it is when they serve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from olpack.compare.job import LOGITS_BYTES
+from olpack.compare.perplexity import ratio
+from olpack.compare.results import Divergence
+from olpack.errors import OlpackError
+
+_RESAMPLES = 1000
+_PERCENTILE = 0.99
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Natural-log probabilities of logits, over the last axis, in float64."""
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max()
+    return shifted - np.log(np.exp(shifted).sum())
+
+
+class LogitsWriter:
+    """Keeps a reference's logits over the learned tokens of whole rows, from the first on, for as long as they fit into `LOGITS_BYTES`.
+
+    The file is float32 of shape [positions, vocabulary], with no header. It is written as a stream: a full disk is then an error, where
+    a write into mapped memory would be a signal.
+
+    Args:
+        path: the file.
+        row_tokens: learned tokens of each row.
+        vocabulary: entries of one position.
+
+    Attributes:
+        rows: how many rows are kept.
+    """
+
+    def __init__(self, path: Path, row_tokens: Sequence[int], vocabulary: int):
+        self.rows = int(np.searchsorted(np.cumsum(row_tokens), LOGITS_BYTES // (4 * vocabulary), side="right"))
+        self._file = path.open("wb")
+
+    def __enter__(self) -> LogitsWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._writing():
+            self._file.close()
+
+    def add(self, row: int, logits: np.ndarray) -> None:
+        """Keep the logits of the row's next position, if the row is one of those that fit.
+
+        Raises:
+            OlpackError: the disk is full.
+        """
+        if row < self.rows:
+            with self._writing():
+                self._file.write(logits.astype(np.float32).tobytes())
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OlpackError(f"{self._file.name} could not be written: {error.strerror}.", "Free some space.") from None
+
+
+def open_logits(path: Path, positions: int, vocabulary: int) -> np.ndarray:
+    """What a `LogitsWriter` kept: float32 of shape [positions, vocabulary], read from the disk as it is used.
+
+    Raises:
+        OlpackError: the file was made with another vocabulary.
+    """
+    if path.stat().st_size != 4 * positions * vocabulary:
+        raise OlpackError("This file's vocabulary is not that of the unquantized model, so their predictions cannot be compared.", "Export it again.")
+    return np.memmap(path, np.float32, "r", shape=(positions, vocabulary))
+
+
+def kl_divergence(reference: np.ndarray, quant: np.ndarray) -> float:
+    """KL(reference ‖ quant) = Σ p·(ln p - ln q) in nats, from the natural-log probabilities of both, shape [vocabulary]."""
+    return float(np.dot(np.exp(reference), reference - quant))
+
+
+def summarize(reference: str, rows: Sequence[Sequence[float]], same_top: Sequence[int]) -> Divergence:
+    """The figures of one file.
+
+    The mean and the share of equal top tokens are ratios of sums over rows, with the error of `perplexity.ratio`. The 99th percentile is
+    over all positions (linear interpolation); its error is the standard deviation of the percentile over 1000 resamples of whole rows, drawn
+    with replacement and a fixed seed (Efron and Tibshirani, An Introduction to the Bootstrap, chapter 6; rows and not positions are drawn
+    because the positions of a row depend on each other: Davison and Hinkley, Bootstrap Methods and their Application, section 3.8).
+
+    Args:
+        reference: quant type of the reference, "F16".
+        rows: KL divergence in nats of every scored position, by row; finite.
+        same_top: positions of each row at which both models hold the same token for the likeliest.
+    """
+    counts = [len(row) for row in rows]
+    sums = [float(np.sum(row)) for row in rows]
+    mean, error = ratio(sums, counts)
+    share, share_error = ratio(same_top, counts)
+    percentile, percentile_error = _percentile(rows)
+    return Divergence(
+        reference=reference, rows=len(rows), tokens=sum(counts), mean=mean, standard_error=error, p99=percentile,
+        p99_standard_error=percentile_error, same_top=share, same_top_standard_error=share_error, row_kl=sums, row_same_top=list(same_top),
+    )  # fmt: skip
+
+
+def _percentile(rows: Sequence[Sequence[float]]) -> tuple[float, float | None]:
+    parts = [np.asarray(row) for row in rows]
+    value = float(np.quantile(np.concatenate(parts), _PERCENTILE))
+    if len(parts) < 2:
+        return value, None
+    draw = np.random.default_rng(0)
+    resampled = [
+        np.quantile(np.concatenate([parts[index] for index in draw.integers(len(parts), size=len(parts))]), _PERCENTILE) for _ in range(_RESAMPLES)
+    ]
+    return value, float(np.std(resampled, ddof=1))

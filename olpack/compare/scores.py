@@ -1,0 +1,142 @@
+"""Scores of answers to tasks: each answer by its task's check, from 0 to 1, and their mean with its standard error."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+
+from olpack import progress
+from olpack.compare import sandbox
+from olpack.compare.results import CheckScore, Scores
+from olpack.compare.units import Units
+from olpack.errors import OlpackError
+from olpack.tasks import CHECKS, Task
+
+_FENCE = re.compile(r"^```[^\n]*\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE)
+
+
+def score_answers(tasks: Sequence[Task], answers: Sequence[str], name: str) -> Scores:
+    """Check every answer.
+
+    Args:
+        tasks, answers: of the same length; at least one.
+        name: whose answers they are, for the progress shown.
+
+    Raises:
+        OlpackError: a user's function raised, or returned no share.
+    """
+    values = []
+    with progress.task(f"checking {name}", len(tasks), "answers") as shown:
+        for task, answer in zip(tasks, answers, strict=True):
+            values.append(score(task, answer))
+            shown.advance()
+    checks = []
+    for check in CHECKS:
+        if part := [value for task, value in zip(tasks, values, strict=True) if task.check == check]:
+            checks.append(CheckScore(check=check, count=len(part), mean=fmean(part), standard_error=standard_error(part)))
+    return Scores(count=len(values), mean=fmean(values), standard_error=standard_error(values), checks=checks, values=values)
+
+
+def check_answers(tasks: Sequence[Task], units: Units, name: str) -> None:
+    """Turn a file's answers to the tasks (its unit "tasks") into its unit "scores", where that is not known yet.
+
+    Raises:
+        OlpackError: as `score_answers`.
+    """
+    if "tasks" in units.found and "scores" not in units.found:
+        answers = [answer["text"] for answer in units.found["tasks"]["answers"]]
+        units.add("scores", score_answers(tasks, answers, name).model_dump(mode="json"))
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean of independent values: s/√n. For passed and failed it is the binomial √(p(1-p)/(n-1)).
+
+    None with fewer than two values, and where all are equal: that ten of ten passed does not say that all would.
+    """
+    if len(values) < 2 or min(values) == max(values):
+        return None
+    return stdev(values) / math.sqrt(len(values))
+
+
+def score(task: Task, answer: str) -> float:
+    """What an answer is worth, from 0 to 1.
+
+    Raises:
+        OlpackError: a user's function raised, or returned no share.
+    """
+    match task.check:
+        case "exact":
+            return float(answer.strip() == task.expected.strip())
+        case "contains":
+            return float(all(text in answer for text in task.expected))
+        case "regex":
+            return float(re.search(task.expected, answer) is not None)
+        case "json":
+            return float(_is_json(fenced(answer), task.expected))
+        case "python":
+            return float(_parses(fenced(answer)))
+        case "python_asserts":
+            return float(_parses(fenced(answer)) and sandbox.holds(fenced(answer), task.expected))
+        case "function":
+            return _own(task, answer)
+    raise ValueError(task.check)
+
+
+def fenced(answer: str) -> str:
+    """The first fenced block of an answer, else the answer. A block that was cut before its end counts."""
+    found = _FENCE.search(answer)
+    return found.group(1) if found else answer
+
+
+def load_function(task: Task) -> Callable[..., object]:
+    """The user's function of a task.
+
+    Raises:
+        OlpackError: its file does not run, or has no such function.
+    """
+    path, name = task.expected
+    spec = importlib.util.spec_from_file_location(f"olpack_task_{Path(path).stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise OlpackError(f"{path}, which {task.source} names, does not run: {type(error).__name__}: {error}.", "Mend it.") from None
+    if not callable(function := getattr(module, name, None)):
+        raise OlpackError(f"{path}, which {task.source} names, has no function `{name}`.", "Define it there.")
+    return function
+
+
+def _own(task: Task, answer: str) -> float:
+    function = load_function(task)
+    try:
+        takes_task = len(inspect.signature(function).parameters) > 1
+        value = function(answer, task) if takes_task else function(answer)
+    except Exception as error:
+        problem = f"{task.expected[0]}: `{task.expected[1]}` raised {type(error).__name__}: {error}, for {task.source}."
+        raise OlpackError(problem, "It must return True, False or a number from 0 to 1 for any answer.") from None
+    if not isinstance(value, bool | int | float) or not 0 <= value <= 1:
+        raise OlpackError(f"{task.expected[0]}: `{task.expected[1]}` returned {value!r}, for {task.source}.",
+                          "It must return True, False or a number from 0 to 1.")
+    return float(value)
+
+
+def _is_json(text: str, keys: Sequence[str]) -> bool:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return False
+    return not keys or (isinstance(value, dict) and all(key in value for key in keys))
+
+
+def _parses(text: str) -> bool:
+    try:
+        return bool(ast.parse(text).body)
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return False

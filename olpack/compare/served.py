@@ -1,0 +1,159 @@
+"""Any models of a server side by side, olpack's or not: speed, memory, answers, task scores.
+
+    results = compare_served(client, ["coding-assistant:q4_K_M", "qwen3:0.6b"], prompts, MeasureSettings(), cache=folder)
+
+Their weights lie with the server, so there is no perplexity, and no recommendation follows from size and speed alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import TypeAdapter
+
+from olpack import progress
+from olpack.compare import speed
+from olpack.compare.answers import flags_of
+from olpack.compare.cache import Cache
+from olpack.compare.flags import flag_answers
+from olpack.compare.language import Scripts
+from olpack.compare.machine import describe_machine
+from olpack.compare.measure import MeasureSettings, describe_tasks
+from olpack.compare.results import SCHEMA_VERSION, Answer, Flag, QuantResult, Results, Scores
+from olpack.compare.scores import check_answers
+from olpack.compare.units import Units
+from olpack.deploy.names import same
+from olpack.errors import OlpackError
+from olpack.tasks import function_files
+from olpack.workspace import file_digest
+
+if TYPE_CHECKING:
+    from ollama import ListResponse
+
+    from olpack.deploy.client import OllamaClient
+    from olpack.tasks import Task
+
+
+def compare_served(
+    client: OllamaClient,
+    models: Sequence[str],
+    prompts: Sequence[list[dict]],
+    settings: MeasureSettings,
+    tasks: Sequence[Task] = (),
+    cache: Path | None = None,
+) -> Results:
+    """Measure models of a server.
+
+    Args:
+        client: of a server that answers.
+        models: as the server knows them; the order is kept. A name without a tag means `:latest`.
+        prompts: conversations that every model answers, at temperature 0. A model's own system prompt applies where they have none.
+        settings: as for `measure`; what is about files is not looked at.
+        tasks: what every model is asked and scored on.
+        cache: as for `measure`.
+
+    Raises:
+        OlpackError: the server lacks a model (before anything is measured), or nothing could be measured of any. One model that fails is
+            flagged in its result and does not stop the others.
+    """
+    listed = [_find(client, model) for model in models]
+    version = client.version()
+    machine = describe_machine(version)
+    depends = _dependencies(client, version, machine.cpu, prompts, tasks, settings)
+    store = Cache(cache)
+    known = [
+        Units(store, model.model.replace("/", "+").replace(":", "+"), {unit: rest | {"file": model.digest} for unit, rest in depends.items()})
+        for model in listed
+    ]
+    names = [model.model for model in listed]
+    problems = speed.measure_speeds(known, speed.served(client, names, known, settings), settings.repeats)
+    quants = []
+    for model, units, failed in zip(listed, known, problems, strict=True):
+        for unit, asked in (("answers", list(prompts)), ("tasks", [task.messages for task in tasks])):
+            if asked and unit not in units.found:
+                failed += _answer(client, model.model, unit, asked, settings, units)
+        try:
+            check_answers(tasks, units, model.model)
+        except OlpackError as error:
+            failed.append(error)
+        quants.append(_result(model, units, version, failed, settings))
+        flag_answers(quants[-1], prompts, Scripts(()))
+    if any(problems) and not any(quant.speed or quant.answers for quant in quants):
+        raise next(failed[0] for failed in problems if failed)
+    return Results(
+        name=" · ".join(names), created=datetime.now(UTC).isoformat(timespec="seconds"), machine=machine,
+        settings=TypeAdapter(MeasureSettings).dump_python(settings, mode="json"), prompts=list(prompts), quants=quants, tasks=describe_tasks(tasks),
+    )  # fmt: skip
+
+
+def _find(client: OllamaClient, model: str) -> ListResponse.Model:
+    wanted = model if ":" in model.rpartition("/")[2] else f"{model}:latest"
+    found = next((tag for tag in client.tags() if same(tag.model, wanted)), None)
+    if found is None:
+        there = ", ".join(tag.model for tag in client.tags()) or "none"
+        raise OlpackError(f"The Ollama server at {client.url} has no model {wanted}.", f"It has: {there}. `ollama pull {model}` fetches one.")
+    return found
+
+
+def _dependencies(
+    client: OllamaClient, version: str | None, cpu: str, prompts: Sequence[list[dict]], tasks: Sequence[Task], settings: MeasureSettings
+) -> dict[str, dict]:
+    """What each unit depends on, beside the model."""
+    served = {"schema": SCHEMA_VERSION, "engine": f"Ollama {version}, {client.url}", "cpu": cpu, "context": settings.context}
+    timed = served | {
+        "prompt_lengths": list(settings.prompt_lengths), "generated_tokens": settings.generated_tokens, "repeats": settings.repeats
+    }  # fmt: skip
+    asked = served | {"tokens": settings.answer_tokens}
+    checks = [[task.check, [str(part) for part in task.expected]] for task in tasks]
+    return {
+        **dict.fromkeys(speed.UNITS, timed),
+        speed.CONCURRENCY: timed | {"clients": list(settings.clients)},
+        "answers": asked | {"prompts": list(prompts)},
+        "tasks": asked | {"prompts": [task.messages for task in tasks]},
+        "scores": asked | {"prompts": [task.messages for task in tasks], "checks": checks,
+                           "functions": [file_digest(path) for path in function_files(tasks)]},
+    }  # fmt: skip
+
+
+def _answer(
+    client: OllamaClient, model: str, unit: str, conversations: list[list[dict]], settings: MeasureSettings, units: Units
+) -> list[OlpackError]:
+    """One answer to each conversation, at temperature 0; what went wrong comes back."""
+    options = {"temperature": 0, "num_predict": settings.answer_tokens, "num_ctx": settings.context}
+    answers = []
+    try:
+        with progress.task(f"asking {model}: {unit}", len(conversations), "answers") as shown:
+            for messages in conversations:
+                said = client.chat(model, messages, options)
+                text, finish = said.message.content or "", "stop" if said.done_reason == "stop" else "length"
+                answer = Answer(text=text, finish=finish, tokens=said.eval_count or 0, flags=flags_of(text, finish))
+                answers.append(answer.model_dump(mode="json"))
+                shown.advance()
+    except OlpackError as error:
+        return [error]
+    units.add(unit, {"answers": answers})
+    return []
+
+
+def _result(model: ListResponse.Model, units: Units, version: str | None, problems: list[OlpackError], settings: MeasureSettings) -> QuantResult:
+    found = units.found
+    details = model.details
+    return QuantResult(
+        quant=model.model, tag=model.model, file="", sha256=model.digest, size_bytes=model.size,
+        parameters=details.parameter_size if details else None, quantization=details.quantization_level if details else None,
+        speed=speed.speed_of(units, engine=f"Ollama {version}", threads=None, generated_tokens=settings.generated_tokens),
+        answers=[Answer.model_validate(answer) for answer in found["answers"]["answers"]] if "answers" in found else None,
+        task_answers=[Answer.model_validate(answer) for answer in found["tasks"]["answers"]] if "tasks" in found else None,
+        scores=Scores.model_validate(found["scores"]) if "scores" in found else None,
+        flags=[Flag(code="failed", text=text, serious=True) for text in dict.fromkeys(str(error) for error in problems)],
+    )  # fmt: skip
+
+
+def settings_for(client: OllamaClient, models: Sequence[str], settings: MeasureSettings) -> MeasureSettings:
+    """The settings with a context that every model has: the smallest `num_ctx` they are registered with, 4,096 where none says."""
+    contexts = [shown.parameters.get("num_ctx", 4096) for model in models if (shown := client.show(model))]
+    return replace(settings, context=min(contexts, default=4096))

@@ -1,0 +1,118 @@
+"""An adapter by itself as a GGUF: what llama.cpp's `convert_lora_to_gguf.py` makes of it, for packages in which many assistants share a base.
+
+    export_adapter(base, adapter, Path("build/NAME/gguf/NAME-adapter.gguf"))
+    check_adapter(base, {"model.layers.0.self_attn.q_proj": (2048, 1024)})       # before anything is trained
+
+llama.cpp scales an adapter by one alpha over the rank of each of its products. Where peft scales otherwise (rank-stabilized, or with
+patterns of ranks and alphas), the rest of the factor is put into B before the conversion.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from olpack.errors import OlpackError
+from olpack.export.adapter import Adapter, read_adapter
+from olpack.export.folder import read_tensor_headers
+from olpack.llamacpp.source import converter_source
+from olpack.workspace import file_digest
+
+_TYPE = "f16"  # half the size of float32; its rounding (2^-11) is far below that of any quantized base
+
+
+def export_adapter(base: Path, adapter: Path, out: Path) -> tuple[int, str]:
+    """Write an adapter as a GGUF that llama.cpp and Ollama apply to a GGUF of the base. It appears under its name when it is complete.
+
+    Args:
+        base: folder of the base model; only its configuration and its tensors' headers are read.
+        adapter: folder of a LoRA adapter in peft's format.
+        out: the file.
+
+    Returns:
+        (bytes, SHA-256 in hex).
+
+    Raises:
+        OlpackError: an adapter for another base, one with tensors trained as a whole, or one that llama.cpp cannot apply by itself.
+    """
+    change = read_adapter(adapter, read_tensor_headers(base))
+    if change.replaced:
+        raise OlpackError(
+            f"The adapter '{adapter}' replaces '{sorted(change.replaced)[0]}' as a whole, and llama.cpp's adapters only add to weights.",
+            "Set `package: merged`, or train without modules_to_save.",
+        )
+    with tempfile.TemporaryDirectory(prefix="olpack-") as scratch:
+        plain = _plain(adapter, change, Path(scratch) / adapter.name)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+        try:
+            _convert(base, plain, partial)
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, out)
+        finally:
+            partial.unlink(missing_ok=True)
+    return out.stat().st_size, file_digest(out)
+
+
+def check_adapter(base: Path, layers: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse, before anything is trained, an adapter that llama.cpp could not apply by itself: one of rank 1 is made and converted.
+
+    Args:
+        base: folder of the base model.
+        layers: the linear layers that the adapter will be on, module name to (rows, columns).
+
+    Raises:
+        OlpackError: as `export_adapter`.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    with tempfile.TemporaryDirectory(prefix="olpack-") as scratch:
+        folder = Path(scratch) / "adapter"
+        folder.mkdir()
+        tensors = {}
+        for name, (rows, columns) in layers.items():
+            tensors[f"base_model.model.{name}.lora_A.weight"] = torch.zeros(1, columns)
+            tensors[f"base_model.model.{name}.lora_B.weight"] = torch.zeros(rows, 1)
+        save_file(tensors, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1}))
+        export_adapter(base, folder, Path(scratch) / "adapter.gguf")
+
+
+def _plain(folder: Path, adapter: Adapter, scratch: Path) -> Path:
+    """The adapter in a form in which every product is scaled by `lora_alpha` over its rank; the folder itself where it is so already."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    with safe_open(str(adapter.file), framework="pt") as file:
+        rank = {change.b: file.get_slice(change.b).get_shape()[-1] for change in adapter.low_rank.values()}
+        rest = {change.b: change.scale * rank[change.b] / config["lora_alpha"] for change in adapter.low_rank.values()}
+        if all(abs(factor - 1) < 1e-6 for factor in rest.values()):
+            return folder
+        tensors = {key: file.get_tensor(key) * rest.get(key, 1.0) for key in file.keys()}  # noqa: SIM118 — the handle is no dict
+    scratch.mkdir()
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, scratch / "adapter_model.safetensors")
+    (scratch / "adapter_config.json").write_text(json.dumps(config))
+    return scratch
+
+
+def _convert(base: Path, adapter: Path, out: Path) -> None:
+    script = converter_source() / "convert_lora_to_gguf.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--base", str(base.absolute()), "--outfile", str(out.absolute()), "--outtype", _TYPE, str(adapter.absolute())],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+    )  # fmt: skip
+    if done.returncode or not out.is_file():
+        said = [line.strip() for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
+        reason = next((line for line in reversed(said) if "Error" in line or "ERROR" in line), said[-1])
+        raise OlpackError(
+            f"llama.cpp cannot make an adapter by itself for '{base}': {reason.rstrip('.')}.",
+            "Set `package: merged`: what can be merged is not bound to this form.",
+        )

@@ -1,0 +1,224 @@
+"""What a quant takes in llama.cpp: weights, KV cache, compute graph; and how much of it a GPU of a given size holds."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import olpack
+from olpack import progress
+from olpack.deploy.gguf_header import read_header
+from olpack.errors import OlpackError
+from olpack.llamacpp.library import INSTALL, row_size
+from olpack.memory.shape import write_hollow_checkpoint
+from olpack.memory.subject import Subject
+from olpack.quants import QUANT_TYPES
+
+KV_TYPES = ("f16", "q8_0", "q4_0")
+# What a vocabulary takes in llama.cpp, measured on the byte-level ones that its source holds: tables, and text, piece and merges of a token.
+_VOCABULARY, _TOKEN = 3_500_000, 310
+_BLOCK = re.compile(r"blk\.(\d+)\.")
+_INPUTS = ("token_embd", "per_layer_token_embd", "position_embd", "token_types")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How llama.cpp is asked to run a model: one sequence, one GPU stream.
+
+    Attributes:
+        context: tokens of the context.
+        kv_type: tensor type of keys and values.
+        flash_attention: whether it is used; None lets llama.cpp choose, as it does by default.
+        micro_batch: tokens computed at once (n_ubatch). 512 is the default of llama.cpp and of Ollama.
+        outputs: positions of a micro-batch for which logits are reserved. llama.cpp's server and Ollama reserve all; olpack's own engine 1.
+    """
+
+    context: int
+    kv_type: str = "f16"
+    flash_attention: bool | None = None
+    micro_batch: int = 512
+    outputs: int = 512
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that one quant takes with one setting. All of it is llama.cpp's own arithmetic, none of it measured.
+
+    Attributes:
+        quant: its name, "Q4_K_M".
+        setting: of the run.
+        layer_weights: of each repeating layer.
+        input_weights: token embeddings, which llama.cpp keeps in RAM.
+        output_weights: final norm and output layer; without the output layer where it is tied to the embedding.
+        tied: a GPU that holds the output layer then holds a copy of the embedding.
+        layer_cache: KV cache of each layer, window and padding as llama.cpp has them; 0 for layers without one.
+        state_bytes: of recurrent layers.
+        compute_bytes: the largest graph's activations, mask and logits.
+        output_bytes: where logits are copied to.
+        process_bytes: vocabulary and bookkeeping, always in RAM.
+    """
+
+    quant: str
+    setting: Setting
+    layer_weights: tuple[int, ...]
+    input_weights: int
+    output_weights: int
+    tied: bool
+    layer_cache: tuple[float, ...]
+    state_bytes: int
+    compute_bytes: int
+    output_bytes: int
+    process_bytes: int
+
+    @property
+    def weights(self) -> int:
+        return sum(self.layer_weights) + self.input_weights + self.output_weights
+
+    @property
+    def cache(self) -> int:
+        """KV cache and recurrent state."""
+        return round(sum(self.layer_cache)) + self.state_bytes
+
+    @property
+    def buffers(self) -> int:
+        """Compute graph and logits."""
+        return self.compute_bytes + self.output_bytes
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.buffers + self.process_bytes
+
+    @property
+    def layers(self) -> int:
+        """As llama.cpp counts them for a GPU: the repeating layers, and the output layer as one more."""
+        return len(self.layer_weights) + 1
+
+    def on_gpu(self, layers: int) -> int:
+        """Bytes on the GPU with the last `layers` layers on it (llama.cpp's n_gpu_layers), the first of which is the output layer."""
+        if layers == 0:
+            return 0
+        count = layers - 1
+        output = self.output_weights + (self.input_weights if self.tied else 0)
+        blocks = sum(self.layer_weights[len(self.layer_weights) - count :]) + round(sum(self.layer_cache[len(self.layer_cache) - count :]))
+        return output + blocks + round(self.state_bytes * count / (self.layers - 1)) + self.compute_bytes
+
+    def in_ram(self, layers: int) -> int:
+        """Bytes in RAM with as many layers on the GPU. The compute graph needs its share on both sides while both compute."""
+        count = self.layers - 1 - max(0, layers - 1)
+        blocks = sum(self.layer_weights[:count]) + round(sum(self.layer_cache[:count])) + round(self.state_bytes * count / (self.layers - 1))
+        output = self.output_weights if layers == 0 else 0
+        compute = self.compute_bytes if count else 0
+        return self.input_weights + blocks + output + compute + self.output_bytes + self.process_bytes
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What llama.cpp says of a model, whatever the quant.
+
+    Attributes:
+        architecture: its name for it.
+        layers, kv_heads: as it prints them; `kv_heads` is a list in text where layers differ.
+        sliding: layers with a sliding window.
+        recurrent: whether layers keep a state in place of keys and values.
+        flash: whether flash attention is used.
+    """
+
+    architecture: str
+    layers: int
+    kv_heads: str
+    sliding: tuple[int, ...]
+    recurrent: bool
+    flash: bool
+
+
+def plan(subject: Subject, quants: Sequence[str], setting: Setting) -> tuple[list[Footprint], Layout]:
+    """What the quants of a model would take, without its weights.
+
+    Args:
+        subject: a model that has a configuration.
+        quants: names of quant types.
+        setting: how llama.cpp is asked to run it.
+
+    Raises:
+        OlpackError: transformers, llama.cpp's converter or llama.cpp does not know the architecture, or a quant needs an importance matrix.
+    """
+    from olpack.llamacpp.source import converter_source
+
+    source = converter_source()
+    with tempfile.TemporaryDirectory(prefix="olpack-") as scratch, progress.task(f"asking llama.cpp about {subject.label}"):
+        write_hollow_checkpoint(subject.model, subject.config, Path(scratch))
+        found = _work({"file": None, "folder": scratch, "converter": str(source), "quants": list(quants), "setting": asdict(setting)},
+                      subject.label)
+    vocabulary = _VOCABULARY + _TOKEN * subject.model.shape.vocabulary
+    return [_footprint(quant, setting, found["tensors"][quant], found, vocabulary) for quant in quants], _layout(found)
+
+
+def read(path: Path, setting: Setting) -> tuple[Footprint, Layout]:
+    """What a GGUF takes.
+
+    Raises:
+        OlpackError: no GGUF, one part of several, or one that llama.cpp refuses.
+    """
+    header = read_header(path)
+    if int(header.metadata.get("split.count", 1)) > 1:
+        raise OlpackError(f"{path} is one part of a GGUF in several files.", "Join them with llama-gguf-split --merge.")
+    tensors = [(name, math.prod(shape) // shape[0] * row_size(type_, shape[0])) for name, (shape, type_) in header.tensors.items()]
+    found = _work({"file": str(path.absolute()), "setting": asdict(setting)}, path.name)
+    by_number = {quant.ftype: quant.name for quant in QUANT_TYPES.values()}
+    quant = by_number.get(header.metadata.get("general.file_type"), path.stem)
+    return _footprint(quant, setting, tensors, found, 0), _layout(found)
+
+
+def _footprint(quant: str, setting: Setting, tensors: Sequence[tuple[str, int]], found: dict[str, Any], vocabulary: int) -> Footprint:
+    layers = int(found["info"].get("n_layer_all") or found["info"]["n_layer"])
+    blocks, inputs, output, tied = [0] * layers, 0, 0, True
+    for name, size in tensors:
+        if match := _BLOCK.match(name):
+            blocks[int(match[1])] += size
+        elif name.startswith(_INPUTS):
+            inputs += size
+        else:
+            output += size
+            tied = tied and not name.startswith("output.")
+    cache = [0.0] * layers
+    for size, _, of_layers in found["caches"]:
+        for layer in of_layers:  # llama.cpp tells the sum of a cache; layers of one cache have the same number of cells
+            cache[layer] += size / len(of_layers)
+    return Footprint(
+        quant, setting, tuple(blocks), inputs, output, tied, tuple(cache), found["state_bytes"], found["compute_bytes"],
+        found["output_bytes"], found["process_bytes"] + vocabulary,
+    )  # fmt: skip
+
+
+def _layout(found: dict[str, Any]) -> Layout:
+    info = found["info"]
+    return Layout(info["arch"], int(info["n_layer"]), info.get("n_head_kv", "?"), tuple(found["sliding"]), found["state_bytes"] > 0, found["flash"])
+
+
+def _work(job: dict[str, Any], label: str) -> dict[str, Any]:
+    """Run one job in a worker process."""
+    packages = os.pathsep.join(filter(None, [str(Path(olpack.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": packages, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "GGML_NO_BACKTRACE": "1"}
+    # -P: the folder that the user works in may hold modules of any name
+    child = subprocess.run([sys.executable, "-P", "-m", "olpack.memory.worker"], input=json.dumps(job), env=environment,
+                           capture_output=True, encoding="utf-8", errors="replace")  # fmt: skip
+    if child.returncode == 0:
+        answer = json.loads(child.stdout)
+        if "error" in answer:
+            raise OlpackError(**answer["error"])
+        return answer["result"]
+    said = [line.strip() for line in child.stderr.splitlines() if line.strip()]
+    reason = next((line for line in said if "GGML_ASSERT" in line), said[-1] if said else "it said nothing")
+    how = f"was ended by {signal.Signals(-child.returncode).name}" if child.returncode < 0 else f"ended with exit code {child.returncode}"
+    raise OlpackError(f"The process that asked llama.cpp about {label} {how}: {reason}",
+                      f"If `olpack doctor` finds llama.cpp broken, install it anew: {INSTALL}")

@@ -1,0 +1,216 @@
+"""A model's shape from its configuration alone: every parameter by name and size, and what each of them is for.
+
+transformers builds the model on torch's meta device, which computes shapes and allocates nothing, so that the counts are exact for each
+architecture that it knows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from olpack.errors import OlpackError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """How many parameters a model has, by what they are for. Tied weights count once.
+
+    Attributes:
+        embedding: token embeddings of the text model.
+        head: the output layer; 0 where it is the embedding (tied).
+        linear: weights of the text model's linear layers, the output layer not among them.
+        experts: weights that transformers holds as stacked experts.
+        other: norms, biases, routers that are no linear layers.
+        towers: of all that is no text model: vision and audio towers, projectors.
+        active: of the text model, those that one token goes through (all but the experts that are not chosen).
+    """
+
+    embedding: int
+    head: int
+    linear: int
+    experts: int
+    other: int
+    towers: int
+    active: int
+
+    @property
+    def text(self) -> int:
+        """Of the text model, which is what llama.cpp runs and olpack trains."""
+        return self.embedding + self.head + self.linear + self.experts + self.other
+
+    @property
+    def total(self) -> int:
+        return self.text + self.towers
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes that memory follows from.
+
+    Attributes:
+        layers, hidden, heads, kv_heads, head_dim, vocabulary: of the text model.
+        intermediate: width of the feed-forward layers; of one expert where there are only experts.
+        tied: the output layer is the embedding.
+        context_length: tokens the model was made for, None where its configuration does not say.
+        window: tokens that a sliding-window layer sees, None where there is none.
+        sliding: for each layer, whether it slides.
+        experts, experts_used: of each layer, and for each token; 0 without experts.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocabulary: int
+    tied: bool
+    context_length: int | None
+    window: int | None
+    sliding: tuple[bool, ...]
+    experts: int
+    experts_used: int
+
+    def kv_bytes(self, context: int, bytes_per_value: float) -> int:
+        """Keys and values of one sequence in transformers' cache, where a sliding layer keeps its window and the others the whole context."""
+        cells = sum(min(self.window or context, context) if slides else context for slides in self.sliding)
+        return round(cells * 2 * self.kv_heads * self.head_dim * bytes_per_value)
+
+
+class MetaModel:
+    """A model without data: transformers' modules with shapes and names.
+
+    Args:
+        config: the fields of a config.json.
+        label: what messages call it.
+
+    Raises:
+        OlpackError: transformers does not know the architecture, or the configuration makes no model.
+    """
+
+    def __init__(self, config: dict[str, Any], label: str):
+        if "model_type" not in config:
+            raise OlpackError(f"The configuration of {label} names no model_type.", "Take config.json as the model's publisher has it.")
+        import torch
+        import transformers
+
+        transformers.utils.logging.set_verbosity_error()
+        self.label = label
+        # How the weights are stored is no part of the shape, and a quantizer's modules would hide it.
+        plain = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map", "dtype", "torch_dtype")}
+        try:
+            self.config = transformers.AutoConfig.for_model(**plain)
+            named = getattr(transformers, (plain.get("architectures") or [""])[0], None)
+            make = named._from_config if named is not None else transformers.AutoModelForCausalLM.from_config
+            with torch.device("meta"):
+                self.module: nn.Module = make(self.config, dtype=torch.bfloat16)
+        except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RuntimeError, ImportError) as error:
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise OlpackError(f"transformers {transformers.__version__} makes no model of the configuration of {label}: {why}",
+                              "Take a newer transformers, or a GGUF of the model, which needs none.") from error
+        if self.module.get_output_embeddings() is None:
+            raise OlpackError(f"{label} is no language model: it has no output layer over a vocabulary.", "Name a causal language model.")
+
+    @cached_property
+    def text_config(self):
+        """The configuration of the text model, which is the whole of it unless the model sees or hears."""
+        return self.config.get_text_config(decoder=True)
+
+    @cached_property
+    def shape(self) -> Shape:
+        config = self.text_config
+        layers, heads = config.num_hidden_layers, config.num_attention_heads
+        kinds = getattr(config, "layer_types", None) or []
+        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+        if not kinds and window:  # Mistral slides everywhere, and says it by the window alone
+            kinds = ["sliding_attention"] * layers
+        sliding = tuple(kind == "sliding_attention" for kind in kinds) or (False,) * layers
+        experts = next((getattr(config, key) for key in ("num_local_experts", "num_experts", "n_routed_experts") if getattr(config, key, None)), 0)
+        widths = [getattr(config, key) for key in ("intermediate_size", "moe_intermediate_size") if getattr(config, key, None)]
+        tied = self.module.get_output_embeddings().weight is self.module.get_input_embeddings().weight
+        return Shape(
+            layers=layers, hidden=config.hidden_size, heads=heads, kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            intermediate=_first(widths[-1] if experts and widths else widths[0] if widths else 4 * config.hidden_size),
+            vocabulary=self.module.get_input_embeddings().weight.shape[0], tied=tied,
+            context_length=getattr(config, "max_position_embeddings", None), window=window if any(sliding) else None, sliding=sliding,
+            experts=experts, experts_used=getattr(config, "num_experts_per_tok", None) or 0 if experts else 0,
+        )  # fmt: skip
+
+    @cached_property
+    def parameters(self) -> Parameters:
+        import torch
+
+        head = self.module.get_output_embeddings()
+        linear = {id(module.weight) for module in self.module.modules() if isinstance(module, torch.nn.Linear)} - {id(head.weight)}
+        embeddings = {id(module.weight) for module in self.module.modules() if isinstance(module, torch.nn.Embedding)}
+        text = {id(parameter) for parameter in self.module.get_decoder().parameters()} | {id(parameter) for parameter in head.parameters()}
+        counts = dict.fromkeys(("embedding", "head", "linear", "experts", "other", "towers"), 0)
+        for name, parameter in self.module.named_parameters():
+            if id(parameter) not in text:
+                kind = "towers"
+            elif id(parameter) in embeddings:
+                kind = "embedding"
+            elif parameter is head.weight:
+                kind = "head"
+            elif "experts." in name and parameter.ndim == 3:
+                kind = "experts"
+            else:
+                kind = "linear" if id(parameter) in linear else "other"
+            counts[kind] += parameter.numel()
+        everything = sum(counts.values()) - counts["towers"]
+        shape = self.shape
+        idle = counts["experts"] * (1 - shape.experts_used / shape.experts) if shape.experts else 0
+        return Parameters(**counts, active=round(everything - idle))
+
+    def quantizable(self) -> dict[str, tuple[int, int]]:
+        """(rows, columns) of the weights that bitsandbytes quantizes when transformers loads the model: by transformers' own rule, every
+        linear layer, towers included, but neither the output layer nor stacked experts."""
+        import torch
+        from transformers.quantizers.base import get_keys_to_not_convert
+        from transformers.quantizers.quantizers_utils import should_convert_module
+
+        kept = get_keys_to_not_convert(self.module)
+        return {name: tuple(module.weight.shape) for name, module in self.module.named_modules()
+                if isinstance(module, torch.nn.Linear) and should_convert_module(name, kept)}  # fmt: skip
+
+    def checkpoint(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors as the model's checkpoint has them: stacked experts apart, tied weights once."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(self.module, dict(self.module.named_parameters())).items()}
+
+
+def write_hollow_checkpoint(model: MetaModel, config: dict[str, Any], folder: Path) -> None:
+    """A model's folder for llama.cpp's converter: config.json, tokens without a meaning, and a safetensors file with a real header and a hole
+    in place of the weights. A few MB on the disk, whatever the model's size."""
+    header, offset = {}, 0
+    for name, shape in model.checkpoint().items():
+        end = offset + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + offset)
+    # What the publisher's config.json leaves to transformers' defaults, the converter may want written out.
+    full = {**model.config.to_dict(), "architectures": [type(model.module).__name__]}
+    full |= {key: value for key, value in config.items() if not isinstance(value, dict)}
+    full.pop("quantization_config", None)
+    (folder / "config.json").write_text(json.dumps(full, default=str), encoding="utf-8")
+    # Some architectures cut the embedding to the tokens that there are; here that is all of them.
+    tokens = {str(index): index for index in range(model.shape.vocabulary)}
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": tokens}, "added_tokens": []}), encoding="utf-8")
+
+
+def _first(value: int | list[int]) -> int:
+    """A width; the largest where layers differ."""
+    return max(value) if isinstance(value, list | tuple) else value

@@ -1,0 +1,173 @@
+"""Tasks: a prompt and one check of the answer, from a recipe's `compare.tasks` or a JSONL file that it names.
+
+    {"prompt": "What is 6 times 7? Answer with the number only.", "exact": "42"}
+    {"prompt": "Write `double(number)` in Python.", "python_asserts": ["assert double(4) == 8"]}
+    {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}], "contains": true}
+
+| check | the answer passes if it | value |
+| --- | --- | --- |
+| `exact` | is this text, white space around it left out | text; true: the conversation's last answer |
+| `contains` | has this text, or all of these, in it | text or list; true: the conversation's last answer |
+| `regex` | has a match | Python's notation |
+| `json` | is JSON | true, or the keys that the object must have |
+| `python` | is Python that parses and says something | true |
+| `python_asserts` | is Python after which these hold | statements, text or list |
+| `function` | passes your own: it returns True, False or a share from 0 to 1 | `file.py:name` |
+
+A function gets the answer, and the task if it has a second parameter. Of an answer with a fenced block, `json` and the Python checks take
+the first block.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from olpack.errors import OlpackError
+
+CHECKS = ("exact", "contains", "regex", "json", "python", "python_asserts", "function")
+_KEYS = ("prompt", "messages", *CHECKS)
+_SHOWN = 10  # problems listed before "and N more"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One prompt with its check.
+
+    Attributes:
+        messages: the conversation that is asked, its last turn from the user.
+        check: one of CHECKS.
+        expected: what the check compares with: a text, a list of texts, or a function as (file, name).
+        source: where the task stands, "tasks.jsonl:4".
+    """
+
+    messages: list[dict]
+    check: str
+    expected: Any
+    source: str
+
+
+def parse_task(item: Any, source: str = "", folder: Path | None = None, system: str | None = None) -> Task:
+    """One task as a file or a recipe holds it.
+
+    Args:
+        item: the mapping.
+        source: where it stands.
+        folder: that files of functions are relative to; None: they are not looked for.
+        system: system prompt of a task that has a `prompt`. Messages are taken as they are.
+
+    Raises:
+        ValueError: what is wrong with it, as a sentence without its full stop.
+    """
+    if not isinstance(item, dict):
+        raise ValueError("a task is an object with a `prompt` and a check")
+    for key in item:
+        if key not in _KEYS:
+            near = difflib.get_close_matches(str(key), _KEYS, n=1, cutoff=0.5)
+            raise ValueError(f"unknown key '{key}'; " + (f"did you mean '{near[0]}'?" if near else f"a task has {', '.join(_KEYS)}"))
+    if ("prompt" in item) == ("messages" in item):
+        raise ValueError("a task has either a `prompt` or `messages`")
+    checks = [check for check in CHECKS if check in item]
+    if len(checks) != 1:
+        raise ValueError(f"a task has one check, of {', '.join(CHECKS)}; this one has {' and '.join(checks) or 'none'}")
+    (check,) = checks
+    messages, answer = _conversation(item, system)
+    return Task(messages, check, _expected(check, item[check], answer, folder), source)
+
+
+def load_tasks(path: Path, system: str | None = None) -> list[Task]:
+    """Read every task of a JSONL file.
+
+    Raises:
+        OlpackError: the file is missing, not UTF-8 or empty, or has lines that are no tasks: each named by its number.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise OlpackError(f"{path} is not UTF-8 (byte {error.start}).", "Save it as UTF-8.") from None
+    except OSError as error:
+        raise OlpackError(f"{path}, which `compare.tasks` names, cannot be read: {error.strerror}.", "It is relative to the recipe.") from None
+    tasks, problems = [], []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            tasks.append(parse_task(json.loads(line), f"{path.name}:{number}", path.parent, system))
+        except json.JSONDecodeError as error:
+            problems.append(f"{path}, line {number}: not JSON: {error.msg.lower()} at column {error.colno}.")
+        except ValueError as error:
+            problems.append(f"{path}, line {number}: {error}.")
+    if problems:
+        raise OlpackError("\n".join(problems[:_SHOWN] + ([f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else [])))
+    if not tasks:
+        raise OlpackError(f"{path} is empty.", 'Each line is an object such as {"prompt": "What is 6 times 7?", "contains": "42"}.')
+    return tasks
+
+
+def function_files(tasks: Sequence[Task]) -> list[Path]:
+    """The users' own files that the checks run, each once."""
+    return sorted({task.expected[0] for task in tasks if task.check == "function"})
+
+
+def _conversation(item: dict, system: str | None) -> tuple[list[dict], str | None]:
+    """(what is asked, the answer that the conversation ends with)."""
+    if "prompt" in item:
+        if not isinstance(item["prompt"], str) or not item["prompt"].strip():
+            raise ValueError("`prompt` is no text")
+        return [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": item["prompt"]}], None
+    messages = item["messages"]
+    if not isinstance(messages, list) or not all(
+        isinstance(turn, dict) and turn.get("role") in ("system", "user", "assistant") and isinstance(turn.get("content"), str) for turn in messages
+    ):
+        raise ValueError("`messages` is no list of turns, each with a `role` of system, user, assistant and a text as `content`")
+    asked = [{"role": turn["role"], "content": turn["content"]} for turn in messages]
+    answer = asked.pop()["content"] if asked and asked[-1]["role"] == "assistant" else None
+    if not asked or asked[-1]["role"] != "user":
+        raise ValueError("the last of `messages` must be the user's, or the assistant's answer to the user")
+    return asked, answer
+
+
+def _expected(check: str, value: Any, answer: str | None, folder: Path | None) -> Any:
+    """The check's value, checked."""
+    texts = [value] if isinstance(value, str) else value
+    is_texts = isinstance(texts, list) and bool(texts) and all(isinstance(text, str) and text for text in texts)
+    if check in ("exact", "contains") and value is True:
+        if answer is None:
+            raise ValueError(f"`{check}: true` takes the answer that `messages` end with, and there is none")
+        return answer if check == "exact" else [answer]
+    if check == "exact":
+        if not isinstance(value, str):
+            raise ValueError("`exact` is no text")
+        return value
+    if check == "regex":
+        try:
+            re.compile(value)
+        except (re.error, TypeError) as error:
+            raise ValueError(f"`regex` is no regular expression: {error}") from None
+        return value
+    if check == "python" or (check == "json" and value is True):
+        if value is not True:
+            raise ValueError("`python` can only be true")
+        return []
+    if not is_texts:
+        raise ValueError(f"`{check}` is no text or list of texts" + (", nor true" if check in ("contains", "json") else ""))
+    if check == "python_asserts":
+        for text in texts:
+            try:
+                ast.parse(text)
+            except (SyntaxError, ValueError) as error:
+                raise ValueError(f"`python_asserts` does not parse: {error}: {text}") from None
+    if check == "function":
+        file, colon, name = texts[0].rpartition(":")
+        if not colon or not name.isidentifier() or len(texts) > 1:
+            raise ValueError(f"`function` is not of the form file.py:name: {value}")
+        if folder is not None and not (folder / file).is_file():
+            raise ValueError(f"there is no {folder / file}, which `function` names")
+        return ((folder or Path()) / file, name)
+    return texts
