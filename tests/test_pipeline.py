@@ -210,6 +210,90 @@ def test_a_file_that_was_lost_is_made_again(workspace, damage):
     assert path.read_bytes() == whole
 
 
+def done(workspace: Path, *settings: str) -> list[str]:
+    """What `olpack export` with these settings does."""
+    code, printed, said = olpack(workspace, "export", "oracle", "--json", *(word for setting in settings for word in ("--set", setting)))
+    assert code == 0, said
+    return json.loads(printed)["done"]
+
+
+def build_of(workspace: Path, *settings: str) -> Build:
+    return Build(recipe.load(workspace / "modelfiles/oracle/recipe.yaml", list(settings)), out=workspace / "build")
+
+
+def test_importance_concerns_only_what_gains_by_it(workspace):
+    from gguf import GGUFReader
+
+    root, before = workspace / "build/oracle", files(workspace / "build/oracle")
+    assert not any(name.startswith("export.") for step in build_of(workspace).steps() for name in step.inputs)
+    assert done(workspace, "export.importance=train") == ["export-Q4_K_M"]
+    after = files(root)
+    assert after["gguf/oracle-Q8_0.gguf"] == before["gguf/oracle-Q8_0.gguf"]
+    assert set(after) - set(before) == {"importance.gguf", "stages/importance.json"}
+    fields = GGUFReader(root / "gguf/oracle-Q4_K_M.gguf").fields
+    assert fields["quantize.imatrix.dataset"].contents() == "train.jsonl"
+    record = json.loads((root / "stages/importance.json").read_text())["result"]
+    assert record["rows"] == 12 and record["tokens"] > 12
+
+    # It serves other quants too, and a lost one is collected again only when something needs it.
+    more = build_of(workspace, "export.importance=train", "quants=[Q4_K_M, Q8_0, Q4_0]")
+    assert [step.unit for step in more.steps() if step.stale and step.stage == "export"] == ["export-Q4_0"]
+    assert more.uncollected(more.steps()) == []
+    (root / "importance.gguf").unlink()
+    assert [step.unit for step in more.steps() if step.stale and step.stage == "export"] == ["export-Q4_0"]
+    assert len(more.uncollected(more.steps())) == 2
+
+
+def test_without_a_quant_to_collect_on_there_is_a_file_for_a_while(workspace):
+    code, printed, _ = olpack(workspace, "plan", "oracle", "--json", "--set", "export.importance=train", "--set", "quants=[Q2_K]")
+    estimate = json.loads(printed)["estimate"]
+    q8 = (workspace / "build/oracle/gguf/oracle-Q8_0.gguf").stat().st_size
+    assert code == 0 and set(estimate["disk_bytes"]) == {"Q2_K"} and abs(estimate["importance_bytes"] - q8) < 8192
+    assert done(workspace, "export.importance=train", "quants=[Q2_K]") == ["export-Q2_K"]
+    assert not (workspace / "build/oracle/importance-source.gguf").exists()
+
+
+def test_a_matrix_of_ones_own_and_types_for_single_tensors(workspace):
+    import numpy as np
+    from gguf import GGUFReader
+
+    from olpack.export.importance import ImportanceMatrix, write_importance
+    from olpack.llamacpp.activations import InputSquares
+
+    tensors = GGUFReader(workspace / "build/oracle/gguf/oracle-Q8_0.gguf").tensors
+    squares = {tensor.name: InputSquares(np.ones((1, tensor.shape[0]), np.float32), np.array([3])) for tensor in tensors if "blk" in tensor.name}
+    write_importance(ImportanceMatrix(squares, ["mine.txt"], 1, 512), workspace / "modelfiles/oracle/own.gguf")
+    own = ("export.importance=own.gguf", "export.tensor_types={attn_v: q6_k, attn: q5_K}")
+    assert done(workspace, *own) == ["export-Q4_K_M", "export-Q8_0"]
+    for quant in ("Q4_K_M", "Q8_0"):
+        written = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(workspace / f"build/oracle/gguf/oracle-{quant}.gguf").tensors}
+        assert (written["blk.0.attn_v.weight"], written["blk.0.attn_q.weight"]) == ("Q6_K", "Q5_K")
+    assert not any(step.stale for step in build_of(workspace, *own).steps() if step.stage == "export")
+    other_order = build_of(workspace, own[0], "export.tensor_types={attn: q5_K, attn_v: q6_k}")
+    assert [step.reason for step in other_order.steps() if step.stage == "export"] == ["export.tensor_types changed"] * 2
+
+
+@pytest.mark.parametrize(("setting", "said"), [
+    ("export.importance=absent.gguf", "absent.gguf, which `export.importance` names"),
+    ("export.importance=train.jsonl", "is no importance matrix in llama.cpp's GGUF form"),
+    ("quants=[IQ2_XS]", "Set `export.importance: train` in the recipe"),
+    ("export.tensor_types={attn_v: q6k}", "Did you mean q6_K?"),
+    ("export.tensor_types={atn_v: q6_K}", "has no tensor named like 'atn_v'"),
+])  # fmt: skip
+def test_a_wrong_importance_or_type_is_refused_before_any_work(workspace, setting, said):
+    before = files(workspace)
+    code, _, told = olpack(workspace, "build", "oracle", "--set", setting)
+    assert code == 1 and said in told
+    assert files(workspace) == before
+
+
+def test_a_matrix_that_cannot_be_collected_leaves_no_file_behind(workspace):
+    (workspace / "build/oracle/importance.gguf").mkdir()
+    code, _, said = olpack(workspace, "export", "oracle", "--set", "export.importance=train", "--set", "quants=[Q2_K]")
+    assert code == 1 and "importance.gguf' is a folder" in said
+    assert "importance-source.gguf" not in files(workspace / "build/oracle")
+
+
 def test_plan_changes_nothing_and_names_origins(workspace):
     before = files(workspace)
     code, printed, _ = olpack(workspace, "plan", "oracle", "--set", "train.epochs=3", "--json")
