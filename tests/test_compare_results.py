@@ -17,7 +17,23 @@ from olpack.compare.answers import flags_of
 from olpack.compare.divergence import summarize
 from olpack.compare.perplexity import paired_loss, perplexity
 from olpack.compare.recommend import set_losses
-from olpack.compare.results import Answer, BaseResult, Flag, Machine, Perplexity, PromptSpeed, QuantResult, Reference, Rows, Speed, Spread
+from olpack.compare.results import (
+    Answer,
+    BaseResult,
+    CheckScore,
+    Flag,
+    Machine,
+    Perplexity,
+    PromptSpeed,
+    QuantResult,
+    Reference,
+    Rows,
+    Scores,
+    Speed,
+    Spread,
+    SuiteScore,
+    TaskAsked,
+)  # fmt: skip
 from olpack.errors import OlpackError
 
 TOKENS = [10, 20, 30]
@@ -234,6 +250,22 @@ def test_the_report_renders_when_little_was_measured(template):
     made.rows, made.prompts = None, []
     page = render_report(made, template)
     assert "No recommendation" in page and "<svg" not in page and "it broke" in page
+
+
+def test_tasks_and_suites_have_their_place(template):
+    made = against_the_unquantized(four())
+    made.tasks = [TaskAsked(messages=[], check="python", expected=[], source="tasks.jsonl:1")] * 3
+    check = CheckScore(check="python", count=3, mean=2 / 3, standard_error=1 / 3)
+    scores = Scores(count=3, mean=2 / 3, standard_error=1 / 3, values=[1, 1, 0], checks=[check])
+    made.base.scores = scores.model_copy(update={"mean": 0.0, "standard_error": None})
+    for one in made.quants:
+        one.scores = scores
+        one.suites = [SuiteScore(suite="gsm8k", metric="exact_match, strict-match", value=0.125, standard_error=0.01)]
+    made.settings["suite_limit"] = 50
+    text, page = printed(made), render_report(made, template)
+    assert max(len(line) for line in text.split("Recommended")[0].splitlines()) <= 80 and "…" not in text
+    assert "67 ± 33%" in text and "0.12 ± 0.010" in text and text.count("gsm8k") == 1
+    assert "exact_match, strict-match" in page and "only the first 50" in page and "3 tasks" in page and "± 33%" in page
 
 
 def test_the_report_says_what_the_fine_tune_gave_and_the_quants_took(template):

@@ -146,6 +146,43 @@ def test_a_comparison_that_failed_is_not_done(workspace, monkeypatch):
     assert code == 0 and "up to date" not in said and "could not be measured" not in said
 
 
+def test_tasks_are_scored_and_nothing_else_is_measured_again(workspace):
+    before = files(workspace / "build/oracle/compare/measured")
+    asked = 'compare.tasks=[{prompt: "What is 3 + 1?", exact: forty-two}, {prompt: "What is 4 + 1?", json: true}]'
+    code, printed, said = olpack(workspace, "compare", "oracle", "--set", asked)
+    assert code == 0 and "50" in printed and "unquantized model" not in said  # the base alone is asked
+    results = json.loads((workspace / "build/oracle/compare/results.json").read_text())
+    assert results["quants"][1]["scores"]["values"] == [1, 0] and results["base"]["scores"]["values"] == [0, 0]
+    assert not (workspace / "build/oracle/compare/temporary").exists()
+    after = files(workspace / "build/oracle/compare/measured")
+    assert all(after[name] == before[name] for name in before)
+    code, _, said = olpack(workspace, "compare", "oracle", "--set", "compare.tasks=[{prompt: a, contain: b}]")
+    assert code == 1 and "did you mean 'contains'" in said
+    code, _, said = olpack(workspace, "compare", "oracle", "--set", "compare.tasks=absent.jsonl")
+    assert code == 1 and "absent.jsonl, which `compare.tasks` names" in said
+
+
+def test_a_disk_too_small_for_the_reference_is_warned_of_and_stops_nothing(workspace, monkeypatch):
+    from olpack.errors import OlpackError
+
+    monkeypatch.setattr("olpack.plan.free_bytes", lambda path: 30_000_000)
+    assert "more space than is free, for the unquantized fine-tune" not in olpack(workspace, "plan", "oracle")[2]
+    monkeypatch.setattr("olpack.plan.free_bytes", lambda path: 4_000_000)
+    assert "more space than is free, for the unquantized fine-tune" in olpack(workspace, "plan", "oracle")[2]
+
+    def full(*_, **__):
+        raise OlpackError("The files need 16.0 GB.", "Make room.")
+
+    monkeypatch.setattr("olpack.export.export", full)
+    (workspace / "build/oracle/compare/measured/q8_0.divergence.json").unlink()
+    (workspace / "build/oracle/stages/compare.json").unlink()
+    code, printed, said = olpack(workspace, "compare", "oracle")
+    assert code == 0 and "16.0 GB" in said and "compare.reference=false" in said and "Recommended" in printed
+    monkeypatch.undo()
+    code, printed, said = olpack(workspace, "compare", "oracle", "--json")
+    assert code == 0 and json.loads(printed)["done"] == ["compare"] and "16.0 GB" not in said
+
+
 def test_compare_with_a_server_that_lacks_the_package(workspace, ollama_double):
     code, _, said = olpack(workspace, "compare", "oracle", server=ollama_double.url)
     assert code == 1 and "olpack deploy oracle" in said
@@ -286,6 +323,20 @@ def test_run_answers_from_the_build_folder(workspace):
     assert printed == "forty-two\n"
     code, _, said = olpack(workspace, "run", "oracle:q6_K", "What is 3 + 1?")
     assert code == 1 and "not built" in said and "oracle:q8_0" in said
+
+
+def test_a_quant_is_recommended_by_what_was_measured(workspace):
+    code, printed, said = olpack(workspace, "recommend", "oracle", "--json")
+    assert code == 0, said
+    advice, measured = json.loads(printed), json.loads((workspace / "build/oracle/compare/results.json").read_text())
+    found = {row["quant"]: row for row in advice["quants"]}
+    assert advice["setting"]["context"] == 128 and set(found) == {quant["quant"] for quant in measured["quants"]}
+    for quant in measured["quants"]:
+        row = found[quant["quant"]]
+        assert row["loss_measured"] and row["loss"] == quant["loss"]["relative"]
+        assert row["generation_tokens_per_s"] == quant["speed"]["generation_tokens_per_s"]["median"]
+        assert row["weights_bytes"] < quant["size_bytes"]
+    assert "tokens/s measured here" in advice["fastest"]["reason"]
 
 
 def test_list_tells_what_is_built(workspace):
