@@ -181,13 +181,6 @@ class Recipe(_Section):
         return names
 
     @model_validator(mode="after")
-    def _shared_quants_are_nobodys(self) -> Recipe:
-        if self.package == "adapter" and (self.export.importance != "none" or self.export.tensor_types):
-            raise ValueError("package: adapter shares its quants with other packages, so export.importance and export.tensor_types "
-                             "go with package: merged only.")
-        return self
-
-    @model_validator(mode="after")
     def _revision_of_hub_id(self) -> Recipe:
         if self.revision and self.base.startswith("builtin/"):
             raise ValueError("revision goes with a Hub id; a builtin base has none.")
