@@ -193,7 +193,7 @@ def measure_quantizer(weights: dict[str, int]) -> Cost:
 
     from olpack.llamacpp import library
 
-    values = (np.random.default_rng(0).standard_normal((2048, 4096), np.float32) * 0.02)  # fmt: skip
+    values = np.random.default_rng(0).standard_normal((2048, 4096), np.float32) * 0.02
     seconds = 0.0
     for kind, count in weights.items():
         if kind == "F32":

@@ -6,7 +6,8 @@
 Every measurement is a process of its own that loads the file, fills the context, and reads llama.cpp's log and its own resident set. The
 resident set is taken with the file read, as on a machine where nothing of it is in memory twice; "mapped" is what the system shows when
 llama.cpp maps the file and copies some weights into another layout: pages of the file that it can drop at any time are counted again.
-Buffers are those of a server, with logits reserved for a whole micro-batch; the resident set is that of olpack's engine, with logits for one.
+Buffers are those of a server, with logits reserved for a whole micro-batch; the resident set is that of olpack's engine, with logits for
+one token.
 Prints a Markdown table and writes it to benchmarks/memory.md.
 """
 
@@ -62,7 +63,8 @@ def write_model(folder: Path, config: dict, vocabulary: Path | None) -> None:
         tokenizer.save_pretrained(folder)
         rows = len(tokenizer)
     torch.manual_seed(0)
-    asked = AutoConfig.for_model(**config, vocab_size=rows, max_position_embeddings=32768, bos_token_id=None, eos_token_id=0, pad_token_id=0)
+    ids = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
+    asked = AutoConfig.for_model(**config, **ids, vocab_size=rows, max_position_embeddings=32768)
     AutoModelForCausalLM.from_config(asked, dtype=torch.bfloat16).save_pretrained(folder)
 
 
@@ -114,7 +116,8 @@ def rows_of(label: str, folder: Path, work: Path) -> list[str]:
         without = {footprint.quant: footprint for footprint in plan(Subject(label, config_of(str(folder))), QUANTS, engine)[0]}
         for file in files:
             footprint, whole = read(file.path, server)[0], read(file.path, engine)[0].total
-            served, alone = measured(file.path, context, server.outputs, mapped=True), measured(file.path, context, engine.outputs, mapped=False)
+            served = measured(file.path, context, server.outputs, mapped=True)
+            alone = measured(file.path, context, engine.outputs, mapped=False)
             pairs = [
                 (footprint.weights, alone["model"]), (footprint.cache, served["KV"] + served["RS"]),
                 (footprint.buffers, served["compute"] + served["output"]), (whole, alone["resident"]),

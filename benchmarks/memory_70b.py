@@ -24,8 +24,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from export import QUANTS, machine  # noqa: E402 — beside this file
-from random_model import write_adapter, write_base  # noqa: E402
+from export import QUANTS, machine
+from random_model import write_adapter, write_base
 
 HIDDEN, INTERMEDIATE, LAYERS, ROWS = 8192, 28672, 80, 128256  # of Llama 3 70B
 _PUNCH = 0x01 | 0x02  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE

@@ -176,7 +176,8 @@ def _hub_failures(repo: str, revision: str | None) -> Iterator[None]:
         raise OlpackError(f"{repo} is not in the local cache and the Hugging Face Hub cannot be reached.",
                           "Connect once, or name a folder; builtin/tiny-coder needs no network.") from None
     except EntryNotFoundError:
-        raise OlpackError(f"{repo} has no config.json, so it is no model that transformers knows.", "Name the repository of the original model.") from None
+        raise OlpackError(f"{repo} has no config.json, so it is no model that transformers knows.",
+                          "Name the repository of the original model.") from None
     except (HfHubHTTPError, OSError) as error:
         raise OlpackError(f"{repo} could not be fetched: {str(error).splitlines()[0]}", "Run the same command again to go on.") from None
 

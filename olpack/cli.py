@@ -26,6 +26,7 @@ Name = Annotated[str, typer.Argument(help="A package: a folder in modelfiles/.",
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting of the recipe, as in train.epochs=3.")]
 Quant = Annotated[list[str] | None, typer.Option("--quant", metavar="TYPE", help="Only this quant (may be repeated), whatever the recipe lists.")]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Build below this folder instead of build/.")]
+_MODELS = "A package, a model as `olpack estimate` takes it, or files of one model."
 Params = Annotated[str | None, typer.Option("--params", metavar="SIZE", help="No model, but a typical one of this size: 8B, 350M.")]
 Context = Annotated[int | None, typer.Option("--context", metavar="TOKENS", min=1, help="Length of the context; a package's num_ctx, else 4096.")]
 KvType = Annotated[str, typer.Option("--kv", metavar="TYPE", help="Type of the KV cache in llama.cpp: f16, q8_0 or q4_0.")]
@@ -189,6 +190,30 @@ def export(name: Name, settings: Set = None, quant: Quant = None, out: Out = Non
 
 
 @app.command()
+def quantize(
+    source: Annotated[str, typer.Argument(help="A model's folder, a GGUF in F16, BF16 or F32, or a Hub id.", show_default=False)],
+    quant: Annotated[list[str], typer.Option("--quant", metavar="TYPE", help="A quant type to write (may be repeated).")],
+    adapter: Annotated[Path | None, typer.Option("--adapter", metavar="DIR", help="A LoRA adapter to merge on the way.")] = None,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the files go; by default the working folder.", show_default=False)] = Path(),
+    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Files are NAME-QUANT.gguf; by default the source's name.")] = None,
+    split: Annotated[str | None, typer.Option("--split", metavar="SIZE", help="Write parts of at most SIZE, such as 4GB (not for Ollama).")] = None,
+    importance: Annotated[Path | None, typer.Option("--importance", metavar="FILE", help="An importance matrix in llama.cpp's GGUF form.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Quantize a model in one pass, with no recipe."""
+    from olpack.quantize import print_files, rows
+    from olpack.quantize import quantize as run
+
+    if as_json:
+        progress.use("json")
+    files = run(source, quant, adapter=adapter, out=out, name=name, split=split, importance=importance)
+    if as_json:
+        _print_json(rows(files))
+    else:
+        print_files(files)
+
+
+@app.command()
 def deploy(
     name: Name,
     settings: Set = None,
@@ -276,10 +301,10 @@ def _earlier_results(path: Path | None) -> Any:
 
 @app.command()
 def recommend(
-    models: Annotated[list[str] | None, typer.Argument(metavar="[NAME | GGUF…]", help="A package, a model as `olpack estimate` takes it, or files of one model.", show_default=False)] = None,
+    models: Annotated[list[str] | None, typer.Argument(metavar="[NAME | GGUF…]", help=_MODELS, show_default=False)] = None,
     params: Params = None,
-    vram: Annotated[float | None, typer.Option("--vram", metavar="GB", min=0, help="GPU memory in place of this machine's, as cards are sold (GiB); 0 for none.")] = None,
-    ram: Annotated[float | None, typer.Option("--ram", metavar="GB", min=0, help="RAM in place of this machine's (GiB).")] = None,
+    vram: Annotated[float | None, typer.Option("--vram", metavar="GB", min=0, help="GPU memory in place of this machine's; 0 for none.")] = None,
+    ram: Annotated[float | None, typer.Option("--ram", metavar="GB", min=0, help="RAM in place of this machine's.")] = None,
     context: Context = None,
     kv: KvType = "f16",
     max_loss: Annotated[float | None, typer.Option("--max-loss", metavar="SHARE", min=0, help="Growth of perplexity to accept: 0.01 is 1 %.")] = None,
@@ -287,9 +312,11 @@ def recommend(
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Which quant fits this machine, or the one described: what runs where, the best, the fastest, and why."""
+    """Say which quant fits this machine, or the one described: what runs where, the best, the fastest, and why."""
     from olpack.memory import advise
 
+    if as_json:
+        progress.use("json")
     advice = advise(models or [], params, vram, ram, context, kv, max_loss, quant, out)
     if as_json:
         _print_json(advice.as_json())
@@ -310,9 +337,11 @@ def estimate(
     quant: Quant = None,
     as_json: Json = False,
 ) -> None:
-    """What a model takes for inference and training: FP32 to 4 bits, each quant, LoRA and QLoRA. Fetches no weights."""
+    """Say what a model takes for inference and training: FP32 to 4 bits, each quant, LoRA and QLoRA. Fetches no weights."""
     from olpack.memory import estimate_model
 
+    if as_json:
+        progress.use("json")
     found = estimate_model(model, params, context, kv, rank, batch, quant)
     if as_json:
         _print_json(found.as_json())

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from olpack import progress
 from olpack.base import Base, resolve
 from olpack.errors import OlpackError
-from olpack.quants import quant_type
+from olpack.quants import gains_by_importance, overridable, quant_type
 from olpack.recipe import Recipe
 from olpack.tasks import function_files
 from olpack.workspace import BuildPaths, file_digest, locked, template_source, value_digest, write_atomically
@@ -36,7 +36,11 @@ ADAPTER = "adapter"  # beside the names of quants: what the export makes of an a
 # Raised when the same inputs would no longer give the same outputs.
 _OF_THE_MACHINE = ("train.micro_batch_tokens", "train.gradient_checkpointing")  # decide memory and speed, not what is learned
 _OF_THE_SPEED = ("num_ctx", "num_batch", "num_gpu", "num_thread", "use_mmap")
-_VERSIONS = {"train": 1, "export": 1, "modelfiles": 1, "deploy": 1, "compare": 1}
+_VERSIONS = {"train": 1, "importance": 1, "export": 1, "modelfiles": 1, "deploy": 1, "compare": 1}
+
+# Of the training rows, at most so many tokens are read for an importance matrix. 2,048 served as well as 72,895 did (benchmarks/importance.md);
+# sixteen times as many leave that for each expert where a token is sent to one in sixteen of them (8 of 128).
+IMPORTANCE_TOKENS = 32_768
 
 
 @dataclass(frozen=True)
@@ -165,13 +169,17 @@ class Build:
         if stage == "train":
             settings = {key: value for key, value in self._settings("train").items() if key not in _OF_THE_MACHINE}
             return made | {"base": self.base.digest} | self._data("train") | settings
-        if stage == "export":
+        if stage in ("importance", "export"):
             from olpack.llamacpp.source import VERSION
 
-            made |= {"quant": quant, "llama.cpp": VERSION, "name": self.paths.home(f"export-{quant}").name}
+            made["llama.cpp"] = VERSION
+            trained = {"training": value_digest(self.inputs("train")), "adapter": self.result("train").get("adapter_digest")}
+            if stage == "importance":
+                return made | trained | {"tokens": IMPORTANCE_TOKENS}
+            made |= {"quant": quant, "name": self.paths.home(f"export-{quant}").name}
             if self.paths.base and quant != ADAPTER:
                 return made | {"base": self.base.digest}
-            return made | {"training": value_digest(self.inputs("train")), "adapter": self.result("train").get("adapter_digest")}
+            return made | trained | self._choices(quant)
         served = self._settings("modelfile") | {"quants": self.recipe.quants} | ({"package": "adapter"} if self.paths.base else {})
         if stage == "modelfiles":
             return made | served | {"num_ctx": self.package.parameters["num_ctx"], "templates/Modelfile.j2": template_source("Modelfile.j2")}
@@ -185,6 +193,49 @@ class Build:
         if self.recipe.compare.suites and self.suite_folder:
             asked |= {str(path): file_digest(path) for path in sorted(self.suite_folder.rglob("*.*")) if path.suffix != ".pyc"}
         return made | files | self._data("eval") | self._settings("compare") | asked | {"templates/report.html.j2": template_source("report.html.j2")}
+
+    def _choices(self, quant: str) -> dict[str, Any]:
+        """What the recipe's `export` decides for one quant: nothing, where its file would be the same."""
+        asked, made = self.recipe.export, {}
+        if asked.tensor_types and overridable(quant_type(quant)):
+            made["export.tensor_types"] = [list(pair) for pair in asked.tensor_types.items()]  # their order counts
+        if self.weighs(quant):
+            made["export.importance"] = value_digest(self.inputs("importance")) if asked.importance == "train" else self._importance_digest
+        return made
+
+    def weighs(self, quant: str) -> bool:
+        """Whether an importance matrix decides anything in the file of a quant."""
+        return self.recipe.export.importance != "none" and gains_by_importance(quant_type(quant), self.recipe.export.tensor_types)
+
+    @property
+    def importance_file(self) -> Path | None:
+        """The importance matrix that the recipe asks for, which may still have to be collected.
+
+        Raises:
+            OlpackError: the recipe names a file that is not there.
+        """
+        asked = self.recipe.export.importance
+        if asked in ("none", "train"):
+            return self.paths.importance if asked == "train" else None
+        path = self.recipe.folder / asked
+        if not path.is_file():
+            raise OlpackError(f"There is no {path}, which `export.importance` names.", "Say `train`, `none`, or a file relative to the recipe.")
+        return path
+
+    @cached_property
+    def _importance_digest(self) -> str:
+        return file_digest(self.importance_file)
+
+    def uncollected(self, steps: list[Step]) -> list[Step]:
+        """Of these steps, the quants that wait for an importance matrix to be collected."""
+        if self.recipe.export.importance != "train" or not (self.step("train").stale or self.step("importance").stale):
+            return []
+        return [step for step in steps if step.stage == "export" and self.weighs(step.inputs["quant"])]
+
+    @property
+    def unweighed(self) -> list[str]:
+        """The recipe's quants to which an importance matrix is nothing: one can be collected on them."""
+        return [quant.name for quant in self.quants if not self.weighs(quant.name)]
 
     @property
     def _exported(self) -> list[str]:

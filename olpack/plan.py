@@ -38,6 +38,7 @@ class Estimate:
         adapter_bytes: adapter, its gradients and optimizer state.
         disk_bytes: of each GGUF, exact, by quant.
         temporary_bytes: what the comparison takes for as long as it runs: the unquantized fine-tune, and its logits.
+        importance_bytes: of a Q8_0 file that is there for as long as the importance matrix is collected on it.
         warnings: what a user should know and need not mend.
     """
 
@@ -54,6 +55,7 @@ class Estimate:
     adapter_bytes: int
     disk_bytes: dict[str, int]
     temporary_bytes: int
+    importance_bytes: int
     warnings: list[str] = field(default_factory=list)
 
 
@@ -77,7 +79,11 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
         from olpack.export import check_export
 
         quants = [step.inputs["quant"] for step in stale if step.stage == "export" and step.unit != f"export-{ADAPTER}"] or build.recipe.quants
-        exported = check_export(build.base.path, quants, out=build.paths.gguf(quants[0]).parent)
+        importance = build.importance_file
+        exported = check_export(
+            build.base.path, quants + _for_a_while(build, stale), out=build.paths.gguf(quants[0]).parent,
+            importance="later" if importance == build.paths.importance else importance, tensor_types=build.recipe.export.tensor_types,
+        )  # fmt: skip
         for warning in exported.warnings:
             progress.warn(warning)
     if stages & {"train", "export", "compare"}:
@@ -118,6 +124,11 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
     return exported
 
 
+def _for_a_while(build: Build, stale: list[Step]) -> list[str]:
+    """Q8_0 where it is written to collect an importance matrix on it, because the recipe has no quant that will do for that."""
+    return ["Q8_0"] if build.uncollected(stale) and not build.unweighed else []
+
+
 def _temporary_bytes(build: Build, parameters: int) -> int:
     """Most that the comparison's temporary files take at once, norms and vocabulary of the unquantized fine-tune left out."""
     from olpack.compare.job import LOGITS_BYTES
@@ -145,7 +156,8 @@ def estimate(build: Build) -> Estimate:
     from olpack.train.batches import schedule
     from olpack.train.model import pick_device
 
-    exported = check(build, [replace(step, reason="planned") for step in build.steps()])
+    planned = [replace(step, reason="planned") for step in build.steps()]
+    exported = check(build, planned)
     rows, held_out = build.rows
     asked, device = build.recipe.train, pick_device()
     adapter = _adapter_parameters(build)
@@ -166,8 +178,9 @@ def estimate(build: Build) -> Estimate:
         train_seconds=passes * parameters / (0.5 * _matmul_rate()) if device.type == "cpu" else None,
         weights_bytes=sum(frozen_bytes(build.meta_model, held, full)),
         adapter_bytes=adapter * (4 + 4 + (8 if device.type == "cpu" else 2)),
-        disk_bytes=exported.sizes,
+        disk_bytes={quant.name: exported.sizes[quant.name] for quant in build.quants},
         temporary_bytes=_temporary_bytes(build, parameters),
+        importance_bytes=sum(exported.sizes[name] for name in _for_a_while(build, planned)),
         warnings=exported.warnings,
     )
 
@@ -234,6 +247,8 @@ def print_plan(plan: dict) -> None:
                                  "activations and logits besides (`olpack estimate`)")
     files = ", ".join(f"{quant} {progress.quantity(size, 'B')}" for quant, size in found["disk_bytes"].items())
     needs.add_row("disk", f"{progress.quantity(sum(found['disk_bytes'].values()), 'B')}: {files}; no intermediate files")
+    if found["importance_bytes"]:
+        needs.add_row("while exporting", f"{progress.quantity(found['importance_bytes'], 'B')} more disk: a Q8_0 to collect the importance matrix on")
     if found["temporary_bytes"]:
         needs.add_row("while comparing", f"{progress.quantity(found['temporary_bytes'], 'B')} more disk: the unquantized fine-tune and its logits")
     console.print(needs, "", highlight=False)

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field
 from olpack.deploy.names import check_name
 from olpack.deploy.parameters import check_parameters
 from olpack.errors import OlpackError
-from olpack.quants import quant_type
+from olpack.quants import check_tensor_types, quant_type
 from olpack.tasks import parse_task
 
 
@@ -95,6 +95,21 @@ class Modelfile(_Section):
         return value
 
 
+class Export(_Section):
+    importance: Literal["none", "train"] | str = "none"
+    """Importance matrix, with which small quants lose less: `train` collects one on the training rows, a name is a file in llama.cpp's form."""
+    tensor_types: dict[str, str] = Field(default_factory=dict)
+    """Types of single tensors in quantized files: a part of their names (a regular expression, the first that fits counts) to q6_K, q8_0, …"""
+
+    @field_validator("tensor_types")
+    @classmethod
+    def _known_types(cls, value: dict[str, str]) -> dict[str, str]:
+        try:
+            return check_tensor_types(value)
+        except OlpackError as error:
+            raise ValueError(str(error)) from None
+
+
 def _known_task(item: dict[str, Any]) -> dict[str, Any]:
     parse_task(item)
     return item
@@ -144,6 +159,7 @@ class Recipe(_Section):
     train: Train = Field(default_factory=Train)
     quants: Annotated[list[str], Field(min_length=1)] = Field(default_factory=lambda: ["Q4_0", "Q4_K_M", "Q5_K_M", "Q8_0"])
     """Quant types of llama.cpp to make."""
+    export: Export = Field(default_factory=Export)
     package: Literal["merged", "adapter"] = "merged"
     """`merged`: each quant holds the fine-tuned weights. `adapter`: quants of the base, which packages share, and a small LoRA file."""
     modelfile: Modelfile = Field(default_factory=Modelfile)
@@ -168,6 +184,12 @@ class Recipe(_Section):
     def _revision_of_hub_id(self) -> Recipe:
         if self.revision and self.base.startswith("builtin/"):
             raise ValueError("revision goes with a Hub id; a builtin base has none.")
+        return self
+
+    @model_validator(mode="after")
+    def _shared_quants_are_plain(self) -> Recipe:
+        if self.package == "adapter" and self.export != Export():
+            raise ValueError("export goes with package: merged; the quants of a base are shared by packages, and none of them decides for the others.")
         return self
 
     @property
@@ -319,7 +341,7 @@ def _description(fields: list[str]) -> str:
 
 def _flatten(value: dict[str, Any], prefix: str):
     for key, inner in value.items():
-        if isinstance(inner, dict) and key != "parameters":
+        if isinstance(inner, dict) and key not in ("parameters", "tensor_types"):
             yield from _flatten(inner, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", inner

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+import random
+from bisect import bisect_right
 from dataclasses import asdict
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from olpack import __version__, progress
 from olpack.errors import OlpackError
-from olpack.pipeline import ADAPTER
+from olpack.pipeline import ADAPTER, IMPORTANCE_TOKENS
 from olpack.quants import quant_type
 from olpack.workspace import file_digest, template_source, value_digest, write_atomically
 
 if TYPE_CHECKING:
+    from olpack.data import TokenRow
     from olpack.pipeline import Build, Step
 
 _ANSWERED = 3  # held-out requests that every quant answers where the recipe has no prompts
@@ -35,11 +39,19 @@ def train(build: Build, steps: list[Step]) -> None:
 
 
 def export(build: Build, steps: list[Step]) -> None:
-    """Merge, convert and quantize in one pass; a GGUF for each stale step. An adapter package gets quants of its base, and a LoRA GGUF."""
+    """Merge, convert and quantize in one pass; a GGUF for each stale step. An adapter package gets quants of its base, and a LoRA GGUF.
+
+    Where an importance matrix is to be collected first, the quants that do without it make a pass of their own before it.
+    """
+    build.paths.importance_source.unlink(missing_ok=True)  # of a build that was killed
     if alone := [step for step in steps if step.unit == f"export-{ADAPTER}"]:
         _export_adapter(build, alone[0])
-    if quants := [step for step in steps if step not in alone]:
-        _export_quants(build, quants)
+    quants = [step for step in steps if step not in alone]
+    if waiting := build.uncollected(quants):
+        _export_quants(build, [step for step in quants if step not in waiting])
+        _collect_importance(build)
+        quants = waiting
+    _export_quants(build, quants)
 
 
 def _export_adapter(build: Build, step: Step) -> None:
@@ -55,10 +67,14 @@ def _export_adapter(build: Build, step: Step) -> None:
 def _export_quants(build: Build, steps: list[Step]) -> None:
     from olpack.export import Target, export
 
+    if not steps:
+        return
     paths = {step.unit: build.paths.gguf(step.inputs["quant"]) for step in steps}
     targets = [Target(step.inputs["quant"], paths[step.unit]) for step in steps]
     adapter = None if build.paths.base else build.paths.adapter
-    files = export(build.base.path, targets, adapter=adapter, **_said_of_a_file(build))
+    importance = build.importance_file if any(build.weighs(step.inputs["quant"]) for step in steps) else None
+    types = build.recipe.export.tensor_types
+    files = export(build.base.path, targets, adapter=adapter, importance=importance, tensor_types=types, **_said_of_a_file(build))
     for step, file in zip(steps, files, strict=True):
         figures = {"size": file.size, "sha256": file.sha256, "bits_per_weight": file.bits_per_weight, "parameters": file.parameters}
         build.finish(step, [paths[step.unit]], figures, {paths[step.unit]: file.sha256})
@@ -84,6 +100,31 @@ def _said_of_a_file(build: Build) -> dict:
             **({"general.license": build.base.license} if build.base.license else {}),
         },
     }
+
+
+def _collect_importance(build: Build) -> None:
+    """Read training rows with the largest quant that needs no matrix, or with a Q8_0 file that is there for this only."""
+    from olpack.export import Target, collect_importance, export
+
+    step, rows = build.step("importance"), _sample(build.rows[0], IMPORTANCE_TOKENS)
+    at_hand = [build.paths.gguf(quant) for quant in build.unweighed]
+    source = max(at_hand, key=lambda path: path.stat().st_size, default=build.paths.importance_source)
+    try:
+        if not at_hand:
+            export(build.base.path, [Target("Q8_0", source)], adapter=build.paths.adapter)
+        collect_importance(source, [row.ids for row in rows], build.paths.importance, dataset=build.recipe.data.train)
+    finally:
+        build.paths.importance_source.unlink(missing_ok=True)
+    tokens = sum(len(row.ids) for row in rows)
+    build.finish(step, [build.paths.importance], {"rows": len(rows), "tokens": tokens})
+    progress.say(f"collected the importance matrix on {tokens:,} tokens of {len(rows):,} training rows")
+
+
+def _sample(rows: list[TokenRow], tokens: int) -> list[TokenRow]:
+    """Rows drawn from all over the data, the same ones each time, with at most so many tokens (but one row at least)."""
+    drawn = random.Random(0).sample(rows, len(rows))
+    ends = list(accumulate(len(row.ids) for row in drawn))
+    return drawn[: max(1, bisect_right(ends, tokens))]
 
 
 def modelfiles(build: Build, steps: list[Step]) -> None:

@@ -4,6 +4,7 @@
     templates/Modelfile.j2              likewise
     build/NAME/adapter/                 what training made
     build/NAME/gguf/NAME-Q4_K_M.gguf    what export made
+    build/NAME/importance.gguf          the importance matrix, where one was collected
     build/NAME/modelfiles/q4_K_M.Modelfile
     build/NAME/compare/results.json, report.html
     build/NAME/stages/*.json            which inputs each of these was made from
@@ -95,6 +96,14 @@ class BuildPaths:
     def gguf(self, quant: str) -> Path:
         home = self.home(f"export-{quant}")
         return home.root / "gguf" / f"{home.name}-{quant}.gguf"
+
+    @property
+    def importance(self) -> Path:
+        return self.root / "importance.gguf"
+
+    @property
+    def importance_source(self) -> Path:
+        return self.root / "importance-source.gguf"
 
     def modelfile(self, tag: str) -> Path:
         return self.root / "modelfiles" / f"{tag}.Modelfile"

@@ -135,3 +135,5 @@ def test_a_store_and_a_bundle_hold_the_adapter(built, ollama_double: OllamaDoubl
 def test_what_an_adapter_package_cannot_do_is_said_before_training(built, tmp_path):
     code, _, said = olpack(built, "plan", "oracle", "--set", "package=both")
     assert code == 1 and "package" in said
+    code, _, said = olpack(built, "plan", "oracle", "--set", "export.importance=train")
+    assert code == 1 and "package: merged" in said

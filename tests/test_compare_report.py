@@ -210,6 +210,18 @@ def test_tasks_are_a_grid_and_the_answers_that_differ_are_open(template):
     assert "Task 0 &lt;b&gt;" in opened and "&lt;0&gt;" in opened and "<b>Q4_0 · Q8_0</b>" in opened and opened.count("worth") == 3
 
 
+def test_scores_stand_with_their_errors(template):
+    made = with_tasks(against_the_unquantized(four()), *[(1, 1, 0)] * 4)
+    made.base.scores = scores(0, 0, 0).model_copy(update={"standard_error": None})
+    for one in made.quants[1:]:
+        one.suites = [SuiteScore(suite="gsm8k", metric="exact_match, strict-match", value=0.125, standard_error=0.01)]
+    made.settings["suite_limit"] = 50
+    page = render_report(made, template)
+    assert row_of(page, "base, Q8_0")[-1] == "0%" and row_of(page, "Q4_0")[-1] == "66.7%" and "± 10.0%" in page
+    assert page.count("exact_match, strict-match") == 1 and page.count("0.12<") == 3 and "± 0.010" in page
+    assert "only the first 50" in page and "exact, 3 tasks" in page and "<details" not in page
+
+
 def test_of_many_tasks_those_are_listed_that_the_quants_did_not_all_do_alike(template):
     same = (1,) * 30
     page = render_report(with_tasks(four(), (*same, 0), (*same, 1), (*same, 1), (*same, 1)), template)

@@ -15,7 +15,23 @@ from olpack.compare.answers import flags_of
 from olpack.compare.divergence import summarize
 from olpack.compare.perplexity import paired_loss, perplexity
 from olpack.compare.recommend import set_losses
-from olpack.compare.results import Answer, BaseResult, Flag, Machine, Perplexity, PromptSpeed, QuantResult, Reference, Rows, Speed, Spread
+from olpack.compare.results import (
+    Answer,
+    BaseResult,
+    CheckScore,
+    Flag,
+    Machine,
+    Perplexity,
+    PromptSpeed,
+    QuantResult,
+    Reference,
+    Rows,
+    Scores,
+    Speed,
+    Spread,
+    SuiteScore,
+    TaskAsked,
+)  # fmt: skip
 from olpack.errors import OlpackError
 
 TOKENS = [10, 20, 30]
@@ -194,3 +210,17 @@ def test_a_file_that_is_no_results_file_is_named(tmp_path, content):
 )
 def test_flags_of_an_answer(text, finish, flags):
     assert flags_of(text, finish) == flags
+
+
+def test_tasks_and_suites_have_their_place():
+    made = against_the_unquantized(four())
+    made.tasks = [TaskAsked(messages=[], check="python", expected=[], source="tasks.jsonl:1")] * 3
+    check = CheckScore(check="python", count=3, mean=2 / 3, standard_error=1 / 3)
+    scores = Scores(count=3, mean=2 / 3, standard_error=1 / 3, values=[1, 1, 0], checks=[check])
+    made.base.scores = scores.model_copy(update={"mean": 0.0, "standard_error": None})
+    for one in made.quants:
+        one.scores = scores
+        one.suites = [SuiteScore(suite="gsm8k", metric="exact_match, strict-match", value=0.125, standard_error=0.01)]
+    text = printed(made)
+    assert max(len(line) for line in text.split("Recommended")[0].splitlines()) <= 80 and "…" not in text
+    assert "67 ± 33%" in text and "0.12 ± 0.010" in text and text.count("gsm8k") == 1

@@ -22,6 +22,8 @@ ADAPTERS = {
     "whole-modules": ("llama", "float32", {"modules_to_save": ["lm_head", "embed_tokens"]}),
     "embedding": ("llama", "float32", {"target_modules": ["embed_tokens", "lm_head", "v_proj"]}),
     "bfloat16": ("qwen2", "bfloat16", {}),
+    "dora": ("qwen3", "float32", {"use_dora": True, "use_rslora": True, "rank_pattern": {"k_proj": 8}}),
+    "dora-embedding": ("llama", "float32", {"use_dora": True, "target_modules": ["embed_tokens", "o_proj"]}),
 }
 
 
@@ -95,7 +97,9 @@ def refused(base: Path, adapter: Path) -> str:
 
 @pytest.mark.parametrize(("settings", "reason"), [
     ({"peft_type": "IA3"}, "of the kind IA3, and only LoRA can be merged"),
-    ({"use_dora": True}, "uses DoRA (use_dora)"),
+    ({"use_dora": True}, "lacks the norms of DoRA for 'model.layers.0.self_attn.q_proj', and its configuration says use_dora: true"),
+    ({"init_lora_weights": "olora"}, "began as 'olora', which also changes the base's weights. Merge it with peft where it was trained"),
+    ({"lora_bias": True}, "uses biases in its B matrices (lora_bias)"),
     ({"init_lora_weights": "pissa_niter_4"}, "began as 'pissa_niter_4', which also changes the base's weights"),
     ({"r": 16}, "has rank 4, and its configuration says 16"),
     ({"trainable_token_indices": [1, 2]}, "uses single trained tokens"),

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import random
 import re
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from tiny_models import converter, write_model
 from usual_way import quantize
 
 from olpack.errors import OlpackError
 from olpack.export import Target
+from olpack.export.client import Converter
 from olpack.export.importance import ImportanceMatrix, read_importance, write_importance
 from olpack.llamacpp.activations import InputSquares, input_squares
+from olpack.llamacpp.library import ggml
 
 QUANTS = ["IQ2_XS", "IQ1_M", "IQ3_XXS", "Q2_K", "Q4_K_M"]
 MODELS = {
@@ -139,6 +149,40 @@ def test_what_is_written_is_read_back(tmp_path):
     assert read.weights("blk.0.ffn_up_exps.weight", 3)[1:].tolist() == [[1, 1, 1, 1], [4, 4.5, 5, 5.5]]
 
 
+def write_with_ggml(path: Path, matrix: ImportanceMatrix) -> None:
+    """A matrix as tools/imatrix/imatrix.cpp writes it, through the same functions."""
+    library, pointer, text, size = ggml(), ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t
+
+    class Room(ctypes.Structure):  # ggml_init_params
+        _fields_ = [("size", size), ("buffer", pointer), ("no_alloc", ctypes.c_bool)]
+
+    def call(name: str, result: type | None, *arguments: object) -> object:
+        function = library[name]  # not the one with olpack's signature
+        function.restype = result
+        return function(*arguments)
+
+    file, room = pointer(call("gguf_init_empty", pointer)), pointer(call("ggml_init", pointer, Room(1 << 20, None, False)))
+    call("gguf_set_val_str", None, file, b"general.type", b"imatrix")
+    names = (text * len(matrix.datasets))(*(name.encode() for name in matrix.datasets))
+    call("gguf_set_arr_str", None, file, b"imatrix.datasets", names, size(len(names)))
+    call("gguf_set_val_u32", None, file, b"imatrix.chunk_count", matrix.chunk_count)
+    call("gguf_set_val_u32", None, file, b"imatrix.chunk_size", matrix.chunk_size)
+    for name, squares in sorted(matrix.tensors.items()):
+        for part, array in (("in_sum2", squares.sums), ("counts", squares.counts[:, None])):
+            rows, columns = array.shape
+            tensor = pointer(call("ggml_new_tensor_2d", pointer, room, 0, ctypes.c_int64(columns), ctypes.c_int64(rows)))
+            call("ggml_set_name", pointer, tensor, f"{name}.{part}".encode())
+            (ctypes.c_float * array.size).from_address(call("ggml_get_data", pointer, tensor))[:] = array.reshape(-1).tolist()
+            call("gguf_add_tensor", None, file, tensor)
+    assert call("gguf_write_to_file", ctypes.c_bool, file, bytes(path), False)
+
+
+def test_the_file_is_the_one_that_llama_imatrix_writes(matrices, tmp_path):
+    for name, ours in matrices.items():
+        write_with_ggml(tmp_path / "theirs.gguf", read_importance(ours))
+        assert ours.read_bytes() == (tmp_path / "theirs.gguf").read_bytes(), name
+
+
 @pytest.mark.parametrize(("name", "quants"), [
     ("qwen3-tied", QUANTS), ("llama-deep", ["Q4_0", "Q5_0", "IQ4_XS", "IQ4_NL"]), ("qwen3-experts", ["Q2_K", "Q4_0", "IQ3_XXS"]),
 ])  # fmt: skip
@@ -253,3 +297,48 @@ def test_rows_that_cannot_be_read_leave_nothing(unquantized, tmp_path, rows, sai
 def test_experts_that_no_token_is_sent_to_are_told(unquantized, tmp_path, capfd):
     converter().collect(unquantized["qwen3-experts"]["F32"], [[7]], tmp_path / "matrix.gguf", dataset="rows")
     assert "18 of 24 experts' matrices were given no token" in capfd.readouterr().err
+
+
+LONG = [[random.Random(0).randrange(3, 512) for _ in range(250)]] * 4000  # a minute's work
+
+
+def wait_until_it_reads(worker: int, gguf: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not any(mapped.path == str(gguf) for mapped in psutil.Process(worker).memory_maps()):
+        assert time.monotonic() < deadline, "the worker never opened the model"
+        time.sleep(0.01)
+
+
+def test_a_worker_that_dies_is_reported(unquantized, tmp_path):
+    gguf, errors = unquantized["llama-deep"]["F32"], []
+
+    def work() -> None:
+        try:
+            worker.collect(gguf, LONG, tmp_path / "matrix.gguf", dataset="rows", threads=1)
+        except OlpackError as error:
+            errors.append(str(error))
+
+    with Converter() as worker:
+        thread = threading.Thread(target=work)
+        thread.start()
+        wait_until_it_reads(worker.pid, gguf)
+        os.kill(worker.pid, signal.SIGKILL)
+        thread.join(timeout=60)
+    assert "was killed by signal 9" in errors[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_ends_the_collection(unquantized, tmp_path):
+    gguf = unquantized["llama-deep"]["F32"]
+    # A suite that is run in the background inherits an ignored SIGINT; a person at a terminal does not.
+    code = ("import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from pathlib import Path; "
+            "from olpack.export import collect_importance; rows = [list(range(3, 253))] * 4000; "
+            f"collect_importance(Path({str(gguf)!r}), rows, Path({str(tmp_path / 'matrix.gguf')!r}), dataset='rows', threads=1)")
+    child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, cwd=Path(__file__).parents[1], text=True)
+    while not (workers := psutil.Process(child.pid).children()):
+        time.sleep(0.01)
+    wait_until_it_reads(workers[0].pid, gguf)
+    child.send_signal(signal.SIGINT)
+    assert "KeyboardInterrupt" in child.communicate(timeout=60)[1]
+    assert not workers[0].is_running()
+    assert list(tmp_path.iterdir()) == []

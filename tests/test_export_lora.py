@@ -61,6 +61,13 @@ def test_tensors_trained_as_a_whole_are_refused(model, tmp_path):
     assert not (tmp_path / "adapter.gguf").exists()
 
 
+def test_a_dora_is_refused(model, tmp_path):
+    adapter = write_adapter(tmp_path / "adapter", model, use_dora=True)
+    with pytest.raises(OlpackError, match="is a DoRA, which scales the base's weights.*package: merged"):
+        export_adapter(model, adapter, tmp_path / "adapter.gguf")
+    assert not (tmp_path / "adapter.gguf").exists()
+
+
 def test_an_adapter_for_another_base_is_refused_by_the_engine(model, tmp_path):
     export_adapter(model, write_adapter(tmp_path / "adapter", model), tmp_path / "adapter.gguf")
     other = write_model(tmp_path / "other", hidden_size=128, num_attention_heads=2)

@@ -161,12 +161,13 @@ def test_experts_and_what_of_them_is_active(tmp_path):
 
 def test_the_figures_that_were_measured_for_gemma_3_4b(gemma):
     parameters = gemma.model.parameters
-    assert parameters.total == pytest.approx(4.3e9, rel=0.01) and parameters.towers == pytest.approx(0.42e9, rel=0.05) and parameters.head == 0
+    assert parameters.total == pytest.approx(4.3e9, rel=0.01) and parameters.head == 0
+    assert parameters.towers == pytest.approx(0.42e9, rel=0.05)
     for precision, gigabytes in (("float32", 17.2), ("bfloat16", 8.6), ("nf4", 3.17)):
         assert frozen_bytes(gemma.model, precision)[0] == pytest.approx(gigabytes * 1e9, rel=0.01)
     shape = gemma.model.shape
     assert (shape.layers, shape.heads, shape.kv_heads, shape.head_dim, shape.vocabulary) == (34, 8, 4, 256, 262208)
-    assert (shape.tied, shape.window, sum(shape.sliding)) == (True, 1024, 29)
+    assert (shape.tied, shape.window, shape.kinds.count("sliding")) == (True, 1024, 29)
     assert shape.kv_bytes(8192, 2) == 2 * 2 * 4 * 256 * (5 * 8192 + 29 * 1024)
 
 

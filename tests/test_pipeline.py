@@ -146,6 +146,43 @@ def test_a_comparison_that_failed_is_not_done(workspace, monkeypatch):
     assert code == 0 and "up to date" not in said and "could not be measured" not in said
 
 
+def test_tasks_are_scored_and_nothing_else_is_measured_again(workspace):
+    before = files(workspace / "build/oracle/compare/measured")
+    asked = 'compare.tasks=[{prompt: "What is 3 + 1?", exact: forty-two}, {prompt: "What is 4 + 1?", json: true}]'
+    code, printed, said = olpack(workspace, "compare", "oracle", "--set", asked)
+    assert code == 0 and "50" in printed and "unquantized model" not in said  # the base alone is asked
+    results = json.loads((workspace / "build/oracle/compare/results.json").read_text())
+    assert results["quants"][1]["scores"]["values"] == [1, 0] and results["base"]["scores"]["values"] == [0, 0]
+    assert not (workspace / "build/oracle/compare/temporary").exists()
+    after = files(workspace / "build/oracle/compare/measured")
+    assert all(after[name] == before[name] for name in before)
+    code, _, said = olpack(workspace, "compare", "oracle", "--set", "compare.tasks=[{prompt: a, contain: b}]")
+    assert code == 1 and "did you mean 'contains'" in said
+    code, _, said = olpack(workspace, "compare", "oracle", "--set", "compare.tasks=absent.jsonl")
+    assert code == 1 and "absent.jsonl, which `compare.tasks` names" in said
+
+
+def test_a_disk_too_small_for_the_reference_is_warned_of_and_stops_nothing(workspace, monkeypatch):
+    from olpack.errors import OlpackError
+
+    monkeypatch.setattr("olpack.plan.free_bytes", lambda path: 30_000_000)
+    assert "more space than is free, for the unquantized fine-tune" not in olpack(workspace, "plan", "oracle")[2]
+    monkeypatch.setattr("olpack.plan.free_bytes", lambda path: 4_000_000)
+    assert "more space than is free, for the unquantized fine-tune" in olpack(workspace, "plan", "oracle")[2]
+
+    def full(*_, **__):
+        raise OlpackError("The files need 16.0 GB.", "Make room.")
+
+    monkeypatch.setattr("olpack.export.export", full)
+    (workspace / "build/oracle/compare/measured/q8_0.divergence.json").unlink()
+    (workspace / "build/oracle/stages/compare.json").unlink()
+    code, printed, said = olpack(workspace, "compare", "oracle")
+    assert code == 0 and "16.0 GB" in said and "compare.reference=false" in said and "Recommended" in printed
+    monkeypatch.undo()
+    code, printed, said = olpack(workspace, "compare", "oracle", "--json")
+    assert code == 0 and json.loads(printed)["done"] == ["compare"] and "16.0 GB" not in said
+
+
 def test_compare_with_a_server_that_lacks_the_package(workspace, ollama_double):
     code, _, said = olpack(workspace, "compare", "oracle", server=ollama_double.url)
     assert code == 1 and "olpack deploy oracle" in said
@@ -171,6 +208,90 @@ def test_a_file_that_was_lost_is_made_again(workspace, damage):
     assert code == 0
     assert json.loads(printed)["done"] == ["export-Q8_0"]
     assert path.read_bytes() == whole
+
+
+def done(workspace: Path, *settings: str) -> list[str]:
+    """What `olpack export` with these settings does."""
+    code, printed, said = olpack(workspace, "export", "oracle", "--json", *(word for setting in settings for word in ("--set", setting)))
+    assert code == 0, said
+    return json.loads(printed)["done"]
+
+
+def build_of(workspace: Path, *settings: str) -> Build:
+    return Build(recipe.load(workspace / "modelfiles/oracle/recipe.yaml", list(settings)), out=workspace / "build")
+
+
+def test_importance_concerns_only_what_gains_by_it(workspace):
+    from gguf import GGUFReader
+
+    root, before = workspace / "build/oracle", files(workspace / "build/oracle")
+    assert not any(name.startswith("export.") for step in build_of(workspace).steps() for name in step.inputs)
+    assert done(workspace, "export.importance=train") == ["export-Q4_K_M"]
+    after = files(root)
+    assert after["gguf/oracle-Q8_0.gguf"] == before["gguf/oracle-Q8_0.gguf"]
+    assert set(after) - set(before) == {"importance.gguf", "stages/importance.json"}
+    fields = GGUFReader(root / "gguf/oracle-Q4_K_M.gguf").fields
+    assert fields["quantize.imatrix.dataset"].contents() == "train.jsonl"
+    record = json.loads((root / "stages/importance.json").read_text())["result"]
+    assert record["rows"] == 12 and record["tokens"] > 12
+
+    # It serves other quants too, and a lost one is collected again only when something needs it.
+    more = build_of(workspace, "export.importance=train", "quants=[Q4_K_M, Q8_0, Q4_0]")
+    assert [step.unit for step in more.steps() if step.stale and step.stage == "export"] == ["export-Q4_0"]
+    assert more.uncollected(more.steps()) == []
+    (root / "importance.gguf").unlink()
+    assert [step.unit for step in more.steps() if step.stale and step.stage == "export"] == ["export-Q4_0"]
+    assert len(more.uncollected(more.steps())) == 2
+
+
+def test_without_a_quant_to_collect_on_there_is_a_file_for_a_while(workspace):
+    code, printed, _ = olpack(workspace, "plan", "oracle", "--json", "--set", "export.importance=train", "--set", "quants=[Q2_K]")
+    estimate = json.loads(printed)["estimate"]
+    q8 = (workspace / "build/oracle/gguf/oracle-Q8_0.gguf").stat().st_size
+    assert code == 0 and set(estimate["disk_bytes"]) == {"Q2_K"} and abs(estimate["importance_bytes"] - q8) < 8192
+    assert done(workspace, "export.importance=train", "quants=[Q2_K]") == ["export-Q2_K"]
+    assert not (workspace / "build/oracle/importance-source.gguf").exists()
+
+
+def test_a_matrix_of_ones_own_and_types_for_single_tensors(workspace):
+    import numpy as np
+    from gguf import GGUFReader
+
+    from olpack.export.importance import ImportanceMatrix, write_importance
+    from olpack.llamacpp.activations import InputSquares
+
+    tensors = GGUFReader(workspace / "build/oracle/gguf/oracle-Q8_0.gguf").tensors
+    squares = {tensor.name: InputSquares(np.ones((1, tensor.shape[0]), np.float32), np.array([3])) for tensor in tensors if "blk" in tensor.name}
+    write_importance(ImportanceMatrix(squares, ["mine.txt"], 1, 512), workspace / "modelfiles/oracle/own.gguf")
+    own = ("export.importance=own.gguf", "export.tensor_types={attn_v: q6_k, attn: q5_K}")
+    assert done(workspace, *own) == ["export-Q4_K_M", "export-Q8_0"]
+    for quant in ("Q4_K_M", "Q8_0"):
+        written = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(workspace / f"build/oracle/gguf/oracle-{quant}.gguf").tensors}
+        assert (written["blk.0.attn_v.weight"], written["blk.0.attn_q.weight"]) == ("Q6_K", "Q5_K")
+    assert not any(step.stale for step in build_of(workspace, *own).steps() if step.stage == "export")
+    other_order = build_of(workspace, own[0], "export.tensor_types={attn: q5_K, attn_v: q6_k}")
+    assert [step.reason for step in other_order.steps() if step.stage == "export"] == ["export.tensor_types changed"] * 2
+
+
+@pytest.mark.parametrize(("setting", "said"), [
+    ("export.importance=absent.gguf", "absent.gguf, which `export.importance` names"),
+    ("export.importance=train.jsonl", "is no importance matrix in llama.cpp's GGUF form"),
+    ("quants=[IQ2_XS]", "Set `export.importance: train` in the recipe"),
+    ("export.tensor_types={attn_v: q6k}", "Did you mean q6_K?"),
+    ("export.tensor_types={atn_v: q6_K}", "has no tensor named like 'atn_v'"),
+])  # fmt: skip
+def test_a_wrong_importance_or_type_is_refused_before_any_work(workspace, setting, said):
+    before = files(workspace)
+    code, _, told = olpack(workspace, "build", "oracle", "--set", setting)
+    assert code == 1 and said in told
+    assert files(workspace) == before
+
+
+def test_a_matrix_that_cannot_be_collected_leaves_no_file_behind(workspace):
+    (workspace / "build/oracle/importance.gguf").mkdir()
+    code, _, said = olpack(workspace, "export", "oracle", "--set", "export.importance=train", "--set", "quants=[Q2_K]")
+    assert code == 1 and "importance.gguf' is a folder" in said
+    assert "importance-source.gguf" not in files(workspace / "build/oracle")
 
 
 def test_plan_changes_nothing_and_names_origins(workspace):
@@ -202,6 +323,20 @@ def test_run_answers_from_the_build_folder(workspace):
     assert printed == "forty-two\n"
     code, _, said = olpack(workspace, "run", "oracle:q6_K", "What is 3 + 1?")
     assert code == 1 and "not built" in said and "oracle:q8_0" in said
+
+
+def test_a_quant_is_recommended_by_what_was_measured(workspace):
+    code, printed, said = olpack(workspace, "recommend", "oracle", "--json")
+    assert code == 0, said
+    advice, measured = json.loads(printed), json.loads((workspace / "build/oracle/compare/results.json").read_text())
+    found = {row["quant"]: row for row in advice["quants"]}
+    assert advice["setting"]["context"] == 128 and set(found) == {quant["quant"] for quant in measured["quants"]}
+    for quant in measured["quants"]:
+        row = found[quant["quant"]]
+        assert row["loss_measured"] and row["loss"] == quant["loss"]["relative"]
+        assert row["generation_tokens_per_s"] == quant["speed"]["generation_tokens_per_s"]["median"]
+        assert row["weights_bytes"] < quant["size_bytes"]
+    assert "tokens/s measured here" in advice["fastest"]["reason"]
 
 
 def test_list_tells_what_is_built(workspace):

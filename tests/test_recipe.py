@@ -61,6 +61,8 @@ def test_overrides_win_and_say_so(tmp_path):
         (GOOD + "quants: [Q4_K_X]\n", "Q4_K_X"),
         (GOOD + "quants: [Q8_0, q8_0]\n", "Q8_0 is listed twice"),
         (GOOD + "quants: []\n", "'quants'"),
+        (GOOD + "export:\n  tensor_types: {attn_v: q6k}\n", "line 4: 'export.tensor_types': There is no tensor type 'q6k'. Did you mean q6_K?"),
+        (GOOD + "export: {importance: train}\npackage: adapter\n", "export goes with package: merged"),
         (GOOD + "modelfile:\n  parameters: {temprature: 1}\n", "temperature"),
         (GOOD + "modelfile:\n  parameters: {num_ctx: big}\n", "num_ctx"),
         ("data: {train: train.jsonl}\n", "'base' is missing"),
@@ -105,6 +107,6 @@ def test_not_utf8(tmp_path):
 def test_every_field_is_documented():
     from olpack import recipe
 
-    for section in (recipe.Recipe, recipe.Data, recipe.Train, recipe.Modelfile, recipe.Compare):
+    for section in (recipe.Recipe, recipe.Data, recipe.Train, recipe.Export, recipe.Modelfile, recipe.Compare):
         for name, field in section.model_fields.items():
-            assert field.description or name in ("data", "train", "modelfile", "compare"), name
+            assert field.description or name in ("data", "train", "export", "modelfile", "compare"), name

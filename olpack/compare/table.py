@@ -84,12 +84,12 @@ def _cells(quant: QuantResult, chosen: bool) -> list[str]:
 def _quality(results: Results, chosen: str | None) -> Table:
     """Every file against the unquantized fine-tune, between the base that it came from and the fine-tune itself; task scores."""
     tasks = ["tasks\n± s.e."] if results.tasks else []
-    table = _table(["perplexity\n± s.e.", "KL mean ± s.e.\nmillinats", "KL 99 %\nmillinats", "same top\ntoken ± s.e.", *tasks])
+    table = _table(["perplexity\n± s.e.", "KL mean\nmnat ± s.e.", "KL 99%\nmnat", "same top\ntoken ± s.e.", *tasks])  # thousandths of a nat
     for mark, name, file, style in [
         *([("", f"base {results.base.quant}", results.base, "dim")] if results.base else []),
         *(("→" if quant.tag == chosen else "", quant.quant, quant, _style(quant, chosen)) for quant in results.quants),
     ]:
-        scores = [_share(file.scores.mean, file.scores.standard_error) if file.scores else MISSING] if tasks else []
+        scores = [_share(file.scores.mean, file.scores.standard_error, 0) if file.scores else MISSING] if tasks else []
         table.add_row(mark, name, _perplexity(file.perplexity), *_divergence(file.divergence), *scores, style=style)
     if results.reference:
         scores = [MISSING] if tasks else []
@@ -123,9 +123,9 @@ def _divergence(found: Divergence | None) -> list[str]:
     return [with_error(1000 * found.mean, error), plain(1000 * found.p99), _share(found.same_top, found.same_top_standard_error)]
 
 
-def _share(value: float, error: float | None) -> str:
+def _share(value: float, error: float | None, digits: int = 1) -> str:
     """ "83.3 ± 12.7%"."""
-    return f"{100 * value:.1f}{'' if error is None else f' ± {100 * error:.1f}'}%"
+    return f"{100 * value:.{digits}f}{'' if error is None else f' ± {100 * error:.{digits}f}'}%"
 
 
 def with_error(value: float, error: float | None) -> str:

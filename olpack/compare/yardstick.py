@@ -87,10 +87,12 @@ def hold(yardstick: Yardstick, job: Job, depends: dict[str, dict], cache: Cache,
     base = Units(cache, "base", {unit: depends[unit] | identity for unit in ("perplexity", "divergence", "tasks", "scores") if unit in depends})
     wanted = {"perplexity": True, "tasks": [task.messages for task in tasks]}
     base_missing = yardstick.write_base is not None and not base.found.keys() >= depends.keys() & {"perplexity", "divergence", "tasks"}
+    reference_missing = not {"perplexity", "quant"} <= reference.found.keys()
     held = Held()
     try:
-        if needed or base_missing or not {"perplexity", "quant"} <= reference.found.keys():
+        if needed or reference_missing or base_missing:
             folder = temporary.enter_context(yardstick.temporary())
+        if needed or reference_missing or (base_missing and "divergence" not in base.found):
             held.logits = _measure_reference(yardstick, job, folder, reference)
         if base_missing:
             with _written(yardstick.write_base, yardstick.base_quant, folder) as path:

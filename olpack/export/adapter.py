@@ -1,7 +1,8 @@
 """A LoRA adapter in peft's format: what it changes, and the change itself, tensor by tensor.
 
 The merge of one weight is W + scale * (B @ A) in float32, as in "LoRA: Low-Rank Adaptation of Large Language Models" (Hu et al.,
-2021), with scale = alpha / r, or alpha / sqrt(r) for rank-stabilized adapters (Kalajdzievski, 2023).
+2021), with scale = alpha / r, or alpha / sqrt(r) for rank-stabilized adapters (Kalajdzievski, 2023). DoRA (Liu et al., 2024) then gives
+each output's column of weights a trained norm: m * W' / |W'|.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ if TYPE_CHECKING:
     import torch
 
 _PREFIX = "base_model.model."
+_NORMS = "lora_magnitude_vector"
 
 # Settings of peft under which W + scale * B @ A is not what was trained, and what they mean.
 _REFUSED = {
-    "use_dora": "DoRA", "lora_bias": "biases in its B matrices", "layer_replication": "repeated layers",
+    "lora_bias": "biases in its B matrices", "layer_replication": "repeated layers",
     "target_parameters": "bare parameters as targets", "trainable_token_indices": "single trained tokens",
     "alora_invocation_tokens": "an activation by tokens (aLoRA)", "use_qalora": "QALoRA", "use_bdlora": "block-diagonal LoRA",
     "arrow_config": "Arrow routing", "kasa_config": "KaSA", "monteclora_config": "MonteCLoRA",
@@ -43,6 +45,7 @@ class LowRank:
     b: str
     scale: float
     transposed: bool  # the base stores this weight as [in, out]
+    magnitude: str | None = None  # the name of DoRA's norms, [out]
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,14 @@ class Adapter:
             change = self.low_rank[name]
             # Cloned, because the last bit of a product depends on how its factors are aligned, and in the file they are anyhow.
             product = file.get_tensor(change.b).to(torch.float32).clone() @ file.get_tensor(change.a).to(torch.float32).clone()
+            norms = file.get_tensor(change.magnitude).to(torch.float32) if change.magnitude else None
         # In place: a further matrix of the weight's size would cost as much time as the product itself.
-        return (product.T if change.transposed else product).mul_(change.scale).add_(weight)
+        changed = (product.T if change.transposed else product).mul_(change.scale).add_(weight)
+        if norms is None:
+            return changed
+        changed = changed.contiguous()  # the last bit of a sum depends on its order, and that on the layout
+        factor = norms / torch.linalg.norm(changed.T if change.transposed else changed, dim=1)
+        return changed.mul_(factor.view(1, -1) if change.transposed else factor.view(-1, 1))
 
 
 def read_adapter(folder: Path, base: Mapping[str, TensorHeader]) -> Adapter:
@@ -121,7 +130,18 @@ def read_adapter(folder: Path, base: Mapping[str, TensorHeader]) -> Adapter:
             transposed = kind == "lora_embedding_A" or bool(config.get("fan_in_fan_out"))
             product = (header[other].shape[0], found.shape[-1])
             _expect_shape(folder, key, product[::-1] if transposed else product, base[name].shape)
-            low_rank[name] = LowRank(key, other, _scale(config, module, rank=found.shape[0]), transposed)
+            magnitude = next((norms for norms in (f"{_PREFIX}{module}.{_NORMS}", f"{_PREFIX}{module}.{_NORMS}.weight") if norms in header), None)
+            if (magnitude is not None) != bool(config.get("use_dora")):
+                raise OlpackError(
+                    f"The adapter '{folder}' {'has' if magnitude else 'lacks'} the norms of DoRA for '{module}', and its configuration says "
+                    f"use_dora: {json.dumps(bool(config.get('use_dora')))}.", "It was not saved completely: save it again."
+                )  # fmt: skip
+            if magnitude is not None:
+                _expect_shape(folder, magnitude, header[magnitude].shape, base[name].shape[1:] if transposed else base[name].shape[:1])
+            low_rank[name] = LowRank(key, other, _scale(config, module, rank=found.shape[0]), transposed, magnitude)
+        elif kind == _NORMS:
+            if not any(header.keys() & {f"{_PREFIX}{module}.{a}" for a in ("lora_A.weight", "lora_embedding_A")}):
+                raise OlpackError(f"The adapter '{folder}' has '{key}' without its A matrix.", "It was not saved completely: save it again.")
         elif key.replace("lora_B", "lora_A").replace("lora_embedding_B", "lora_embedding_A") not in header:
             raise OlpackError(f"The adapter '{folder}' has '{key}' without its A matrix.", "It was not saved completely: save it again.")
     if not low_rank and not replaced:
@@ -149,7 +169,8 @@ def _read_config(folder: Path) -> dict:
     if config.get("init_lora_weights", True) not in _PLAIN_STARTS:
         raise OlpackError(
             f"The adapter '{folder}' began as '{config['init_lora_weights']}', which also changes the base's weights.",
-            "Convert it with peft (path_initial_model_for_weight_conversion), or merge it there and export the result.",
+            "Merge it with peft where it was trained (merge_and_unload) and export the merged folder, or save it again with "
+            "path_initial_model_for_weight_conversion, which needs the adapter as it was before the first step.",
         )
     return config
 
@@ -159,9 +180,10 @@ def _parse(key: str, folder: Path) -> tuple[str, str]:
     if not key.startswith(_PREFIX):
         raise OlpackError(f"The adapter '{folder}' holds '{key}', a name that peft does not give.", "Save it with peft's save_pretrained.")
     name = key.removeprefix(_PREFIX)
-    match = re.fullmatch(r"(.+)\.(lora_[AB])\.weight|(.+)\.(lora_embedding_[AB])", name)
+    match = re.fullmatch(rf"(.+)\.(lora_[AB])\.weight|(.+)\.(lora_embedding_[AB])|(.+)\.({_NORMS})(?:\.weight)?", name)
     if match:
-        return match[1] or match[3], match[2] or match[4]
+        module, kind = (found for found in match.groups() if found)
+        return module, kind
     if ".lora_" in name:
         raise OlpackError(
             f"The adapter '{folder}' holds '{key}', which a plain LoRA merge would lose.",

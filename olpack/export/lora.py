@@ -46,6 +46,11 @@ def export_adapter(base: Path, adapter: Path, out: Path) -> tuple[int, str]:
             f"The adapter '{adapter}' replaces '{sorted(change.replaced)[0]}' as a whole, and llama.cpp's adapters only add to weights.",
             "Set `package: merged`, or train without modules_to_save.",
         )
+    if any(product.magnitude for product in change.low_rank.values()):
+        raise OlpackError(
+            f"The adapter '{adapter}' is a DoRA, which scales the base's weights, and llama.cpp's adapters only add to weights.",
+            "Set `package: merged`, or train without use_dora.",
+        )
     with tempfile.TemporaryDirectory(prefix="olpack-") as scratch:
         plain = _plain(adapter, change, Path(scratch) / adapter.name)
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -3,8 +3,9 @@
     advise(params="8B", vram=8)                      # which quant of a typical 8B fits a GPU of 8 GiB, and why
     estimate_model("Qwen/Qwen3-8B", context=8192)    # what it takes for inference and training, precision by precision
 
-Nothing here repeats llama.cpp's rules. A model without a file becomes a GGUF with a real header and a hole in place of the weights; llama.cpp
-chooses the types of its tensors, loads it without allocating, lays out the KV cache, reserves the compute graph, and says what it would take.
+Nothing here repeats llama.cpp's rules. A model without a file becomes a GGUF with a real header and a hole in place of the weights;
+llama.cpp chooses the types of its tensors, loads it without allocating, lays out the KV cache, reserves the compute graph, and says what it
+would take.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def advise(
     Args:
         models: one package, folder or Hub id, or any number of GGUFs of one model.
         params: in place of `models`: a number of parameters, "8B".
-        vram, ram: in GiB, in place of what the machine has. With `vram` alone, RAM counts as this machine's.
+        vram, ram: in place of what the machine has, in GB as memory is sold (2^30 bytes). What is left out is this machine's.
         context: tokens; by default the package's num_ctx, or 4096.
         kv_type: of the KV cache in llama.cpp: f16, q8_0 or q4_0.
         max_loss: growth of perplexity that is accepted; by default the package's, or 0.03.
@@ -76,8 +77,8 @@ def advise(
 
 
 def estimate_model(
-    model: str | None = None, params: str | None = None, context: int | None = None, kv_type: str = "f16", rank: int = 16, tokens: int = 2048,
-    quants: Sequence[str] | None = None,
+    model: str | None = None, params: str | None = None, context: int | None = None, kv_type: str = "f16", rank: int = 16,
+    tokens: int = 2048, quants: Sequence[str] | None = None,
 ) -> Estimate:  # fmt: skip
     """What a model takes for inference and training.
 

@@ -48,7 +48,7 @@ def dry_run(path: Path, setting: dict[str, Any]) -> dict[str, Any]:
         model = llama.llama_model_load_from_file(os.fsencode(path), params)
     lines = "".join(log).splitlines()
     if not model:
-        raise OlpackError(f"llama.cpp cannot load {path.name}: {_reason(lines)}.", "Make the file anew, or take one that `olpack run` loads.")
+        raise OlpackError(f"llama.cpp cannot load {path.name}: {_reason(lines)}.", "Make the file anew, or take another model.")
     try:
         run = _run(llama, model, setting, before)
         sliding = [int(match[1]) for match in map(_LAYER.match, lines) if match]

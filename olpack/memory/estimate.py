@@ -122,11 +122,13 @@ def _notes(model: MetaModel, loaded: list[Loaded], training: dict[str, Training]
     """What "parameters × bytes" forgets, in this model's figures."""
     four, count = loaded[-1], model.parameters
     kept = 2 * (count.total - sum(rows * columns for rows, columns in model.quantizable().values()))
-    notes = [f"\"Parameters × bytes\" forgets what 4-bit leaves in 16 bits (embeddings, output layer, norms: {quantity(kept, 'B')}), the constants of "
-             f"quantization ({quantity(four.constants, 'B')}, which transformers' get_memory_footprint leaves out too), the KV cache "
-             f"({quantity(loaded[1].cache, 'B')} in 16 bits) and, in training, logits and activations."]  # fmt: skip
+    notes = [f"\"Parameters × bytes\" forgets what 4-bit leaves in 16 bits (embeddings, output layer, norms: {quantity(kept, 'B')}), the "
+             f"constants of quantization ({quantity(four.constants, 'B')}, which transformers' get_memory_footprint leaves out too), the KV "
+             f"cache ({quantity(loaded[1].cache, 'B')} in 16 bits) and, in training, logits and activations."]  # fmt: skip
     if count.experts:
-        notes.append(f"bitsandbytes quantizes no stacked experts: {quantity(2 * count.experts, 'B')} of this model stay in 16 bits whatever is asked.")
+        notes.append(f"bitsandbytes quantizes no stacked experts: {quantity(2 * count.experts, 'B')} stay in 16 bits whatever is asked.")
+    notes.append("Peak of training: with checkpointing, the layer that is computed again and the logits are not there at the same time; the larger "
+                 "counts. Every token of the batch is taken to be learned. The GPU's own context, about half a GB, comes on top.")  # fmt: skip
     if training["QLoRA"].activations is None:
         notes.append("Activations are not counted: this architecture computes with data that there is none of before it is loaded.")
     return notes

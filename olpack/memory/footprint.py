@@ -25,7 +25,7 @@ from olpack.memory.subject import Subject
 from olpack.quants import QUANT_TYPES
 
 KV_TYPES = ("f16", "q8_0", "q4_0")
-# What a vocabulary takes in llama.cpp, measured on the byte-level ones that its source holds: tables, and text, piece and merges of a token.
+# What a vocabulary takes in llama.cpp, measured on the byte-level ones in its source: tables, and text, piece and merges of a token.
 _VOCABULARY, _TOKEN = 3_500_000, 310
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 _INPUTS = ("token_embd", "per_layer_token_embd", "position_embd", "token_types")
@@ -115,7 +115,8 @@ class Footprint:
     def in_ram(self, layers: int) -> int:
         """Bytes in RAM with as many layers on the GPU. The compute graph needs its share on both sides while both compute."""
         count = self.layers - 1 - max(0, layers - 1)
-        blocks = sum(self.layer_weights[:count]) + round(sum(self.layer_cache[:count])) + round(self.state_bytes * count / (self.layers - 1))
+        state = round(self.state_bytes * count / (self.layers - 1))
+        blocks = sum(self.layer_weights[:count]) + round(sum(self.layer_cache[:count])) + state
         output = self.output_weights if layers == 0 else 0
         compute = self.compute_bytes if count else 0
         return self.input_weights + blocks + output + compute + self.output_bytes + self.process_bytes
@@ -157,8 +158,8 @@ def plan(subject: Subject, quants: Sequence[str], setting: Setting) -> tuple[lis
     source = converter_source()
     with tempfile.TemporaryDirectory(prefix="olpack-") as scratch, progress.task(f"asking llama.cpp about {subject.label}"):
         write_hollow_checkpoint(subject.model, subject.config, Path(scratch))
-        found = _work({"file": None, "folder": scratch, "converter": str(source), "quants": list(quants), "setting": asdict(setting)},
-                      subject.label)
+        job = {"file": None, "folder": scratch, "converter": str(source), "quants": list(quants), "setting": asdict(setting)}
+        found = _work(job, subject.label)
     vocabulary = _VOCABULARY + _TOKEN * subject.model.shape.vocabulary
     return [_footprint(quant, setting, found["tensors"][quant], found, vocabulary) for quant in quants], _layout(found)
 
@@ -202,7 +203,8 @@ def _footprint(quant: str, setting: Setting, tensors: Sequence[tuple[str, int]],
 
 def _layout(found: dict[str, Any]) -> Layout:
     info = found["info"]
-    return Layout(info["arch"], int(info["n_layer"]), info.get("n_head_kv", "?"), tuple(found["sliding"]), found["state_bytes"] > 0, found["flash"])
+    recurrent = found["state_bytes"] > 0
+    return Layout(info["arch"], int(info["n_layer"]), info.get("n_head_kv", "?"), tuple(found["sliding"]), recurrent, found["flash"])
 
 
 def _work(job: dict[str, Any], label: str) -> dict[str, Any]:
@@ -215,7 +217,8 @@ def _work(job: dict[str, Any], label: str) -> dict[str, Any]:
     if child.returncode == 0:
         answer = json.loads(child.stdout)
         if "error" in answer:
-            raise OlpackError(**answer["error"])
+            told = answer["error"]
+            raise OlpackError(told["problem"].replace(job.get("folder") or "\0", label), told["remedy"])
         return answer["result"]
     said = [line.strip() for line in child.stderr.splitlines() if line.strip()]
     reason = next((line for line in said if "GGML_ASSERT" in line), said[-1] if said else "it said nothing")

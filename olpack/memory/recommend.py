@@ -162,7 +162,8 @@ def _advise(label: str, parameters: int, footprints: list[Footprint], machine: M
         ))  # fmt: skip
     candidates.sort(key=lambda candidate: candidate.footprint.weights)
     best, fastest = _best(candidates, machine), _fastest(candidates, max_loss)
-    return Advice(label, parameters, machine, setting, max_loss, candidates, best, fastest, _notes(candidates, parameters, machine, setting))
+    notes = _notes(candidates, parameters, machine, setting)
+    return Advice(label, parameters, machine, setting, max_loss, candidates, best, fastest, notes)
 
 
 def _best(candidates: list[Candidate], machine: Machine) -> Choice | None:
@@ -206,7 +207,7 @@ def _notes(candidates: list[Candidate], parameters: int, machine: Machine, setti
     if any(not c.measured and c.loss is not None for c in candidates):
         notes.append(f"Losses in brackets are not of this model but of {SOURCE}.")
     kept = "1 GiB of each GPU and " if machine.gpus else ""
-    notes.append(f"Left free: {kept}2 GiB of RAM, for driver, screen and system. GPU layers count the output layer as one, as llama.cpp does.")
+    notes.append(f"Left free: {kept}2 GiB of RAM, for driver, screen and system. GPU layers count the output layer as one.")
     if told := _against_rule(candidates, parameters, machine, setting):
         notes.append(told)
     return notes

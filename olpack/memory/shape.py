@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from olpack.errors import OlpackError
 
@@ -56,12 +56,13 @@ class Shape:
     """The sizes that memory follows from.
 
     Attributes:
-        layers, hidden, heads, kv_heads, head_dim, vocabulary: of the text model.
+        layers, hidden, heads, kv_heads, vocabulary: of the text model; no heads where no layer attends.
+        head_dim, value_dim: width of a key and of a value.
         intermediate: width of the feed-forward layers; of one expert where there are only experts.
         tied: the output layer is the embedding.
         context_length: tokens the model was made for, None where its configuration does not say.
         window: tokens that a sliding-window layer sees, None where there is none.
-        sliding: for each layer, whether it slides.
+        kinds: of each layer: "full" attends to the whole context, "sliding" to the window, "none" keeps no keys and values.
         experts, experts_used: of each layer, and for each token; 0 without experts.
     """
 
@@ -70,19 +71,20 @@ class Shape:
     heads: int
     kv_heads: int
     head_dim: int
+    value_dim: int
     intermediate: int
     vocabulary: int
     tied: bool
     context_length: int | None
     window: int | None
-    sliding: tuple[bool, ...]
+    kinds: tuple[Literal["full", "sliding", "none"], ...]
     experts: int
     experts_used: int
 
     def kv_bytes(self, context: int, bytes_per_value: float) -> int:
-        """Keys and values of one sequence in transformers' cache, where a sliding layer keeps its window and the others the whole context."""
-        cells = sum(min(self.window or context, context) if slides else context for slides in self.sliding)
-        return round(cells * 2 * self.kv_heads * self.head_dim * bytes_per_value)
+        """Keys and values of one sequence in transformers' cache, where a sliding layer keeps its window, the others the whole context."""
+        cells = self.kinds.count("full") * context + self.kinds.count("sliding") * min(self.window or context, context)
+        return round(cells * self.kv_heads * (self.head_dim + self.value_dim) * bytes_per_value)
 
 
 class MetaModel:
@@ -112,7 +114,10 @@ class MetaModel:
             make = named._from_config if named is not None else transformers.AutoModelForCausalLM.from_config
             with torch.device("meta"):
                 self.module: nn.Module = make(self.config, dtype=torch.bfloat16)
-        except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RuntimeError, ImportError) as error:
+        except ImportError as error:
+            raise OlpackError(f"transformers needs another package for {label}: {str(error).strip().splitlines()[0]}",
+                              "Install it, or name a GGUF of the model, which needs none.") from error
+        except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RuntimeError) as error:
             why = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise OlpackError(f"transformers {transformers.__version__} makes no model of the configuration of {label}: {why}",
                               "Take a newer transformers, or a GGUF of the model, which needs none.") from error
@@ -127,22 +132,27 @@ class MetaModel:
     @cached_property
     def shape(self) -> Shape:
         config = self.text_config
-        layers, heads = config.num_hidden_layers, config.num_attention_heads
-        kinds = getattr(config, "layer_types", None) or []
-        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-        if not kinds and window:  # Mistral slides everywhere, and says it by the window alone
-            kinds = ["sliding_attention"] * layers
-        sliding = tuple(kind == "sliding_attention" for kind in kinds) or (False,) * layers
-        experts = next((getattr(config, key) for key in ("num_local_experts", "num_experts", "n_routed_experts") if getattr(config, key, None)), 0)
-        widths = [getattr(config, key) for key in ("intermediate_size", "moe_intermediate_size") if getattr(config, key, None)]
-        tied = self.module.get_output_embeddings().weight is self.module.get_input_embeddings().weight
+
+        def first(*names: str) -> int | None:
+            return next((value for name in names if (value := getattr(config, name, None))), None)
+
+        layers, heads = config.num_hidden_layers, first("num_attention_heads") or 0
+        experts = first("num_local_experts", "num_experts", "n_routed_experts") or 0
+        width = first("moe_intermediate_size", "intermediate_size") if experts else first("intermediate_size", "moe_intermediate_size")
+        head_dim = first("head_dim") or (config.hidden_size // heads if heads else 0)
+        if nope := first("qk_nope_head_dim"):  # multi-head latent attention, whose cache transformers keeps expanded
+            head_dim = nope + config.qk_rope_head_dim
+        window = first("sliding_window", "attention_chunk_size") if getattr(config, "use_sliding_window", True) else None
+        names = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers
+        kinds = tuple(_kind(name) if heads else "none" for name in names)
         return Shape(
-            layers=layers, hidden=config.hidden_size, heads=heads, kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            intermediate=_first(widths[-1] if experts and widths else widths[0] if widths else 4 * config.hidden_size),
-            vocabulary=self.module.get_input_embeddings().weight.shape[0], tied=tied,
-            context_length=getattr(config, "max_position_embeddings", None), window=window if any(sliding) else None, sliding=sliding,
-            experts=experts, experts_used=getattr(config, "num_experts_per_tok", None) or 0 if experts else 0,
+            layers=layers, hidden=config.hidden_size, heads=heads, kv_heads=first("num_key_value_heads") or heads,
+            head_dim=head_dim, value_dim=first("v_head_dim") or head_dim,
+            intermediate=max(width) if isinstance(width, list | tuple) else width or 4 * config.hidden_size,
+            vocabulary=self.module.get_input_embeddings().weight.shape[0],
+            tied=self.module.get_output_embeddings().weight is self.module.get_input_embeddings().weight,
+            context_length=first("max_position_embeddings"), window=window if "sliding" in kinds else None, kinds=kinds,
+            experts=experts, experts_used=(first("num_experts_per_tok") or 0) if experts else 0,
         )  # fmt: skip
 
     @cached_property
@@ -150,7 +160,7 @@ class MetaModel:
         import torch
 
         head = self.module.get_output_embeddings()
-        linear = {id(module.weight) for module in self.module.modules() if isinstance(module, torch.nn.Linear)} - {id(head.weight)}
+        linear = {id(module.weight) for module in self.module.modules() if linear_shape(module)} - {id(head.weight)}
         embeddings = {id(module.weight) for module in self.module.modules() if isinstance(module, torch.nn.Embedding)}
         text = {id(parameter) for parameter in self.module.get_decoder().parameters()} | {id(parameter) for parameter in head.parameters()}
         counts = dict.fromkeys(("embedding", "head", "linear", "experts", "other", "towers"), 0)
@@ -173,25 +183,27 @@ class MetaModel:
 
     def quantizable(self) -> dict[str, tuple[int, int]]:
         """(rows, columns) of the weights that bitsandbytes quantizes when transformers loads the model: by transformers' own rule, every
-        linear layer, towers included, but neither the output layer nor stacked experts."""
+        plain linear layer, towers included, but neither the output layer nor stacked experts."""
         import torch
+        from transformers.pytorch_utils import Conv1D
         from transformers.quantizers.base import get_keys_to_not_convert
         from transformers.quantizers.quantizers_utils import should_convert_module
 
         kept = get_keys_to_not_convert(self.module)
-        return {name: tuple(module.weight.shape) for name, module in self.module.named_modules()
-                if isinstance(module, torch.nn.Linear) and should_convert_module(name, kept)}  # fmt: skip
+        return {name: linear_shape(module) for name, module in self.module.named_modules()
+                if type(module) in (torch.nn.Linear, Conv1D) and should_convert_module(name, kept)}  # fmt: skip
 
     def checkpoint(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the tensors as the model's checkpoint has them: stacked experts apart, tied weights once."""
         from transformers.core_model_loading import revert_weight_conversion
 
-        return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(self.module, dict(self.module.named_parameters())).items()}
+        named = revert_weight_conversion(self.module, dict(self.module.named_parameters()))
+        return {name: tuple(tensor.shape) for name, tensor in named.items()}
 
 
 def write_hollow_checkpoint(model: MetaModel, config: dict[str, Any], folder: Path) -> None:
-    """A model's folder for llama.cpp's converter: config.json, tokens without a meaning, and a safetensors file with a real header and a hole
-    in place of the weights. A few MB on the disk, whatever the model's size."""
+    """A model's folder for llama.cpp's converter: config.json, tokens without a meaning, and a safetensors file with a real header and a
+    hole in place of the weights. A few MB on the disk, whatever the model's size."""
     header, offset = {}, 0
     for name, shape in model.checkpoint().items():
         end = offset + 2 * math.prod(shape)
@@ -211,6 +223,18 @@ def write_hollow_checkpoint(model: MetaModel, config: dict[str, Any], folder: Pa
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": tokens}, "added_tokens": []}), encoding="utf-8")
 
 
-def _first(value: int | list[int]) -> int:
-    """A width; the largest where layers differ."""
-    return max(value) if isinstance(value, list | tuple) else value
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(rows, columns) of a linear layer as it multiplies, None for any other module. GPT-2's Conv1D is one, stored the other way round."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, torch.nn.Linear):
+        return tuple(module.weight.shape)
+    return tuple(reversed(module.weight.shape)) if isinstance(module, Conv1D) else None
+
+
+def _kind(name: str) -> Literal["full", "sliding", "none"]:
+    """What a layer of one of transformers' `layer_types` keeps."""
+    if "attention" not in name or name.startswith("linear"):
+        return "none"
+    return "sliding" if name.startswith(("sliding", "chunked")) else "full"

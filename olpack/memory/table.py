@@ -16,7 +16,7 @@ from olpack.memory.recommend import Advice, Candidate
 from olpack.progress import quantity
 
 _NONE = "–"
-_KINDS = {"embedding": "embedding", "head": "output layer", "linear": "linear layers", "experts": "experts", "towers": "vision, audio, projectors"}
+_KINDS = {"embedding": "embedding", "head": "output layer", "linear": "linear layers", "experts": "experts", "towers": "vision or audio"}
 
 
 def print_advice(advice: Advice, console: Console | None = None) -> None:
@@ -26,7 +26,8 @@ def print_advice(advice: Advice, console: Console | None = None) -> None:
     console.print(Text(title), soft_wrap=not console.is_terminal)
     unit, divisor = ("GB", 1e9) if max(candidate.footprint.total for candidate in advice.candidates) >= 1e9 else ("MB", 1e6)
     timed = any(candidate.tokens_per_s for candidate in advice.candidates)
-    table = _table(unit, "quant", "weights", "KV\ncache", "buffers", "total", "rule of\nthumb", "runs on", "loss", *(["tok/s"] if timed else []))
+    titles = ("quant", "weights", "KV\ncache", "buffers", "total", "rule of\nthumb", "runs on", "loss", "tok/s")
+    table = _table(unit, *(titles if timed else titles[:-1]))
     chosen = {choice.quant for choice in (advice.best, advice.fastest) if choice}
     for candidate in advice.candidates:
         style = "dim" if candidate.place.where == "nowhere" else "bold green" if candidate.quant in chosen else ""
@@ -56,7 +57,8 @@ def print_estimate(found: Estimate, console: Console | None = None) -> None:
             table.add_row(row.quant, f"{8 * row.weights / found.count:.2f}", *map(_bytes, sizes))
         console.print(table, "")
     if found.training:
-        table = _table(f"training, rank {found.rank},\n{found.tokens:,} tokens at once", "base", "adapter,\noptimizer", "activa-\ntions", "logits", "peak")
+        title = f"training, rank {found.rank},\n{found.tokens:,} tokens at once"
+        table = _table(title, "base", "adapter,\noptimizer", "activa-\ntions", "logits", "peak")
         for name, row in found.training.items():
             adapter = row.adapter + row.gradients + row.optimizer
             for checkpointing in (True, False):
@@ -84,10 +86,14 @@ def _description(found: Estimate) -> list[str]:
     parts = [f"{_count(size)} {title}" for kind, title in _KINDS.items() if (size := getattr(found.parameters, kind))]
     shape = found.shape
     lines = [f"{found.label}, {_count(found.parameters.total)} parameters: {', '.join(parts)}"]
-    heads = f"{shape.layers} layers, hidden {shape.hidden:,}, {shape.heads} heads, {shape.kv_heads} KV heads of {shape.head_dim}"
-    lines.append(f"{heads}, intermediate {shape.intermediate:,}, vocabulary {shape.vocabulary:,}{' (tied)' if shape.tied else ''}")
+    heads = f"{shape.heads} heads, {shape.kv_heads} KV heads of {shape.head_dim}" if shape.heads else "no attention"
+    vocabulary = f"vocabulary {shape.vocabulary:,}{' (tied)' if shape.tied else ''}"
+    lines.append(f"{shape.layers} layers, hidden {shape.hidden:,}, {heads}, intermediate {shape.intermediate:,}, {vocabulary}")
     if shape.window:
-        lines.append(f"{sum(shape.sliding)} layers see a window of {shape.window:,} tokens, {shape.sliding.count(False)} the whole context")
+        sliding, full = shape.kinds.count("sliding"), shape.kinds.count("full")
+        lines.append(f"{sliding} layers see a window of {shape.window:,} tokens, {full} the whole context")
+    if shape.heads and (without := shape.kinds.count("none")):
+        lines.append(f"{without} layers keep a state in place of keys and values")
     if shape.experts:
         lines.append(f"{shape.experts} experts, {shape.experts_used} for a token: {_count(found.parameters.active)} parameters active")
     return [*lines, _setting(found.setting)]

@@ -1,8 +1,8 @@
 """What a training step keeps in memory: frozen weights, adapter, gradients, optimizer, activations and logits.
 
-Activations are counted, not estimated: the model runs forward on torch's meta device, and what autograd would keep for the backward pass is
-added up. Three things are known rather than run: attention keeps queries, keys, values and its result (as a fused kernel does, never the square
-of the length), each adapter keeps its input in 16 bits, and the loss keeps the logits.
+Activations are counted, not estimated: the model runs forward on torch's meta device, and what autograd would keep for the backward pass
+is added up. Three things are known rather than run: attention keeps queries, keys, values and its result (as a fused kernel does, never the
+square of the length), each adapter keeps its input in 16 bits, and the loss keeps the logits.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from olpack.errors import OlpackError
-from olpack.memory.shape import MetaModel
+from olpack.memory.shape import MetaModel, linear_shape
 
 # Bytes a weight of NF4 with double quantization: half a byte, an 8-bit scale for 64 weights, a float32 scale for 256 of those.
 NF4_CODES = 0.5
@@ -99,12 +99,10 @@ def frozen_bytes(model: MetaModel, precision: str, rest_bytes: int = 2) -> tuple
 
 def adapter_shapes(model: MetaModel, targets: str | list[str] = "all-linear") -> dict[str, tuple[int, int]]:
     """(rows, columns) of the linear layers of the text model that get an adapter: all but the output layer, or those of the given names."""
-    import torch
-
     text = {id(module) for module in model.module.get_decoder().modules()}
     named = [targets] if isinstance(targets, str) else targets
-    return {name: tuple(module.weight.shape) for name, module in model.module.named_modules()
-            if isinstance(module, torch.nn.Linear) and id(module) in text
+    return {name: shape for name, module in model.module.named_modules()
+            if (shape := linear_shape(module)) and id(module) in text
             and (named == ["all-linear"] or name.rsplit(".", 1)[-1] in named)}  # fmt: skip
 
 
@@ -125,7 +123,7 @@ def estimate_training(model: MetaModel, *, rank: int, tokens: int, quantized: bo
     found = None
     with contextlib.suppress(OlpackError):
         found = activations(model, tokens)
-    dequantized = 2 * max(rows * columns for rows, columns in adapter_shapes(model).values()) if quantized else 0
+    dequantized = 2 * max((rows * columns for rows, columns in adapter_shapes(model).values()), default=0) if quantized else 0
     return Training(
         weights=sum(frozen_bytes(model, "nf4" if quantized else "bfloat16")),
         adapter=adapter * _ADAPTER,
@@ -134,7 +132,7 @@ def estimate_training(model: MetaModel, *, rank: int, tokens: int, quantized: bo
         activations=sum(found.layers) + found.outside if found else None,
         checkpointed=found.inputs + found.outside if found else None,
         backward=(found.working if found else 0) + dequantized,
-        layer=max(found.layers) if found else 0,
+        layer=max(found.layers, default=0) if found else 0,
         logits=tokens * model.shape.vocabulary * _LOGIT,
     )
 
@@ -195,7 +193,7 @@ def activations(model: MetaModel, tokens: int) -> Activations:
             handle.remove()
         for parameter, required in zip(decoder.parameters(), frozen, strict=True):
             parameter.requires_grad_(required)
-    widest = max(max(shape) for shape in adapted.values())
+    widest = max((max(shape) for shape in adapted.values()), default=0)
     owners = {name: index for index, layer in enumerate(layers) for name in _names(model, layer)}
     for name, (_, columns) in adapted.items():
         by_layer[owners.get(name, -1)] += 2 * tokens * columns

@@ -1,0 +1,104 @@
+"""`olpack quantize`: a model to quants in one pass, with no recipe."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from olpack.errors import OlpackError
+from olpack.export import ExportedFile, Target, export
+from olpack.quants import quant_type
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def quantize(
+    source: str,
+    quants: Sequence[str],
+    *,
+    adapter: Path | None = None,
+    out: Path = Path(),
+    name: str | None = None,
+    split: str | None = None,
+    importance: Path | None = None,
+) -> list[ExportedFile]:
+    """Write NAME-QUANT.gguf for every quant.
+
+    Args:
+        source: a model's folder, a GGUF in F16, BF16 or F32, builtin/tiny-coder, or a Hub id.
+        quants: quant types, in any case.
+        adapter: folder of a LoRA adapter in peft's format, merged on the way. Not with a GGUF.
+        out: folder for the files.
+        name: of the model, also in the files' header; by default the source's.
+        split: most bytes of one file, such as "4GB".
+        importance: an importance matrix of this model, in llama.cpp's GGUF form.
+
+    Raises:
+        OlpackError: what `olpack.export.export` refuses, no such source, an unknown quant or size.
+    """
+    names = list(dict.fromkeys(quant_type(quant).name for quant in quants))
+    limit = None if split is None else bytes_of(split)
+    path, found = _find(source)
+    title = name or (found if not path.is_file() and path.name != found else None)  # the folder of a Hub model is named after its commit
+    file_name = name or found
+    if Path(file_name).name != file_name:
+        raise OlpackError(f"'{file_name}' cannot be a file's name.", "Give another one with --name.")
+    targets = [Target(quant, out / f"{file_name}-{quant}.gguf") for quant in names]
+    if path.is_file() and path.resolve() in (target.path.resolve() for target in targets):
+        raise OlpackError(f"'{source}' would be replaced by what is made from it.", "Give another folder with --out, or another --name.")
+    return export(path, targets, adapter=adapter, name=title, split=limit, importance=importance)
+
+
+def _find(source: str) -> tuple[Path, str]:
+    """(where a source is, what it is called)."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path, path.stem
+    from olpack.base import resolve
+
+    base = resolve(source, relative_to=Path())
+    return base.path, (base.path.resolve().name if path.is_dir() else source.rpartition("/")[2])
+
+
+def bytes_of(text: str) -> int:
+    """Bytes of a size as people write it: "4GB", "500 MB", "1.5G". Units are decimal.
+
+    Raises:
+        OlpackError: it is no size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
+    if not match or not (size := int(float(match[1]) * _UNITS[match[2].upper()])):
+        raise OlpackError(f"'{text}' is no size.", "Write it like 4GB or 500MB.")
+    return size
+
+
+def rows(files: Sequence[ExportedFile]) -> list[dict[str, Any]]:
+    """The files as JSON takes them."""
+    made = []
+    for file in files:
+        fields = {**asdict(file), "path": str(file.path), "parts": [{**asdict(part), "path": str(part.path)} for part in file.parts]}
+        made.append(fields)
+    return made
+
+
+def print_files(files: Sequence[ExportedFile]) -> None:
+    """One row for each file."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from olpack.progress import quantity
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("quant")
+    table.add_column("size", justify="right")
+    table.add_column("bits per weight", justify="right")
+    table.add_column("path", overflow="fold")
+    for file in files:
+        paths = [part.path for part in file.parts] or [file.path]
+        shown = [str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path) for path in paths]
+        table.add_row(file.quant, quantity(file.size, "B"), f"{file.bits_per_weight:.2f}", "\n".join(shown))
+    Console().print(table, highlight=False)

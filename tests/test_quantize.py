@@ -1,0 +1,128 @@
+"""`olpack quantize`: a folder or a GGUF to quants without a recipe, through the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_models import converter, write_adapter, write_model
+
+from olpack import cli, progress
+from olpack.errors import OlpackError
+from olpack.export import Target
+from olpack.quantize import bytes_of
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("models") / "parrot")
+
+
+def olpack(folder: Path, *words: object) -> tuple[int, str, str]:
+    """Run the command line in this process; (exit code, stdout, stderr)."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setenv("COLUMNS", "200")
+        patch.setattr(sys, "argv", ["olpack", "quantize", *map(str, words)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stopped:
+            code = int(stopped.code or 0)
+    progress.use("lines")
+    return code, out.getvalue(), err.getvalue()
+
+
+def test_a_folder_becomes_a_file_for_each_quant(model, tmp_path):
+    code, printed, said = olpack(tmp_path, model, "--quant", "q4_k_m", "--quant", "Q8_0", "--quant", "Q8_0")
+    assert code == 0, said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parrot-Q4_K_M.gguf", "parrot-Q8_0.gguf"]
+    (expected,) = converter().export(model, [Target("Q4_K_M", tmp_path / "expected.gguf")])
+    assert (tmp_path / "parrot-Q4_K_M.gguf").read_bytes() == expected.path.read_bytes()
+    row = next(line for line in printed.splitlines() if "Q4_K_M" in line)
+    assert row.split() == ["Q4_K_M", *progress.quantity(expected.size, "B").split(), f"{expected.bits_per_weight:.2f}", "parrot-Q4_K_M.gguf"]
+
+
+def test_a_gguf_and_the_folder_it_came_from_become_the_same_file(model, tmp_path):
+    assert olpack(tmp_path, model, "--quant", "BF16", "--name", "bird")[0] == 0
+    code, printed, said = olpack(tmp_path, "bird-BF16.gguf", "--quant", "Q5_K_M", "--out", "made", "--json")
+    assert code == 0, said
+    (row,) = json.loads(printed)
+    assert row["path"] == str(tmp_path / "made/bird-BF16-Q5_K_M.gguf")
+    assert olpack(tmp_path, model, "--quant", "Q5_K_M", "--name", "bird")[0] == 0
+    assert (tmp_path / "bird-Q5_K_M.gguf").read_bytes() == (tmp_path / "made/bird-BF16-Q5_K_M.gguf").read_bytes()
+    assert row["quant"] == "Q5_K_M" and row["size"] == (tmp_path / "bird-Q5_K_M.gguf").stat().st_size and row["parts"] == []
+
+
+def test_an_adapter_is_merged_on_the_way(model, tmp_path):
+    adapter = write_adapter(tmp_path / "adapter", model)
+    assert olpack(tmp_path, model, "--quant", "Q8_0", "--adapter", adapter)[0] == 0
+    (expected,) = converter().export(model, [Target("Q8_0", tmp_path / "expected.gguf")], adapter=adapter)
+    assert (tmp_path / "parrot-Q8_0.gguf").read_bytes() == expected.path.read_bytes()
+
+
+def test_a_split_file_is_listed_part_by_part(model, tmp_path):
+    code, printed, said = olpack(tmp_path, model, "--quant", "F16", "--split", "0.7MB")
+    assert code == 0, said
+    parts = sorted(path.name for path in tmp_path.iterdir())
+    assert len(parts) > 1 and all("-of-" in name for name in parts)
+    assert [line.split()[-1] for line in printed.splitlines() if "-of-" in line] == [*parts]
+
+
+def test_a_package_that_ships_is_a_source(tmp_path):
+    assert olpack(tmp_path, "builtin/tiny-coder", "--quant", "Q4_0")[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny-coder-Q4_0.gguf"]
+
+
+@pytest.mark.parametrize(("words", "reason"), [
+    (["{model}", "--quant", "Q4_KM"], "There is no quant type 'Q4_KM'. Did you mean Q4_K_M?"),
+    (["{model}/nowhere", "--quant", "Q4_0"], "There is no folder"),
+    (["{quantized}", "--quant", "Q4_0"], "is quantized already: 'token_embd.weight' is Q6_K"),
+    (["{toothless}", "--quant", "Q4_0"], "has no tokenizer"),
+    (["{whole}", "--quant", "Q4_0", "--adapter", "{model}"], "An adapter cannot be merged into the GGUF"),
+    (["{model}", "--quant", "Q4_0", "--adapter", "{model}"], "is no adapter: it has no adapter_config.json"),
+    (["{model}", "--quant", "Q4_0", "--split", "big"], "'big' is no size. Write it like 4GB or 500MB."),
+    (["{model}", "--quant", "Q4_0", "--name", "a/b"], "'a/b' cannot be a file's name."),
+    (["{whole}", "--quant", "F16", "--name", "whole", "--out", "{sources}"], "would be replaced by what is made from it"),
+])  # fmt: skip
+def test_what_cannot_be_done_is_refused_before_any_work(model, sources, tmp_path, words, reason):
+    folder = tmp_path / "work"
+    folder.mkdir()
+    before = {path: path.read_bytes() for path in sources.glob("*.gguf")}
+    places = {"model": model, "sources": sources, "quantized": sources / "quantized.gguf", "whole": sources / "whole-F16.gguf",
+              "toothless": sources / "toothless"}  # fmt: skip
+    code, printed, said = olpack(folder, *(word.format(**places) for word in words))
+    assert code == 1
+    assert reason in said
+    assert printed == ""
+    assert list(folder.iterdir()) == []
+    assert before == {path: path.read_bytes() for path in sources.glob("*.gguf")}
+
+
+@pytest.fixture(scope="module")
+def sources(model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sources")
+    converter().export(model, [Target("Q4_0", folder / "quantized.gguf"), Target("F16", folder / "whole-F16.gguf")])
+    toothless = write_model(folder / "toothless")
+    for file in toothless.glob("tokenizer*"):
+        file.unlink()
+    return folder
+
+
+def test_without_a_quant_the_words_are_off(model, tmp_path):
+    assert olpack(tmp_path, model)[0] == 2
+
+
+@pytest.mark.parametrize(("text", "size"), [("4GB", 4 * 10**9), ("500 mb", 5 * 10**8), ("1.5G", 15 * 10**8), ("123456", 123456)])
+def test_sizes_are_read_as_people_write_them(text, size):
+    assert bytes_of(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-4GB", "4 XB", "0"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(OlpackError, match="is no size"):
+        bytes_of(text)
