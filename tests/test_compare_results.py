@@ -1,18 +1,16 @@
-"""Formulas, recommendation, table, results.json and report of comparisons made by hand."""
+"""Formulas, recommendation, table and results.json of comparisons made by hand."""
 
 from __future__ import annotations
 
 import io
 import json
 import math
-import re
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from olpack import workspace
-from olpack.compare import Results, print_table, read_results, recommend, render_report, write_report, write_results
+from olpack.compare import Results, print_table, read_results, recommend, write_results
 from olpack.compare.answers import flags_of
 from olpack.compare.divergence import summarize
 from olpack.compare.perplexity import paired_loss, perplexity
@@ -214,45 +212,7 @@ def test_flags_of_an_answer(text, finish, flags):
     assert flags_of(text, finish) == flags
 
 
-@pytest.fixture
-def template() -> str:
-    return workspace.template_source("report.html.j2")
-
-
-def test_the_report_needs_nothing_from_outside(tmp_path, template):
-    metrics = tmp_path / "metrics.jsonl"
-    lines = [{"step": 0, "eval_loss": 2.5}, {"step": 1, "loss": 2.4}, {"step": 2, "loss": 2.2}, {"step": 2, "eval_loss": 2.0}]
-    metrics.write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 3, "lo')
-    path = tmp_path / "report.html"
-    write_report(four(), path, template, metrics)
-    page = path.read_bytes().decode("utf-8")
-    assert not re.search(r"""(?:src|href|action|data)\s*=\s*["']?\s*(?!#)[^\s"'>]""", page.replace("data-label", ""))
-    assert not re.search(r"<(script|link|iframe|object|img|base)\b|@import|url\((?!#)", page)
-    names_of_formats = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
-    assert set(re.findall(r"https?://[^\s\"'<]+", page)) <= names_of_formats
-    assert page.count("<svg") == 2 and "Take Q4_K_M" in page and "2.50" in page
-
-
-def test_the_report_escapes_what_models_and_people_say(template):
-    bad = "</pre><script>alert('x')</script> & <b>"
-    made = four()
-    made.name = made.prompts[0][0]["content"] = bad
-    made.quants[0].answers[0].text = bad + " שלום"
-    made.quants[0].flags = [Flag(code="failed", text=bad, serious=True)]
-    page = render_report(made, template)
-    assert "<script" not in page and "alert(&#39;x&#39;)" in page and "שלום" in page
-    assert re.search(r'<pre dir="auto">&lt;/pre&gt;', page)
-
-
-def test_the_report_renders_when_little_was_measured(template):
-    made = results(quant("Q4_0", 10, None, serious=True))
-    made.quants[0].speed = made.quants[0].answers = None
-    made.rows, made.prompts = None, []
-    page = render_report(made, template)
-    assert "No recommendation" in page and "<svg" not in page and "it broke" in page
-
-
-def test_tasks_and_suites_have_their_place(template):
+def test_tasks_and_suites_have_their_place():
     made = against_the_unquantized(four())
     made.tasks = [TaskAsked(messages=[], check="python", expected=[], source="tasks.jsonl:1")] * 3
     check = CheckScore(check="python", count=3, mean=2 / 3, standard_error=1 / 3)
@@ -261,21 +221,6 @@ def test_tasks_and_suites_have_their_place(template):
     for one in made.quants:
         one.scores = scores
         one.suites = [SuiteScore(suite="gsm8k", metric="exact_match, strict-match", value=0.125, standard_error=0.01)]
-    made.settings["suite_limit"] = 50
-    text, page = printed(made), render_report(made, template)
+    text = printed(made)
     assert max(len(line) for line in text.split("Recommended")[0].splitlines()) <= 80 and "…" not in text
     assert "67 ± 33%" in text and "0.12 ± 0.010" in text and text.count("gsm8k") == 1
-    assert "exact_match, strict-match" in page and "only the first 50" in page and "3 tasks" in page and "± 33%" in page
-
-
-def test_the_report_says_what_the_fine_tune_gave_and_the_quants_took(template):
-    made = against_the_unquantized(four())
-    made.flags = [Flag(code="reference", text="it did not fit", serious=False)]
-    page = render_report(made, template)
-    assert "before the training" in page and "KL divergence" in page and "it did not fit" in page and "± 3.08" in page
-    assert "KL divergence" not in render_report(four(), template)
-
-
-def test_a_template_that_does_not_render_is_named():
-    with pytest.raises(OlpackError, match="report's template"):
-        render_report(four(), "{{ nothing_like_it }}")

@@ -12,7 +12,7 @@ Public here:
     Results, read_results(path), write_results(results, path)
     recommend(results) -> Recommendation | None    (measure has already put it into the results)
     print_table(results, console=None), markdown_table(results) -> str
-    render_report(results, template, metrics=None) -> str, write_report(results, path, template, metrics=None)
+    render_report(results, template, metrics=None, identity=None) -> str, write_report(results, path, template, metrics=None, identity=None)
 """
 
 from __future__ import annotations

@@ -6,38 +6,81 @@ import io
 import re
 from collections.abc import Sequence
 
-from olpack.compare.results import Results
+from olpack.compare.results import QuantResult, Results
 from olpack.progress import quantity
 
 # matplotlib knows no CSS, so it draws in these stand-ins, which are then replaced.
 _INK, _FAINT, _ACCENT, _OTHER = "#010203", "#040506", "#070809", "#0a0b0c"
 _CSS = {_INK: "currentColor", _FAINT: "var(--faint)", _ACCENT: "var(--accent)", _OTHER: "var(--other)"}
-_SIZE = (5.0, 3.5)  # inches: as wide as half a desktop page, and shrunk little on a phone
+_SIZE = (4.3, 3.2)  # inches: three fill a desktop page, and one a phone, with letters of about the size of the page's small ones
 
 
 def plot_quality(results: Results) -> str | None:
-    """Generation speed against loss of perplexity, the area of a point growing with the file. None where fewer than two quants have both.
+    """Generation speed against quality, the area of a point growing with the file. None where fewer than two quants have both.
 
-    Error bars: lowest and highest repeat of the speed; one standard error of the paired loss.
+    Quality is the loss of perplexity, or, of models that have none, the share of the tasks that they solve. Error bars: lowest and highest
+    repeat of the speed; one standard error of the quality.
     """
-    points = [quant for quant in results.quants if quant.loss is not None and quant.speed and quant.speed.generation_tokens_per_s]
-    if len(points) < 2:
+    timed = [quant for quant in results.quants if quant.speed and quant.speed.generation_tokens_per_s]
+    if len(points := [quant for quant in timed if quant.loss is not None]) >= 2:
+        title = "perplexity above the best, %"
+        quality = [(100 * quant.loss.relative, quant.loss.standard_error) for quant in points]
+    elif len(points := [quant for quant in timed if quant.scores is not None]) >= 2:
+        title = "tasks solved, %"
+        quality = [(100 * quant.scores.mean, quant.scores.standard_error) for quant in points]
+    else:
         return None
     figure, axes = _figure("quality")
-    chosen = results.recommendation.tag if results.recommendation else None
     largest = max(quant.size_bytes for quant in points)
-    for quant in points:
-        speed, loss = quant.speed.generation_tokens_per_s, 100 * quant.loss.relative
-        color = _ACCENT if quant.tag == chosen else _OTHER
+    for quant, (value, error) in zip(points, quality, strict=True):
+        speed, color = quant.speed.generation_tokens_per_s, _color(quant, results)
         spread = [[speed.median - speed.low], [speed.high - speed.median]]
-        axes.errorbar(speed.median, loss, xerr=spread, yerr=100 * (quant.loss.standard_error or 0), color=color, linewidth=1, capsize=2)
-        axes.scatter(speed.median, loss, s=260 * quant.size_bytes / largest, color=color, alpha=0.85, linewidths=0, zorder=3)
+        axes.errorbar(speed.median, value, xerr=spread, yerr=100 * (error or 0), color=color, linewidth=1, capsize=2)
+        axes.scatter(speed.median, value, s=260 * quant.size_bytes / largest, color=color, alpha=0.85, linewidths=0, zorder=3)
     axes.margins(x=0.3, y=0.25)  # room for the labels
-    axes.set_xlabel("generation, tokens/s  (further right is faster)")
-    axes.set_ylabel("perplexity above the best, %")
+    axes.set_xlim(left=max(0, axes.get_xlim()[0]))
+    axes.set_xlabel("generated tokens/s  (further right is faster)")
+    axes.set_ylabel(title)
     axes.grid(color=_FAINT, linewidth=0.6)
-    _label(axes, points, chosen)
+    data = [(quant.speed.generation_tokens_per_s.median, value) for quant, (value, _) in zip(points, quality, strict=True)]
+    texts = [f"{_short(quant.quant)} · {quantity(quant.size_bytes, 'B')}" for quant in points]
+    bars = []
+    for quant, (value, error) in zip(points, quality, strict=True):
+        speed, part = quant.speed.generation_tokens_per_s, 100 * (error or 0)
+        bars += [(speed.low + step / 12 * (speed.high - speed.low), value) for step in range(13)]
+        bars += [(speed.median, value + step * part) for step in (-1, -0.5, 0.5, 1)]
+    _label(axes, texts, data, [_color(quant, results) == _ACCENT for quant in points], beside=bars)
     return _svg(figure, "Speed and quality of each quant")
+
+
+def plot_divergence(results: Results) -> str | None:
+    """KL divergence from the unquantized fine-tune by size of the file: mean with one standard error, and 99th percentile.
+
+    None where fewer than two quants have one. A quant whose predictions are the same to the last bit has no place on the axis, which is
+    logarithmic: from Q8_0 to Q2_K is a factor of thousands.
+    """
+    points = [quant for quant in results.quants if quant.divergence and quant.divergence.mean > 0]
+    if len(points) < 2:
+        return None
+    unit, name = (1e9, "GB") if max(quant.size_bytes for quant in points) >= 1e9 else (1e6, "MB")
+    figure, axes = _figure("divergence")
+    axes.set_yscale("log")
+    for quant in points:
+        size, far, color = quant.size_bytes / unit, quant.divergence, _color(quant, results)
+        mean, error, p99 = 1000 * far.mean, 1000 * (far.standard_error or 0), 1000 * far.p99
+        axes.plot([size, size], [mean, p99], color=color, linewidth=0.8, linestyle=(0, (2, 2)), zorder=2)
+        axes.errorbar(size, mean, yerr=error, color=color, linewidth=1, capsize=2, marker="o", markersize=7)
+        axes.plot(size, p99, color=color, marker="_", markersize=11, markeredgewidth=1.6)
+    axes.margins(x=0.25, y=0.2)
+    axes.set_xlabel(f"size of the file, {name}  (further left is smaller)")
+    axes.set_ylabel("KL divergence, millinats per token")
+    axes.grid(color=_FAINT, linewidth=0.6)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    data = [(quant.size_bytes / unit, 1000 * quant.divergence.mean) for quant in points]
+    strokes = [(size, mean + step / 12 * (1000 * quant.divergence.p99 - mean)) for quant, (size, mean) in zip(points, data, strict=True)
+               for step in range(13)]
+    _label(axes, [_short(quant.quant) for quant in points], data, [_color(quant, results) == _ACCENT for quant in points], beside=strokes)
+    return _svg(figure, "KL divergence of each quant by its size")
 
 
 def plot_loss(metrics: Sequence[dict]) -> str | None:
@@ -65,21 +108,49 @@ def plot_loss(metrics: Sequence[dict]) -> str | None:
     return _svg(figure, "Loss during training")
 
 
-def _label(axes, points: Sequence, chosen: str | None) -> None:
-    """Name every point, above or below it: where fewer points and labels are near."""
-    axes.figure.canvas.draw()  # settles the axes, so that distances on the paper are known
-    data = [(quant.speed.generation_tokens_per_s.median, 100 * quant.loss.relative) for quant in points]
-    taken = [tuple(axes.transData.transform(point) * 72 / axes.figure.dpi) for point in data]  # in points, 1/72 inch
-    for quant, point, (x, y) in zip(points, data, list(taken), strict=True):
+def _color(quant: QuantResult, results: Results) -> str:
+    return _ACCENT if results.recommendation and quant.tag == results.recommendation.tag else _OTHER
 
-        def crowd(shift: int, x: float = x, y: float = y) -> float:
-            near = [(abs(x - other_x), abs(y + shift - other_y)) for other_x, other_y in taken]
-            return sum(max(0, 100 - across) * max(0, 14 - along) for across, along in near)
 
-        shift = min((14, -14, 27, -27, 40, -40), key=crowd)
-        taken.append((x, y + shift))
-        label = axes.annotate(f"{quant.quant} · {quantity(quant.size_bytes, 'B')}", point, xytext=(0, shift), textcoords="offset points",
-                              ha="center", va="center", color=_INK, fontweight="bold" if quant.tag == chosen else "normal")  # fmt: skip
+def _short(name: str) -> str:
+    """A model's name without its namespace, cut to what a plot has room for."""
+    name = name.rpartition("/")[2]
+    return name if len(name) <= 20 else f"{name[:11]}…{name[-8:]}"
+
+
+def _label(
+    axes, texts: Sequence[str], points: Sequence[tuple[float, float]], bold: Sequence[bool], beside: Sequence[tuple[float, float]]
+) -> None:
+    """Name every point, at that place near it where the name covers least of points, of other names, and of what lies `beside`."""
+    axes.figure.draw_without_rendering()  # settles the axes, so that distances on the paper are known
+
+    def box(point: tuple[float, float], width: float, height: float) -> tuple[float, float, float, float]:
+        """Left, bottom, right, top in points (1/72 inch) of what stands centred on a point of the data."""
+        x, y = axes.transData.transform(point) * 72 / axes.figure.dpi
+        return x - width / 2, y - height / 2, x + width / 2, y + height / 2
+
+    taken = [box(point, 12, 12) for point in points] + [box(point, 4, 4) for point in beside]
+    left, bottom, right, top = axes.get_window_extent().extents * 72 / axes.figure.dpi
+    for text, point, heavy in zip(texts, points, bold, strict=True):
+        width = (5.9 if heavy else 5.4) * len(text)
+        centred = box(point, width, 11)
+        aside = width / 2 + 8
+        inward = max(0, left - centred[0]) - max(0, centred[2] - right)  # what is above or below need not be centred
+
+        def moved(shift: tuple[float, float], at: tuple[float, float, float, float] = centred) -> tuple[float, float, float, float]:
+            return at[0] + shift[0], at[1] + shift[1], at[2] + shift[0], at[3] + shift[1]
+
+        def covered(shift: tuple[float, float]) -> float:
+            own = moved(shift)
+            outside = max(0, left - own[0]) + max(0, own[2] - right) + max(0, bottom + 2 - own[1]) + max(0, own[3] - top)
+            across = [(min(own[2], other[2]) - max(own[0], other[0]), min(own[3], other[3]) - max(own[1], other[1])) for other in taken]
+            return 20 * outside + sum(wide * high for wide, high in across if wide > 0 and high > 0)
+
+        sides = [(side * aside, height) for height in (0, 8, -8, 13, -13) for side in (1, -1)]
+        shift = min([(inward, 13), (inward, -13), *sides, *((inward, height) for height in (26, -26, 39, -39))], key=covered)
+        taken.append(moved(shift))
+        label = axes.annotate(text, point, xytext=shift, textcoords="offset points", ha="center", va="center", color=_INK,
+                              fontweight="bold" if heavy else "normal")  # fmt: skip
         label.set_in_layout(False)  # else the axes would shrink to make room
 
 
@@ -88,7 +159,7 @@ def _figure(salt: str):
     from matplotlib.figure import Figure
 
     style = {
-        "svg.fonttype": "none", "svg.hashsalt": salt, "font.family": "sans-serif", "font.size": 9.5,
+        "svg.fonttype": "none", "svg.hashsalt": salt, "font.family": "sans-serif", "font.size": 10,
         "text.color": _INK, "axes.edgecolor": _INK, "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
         "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8, "axes.axisbelow": True,
     }  # fmt: skip
