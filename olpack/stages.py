@@ -188,7 +188,8 @@ def compare(build: Build, steps: list[Step]) -> None:
     results = measure(quant_files(build), held_out[: asked.eval_rows], questions(build), settings, client, build.recipe.name,
                       cache=paths.compare / "measured", yardstick=_yardstick(build) if asked.reference else None, tasks=build.tasks,
                       examples=_examples(build))
-    outputs = write_outputs(results, paths.compare, template_source("report.html.j2"), metrics=paths.adapter / "metrics.jsonl")
+    identity = build.result("deploy").get("identity") if build.server else None
+    outputs = write_outputs(results, paths.compare, template_source("report.html.j2"), paths.adapter / "metrics.jsonl", identity)
     best = results.recommendation
     if client and best:
         point_latest(client, build.recipe.name, best.tag)

@@ -11,11 +11,11 @@ from olpack.compare.table import markdown_table
 from olpack.workspace import write_atomically
 
 
-def write_outputs(results: Results, folder: Path, template: str, metrics: Path | None = None) -> list[Path]:
+def write_outputs(results: Results, folder: Path, template: str, metrics: Path | None = None, identity: str | None = None) -> list[Path]:
     """Write `results.json`, `results.csv`, `results.md` and `report.html` into a folder; each is replaced whole or not at all.
 
     Args:
-        template, metrics: as for `write_report`.
+        template, metrics, identity: as for `write_report`.
 
     Returns:
         the files, `results.json` first.
@@ -24,5 +24,5 @@ def write_outputs(results: Results, folder: Path, template: str, metrics: Path |
     write_results(results, paths[0])
     write_atomically(paths[1], to_csv(results))
     write_atomically(paths[2], f"# {results.name}\n\n{markdown_table(results)}\n")
-    write_report(results, paths[3], template, metrics=metrics)
+    write_report(results, paths[3], template, metrics=metrics, identity=identity)
     return paths
