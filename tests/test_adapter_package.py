@@ -101,10 +101,12 @@ def test_served_from_one_base(built, ollama_double: OllamaDouble, tmp_path):
     code, _, said = olpack(root, "deploy", "oracle", "--set", "modelfile.system=Be brief.", server=url)
     assert code == 0 and ollama_double.count("POST", "/api/blobs/") == 0, said
     assert client.show("oracle:q8_0").adapter == shown[0].adapter and client.show("oracle:q8_0").system == "Be brief."
+    assert olpack(root, "deploy", "oracle", "--check", "--set", "modelfile.system=Be brief.", server=url)[0] == 0
     shutil.copy(root / "build/prophet/gguf/prophet-adapter.gguf", root / "build/oracle/gguf/oracle-adapter.gguf")
     code, _, said = olpack(root, "deploy", "oracle", server=url)
     assert code == 1 and "oracle-adapter.gguf was changed" in said  # the pipeline does not send what it did not make
-    assert olpack(root, "deploy", "oracle", "--check", "--set", "modelfile.system=Be brief.", server=url)[0] == 0
+    code, _, said = olpack(root, "deploy", "oracle", "--check", "--set", "modelfile.system=Be brief.", server=url)
+    assert code == 1 and "adapter is sha256:" in said
     assert olpack(root, "remove", "oracle", "--yes", server=url)[0] == 0
     assert client.show("prophet:q8_0").adapter == shown[1].adapter  # the other package keeps its base
 
