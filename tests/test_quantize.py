@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import sys
 from pathlib import Path
 
+import oracle
 import pytest
 from tiny_models import converter, write_adapter, write_model
 
-from olpack import cli, progress
+from olpack import progress
 from olpack.errors import OlpackError
 from olpack.export import Target
 from olpack.quantize import bytes_of
@@ -23,18 +21,8 @@ def model(tmp_path_factory) -> Path:
 
 
 def olpack(folder: Path, *words: object) -> tuple[int, str, str]:
-    """Run the command line in this process; (exit code, stdout, stderr)."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setenv("COLUMNS", "200")
-        patch.setattr(sys, "argv", ["olpack", "quantize", *map(str, words)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stopped:
-            code = int(stopped.code or 0)
-    progress.use("lines")
-    return code, out.getvalue(), err.getvalue()
+    """`olpack quantize` in this process; (exit code, stdout, stderr)."""
+    return oracle.olpack(folder, "quantize", *map(str, words))
 
 
 def test_a_folder_becomes_a_file_for_each_quant(model, tmp_path):
