@@ -41,7 +41,7 @@ def check_export(
 
     Raises:
         OlpackError: no model folder, no tokenizer, pickle weights only, a truncated or missing safetensors file, an architecture
-            or a pre-tokenizer that llama.cpp does not know, a tokenizer larger than the embedding, an unknown quant type, one that
+            or a pre-tokenizer that llama.cpp does not know, weights quantized in a form that cannot be read, a tokenizer larger than the embedding, an unknown quant type, one that
             needs an importance matrix and gets none, a matrix for another model, types for tensors that the model does not have,
             an adapter for another base, too little space.
     """
@@ -72,7 +72,8 @@ def export(
     and then `llama-quantize` make, provided that the base is stored in bfloat16 or `round_to_bf16` is set.
 
     Args:
-        source: folder of a Hugging Face model (config.json, tokenizer, safetensors), or a GGUF in F16, BF16 or F32.
+        source: folder of a Hugging Face model (config.json, tokenizer, safetensors), or a GGUF in F16, BF16 or F32. Weights stored by GPTQ,
+            bitsandbytes, compressed-tensors or in fp8 are dequantized first (olpack.export.quantized).
         targets: the files to write, each with another path.
         adapter: folder of a LoRA adapter in peft's format; W + scale * B @ A is computed in float32 for each tensor.
         name: `general.name` of the files; by default what llama.cpp reads from the model card or the folder's name.

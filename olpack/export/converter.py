@@ -21,6 +21,7 @@ import numpy as np
 from olpack.errors import OlpackError
 from olpack.export import pretokenizer
 from olpack.export.adapter import Adapter
+from olpack.export.quantized import dequantize_bitsandbytes
 
 FLOATS = ("F32", "F16", "BF16")  # types of GGUF tensors that can be quantized
 
@@ -133,6 +134,8 @@ def open_model(
     with torch.inference_mode():
         model = _construct(source, name)
         origins = _record_origins(model)
+        if (model.hparams.get("quantization_config") or {}).get("quant_method") == "bitsandbytes":
+            model.dequant_model = lambda: dequantize_bitsandbytes(model)
         if adapter is not None:
             _merge(model, adapter)
         if not vocabulary:

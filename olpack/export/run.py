@@ -20,6 +20,7 @@ from olpack.export.gguf_source import open_gguf
 from olpack.export.importance import ColumnWeights, column_weights
 from olpack.export.job import LATER, ExportPlan, partial_path, remove_partial
 from olpack.export.plan import FilePlan, hollow_file, plan_files
+from olpack.export.quantized import dequantized_headers
 from olpack.export.split import part_names, split_plan
 from olpack.export.verify import verify_file, verify_tokenizer
 from olpack.export.write import write_files
@@ -142,9 +143,9 @@ def _prepare(
 
 
 def _open_folder(source: Path, adapter: str | None, settings: dict) -> SourceModel:
-    read_config(source)
+    config = read_config(source)
     check_tokenizer_files(source)
-    headers = read_tensor_headers(source)
+    headers = dequantized_headers(source, config, read_tensor_headers(source))
     change = read_adapter(Path(adapter), headers) if adapter is not None else None
     return open_model(source, adapter=change, **settings)
 
