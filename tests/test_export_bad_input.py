@@ -188,7 +188,7 @@ def test_an_adapter_that_diverged_is_named_and_nothing_is_written(model, tmp_pat
 
 
 def test_a_name_that_llama_cpp_takes_for_another_model_is_refused_before_any_work(model):
-    with pytest.raises(OlpackError, match="takes a model with 'phi-3' in its name for a Phi-3, and could not load 'My-Phi-3', whose vocabulary has no '</s>'"):
+    with pytest.raises(OlpackError, match="with 'phi-3' in its name for a Phi-3, and could not load 'My-Phi-3', whose vocabulary has no '</s>'"):
         converter().check(model, ["Q4_0"], name="My-Phi-3")
 
 

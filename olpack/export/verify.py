@@ -1,4 +1,4 @@
-"""What llama.cpp makes of a header: a model that it loads, a tokenizer that makes of text what the model's own makes, the keys that were meant."""
+"""What llama.cpp makes of a header: a model that it loads, the tokens that the model's own tokenizer makes of text, the keys that were meant."""
 
 from __future__ import annotations
 
