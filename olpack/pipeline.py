@@ -94,6 +94,11 @@ class Build:
         base = f"{Path(self.recipe.base).name}-{self.base.digest[:12]}"
         return BuildPaths(self.recipe.name, root, BuildPaths(base, self.out / "bases" / base))
 
+    @property
+    def model_name(self) -> str:
+        """What the quants are called in their headers."""
+        return self.paths.base.name if self.paths.base else self.recipe.name
+
     @cached_property
     def base(self) -> Base:
         """The base model, fetched from the Hub where that is needed."""

@@ -81,7 +81,7 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
         quants = [step.inputs["quant"] for step in stale if step.stage == "export" and step.unit != f"export-{ADAPTER}"] or build.recipe.quants
         importance = build.importance_file
         exported = check_export(
-            build.base.path, quants + _for_a_while(build, stale), out=build.paths.gguf(quants[0]).parent,
+            build.base.path, quants + _for_a_while(build, stale), name=build.model_name, out=build.paths.gguf(quants[0]).parent,
             importance="later" if importance == build.paths.importance else importance, tensor_types=build.recipe.export.tensor_types,
         )  # fmt: skip
         for warning in exported.warnings:

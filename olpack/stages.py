@@ -88,7 +88,7 @@ def _said_of_a_file(build: Build) -> dict:
 
     template, base = build.renderer.tokenizer.chat_template, build.paths.base
     return {
-        "name": base.name if base else build.recipe.name,
+        "name": build.model_name,
         "chat_template": protect(template, pins_for(template, {})),
         # What ends a turn is what training saw there, whatever the tokenizer calls it.
         "end_of_turn": build.renderer.end_of_turn(build.rows[0][0]),

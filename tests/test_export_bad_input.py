@@ -11,10 +11,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_models import CHAT_TEMPLATE, converter, write_model, write_tokenizer
+from tiny_models import CHAT_TEMPLATE, converter, write_adapter, write_model, write_sentencepiece, write_tokenizer
 
 from olpack.errors import OlpackError
 from olpack.export import Target
@@ -58,6 +59,29 @@ def rename_to_pickle(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+def change_tensors(folder: Path, change: Callable[[dict], None]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def lose_a_tensor(folder: Path) -> None:
+    change_tensors(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+
+
+def swap_with_a_wider_model(folder: Path) -> None:
+    wider = write_model(folder.parent / "wider", intermediate_size=768)
+    shutil.copy(wider / "model.safetensors", folder)
+
+
+def declare_a_wrong_size(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data.replace(b'"shape":[512,256]', b'"shape":[256,256]', 1))
+
+
 def use_other_pattern(folder: Path) -> None:
     write_tokenizer(folder, pattern=r"[a-z]+|[^a-z]")
 
@@ -69,6 +93,11 @@ def take_away_the_tokenizer(folder: Path) -> None:
 
 @pytest.mark.parametrize(("damage", "reason"), [
     (truncate, "and its header promises"),
+    (lambda folder: (folder / "model.safetensors").open("ab").write(bytes(8)), "and its header promises"),
+    (declare_a_wrong_size, "is damaged: the size of 'model.embed_tokens.weight' does not fit its shape"),
+    (swap_with_a_wider_model, "tensor 'blk.0.ffn_gate.weight' has wrong shape; expected 256, 512, got 256, 768, 1, 1. Compare its config.json"),
+    (lose_a_tensor, "llama.cpp would refuse the model made from"),
+    (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights (no model*.safetensors)"),
     (rename_to_pickle, "has its weights as pickle only (pytorch_model.bin)"),
     (take_away_the_tokenizer, "has no tokenizer (no tokenizer.json or tokenizer.model)"),
     (use_other_pattern, "llama.cpp has no pre-tokenizer like the one in"),
@@ -77,7 +106,7 @@ def take_away_the_tokenizer(folder: Path) -> None:
     (lambda folder: (folder / "config.json").unlink(), "is no model folder: it has no config.json"),
     (lambda folder: (folder / "config.json").write_text("{"), "is no valid JSON"),
     (lambda folder: change_config(folder, architectures=["NoSuchForCausalLM"]), "does not know the architecture 'NoSuchForCausalLM'"),
-    (lambda folder: change_config(folder, quantization_config={"quant_method": "bitsandbytes"}), "is not yet supported: 'bitsandbytes'"),
+    (lambda folder: change_config(folder, quantization_config={"quant_method": "awq"}), "is quantized by AWQ"),
     (lambda folder: (folder / "model.safetensors").write_bytes(b"not a model at all"), "is truncated within its header"),
     (shutil.rmtree, "There is no model folder"),
 ])  # fmt: skip
@@ -91,6 +120,25 @@ def test_a_missing_shard_is_named(tmp_path):
     (source / "model-00002-of-00009.safetensors").unlink(missing_ok=True)
     next(source.glob("model-00003-of-*.safetensors")).unlink()
     assert "lacks model-0000" in refused(source)
+
+
+def test_a_shard_that_holds_another_one_is_named(tmp_path):
+    source = write_model(tmp_path / "model", shard="300KB")
+    shards = sorted(source.glob("model-*.safetensors"))
+    shutil.copy(shards[0], shards[1])
+    assert "tensors that its files lack, the first is 'model." in refused(source)
+
+
+def test_a_sentencepiece_vocabulary_that_does_not_fit_is_refused(tmp_path):
+    source = write_model(tmp_path / "model", "phi3", tied=False, vocab_size=300)
+    write_sentencepiece(source)
+    assert "has more tokens than the model's embedding has rows" in refused(source)
+
+
+def test_a_shape_that_llama_cpp_cannot_load_is_refused_before_any_work(tmp_path):
+    source = write_model(tmp_path / "model", "phi3", tied=False, hidden_size=192, bos_token_id=1, eos_token_id=2)  # heads are not 192 / 4 wide
+    write_sentencepiece(source)
+    assert "tensor 'blk.0.attn_qkv.weight' has wrong shape; expected 192, 384, got 192, 512" in refused(source)
 
 
 def test_a_quantized_gguf_is_no_source(model, tmp_path):
@@ -117,11 +165,7 @@ def test_an_unknown_end_of_turn_is_refused(model, tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_weight_that_is_no_number_is_named_and_nothing_is_written(copy, tmp_path, value):
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(copy / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
-    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    change_tensors(copy, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"][3].fill_(value))
     out = tmp_path / "out"
     out.mkdir()
     (out / "Q4_0.gguf").write_text("what was here before")
@@ -129,6 +173,35 @@ def test_a_weight_that_is_no_number_is_named_and_nothing_is_written(copy, tmp_pa
         converter().export(copy, [Target(quant, out / f"{quant}.gguf") for quant in ("Q4_0", "F32")])
     assert [path.name for path in out.iterdir()] == ["Q4_0.gguf"]
     assert (out / "Q4_0.gguf").read_text() == "what was here before"
+
+
+def test_an_adapter_that_diverged_is_named_and_nothing_is_written(model, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    file = write_adapter(tmp_path / "adapter", model, target_modules=["q_proj"]) / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"][0, 0] = float("nan")
+    save_file(tensors, file)
+    with pytest.raises(OlpackError, match=r"'model\.layers\.0\.self_attn\.q_proj\.weight' holds an infinite or undefined value"):
+        converter().export(model, [Target("Q4_0", tmp_path / "out" / "model.gguf")], adapter=tmp_path / "adapter")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_name_that_llama_cpp_takes_for_another_model_is_refused_before_any_work(model):
+    with pytest.raises(OlpackError, match="with 'phi-3' in its name for a Phi-3, and could not load 'My-Phi-3', whose vocabulary has no '</s>'"):
+        converter().check(model, ["Q4_0"], name="My-Phi-3")
+
+
+def test_special_tokens_that_swallow_spaces_are_announced(copy):
+    path = copy / "tokenizer.json"
+    settings = json.loads(path.read_text())
+    settings["added_tokens"][1]["rstrip"] = True
+    path.write_text(json.dumps(settings))
+    (warning,) = converter().check(copy, ["Q4_0"]).warnings
+    assert "drops spaces and line breaks after '<|im_start|>', and llama.cpp keeps them under this name" in warning
+    settings["added_tokens"][1]["rstrip"] = False
+    path.write_text(json.dumps(settings))
+    assert converter().check(copy, ["Q4_0"]).warnings == []
 
 
 def test_two_targets_need_two_paths(model, tmp_path):

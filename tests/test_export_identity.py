@@ -22,6 +22,9 @@ MODELS = {
     "llama-odd-rows-float32": ("llama", {"tied": False, "dtype": "float32", "hidden_size": 192, "intermediate_size": 288}),
     "qwen3-experts": ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}),
     "gemma3-sentencepiece": ("gemma3_text", {"bos_token_id": 1, "eos_token_id": 2}),
+    "gemma2-sentencepiece": ("gemma2", {"bos_token_id": 1, "eos_token_id": 2}),
+    "mistral-untied-sentencepiece": ("mistral", {"tied": False, "bos_token_id": 1, "eos_token_id": 2}),
+    "phi-untied-sentencepiece": ("phi3", {"tied": False, "bos_token_id": 1, "eos_token_id": 2}),
 }
 
 
@@ -29,7 +32,8 @@ MODELS = {
 def models(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     made = {name: write_model(root / name, kind, **settings) for name, (kind, settings) in MODELS.items()}
-    write_sentencepiece(made["gemma3-sentencepiece"])
+    for name in (name for name in made if name.endswith("sentencepiece")):
+        write_sentencepiece(made[name])
     return made
 
 

@@ -12,6 +12,8 @@ import pytest
 from tiny_models import converter, write_model
 
 from olpack.deploy import Package
+from olpack.deploy.bundle import bundle
+from olpack.deploy.hub import push_to_hub
 from olpack.deploy.register import QuantFile, check_request
 from olpack.errors import OlpackError
 from olpack.export import Target
@@ -88,7 +90,13 @@ def test_what_a_killed_split_export_left_is_removed_by_the_next(model, tmp_path)
     assert not left.exists()
 
 
-def test_ollama_is_not_given_a_part(tmp_path):
-    part = QuantFile("q8_0", tmp_path / "model-00001-of-00002.gguf")
+@pytest.mark.parametrize("give", [
+    lambda parts, package, folder: check_request("model", parts, package, None),
+    lambda parts, package, folder: bundle("model", parts, [], [], folder / "model.zip"),
+    lambda parts, package, folder: push_to_hub("me/model", parts, [], package, "# Card\n"),
+], ids=["server", "bundle", "hub"])  # fmt: skip
+def test_ollama_is_not_given_a_part(give, tmp_path):
+    part = QuantFile("q8_0", tmp_path / "model-q8_0-00001-of-00002.gguf")
     with pytest.raises(OlpackError, match=r"one part of a GGUF in several files, and Ollama takes a model from one\. Export it unsplit"):
-        check_request("model", [part], Package(parameters={"num_ctx": 128}), None)
+        give([part], Package(parameters={"num_ctx": 128}), tmp_path)
+    assert list(tmp_path.iterdir()) == []

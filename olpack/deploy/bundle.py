@@ -20,7 +20,7 @@ from pathlib import Path
 from olpack import progress
 from olpack.deploy.modelfile import parse, quoted
 from olpack.deploy.names import check_name
-from olpack.deploy.register import QuantFile
+from olpack.deploy.register import QuantFile, check_unsplit
 from olpack.errors import OlpackError
 from olpack.workspace import free_bytes
 
@@ -42,10 +42,11 @@ def bundle(name: str, files: Sequence[QuantFile], modelfiles: Sequence[Path], re
         `out`.
 
     Raises:
-        OlpackError: a file is missing, twice there or not what its digest says, a Modelfile names a GGUF that is not in the archive, or the
-            archive cannot be written or read back.
+        OlpackError: a file is missing, twice there, one part of a split GGUF, or not what its digest says, a Modelfile names a GGUF that is
+            not in the archive, or the archive cannot be written or read back.
     """
     check_name(name, tagged=False)
+    check_unsplit(files)
     if out.suffix.lower() != ".zip":
         raise OlpackError(f"The bundle {out} would be a zip archive under another name.", f"Call it {out.with_suffix('.zip').name}.")
     folder = name.rpartition("/")[2]

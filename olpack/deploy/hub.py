@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from olpack import progress
 from olpack.deploy.bundle import beside
 from olpack.deploy.modelfile import Package
-from olpack.deploy.register import QuantFile
+from olpack.deploy.register import QuantFile, check_unsplit
 from olpack.errors import OlpackError
 
 if TYPE_CHECKING:
@@ -116,10 +116,12 @@ def push_to_hub(
         URL of the repository.
 
     Raises:
-        OlpackError: nobody is logged in, a file's name does not end in its quant (before anything is sent), or the Hub refused.
+        OlpackError: nobody is logged in, a file's name does not end in its quant or is that of one part of a split GGUF (before anything is
+            sent), or the Hub refused.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
+    check_unsplit(files)
     api = api or HfApi()
     if not (api.token or get_token()):
         raise OlpackError(

@@ -103,11 +103,10 @@ def register(
 def check_request(name: str, files: Sequence[QuantFile], package: Package, latest: str | None) -> None:
     """Refuse names, tags and parameters that the server would refuse, or take and fail with later."""
     check_name(name, tagged=False)
+    check_unsplit(files)
     tags = [file.tag.lower() for file in files]
     for file in files:
         check_name(f"{name}:{file.tag}")
-        if re.search(r"-\d{5}-of-\d{5}\.gguf$", file.path.name):
-            raise OlpackError(f"'{file.path}' is one part of a GGUF in several files, and Ollama takes a model from one.", "Export it unsplit.")
         if tags.count(file.tag.lower()) > 1:
             raise OlpackError(
                 f"Two files shall become {name}:{file.tag}.", "Tags are matched without regard to case: give each file its own."
@@ -121,6 +120,13 @@ def check_request(name: str, files: Sequence[QuantFile], package: Package, lates
         problems.append("The parameter 'num_ctx' is not set, and the server's own choice depends on the machine.")
     if problems:
         raise OlpackError(" ".join(problems), "Mend modelfile.parameters in the recipe.")
+
+
+def check_unsplit(files: Sequence[QuantFile]) -> None:
+    """Refuse a GGUF of which a file is only a part: Ollama loads none such, whether it gets it from a server, an archive or the Hub."""
+    for file in files:
+        if re.search(r"-\d{5}-of-\d{5}\.gguf$", file.path.name):
+            raise OlpackError(f"'{file.path}' is one part of a GGUF in several files, and Ollama takes a model from one.", "Export it unsplit.")
 
 
 def _register_one(client: OllamaClient, model: str, file: QuantFile, package: Package, earlier: Registered | None) -> Registered:

@@ -25,6 +25,7 @@ def check_export(
     quants: Sequence[str],
     *,
     adapter: Path | None = None,
+    name: str | None = None,
     out: Path | None = None,
     importance: Path | Literal["later"] | None = None,
     tensor_types: Mapping[str, str] = {},
@@ -35,20 +36,22 @@ def check_export(
         source: folder of a Hugging Face model (config.json, tokenizer, safetensors), or a GGUF in F16, BF16 or F32.
         quants: quant types, in any case.
         adapter: folder of a LoRA adapter in peft's format, checked against the base when given. Only with a folder as source.
+        name: as for `export`.
         out: folder that the files will go to; its free space is checked when given.
         importance: as for `export`; "later" where it will be collected on this very model.
         tensor_types: as for `export`.
 
     Raises:
         OlpackError: no model folder, no tokenizer, pickle weights only, a truncated or missing safetensors file, an architecture
-            or a pre-tokenizer that llama.cpp does not know, a tokenizer larger than the embedding, an unknown quant type, one that
-            needs an importance matrix and gets none, a matrix for another model, types for tensors that the model does not have,
-            an adapter for another base, too little space.
+            or a pre-tokenizer that llama.cpp does not know, weights quantized in a form that cannot be read, weights of another shape than
+            config.json says or not all of them, a tokenizer larger than the embedding, a name under which llama.cpp would not load the
+            model, an unknown quant type, one that needs an importance matrix and gets none, a matrix for another model, types for tensors
+            that the model does not have, an adapter for another base, too little space.
     """
     from olpack.export.client import Converter
 
     with Converter() as converter:
-        return converter.check(source, quants, adapter=adapter, out=out, importance=importance, tensor_types=tensor_types)
+        return converter.check(source, quants, adapter=adapter, name=name, out=out, importance=importance, tensor_types=tensor_types)
 
 
 def export(
@@ -72,7 +75,8 @@ def export(
     and then `llama-quantize` make, provided that the base is stored in bfloat16 or `round_to_bf16` is set.
 
     Args:
-        source: folder of a Hugging Face model (config.json, tokenizer, safetensors), or a GGUF in F16, BF16 or F32.
+        source: folder of a Hugging Face model (config.json, tokenizer, safetensors), or a GGUF in F16, BF16 or F32. Weights stored by GPTQ,
+            bitsandbytes, compressed-tensors or in fp8 are dequantized first (olpack.export.quantized).
         targets: the files to write, each with another path.
         adapter: folder of a LoRA adapter in peft's format; W + scale * B @ A is computed in float32 for each tensor.
         name: `general.name` of the files; by default what llama.cpp reads from the model card or the folder's name.

@@ -100,7 +100,7 @@ def read_adapter(folder: Path, base: Mapping[str, TensorHeader]) -> Adapter:
 
     Args:
         folder: holds adapter_config.json and adapter_model.safetensors.
-        base: the base's tensors by their names in its checkpoint.
+        base: the base's tensors by their names in its checkpoint, those of a quantized one as `dequantized_headers` gives them.
 
     Raises:
         OlpackError: no LoRA adapter, a kind that cannot be merged this way, or one for another base.

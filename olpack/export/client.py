@@ -58,13 +58,13 @@ class Converter:
         return self._process.pid
 
     def check(
-        self, source: Path, quants: Sequence[str], *, adapter: Path | None = None, out: Path | None = None,
+        self, source: Path, quants: Sequence[str], *, adapter: Path | None = None, name: str | None = None, out: Path | None = None,
         importance: Path | Literal["later"] | None = None, tensor_types: Mapping[str, str] = {},
     ) -> ExportPlan:  # fmt: skip
         """As `olpack.export.check_export`."""
         names = [quant_type(name).name for name in quants]
         return ExportPlan(**self._do(
-            "checking the model", do="check", source=_text(source), quants=names, adapter=_text(adapter), out=_text(out),
+            "checking the model", do="check", source=_text(source), quants=names, adapter=_text(adapter), name=name, out=_text(out),
             importance=importance if importance == LATER else _text(importance), tensor_types=check_tensor_types(tensor_types),
         ))  # fmt: skip
 

@@ -21,8 +21,13 @@ import numpy as np
 from olpack.errors import OlpackError
 from olpack.export import pretokenizer
 from olpack.export.adapter import Adapter
+from olpack.export.quantized import dequantize_bitsandbytes
 
 FLOATS = ("F32", "F16", "BF16")  # types of GGUF tensors that can be quantized
+
+# Facts of llama.cpp's `src/llama-vocab.cpp`: parts of `general.name`, and the tokens that a model of such a name must have.
+PHI3_NAMES = ("phi-3", "phi3")
+_PHI3_TOKENS = ("</s>", "<unk>", "<s>", "<|endoftext|>")
 
 
 def use_converter(source: Path) -> None:
@@ -133,6 +138,8 @@ def open_model(
     with torch.inference_mode():
         model = _construct(source, name)
         origins = _record_origins(model)
+        if (model.hparams.get("quantization_config") or {}).get("quant_method") == "bitsandbytes":
+            model.dequant_model = lambda: dequantize_bitsandbytes(model)
         if adapter is not None:
             _merge(model, adapter)
         if not vocabulary:
@@ -145,7 +152,7 @@ def open_model(
             model.prepare_metadata(vocab_only=False)
         except OlpackError:
             raise
-        except AssertionError as error:
+        except (AssertionError, IndexError) as error:
             raise OlpackError(
                 f"The tokenizer in '{source}' has more tokens than the model's embedding has rows.",
                 "Resize the embedding (resize_token_embeddings) and save the model, or use the tokenizer it came with.",
@@ -284,6 +291,7 @@ def _check_vocabulary(source: Path, writer: Any) -> None:
         )
     if len(set(tokens.value)) != len(tokens.value):
         twice, _ = Counter(tokens.value).most_common(1)[0]
+        twice = twice.decode("utf-8", "replace") if isinstance(twice, bytes) else twice  # as the converter keeps those of SentencePiece
         raise OlpackError(
             f"The tokenizer in '{source}' has the token {twice!r} twice, which llama.cpp refuses.",
             "Take the tokenizer files from the model's publisher.",
@@ -308,6 +316,21 @@ def set_keys(writer: Any, chat_template: str | None, end_of_turn: str | None, me
             writer.add_eot_token_id(tokens.index(end_of_turn))
     for key, value in metadata.items():
         writer.add_string(key, value)
+    _check_name(writer.kv_data[0])
+
+
+def _check_name(keys: Mapping[str, Any]) -> None:
+    """llama.cpp takes a model for Phi-3 by its name, sets how its special tokens treat spaces, and refuses a model that lacks one of them."""
+    name, tokens = (keys[key].value if key in keys else "" for key in ("general.name", "tokenizer.ggml.tokens"))
+    alike = next((part for part in PHI3_NAMES if part in name.lower()), None)
+    if alike is None or not tokens:
+        return
+    known = {token.decode("utf-8", "replace") if isinstance(token, bytes) else token for token in tokens}
+    if lacking := next((token for token in _PHI3_TOKENS if token not in known), None):
+        raise OlpackError(
+            f"llama.cpp takes a model with '{alike}' in its name for a Phi-3, and could not load '{name}', whose vocabulary has no '{lacking}'.",
+            "Give it another name: --name, the package's name, or that of the model's folder.",
+        )
 
 
 def _refused(source: Path, error: Exception) -> OlpackError:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,8 @@ from pathlib import Path
 
 from olpack.errors import OlpackError
 from olpack.export.adapter import Adapter, read_adapter
-from olpack.export.folder import read_tensor_headers
+from olpack.export.folder import read_config, read_tensor_headers
+from olpack.export.quantized import dequantized_headers
 from olpack.llamacpp.source import converter_source
 from olpack.workspace import file_digest
 
@@ -40,7 +42,8 @@ def export_adapter(base: Path, adapter: Path, out: Path) -> tuple[int, str]:
     Raises:
         OlpackError: an adapter for another base, one with tensors trained as a whole, or one that llama.cpp cannot apply by itself.
     """
-    change = read_adapter(adapter, read_tensor_headers(base))
+    config = read_config(base)
+    change = read_adapter(adapter, dequantized_headers(base, config, read_tensor_headers(base)))
     if change.replaced:
         raise OlpackError(
             f"The adapter '{adapter}' replaces '{sorted(change.replaced)[0]}' as a whole, and llama.cpp's adapters only add to weights.",
@@ -53,6 +56,8 @@ def export_adapter(base: Path, adapter: Path, out: Path) -> tuple[int, str]:
         )
     with tempfile.TemporaryDirectory(prefix="olpack-") as scratch:
         plain = _plain(adapter, change, Path(scratch) / adapter.name)
+        if config.pop("quantization_config", None):
+            base = _without_weights(base, config, Path(scratch) / "base" / base.name)
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
         try:
@@ -105,6 +110,16 @@ def _plain(folder: Path, adapter: Adapter, scratch: Path) -> Path:
     scratch.mkdir()
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, scratch / "adapter_model.safetensors")
     (scratch / "adapter_config.json").write_text(json.dumps(config))
+    return scratch
+
+
+def _without_weights(base: Path, config: dict, scratch: Path) -> Path:
+    """A base's folder as llama.cpp's script wants it: it looks at the form of a base's weights, of which an adapter needs none."""
+    scratch.mkdir(parents=True)
+    for file in base.iterdir():
+        if file.is_file() and "safetensors" not in file.name:
+            shutil.copyfile(file, scratch / file.name)
+    (scratch / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return scratch
 
 

@@ -20,8 +20,9 @@ from olpack.export.gguf_source import open_gguf
 from olpack.export.importance import ColumnWeights, column_weights
 from olpack.export.job import LATER, ExportPlan, partial_path, remove_partial
 from olpack.export.plan import FilePlan, hollow_file, plan_files
+from olpack.export.quantized import dequantized_headers
 from olpack.export.split import part_names, split_plan
-from olpack.export.verify import verify_file, verify_tokenizer
+from olpack.export.verify import verify_file, verify_model
 from olpack.export.write import write_files
 from olpack.llamacpp.cores import usable_processors
 from olpack.quants import quant_type
@@ -30,10 +31,11 @@ Report = Callable[[int, int], None]
 
 
 def check(
-    source: str, quants: list[str], adapter: str | None, out: str | None, importance: str | None, tensor_types: dict[str, str], report: Report
-) -> dict:
+    source: str, quants: list[str], adapter: str | None, name: str | None, out: str | None, importance: str | None,
+    tensor_types: dict[str, str], report: Report,
+) -> dict:  # fmt: skip
     """`olpack.export.check_export`, over the pipe. Returns the fields of an `ExportPlan`."""
-    model, plans, _, warnings = _prepare(Path(source), quants, adapter, importance, tensor_types)
+    model, plans, _, warnings = _prepare(Path(source), quants, adapter, importance, tensor_types, name=name)
     if out is not None:
         check_space([Path(out, plan.quant.name) for plan in plans], plans)
     context = model.key(f"{model.architecture}.context_length")
@@ -125,7 +127,7 @@ def _prepare(
         weights = ColumnWeights(None, {}) if importance == LATER else column_weights(Path(importance), model.tensors)
     with hollow_file(model) as hollow:
         plans = plan_files(model, hollow, types, importance=weights, tensor_types=tensor_types)
-        warnings = verify_tokenizer(source, hollow)
+        warnings = verify_model(source, hollow)
     for plan in plans:
         if plan.fallbacks:
             more = f", and {len(plan.fallbacks) - 1} more tensors" if len(plan.fallbacks) > 1 else ""
@@ -142,9 +144,9 @@ def _prepare(
 
 
 def _open_folder(source: Path, adapter: str | None, settings: dict) -> SourceModel:
-    read_config(source)
+    config = read_config(source)
     check_tokenizer_files(source)
-    headers = read_tensor_headers(source)
+    headers = dequantized_headers(source, config, read_tensor_headers(source))
     change = read_adapter(Path(adapter), headers) if adapter is not None else None
     return open_model(source, adapter=change, **settings)
 

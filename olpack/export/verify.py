@@ -1,4 +1,4 @@
-"""What llama.cpp reads back from a header: the keys that were meant, and a tokenizer that makes of text what the model's own makes."""
+"""What llama.cpp makes of a header: a model that it loads, the tokens that the model's own tokenizer makes of text, the keys that were meant."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from olpack.errors import OlpackError
+from olpack.export.converter import PHI3_NAMES
 from olpack.export.plan import FilePlan
 from olpack.llamacpp.vocabulary import Vocabulary
 
@@ -22,41 +23,58 @@ I'LL say we've DON'T; email@example.com, 3.14159 + 10_000 = x²? «Naïve café�
 """
 
 
-def verify_tokenizer(source: Path, gguf: Path) -> list[str]:
-    """Compare llama.cpp's tokens of a sample with the model's own.
+def verify_model(source: Path, gguf: Path) -> list[str]:
+    """Have llama.cpp load a model without its weights, and compare its tokens of a sample with the model's own.
 
     Args:
-        source: the model's folder. Without a tokenizer.json nothing is compared.
-        gguf: a GGUF with its vocabulary.
+        source: the model's folder. Without a tokenizer.json no tokens are compared.
+        gguf: a GGUF of it, whose data may be missing.
 
     Returns:
         A warning where they differ, else nothing.
 
     Raises:
-        OlpackError: llama.cpp does not accept the header or the vocabulary.
+        OlpackError: llama.cpp does not accept the header or the vocabulary, lacks a tensor, or wants one in another shape.
     """
     try:
-        with Vocabulary(gguf) as vocabulary:
-            found = vocabulary.tokenize(_SAMPLE)
+        with Vocabulary(gguf, whole=True) as vocabulary:
+            return _token_differences(source, vocabulary)
     except OlpackError as error:
-        reason = error.problem.rpartition(f"'{gguf}': ")[2]
+        reason = error.problem.rpartition(f"'{gguf}': ")[2].rpartition("error loading model: ")[2]
         raise OlpackError(
-            f"llama.cpp would refuse the model made from '{source}': {reason}", "Compare its tokenizer with the publisher's."
+            f"llama.cpp would refuse the model made from '{source}': {' '.join(reason.split())}",
+            "Compare its config.json, weights and tokenizer with the publisher's.",
         ) from error
+
+
+def _token_differences(source: Path, vocabulary: Vocabulary) -> list[str]:
     path = source / "tokenizer.json"
     if not path.is_file():
         return []
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(path))
-    expected = tokenizer.encode(_SAMPLE, add_special_tokens=False).ids
+    found, expected = vocabulary.tokenize(_SAMPLE), tokenizer.encode(_SAMPLE, add_special_tokens=False).ids
     if found == expected:
-        return []
+        return _stripping_differences(source, tokenizer, vocabulary)
     place = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), min(len(found), len(expected)))
     return [
         f"llama.cpp splits text otherwise than the tokenizer of '{source}' (the first difference comes after "
         f"{tokenizer.decode(expected[max(0, place - 4) : place])!r}), so the exported model sees other tokens than the trained one."
     ]
+
+
+def _stripping_differences(source: Path, tokenizer: Any, vocabulary: Vocabulary) -> list[str]:
+    """A warning where special tokens swallow the spaces after them, as Phi-3's do, and llama.cpp, which goes by a model's name, keeps them."""
+    greedy = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.rstrip]
+    texts = {token: f"a{token}\n b" for token in greedy}
+    for token, text in texts.items():
+        if vocabulary.tokenize(text) != tokenizer.encode(text, add_special_tokens=False).ids:
+            return [
+                f"The tokenizer of '{source}' drops spaces and line breaks after '{token}', and llama.cpp keeps them under this name, so the "
+                f"exported model sees other tokens than the trained one. llama.cpp drops them in models with '{PHI3_NAMES[0]}' in their name."
+            ]
+    return []
 
 
 def verify_file(parts: Sequence[tuple[FilePlan, Path]], keys: Mapping[str, Any]) -> None:

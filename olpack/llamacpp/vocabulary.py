@@ -15,15 +15,19 @@ class Vocabulary:
 
     Args:
         path: the file.
+        whole: have llama.cpp also look for every tensor that the architecture has, in the shape that it must have.
 
     Raises:
         OlpackError: llama.cpp cannot read it.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, whole: bool = False):
         self._llama = load_llama_cpp()
         params = self._llama.llama_model_default_params()
-        params.vocab_only = True
+        if whole:
+            params.no_alloc, params.load_mode, params.n_gpu_layers = True, self._llama.LLAMA_LOAD_MODE_NONE, 0
+        else:
+            params.vocab_only = True
         with captured_log() as log:
             self._model = self._llama.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:

@@ -1,0 +1,151 @@
+"""Quantized checkpoints of a small model, each packed by hand after the layout that its format publishes, with the weights that they stand for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+GROUP = 64
+Parts = dict[str, torch.Tensor]
+Packed = tuple[Parts, torch.Tensor]  # tensors by the end of their names, and the weight in float32 that they make
+
+
+def _pack(values: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
+    """Unsigned integers into int32 along a dimension, the first one lowest."""
+    values = values.to(torch.int64).movedim(dim, -1)
+    values = values.reshape(*values.shape[:-1], -1, 32 // bits)
+    packed = (values << torch.arange(0, 32, bits)).sum(-1)
+    return packed.to(torch.int32).movedim(-1, dim).contiguous()  # the highest bit becomes the sign
+
+
+def gptq(bits: int, layout: str) -> tuple[dict, Callable[[torch.Tensor], Packed]]:
+    """GPTQ: the layouts differ in whether zero points are stored less one. Columns belong to groups in no order, as with desc_act."""
+
+    def quantize(weight: torch.Tensor) -> Packed:
+        rows, columns = weight.shape
+        groups = columns // GROUP
+        group_of = (torch.arange(columns) % groups).to(torch.int32)
+        scales = (0.5 + torch.rand(groups, rows)).mul(2 * weight.abs().max() / 2**bits).half()
+        zeros = torch.randint(1, 2**bits, (groups, rows))
+        integers = (weight.T / scales[group_of].float() + zeros[group_of]).round().clamp(0, 2**bits - 1).int()
+        parts = {
+            "qweight": _pack(integers, bits, 0), "qzeros": _pack(zeros - int(layout == "gptq"), bits, 1), "scales": scales, "g_idx": group_of,
+        }  # fmt: skip
+        return parts, (scales[group_of].float() * (integers - zeros[group_of])).T
+
+    return {"quant_method": "gptq", "bits": bits, "group_size": GROUP, "desc_act": True, "checkpoint_format": layout}, quantize
+
+
+def fp8(block: tuple[int, int] | None) -> tuple[dict, Callable[[torch.Tensor], Packed]]:
+    """8-bit floats with one scale for each block of the matrix, or for all of it."""
+
+    def quantize(weight: torch.Tensor) -> Packed:
+        rows, columns = weight.shape
+        height, width = block or (rows, columns)
+        scales = 1e-3 * (1 + torch.rand(-(-rows // height), -(-columns // width)))
+        spread = scales.repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[:, :columns]
+        stored = (weight / spread).to(torch.float8_e4m3fn)
+        return {"weight": stored, "weight_scale_inv": scales if block else scales.reshape(())}, stored.float() * spread
+
+    return {"quant_method": "fp8", "weight_block_size": list(block) if block else None}, quantize
+
+
+def compressed_in_4_bits(symmetric: bool) -> tuple[dict, Callable[[torch.Tensor], Packed]]:
+    """compressed-tensors, pack-quantized: columns in groups; zero points are packed along the rows."""
+
+    def quantize(weight: torch.Tensor) -> Packed:
+        rows, columns = weight.shape
+        scales = (0.5 + torch.rand(rows, columns // GROUP)).mul(weight.abs().max() / 8).bfloat16()
+        zeros = torch.full(scales.shape, 8) if symmetric else torch.randint(0, 16, scales.shape)
+        spread = scales.float().repeat_interleave(GROUP, 1)
+        integers = (weight / spread + zeros.repeat_interleave(GROUP, 1)).round().clamp(0, 15).int()
+        parts = {"weight_packed": _pack(integers, 4, 1), "weight_scale": scales, "weight_shape": torch.tensor([rows, columns])}
+        if not symmetric:
+            parts["weight_zero_point"] = _pack(zeros, 4, 0)
+        return parts, (integers - zeros.repeat_interleave(GROUP, 1)) * spread
+
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP, "symmetric": symmetric}
+    return _compressed("pack-quantized", weights), quantize
+
+
+def compressed_in_8_bits(dtype: torch.dtype) -> tuple[dict, Callable[[torch.Tensor], Packed]]:
+    """compressed-tensors in fp8 or int8, with a scale for each row."""
+
+    def quantize(weight: torch.Tensor) -> Packed:
+        scales = (weight.abs().amax(1, keepdim=True) / (127 if dtype == torch.int8 else 448)).bfloat16()
+        exact = weight / scales.float()
+        stored = (exact.round().clamp(-128, 127) if dtype == torch.int8 else exact.clamp(-448, 448)).to(dtype)
+        return {"weight": stored, "weight_scale": scales}, stored.float() * scales.float()
+
+    weights = {"num_bits": 8, "type": "int" if dtype == torch.int8 else "float", "strategy": "channel"}
+    return _compressed("int-quantized" if dtype == torch.int8 else "float-quantized", weights), quantize
+
+
+def _compressed(layout: str, weights: dict) -> dict:
+    return {"quant_method": "compressed-tensors", "format": layout, "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
+
+
+BY_HAND = {
+    "gptq-4": gptq(4, "gptq"),
+    "gptq-8": gptq(8, "gptq_v2"),
+    "fp8-blocks": fp8((128, 128)),
+    "fp8-tensor": fp8(None),
+    "compressed-4": compressed_in_4_bits(symmetric=True),
+    "compressed-4-zeros": compressed_in_4_bits(symmetric=False),
+    "compressed-fp8": compressed_in_8_bits(torch.float8_e4m3fn),
+    "compressed-int8": compressed_in_8_bits(torch.int8),
+}
+
+_NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+BITSANDBYTES = {
+    "nf4": _NF4,
+    "nf4-double": {**_NF4, "bnb_4bit_use_double_quant": True},
+    "nf4-stored-in-bfloat16": {**_NF4, "bnb_4bit_quant_storage": "bfloat16"},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "int8": {"load_in_8bit": True},
+}
+
+
+def write_quantized(name: str, base: Path, out: Path, plain: Path) -> None:
+    """Write a base quantized into `out`, and the model that it stands for in float32 into `plain`."""
+    for folder in (out, plain):
+        shutil.copytree(base, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    if name in BITSANDBYTES:
+        weights = _write_with_transformers(BITSANDBYTES[name], base, out)
+    else:
+        weights = _write_by_hand(*BY_HAND[name], base, out)
+    save_file(weights, plain / "model.safetensors", metadata={"format": "pt"})
+
+
+def _write_by_hand(settings: dict, quantize: Callable[[torch.Tensor], Packed], base: Path, out: Path) -> Parts:
+    torch.manual_seed(3)
+    stored, weights = {}, {}
+    for name, weight in load_file(base / "model.safetensors").items():
+        if not name.endswith("_proj.weight"):
+            stored[name], weights[name] = weight, weight.float()
+            continue
+        parts, dequantized = quantize(weight.float())
+        weights[name] = dequantized.contiguous()
+        stored |= {f"{name.removesuffix('weight')}{end}": tensor for end, tensor in parts.items()}
+    save_file(stored, out / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+    return weights
+
+
+def _write_with_transformers(settings: dict, base: Path, out: Path) -> Parts:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+    quantization = BitsAndBytesConfig(**settings)
+    AutoModelForCausalLM.from_pretrained(base, quantization_config=quantization, dtype=torch.bfloat16, device_map="cpu").save_pretrained(out)
+    weights = {}
+    for name, module in AutoModelForCausalLM.from_pretrained(out, device_map="cpu").named_modules():
+        if (weight := getattr(module, "weight", None)) is not None:
+            weights[f"{name}.weight"] = dequantize_bnb_weight(weight, getattr(module, "state", None)).detach().float().contiguous()
+    return weights
