@@ -36,11 +36,15 @@ ADAPTER = "adapter"  # beside the names of quants: what the export makes of an a
 # Raised when the same inputs would no longer give the same outputs.
 _OF_THE_MACHINE = ("train.micro_batch_tokens", "train.gradient_checkpointing")  # decide memory and speed, not what is learned
 _OF_THE_SPEED = ("num_ctx", "num_batch", "num_gpu", "num_thread", "use_mmap")
-_VERSIONS = {"train": 1, "importance": 1, "export": 1, "modelfiles": 1, "deploy": 1, "compare": 1}
+_VERSIONS = {"train": 1, "importance": 1, "sensitivity": 1, "export": 1, "modelfiles": 1, "deploy": 1, "compare": 1}
 
 # Of the training rows, at most so many tokens are read for an importance matrix. 2,048 served as well as 72,895 did (benchmarks/importance.md);
 # sixteen times as many leave that for each expert where a token is sent to one in sixteen of them (8 of 128).
 IMPORTANCE_TOKENS = 32_768
+
+# Of the answers in the training rows, so many tokens are predicted anew for each matrix of the model to measure its sensitivity. Matrices
+# differ by a factor of ten and more, their figures on so many tokens by some percent.
+SENSITIVITY_TOKENS = 1_024
 
 
 @dataclass(frozen=True)
@@ -174,13 +178,15 @@ class Build:
         if stage == "train":
             settings = {key: value for key, value in self._settings("train").items() if key not in _OF_THE_MACHINE}
             return made | {"base": self.base.digest} | self._data("train") | settings
-        if stage in ("importance", "export"):
+        if stage in ("importance", "sensitivity", "export"):
             from olpack.llamacpp.source import VERSION
 
             made["llama.cpp"] = VERSION
             trained = {"training": value_digest(self.inputs("train")), "adapter": self.result("train").get("adapter_digest")}
             if stage == "importance":
                 return made | trained | {"tokens": IMPORTANCE_TOKENS}
+            if stage == "sensitivity":
+                return made | trained | {"tokens": SENSITIVITY_TOKENS, "importance": self._importance_key}
             made |= {"quant": quant, "name": self.paths.home(f"export-{quant}").name}
             if self.paths.base and quant != ADAPTER:
                 return made | {"base": self.base.digest}
@@ -205,8 +211,18 @@ class Build:
         if asked.tensor_types and overridable(quant_type(quant)):
             made["export.tensor_types"] = [list(pair) for pair in asked.tensor_types.items()]  # their order counts
         if self.weighs(quant):
-            made["export.importance"] = value_digest(self.inputs("importance")) if asked.importance == "train" else self._importance_digest
+            made["export.importance"] = self._importance_key
+        if quant != ADAPTER and quant_type(quant).budget:
+            made["sensitivity"] = value_digest(self.inputs("sensitivity"))
         return made
+
+    @property
+    def _importance_key(self) -> str | None:
+        """Identity of the importance matrix, None where there is none."""
+        asked = self.recipe.export.importance
+        if asked == "none":
+            return None
+        return value_digest(self.inputs("importance")) if asked == "train" else self._importance_digest
 
     def weighs(self, quant: str) -> bool:
         """Whether an importance matrix decides anything in the file of a quant."""
@@ -236,6 +252,12 @@ class Build:
         if self.recipe.export.importance != "train" or not (self.step("train").stale or self.step("importance").stale):
             return []
         return [step for step in steps if step.stage == "export" and self.weighs(step.inputs["quant"])]
+
+    def unmeasured(self, steps: list[Step]) -> list[Step]:
+        """Of these steps, the budgets that wait for the sensitivity to be measured."""
+        if not (self.step("train").stale or self.step("sensitivity").stale):
+            return []
+        return [step for step in steps if step.stage == "export" and step.unit != f"export-{ADAPTER}" and quant_type(step.inputs["quant"]).budget]
 
     @property
     def unweighed(self) -> list[str]:

@@ -36,9 +36,10 @@ class Estimate:
         train_seconds: from a matrix product timed here, at half its rate; None on a GPU.
         weights_bytes: the frozen base in memory.
         adapter_bytes: adapter, its gradients and optimizer state.
-        disk_bytes: of each GGUF, exact, by quant.
+        disk_bytes: of each GGUF, exact, by quant; of a budget, about what it allows.
         temporary_bytes: what the comparison takes for as long as it runs: the unquantized fine-tune, and its logits.
         importance_bytes: of a Q8_0 file that is there for as long as the importance matrix is collected on it.
+        sensitivity_bytes: of an F16 file that is there for as long as the sensitivity is measured on it.
         warnings: what a user should know and need not mend.
     """
 
@@ -56,6 +57,7 @@ class Estimate:
     disk_bytes: dict[str, int]
     temporary_bytes: int
     importance_bytes: int
+    sensitivity_bytes: int
     warnings: list[str] = field(default_factory=list)
 
 
@@ -125,8 +127,9 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
 
 
 def _for_a_while(build: Build, stale: list[Step]) -> list[str]:
-    """Q8_0 where it is written to collect an importance matrix on it, because the recipe has no quant that will do for that."""
-    return ["Q8_0"] if build.uncollected(stale) and not build.unweighed else []
+    """Q8_0 where it is written to collect an importance matrix on it, because the recipe has no quant that will do for that; F16 where it is
+    written to measure the sensitivity on it."""
+    return (["Q8_0"] if build.uncollected(stale) and not build.unweighed else []) + (["F16"] if build.unmeasured(stale) else [])
 
 
 def _temporary_bytes(build: Build, parameters: int) -> int:
@@ -180,7 +183,8 @@ def estimate(build: Build) -> Estimate:
         adapter_bytes=adapter * (4 + 4 + (8 if device.type == "cpu" else 2)),
         disk_bytes={quant.name: exported.sizes[quant.name] for quant in build.quants},
         temporary_bytes=_temporary_bytes(build, parameters),
-        importance_bytes=sum(exported.sizes[name] for name in _for_a_while(build, planned)),
+        importance_bytes=exported.sizes["Q8_0"] if "Q8_0" in _for_a_while(build, planned) else 0,
+        sensitivity_bytes=exported.sizes["F16"] if "F16" in _for_a_while(build, planned) else 0,
         warnings=exported.warnings,
     )
 
@@ -249,6 +253,9 @@ def print_plan(plan: dict) -> None:
     needs.add_row("disk", f"{progress.quantity(sum(found['disk_bytes'].values()), 'B')}: {files}; no intermediate files")
     if found["importance_bytes"]:
         needs.add_row("while exporting", f"{progress.quantity(found['importance_bytes'], 'B')} more disk: a Q8_0 to collect the importance matrix on")
+    if found["sensitivity_bytes"]:
+        needs.add_row("while exporting", f"{progress.quantity(found['sensitivity_bytes'], 'B')} more disk, and as much memory: the fine-tune in 16 bits, "
+                                         "to measure what each matrix loses")
     if found["temporary_bytes"]:
         needs.add_row("while comparing", f"{progress.quantity(found['temporary_bytes'], 'B')} more disk: the unquantized fine-tune and its logits")
     console.print(needs, "", highlight=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,9 +9,7 @@ from typing import Any
 
 from olpack.errors import OlpackError
 from olpack.export import ExportedFile, Target, export
-from olpack.quants import quant_type
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+from olpack.quants import bytes_of, quant_type
 
 
 def quantize(
@@ -61,18 +58,6 @@ def _find(source: str) -> tuple[Path, str]:
 
     base = resolve(source, relative_to=Path())
     return base.path, (base.path.resolve().name if path.is_dir() else source.rpartition("/")[2])
-
-
-def bytes_of(text: str) -> int:
-    """Bytes of a size as people write it: "4GB", "500 MB", "1.5G". Units are decimal.
-
-    Raises:
-        OlpackError: it is no size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
-    if not match or not (size := int(float(match[1]) * _UNITS[match[2].upper()])):
-        raise OlpackError(f"'{text}' is no size.", "Write it like 4GB or 500MB.")
-    return size
 
 
 def rows(files: Sequence[ExportedFile]) -> list[dict[str, Any]]:

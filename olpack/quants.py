@@ -1,6 +1,7 @@
 """The quant types by name: llama.cpp's file types, and the tag that each has in Ollama's library.
 
 quant_type("q4_k_m")    # QuantType(name="Q4_K_M", tag="q4_K_M", ftype=15)
+quant_type("4.6bpw")    # QuantType(name="4.6BPW", tag="4.6bpw", ftype=None, budget=Budget(bits_per_weight=4.6))
 """
 
 from __future__ import annotations
@@ -14,18 +15,34 @@ from olpack.errors import OlpackError
 
 
 @dataclass(frozen=True)
+class Budget:
+    """How much a file may hold whose tensors get the types that lose least. One of the two is given.
+
+    Attributes:
+        bits_per_weight: bits of tensor data per parameter of the model.
+        size: bytes of the whole file.
+    """
+
+    bits_per_weight: float | None = None
+    size: int | None = None
+
+
+@dataclass(frozen=True)
 class QuantType:
-    """One of llama.cpp's file types: a mix of tensor types under one name.
+    """One of llama.cpp's file types: a mix of tensor types under one name. Or a budget, for which the mix is chosen.
 
     Attributes:
         name: as llama.cpp spells it, "Q4_K_M".
         tag: as Ollama's library spells it, "q4_K_M".
-        ftype: the value of `enum llama_ftype` in llama.h, written to `general.file_type`.
+        ftype: the value of `enum llama_ftype` in llama.h, written to `general.file_type`. None for a budget whose mix is still to be
+            chosen; then that of the nearest mix.
+        budget: None for a mix of llama.cpp's.
     """
 
     name: str
     tag: str
-    ftype: int
+    ftype: int | None
+    budget: Budget | None = None
 
 
 # `enum llama_ftype` of llama.h. Not here: MXFP4_MOE and NVFP4, formats that a model is trained in, and numbers whose types were removed.
@@ -48,6 +65,9 @@ TENSOR_TYPES = (
 # Conversions with nothing to choose: an importance matrix changes none of their bytes.
 _UNWEIGHTED = ("f32", "f16", "bf16", "q8_0")
 
+_BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*(BPW|[KMGT]B)")
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
 # What llama-quantize understands too.
 _ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 
@@ -62,18 +82,35 @@ QUANT_TYPES: dict[str, QuantType] = {name: QuantType(name, _tag(name), ftype) fo
 
 
 def quant_type(name: str) -> QuantType:
-    """The quant type of a name, in any case: "q4_k_m", "Q4_K_M" and the tag "q4_K_M" are the same.
+    """The quant type of a name, in any case: "q4_k_m", "Q4_K_M" and the tag "q4_K_M" are the same. "4.6bpw" and "5GB" are budgets.
 
     Raises:
         OlpackError: no such type; the message names the nearest and lists all.
     """
     wanted = str(name).strip().upper()
+    if match := _BUDGET.fullmatch(wanted):
+        number, unit = float(match[1]), match[2]
+        if number > 0:
+            budget = Budget(bits_per_weight=number) if unit == "BPW" else Budget(size=bytes_of(wanted))
+            return QuantType(f"{number:g}{unit}", f"{number:g}{unit}".lower(), None, budget)
     wanted = _ALIASES.get(wanted, wanted)
     if wanted in QUANT_TYPES:
         return QUANT_TYPES[wanted]
     near = difflib.get_close_matches(wanted, QUANT_TYPES, n=1, cutoff=0.5)
     hint = f"Did you mean {near[0]}? " if near else ""
     raise OlpackError(f"There is no quant type '{name}'.", f"{hint}llama.cpp has: {', '.join(QUANT_TYPES)}.")
+
+
+def bytes_of(text: str) -> int:
+    """Bytes of a size as people write it: "4GB", "500 MB", "1.5G". Units are decimal.
+
+    Raises:
+        OlpackError: it is no size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
+    if not match or not (size := int(float(match[1]) * _UNITS[match[2].upper()])):
+        raise OlpackError(f"'{text}' is no size.", "Write it like 4GB or 500MB.")
+    return size
 
 
 def check_tensor_types(tensor_types: Mapping[str, str]) -> dict[str, str]:

@@ -150,6 +150,25 @@ class Compare(_Section):
     Takes 2 bytes a parameter of disk, and at most 1.1 GB more, while it runs."""
 
 
+_BUDGETS = {"budget": ("bpw", "{budget: 4.6 bpw}"), "size": ("b", "{size: 5 GB}")}  # key: (what its value ends with, an example)
+
+
+def _budget(item: dict[str, Any]) -> str:
+    """The name of a quant that is given as a budget."""
+    examples = " or ".join(example for _, example in _BUDGETS.values())
+    if len(item) != 1 or (key := next(iter(item))) not in _BUDGETS:
+        raise ValueError(f"a quant is a name such as Q4_K_M, {examples}.")
+    unit, example = _BUDGETS[key]
+    value = item[key]
+    try:
+        quant = quant_type(value)
+    except OlpackError:
+        quant = None
+    if quant is None or quant.budget is None or not quant.tag.endswith(unit):
+        raise ValueError(f"'{value}' is no {key}: write it like {example}.")
+    return quant.name
+
+
 class Recipe(_Section):
     base: str
     """`builtin/tiny-coder`, a folder with a Hugging Face model, or a Hub id such as `Qwen/Qwen3-0.6B`."""
@@ -158,7 +177,8 @@ class Recipe(_Section):
     data: Data
     train: Train = Field(default_factory=Train)
     quants: Annotated[list[str], Field(min_length=1)] = Field(default_factory=lambda: ["Q4_0", "Q4_K_M", "Q5_K_M", "Q8_0"])
-    """Quant types of llama.cpp to make."""
+    """Quant types of llama.cpp to make, or budgets: {budget: 4.6 bpw} (bits per weight) or {size: 5 GB} (of the whole file), for which each
+    tensor gets the type that loses least on the training rows."""
     export: Export = Field(default_factory=Export)
     package: Literal["merged", "adapter"] = "merged"
     """`merged`: each quant holds the fine-tuned weights. `adapter`: quants of the base, which packages share, and a small LoRA file."""
@@ -168,6 +188,11 @@ class Recipe(_Section):
     _name: str = PrivateAttr("")
     _folder: Path = PrivateAttr(Path())
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @field_validator("quants", mode="before")
+    @classmethod
+    def _budgets_by_name(cls, value: Any) -> Any:
+        return [_budget(item) if isinstance(item, dict) else item for item in value] if isinstance(value, list) else value
 
     @field_validator("quants")
     @classmethod
@@ -190,6 +215,8 @@ class Recipe(_Section):
     def _shared_quants_are_plain(self) -> Recipe:
         if self.package == "adapter" and self.export != Export():
             raise ValueError("export goes with package: merged; the quants of a base are shared by packages, and none of them decides for the others.")
+        if self.package == "adapter" and (budgets := [name for name in self.quants if quant_type(name).budget]):
+            raise ValueError(f"{budgets[0]} goes with package: merged; its types are chosen by what this package's training rows lose.")
         return self
 
     @property

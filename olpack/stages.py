@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from itertools import accumulate
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from olpack import __version__, progress
 from olpack.errors import OlpackError
-from olpack.pipeline import ADAPTER, IMPORTANCE_TOKENS
+from olpack.pipeline import ADAPTER, IMPORTANCE_TOKENS, SENSITIVITY_TOKENS
 from olpack.quants import quant_type
 from olpack.workspace import file_digest, template_source, value_digest, write_atomically
 
@@ -41,9 +42,11 @@ def train(build: Build, steps: list[Step]) -> None:
 def export(build: Build, steps: list[Step]) -> None:
     """Merge, convert and quantize in one pass; a GGUF for each stale step. An adapter package gets quants of its base, and a LoRA GGUF.
 
-    Where an importance matrix is to be collected first, the quants that do without it make a pass of their own before it.
+    Where an importance matrix is to be collected first, or the sensitivity to be measured, the quants that do without make a pass of their
+    own before it.
     """
-    build.paths.importance_source.unlink(missing_ok=True)  # of a build that was killed
+    for left in (build.paths.importance_source, build.paths.sensitivity_source):
+        left.unlink(missing_ok=True)  # of a build that was killed
     if alone := [step for step in steps if step.unit == f"export-{ADAPTER}"]:
         _export_adapter(build, alone[0])
     quants = [step for step in steps if step not in alone]
@@ -51,6 +54,10 @@ def export(build: Build, steps: list[Step]) -> None:
         _export_quants(build, [step for step in quants if step not in waiting])
         _collect_importance(build)
         quants = waiting
+    if budgets := build.unmeasured(quants):
+        _export_quants(build, [step for step in quants if step not in budgets])
+        _measure_sensitivity(build)
+        quants = budgets
     _export_quants(build, quants)
 
 
@@ -73,8 +80,9 @@ def _export_quants(build: Build, steps: list[Step]) -> None:
     targets = [Target(step.inputs["quant"], paths[step.unit]) for step in steps]
     adapter = None if build.paths.base else build.paths.adapter
     importance = build.importance_file if any(build.weighs(step.inputs["quant"]) for step in steps) else None
-    types = build.recipe.export.tensor_types
-    files = export(build.base.path, targets, adapter=adapter, importance=importance, tensor_types=types, **_said_of_a_file(build))
+    sensitivity = build.paths.sensitivity if any(quant_type(step.inputs["quant"]).budget for step in steps) else None
+    files = export(build.base.path, targets, adapter=adapter, importance=importance, tensor_types=build.recipe.export.tensor_types,
+                   sensitivity=sensitivity, **_said_of_a_file(build))
     for step, file in zip(steps, files, strict=True):
         figures = {"size": file.size, "sha256": file.sha256, "bits_per_weight": file.bits_per_weight, "parameters": file.parameters}
         build.finish(step, [paths[step.unit]], figures, {paths[step.unit]: file.sha256})
@@ -120,10 +128,32 @@ def _collect_importance(build: Build) -> None:
     progress.say(f"collected the importance matrix on {tokens:,} tokens of {len(rows):,} training rows")
 
 
-def _sample(rows: list[TokenRow], tokens: int) -> list[TokenRow]:
-    """Rows drawn from all over the data, the same ones each time, with at most so many tokens (but one row at least)."""
+def _measure_sensitivity(build: Build) -> None:
+    """Round one matrix of the unquantized fine-tune after the other and read training rows: a 16-bit file is there for this only."""
+    from olpack.compare.yardstick import REFERENCE_QUANTS
+    from olpack.export import Target, export, measure_sensitivity
+
+    paths, step = build.paths, build.step("sensitivity")
+    rows = _sample(build.rows[0], SENSITIVITY_TOKENS, lambda row: row.learned_count)
+    try:
+        for quant in REFERENCE_QUANTS:
+            export(build.base.path, [Target(quant, paths.sensitivity_source)], adapter=paths.adapter)
+            if measure_sensitivity(paths.sensitivity_source, [row.ids for row in rows], [row.learned for row in rows], paths.sensitivity,
+                                   key=value_digest([step.key, quant]), importance=build.importance_file):
+                break
+        else:
+            raise OlpackError("The unquantized fine-tune's probabilities are no numbers.", "Train again with a lower learning rate.")
+    finally:
+        paths.sensitivity_source.unlink(missing_ok=True)
+    answers = sum(row.learned_count for row in rows)
+    build.finish(step, [paths.sensitivity], {"rows": len(rows), "learned_tokens": answers})
+    progress.say(f"measured what each matrix loses on {answers:,} answer tokens of {len(rows):,} training rows")
+
+
+def _sample(rows: list[TokenRow], tokens: int, count: Callable[[TokenRow], int] = lambda row: len(row.ids)) -> list[TokenRow]:
+    """Rows drawn from all over the data, the same ones each time, with at most so many tokens as `count` counts them (but one row at least)."""
     drawn = random.Random(0).sample(rows, len(rows))
-    ends = list(accumulate(len(row.ids) for row in drawn))
+    ends = list(accumulate(map(count, drawn)))
     return drawn[: max(1, bisect_right(ends, tokens))]
 
 

@@ -5,6 +5,7 @@
     build/NAME/adapter/                 what training made
     build/NAME/gguf/NAME-Q4_K_M.gguf    what export made
     build/NAME/importance.gguf          the importance matrix, where one was collected
+    build/NAME/sensitivity.json         what each matrix loses when it is rounded, where a budget was given
     build/NAME/modelfiles/q4_K_M.Modelfile
     build/NAME/compare/results.json, report.html
     build/NAME/stages/*.json            which inputs each of these was made from
@@ -104,6 +105,14 @@ class BuildPaths:
     @property
     def importance_source(self) -> Path:
         return self.root / "importance-source.gguf"
+
+    @property
+    def sensitivity(self) -> Path:
+        return self.root / "sensitivity.json"
+
+    @property
+    def sensitivity_source(self) -> Path:
+        return self.root / "sensitivity-source.gguf"
 
     def modelfile(self, tag: str) -> Path:
         return self.root / "modelfiles" / f"{tag}.Modelfile"

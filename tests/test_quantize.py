@@ -12,7 +12,7 @@ from tiny_models import converter, write_adapter, write_model
 from olpack import progress
 from olpack.errors import OlpackError
 from olpack.export import Target
-from olpack.quantize import bytes_of
+from olpack.quants import bytes_of
 
 
 @pytest.fixture(scope="module")

@@ -35,6 +35,11 @@ def test_numbers_are_read_as_their_author_means_them(tmp_path):
     assert recipe.quants == ["Q4_K_M"]
 
 
+def test_budgets_are_quants(tmp_path):
+    recipe = load(write(tmp_path, GOOD + "quants: [q4_k_m, {budget: 4.60 bpw}, {size: 1.5 GB}, 300mb]\n"))
+    assert recipe.quants == ["Q4_K_M", "4.6BPW", "1.5GB", "300MB"]
+
+
 def test_arabic_system_prompt_and_whitespace_are_kept(tmp_path):
     recipe = load(write(tmp_path, GOOD + 'modelfile:\n  system: "أنت مساعد برمجة.\\u200f \\n"\n'))
     assert recipe.modelfile.system == "أنت مساعد برمجة.\u200f \n"
@@ -61,6 +66,11 @@ def test_overrides_win_and_say_so(tmp_path):
         (GOOD + "quants: [Q4_K_X]\n", "Q4_K_X"),
         (GOOD + "quants: [Q8_0, q8_0]\n", "Q8_0 is listed twice"),
         (GOOD + "quants: []\n", "'quants'"),
+        (GOOD + "quants: [{budget: 4.6}]\n", "'4.6' is no budget: write it like {budget: 4.6 bpw}"),
+        (GOOD + "quants:\n- {size: 4.6 bpw}\n", "'4.6 bpw' is no size: write it like {size: 5 GB}"),
+        (GOOD + "quants: [{bits: 4}]\n", "a quant is a name such as Q4_K_M, {budget: 4.6 bpw} or {size: 5 GB}"),
+        (GOOD + "quants: [{budget: 4.6 bpw}, 4.6BPW]\n", "4.6BPW is listed twice"),
+        (GOOD + "quants: [{size: 5 GB}]\npackage: adapter\n", "5GB goes with package: merged"),
         (GOOD + "export:\n  tensor_types: {attn_v: q6k}\n", "line 4: 'export.tensor_types': There is no tensor type 'q6k'. Did you mean q6_K?"),
         (GOOD + "export: {importance: train}\npackage: adapter\n", "export goes with package: merged"),
         (GOOD + "modelfile:\n  parameters: {temprature: 1}\n", "temperature"),

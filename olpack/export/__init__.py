@@ -17,7 +17,7 @@ from typing import Literal
 
 from olpack.export.job import ExportedFile, ExportedPart, ExportPlan, Target
 
-__all__ = ["ExportPlan", "ExportedFile", "ExportedPart", "Target", "check_export", "collect_importance", "export"]
+__all__ = ["ExportPlan", "ExportedFile", "ExportedPart", "Target", "check_export", "collect_importance", "export", "measure_sensitivity"]
 
 
 def check_export(
@@ -67,6 +67,7 @@ def export(
     threads: int | None = None,
     importance: Path | None = None,
     tensor_types: Mapping[str, str] = {},
+    sensitivity: Path | None = None,
     split: int | None = None,
 ) -> list[ExportedFile]:
     """Write every target in one pass. All of them appear under their names when all are complete, or none does.
@@ -91,6 +92,7 @@ def export(
             used for every tensor and type that gains by it; a file that gains nothing (Q8_0, F16, BF16, F32) is the same without.
         tensor_types: regular expression to tensor type ("attn_v": "q6_K"). The first that is found in a tensor's name decides its type, in
             quantized files; where rows do not fit its blocks, llama.cpp takes another.
+        sensitivity: what `measure_sensitivity` wrote of this model. Targets whose quant is a budget ("4.6bpw", "5GB") need it.
         split: most bytes of one file. A larger GGUF becomes several, "model-00001-of-00003.gguf" and so on in place of "model.gguf", which
             llama.cpp loads by the first and Ollama does not take.
 
@@ -106,7 +108,7 @@ def export(
         return converter.export(
             source, targets, adapter=adapter, name=name, chat_template=chat_template, end_of_turn=end_of_turn,
             metadata=metadata, round_to_bf16=round_to_bf16, threads=threads, importance=importance, tensor_types=tensor_types,
-            split=split,
+            sensitivity=sensitivity, split=split,
         )  # fmt: skip
 
 
@@ -127,3 +129,32 @@ def collect_importance(gguf: Path, rows: Sequence[Sequence[int]], out: Path, *, 
 
     with Converter() as converter:
         converter.collect(gguf, rows, out, dataset=dataset, threads=threads)
+
+
+def measure_sensitivity(
+    gguf: Path, rows: Sequence[Sequence[int]], learned: Sequence[Sequence[bool]], out: Path, *, key: str, importance: Path | None = None,
+    threads: int | None = None,
+) -> bool:  # fmt: skip
+    """Measure how far a model's predictions move when one of its matrices is rounded, for one matrix after the other.
+
+    What was measured is kept after each matrix, and a later call with the same key goes on from there.
+
+    Args:
+        gguf: the model in F16 or BF16. It is held in memory.
+        rows: token ids, each row read from an empty context, once for each matrix.
+        learned: the tokens whose predictions count, a flag for each id of each row.
+        out: where the figures go, in JSON.
+        key: tells apart what the figures depend on: model, rows, importance matrix.
+        importance: the importance matrix with which the files will be quantized.
+        threads: CPU threads of the passes; by default the physical cores that this process may use.
+
+    Returns:
+        False where the model's predictions are no numbers, as in F16 where that overflows; then nothing is written.
+
+    Raises:
+        OlpackError: a GGUF that llama.cpp cannot run, a matrix of importance for another model, a disk that fills up.
+    """
+    from olpack.export.client import Converter
+
+    with Converter() as converter:
+        return converter.measure(gguf, rows, learned, out, key=key, importance=importance, threads=threads)

@@ -72,12 +72,15 @@ class Converter:
         self, source: Path, targets: Sequence[Target], *, adapter: Path | None = None, name: str | None = None,
         chat_template: str | None = None, end_of_turn: str | None = None, metadata: Mapping[str, str] | None = None,
         round_to_bf16: bool = False, threads: int | None = None, importance: Path | None = None, tensor_types: Mapping[str, str] = {},
-        split: int | None = None,
+        sensitivity: Path | None = None, split: int | None = None,
     ) -> list[ExportedFile]:  # fmt: skip
         """As `olpack.export.export`."""
         if not targets:
             return []
         wanted = [(quant_type(target.quant).name, target.path.absolute()) for target in targets]
+        if sensitivity is None and (budgets := [target.quant for target in targets if quant_type(target.quant).budget]):
+            raise OlpackError(f"'{budgets[0]}' is a budget: its types are chosen by what they lose on rows of data.",
+                              "Name it among the `quants` of a recipe, and `olpack build` measures that.")
         if len({path for _, path in wanted}) < len(wanted):
             raise OlpackError("Two quant types are to be written to the same file.", "Give each its own path.")
         for _, path in wanted:
@@ -88,7 +91,7 @@ class Converter:
                 source=_text(source), targets=[(quant, str(path)) for quant, path in wanted], adapter=_text(adapter),
                 name=name, chat_template=chat_template, end_of_turn=end_of_turn, metadata=dict(metadata or {}),
                 round_to_bf16=round_to_bf16, threads=threads, importance=_text(importance), tensor_types=check_tensor_types(tensor_types),
-                split=split,
+                sensitivity=_text(sensitivity), split=split,
             )  # fmt: skip
         except BaseException:
             for _, path in wanted:  # the worker removes them itself, unless it was killed
@@ -108,6 +111,18 @@ class Converter:
                 f"{found['unused']:,} of {found['experts']:,} experts' matrices were given no token by these rows: nothing is known of them, "
                 "and the types that need an importance matrix will be poor there."
             )
+
+    def measure(
+        self, gguf: Path, rows: Sequence[Sequence[int]], learned: Sequence[Sequence[bool]], out: Path, *, key: str,
+        importance: Path | None = None, threads: int | None = None,
+    ) -> bool:  # fmt: skip
+        """As `olpack.export.measure_sensitivity`."""
+        _make_place(out)
+        found = self._do(
+            "measuring what each matrix loses", "tokens", do="measure", gguf=_text(gguf), rows=[list(row) for row in rows],
+            learned=[list(row) for row in learned], importance=_text(importance), out=_text(out), key=key, threads=threads,
+        )  # fmt: skip
+        return found["finite"]
 
     def _do(self, title: str, unit: str = "B", **job: object) -> object:
         """Hand over a job, show its progress, and return its result or raise its error."""

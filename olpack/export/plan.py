@@ -6,20 +6,25 @@ llama.cpp decides from a GGUF whose header is real and whose data is a hole, so 
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from olpack.errors import OlpackError
+from olpack.export.budget import MatrixLoss, choosable, choose
 from olpack.export.converter import FLOATS, SourceModel
 from olpack.export.importance import ColumnWeights
 from olpack.llamacpp import library
-from olpack.quants import QuantType, gains_by_importance, overridable
+from olpack.quants import QUANT_TYPES, QuantType, gains_by_importance, overridable
+
+# The mixes after one of which a file with chosen types is called in its header.
+_MIXES = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0")
 
 ALIGNMENT = 32  # of tensor data in a GGUF; llama.cpp's quantizer knows no other
 
@@ -78,8 +83,9 @@ def hollow_file(model: SourceModel) -> Iterator[Path]:
 
 
 def plan_files(
-    model: SourceModel, hollow: Path, quants: Sequence[QuantType], *, importance: ColumnWeights | None = None, tensor_types: Mapping[str, str] = {}
-) -> list[FilePlan]:
+    model: SourceModel, hollow: Path, quants: Sequence[QuantType], *, importance: ColumnWeights | None = None,
+    tensor_types: Mapping[str, str] = {}, losses: Mapping[str, MatrixLoss] = {},
+) -> list[FilePlan]:  # fmt: skip
     """Plan one file per quant.
 
     Args:
@@ -88,12 +94,60 @@ def plan_files(
         quants: the file types.
         importance: the importance matrix, if there is one. Files that gain nothing by it are the same as without.
         tensor_types: regular expression to tensor type: the first that is found in a tensor's name decides, in quantized file types.
+        losses: by tensor name, what decides the types in a file with a budget. Empty: types for which the file has the size that it will have.
 
     Raises:
         OlpackError: llama.cpp refuses the model, a quant needs an importance matrix or has none for some tensor, the base's weights are
-            quantized already, or one of `tensor_types` is for no tensor.
+            quantized already, one of `tensor_types` is for no tensor, or a budget is too small.
     """
-    return [_plan(model, hollow, quant, importance, tensor_types) for quant in quants]
+    plans = []
+    for quant in quants:
+        types = tensor_types
+        if quant.budget:
+            quant, types = _within_budget(model, hollow, quant, importance, tensor_types, losses)
+        plans.append(_plan(model, hollow, quant, importance, types))
+    return plans
+
+
+def _within_budget(
+    model: SourceModel, hollow: Path, quant: QuantType, importance: ColumnWeights | None, tensor_types: Mapping[str, str],
+    losses: Mapping[str, MatrixLoss],
+) -> tuple[QuantType, dict[str, str]]:  # fmt: skip
+    """(the quant with the file type of the nearest mix, patterns for the types of its tensors: the user's first)."""
+    like = _plan(model, hollow, replace(quant, ftype=QUANT_TYPES["Q4_K_M"].ftype), importance, tensor_types)
+    now = {name: (type_, nbytes) for name, type_, nbytes in like.tensors}
+    fixed = dict(tensor_types)
+    shapes = {}
+    for name in choosable(hollow):
+        if any(re.search(pattern, name) for pattern in tensor_types):
+            continue
+        if losses and name not in losses:  # no pass over the rows uses it
+            fixed[f"^{re.escape(name)}$"] = library.type_name(now[name][0])
+            continue
+        *_, columns = model.tensors[name].shape
+        shapes[name] = (model.tensors[name].elements // columns, columns)
+    if quant.budget.size is not None:
+        alignment, rest = ALIGNMENT, like.size - sum(padded(now[name][1]) for name in shapes)
+        limit = quant.budget.size - rest
+    else:
+        alignment, rest = 1, like.data_size - sum(now[name][1] for name in shapes)
+        limit = math.floor(quant.budget.bits_per_weight * model.parameters / 8) - rest
+    try:
+        chosen = choose(shapes, losses, limit, weighed=importance is not None, alignment=alignment)
+    except ValueError as error:
+        least = rest + error.args[0]
+        said = f"{math.ceil(least / 1000) / 1000:g}MB" if quant.budget.size is not None else f"{math.ceil(800 * least / model.parameters) / 100:g}bpw"
+        raise OlpackError(f"No choice of types makes a file of {quant.tag} from this model.", f"The smallest that is possible is {said}.") from None
+    types = fixed | {f"^{re.escape(name)}$": type_ for name, type_ in chosen.items()}
+    size = sum(rows * library.row_size(library.tensor_type(chosen[name]), columns) for name, (rows, columns) in shapes.items())
+    size += like.data_size - sum(now[name][1] for name in shapes)
+    return replace(quant, ftype=_nearest_mix(model, hollow, size, importance).ftype), types
+
+
+def _nearest_mix(model: SourceModel, hollow: Path, size: int, importance: ColumnWeights | None) -> QuantType:
+    """The mix of llama.cpp's whose tensors take nearest to so many bytes."""
+    mixes = [_plan(model, hollow, QUANT_TYPES[name], importance, {}) for name in _MIXES]
+    return min(mixes, key=lambda mix: abs(mix.data_size - size)).quant
 
 
 def _plan(model: SourceModel, hollow: Path, quant: QuantType, importance: ColumnWeights | None, tensor_types: Mapping[str, str]) -> FilePlan:

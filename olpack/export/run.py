@@ -14,6 +14,7 @@ import numpy as np
 from olpack import progress
 from olpack.errors import OlpackError
 from olpack.export.adapter import read_adapter
+from olpack.export.budget import read_sensitivity
 from olpack.export.converter import SourceModel, open_model
 from olpack.export.folder import check_tokenizer_files, read_config, read_tensor_headers
 from olpack.export.gguf_source import open_gguf
@@ -52,12 +53,12 @@ def check(
 def export(
     source: str, targets: list[tuple[str, str]], adapter: str | None, name: str | None, chat_template: str | None, end_of_turn: str | None,
     metadata: dict[str, str], round_to_bf16: bool, threads: int | None, importance: str | None, tensor_types: dict[str, str],
-    split: int | None, report: Report,
+    sensitivity: str | None, split: int | None, report: Report,
 ) -> list[dict]:  # fmt: skip
     """`olpack.export.export`, over the pipe. Returns the fields of one `ExportedFile` for each target."""
     started = time.monotonic()
     model, plans, weights, _ = _prepare(
-        Path(source), [quant for quant, _ in targets], adapter, importance, tensor_types,
+        Path(source), [quant for quant, _ in targets], adapter, importance, tensor_types, sensitivity,
         name=name, chat_template=chat_template, end_of_turn=end_of_turn, metadata=metadata,
     )  # fmt: skip
     parameters, keys = model.parameters, dict(model.keys)
@@ -117,16 +118,18 @@ class _Output:
 
 
 def _prepare(
-    source: Path, quants: list[str], adapter: str | None, importance: str | None, tensor_types: dict[str, str], **settings
-) -> tuple[SourceModel, list[FilePlan], dict[str, np.ndarray], list[str]]:
+    source: Path, quants: list[str], adapter: str | None, importance: str | None, tensor_types: dict[str, str], sensitivity: str | None = None,
+    **settings,
+) -> tuple[SourceModel, list[FilePlan], dict[str, np.ndarray], list[str]]:  # fmt: skip
     """Everything up to the first weight: (model, one plan per quant, weights of the columns by tensor, warnings)."""
     types = [quant_type(name) for name in quants]
     model = _open_file(source, adapter, settings) if source.is_file() else _open_folder(source, adapter, settings)
     weights = None
     if importance is not None:
         weights = ColumnWeights(None, {}) if importance == LATER else column_weights(Path(importance), model.tensors)
+    losses = read_sensitivity(Path(sensitivity)) if sensitivity is not None else {}
     with hollow_file(model) as hollow:
-        plans = plan_files(model, hollow, types, importance=weights, tensor_types=tensor_types)
+        plans = plan_files(model, hollow, types, importance=weights, tensor_types=tensor_types, losses=losses)
         warnings = verify_model(source, hollow)
     for plan in plans:
         if plan.fallbacks:

@@ -1,6 +1,6 @@
 """The worker process: `python -m olpack.export.worker CONVERTER_FOLDER`, driven by `client.py` over a pipe.
 
-One JSON object a line comes in on stdin ({"do": "check", "export" or "collect", …}), JSON objects go out on stdout until one has "result",
+One JSON object a line comes in on stdin ({"do": "check", "export", "collect" or "measure", …}), JSON objects go out on stdout until one has "result",
 "error" or "crash". End of input ends the process, also in the middle of an export: its partial files go with it.
 """
 
@@ -44,9 +44,9 @@ def main() -> None:
 
                 converter.use_converter(Path(sys.argv[1]))
                 converter_ready = True
-            from olpack.export import importance, run
+            from olpack.export import importance, run, sensitivity
 
-            do = {"check": run.check, "export": run.export, "collect": importance.collect}[job.pop("do")]
+            do = {"check": run.check, "export": run.export, "collect": importance.collect, "measure": sensitivity.measure}[job.pop("do")]
             send(result=do(**job, report=_reporter(send)))
         except OlpackError as error:
             send(error={"problem": error.problem, "remedy": error.remedy})

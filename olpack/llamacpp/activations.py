@@ -7,18 +7,16 @@ rows count too, and sums over many batches are kept in float64.
 
 from __future__ import annotations
 
-import ctypes
-import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from olpack.errors import OlpackError
-from olpack.llamacpp.library import INSTALL, ggml, tensor_type
+from olpack.llamacpp.graph import Tensor, check_layout, operation, plain_name
+from olpack.llamacpp.library import ggml, tensor_type
 
 
 @dataclass
@@ -68,41 +66,6 @@ def input_squares(
     return collector.found
 
 
-class _Tensor(ctypes.Structure):
-    """`struct ggml_tensor` of the llama.cpp that is installed (ggml.h)."""
-
-    _fields_ = [
-        ("type", ctypes.c_int),
-        ("buffer", ctypes.c_void_p),
-        ("ne", ctypes.c_int64 * 4),
-        ("nb", ctypes.c_size_t * 4),
-        ("op", ctypes.c_int),
-        ("op_params", ctypes.c_int32 * 16),
-        ("flags", ctypes.c_int32),
-        ("src", ctypes.c_void_p * 10),
-        ("view_src", ctypes.c_void_p),
-        ("view_offs", ctypes.c_size_t),
-        ("data", ctypes.c_void_p),
-        ("name", ctypes.c_char * 64),
-        ("extra", ctypes.c_void_p),
-        ("padding", ctypes.c_char * 8),
-    ]
-
-
-def _check_layout(address: int) -> None:
-    """Raise OlpackError where a tensor of the loaded library is not laid out as `_Tensor`."""
-    expected = (address + _Tensor.name.offset, _Tensor.from_address(address).data)
-    if (ggml().ggml_get_name(address), ggml().ggml_get_data(address)) != expected:
-        raise OlpackError("The installed llama.cpp is not the one that olpack was made for: its tensors are laid out otherwise.",
-                          f"Install that one: {INSTALL}")  # fmt: skip
-
-
-@cache
-def _operation(name: str) -> int:
-    """The number of an operation in `enum ggml_op`."""
-    return next(number for number in itertools.count() if ggml().ggml_op_name(number).decode() == name)
-
-
 @dataclass
 class _Shared:
     """An input that several matrices in a row have (those of query, key and value do), and the matrices that it was counted for."""
@@ -118,7 +81,7 @@ class _Collector:
 
     def __init__(self) -> None:
         self.found: dict[str, InputSquares] = {}
-        self._plain, self._experts, self._f32 = _operation("MUL_MAT"), _operation("MUL_MAT_ID"), tensor_type("f32")
+        self._plain, self._experts, self._f32 = operation("MUL_MAT"), operation("MUL_MAT_ID"), tensor_type("f32")
         self._checked = False
         self._failure: BaseException | None = None
         self._shared: _Shared | None = None
@@ -147,15 +110,15 @@ class _Collector:
 
     def _ask(self, address: int) -> bool:
         """Whether the values that go into this node are to be read when they are there."""
-        node = _Tensor.from_address(address)
+        node = Tensor.from_address(address)
         if node.op not in (self._plain, self._experts) or self._failure is not None:
             return False
         if not self._checked:
-            _check_layout(address)
+            check_layout(address)
             self._checked = True
-        weight = _Tensor.from_address(node.src[0])
-        name = _plain_name(weight.name)
-        if not name.startswith("blk.") or _Tensor.from_address(node.src[1]).type != self._f32:
+        weight = Tensor.from_address(node.src[0])
+        name = plain_name(weight.name)
+        if not name.startswith("blk.") or Tensor.from_address(node.src[1]).type != self._f32:
             return False
         # A name that is in it already begins another pass, in which the same address holds other values.
         if self._shared is not None and self._shared.key == _key(node, weight) and name not in self._shared.names:
@@ -165,15 +128,15 @@ class _Collector:
 
     def _take(self, address: int) -> bool:
         """Square and sum what went into this node. Returns whether the pass is to go on."""
-        node = _Tensor.from_address(address)
-        weight = _Tensor.from_address(node.src[0])
+        node = Tensor.from_address(address)
+        weight = Tensor.from_address(node.src[0])
         squares = np.square(_read(node.src[1], np.float32))
         if node.op == self._experts:
             sums, counts = _by_expert(squares, _read(node.src[2], np.int32), experts=weight.ne[2])
         else:
             sums, counts = _by_matrix(squares, matrices=(weight.ne[3], weight.ne[2]))
         self._shared = _Shared(_key(node, weight), sums, counts, set())
-        name = _plain_name(weight.name)
+        name = plain_name(weight.name)
         self._add(name)
         return name != self._last
 
@@ -187,20 +150,14 @@ class _Collector:
         self._latest = name
 
 
-def _plain_name(name: bytes) -> str:
-    """A tensor's name without what the scheduler puts around that of a copy: CUDA0#blk.0.attn_k.weight#0."""
-    parts = name.decode().split("#")
-    return parts[1] if len(parts) > 1 else parts[0]
-
-
-def _key(node: _Tensor, weight: _Tensor) -> tuple:
+def _key(node: Tensor, weight: Tensor) -> tuple:
     """Equal for two nodes that sum the same: operation, input, choice of experts, and how many matrices there are."""
     return node.op, node.src[1], node.src[2], weight.ne[2], weight.ne[3]
 
 
 def _read(address: int, dtype: type) -> np.ndarray:
     """A tensor's values, wherever they lie, as a new array of four dimensions, outermost first."""
-    tensor, nbytes = _Tensor.from_address(address), ggml().ggml_nbytes(address)
+    tensor, nbytes = Tensor.from_address(address), ggml().ggml_nbytes(address)
     data = np.empty(nbytes, np.uint8)
     ggml().ggml_backend_tensor_get(address, data.ctypes.data, 0, nbytes)
     return np.ndarray(tuple(reversed(tensor.ne)), dtype, data, strides=tuple(reversed(tensor.nb)))

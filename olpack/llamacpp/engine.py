@@ -91,6 +91,8 @@ class Engine:
         debug: let llama.cpp's own log through to stderr.
         watch: llama.cpp's evaluation callback: gets the address of a node's `ggml_tensor` and True before the node is computed; where it
             returns True, it is called again with False when the node's values are there, and ends the pass if it then returns False.
+        writable: hold the weights in memory of their own, so that they can be overwritten (`olpack.llamacpp.graph`), where they are else
+            mapped from the file.
 
     Attributes:
         vocabulary_size: entries of the output layer.
@@ -113,6 +115,7 @@ class Engine:
         max_outputs: int | None = None,
         debug: bool = False,
         watch: Callable[[int, bool], bool] | None = None,
+        writable: bool = False,
     ):
         self.path = Path(path)
         self._model = self._context = None
@@ -121,6 +124,8 @@ class Engine:
         _log.start(debug)
         model_params = llama_cpp.llama_model_default_params()
         model_params.n_gpu_layers = gpu_layers
+        if writable:
+            model_params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
         self._model = llama_cpp.llama_model_load_from_file(os.fsencode(self.path), model_params)
         if not self._model:
             raise OlpackError(f"llama.cpp cannot load {self.path}: {_log.reason()}.", "Is the file whole? `olpack export` makes it anew.")

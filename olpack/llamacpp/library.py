@@ -73,9 +73,31 @@ def ggml() -> ctypes.CDLL:
     for name, result in (("ggml_get_name", ctypes.c_void_p), ("ggml_get_data", ctypes.c_void_p), ("ggml_nbytes", ctypes.c_size_t)):
         getattr(library, name).restype = result
         getattr(library, name).argtypes = [ctypes.c_void_p]
-    library.ggml_backend_tensor_get.restype = None
-    library.ggml_backend_tensor_get.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
+    for name in ("ggml_backend_tensor_get", "ggml_backend_tensor_set"):
+        getattr(library, name).restype = None
+        getattr(library, name).argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
+    library.ggml_blck_size.restype = ctypes.c_int64
+    library.ggml_blck_size.argtypes = [ctypes.c_int]
+    library.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
+    library.ggml_get_type_traits.argtypes = [ctypes.c_int]
     return library
+
+
+_ToFloat = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+
+
+class _TypeTraits(ctypes.Structure):
+    """`struct ggml_type_traits` of ggml.h."""
+
+    _fields_ = [
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", ctypes.c_int64),
+        ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", _ToFloat),
+        ("from_float_ref", ctypes.c_void_p),
+    ]
 
 
 _first_use = threading.Lock()  # so that of many threads that begin at once only one compiles
@@ -107,6 +129,11 @@ def tensor_type(name: str) -> int:
     return _types_by_name()[name.lower()]
 
 
+def type_name(type_: int) -> str:
+    """The name of a tensor type in ggml, "q4_K" or "f32"."""
+    return ggml().ggml_type_name(type_).decode()
+
+
 def row_size(type_: int, columns: int) -> int:
     """Bytes of a row of `columns` weights in a tensor type."""
     return ggml().ggml_row_size(type_, columns)
@@ -133,6 +160,23 @@ def quantize_rows(type_: int, rows: np.ndarray, out: np.ndarray, importance: np.
         written = ggml().ggml_quantize_chunk(type_, rows.ctypes.data, out.ctypes.data, 0, count, columns, weights)
         assert written == out.nbytes
     return ggml().ggml_validate_row_data(type_, out.ctypes.data, out.nbytes)
+
+
+def dequantize_rows(type_: int, data: np.ndarray, out: np.ndarray) -> None:
+    """Convert rows of a quantized type to the weights that they stand for. Releases the GIL.
+
+    Args:
+        type_: a quantized tensor type of ggml.
+        data: uint8, C-contiguous, as `quantize_rows` makes it.
+        out: float32 [rows, columns], C-contiguous.
+    """
+    assert data.flags.c_contiguous and out.flags.c_contiguous and data.nbytes == len(out) * row_size(type_, out.shape[1])
+    ggml().ggml_get_type_traits(type_).contents.to_float(data.ctypes.data, out.ctypes.data, out.size)
+
+
+def fits(type_: int, columns: int) -> bool:
+    """Whether rows of so many weights are whole blocks of a tensor type."""
+    return columns % ggml().ggml_blck_size(type_) == 0
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,97 @@
+"""What a budget gives: types chosen by measured sensitivity against llama.cpp's mixes of the same size, on held-out rows.
+
+    python benchmarks/budget.py --work /tmp/budget          # the same command goes on where it was
+
+Fine-tunes tiny-coder on the shipped chats for one pass, collects the importance matrix and measures the sensitivity on training rows, as a build
+does, and gives each mix's bits per weight to the budget; then some round budgets, against the mixes around them. Everything is quantized with
+the same matrix. Prints Markdown and writes it to benchmarks/budget.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+
+import gguf
+from importance import REPOSITORY, Measured, millinats, parameters
+
+from olpack import recipe
+from olpack.compare.machine import describe_machine
+from olpack.compare.perplexity import ratio
+from olpack.export import Target, export
+from olpack.pipeline import Build
+from olpack.stages import _collect_importance, _measure_sensitivity
+
+MIXES = ("Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M")
+BUDGETS = (3.5, 4.5, 5.5)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="a folder that keeps what is done, with room for 300 MB")
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
+    arguments = parser.parse_args()
+    asked = recipe.load(REPOSITORY / "modelfiles/coding-assistant/recipe.yaml", ["train.epochs=1", "export.importance=train", "quants=[4bpw]"])
+    build = Build(asked, out=arguments.work)
+    build.run("train")
+    if build.step("importance").stale:
+        _collect_importance(build)
+    if build.step("sensitivity").stale:
+        _measure_sensitivity(build)
+    _, held_out = build.rows
+    measured, learned = Measured(arguments.work, held_out), [row.learned_count for row in held_out]
+
+    make(build, arguments.work / "without", "F32")
+    mixes = {mix: Made(make(build, arguments.work / "mixes", mix)) for mix in MIXES}
+    text = [f"# What a budget gives\n\ntiny-coder ({parameters(arguments.work / 'without/F32.gguf')} M parameters), one pass over the shipped chats; "
+            f"importance matrix and sensitivity from its training rows.\nKL divergence from the F32 file in millinats a token, over "
+            f"{sum(learned):,} answer tokens of {len(held_out)} held-out rows, ± standard error with rows as the sampling unit; the difference "
+            "is paired by row.\n\n## At the size of a mix\n"]  # fmt: skip
+    text += ["| mix | bits per weight | mix | budget | difference | budget / mix |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
+    for mix, made in mixes.items():
+        within = Made(make(build, arguments.work / "budgets", f"{math.floor(made.bits_per_weight * 1e5) / 1e5:.5f}bpw"))
+        plain, chosen = measured.of(f"mixes/{mix}"), measured.of(f"budgets/{within.path.stem}")
+        difference, error = ratio([one - other for one, other in zip(chosen, plain, strict=True)], learned)
+        share, share_error = ratio(chosen, plain)
+        text.append(f"| {mix} | {made.bits_per_weight:.3f}, {within.bits_per_weight:.3f} | {millinats(plain, learned)} | {millinats(chosen, learned)} | "
+                    f"{1000 * difference:+.2f} ± {1000 * error:.2f} | {share:.3f} ± {share_error:.3f} |")  # fmt: skip
+    text += ["\n## Round budgets, among the mixes\n", "| file | bits per weight | size | KL divergence | types of its matrices |",
+             "| --- | ---: | ---: | ---: | --- |"]  # fmt: skip
+    files = [(mix, "mixes", made) for mix, made in mixes.items()]
+    files += [(f"{bits} bpw", "budgets", Made(make(build, arguments.work / "budgets", f"{bits}bpw"))) for bits in BUDGETS]
+    for label, folder, made in sorted(files, key=lambda file: file[2].bits_per_weight):
+        cells = (label, f"{made.bits_per_weight:.3f}", f"{made.path.stat().st_size / 1e6:.2f} MB",
+                 millinats(measured.of(f"{folder}/{made.path.stem}"), learned), made.types)  # fmt: skip
+        text.append(f"| {' | '.join(cells)} |")
+    machine = describe_machine(None)
+    versions = ", ".join(f"{name} {number}" for name, number in machine.versions.items())
+    text.append(f"\n{datetime.now(UTC):%Y-%m-%d}, {machine.cores} cores of {machine.cpu}; {versions}. `python benchmarks/budget.py`\n")
+    print("\n".join(text))
+    arguments.output.write_text("\n".join(text), encoding="utf-8")
+
+
+def make(build: Build, folder: Path, quant: str) -> Path:
+    """The fine-tune in this quant, unless it is there."""
+    path = folder / f"{quant}.gguf"
+    if not path.is_file():
+        export(build.base.path, [Target(quant, path)], adapter=build.paths.adapter, importance=build.paths.importance,
+               sensitivity=build.paths.sensitivity)  # fmt: skip
+    return path
+
+
+class Made:
+    """A file, and what its header says of its tensors."""
+
+    def __init__(self, path: Path):
+        tensors = gguf.GGUFReader(path).tensors
+        self.path = path
+        self.bits_per_weight = 8 * sum(int(tensor.n_bytes) for tensor in tensors) / sum(int(tensor.n_elements) for tensor in tensors)
+        counts = Counter(tensor.tensor_type.name for tensor in tensors if tensor.tensor_type.name != "F32")
+        self.types = ", ".join(f"{count} × {name}" for name, count in sorted(counts.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""A budget: the type of each matrix that loses least on the user's data, in a file of at most so many bytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from olpack.errors import OlpackError
+from olpack.llamacpp import library
+
+# For rows of whole blocks of 256 weights, and for others. Types below Q2_K lose more than a model can bear in most of its matrices.
+_TYPES = ("q2_K", "q3_K", "iq3_s", "iq4_xs", "q4_K", "q5_K", "q6_K", "q8_0")
+_TYPES_OF_SHORT_ROWS = ("q4_0", "iq4_nl", "q5_0", "q5_1", "q8_0")
+_WITH_IMPORTANCE = ("iq3_s", "iq4_xs", "iq4_nl")  # poor without
+
+_Q8_0 = 7  # LLAMA_FTYPE_MOSTLY_Q8_0
+_UNITS = 1 << 17  # of size, at most, that the search tells apart: a second of work for a model of hundreds of matrices
+
+
+@dataclass(frozen=True)
+class MatrixLoss:
+    """What was measured of one matrix.
+
+    Attributes:
+        divergence: KL divergence in nats a token of the model with only this matrix rounded to `probe`.
+        probe: a tensor type of ggml.
+        errors: squared error of each type that can be chosen, weighted with the importance of the columns.
+    """
+
+    divergence: float
+    probe: str
+    errors: dict[str, float]
+
+    def loss(self, type_name: str) -> float:
+        """Expected KL divergence, in nats a token, of a type."""
+        probed = self.errors[self.probe]
+        return self.divergence * self.errors[type_name] / probed if probed else 0.0  # a matrix of zeros is exact in any type
+
+
+def read_sensitivity(path: Path) -> dict[str, MatrixLoss]:
+    """What `olpack.export.measure_sensitivity` found, by tensor name.
+
+    Raises:
+        OlpackError: there is no such file, or it is none of these.
+    """
+    try:
+        matrices = json.loads(path.read_text(encoding="utf-8"))["matrices"]
+        return {name: MatrixLoss(**fields) for name, fields in matrices.items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OlpackError(f"'{path}' holds no measured sensitivity.", "Delete it, and build again.") from error
+
+
+def candidates(columns: int, weighed: bool) -> list[str]:
+    """The types that a matrix may get, by the length of its rows, and whether the importance of its columns is known."""
+    types = _TYPES if library.fits(library.tensor_type(_TYPES[0]), columns) else _TYPES_OF_SHORT_ROWS
+    return [name for name in types if weighed or name not in _WITH_IMPORTANCE]
+
+
+def choosable(hollow: Path) -> list[str]:
+    """The tensors that llama.cpp quantizes, of the model of which this is the header."""
+    return [name for name, type_ in library.type_plan(hollow, _Q8_0).tensors if type_ == library.tensor_type("q8_0")]
+
+
+def choose(shapes: Mapping[str, tuple[int, int]], losses: Mapping[str, MatrixLoss], limit: int, *, weighed: bool, alignment: int) -> dict[str, str]:
+    """The types with which all matrices together take at most so many bytes and lose least.
+
+    Args:
+        shapes: (rows, columns) of each matrix, by name.
+        losses: what was measured of them. Empty before that: then each loses by the bits of its type.
+        limit: bytes.
+        weighed: whether there is an importance matrix.
+        alignment: each matrix takes a multiple of so many bytes.
+
+    Raises:
+        ValueError: the limit is too small; its argument is the smallest possible one.
+    """
+    options, sizes, lost = [], [], []
+    for name, (rows, columns) in shapes.items():
+        types = list(losses[name].errors) if losses else candidates(columns, weighed)
+        packed = [rows * library.row_size(library.tensor_type(type_), columns) for type_ in types]
+        options.append(types)
+        sizes.append([-(-size // alignment) * alignment for size in packed])
+        lost.append([losses[name].loss(type_) if losses else rows * columns * 4.0 ** (-8 * size / (rows * columns))
+                     for type_, size in zip(types, packed, strict=True)])  # fmt: skip
+    chosen = cheapest(sizes, lost, limit)
+    if chosen is None:
+        raise ValueError(sum(map(min, sizes)))
+    return {name: types[index] for name, types, index in zip(shapes, options, chosen, strict=True)}
+
+
+def cheapest(sizes: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], limit: int) -> list[int] | None:
+    """The choice of one option for each item that loses least in all, of those whose sizes add up to no more than a limit.
+
+    A multiple-choice knapsack, solved by dynamic programming over the size (Kellerer, Pferschy and Pisinger, Knapsack Problems, section
+    11.5). Sizes are counted in units of what divides them all, so the choice is the best there is; where that makes too many, in larger
+    units and rounded up, so the limit holds and the last 0.001 % of it may stay unused for each item.
+
+    Args:
+        sizes: bytes of each option of each item.
+        losses: of each option of each item.
+        limit: bytes.
+
+    Returns:
+        The index of the option for each item; None where even the smallest are too large.
+    """
+    smallest = [min(options) for options in sizes]
+    room = limit - sum(smallest)
+    if room < 0:
+        return None
+    extra = [[size - least for size in options] for options, least in zip(sizes, smallest, strict=True)]
+    room = min(room, sum(max(options) for options in extra))
+    unit = max(1, int(np.gcd.reduce([size for options in extra for size in options])), -(-room // _UNITS))
+    cells = room // unit + 1
+    best = np.zeros(cells)
+    taken = np.zeros((len(sizes), cells), np.uint8)
+    for item, (options, lost) in enumerate(zip(extra, losses, strict=True)):
+        before, best = best, np.full(cells, np.inf)
+        for index, (size, loss) in enumerate(zip(options, lost, strict=True)):
+            step = -(-size // unit)
+            if step < cells:
+                with_it = before[: cells - step] + loss
+                better = with_it < best[step:]
+                best[step:][better] = with_it[better]
+                taken[item, step:][better] = index
+    cell, chosen = cells - 1, []
+    for item in reversed(range(len(sizes))):
+        chosen.append(int(taken[item, cell]))
+        cell -= -(-extra[item][chosen[-1]] // unit)
+    return chosen[::-1]

@@ -1,0 +1,162 @@
+"""How much a model's predictions change when one of its matrices is rounded: measured on the user's rows, matrix by matrix.
+
+The model lies in memory in 16 bits, as llama.cpp loaded it. One matrix after the other is overwritten with what a small type makes of it, the
+rows are read, and the matrix is put back. What counts is the KL divergence of the predictions from those of the untouched model.
+
+What the other types would cost follows from the error that they make in the weights: KL divergence has its minimum, zero, where nothing
+changes, so to leading order it is quadratic in the change, half of δᵀFδ with F the Fisher information (Kullback, Information Theory and
+Statistics, 1959, section 2.6). With F approximated as a quantizer that has an importance matrix does it, by the mean squares of the columns'
+inputs, the divergence grows as the squared error weighted with these.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from olpack.compare.divergence import kl_divergence, log_softmax
+from olpack.errors import OlpackError
+from olpack.export.budget import MatrixLoss, candidates, choosable
+from olpack.export.gguf_source import open_gguf
+from olpack.export.importance import column_weights
+from olpack.export.plan import hollow_file
+from olpack.export.write import CHUNK
+from olpack.llamacpp import library
+from olpack.llamacpp.cores import usable_processors
+from olpack.llamacpp.graph import LoadedWeights
+from olpack.workspace import write_atomically
+
+# What a matrix is rounded to, the first that fits its rows. Its error must stand out from the noise of 16-bit arithmetic, in a model of
+# hundreds of matrices too, and still be small enough for the divergence to be quadratic in it.
+_PROBES = ("q3_K", "q4_0")
+
+_REFERENCE_BYTES = 1 << 30  # of memory for the untouched model's log-probabilities, in float32
+_SAMPLE = 1 << 16  # weights of a matrix on which the errors of its types are compared: sums over so many differ by less than a percent
+
+
+def measure(
+    gguf: str, rows: list[list[int]], learned: list[list[bool]], importance: str | None, out: str, key: str, threads: int | None,
+    report: Callable[[int, int], None],
+) -> dict:  # fmt: skip
+    """`olpack.export.measure_sensitivity`, over the pipe. Returns {"finite": whether all predictions are numbers}."""
+    from olpack.llamacpp.engine import Engine  # loads llama.cpp
+
+    model = open_gguf(Path(gguf))
+    weights = column_weights(Path(importance), model.tensors).by_tensor if importance else {}
+    with hollow_file(model) as hollow:
+        names = choosable(hollow)
+    found = _kept(Path(out), key)
+    total = (len(names) + 1) * sum(map(len, rows))
+    where = LoadedWeights()
+    with Engine(Path(gguf), max(map(len, rows)), threads, watch=where, writable=True) as engine, ThreadPoolExecutor(usable_processors()) as pool:
+        reference = _Reference(engine, rows, learned, lambda count: report(count, total))
+        where.check()
+        if not reference.finite:
+            return {"finite": False}
+        for name in names:
+            source = model.tensors.pop(name)
+            if name in found or name not in where:
+                report(sum(map(len, rows)), total)
+                continue
+            original = source.load()
+            experts = weights.get(name, [None])
+            types = candidates(original.shape[1], name in weights)
+            probe = next(type_ for type_ in _PROBES if type_ in types)
+            errors = dict(zip(types, pool.map(lambda type_: _squared_error(type_, original, experts), types), strict=True))
+            where.write(name, _as(source.type_name, _rounded(probe, original, experts, pool)))
+            try:
+                divergence = reference.divergence(lambda count: report(count, total))
+            finally:
+                where.write(name, _as(source.type_name, original))
+            if not np.isfinite(divergence):
+                return {"finite": False}
+            found[name] = MatrixLoss(divergence, probe, errors)
+            write_atomically(Path(out), json.dumps({"key": key, "matrices": {name: vars(loss) for name, loss in found.items()}}, indent=1) + "\n")
+    return {"finite": True}
+
+
+def _kept(path: Path, key: str) -> dict[str, MatrixLoss]:
+    """What an earlier run with the same key has measured: it may have been interrupted."""
+    try:
+        held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {name: MatrixLoss(**fields) for name, fields in held["matrices"].items()} if held.get("key") == key else {}
+
+
+class _Reference:
+    """The untouched model's predictions, and how far from them a changed one's are.
+
+    Attributes:
+        finite: whether they are numbers: in F16 some models overflow.
+    """
+
+    def __init__(self, engine: Any, rows: Sequence[Sequence[int]], learned: Sequence[Sequence[bool]], advance: Callable[[int], None]):
+        self._engine, self._rows, self._learned = engine, rows, learned
+        most = max(1, _REFERENCE_BYTES // (4 * engine.vocabulary_size))
+        self._kept: list[np.ndarray] = []
+        for scores in self._scores(advance):
+            self._kept.append(scores.astype(np.float32))
+            if len(self._kept) == most:
+                break
+        self.finite = all(np.isfinite(scores).all() for scores in self._kept)
+
+    def divergence(self, advance: Callable[[int], None]) -> float:
+        """Mean KL divergence in nats a token."""
+        return float(np.mean([kl_divergence(kept, scores) for kept, scores in zip(self._kept, self._scores(advance), strict=False)]))
+
+    def _scores(self, advance: Callable[[int], None]) -> Iterator[np.ndarray]:
+        for ids, learned in zip(self._rows, self._learned, strict=True):
+            for _, logits in self._engine.scored(ids, learned):
+                yield log_softmax(logits)
+            advance(len(ids))
+
+
+def _squared_error(type_name: str, values: np.ndarray, experts: Sequence[np.ndarray | None]) -> float:
+    """Σ_j w_j · Σ_i (v_ij - rounded v_ij)² over rows from all of the matrix, with w the weights of its columns, or ones."""
+    rows, columns = values.shape
+    chosen = np.unique(np.linspace(0, rows - 1, min(rows, max(len(experts), _SAMPLE // columns))).astype(int))
+    total = 0.0
+    for expert, weights in enumerate(experts):
+        mine = values[chosen[chosen * len(experts) // rows == expert]]
+        if len(mine):
+            squares = np.square(mine - _round(type_name, mine, weights), dtype=np.float64).sum(axis=0)
+            total += float(squares.sum() if weights is None else squares @ weights)
+    return total
+
+
+def _rounded(type_name: str, values: np.ndarray, experts: Sequence[np.ndarray | None], pool: ThreadPoolExecutor) -> np.ndarray:
+    """What a type makes of a matrix, float32 of the same shape."""
+    rows, columns = values.shape
+    step, of_one = max(1, CHUNK // columns), rows // len(experts)
+    parts = [
+        pool.submit(_round, type_name, values[start : min(start + step, first + of_one)], weights)
+        for first, weights in zip(range(0, rows, of_one), experts, strict=True)
+        for start in range(first, first + of_one, step)
+    ]
+    return np.concatenate([part.result() for part in parts])
+
+
+def _round(type_name: str, values: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
+    type_ = library.tensor_type(type_name)
+    packed = np.empty((len(values), library.row_size(type_, values.shape[1])), np.uint8)
+    if not library.quantize_rows(type_, values, packed, importance):
+        raise OlpackError("The model holds weights too large to be quantized.", "Leave the budget out, or take another checkpoint.")
+    rounded = np.empty_like(values)
+    library.dequantize_rows(type_, packed, rounded)
+    return rounded
+
+
+def _as(type_name: str, values: np.ndarray) -> np.ndarray:
+    """The bytes of float32 values in a float type of ggml."""
+    type_ = library.tensor_type(type_name)
+    if type_name == "F32":
+        return values
+    out = np.empty((len(values), library.row_size(type_, values.shape[1])), np.uint8)
+    library.quantize_rows(type_, values, out)
+    return out
