@@ -41,6 +41,26 @@ def gptq(bits: int, layout: str) -> tuple[dict, Callable[[torch.Tensor], Packed]
     return {"quant_method": "gptq", "bits": bits, "group_size": GROUP, "desc_act": True, "checkpoint_format": layout}, quantize
 
 
+def awq() -> tuple[dict, Callable[[torch.Tensor], Packed]]:
+    """AWQ, layout gemm: the weight transposed, eight columns of it in an int32, column 8c + order[i] in bits 4i."""
+    order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
+
+    def interleaved(values: torch.Tensor) -> torch.Tensor:
+        return values.reshape(len(values), -1, 8)[..., order].reshape(len(values), -1)
+
+    def quantize(weight: torch.Tensor) -> Packed:
+        rows, columns = weight.shape
+        scales = (0.5 + torch.rand(columns // GROUP, rows)).mul(weight.abs().max() / 8).half()
+        zeros = torch.randint(0, 16, scales.shape)
+        spread, shift = (part.repeat_interleave(GROUP, 0) for part in (scales.float(), zeros))
+        integers = (weight.T / spread + shift).round().clamp(0, 15).int()
+        return {"qweight": _pack(interleaved(integers), 4, 1), "qzeros": _pack(interleaved(zeros), 4, 1), "scales": scales}, (
+            (integers - shift) * spread
+        ).T
+
+    return {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True}, quantize
+
+
 def fp8(block: tuple[int, int] | None) -> tuple[dict, Callable[[torch.Tensor], Packed]]:
     """8-bit floats with one scale for each block of the matrix, or for all of it."""
 
@@ -93,6 +113,7 @@ def _compressed(layout: str, weights: dict) -> dict:
 BY_HAND = {
     "gptq-4": gptq(4, "gptq"),
     "gptq-8": gptq(8, "gptq_v2"),
+    "awq": awq(),
     "fp8-blocks": fp8((128, 128)),
     "fp8-tensor": fp8(None),
     "compressed-4": compressed_in_4_bits(symmetric=True),

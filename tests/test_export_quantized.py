@@ -80,7 +80,6 @@ def settle(folder: Path, **settings: object) -> None:
 
 
 @pytest.mark.parametrize(("method", "reason"), [
-    ("awq", "is quantized by AWQ, whose integers lie in the order of its GPU kernels, and cannot be dequantized here. Take the original model"),
     ("hqq", "is quantized by HQQ, whose settings only its library can unpack"),
     ("eetq", "is quantized by EETQ"),
     ("aqlm", "is quantized by AQLM, sums of vectors from codebooks"),
@@ -100,6 +99,7 @@ def weights(**settings: object) -> dict:
 @pytest.mark.parametrize(("name", "settings", "reason"), [
     ("gptq-4", {"bits": 3}, "is GPTQ in 3 bits, and llama.cpp's converter dequantizes 2, 4 and 8 bits. Take the original model"),
     ("gptq-4", {"checkpoint_format": "marlin"}, "is GPTQ in the layout 'marlin'"),
+    ("awq", {"version": "gemv"}, "is AWQ in 4 bits and the layout 'gemv'; 4 bits in the layout gemm are read."),
     ("gptq-4", {"bits": 8}, "packs 'model.layers.0.mlp.down_proj.qweight' otherwise than 8 bits into int32"),
     ("compressed-4", weights(strategy="channel", group_size=None), "as pack-quantized with one scale per channel, which"),
     ("compressed-4", weights(type="float"), "as pack-quantized with group_size 64 and type float"),

@@ -21,7 +21,7 @@ import numpy as np
 from olpack.errors import OlpackError
 from olpack.export import pretokenizer
 from olpack.export.adapter import Adapter
-from olpack.export.quantized import dequantize_bitsandbytes
+from olpack.export.quantized import dequantize_awq, dequantize_bitsandbytes
 
 FLOATS = ("F32", "F16", "BF16")  # types of GGUF tensors that can be quantized
 
@@ -138,8 +138,9 @@ def open_model(
     with torch.inference_mode():
         model = _construct(source, name)
         origins = _record_origins(model)
-        if (model.hparams.get("quantization_config") or {}).get("quant_method") == "bitsandbytes":
-            model.dequant_model = lambda: dequantize_bitsandbytes(model)
+        method = (model.hparams.get("quantization_config") or {}).get("quant_method")
+        if own := {"awq": dequantize_awq, "bitsandbytes": dequantize_bitsandbytes}.get(method):
+            model.dequant_model = lambda: own(model)
         if adapter is not None:
             _merge(model, adapter)
         if not vocabulary:

@@ -1,6 +1,7 @@
 """Bases that are stored quantized: which of them can be read, and what their tensors are once they are dequantized.
 
-llama.cpp's converter dequantizes GPTQ, fp8, compressed-tensors and some more while it reads them; bitsandbytes does so for what it made.
+llama.cpp's converter dequantizes GPTQ, fp8, compressed-tensors and some more while it reads them; bitsandbytes does so for what it made,
+and AWQ's common layout is unpacked here.
 An adapter names the weights that it was trained on, which such a checkpoint holds under other names and in other shapes.
 """
 
@@ -16,11 +17,10 @@ from olpack.export.folder import TensorHeader
 
 _ORIGINAL = "Take the original model in 16 bits: an adapter that was trained on this one fits it, too."
 
-# By `quant_method` of config.json's quantization_config: what neither llama.cpp's converter nor bitsandbytes can read, and why.
+# By `quant_method` of config.json's quantization_config: what nobody here can read, and why.
 _UNREADABLE = {
     "aqlm": ("AQLM", "sums of vectors from codebooks"),
     "auto-round": ("AutoRound", "which has several packings of its own", "Export it from AutoRound again in the format auto_gptq."),
-    "awq": ("AWQ", "whose integers lie in the order of its GPU kernels"),
     "eetq": ("EETQ", "whose integers lie in the order of its GPU kernels"),
     "fbgemm_fp8": ("FBGEMM's fp8", "with scales of its own"),
     "fouroversix": ("Four Over Six", "4-bit floats with scales of its own"),
@@ -40,6 +40,8 @@ _UNREADABLE = {
 }  # fmt: skip
 
 _INT32 = 32
+# AWQ's GEMM layout packs eight 4-bit integers into an int32, and this is the order in which they come out (AutoAWQ, awq/utils/packing_utils.py).
+_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 _STATE = ".quant_state.bitsandbytes__"  # after the weight's name, and before "nf4" or "fp4"
 _STATE_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _ROWS_OF_INT8 = 0  # bitsandbytes' number for int8 weights in plain rows; the others are layouts of older GPUs
@@ -65,6 +67,8 @@ def dequantized_headers(source: Path, config: Mapping[str, Any], stored: Mapping
         return _of_bitsandbytes(source, stored)
     if method == "gptq":
         return _of_gptq(source, settings, stored)
+    if method == "awq":
+        return _of_awq(source, settings, stored)
     if method == "compressed-tensors":
         return _of_compressed_tensors(source, settings, stored)
     if method == "bitnet":  # four weights of 2 bits a byte, along the rows
@@ -113,6 +117,25 @@ def _of_gptq(source: Path, settings: Mapping[str, Any], stored: Mapping[str, Ten
     return headers
 
 
+def _of_awq(source: Path, settings: Mapping[str, Any], stored: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:
+    bits, layout = settings.get("bits", settings.get("w_bit")), str(settings.get("version", settings.get("format", "gemm"))).lower()
+    if bits != 4 or layout != "gemm":
+        raise OlpackError(f"'{source}' is AWQ in {bits} bits and the layout '{layout}'; 4 bits in the layout gemm are read.", _ORIGINAL)
+    headers = dict(stored)
+    for name, found in stored.items():
+        module, is_packed, _ = name.rpartition(".qweight")
+        if not is_packed:
+            continue
+        if lost := [part for part in ("qzeros", "scales") if f"{module}.{part}" not in stored]:
+            raise OlpackError(f"'{source}' has '{name}' and no '{module}.{lost[0]}'.", "Download the model again.")
+        columns, rows = found.shape[0], 8 * found.shape[1]
+        groups = stored[f"{module}.scales"].shape[0]
+        if stored[f"{module}.scales"].shape[1] != rows or columns % groups:
+            raise OlpackError(f"'{source}' packs '{name}' otherwise than AWQ's layout gemm does.", _ORIGINAL)
+        headers[f"{module}.weight"] = _restored(found, (rows, columns))
+    return headers
+
+
 def _of_compressed_tensors(source: Path, settings: Mapping[str, Any], stored: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:
     kind, groups = settings.get("format"), settings.get("config_groups") or {}
     if kind not in ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized"):
@@ -144,6 +167,37 @@ def _of_compressed_tensors(source: Path, settings: Mapping[str, Any], stored: Ma
                 raise OlpackError(f"'{source}' has '{name}' without its scale or its shape.", "Download the model again.")
             headers[weight] = _restored(found, (found.shape[0], scale.shape[1] * size))
     return headers
+
+
+def dequantize_awq(model: Any) -> None:
+    """Have each weight that AWQ quantized load as (integer - zero point) * scale, in place of the converter's `dequant_model`.
+
+    Args:
+        model: of llama.cpp's converter.
+    """
+    import torch
+    from conversion import LazyTorchTensor
+
+    tensors = model.model_tensors
+    for name in [name for name in tensors if name.endswith(".qweight")]:
+        module = name.removesuffix(".qweight")
+        arguments = tuple(tensors.pop(f"{module}.{part}")() for part in ("qweight", "qzeros", "scales"))
+        columns, rows = arguments[0].shape[0], arguments[2].shape[1]
+        meta = LazyTorchTensor.meta_with_dtype_and_shape(torch.float32, (rows, columns))
+        tensors[f"{module}.weight"] = lambda meta=meta, arguments=arguments: LazyTorchTensor(meta=meta, args=arguments, func=_from_awq)
+
+
+def _from_awq(packed: Any, packed_zeros: Any, scales: Any) -> Any:
+    """[rows, columns] of int32 [columns, rows / 8], int32 [groups, rows / 8] and float16 [groups, rows]."""
+    import torch
+
+    def unpack(values: Any) -> Any:
+        integers = (values.unsqueeze(-1) >> (4 * torch.tensor(_AWQ_ORDER, dtype=torch.int32))) & 15
+        return integers.reshape(values.shape[0], -1)
+
+    each = packed.shape[0] // scales.shape[0]
+    zeros, spread = (part.repeat_interleave(each, 0) for part in (unpack(packed_zeros), scales.float()))
+    return ((unpack(packed) - zeros) * spread).T
 
 
 def dequantize_bitsandbytes(model: Any) -> None:
