@@ -23,7 +23,6 @@ from olpack.compare.machine import describe_machine
 from olpack.compare.perplexity import ratio
 from olpack.export import Target, export
 from olpack.pipeline import Build
-from olpack.stages import _collect_importance, _measure_sensitivity
 
 MIXES = ("Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M")
 BUDGETS = (3.5, 4.5, 5.5)
@@ -34,37 +33,36 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="a folder that keeps what is done, with room for 300 MB")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
     arguments = parser.parse_args()
-    asked = recipe.load(REPOSITORY / "modelfiles/coding-assistant/recipe.yaml", ["train.epochs=1", "export.importance=train", "quants=[4bpw]"])
+    quants = [*MIXES, *(f"{bits}bpw" for bits in BUDGETS)]
+    asked = recipe.load(REPOSITORY / "modelfiles/coding-assistant/recipe.yaml",
+                        ["train.epochs=1", "export.importance=train", f"quants=[{', '.join(quants)}]"])  # fmt: skip
     build = Build(asked, out=arguments.work)
-    build.run("train")
-    if build.step("importance").stale:
-        _collect_importance(build)
-    if build.step("sensitivity").stale:
-        _measure_sensitivity(build)
+    for stage in ("train", "export"):
+        build.run(stage)
     _, held_out = build.rows
     measured, learned = Measured(arguments.work, held_out), [row.learned_count for row in held_out]
 
-    make(build, arguments.work / "without", "F32")
-    mixes = {mix: Made(make(build, arguments.work / "mixes", mix)) for mix in MIXES}
-    text = [f"# What a budget gives\n\ntiny-coder ({parameters(arguments.work / 'without/F32.gguf')} M parameters), one pass over the shipped chats; "
+    unquantized = arguments.work / "without/F32.gguf"
+    if not unquantized.is_file():
+        export(build.base.path, [Target("F32", unquantized)], adapter=build.paths.adapter)
+    files = [Made(build.paths.gguf(quant.name)) for quant in build.quants]
+    text = [f"# What a budget gives\n\ntiny-coder ({parameters(unquantized)} M parameters), one pass over the shipped chats; "
             f"importance matrix and sensitivity from its training rows.\nKL divergence from the F32 file in millinats a token, over "
             f"{sum(learned):,} answer tokens of {len(held_out)} held-out rows, ± standard error with rows as the sampling unit; the difference "
             "is paired by row.\n\n## At the size of a mix\n"]  # fmt: skip
     text += ["| mix | bits per weight | mix | budget | difference | budget / mix |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
-    for mix, made in mixes.items():
-        within = Made(make(build, arguments.work / "budgets", f"{math.floor(made.bits_per_weight * 1e5) / 1e5:.5f}bpw"))
-        plain, chosen = measured.of(f"mixes/{mix}"), measured.of(f"budgets/{within.path.stem}")
+    for mix, made in zip(MIXES, files, strict=False):
+        within = Made(of_size(build, arguments.work / "budgets", made.bits_per_weight))
+        plain, chosen = (measured.of(str(file.path.relative_to(arguments.work).with_suffix(""))) for file in (made, within))
         difference, error = ratio([one - other for one, other in zip(chosen, plain, strict=True)], learned)
         share, share_error = ratio(chosen, plain)
         text.append(f"| {mix} | {made.bits_per_weight:.3f}, {within.bits_per_weight:.3f} | {millinats(plain, learned)} | {millinats(chosen, learned)} | "
                     f"{1000 * difference:+.2f} ± {1000 * error:.2f} | {share:.3f} ± {share_error:.3f} |")  # fmt: skip
     text += ["\n## Round budgets, among the mixes\n", "| file | bits per weight | size | KL divergence | types of its matrices |",
              "| --- | ---: | ---: | ---: | --- |"]  # fmt: skip
-    files = [(mix, "mixes", made) for mix, made in mixes.items()]
-    files += [(f"{bits} bpw", "budgets", Made(make(build, arguments.work / "budgets", f"{bits}bpw"))) for bits in BUDGETS]
-    for label, folder, made in sorted(files, key=lambda file: file[2].bits_per_weight):
-        cells = (label, f"{made.bits_per_weight:.3f}", f"{made.path.stat().st_size / 1e6:.2f} MB",
-                 millinats(measured.of(f"{folder}/{made.path.stem}"), learned), made.types)  # fmt: skip
+    for quant, made in sorted(zip(quants, files, strict=True), key=lambda pair: pair[1].bits_per_weight):
+        lost = measured.of(str(made.path.relative_to(arguments.work).with_suffix("")))
+        cells = (quant, f"{made.bits_per_weight:.3f}", f"{made.path.stat().st_size / 1e6:.2f} MB", millinats(lost, learned), made.types)
         text.append(f"| {' | '.join(cells)} |")
     machine = describe_machine(None)
     versions = ", ".join(f"{name} {number}" for name, number in machine.versions.items())
@@ -73,8 +71,9 @@ def main() -> None:
     arguments.output.write_text("\n".join(text), encoding="utf-8")
 
 
-def make(build: Build, folder: Path, quant: str) -> Path:
-    """The fine-tune in this quant, unless it is there."""
+def of_size(build: Build, folder: Path, bits_per_weight: float) -> Path:
+    """The fine-tune with at most so many bits per weight, unless it is there."""
+    quant = f"{math.floor(bits_per_weight * 1e5) / 1e5:.5f}bpw"
     path = folder / f"{quant}.gguf"
     if not path.is_file():
         export(build.base.path, [Target(quant, path)], adapter=build.paths.adapter, importance=build.paths.importance,

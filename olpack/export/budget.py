@@ -65,7 +65,9 @@ def choosable(hollow: Path) -> list[str]:
     return [name for name, type_ in library.type_plan(hollow, _Q8_0).tensors if type_ == library.tensor_type("q8_0")]
 
 
-def choose(shapes: Mapping[str, tuple[int, int]], losses: Mapping[str, MatrixLoss], limit: int, *, weighed: bool, alignment: int) -> dict[str, str]:
+def choose(
+    shapes: Mapping[str, tuple[int, int]], losses: Mapping[str, MatrixLoss], limit: int, *, weighed: bool, alignment: int
+) -> dict[str, str]:
     """The types with which all matrices together take at most so many bytes and lose least.
 
     Args:

@@ -116,32 +116,30 @@ def _within_budget(
     """(the quant with the file type of the nearest mix, patterns for the types of its tensors: the user's first)."""
     like = _plan(model, hollow, replace(quant, ftype=QUANT_TYPES["Q4_K_M"].ftype), importance, tensor_types)
     now = {name: (type_, nbytes) for name, type_, nbytes in like.tensors}
-    fixed = dict(tensor_types)
+    matrices = [name for name in choosable(hollow) if not any(re.search(pattern, name) for pattern in tensor_types)]
+    unused = [name for name in matrices if losses and name not in losses]  # no pass over the rows uses them
     shapes = {}
-    for name in choosable(hollow):
-        if any(re.search(pattern, name) for pattern in tensor_types):
-            continue
-        if losses and name not in losses:  # no pass over the rows uses it
-            fixed[f"^{re.escape(name)}$"] = library.type_name(now[name][0])
-            continue
-        *_, columns = model.tensors[name].shape
-        shapes[name] = (model.tensors[name].elements // columns, columns)
-    if quant.budget.size is not None:
-        alignment, rest = ALIGNMENT, like.size - sum(padded(now[name][1]) for name in shapes)
-        limit = quant.budget.size - rest
+    for name in matrices:
+        if name not in unused:
+            columns = model.tensors[name].shape[-1]
+            shapes[name] = (model.tensors[name].elements // columns, columns)
+    rest = like.data_size - sum(now[name][1] for name in shapes)
+    if quant.budget.size is None:
+        alignment, beside, limit = 1, rest, math.floor(quant.budget.bits_per_weight * model.parameters / 8)
     else:
-        alignment, rest = 1, like.data_size - sum(now[name][1] for name in shapes)
-        limit = math.floor(quant.budget.bits_per_weight * model.parameters / 8) - rest
+        alignment, beside, limit = ALIGNMENT, like.size - sum(padded(now[name][1]) for name in shapes), quant.budget.size
     try:
-        chosen = choose(shapes, losses, limit, weighed=importance is not None, alignment=alignment)
+        chosen = choose(shapes, losses, limit - beside, weighed=importance is not None, alignment=alignment)
     except ValueError as error:
-        least = rest + error.args[0]
-        said = f"{math.ceil(least / 1000) / 1000:g}MB" if quant.budget.size is not None else f"{math.ceil(800 * least / model.parameters) / 100:g}bpw"
-        raise OlpackError(f"No choice of types makes a file of {quant.tag} from this model.", f"The smallest that is possible is {said}.") from None
-    types = fixed | {f"^{re.escape(name)}$": type_ for name, type_ in chosen.items()}
-    size = sum(rows * library.row_size(library.tensor_type(chosen[name]), columns) for name, (rows, columns) in shapes.items())
-    size += like.data_size - sum(now[name][1] for name in shapes)
-    return replace(quant, ftype=_nearest_mix(model, hollow, size, importance).ftype), types
+        least = beside + error.args[0]
+        bits = math.ceil(800 * least / model.parameters) / 100
+        smallest = f"{bits:g}bpw" if quant.budget.size is None else f"{math.ceil(least / 1000) / 1000:g}MB"
+        raise OlpackError(f"No choice of types makes a file of {quant.tag} from this model.", f"The smallest that is possible is {smallest}.") from None
+    types = dict(tensor_types)
+    types |= {f"^{re.escape(name)}$": type_ for name, type_ in chosen.items()}
+    types |= {f"^{re.escape(name)}$": library.type_name(now[name][0]) for name in unused}
+    taken = sum(rows * library.row_size(library.tensor_type(chosen[name]), columns) for name, (rows, columns) in shapes.items())
+    return replace(quant, ftype=_nearest_mix(model, hollow, rest + taken, importance).ftype), types
 
 
 def _nearest_mix(model: SourceModel, hollow: Path, size: int, importance: ColumnWeights | None) -> QuantType:
