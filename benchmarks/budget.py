@@ -24,7 +24,7 @@ from olpack.compare.perplexity import ratio
 from olpack.export import Target, export
 from olpack.pipeline import Build
 
-MIXES = ("Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M")
+MIXES = ("Q2_K", "IQ3_S", "Q3_K_M", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_M")
 BUDGETS = (3.5, 4.5, 5.5)
 
 

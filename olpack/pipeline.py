@@ -212,7 +212,7 @@ class Build:
             made["export.tensor_types"] = [list(pair) for pair in asked.tensor_types.items()]  # their order counts
         if self.weighs(quant):
             made["export.importance"] = self._importance_key
-        if quant != ADAPTER and quant_type(quant).budget:
+        if quant in self._budgets:
             made["sensitivity"] = value_digest(self.inputs("sensitivity"))
         return made
 
@@ -257,7 +257,11 @@ class Build:
         """Of these steps, the budgets that wait for the sensitivity to be measured."""
         if not (self.step("train").stale or self.step("sensitivity").stale):
             return []
-        return [step for step in steps if step.stage == "export" and step.unit != f"export-{ADAPTER}" and quant_type(step.inputs["quant"]).budget]
+        return [step for step in steps if step.stage == "export" and step.inputs["quant"] in self._budgets]
+
+    @property
+    def _budgets(self) -> set[str]:
+        return {quant.name for quant in self.quants if quant.budget}
 
     @property
     def unweighed(self) -> list[str]:

@@ -207,8 +207,3 @@ def test_a_build_with_a_budget(tmp_path, ollama_double):
     after = files(build)
     assert {name for name in after if after[name] != made.get(name)} == {"gguf/oracle-700KB.gguf", "stages/export-700KB.json", "plan.json"}
     assert (build / "gguf/oracle-700KB.gguf").stat().st_size <= 700_000
-
-    before = files(root)
-    code, _, said = olpack(root, "build", "oracle", "--set", "train.epochs=1", "--set", "quants=[{budget: 1 bpw}]")
-    assert code == 1 and "The smallest that is possible is" in said
-    assert files(root) == before
