@@ -20,9 +20,10 @@ from olpack.data import TokenRow
 from olpack.errors import OlpackError
 from olpack.recipe import Train
 from olpack.train import TrainResult
-from olpack.train.batches import collate, micro_batches, schedule
+from olpack.train.batches import flatten, micro_batches, schedule
 from olpack.train.checkpoint import Checkpoint, State
-from olpack.train.model import load_with_adapter, pick_device, summed_loss
+from olpack.train.forward import Forward
+from olpack.train.model import load_with_adapter, pick_device
 from olpack.workspace import folder_atomically
 
 CHECKPOINT_EVERY_S = 60.0  # the most work that a killed run loses
@@ -35,7 +36,8 @@ def run(base: Base, rows: list[TokenRow], eval_rows: list[TokenRow], settings: T
     checkpointing = device.type == "cuda" if settings.gradient_checkpointing == "auto" else settings.gradient_checkpointing
     budget = _BUDGET[device.type] if settings.micro_batch_tokens == "auto" else settings.micro_batch_tokens
     with progress.task(f"loading {base.label} ({settings.quantization})"):
-        model = load_with_adapter(base, settings, device, checkpointing=checkpointing)
+        model = load_with_adapter(base, settings, device)
+        forward = Forward(model, device, checkpointing=checkpointing, offload=checkpointing)
     adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = _optimizer(adapter, settings, device)
     saved = Checkpoint(checkpoint, key)
@@ -43,14 +45,14 @@ def run(base: Base, rows: list[TokenRow], eval_rows: list[TokenRow], settings: T
     if state is None:
         state = State(budget=budget)
         saved.begin_metrics(state)
-        saved.log(state, eval_loss=evaluate(model, eval_rows, state.budget, device, "eval loss before"))
+        saved.log(state, eval_loss=evaluate(forward, eval_rows, state.budget, "eval loss before"))
     else:
         progress.say(f"going on from step {state.step}")
         saved.begin_metrics(state)
     batches = schedule(len(rows), settings.epochs, settings.batch_size, settings.seed)
     started = time.monotonic() - state.seconds
     try:
-        _steps(model, optimizer, adapter, rows, batches, settings, state, saved, device, started)
+        _steps(forward, optimizer, adapter, rows, batches, settings, state, saved, started)
     except _Stopped:
         progress.say(f"stopped at step {state.step} of {len(batches)}; the same command goes on from there")
         raise
@@ -58,7 +60,7 @@ def run(base: Base, rows: list[TokenRow], eval_rows: list[TokenRow], settings: T
         state.seconds = time.monotonic() - started
         if state.whole:
             saved.save(model, optimizer, state)
-    saved.log(state, eval_loss=evaluate(model, eval_rows, state.budget, device, "eval loss after"))
+    saved.log(state, eval_loss=evaluate(forward, eval_rows, state.budget, "eval loss after"))
     result = TrainResult(
         steps=state.step,
         learned_tokens=state.learned,
@@ -75,7 +77,7 @@ def run(base: Base, rows: list[TokenRow], eval_rows: list[TokenRow], settings: T
     return result
 
 
-def _steps(model, optimizer, adapter, rows, batches, settings: Train, state: State, saved: Checkpoint, device, started: float) -> None:
+def _steps(forward: Forward, optimizer, adapter, rows, batches, settings: Train, state: State, saved: Checkpoint, started: float) -> None:
     checkpointed = time.monotonic()
     total = sum(len(rows[index].ids) for batch in batches for index in batch)
     done = sum(len(rows[index].ids) for batch in batches[: state.step] for index in batch)
@@ -85,7 +87,7 @@ def _steps(model, optimizer, adapter, rows, batches, settings: Train, state: Sta
             for group in optimizer.param_groups:
                 group["lr"] = rate
             chosen = [rows[index] for index in batch]
-            loss = _backward(model, chosen, state, device)
+            loss = _backward(forward, chosen, state)
             norm = torch.nn.utils.clip_grad_norm_(adapter, settings.max_grad_norm).item()
             if not math.isfinite(loss) or not math.isfinite(norm):
                 raise OlpackError(f"The loss is not finite at step {state.step + 1} (loss {loss}, gradient norm {norm}).",
@@ -101,7 +103,7 @@ def _steps(model, optimizer, adapter, rows, batches, settings: Train, state: Sta
             task.advance(tokens, note=f"step {state.step}/{len(batches)}  loss {loss:.3f}")
             if time.monotonic() - checkpointed > CHECKPOINT_EVERY_S and state.step < len(batches):
                 state.seconds = time.monotonic() - started
-                saved.save(model, optimizer, state)
+                saved.save(forward.model, optimizer, state)
                 checkpointed = time.monotonic()
             stop_if_asked()
 
@@ -133,7 +135,7 @@ def _interrupt_between_steps() -> Iterator[Callable[[], None]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _backward(model, rows: list[TokenRow], state: State, device: torch.device) -> float:
+def _backward(forward: Forward, rows: list[TokenRow], state: State) -> float:
     """Gradients of the mean loss over all learned tokens of a batch; returns that loss.
 
     The sum over micro-batches is divided by the batch's count of learned tokens, so the result does not depend on how the
@@ -143,14 +145,15 @@ def _backward(model, rows: list[TokenRow], state: State, device: torch.device) -
     while True:
         total, processed = 0.0, 0
         try:
-            for group in micro_batches(rows, state.budget):
-                ids, labels = collate(group, device)
-                loss = summed_loss(model, ids, labels)
+            losses = []
+            for group in micro_batches(rows, forward.budget(state.budget)):
+                loss = forward.loss(flatten(group, forward.device))
                 loss.backward()
-                total += loss.item()
-                processed += ids.numel()
+                losses.append(loss.detach())
+                processed += sum(len(row.ids) for row in group)
+            total = torch.stack(losses).sum().item()
         except torch.OutOfMemoryError:
-            model.zero_grad(set_to_none=True)
+            forward.model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
             if state.budget <= max(len(row.ids) for row in rows):
                 raise OlpackError(f"The GPU's memory does not hold one row of {max(len(row.ids) for row in rows)} tokens.",
@@ -159,22 +162,22 @@ def _backward(model, rows: list[TokenRow], state: State, device: torch.device) -
             progress.warn(f"GPU memory ran out: going on with micro-batches of {state.budget} tokens, same batch")
         else:
             # Divided last, in float32: in 16 bits the gradients of one token among thousands could vanish.
-            for parameter in model.parameters():
+            for parameter in forward.model.parameters():
                 if parameter.grad is not None:
                     parameter.grad /= count
             state.processed += processed
             return total / count
 
 
-def evaluate(model, rows: list[TokenRow], budget: int, device: torch.device, title: str) -> float:
+def evaluate(forward: Forward, rows: list[TokenRow], budget: int, title: str) -> float:
     """Mean negative log-probability per learned token over `rows`, in nats."""
     total = 0.0
-    model.eval()
+    forward.model.eval()
     with torch.no_grad(), progress.task(title, total=len(rows), unit="rows") as task:
-        for group in micro_batches(rows, budget):
-            total += summed_loss(model, *collate(group, device)).item()
+        for group in micro_batches(rows, forward.budget(budget)):
+            total += forward.loss(flatten(group, forward.device)).item()
             task.advance(len(group))
-    model.train()
+    forward.model.train()
     return total / sum(row.learned_count for row in rows)
 
 
