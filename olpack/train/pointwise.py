@@ -69,15 +69,21 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps, offset):
-        y, scale = _norm(x.detach(), weight, eps, offset)  # detached: compiled once, not once for each way in which x can need gradients
-        ctx.save_for_backward(x, scale, weight)
+        rows = _rows(x)
+        y, scale = _norm(rows, weight, eps, offset)
+        ctx.save_for_backward(rows, scale, weight)
         ctx.offset = offset
-        return y
+        return y.view(x.shape)
 
     @staticmethod
     def backward(ctx, dy):
-        x, scale, weight = ctx.saved_tensors
-        return _norm_backward(dy, x, scale, weight, ctx.offset), None, None, None
+        rows, scale, weight = ctx.saved_tensors
+        return _norm_backward(_rows(dy), rows, scale, weight, ctx.offset).view(dy.shape), None, None, None
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """[rows, size], without its history: a function is compiled once, not once for every number of dimensions and need of gradients."""
+    return x.detach().reshape(-1, x.shape[-1])
 
 
 def fuse_norms(model: torch.nn.Module) -> int:
@@ -111,44 +117,52 @@ def _norm_settings(module: torch.nn.Module) -> tuple[float, float] | None:
 
 @_kernel
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x · cos + (-x₂, x₁) · sin, with x = (x₁, x₂) the halves of the last dimension."""
+    """x · cos + (-x₂, x₁) · sin, with x = (x₁, x₂) the halves of the last dimension: x [tokens, heads, size], cos and sin [tokens, size]."""
     first, second = x.float().chunk(2, dim=-1)
-    return (x.float() * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+    return (x.float() * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]).to(x.dtype)
 
 
 class _Rotary(torch.autograd.Function):
-    """The rotation, whose gradient is the rotation back (both halves of cos and of sin are the same)."""
+    """The rotation of [1, heads, tokens, size], whose gradient is the rotation back (both halves of cos and of sin are the same)."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return _rotate(x.detach(), cos, sin)
+        return _rotated(x, cos, sin)
 
     @staticmethod
     def backward(ctx, dy):
         cos, sin = ctx.saved_tensors
-        return _rotate(dy, cos, -sin), None, None
+        return _rotated(dy, cos, -sin), None, None
 
 
-def _rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-    return _Rotary.apply(q, cos, sin), _Rotary.apply(k, cos, sin)
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """As the projections leave it in memory: token by token."""
+    return _rotate(x.detach()[0].transpose(0, 1).contiguous(), cos[0], sin[0]).transpose(0, 1)[None]
 
 
 def fuse_rotary(model: torch.nn.Module) -> bool:
-    """Replace `apply_rotary_pos_emb` in the module that defines the model, where it does what `_rotary` does, which is tried."""
+    """Replace `apply_rotary_pos_emb` in the module that defines the model, for flat rows, where it does what `_Rotary` does, which is tried."""
     home = sys.modules[type(model).__module__]
     original = getattr(home, "apply_rotary_pos_emb", None)
-    if original is None or original is _rotary:
-        return original is _rotary
+    if original is None or hasattr(original, "fused"):
+        return original is not None
+
+    @functools.wraps(original)
+    def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *rest, **named):
+        if q.shape[0] != 1 or cos.shape != (1, q.shape[-2], q.shape[-1]) or rest or named:
+            return original(q, k, cos, sin, *rest, **named)
+        return _Rotary.apply(q, cos, sin), _Rotary.apply(k, cos, sin)
+
     q, k = torch.linspace(-2, 3, 24).view(1, 2, 3, 4), torch.linspace(1, -2, 12).view(1, 1, 3, 4)
     angles = torch.linspace(0, 3, 6).view(1, 3, 2).repeat(1, 1, 2)
     try:
-        same = all(map(torch.allclose, original(q, k, angles.cos(), angles.sin()), _rotary(q, k, angles.cos(), angles.sin())))
+        same = all(map(torch.allclose, original(q, k, angles.cos(), angles.sin()), rotary(q, k, angles.cos(), angles.sin())))
     except Exception:  # another signature
         return False
     if same:
-        home.apply_rotary_pos_emb = _rotary
+        rotary.fused = True
+        home.apply_rotary_pos_emb = rotary
     return same
 
 
