@@ -188,8 +188,8 @@ def compare(folder: Path, programs: list[str]) -> str:
     per_layer = 2 * config["hidden_size"] ** 2 * (1 + config["num_key_value_heads"] / config["num_attention_heads"])
     weights = config["num_hidden_layers"] * (per_layer + 3 * config["hidden_size"] * config["intermediate_size"])
     weights += config["vocab_size"] * config["hidden_size"]
-    lines = [f"{date.today()}, {torch.cuda.get_device_name()}, torch {torch.__version__}: {weights / 1e9:.1f}B weights in products, {rate / 1e12:.0f} "
-             f"TFLOP/s in a large one. NF4, rank {RANK}, all linear layers, {TOKENS:,} tokens a step, samples of at most {LONGEST:,}.", "",
+    lines = [f"{date.today()}, {torch.cuda.get_device_name()}, torch {torch.__version__}: {weights / 1e9:.1f}B weights in products, "
+             f"{rate / 1e12:.0f} TFLOP/s in a large one. NF4, rank {RANK}, all linear layers, {TOKENS:,} tokens a step, samples of at most {LONGEST:,}.", "",
              "| program | checkpointing | tokens/s | olpack is | of the limit | peak GiB | to the first step, s |",
              "| --- | :---: | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
     for checkpointing in (False, True):

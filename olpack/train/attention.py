@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +54,7 @@ def packed_attention(
         mixed = _kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, -1 if sliding_window is None else sliding_window - 1)
     else:
         bounds = cu_seq_lens_q.tolist()
-        samples = [(query[start:end], key[start:end], value[start:end]) for start, end in zip(bounds, bounds[1:], strict=False)]
+        samples = [(query[start:end], key[start:end], value[start:end]) for start, end in itertools.pairwise(bounds)]
         mixed = torch.cat([_one(*sample, scaling, sliding_window, softcap) for sample in samples])
     return mixed[None], None
 

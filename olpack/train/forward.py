@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from olpack import progress
+from olpack.data import TokenRow
 from olpack.train import attention, fused, pointwise
 from olpack.train.batches import FlatRow, flatten
 from olpack.train.head import head_loss
 from olpack.train.recompute import Recompute
-from olpack.data import TokenRow
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.05}  # of logits, against their norm
 
