@@ -1,11 +1,11 @@
 """LoRA layers whose frozen part, low-rank part and backward pass are one function.
 
-peft computes W·x and B·A·x one after the other and leaves the sum, the scaling and the casts to separate passes over memory. Here the
-low-rank product is added by the matrix product itself, layers with the same input (query, key and value; gate and up) share the product
-with their A matrices and the gradient of the input, and what can be computed again from the input is not kept:
+peft computes W·x and B·A·x one after the other and leaves the sum, the scaling and the casts to separate passes over memory. Here the large
+product adds to the low-rank one, layers with the same input (query, key and value; gate and up) share the product with their A matrices and
+the gradient of the input, and what can be computed again from the input is not kept:
 
-    y_i = x·W_iᵀ + (x·A_iᵀ)·(s_i·B_i)ᵀ
-    dx  = [dy_1 … dy_n  dh]·[W_1; …; W_n; A],  dh = [dy_i·s_i·B_i],  dA = dhᵀ·x,  dB_i = s_i·dy_iᵀ·h_i
+    h = x·Aᵀ,  y_i = h_i·(s_i·B_i)ᵀ + x·W_iᵀ
+    dh_i = dy_i·s_i·B_i,  dx = dh·A + Σ dy_i·W_i,  dA = dhᵀ·x,  dB_i = s_i·dy_iᵀ·h_i
 
 Weights in 4 bits are dequantized for each product, never kept. Adapters stay in float32 and are cast for each product, as autocast does.
 """
@@ -27,13 +27,13 @@ class Layer:
     """A frozen linear layer with its adapter.
 
     Attributes:
-        weight: function of a dtype that gives the frozen weight, [out, in]; written into its second argument, if there is one.
+        weight: the frozen weight as a function of the dtype, [out, in].
         bias: [out], or None.
         a, b: the adapter's parameters, [rank, in] and [out, rank].
         scaling: the low-rank product is multiplied by it.
     """
 
-    weight: Callable[..., torch.Tensor]
+    weight: Callable[[torch.dtype], torch.Tensor]
     bias: torch.Tensor | None
     a: torch.nn.Parameter
     b: torch.nn.Parameter
@@ -84,29 +84,19 @@ def _layer(module) -> Layer | None:
     return Layer(weight, module.get_base_layer().bias, module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name])
 
 
-def _frozen_weight(base: torch.nn.Module) -> Callable[..., torch.Tensor] | None:
+def _frozen_weight(base: torch.nn.Module) -> Callable[[torch.dtype], torch.Tensor] | None:
     """The dense weight of a frozen linear layer as `Layer.weight`; computed at each call where it is held in fewer bits."""
     if not isinstance(base, torch.nn.Linear):
         return None
     if hasattr(base, "dequantize"):
-        return lambda dtype, out=None: _into(base.dequantize().to(dtype), out)
+        return lambda dtype: base.dequantize().to(dtype)
     if getattr(base.weight, "quant_state", None) is not None:
         from bitsandbytes.functional import dequantize_4bit
 
-        def from_four_bits(dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
-            state = base.weight.quant_state
-            if base.weight.is_cuda and state.dtype == dtype:  # on a CPU it cannot write into a tensor that is there
-                return dequantize_4bit(base.weight.data, state, out=out)
-            return _into(dequantize_4bit(base.weight.data, state).to(dtype), out)
-
-        return from_four_bits
+        return lambda dtype: dequantize_4bit(base.weight.data, base.weight.quant_state).to(dtype)
     if type(base) is torch.nn.Linear and base.weight.is_floating_point() and not base.weight.requires_grad:
-        return lambda dtype, out=None: _into(base.weight.to(dtype), out)
+        return lambda dtype: base.weight.to(dtype)
     return None
-
-
-def _into(weight: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-    return weight if out is None else out.copy_(weight)
 
 
 def _is_gated_mlp(module: torch.nn.Module, found: dict) -> bool:
@@ -161,42 +151,26 @@ def _h_of(h: torch.Tensor, layers: tuple[Layer, ...]) -> tuple[torch.Tensor, ...
     return h.split([layer.rank for layer in layers], dim=1)
 
 
-def _join(tokens: int, layers: tuple[Layer, ...], like: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Room for [dy_1 … dy_n  dh]: (all of it, the parts of the dy). Its width is a multiple of 8, which matrix units want."""
-    outs = [layer.b.shape[0] for layer in layers]
-    width = sum(outs) + sum(layer.rank for layer in layers)
-    joined = like.new_empty(tokens, width + -width % 8)
-    joined[:, width:] = 0
-    return joined, list(joined[:, : sum(outs)].split(outs, dim=1))
-
-
-def _stacked_weights(layers: tuple[Layer, ...], width: int, dtype: torch.dtype) -> torch.Tensor:
-    """[W_1; …; W_n; A_1; …; A_n], [width, in], the last rows zero where the width is more than these."""
-    stacked = torch.empty(width, layers[0].a.shape[1], dtype=dtype, device=layers[0].a.device)
-    at = 0
-    for layer in layers:
-        layer.weight(dtype, stacked[at : (at := at + layer.b.shape[0])])
-    for layer in layers:
-        stacked[at : (at := at + layer.rank)] = layer.a
-    stacked[at:] = 0
-    return stacked
-
-
-def _backward(joined: torch.Tensor, dys: list[torch.Tensor], h: torch.Tensor, layers: tuple[Layer, ...], *, need_x: bool):
-    """(dx or None, dh, the dB) of a group, with the dy in `joined`, which is completed."""
-    outs = sum(dy.shape[1] for dy in dys)
-    dh = joined[:, outs : outs + h.shape[1]]
-    for dy, part, layer in zip(dys, _h_of(dh, layers), layers, strict=True):
-        part.copy_(dy @ layer.scaled_b(h.dtype))
-    dbs = [(dy.T @ part).float().mul_(layer.scaling) for dy, part, layer in zip(dys, _h_of(h, layers), layers, strict=True)]
-    dx = joined @ _stacked_weights(layers, joined.shape[1], h.dtype) if need_x else None
-    return dx, dh, dbs
-
-
-def _gradients(dh: torch.Tensor, x: torch.Tensor, dbs: list[torch.Tensor], layers: tuple[Layer, ...]) -> list[torch.Tensor]:
+def _gradients(
+    dys: list[torch.Tensor], x: torch.Tensor, h: torch.Tensor, layers: tuple[Layer, ...], dh: torch.Tensor
+) -> list[torch.Tensor]:
     """[dA_1, dB_1, dA_2, …] in float32."""
     das = (dh.T @ x).float().split([layer.rank for layer in layers])
+    dbs = [(dy.T @ part).float().mul_(layer.scaling) for dy, part, layer in zip(dys, _h_of(h, layers), layers, strict=True)]
     return [gradient for pair in zip(das, dbs, strict=True) for gradient in pair]
+
+
+def _to_h(dys: list[torch.Tensor], layers: tuple[Layer, ...]) -> torch.Tensor:
+    """dh, [tokens, ranks]."""
+    return torch.cat([dy @ layer.scaled_b(dy.dtype) for dy, layer in zip(dys, layers, strict=True)], dim=1)
+
+
+def _to_x(dys: list[torch.Tensor], dh: torch.Tensor, layers: tuple[Layer, ...]) -> torch.Tensor:
+    """dx, [tokens, in]; each large product adds to what is there."""
+    dx = dh @ torch.cat([layer.a for layer in layers]).to(dh.dtype)
+    for dy, layer in zip(dys, layers, strict=True):
+        dx.addmm_(dy, layer.weight(dh.dtype))
+    return dx
 
 
 class _Group(torch.autograd.Function):
@@ -213,38 +187,39 @@ class _Group(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients):
         x, h = ctx.saved_tensors
-        joined, dys = _join(len(x), ctx.layers, h)
-        for dy, gradient in zip(dys, gradients, strict=True):
-            dy.copy_(gradient.flatten(0, -2))
-        dx, dh, dbs = _backward(joined, dys, h, ctx.layers, need_x=ctx.needs_input_grad[0])
-        return (None if dx is None else dx.view(ctx.shape), None, *_gradients(dh, x, dbs, ctx.layers))
+        dys = [gradient.flatten(0, -2) for gradient in gradients]
+        dh = _to_h(dys, ctx.layers)
+        dx = _to_x(dys, dh, ctx.layers).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        return dx, None, *_gradients(dys, x, h, ctx.layers, dh)
 
 
 class _GatedMlp(torch.autograd.Function):
-    """down(gate_function(gate(x)) · up(x)), with the product of the two computed again in the backward pass."""
+    """down(gate_function(gate(x)) · up(x)). The product of the two is computed again in the backward pass, and every gradient of theirs
+    takes the place of what it is computed from: the MLP is where a layer needs most memory."""
 
     @staticmethod
     def forward(ctx, x, gate, layers, *adapters):
         flat = x.flatten(0, -2)
-        pair, (down,) = layers[:2], layers[2:]
+        pair, down = layers[:2], layers[2:]
         h = _down(flat, pair)
         gated, upped = (_up(flat, part, layer) for part, layer in zip(_h_of(h, pair), pair, strict=True))
         middle = gate.product(gated, upped)
-        low = _down(middle, (down,))
+        low = _down(middle, down)
         ctx.save_for_backward(flat, h, gated, upped, low)
         ctx.gate, ctx.layers, ctx.shape = gate, layers, x.shape
-        return _up(middle, low, down).unflatten(0, x.shape[:-1])
+        return _up(middle, low, down[0]).unflatten(0, x.shape[:-1])
 
     @staticmethod
     def backward(ctx, gradient):
         x, h, gated, upped, low = ctx.saved_tensors
         pair, down = ctx.layers[:2], ctx.layers[2:]
-        joined, (dy,) = _join(len(x), down, low)
-        dy.copy_(gradient.flatten(0, -2))
-        dmiddle, dlow, ddown = _backward(joined, [dy], low, down, need_x=True)
-        joined, (dgated, dupped) = _join(len(x), pair, h)
-        middle = ctx.gate.gradients(dmiddle, gated, upped, dgated, dupped)
-        of_down = _gradients(dlow, middle, ddown, down)
-        del dmiddle, middle
-        dx, dh, dbs = _backward(joined, [dgated, dupped], h, pair, need_x=ctx.needs_input_grad[0])
-        return (None if dx is None else dx.view(ctx.shape), None, None, *_gradients(dh, x, dbs, pair), *of_down)
+        dy = [gradient.flatten(0, -2)]
+        dlow = _to_h(dy, down)
+        middle = _to_x(dy, dlow, down)
+        ctx.gate.gradients(middle, gated, upped)  # from here on they are the product, the gradient of gated, and that of upped
+        of_down = _gradients(dy, middle, low, down, dlow)
+        del middle
+        dys = [gated, upped]
+        dh = _to_h(dys, pair)
+        dx = _to_x(dys, dh, pair).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        return dx, None, None, *_gradients(dys, x, h, pair, dh), *of_down

@@ -117,9 +117,11 @@ def _norm_settings(module: torch.nn.Module) -> tuple[float, float] | None:
 
 @_kernel
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x · cos + (-x₂, x₁) · sin, with x = (x₁, x₂) the halves of the last dimension: x [tokens, heads, size], cos and sin [tokens, size]."""
-    first, second = x.float().chunk(2, dim=-1)
-    return (x.float() * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]).to(x.dtype)
+    """x · cos + (x₂, x₁) · sin, with x = (x₁, x₂) the halves of the last dimension: x [tokens, heads, size], cos and sin [tokens, size].
+    The first half of `sin` is negative."""
+    halves = x.float().unflatten(-1, (2, -1))
+    cos, sin = (angle.unflatten(-1, (2, -1))[:, None] for angle in (cos, sin))
+    return (halves * cos + halves.flip(-2) * sin).flatten(-2).to(x.dtype)
 
 
 class _Rotary(torch.autograd.Function):
@@ -127,6 +129,7 @@ class _Rotary(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, cos, sin):
+        sin = torch.cat((-sin[..., : x.shape[-1] // 2], sin[..., x.shape[-1] // 2 :]), dim=-1)
         ctx.save_for_backward(cos, sin)
         return _rotated(x, cos, sin)
 
@@ -160,7 +163,7 @@ def fuse_rotary(model: torch.nn.Module) -> bool:
         found = original(q, q, cos, sin)
     except Exception:  # another signature
         return False
-    wanted = _rotate.plain(q[0].transpose(0, 1), cos[0], sin[0]).transpose(0, 1)[None]
+    wanted = q * cos + torch.cat((-q[..., 2:], q[..., :2]), dim=-1) * sin
     same = all(torch.allclose(each, wanted, atol=1e-6) for each in found)
     if same:
         rotary.fused = True
@@ -179,16 +182,17 @@ class _Gate:
             return (function(gate.float()) * up.float()).to(gate.dtype)
 
         @_kernel
-        def gradients(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, dgate: torch.Tensor, dup: torch.Tensor) -> torch.Tensor:
-            wide, raised = gate.float(), function(gate.float())
-            dgate.copy_(dy.float() * up.float() * slope(wide))
-            dup.copy_(dy.float() * raised)
-            return (raised * up.float()).to(gate.dtype)
+        def gradients(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> None:
+            slope_of, wide_up, raised = dy.float(), up.float(), function(gate.float())
+            dgate, dup = slope_of * wide_up * slope(gate.float()), slope_of * raised
+            dy.copy_(raised * wide_up)
+            gate.copy_(dgate)
+            up.copy_(dup)
 
         self.product = product
         """(gate, up) -> f(gate) · up"""
         self.gradients = gradients
-        """(dy, gate, up, dgate, dup) -> f(gate) · up; the gradients are written into the last two"""
+        """(dy, gate, up), of which f(gate) · up, the gradient of gate and that of up take the places"""
 
 
 def _silu_slope(x: torch.Tensor) -> torch.Tensor:

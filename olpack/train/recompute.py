@@ -1,6 +1,8 @@
 """Gradient checkpointing: a layer's activations are computed again in the backward pass, from its input, which waits in the host's memory.
 
-The copies to the host and back run beside the computation: a layer of an 8B model takes longer than its input does over PCIe.
+The copies to the host and back run beside the computation: a layer of an 8B model takes longer than its input does over PCIe. Which memory
+may be used again is settled by events between the two streams. (`record_stream` would leave that to the allocator, which then sees nothing
+free while the host runs ahead of the GPU.)
 """
 
 from __future__ import annotations
@@ -19,66 +21,74 @@ class Recompute:
     """
 
     def __init__(self, device: torch.device, *, offload: bool):
-        self.offload = offload and device.type == "cuda"
-        self.stream = torch.cuda.Stream(device) if self.offload else None
-        self.waiting: list[_Kept] = []
+        self._stream = torch.cuda.Stream(device) if offload and device.type == "cuda" else None
+        self._waiting: list[_Input] = []
 
     def __call__(self, run: Callable, hidden: torch.Tensor, *rest):
         return _Layer.apply(self, run, hidden, *rest)
 
-    def put(self, hidden: torch.Tensor) -> _Kept:
-        kept = _Kept(self, hidden)
-        self.waiting.append(kept)
-        return kept
+    def put(self, hidden: torch.Tensor) -> _Input:
+        if self._waiting:
+            self._waiting[-1].release()
+        self._waiting.append(_Input(hidden, self._stream))
+        return self._waiting[-1]
 
-    def take(self, kept: _Kept) -> torch.Tensor:
+    def take(self, wanted: _Input) -> torch.Tensor:
         """The input of a layer, on the GPU again; that of the layer before it begins to come back too."""
-        while self.waiting.pop() is not kept:  # of a forward pass that had no backward pass
+        while self._waiting.pop() is not wanted:  # of a forward pass that had no backward pass
             pass
-        hidden = kept.get()
-        if self.waiting:
-            self.waiting[-1].fetch()
+        hidden = wanted.get()
+        if self._waiting:
+            self._waiting[-1].fetch()
         return hidden
 
 
-class _Kept:
-    """One layer's input."""
+class _Input:
+    """One layer's input: on the GPU, on its way, or in host memory."""
 
-    def __init__(self, place: Recompute, hidden: torch.Tensor):
-        self.place, self.device_copy = place, hidden
-        if not place.offload:
-            return
-        self.host = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
-        place.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(place.stream):
-            self.host.copy_(hidden, non_blocking=True)
-        hidden.record_stream(place.stream)
-        self.device_copy = None
+    def __init__(self, hidden: torch.Tensor, stream: torch.cuda.Stream | None):
+        self._here: torch.Tensor | None = hidden
+        self._stream = stream
+        if stream is not None:
+            self._host = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
+            self._copied = self._beside(self._host, hidden)
+
+    def _beside(self, to: torch.Tensor, of: torch.Tensor) -> torch.cuda.Event:
+        """Copy once the computation has come here, beside what it does next."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            to.copy_(of, non_blocking=True)
+        return self._stream.record_event()
+
+    def release(self) -> None:
+        """Give the memory on the GPU free; the computation waits until the copy in the host's is whole."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_event(self._copied)
+            self._here = None
 
     def fetch(self) -> None:
-        if self.device_copy is None:
-            with torch.cuda.stream(self.place.stream):
-                self.device_copy = self.host.to(self.place.stream.device, non_blocking=True)
+        if self._here is None:
+            self._here = torch.empty(self._host.shape, dtype=self._host.dtype, device=self._stream.device)
+            self._copied = self._beside(self._here, self._host)
 
     def get(self) -> torch.Tensor:
         self.fetch()
-        if self.place.offload:
-            torch.cuda.current_stream().wait_stream(self.place.stream)
-            self.device_copy.record_stream(torch.cuda.current_stream())
-        return self.device_copy
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_event(self._copied)
+        return self._here
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, place, run, hidden, *rest):
         ctx.place, ctx.run, ctx.rest = place, run, rest
-        ctx.kept = place.put(hidden) if ctx.needs_input_grad[2] else None
+        ctx.input = place.put(hidden.detach()) if ctx.needs_input_grad[2] else None
         with torch.no_grad():
             return run(hidden, *rest)
 
     @staticmethod
     def backward(ctx, *gradients):
-        hidden = ctx.place.take(ctx.kept).detach().requires_grad_()
+        hidden = ctx.place.take(ctx.input).requires_grad_()
         with torch.enable_grad():
             outputs = ctx.run(hidden, *ctx.rest)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
