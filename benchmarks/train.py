@@ -1,6 +1,6 @@
 """QLoRA training speed of olpack, Unsloth and TRL on one GPU: same model, same texts, same tokens a step.
 
-    python benchmarks/train.py make FOLDER TOKENIZER [--shape 8b]     # a checkpoint with random weights: speed does not depend on them
+    python benchmarks/train.py make FOLDER TOKENIZER [--shape 8B]     # a checkpoint with random weights: speed does not depend on them
     python benchmarks/train.py all FOLDER [--programs olpack,unsloth,trl]
     python benchmarks/train.py olpack FOLDER [--no-checkpointing] [--profile]
 
@@ -21,18 +21,14 @@ import time
 from datetime import date
 from pathlib import Path
 
+from train_8b import RANK, SHAPES, matmul_rate
+
 STARTED = time.time()
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", UNSLOTH_DISABLE_STATISTICS="1")
 
-SHAPES = {  # hidden size, MLP, layers, heads, key heads
-    "1b": (2048, 8192, 16, 32, 8),
-    "8b": (4096, 14336, 32, 32, 8),
-    "70b": (8192, 28672, 80, 64, 8),
-}
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LONGEST, TOKENS = 2048, 16384  # of a sample, of a step
 STEPS, WARM = 14, 6
-RANK = 16
 
 
 def make(folder: Path, tokenizer: Path, shape: str) -> None:
@@ -40,18 +36,18 @@ def make(folder: Path, tokenizer: Path, shape: str) -> None:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    hidden, middle, layers, heads, key_heads = SHAPES[shape]
-    config = LlamaConfig(vocab_size=128256, hidden_size=hidden, intermediate_size=middle, num_hidden_layers=layers, num_attention_heads=heads,
+    hidden, middle, layers, heads, key_heads, words = SHAPES[shape]
+    config = LlamaConfig(vocab_size=words, hidden_size=hidden, intermediate_size=middle, num_hidden_layers=layers, num_attention_heads=heads,
                          num_key_value_heads=key_heads, max_position_embeddings=8192, bos_token_id=128000, eos_token_id=128001,
                          rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, tie_word_embeddings=False)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         model = LlamaForCausalLM(config)
     model.save_pretrained(folder, max_shard_size="4GB")
-    words = AutoTokenizer.from_pretrained(tokenizer)
-    words.pad_token = words.convert_ids_to_tokens(128004)
-    words.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    words.save_pretrained(folder)
+    tokens = AutoTokenizer.from_pretrained(tokenizer)
+    tokens.pad_token = tokens.convert_ids_to_tokens(128004)
+    tokens.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokens.save_pretrained(folder)
 
 
 def texts(tokenizer, count: int) -> list[str]:
@@ -164,22 +160,6 @@ def run_peer(program: str, folder: Path, checkpointing: bool) -> dict:
     return result(ends, counts, torch.cuda.max_memory_allocated(), loaded)
 
 
-def matmul_rate() -> float:
-    """FLOP/s of a large bfloat16 product on random data."""
-    import torch
-
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    for _ in range(3):
-        a @ b
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(20):
-        a @ b
-    end.record()
-    torch.cuda.synchronize()
-    return 20 * 2 * 8192**3 / (begin.elapsed_time(end) / 1000)
-
-
 def compare(folder: Path, programs: list[str]) -> str:
     import torch
 
@@ -189,7 +169,8 @@ def compare(folder: Path, programs: list[str]) -> str:
     weights = config["num_hidden_layers"] * (per_layer + 3 * config["hidden_size"] * config["intermediate_size"])
     weights += config["vocab_size"] * config["hidden_size"]
     lines = [f"{date.today()}, {torch.cuda.get_device_name()}, torch {torch.__version__}: {weights / 1e9:.1f}B weights in products, "
-             f"{rate / 1e12:.0f} TFLOP/s in a large one. NF4, rank {RANK}, all linear layers, {TOKENS:,} tokens a step, samples of at most {LONGEST:,}.", "",
+             f"{rate / 1e12:.0f} TFLOP/s in a large one. NF4, rank {RANK}, all linear layers, {TOKENS:,} tokens a step, samples of at most "
+             f"{LONGEST:,}.", "",
              "| program | checkpointing | tokens/s | olpack is | of the limit | peak GiB | to the first step, s |",
              "| --- | :---: | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
     for checkpointing in (False, True):
@@ -215,7 +196,7 @@ def main() -> None:
     parser.add_argument("what", choices=["make", "all", "olpack", "unsloth", "trl"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("tokenizer", type=Path, nargs="?")
-    parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--shape", choices=SHAPES, default="8B")
     parser.add_argument("--programs", default="olpack,unsloth,trl")
     parser.add_argument("--no-checkpointing", dest="checkpointing", action="store_false")
     parser.add_argument("--profile", action="store_true")

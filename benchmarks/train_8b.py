@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -204,7 +205,8 @@ def plain_8b(device: torch.device, tokens: int) -> list[str]:
         optimizer.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
         seconds.append(time.time() - started)
-    return [f"| plain peft and transformers, checkpointing | {tokens:,} | {tokens / seconds[-1]:,.0f} | | {torch.cuda.max_memory_allocated() / 2**30:.1f} |"]
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    return [f"| plain peft and transformers, checkpointing | {tokens:,} | {tokens / seconds[-1]:,.0f} | | {peak:.2f} |"]
 
 
 def free() -> None:
@@ -249,8 +251,9 @@ def main() -> None:
         started = time.time()
         bench[0].step(rows(2048, words))
         torch.cuda.synchronize()
-        return [f"{date.today()}, {torch.cuda.get_device_name()}, torch {torch.__version__}: Llama 3 8B's shape, NF4, rank {RANK} on all linear layers; "
-                f"{rate / 1e12:.0f} TFLOP/s in a large bf16 product. The first step, kernels compiled in it, took {time.time() - started:.1f} s.", "",
+        return [f"{date.today()}, {torch.cuda.get_device_name()}, torch {torch.__version__}: Llama 3 8B's shape, NF4, rank {RANK} on all "
+                f"linear layers; {rate / 1e12:.0f} TFLOP/s in a large bf16 product. The first step, kernels compiled in it, took "
+                f"{time.time() - started:.1f} s.", "",
                 "| olpack | tokens a step | tokens/s | of the limit | peak GiB |", "| --- | ---: | ---: | ---: | ---: |"]  # fmt: skip
 
     def with_checkpointing(label: str, tokens: int, steps: int, *, offload: bool = True, longest: int = 2048) -> list[str]:
@@ -295,9 +298,11 @@ def main() -> None:
     part("checkpointing", lambda: with_checkpointing("checkpointing, offloaded", 16384, 4))
     part("profile", profile)
     part("same losses", lambda: print(*same_losses(device)) or [])
-    part("memory", lambda: [line for tokens in (2048, 4096, 8192) for line in without(tokens, 1)])
-    part("memory, checkpointing", lambda: [line for tokens in (2048, 4096, 8192) for line in with_checkpointing("checkpointing, offloaded", tokens, 1)])
-    part("not offloaded", lambda: [line for tokens in (2048, 16384) for line in with_checkpointing("checkpointing", tokens, 1, offload=False)])
+    for tokens in (2048, 4096, 8192):
+        part("memory", partial(without, tokens, 2))
+        part("memory, checkpointing", partial(with_checkpointing, "checkpointing, offloaded", tokens, 2))
+    for tokens in (2048, 16384):
+        part("not offloaded", partial(with_checkpointing, "checkpointing", tokens, 2, offload=False))
     part("smallest", smallest)
     part("large", large)
     bench.clear()

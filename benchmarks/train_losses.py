@@ -34,7 +34,8 @@ STEPS, BATCH, BUDGET = 50, 4, 2048
 SPM = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
 WIDE = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}
 SHAPES = {"Llama": ("llama", {}), "Qwen2": ("qwen2", {"tied": False}), "Qwen3": ("qwen3", {}),
-          "Mistral, window 32": ("mistral", {"sliding_window": 32, **SPM}), "Gemma 2": ("gemma2", {"sliding_window": 32, **SPM}), "Gemma 3": ("gemma3_text", {"sliding_window": 32, **SPM})}
+          "Mistral, window 32": ("mistral", {"sliding_window": 32, **SPM}), "Gemma 2": ("gemma2", {"sliding_window": 32, **SPM}),
+          "Gemma 3": ("gemma3_text", {"sliding_window": 32, **SPM})}
 
 
 def random_rows(count: int) -> list[TokenRow]:

@@ -47,7 +47,8 @@ class Forward:
             lambda: torch.cat([self._head_logits(sample) for sample in samples]), wanted)
         if checkpointing:
             self.base.enable_input_require_grads()
-            self.base._set_gradient_checkpointing(True, Recompute(device, offload=offload))
+            drops = any(isinstance(module, torch.nn.Dropout) and module.p for module in model.modules())
+            self.base._set_gradient_checkpointing(True, Recompute(device, offload=offload, random=drops))
         if offload and device.type == "cuda":
             _embed_on_host(self.base, self.head)
 

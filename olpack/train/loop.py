@@ -162,9 +162,7 @@ def _backward(forward: Forward, rows: list[TokenRow], state: State) -> float:
             progress.warn(f"GPU memory ran out: going on with micro-batches of {state.budget} tokens, same batch")
         else:
             # Divided last, in float32: in 16 bits the gradients of one token among thousands could vanish.
-            for parameter in forward.model.parameters():
-                if parameter.grad is not None:
-                    parameter.grad /= count
+            torch._foreach_div_([parameter.grad for parameter in forward.model.parameters() if parameter.grad is not None], count)
             state.processed += processed
             return total / count
 

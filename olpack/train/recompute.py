@@ -7,7 +7,8 @@ free while the host runs ahead of the GPU.)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -18,14 +19,30 @@ class Recompute:
     Args:
         device: of the model.
         offload: keep the inputs in pinned host memory (of a GPU's model).
+        random: the layers draw random numbers (dropout), which must be the same ones again.
     """
 
-    def __init__(self, device: torch.device, *, offload: bool):
+    def __init__(self, device: torch.device, *, offload: bool, random: bool = False):
+        self._devices = [device] if device.type == "cuda" else []
+        self._random = random
         self._stream = torch.cuda.Stream(device) if offload and device.type == "cuda" else None
         self._waiting: list[_Input] = []
 
     def __call__(self, run: Callable, hidden: torch.Tensor, *rest):
         return _Layer.apply(self, run, hidden, *rest)
+
+    def random_state(self) -> list[torch.Tensor] | None:
+        return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._devices)] if self._random else None
+
+    @contextmanager
+    def drawing_from(self, states: list[torch.Tensor] | None) -> Iterator[None]:
+        """The random numbers of then, and afterwards those of now."""
+        with torch.random.fork_rng(self._devices, enabled=states is not None):
+            if states is not None:
+                torch.set_rng_state(states[0])
+                for device, state in zip(self._devices, states[1:], strict=True):
+                    torch.cuda.set_rng_state(state, device)
+            yield
 
     def put(self, hidden: torch.Tensor) -> _Input:
         if self._waiting:
@@ -83,13 +100,14 @@ class _Layer(torch.autograd.Function):
     def forward(ctx, place, run, hidden, *rest):
         ctx.place, ctx.run, ctx.rest = place, run, rest
         ctx.input = place.put(hidden.detach()) if ctx.needs_input_grad[2] else None
+        ctx.random = place.random_state()
         with torch.no_grad():
             return run(hidden, *rest)
 
     @staticmethod
     def backward(ctx, *gradients):
         hidden = ctx.place.take(ctx.input).requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), ctx.place.drawing_from(ctx.random):
             outputs = ctx.run(hidden, *ctx.rest)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         learned = [(output, gradient) for output, gradient in zip(outputs, gradients, strict=True) if gradient is not None and output.requires_grad]
