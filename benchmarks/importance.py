@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from olpack import recipe
-from olpack.compare.divergence import kl_divergence, log_softmax
 from olpack.compare.machine import describe_machine
 from olpack.compare.perplexity import ratio
 from olpack.data import TokenRow
 from olpack.export import Target, collect_importance, export
 from olpack.llamacpp.engine import Engine
+from olpack.llamacpp.logits import kl_divergence, log_softmax
 from olpack.pipeline import Build
 
 REPOSITORY = Path(__file__).resolve().parents[1]

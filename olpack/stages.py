@@ -257,7 +257,7 @@ def _yardstick(build: Build):
 
 def quant_files(build: Build) -> list:
     """The exported GGUFs as the compare room takes them."""
-    from olpack.compare.measure import QuantFile
+    from olpack.compare import QuantFile
 
     files = []
     for quant in build.quants:

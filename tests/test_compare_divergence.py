@@ -14,9 +14,10 @@ import torch
 from test_compare_measure import SETTINGS, quant_file
 
 from olpack.compare import Yardstick, measure
-from olpack.compare.divergence import LogitsWriter, kl_divergence, log_softmax, open_logits, summarize
+from olpack.compare.divergence import LogitsWriter, open_logits, summarize
 from olpack.data.rows import TokenRow
 from olpack.errors import OlpackError
+from olpack.llamacpp.logits import kl_divergence, log_softmax
 
 FAST = dataclasses.replace(SETTINGS, prompt_lengths=(16,), repeats=1)
 KINDS = ("F16", "BF16", "Q8_0", "Q4_0")
