@@ -44,7 +44,7 @@ MODELS = {
     "Mixtral": ("mixtral", {"tied": False, "num_local_experts": 4, "num_experts_per_tok": 2, **SENTENCEPIECE}),
     "Phi-3": ("phi3", {"tied": False, **SENTENCEPIECE}),
 }
-VOCABULARIES = {"qwen2": ("Qwen3", "qwen3"), "llama-bpe": ("Llama 3", "llama"), "deepseek-llm": ("Llama", "llama"), "gpt-2": ("Qwen2", "qwen2")}
+VOCABULARIES = {"qwen2": ("Qwen3", "qwen3"), "llama-bpe": ("Llama 3", "llama"), "starcoder": ("Llama", "llama"), "gpt-2": ("Qwen2", "qwen2")}
 
 
 def usual(out: Path, quants: Sequence[str], *models: Path) -> dict[str, dict[str, str]]:

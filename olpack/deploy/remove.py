@@ -11,7 +11,6 @@ from olpack import progress
 from olpack.deploy.client import OllamaClient
 from olpack.deploy.names import canonical
 from olpack.deploy.register import Registered
-from olpack.errors import OlpackError
 
 
 def owned(client: OllamaClient, name: str, records: Sequence[Registered]) -> list[str]:
