@@ -193,6 +193,16 @@ def test_the_bytes_are_those_of_llama_cpp_with_the_same_matrix(name, quants, mod
         quantize(unquantized[name]["BF16"], tmp_path / "usual.gguf", file.quant, matrices[name])
         assert file.path.read_bytes() == (tmp_path / "usual.gguf").read_bytes(), file.quant
         assert file.size == plan.sizes[file.quant]
+    assert [file.needs_importance for file in files] == [is_refused_without(models[name], quant) for quant in quants]
+
+
+def is_refused_without(model: Path, quant: str) -> bool:
+    try:
+        converter().check(model, [quant])
+    except OlpackError as error:
+        assert error.problem == f"{quant} needs an importance matrix."
+        return True
+    return False
 
 
 def test_a_file_that_gains_nothing_is_the_same_without(models, matrices, tmp_path):
@@ -260,7 +270,7 @@ def forget(tensors: dict[str, InputSquares]) -> None:
     (lambda own, other, out: out, "There is no importance matrix"),
     (lambda own, other, out: out.write_text("blk") and out, "is no importance matrix in llama.cpp's GGUF form"),
     (lambda own, other, out: changed(own, out, lambda tensors: tensors.clear()), "has none of this one's tensors"),
-    (lambda own, other, out: other, "is for another model: it has 96 values for 'blk."),
+    (lambda own, other, out: other, "is for another model: it has 96 values for 'blk.0.attn_k.weight'"),
     (lambda own, other, out: changed(own, out, undefine), "an infinite or undefined value for 'blk.0.ffn_up.weight'"),
     (lambda own, other, out: changed(own, out, negate), "is damaged at 'blk.0.ffn_up.weight'"),
     (lambda own, other, out: changed(own, out, forget), "IQ2_XS needs the importance of every tensor, and the matrix says nothing of "

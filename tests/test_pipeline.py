@@ -235,6 +235,13 @@ def test_importance_concerns_only_what_gains_by_it(workspace):
     record = json.loads((root / "stages/importance.json").read_text())["result"]
     assert record["rows"] == 12 and record["tokens"] > 12
 
+    # The comparison writes the quant once more without the matrix, to say what that gave.
+    code, printed, said = olpack(workspace, "compare", "oracle", "--set", "export.importance=train")
+    assert code == 0 and "with the importance matrix" in printed, said
+    with_it, other = json.loads((root / "compare/results.json").read_text())["quants"]
+    assert with_it["divergence_without_importance"]["mean"] > 0 and other["divergence_without_importance"] is None
+    assert not (root / "compare/temporary").exists() and "What the importance matrix gave" in (root / "compare/report.html").read_text()
+
     # It serves other quants too, and a lost one is collected again only when something needs it.
     more = build_of(workspace, "export.importance=train", "quants=[Q4_K_M, Q8_0, Q4_0]")
     assert [step.unit for step in more.steps() if step.stale and step.stage == "export"] == ["export-Q4_0"]

@@ -184,7 +184,7 @@ class QuantResult(_Record):
     loss: Loss | None = None
     divergence: Divergence | None = Field(None, description="null without an unquantized reference")
     divergence_without_importance: Divergence | None = Field(
-        None, description="what it would be with the same types and without the importance matrix; null where there is none, or no doing without"
+        None, description="of the file that this quant would be without its importance matrix; null where it has none, or cannot be made without"
     )
     answers: list[Answer] | None = Field(None, description="one per prompt, in the order of `Results.prompts`")
     task_answers: list[Answer] | None = Field(None, description="one per task, in the order of `Results.tasks`")

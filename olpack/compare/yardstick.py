@@ -37,7 +37,7 @@ class Yardstick:
         write_base: likewise the base without its adapter; None: no base.
         base_key: identity of its weights.
         base_quant: the quant at which the base is measured.
-        write_unweighed: likewise one of the quants with the types that it has, and without its importance matrix.
+        write_unweighed: likewise one of the quants without its importance matrix; a budget with the same types.
         unweighed_keys: identity of the weights that this gives, by quant: of those that have a matrix and can be made without.
     """
 
