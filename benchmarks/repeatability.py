@@ -7,10 +7,11 @@ Measures twice with nothing kept in between. Prints a Markdown table and writes 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
+
+from page import command_line, publish
 
 from olpack import recipe
 from olpack.compare import MeasureSettings, measure
@@ -56,10 +57,9 @@ def table(first: list[QuantResult], second: list[QuantResult]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__file__, __doc__)
     parser.add_argument("--out", type=Path, default=Path("build"))
     parser.add_argument("--package", default="coding-assistant")
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
     arguments = parser.parse_args()
     build = Build(recipe.load(recipe_path(arguments.package)), arguments.out)
     asked, (_, rows) = build.recipe.compare, build.rows
@@ -67,17 +67,15 @@ def main() -> None:
                                context=build.package.parameters["num_ctx"])
     once, again = (measure(quant_files(build), rows[: asked.eval_rows], questions(build), settings, None, arguments.package) for _ in range(2))
     same = all([answer.text for answer in a.answers] == [answer.text for answer in b.answers] for a, b in zip(once.quants, again.quants, strict=True))
-    text = "\n".join([
+    publish([
         f"{date.today()}, {once.machine.cpu}, {once.machine.cores} cores, {once.machine.busy:.0%} and {again.machine.busy:.0%} used by others. "
         f"{arguments.package}, {', '.join(quant.quant for quant in once.quants)}, {asked.repeats} repeats.",
         "Of each figure, the quant that differs most.",
         "",
         "| figure | quant | first | second | difference | stated spread | difference / spread |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
-        *table(once.quants, again.quants), "", f"Answers at temperature 0 are {'the same' if same else 'NOT the same'}.", "",
-    ])  # fmt: skip
-    print(text)
-    arguments.output.write_text(text, encoding="utf-8")
+        *table(once.quants, again.quants), "", f"Answers at temperature 0 are {'the same' if same else 'NOT the same'}.",
+    ], arguments.output)  # fmt: skip
 
 
 if __name__ == "__main__":
