@@ -27,20 +27,23 @@ def export(build: Build, steps: list[Step]) -> None:
     Where an importance matrix is to be collected first, or the sensitivity to be measured, the quants that do without make a pass of their
     own before it.
     """
+    from olpack.export.client import one_worker
+
     for left in (build.paths.importance_source, build.paths.sensitivity_source):
         left.unlink(missing_ok=True)  # of a build that was killed
     if alone := [step for step in steps if step.unit == f"export-{ADAPTER}"]:
         _export_adapter(build, alone[0])
     quants = [step for step in steps if step not in alone]
-    if waiting := build.uncollected(quants):
-        _export_quants(build, [step for step in quants if step not in waiting])
-        _collect_importance(build)
-        quants = waiting
-    if budgets := build.unmeasured(quants):
-        _export_quants(build, [step for step in quants if step not in budgets])
-        _measure_sensitivity(build)
-        quants = budgets
-    _export_quants(build, quants)
+    with one_worker():
+        if waiting := build.uncollected(quants):
+            _export_quants(build, [step for step in quants if step not in waiting])
+            _collect_importance(build)
+            quants = waiting
+        if budgets := build.unmeasured(quants):
+            _export_quants(build, [step for step in quants if step not in budgets])
+            _measure_sensitivity(build)
+            quants = budgets
+        _export_quants(build, quants)
 
 
 def _export_adapter(build: Build, step: Step) -> None:

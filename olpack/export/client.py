@@ -8,8 +8,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,6 +56,11 @@ class Converter:
     def pid(self) -> int:
         """The worker's process id."""
         return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether it takes jobs."""
+        return self._process.poll() is None
 
     def check(
         self, source: Path, quants: Sequence[str], *, adapter: Path | None = None, name: str | None = None, out: Path | None = None,
@@ -174,6 +179,43 @@ class Converter:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+class _Shared:
+    """The worker of a block of `one_worker`; None before its first job."""
+
+    converter: Converter | None = None
+
+
+_shared: _Shared | None = None
+
+
+@contextmanager
+def one_worker() -> Iterator[None]:
+    """Within the block all jobs go to one worker, which starts with the first of them and ends with the outermost such block."""
+    global _shared
+    if _shared is not None:
+        yield
+        return
+    _shared = mine = _Shared()
+    try:
+        yield
+    finally:
+        _shared = None
+        if mine.converter is not None:
+            mine.converter.__exit__()
+
+
+@contextmanager
+def worker() -> Iterator[Converter]:
+    """The worker that the surrounding block of `one_worker` shares; without one, a worker of its own."""
+    if _shared is None:
+        with Converter() as converter:
+            yield converter
+        return
+    if _shared.converter is None or not _shared.converter.alive:
+        _shared.converter = Converter()
+    yield _shared.converter
 
 
 def worker_environment() -> dict[str, str]:
