@@ -25,6 +25,8 @@ def built(tmp_path_factory) -> Path:
     recipe = root / "modelfiles/oracle/recipe.yaml"
     recipe.write_text(recipe.read_text().replace("compare: {", "compare: {reference: false, ") + "package: adapter\n")
     shutil.copytree(root / "modelfiles/oracle", root / "modelfiles/prophet")
+    other = root / "modelfiles/prophet/recipe.yaml"
+    other.write_text(other.read_text().replace("epochs: 12", "epochs: 1"))
     write_rows(root / "modelfiles/prophet/train.jsonl", 12, first=500)
     code, _, said = olpack(root, "build", "oracle")
     assert code == 0, said
