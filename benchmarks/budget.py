@@ -9,17 +9,15 @@ the same matrix. Prints Markdown and writes it to benchmarks/budget.md.
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections import Counter
-from datetime import UTC, datetime
 from pathlib import Path
 
 import gguf
 from importance import REPOSITORY, Measured, millinats, parameters
+from page import command_line, measured_here, publish
 
 from olpack import recipe
-from olpack.compare.machine import describe_machine
 from olpack.compare.perplexity import ratio
 from olpack.export import Target, export
 from olpack.pipeline import Build
@@ -29,9 +27,8 @@ BUDGETS = (3.5, 4.5, 5.5)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__file__, __doc__)
     parser.add_argument("--work", type=Path, required=True, help="a folder that keeps what is done, with room for 300 MB")
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
     arguments = parser.parse_args()
     quants = [*MIXES, *(f"{bits}bpw" for bits in BUDGETS)]
     asked = recipe.load(REPOSITORY / "modelfiles/coding-assistant/recipe.yaml",
@@ -56,19 +53,15 @@ def main() -> None:
         plain, chosen = (measured.of(str(file.path.relative_to(arguments.work).with_suffix(""))) for file in (made, within))
         difference, error = ratio([one - other for one, other in zip(chosen, plain, strict=True)], learned)
         share, share_error = ratio(chosen, plain)
-        text.append(f"| {mix} | {made.bits_per_weight:.3f}, {within.bits_per_weight:.3f} | {millinats(plain, learned)} | {millinats(chosen, learned)} | "
-                    f"{1000 * difference:+.2f} ± {1000 * error:.2f} | {share:.3f} ± {share_error:.3f} |")  # fmt: skip
+        text.append(f"| {mix} | {made.bits_per_weight:.3f}, {within.bits_per_weight:.3f} | {millinats(plain, learned)} | "
+                    f"{millinats(chosen, learned)} | {1000 * difference:+.2f} ± {1000 * error:.2f} | {share:.3f} ± {share_error:.3f} |")  # fmt: skip
     text += ["\n## Round budgets, among the mixes\n", "| file | bits per weight | size | KL divergence | types of its matrices |",
              "| --- | ---: | ---: | ---: | --- |"]  # fmt: skip
     for quant, made in sorted(zip(quants, files, strict=True), key=lambda pair: pair[1].bits_per_weight):
         lost = measured.of(str(made.path.relative_to(arguments.work).with_suffix("")))
         cells = (quant, f"{made.bits_per_weight:.3f}", f"{made.path.stat().st_size / 1e6:.2f} MB", millinats(lost, learned), made.types)
         text.append(f"| {' | '.join(cells)} |")
-    machine = describe_machine(None)
-    versions = ", ".join(f"{name} {number}" for name, number in machine.versions.items())
-    text.append(f"\n{datetime.now(UTC):%Y-%m-%d}, {machine.cores} cores of {machine.cpu}; {versions}. `python benchmarks/budget.py`\n")
-    print("\n".join(text))
-    arguments.output.write_text("\n".join(text), encoding="utf-8")
+    publish([*text, "", measured_here(__file__)], arguments.output)
 
 
 def of_size(build: Build, folder: Path, bits_per_weight: float) -> Path:

@@ -9,7 +9,6 @@ registers on a real server is removed again. Prints a Markdown table and writes 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import platform
 import sys
@@ -22,6 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from ollama_double import OllamaDouble
+from page import command_line, publish
 from tiny_models import write_adapter
 
 from olpack import progress
@@ -51,9 +51,8 @@ def write_files(work: Path) -> tuple[list[QuantFile], list[Path]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__file__, __doc__)
     parser.add_argument("--real", action="store_true", help="use the server that OLLAMA_HOST names")
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
     arguments = parser.parse_args()
     progress.use("lines")
     with ExitStack() as open_things:
@@ -85,13 +84,11 @@ def main() -> None:
             for model in dict.fromkeys(registered):
                 client.delete(model)
         server = f"Ollama {client.version()}" if arguments.real else "the test suite's double of Ollama 0.33"
-    text = "\n".join([
+    publish([
         f"{date.today()}, {platform.machine()}, against {server} on the same machine.", "",
         "| what | sent | time |", "| --- | ---: | ---: |",
         *(f"| {label} | {progress.quantity(sent, 'B')} | {seconds:.2f} s |" for label, sent, seconds in rows),
-    ])  # fmt: skip
-    print(text)
-    arguments.output.write_text(text + "\n", encoding="utf-8")
+    ], arguments.output)  # fmt: skip
 
 
 if __name__ == "__main__":

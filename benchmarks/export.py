@@ -29,7 +29,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from random_model import write_adapter, write_base  # noqa: E402 — beside this file
+from page import command_line, publish  # noqa: E402 — beside this file
+from random_model import write_adapter, write_base  # noqa: E402
 
 from olpack.llamacpp.cores import usable_processors  # noqa: E402
 from olpack.workspace import file_digest  # noqa: E402
@@ -207,17 +208,26 @@ def measure_quantizer(weights: dict[str, int]) -> Cost:
     return Cost(cpu=seconds)
 
 
-def measure_disk(folder: Path, nbytes: int = 2 << 30) -> Cost:
+def measure_writing(path: Path, nbytes: int = 2 << 30) -> Cost:
     """Writing a plain file of so many bytes, until it is on the disk."""
-    path, block = folder / "plain", os.urandom(64 << 20)
+    block = os.urandom(64 << 20)
     began = time.monotonic()
     with path.open("wb", buffering=0) as file:
         for _ in range(nbytes // len(block)):
             file.write(block)
         os.fsync(file.fileno())
-    cost = Cost(wall=time.monotonic() - began, written=nbytes)
+    return Cost(wall=time.monotonic() - began, written=nbytes)
+
+
+def measure_reading(path: Path) -> Cost:
+    """Reading that file from the disk. It is removed."""
+    forget(path)
+    began, count, block = time.monotonic(), 0, bytearray(64 << 20)
+    with path.open("rb", buffering=0) as file:
+        while read := file.readinto(block):
+            count += read
     path.unlink()
-    return cost
+    return Cost(wall=time.monotonic() - began, read=count)
 
 
 def machine() -> str:
@@ -228,7 +238,7 @@ def machine() -> str:
     return f"{name}, {usable_processors()} cores, {memory / 1e9:.0f} GB of memory"
 
 
-def table(shape: str, steps: dict[str, Cost], ours: Cost, rounded: Cost, quantizer: Cost, disk: Cost) -> str:
+def table(shape: str, steps: dict[str, Cost], ours: Cost, rounded: Cost, quantizer: Cost, writes: Cost, reads: Cost) -> list[str]:
     """The figures as Markdown."""
     cores = usable_processors()
     total = sum(steps.values(), Cost())
@@ -238,12 +248,12 @@ def table(shape: str, steps: dict[str, Cost], ours: Cost, rounded: Cost, quantiz
         return (f"| {name} | {cost.wall:.1f} s | {cost.cpu:.1f} s | {share:.0%} | {cost.memory / 1e9:.2f} GB | {cost.read / 1e9:.2f} GB | "
                 f"{cost.written / 1e9:.2f} GB |")  # fmt: skip
 
-    quantizing, rate = quantizer.cpu / cores, disk.written / disk.wall
-    writing = ours.written / rate
-    slowest = max(quantizing, writing)
+    quantizing, writing_rate, reading_rate = quantizer.cpu / cores, writes.written / writes.wall, reads.read / reads.wall
+    writing, reading = ours.written / writing_rate, ours.read / reading_rate
+    slowest = max(quantizing, writing, reading)
     pace = sum(ours.weights.values()) * 2 / max(quantizer.cpu, 1e-9) / 1e6
     same = ", ".join(f"{quant} {'yes' if total.digests[quant] == rounded.digests[quant] else 'NO'}" for quant in QUANTS)
-    return "\n".join([
+    return [
         f"{date.today()}: {shape}, {', '.join(QUANTS)}. {machine()}.",
         "",
         "| way | wall time | CPU time | CPU share | peak memory | read | written |",
@@ -257,13 +267,13 @@ def table(shape: str, steps: dict[str, Cost], ours: Cost, rounded: Cost, quantiz
         f"Rounded to bfloat16 as the usual way rounds, the files are identical: {same}.",
         "",
         f"The slowest part alone would take {slowest:.1f} s: quantizing {quantizing:.1f} s ({pace:.0f} MB/s of bfloat16 weights a core and "
-        f"type, {cores} cores), writing {writing:.1f} s (a plain file: {rate / 1e6:.0f} MB/s). The whole pass takes {ours.wall / slowest:.1f} × that.",
-        "",
-    ])  # fmt: skip
+        f"type, {cores} cores), writing {writing:.1f} s (a plain file: {writing_rate / 1e6:.0f} MB/s), reading {reading:.1f} s "
+        f"({reading_rate / 1e6:.0f} MB/s). The whole pass takes {ours.wall / slowest:.1f} × that.",
+    ]  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__file__, __doc__)
     parser.add_argument("--hidden", type=int, default=1280)
     parser.add_argument("--intermediate", type=int, default=4096)
     parser.add_argument("--layers", type=int, default=13)
@@ -271,7 +281,6 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=Path, help="a GGUF with a vocabulary, as llama.cpp's source holds some")
     parser.add_argument("--work", type=Path, help="a folder that keeps what is done, with room for three times the model")
     parser.add_argument("--deadline", type=float, metavar="SECONDS", help="begin no further step after this time")
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
     arguments = parser.parse_args()
     if arguments.work is None:
         with tempfile.TemporaryDirectory() as scratch:
@@ -307,11 +316,10 @@ def benchmark(work: Path, arguments: argparse.Namespace) -> None:
         usual[quant] = steps.do(quant, lambda quant=quant: quantize(intermediate, work / f"{quant}.gguf", quant))
     intermediate.unlink(missing_ok=True)
     quantizer = steps.do("quantizer alone", lambda: measure_quantizer(ours.weights))
-    disk = steps.do("disk alone", lambda: measure_disk(work))
+    writes = steps.do("writing alone", lambda: measure_writing(work / "plain"))
+    reads = steps.do("reading alone", lambda: measure_reading(work / "plain"))
     shape = f"Qwen3 shape, {parameters / 1e6:.0f}M parameters, LoRA of rank 16 on all linear layers"
-    text = table(shape, usual, ours, rounded, quantizer, disk)
-    print(text)
-    arguments.output.write_text(text, encoding="utf-8")
+    publish(table(shape, usual, ours, rounded, quantizer, writes, reads), arguments.output)
 
 
 if __name__ == "__main__":

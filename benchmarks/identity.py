@@ -9,7 +9,6 @@ Prints Markdown tables and writes them to benchmarks/identity.md.
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "tests"))
 
+from page import command_line, publish  # noqa: E402 — beside this file
 from tiny_models import converter, write_adapter, write_model, write_sentencepiece  # noqa: E402 — in tests/
 
 from olpack.export import Target  # noqa: E402
@@ -44,7 +44,7 @@ MODELS = {
     "Mixtral": ("mixtral", {"tied": False, "num_local_experts": 4, "num_experts_per_tok": 2, **SENTENCEPIECE}),
     "Phi-3": ("phi3", {"tied": False, **SENTENCEPIECE}),
 }
-VOCABULARIES = {"qwen2": ("Qwen3", "qwen3"), "llama-bpe": ("Llama 3", "llama"), "deepseek-llm": ("Llama", "llama"), "gpt-2": ("Qwen2", "qwen2")}
+VOCABULARIES = {"qwen2": ("Qwen3", "qwen3"), "llama-bpe": ("Llama 3", "llama"), "starcoder": ("Llama", "llama"), "gpt-2": ("Qwen2", "qwen2")}
 
 
 def usual(out: Path, quants: Sequence[str], *models: Path) -> dict[str, dict[str, str]]:
@@ -118,9 +118,8 @@ def merge(model: Path, adapter: Path, out: Path) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__file__, __doc__)
     parser.add_argument("--vocabularies", type=Path, help="llama.cpp's folder models/")
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         lines = [f"{date.today()}: `=` where our file is llama.cpp's, byte for byte (rounded to bfloat16 as its converter rounds).", ""]
@@ -128,9 +127,7 @@ def main() -> None:
         if arguments.vocabularies:
             lines += ["", "Published vocabularies, and a LoRA adapter against peft's merged checkpoint:", ""]
             lines += vocabularies(Path(scratch), arguments.vocabularies)
-    text = "\n".join(lines) + "\n"
-    print(text)
-    arguments.output.write_text(text, encoding="utf-8")
+    publish(lines, arguments.output)
 
 
 if __name__ == "__main__":

@@ -8,20 +8,18 @@ the answers of the held-out rows. Prints Markdown tables and writes them to benc
 
 from __future__ import annotations
 
-import argparse
 import json
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+from page import command_line, measured_here, publish
 
 from olpack import recipe
-from olpack.compare.divergence import kl_divergence, log_softmax
-from olpack.compare.machine import describe_machine
 from olpack.compare.perplexity import ratio
 from olpack.data import TokenRow
 from olpack.export import Target, collect_importance, export
 from olpack.llamacpp.engine import Engine
+from olpack.llamacpp.logits import kl_divergence, log_softmax
 from olpack.pipeline import Build
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -31,9 +29,8 @@ AMOUNT_QUANTS = ("Q2_K", "IQ3_S", "Q4_0")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__file__, __doc__)
     parser.add_argument("--work", type=Path, required=True, help="a folder that keeps what is done, with room for 300 MB")
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
     arguments = parser.parse_args()
     asked = recipe.load(REPOSITORY / "modelfiles/coding-assistant/recipe.yaml", ["train.epochs=1"])
     build = Build(asked, out=arguments.work)
@@ -50,8 +47,8 @@ def main() -> None:
         export_all(build, arguments.work / f"with-{tokens}", QUANTS if tokens == whole else AMOUNT_QUANTS, matrix)
 
     learned = [row.learned_count for row in held_out]
-    text = [f"# What an importance matrix gives\n\ntiny-coder ({parameters(files['F32'])} M parameters), one pass over the {len(rows)} shipped chats; "
-            f"matrix from their {whole:,} tokens.\nKL divergence from the F32 file in millinats a token, over {sum(learned):,} answer tokens of "
+    text = [f"# What an importance matrix gives\n\ntiny-coder ({parameters(files['F32'])} M parameters), one pass over the {len(rows)} "
+            f"shipped chats; matrix from their {whole:,} tokens.\nKL divergence from the F32 file in millinats a token, over {sum(learned):,} answer tokens of "
             f"{len(held_out)} held-out rows, ± standard error with rows as the sampling unit.\n"]  # fmt: skip
     text += ["| quant | size | without | with | with / without |", "| --- | ---: | ---: | ---: | ---: |"]
     for quant in QUANTS:
@@ -64,11 +61,7 @@ def main() -> None:
     for label, folder in [("none", "without"), *((f"{tokens:,}", f"with-{tokens}") for tokens in (*AMOUNTS, whole))]:
         cells = (millinats(measured.of(f"{folder}/{quant}"), learned) for quant in AMOUNT_QUANTS)
         text.append(f"| {label} | {' | '.join(cells)} |")
-    machine = describe_machine(None)
-    versions = ", ".join(f"{name} {number}" for name, number in machine.versions.items())
-    text.append(f"\n{datetime.now(UTC):%Y-%m-%d}, {machine.cores} cores of {machine.cpu}; {versions}. `python benchmarks/importance.py`\n")
-    print("\n".join(text))
-    arguments.output.write_text("\n".join(text), encoding="utf-8")
+    publish([*text, "", measured_here(__file__)], arguments.output)
 
 
 def first(rows: list[TokenRow], tokens: int) -> list[TokenRow]:

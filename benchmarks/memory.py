@@ -13,7 +13,6 @@ Prints a Markdown table and writes it to benchmarks/memory.md.
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import json
 import os
@@ -24,6 +23,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from page import command_line, publish
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 QUANTS = ("Q4_0", "Q4_K_M", "Q5_K_M", "Q8_0")
@@ -133,9 +134,8 @@ def rows_of(label: str, folder: Path, work: Path) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__file__, __doc__)
     parser.add_argument("--vocabulary", type=Path, help="a GGUF with a vocabulary, for the random models")
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
     arguments = parser.parse_args()
     sys.path.insert(0, str(REPOSITORY))
     from olpack.compare.machine import cpu_model
@@ -150,12 +150,10 @@ def main() -> None:
     kinds = ("weights", "KV cache", "buffers", "resident set")
     head = "| model | quant | context | " + " | ".join(f"{kind}, estimated | measured | off" for kind in kinds)
     head += " | without the file, estimated | off | mapped |"
-    text = "\n".join([
+    publish([
         f"MB. {datetime.date.today()}, {cpu_model()}, {platform.system()} {platform.machine()}, llama-cpp-python 0.3.36, no GPU.", "",
         head, "| --- | --- |" + " ---: |" * (head.count("|") - 3), *rows,
-    ]) + "\n"  # fmt: skip
-    arguments.output.write_text(text, encoding="utf-8")
-    print(f"\n{text}")
+    ], arguments.output)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from export import QUANTS, machine
+from page import command_line, publish
 from random_model import write_adapter, write_base
 
 HIDDEN, INTERMEDIATE, LAYERS, ROWS = 8192, 28672, 80, 128256  # of Llama 3 70B
@@ -82,7 +83,7 @@ def export_hollow(work: Path) -> None:
                       "sizes": sizes}))  # fmt: skip
 
 
-def table(layers: int, figures: dict) -> str:
+def table(layers: int, figures: dict) -> list[str]:
     limit = (2 << 30) + 3 * figures["largest"]
     rows = [
         ("parameters", f"{figures['parameters'] / 1e9:.2f}B, {layers} of {LAYERS} layers"),
@@ -94,17 +95,16 @@ def table(layers: int, figures: dict) -> str:
         ("wall time, of zeros", f"{figures['wall']:.0f} s, {figures['wall'] / layers:.1f} s a layer (CPU time {figures['cpu']:.0f} s)"),
     ]
     lines = [f"{date.today()}: Llama 3 70B's shape with zeros for weights, LoRA of rank 16 on all linear layers. {machine()}.", "",
-             "| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows), ""]  # fmt: skip
+             "| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)]  # fmt: skip
     if layers < LAYERS:
-        lines += ["The peak does not depend on the number of layers: tensors come one after another, and the largest are the embedding's.", ""]
-    return "\n".join(lines)
+        lines += ["", "The peak does not depend on the number of layers: what is in flight is bounded, and the largest tensors are the embedding's."]
+    return lines
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__file__, __doc__)
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--work", type=Path, help="a folder on a file system that can punch holes")
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker is not None:
@@ -118,9 +118,7 @@ def main() -> None:
         write_adapter(work / "adapter", work / "base", zero=True)
         command = [sys.executable, __file__, "--worker", str(work)]
         child = subprocess.run(command, env=worker_environment(), stdout=subprocess.PIPE, text=True, check=True)
-    text = table(arguments.layers, json.loads(child.stdout.splitlines()[-1]))
-    print(text)
-    arguments.output.write_text(text, encoding="utf-8")
+    publish(table(arguments.layers, json.loads(child.stdout.splitlines()[-1])), arguments.output)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,11 @@ Prints a Markdown table and writes it to benchmarks/repeatability.md.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
+
+from page import command_line, publish
 
 from olpack.compare.results import QuantResult, Spread, read_results
 from olpack.compare.table import plain
@@ -57,23 +58,20 @@ def table(first: list[QuantResult], second: list[QuantResult]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__file__, __doc__)
     parser.add_argument("first", type=Path, help="results.json")
     parser.add_argument("second", type=Path, help="results.json of the same files, measured anew")
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
     arguments = parser.parse_args()
     one, two = read_results(arguments.first), read_results(arguments.second)
     same = all([answer.text for answer in a.answers] == [answer.text for answer in b.answers] for a, b in zip(one.quants, two.quants, strict=True))
-    text = "\n".join([
+    publish([
         f"{date.today()}, {one.machine.cpu}, {one.machine.cores} cores, {one.machine.busy:.0%} and {two.machine.busy:.0%} used by others. "
         f"{', '.join(quant.quant for quant in one.quants)}; of each figure, the quant that differs most.",
         "",
         "| figure | quant | first | second | difference | stated spread | difference / spread |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
-        *table(one.quants, two.quants), "", f"Answers at temperature 0 are {'the same' if same else 'NOT the same'}.", "",
-    ])  # fmt: skip
-    print(text)
-    arguments.output.write_text(text, encoding="utf-8")
+        *table(one.quants, two.quants), "", f"Answers at temperature 0 are {'the same' if same else 'NOT the same'}.",
+    ], arguments.output)  # fmt: skip
 
 
 if __name__ == "__main__":

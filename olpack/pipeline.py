@@ -36,7 +36,7 @@ ADAPTER = "adapter"  # beside the names of quants: what the export makes of an a
 # Raised when the same inputs would no longer give the same outputs.
 _OF_THE_MACHINE = ("train.micro_batch_tokens", "train.gradient_checkpointing")  # decide memory and speed, not what is learned
 _OF_THE_SPEED = ("num_ctx", "num_batch", "num_gpu", "num_thread", "use_mmap")
-_VERSIONS = {"train": 1, "importance": 1, "sensitivity": 1, "export": 1, "modelfiles": 1, "deploy": 1, "compare": 1}
+_VERSIONS = {"train": 1, "importance": 1, "sensitivity": 1, "export": 2, "modelfiles": 1, "deploy": 1, "compare": 1}
 
 # Of the training rows, at most so many tokens are read for an importance matrix. 2,048 served as well as 72,895 did (benchmarks/importance.md);
 # sixteen times as many leave that for each expert where a token is sent to one in sixteen of them (8 of 128).

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import os
-import random
-from bisect import bisect_right
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from olpack import __version__, progress
+from olpack import progress
 from olpack.errors import OlpackError
-from olpack.pipeline import ADAPTER, IMPORTANCE_TOKENS, SENSITIVITY_TOKENS
+from olpack.export_stage import export as export
+from olpack.export_stage import said_of_a_file, write_quants
+from olpack.pipeline import ADAPTER
 from olpack.quants import quant_type
 from olpack.workspace import file_digest, template_source, value_digest, write_atomically
 
 if TYPE_CHECKING:
-    from olpack.data import TokenRow
     from olpack.pipeline import Build, Step
 
 _ANSWERED = 3  # held-out requests that every quant answers where the recipe has no prompts
@@ -37,124 +34,6 @@ def train(build: Build, steps: list[Step]) -> None:
                  f"({result.learned_tokens:,} learned tokens, {result.padding_share:.0%} padding)")
     outputs = sorted(path for path in paths.adapter.iterdir() if path.is_file())
     build.finish(step, outputs, {**asdict(result), "adapter_digest": file_digest(paths.adapter / "adapter_model.safetensors")})
-
-
-def export(build: Build, steps: list[Step]) -> None:
-    """Merge, convert and quantize in one pass; a GGUF for each stale step. An adapter package gets quants of its base, and a LoRA GGUF.
-
-    Where an importance matrix is to be collected first, or the sensitivity to be measured, the quants that do without make a pass of their
-    own before it.
-    """
-    for left in (build.paths.importance_source, build.paths.sensitivity_source):
-        left.unlink(missing_ok=True)  # of a build that was killed
-    if alone := [step for step in steps if step.unit == f"export-{ADAPTER}"]:
-        _export_adapter(build, alone[0])
-    quants = [step for step in steps if step not in alone]
-    if waiting := build.uncollected(quants):
-        _export_quants(build, [step for step in quants if step not in waiting])
-        _collect_importance(build)
-        quants = waiting
-    if budgets := build.unmeasured(quants):
-        _export_quants(build, [step for step in quants if step not in budgets])
-        _measure_sensitivity(build)
-        quants = budgets
-    _export_quants(build, quants)
-
-
-def _export_adapter(build: Build, step: Step) -> None:
-    from olpack.export.lora import export_adapter
-
-    path = build.paths.gguf(ADAPTER)
-    with progress.task("exporting the adapter"):
-        size, sha256 = export_adapter(build.base.path, build.paths.adapter, path)
-    build.finish(step, [path], {"size": size, "sha256": sha256}, {path: sha256})
-    progress.say(f"wrote {path} ({progress.quantity(size, 'B')})")
-
-
-def _export_quants(build: Build, steps: list[Step]) -> None:
-    from olpack.export import Target, export
-
-    if not steps:
-        return
-    paths = {step.unit: build.paths.gguf(step.inputs["quant"]) for step in steps}
-    targets = [Target(step.inputs["quant"], paths[step.unit]) for step in steps]
-    adapter = None if build.paths.base else build.paths.adapter
-    importance = build.importance_file if any(build.weighs(step.inputs["quant"]) for step in steps) else None
-    sensitivity = build.paths.sensitivity if any(quant_type(step.inputs["quant"]).budget for step in steps) else None
-    files = export(build.base.path, targets, adapter=adapter, importance=importance, tensor_types=build.recipe.export.tensor_types,
-                   sensitivity=sensitivity, **_said_of_a_file(build))
-    for step, file in zip(steps, files, strict=True):
-        figures = {"size": file.size, "sha256": file.sha256, "bits_per_weight": file.bits_per_weight, "parameters": file.parameters}
-        build.finish(step, [paths[step.unit]], figures, {paths[step.unit]: file.sha256})
-    made = ", ".join(f"{file.quant} {progress.quantity(file.size, 'B')}" for file in files)
-    progress.say(f"wrote {made} to {next(iter(paths.values())).parent}")
-
-
-def _said_of_a_file(build: Build) -> dict:
-    """What every GGUF of a build says beside its weights, as arguments of `export`. One that packages share says nothing of either."""
-    from olpack.deploy.chat_template import pins_for, protect
-
-    template, base = build.renderer.tokenizer.chat_template, build.paths.base
-    return {
-        "name": build.model_name,
-        "chat_template": protect(template, pins_for(template, {})),
-        # What ends a turn is what training saw there, whatever the tokenizer calls it.
-        "end_of_turn": build.renderer.end_of_turn(build.rows[0][0]),
-        "metadata": {
-            "olpack.version": __version__,
-            "olpack.base": build.recipe.base,
-            "olpack.base_digest": build.base.digest,
-            **({} if base else {"olpack.training": value_digest(build.inputs("train"))}),
-            **({"general.license": build.base.license} if build.base.license else {}),
-        },
-    }
-
-
-def _collect_importance(build: Build) -> None:
-    """Read training rows with the largest quant that needs no matrix, or with a Q8_0 file that is there for this only."""
-    from olpack.export import Target, collect_importance, export
-
-    step, rows = build.step("importance"), _sample(build.rows[0], IMPORTANCE_TOKENS)
-    at_hand = [build.paths.gguf(quant) for quant in build.unweighed]
-    source = max(at_hand, key=lambda path: path.stat().st_size, default=build.paths.importance_source)
-    try:
-        if not at_hand:
-            export(build.base.path, [Target("Q8_0", source)], adapter=build.paths.adapter)
-        collect_importance(source, [row.ids for row in rows], build.paths.importance, dataset=build.recipe.data.train)
-    finally:
-        build.paths.importance_source.unlink(missing_ok=True)
-    tokens = sum(len(row.ids) for row in rows)
-    build.finish(step, [build.paths.importance], {"rows": len(rows), "tokens": tokens})
-    progress.say(f"collected the importance matrix on {tokens:,} tokens of {len(rows):,} training rows")
-
-
-def _measure_sensitivity(build: Build) -> None:
-    """Round one matrix of the unquantized fine-tune after the other and read training rows: a 16-bit file is there for this only."""
-    from olpack.compare.yardstick import REFERENCE_QUANTS
-    from olpack.export import Target, export, measure_sensitivity
-
-    paths, step = build.paths, build.step("sensitivity")
-    rows = _sample(build.rows[0], SENSITIVITY_TOKENS, lambda row: row.learned_count)
-    try:
-        for quant in REFERENCE_QUANTS:
-            export(build.base.path, [Target(quant, paths.sensitivity_source)], adapter=paths.adapter)
-            if measure_sensitivity(paths.sensitivity_source, [row.ids for row in rows], [row.learned for row in rows], paths.sensitivity,
-                                   key=value_digest([step.key, quant]), importance=build.importance_file):
-                break
-        else:
-            raise OlpackError("The unquantized fine-tune's probabilities are no numbers.", "Train again with a lower learning rate.")
-    finally:
-        paths.sensitivity_source.unlink(missing_ok=True)
-    answers = sum(row.learned_count for row in rows)
-    build.finish(step, [paths.sensitivity], {"rows": len(rows), "learned_tokens": answers})
-    progress.say(f"measured what each matrix loses on {answers:,} answer tokens of {len(rows):,} training rows")
-
-
-def _sample(rows: list[TokenRow], tokens: int, count: Callable[[TokenRow], int] = lambda row: len(row.ids)) -> list[TokenRow]:
-    """Rows drawn from all over the data, the same ones each time, with at most so many tokens as `count` counts them (but one row at least)."""
-    drawn = random.Random(0).sample(rows, len(rows))
-    ends = list(accumulate(map(count, drawn)))
-    return drawn[: max(1, bisect_right(ends, tokens))]
 
 
 def modelfiles(build: Build, steps: list[Step]) -> None:
@@ -185,21 +64,21 @@ def deploy(build: Build, steps: list[Step]) -> None:
 
     client, (step,) = OllamaClient(), steps
     client.require()
-    records, known = [], registered(build)
+    known = {record.model: record for record in registered(build)}
     for file in registrable(build):
-        records += register(client, build.recipe.name, [file], build.package, before=known)
+        (record,) = register(client, build.recipe.name, [file], build.package, before=list(known.values()))
+        known[record.model] = record
         # Written down after each tag: what is on the server must be known, to be removed or left alone, should the next one fail.
-        known = [record for record in known if record.model != records[-1].model] + records[-1:]
-        build.remember(step, {"registered": [asdict(record) for record in known]})
-    conversations = questions(build)
-    identity = check_identity(client, records[0].model, build.renderer.tokenizer, conversations)
+        build.remember(step, {"registered": [asdict(record) for record in known.values()]})
+    models, conversations = [f"{build.recipe.name}:{quant.tag}" for quant in build.quants], questions(build)
+    identity = check_identity(client, models[0], build.renderer.tokenizer, conversations)
     identity.require()
     progress.say(identity.summary())
-    for record in records:
-        answered = smoke(client, record.model, conversations[0])
+    for model in models:
+        answered = smoke(client, model, conversations[0])
         if not answered.stopped:
-            progress.warn(f"{record.model} was cut after {answered.tokens} tokens: it may not know when to stop")
-    build.finish(step, [], {"registered": [asdict(record) for record in known], "identity": identity.summary()})
+            progress.warn(f"{model} was cut after {answered.tokens} tokens: it may not know when to stop")
+    build.finish(step, [], {"registered": [asdict(record) for record in known.values()], "identity": identity.summary()})
 
 
 def compare(build: Build, steps: list[Step]) -> None:
@@ -227,7 +106,7 @@ def compare(build: Build, steps: list[Step]) -> None:
     if failed := [quant.quant for quant in results.quants if any(flag.code == "failed" for flag in quant.flags)]:
         progress.warn(f"{', '.join(failed)} could not be measured; {again}")
     if results.flags:
-        progress.warn(f"{' '.join(flag.text for flag in results.flags)} So what the quants lost against the unquantized fine-tune is not known; "
+        progress.warn(f"{' '.join(flag.text for flag in results.flags)} So not all that the quants are held against is known; "
                       f"{again}, with `--set compare.reference=false` it does without")
     if failed or results.flags:
         build.remember(step, outcome)
@@ -236,35 +115,51 @@ def compare(build: Build, steps: list[Step]) -> None:
 
 
 def _yardstick(build: Build):
-    """The unquantized fine-tune, and the untuned base at Q8_0, or at the largest quant that is made where that is none of them."""
+    """The unquantized fine-tune, the untuned base at Q8_0, or at the largest quant that is made where that is none of them, and the quants that
+    have an importance matrix without it."""
     from olpack.compare import Yardstick
-    from olpack.export import Target, export
+    from olpack.export import Target
+    from olpack.export import export as write_files
+    from olpack.llamacpp.source import VERSION
 
-    training, version = build.result("train")["adapter_digest"], build.inputs("export")["llama.cpp"]
+    training = build.result("train")["adapter_digest"]
 
     def write(quant: str, path: Path, adapter: Path | None) -> None:
-        export(build.base.path, [Target(quant, path)], adapter=adapter, **_said_of_a_file(build))
+        write_files(build.base.path, [Target(quant, path)], adapter=adapter, **said_of_a_file(build))
 
     return Yardstick(
         folder=build.paths.compare / "temporary",
         write_reference=partial(write, adapter=build.paths.adapter),
-        reference_key=value_digest([build.base.digest, training, version]),
+        reference_key=value_digest([build.base.digest, training, VERSION]),
         write_base=partial(write, adapter=None),
-        base_key=value_digest([build.base.digest, version]),
+        base_key=value_digest([build.base.digest, VERSION]),
         base_quant=max(quant_files(build), key=lambda file: (file.quant == "Q8_0", file.size)).quant,
+        write_unweighed=lambda quant, path: write_quants(build, {quant: path}, None),
+        unweighed_keys=_unweighed_keys(build),
     )
+
+
+def _unweighed_keys(build: Build) -> dict[str, str]:
+    """Identity of what the quants with an importance matrix are without it, by quant. Those that cannot be made without are left out."""
+    keys = {}
+    for quant in build.quants:
+        if build.weighs(quant.name) and not build.result(f"export-{quant.name}")["needs_importance"]:
+            inputs = build.inputs("export", quant.name)
+            keys[quant.name] = value_digest({name: value for name, value in inputs.items() if name != "export.importance"})
+    return keys
 
 
 def quant_files(build: Build) -> list:
     """The exported GGUFs as the compare room takes them."""
-    from olpack.compare.measure import QuantFile
+    from olpack.compare import QuantFile
 
     files = []
     for quant in build.quants:
         made = build.result(f"export-{quant.name}")
         adapter = build.paths.gguf(ADAPTER) if build.paths.base else None
         size = made["size"] + (build.result(f"export-{ADAPTER}")["size"] if adapter else 0)
-        files.append(QuantFile(quant.name, quant.tag, build.paths.gguf(quant.name), size, made["bits_per_weight"], made["sha256"], adapter))
+        types = made["types"] if quant.budget else {}
+        files.append(QuantFile(quant.name, quant.tag, build.paths.gguf(quant.name), size, made["bits_per_weight"], made["sha256"], adapter, types))
     return files
 
 

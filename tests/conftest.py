@@ -9,6 +9,15 @@ import pytest
 from ollama_double import OllamaDouble
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_export_worker() -> Iterator[None]:
+    """Exports of all tests in this process share a worker, whose start takes some seconds. Tests that end a worker start one of their own."""
+    from olpack.export.client import one_worker
+
+    with one_worker():
+        yield
+
+
 @pytest.fixture
 def ollama_double(tmp_path: Path) -> Iterator[OllamaDouble]:
     """A double of an Ollama server, empty, on a port of its own."""

@@ -23,14 +23,17 @@ def built(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("adapters")
     make_workspace(root, write_base(root / "model"))
     recipe = root / "modelfiles/oracle/recipe.yaml"
-    recipe.write_text(recipe.read_text() + "package: adapter\n")
+    recipe.write_text(recipe.read_text().replace("compare: {", "compare: {reference: false, ") + "package: adapter\n")
     shutil.copytree(root / "modelfiles/oracle", root / "modelfiles/prophet")
+    other = root / "modelfiles/prophet/recipe.yaml"
+    other.write_text(other.read_text().replace("epochs: 12", "epochs: 1"))
     write_rows(root / "modelfiles/prophet/train.jsonl", 12, first=500)
     code, _, said = olpack(root, "build", "oracle")
     assert code == 0, said
     before = files(root / "build/bases")
-    code, _, said = olpack(root, "build", "prophet")
-    assert code == 0, said
+    for words in (["train"], ["export"], ["build", "--only", "modelfiles"]):
+        code, _, said = olpack(root, *words, "prophet")
+        assert code == 0, said
     assert {name: when for name, when in files(root / "build/bases").items() if name in before} == before
     return root
 

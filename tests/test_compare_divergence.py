@@ -14,9 +14,10 @@ import torch
 from test_compare_measure import SETTINGS, quant_file
 
 from olpack.compare import Yardstick, measure
-from olpack.compare.divergence import LogitsWriter, kl_divergence, log_softmax, open_logits, summarize
+from olpack.compare.divergence import LogitsWriter, open_logits, summarize
 from olpack.data.rows import TokenRow
 from olpack.errors import OlpackError
+from olpack.llamacpp.logits import kl_divergence, log_softmax
 
 FAST = dataclasses.replace(SETTINGS, prompt_lengths=(16,), repeats=1)
 KINDS = ("F16", "BF16", "Q8_0", "Q4_0")
@@ -126,6 +127,29 @@ def test_the_reference_is_made_only_where_a_figure_needs_it(folder, rows, tmp_pa
     assert wrote == ["F16", "base Q8_0", "F16"] and more.quants[1].divergence and more.quants[:1] == first.quants
     measure(files, rows, [], FAST, None, "tiny", tmp_path / "cache", dataclasses.replace(asked, reference_key="other"))
     assert wrote[3:] == ["F16", "base Q8_0"]
+
+
+def test_what_an_importance_matrix_gave_is_measured_on_a_file_that_is_there_for_this_only(folder, rows, tmp_path):
+    """Q4_0 stands for a quant without its matrix, whose file with it is Q8_0."""
+    wrote: list[str] = []
+
+    def write_unweighed(quant: str, path: Path) -> None:
+        assert quant == "Q8_0" and not list(path.parent.glob("*.gguf"))
+        path.write_bytes((folder / "Q4_0.gguf").read_bytes())
+        wrote.append("without")
+
+    asked = yardstick(folder, tmp_path, wrote, write_base=None, write_unweighed=write_unweighed, unweighed_keys={"Q8_0": "c"})
+    files = [quant_file(folder, "Q8_0"), quant_file(folder, "Q4_0")]
+    first = measure(files, rows, [], FAST, None, "tiny", tmp_path / "cache", asked)
+    assert wrote == ["F16", "without"] and not (tmp_path / "temporary").exists()
+    weighed, unweighed = first.quants
+    assert weighed.divergence_without_importance == unweighed.divergence and unweighed.divergence_without_importance is None
+    assert measure(files, rows, [], FAST, None, "tiny", tmp_path / "cache", asked).quants == first.quants and len(wrote) == 2
+
+    # A comparison that was interrupted before it goes on there.
+    (tmp_path / "cache/q8_0.divergence-unweighed.json").unlink()
+    assert measure(files, rows, [], FAST, None, "tiny", tmp_path / "cache", asked).quants == first.quants
+    assert wrote == ["F16", "without"] * 2
 
 
 def test_only_whole_rows_whose_logits_fit_are_compared(folder, rows, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from html import unescape
 from html.parser import HTMLParser
 
 import pytest
-from test_compare_results import TOKENS, against_the_unquantized, four, quant, results
+from test_compare_results import TOKENS, against_the_unquantized, four, quant, results, with_choices
 
 from olpack import workspace
 from olpack.compare import Results, render_report, write_report
@@ -121,7 +121,7 @@ def test_the_report_needs_nothing_from_outside(tmp_path, template):
     assert page.count("<svg") == 3 and "Take Q4_K_M" in page and "2.50" in page and "Prompt identical: 42/42" in page
 
 
-@pytest.mark.parametrize("make", [four, arabic, served, lambda: with_tasks(arabic(), (1, 1), (0, 1), (0.5, 1), (1, 1))])
+@pytest.mark.parametrize("make", [four, arabic, served, lambda: with_choices(four()), lambda: with_tasks(arabic(), (1, 1), (0, 1), (0.5, 1), (1, 1))])
 def test_every_tag_is_closed(make, template):
     Tags(render_report(make(), template))
 
@@ -160,6 +160,15 @@ def test_the_report_says_what_the_fine_tune_gave_and_the_quants_took(template):
     loss = f"{100 * made.quants[0].loss.relative:+.2f}%"
     assert row_of(page, "base, Q8_0")[1] == row_of(page, "Q4_0")[1] == loss and row_of(page, "unquantized")[1] == "best"
     assert "KL divergence" not in render_report(four(), template)
+
+
+def test_the_report_says_what_the_importance_matrix_gave_and_which_types_a_budget_chose(template):
+    page = render_report(with_choices(four()), template)
+    table = re.search(r"What the importance matrix gave.*?</table>", page, re.DOTALL)[0]
+    assert all(figure in table for figure in (">3.33<", ">12.50<", ">-73.33%<", "± 2.52%")) and table.count("<tr") == 2
+    assert "<dt>Q4_K_M</dt><dd>token_embd q6_K, attn_v q6_K ×6 q5_K ×2, ffn_down q4_K ×8</dd>" in page
+    plain = render_report(against_the_unquantized(four()), template)
+    assert "importance matrix" not in plain and "budgets chose" not in plain
 
 
 def row_of(page: str, name: str) -> list[str]:

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from olpack.compare import Results, print_table, read_results, recommend, write_results
+from olpack.compare import Results, markdown_table, print_table, read_results, recommend, write_results
 from olpack.compare.answers import flags_of
+from olpack.compare.choices import gains, types_in_short
+from olpack.compare.csv import to_csv
 from olpack.compare.divergence import summarize
 from olpack.compare.perplexity import paired_loss, perplexity
 from olpack.compare.recommend import set_losses
@@ -158,6 +160,30 @@ def against_the_unquantized(made: Results) -> Results:
     made.reference = Reference(quant="F16", perplexity=made.quants[-1].perplexity)
     made.base = BaseResult(quant="Q8_0", perplexity=made.quants[0].perplexity, divergence=made.quants[0].divergence)
     return made
+
+
+def with_choices(made: Results) -> Results:
+    """Q4_0 has an importance matrix, with which its rows lose a half, a quarter and a quarter of what they do without; Q4_K_M is a budget."""
+    made = against_the_unquantized(made)
+    without = made.quants[0].divergence
+    weighed = [sum_ * share for sum_, share in zip(without.row_kl, (0.5, 0.25, 0.25), strict=True)]
+    made.quants[0].divergence = without.model_copy(update={"row_kl": weighed, "mean": sum(weighed) / without.tokens})
+    made.quants[0].divergence_without_importance = without
+    made.quants[1].types = {"token_embd": {"q6_K": 1}, "attn_v": {"q5_K": 2, "q6_K": 6}, "ffn_down": {"q4_K": 8}}
+    return made
+
+
+def test_what_was_chosen_for_a_quant_and_what_it_gave_is_told():
+    made = with_choices(four())
+    # By hand: S = (2.5, 2.5, 15), T = (5, 10, 60), share 20/75; deviations 2.5 - 4/3, 2.5 - 8/3, 15 - 16.
+    (gain,) = gains(made)
+    error = math.sqrt(3 / 2 * ((7 / 6) ** 2 + (1 / 6) ** 2 + 1)) / 75
+    assert (gain.quant, gain.change, gain.standard_error) == ("Q4_0", pytest.approx(20 / 75 - 1), pytest.approx(error))
+    short = types_in_short(made.quants[1].types)
+    assert short == "token_embd q6_K, attn_v q6_K ×6 q5_K ×2, ffn_down q4_K ×8"
+    text = printed(made)
+    assert "Q4_0: KL mean 3.33 mnat with the importance matrix, 12.50 without: -73.3 ± 2.5%" in text and f"Q4_K_M: {short}" in text
+    assert "12.50 without: -73.3" in markdown_table(made) and "kl_divergence_without_importance" in to_csv(made).splitlines()[0]
 
 
 def test_quality_has_a_table_of_its_own_where_there_is_more_of_it():

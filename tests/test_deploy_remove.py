@@ -13,7 +13,6 @@ from olpack.deploy import Package
 from olpack.deploy.client import OllamaClient
 from olpack.deploy.register import QuantFile, Registered, register
 from olpack.deploy.remove import owned, remove
-from olpack.errors import OlpackError
 
 PACKAGE = Package(parameters={"num_ctx": 2048})
 
@@ -78,18 +77,6 @@ def test_weights_that_the_server_rewrote(ollama_double: OllamaDouble, client: Ol
     client.upload(files[0].path, digest)
     ollama_double.store.primed[digest] = dataclasses.replace(ollama_double.store.facts(digest), rewritten_as=other)
     assert remove(client, "coder", register(client, "coder", files[:1], PACKAGE)) == ["coder:q4_0"]
-
-
-def test_some_tags(client: OllamaClient, records: list[Registered]) -> None:
-    assert remove(client, "coder", records, ["Q4_k_m", "latest"]) == ["coder:q4_K_M", "coder:latest"]
-    assert _names(client) == ["coder:q4_0"]
-
-
-def test_a_tag_that_is_not_ours_is_refused(client: OllamaClient, records: list[Registered]) -> None:
-    client.copy("coder:q4_0", "coder:mine")
-    with pytest.raises(OlpackError, match=r"coder:mine is not olpack's.*'ollama rm coder:mine'"):
-        remove(client, "coder", records, ["q4_0", "mine"])
-    assert _names(client) == ["coder:latest", "coder:mine", "coder:q4_0", "coder:q4_K_M"]
 
 
 def _uploaded(client: OllamaClient, file: QuantFile) -> str:

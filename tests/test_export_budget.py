@@ -158,6 +158,8 @@ def test_the_file_is_llama_cpps_with_these_types(model, importance, sensitivity,
     reader = gguf.GGUFReader(file.path)
     types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors if tensor.tensor_type.name != "F32"}
     assert {types[f"blk.{layer}.attn_v.weight"] for layer in (0, 1)} == {"Q6_K"}
+    assert sum(sum(counts.values()) for counts in file.types.values()) == len(types) and file.types["attn_v"] == {"q6_K": 2}
+    assert not file.needs_importance
     if budget == "9bpw":  # more than there is to spend
         assert set(types.values()) == {"Q6_K", "Q8_0"}
     mix = next(name for name in ("Q4_K_S", "Q4_K_M", "Q5_K_S", "Q8_0", "Q3_K_M", "Q3_K_L", "Q5_K_M", "Q6_K")
@@ -198,7 +200,9 @@ def test_a_build_with_a_budget(tmp_path, ollama_double):
     made = files(build)
     assert {"gguf/oracle-5BPW.gguf", "modelfiles/5bpw.Modelfile", "sensitivity.json", "stages/sensitivity.json"} <= set(made)
     assert "sensitivity-source.gguf" not in made
-    assert [quant["tag"] for quant in json.loads((build / "compare/results.json").read_text())["quants"]] == ["5bpw"]
+    (compared,) = json.loads((build / "compare/results.json").read_text())["quants"]
+    assert compared["tag"] == "5bpw" and sum(compared["types"]["attn_v"].values()) == 2
+    assert "Types that the budgets chose" in (build / "compare/report.html").read_text()
     assert {tag.model for tag in OllamaClient(ollama_double.url).tags()} == {"oracle:5bpw", "oracle:latest"}
 
     # Another budget costs no new measurement, and the first file stays.

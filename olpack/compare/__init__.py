@@ -7,7 +7,7 @@
 
 Public here:
     MeasureSettings, QuantFile      what to measure
-    Yardstick                       the unquantized fine-tune and the base to hold it against
+    Yardstick                       what to hold it against: the unquantized fine-tune, the base, quants without their importance matrix
     measure(files, rows, prompts, settings, server, name, cache, yardstick) -> Results
     Results, read_results(path), write_results(results, path)
     recommend(results) -> Recommendation | None    (measure has already put it into the results)
@@ -17,10 +17,11 @@ Public here:
 
 from __future__ import annotations
 
-from olpack.compare.measure import MeasureSettings, QuantFile, measure
+from olpack.compare.measure import measure
 from olpack.compare.recommend import recommend
 from olpack.compare.report import render_report, write_report
 from olpack.compare.results import Results, read_results, write_results
+from olpack.compare.settings import MeasureSettings, QuantFile
 from olpack.compare.table import markdown_table, print_table
 from olpack.compare.yardstick import Yardstick
 

@@ -21,13 +21,6 @@ _RESAMPLES = 1000
 _PERCENTILE = 0.99
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Natural-log probabilities of logits, over the last axis, in float64."""
-    shifted = logits.astype(np.float64)
-    shifted -= shifted.max()
-    return shifted - np.log(np.exp(shifted).sum())
-
-
 class LogitsWriter:
     """Keeps a reference's logits over the learned tokens of whole rows, from the first on, for as long as they fit into `LOGITS_BYTES`.
 
@@ -81,11 +74,6 @@ def open_logits(path: Path, positions: int, vocabulary: int) -> np.ndarray:
     if path.stat().st_size != 4 * positions * vocabulary:
         raise OlpackError("This file's vocabulary is not that of the unquantized model, so their predictions cannot be compared.", "Export it again.")
     return np.memmap(path, np.float32, "r", shape=(positions, vocabulary))
-
-
-def kl_divergence(reference: np.ndarray, quant: np.ndarray) -> float:
-    """KL(reference ‖ quant) = Σ p·(ln p - ln q) in nats, from the natural-log probabilities of both, shape [vocabulary]."""
-    return float(np.dot(np.exp(reference), reference - quant))
 
 
 def summarize(reference: str, rows: Sequence[Sequence[float]], same_top: Sequence[int]) -> Divergence:

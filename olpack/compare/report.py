@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from olpack.compare.choices import gains, types_in_short
 from olpack.compare.differences import Said, group_answers, split_blocks
 from olpack.compare.perplexity import paired_loss
 from olpack.compare.plot import plot_divergence, plot_loss, plot_quality
@@ -44,6 +45,8 @@ def render_report(results: Results, template: str, metrics: Path | None = None, 
         "share": share,
         "error": _error,
         "loss": _loss,
+        "change": _change,
+        "types": types_in_short,
         "blocks": lambda text: split_blocks([("same", text)]),
     }
     loss_plot = plot_loss(_read_metrics(metrics))
@@ -58,6 +61,7 @@ def render_report(results: Results, template: str, metrics: Path | None = None, 
             flags=_flags(results),
             lengths=_lengths(results),
             losses=_losses(results),
+            gains=gains(results),
             answers=[
                 _said(results, [quant.answers and quant.answers[at] for quant in results.quants]) for at in range(len(results.prompts))
             ],
@@ -244,8 +248,12 @@ def _error(value: float | None) -> str:
 
 
 def _loss(loss: Loss) -> tuple[str, str]:
+    return _change(loss.relative, loss.standard_error)
+
+
+def _change(value: float, error: float | None) -> tuple[str, str]:
     """ "+0.49%" and "± 0.21%"."""
-    return f"{100 * loss.relative:+.2f}%", "" if loss.standard_error is None else f"± {100 * loss.standard_error:.2f}%"
+    return f"{100 * value:+.2f}%", "" if error is None else f"± {100 * error:.2f}%"
 
 
 def _range(spread: Spread | None) -> str:

@@ -174,12 +174,18 @@ class QuantResult(_Record):
     sha256: str
     size_bytes: int
     bits_per_weight: float | None = None
+    types: dict[str, dict[str, int]] = Field(
+        {}, description='of a budget: how many matrices of each kind were given which type, {"attn_v": {"q6_K": 8}}; empty for a mix of llama.cpp\'s'
+    )
     parameters: str | None = Field(None, description='of a model that only a server has: what it says of its size, "7.6B"')
     quantization: str | None = Field(None, description='of such a model: what the server says of its type, "Q4_K_M"')
     speed: Speed | None = None
     perplexity: Perplexity | None = None
     loss: Loss | None = None
     divergence: Divergence | None = Field(None, description="null without an unquantized reference")
+    divergence_without_importance: Divergence | None = Field(
+        None, description="of the file that this quant would be without its importance matrix; null where it has none, or cannot be made without"
+    )
     answers: list[Answer] | None = Field(None, description="one per prompt, in the order of `Results.prompts`")
     task_answers: list[Answer] | None = Field(None, description="one per task, in the order of `Results.tasks`")
     scores: Scores | None = None

@@ -9,27 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import TypeAdapter
-
 from olpack import progress
-from olpack.compare import speed
+from olpack.compare import keys, speed
 from olpack.compare.answers import flags_of
 from olpack.compare.cache import Cache
 from olpack.compare.flags import flag_answers
 from olpack.compare.language import Scripts
 from olpack.compare.machine import describe_machine
-from olpack.compare.measure import MeasureSettings, describe_tasks
-from olpack.compare.results import SCHEMA_VERSION, Answer, Flag, QuantResult, Results, Scores
+from olpack.compare.outcome import gather, quant_result
+from olpack.compare.results import Answer, Results
 from olpack.compare.scores import check_answers
+from olpack.compare.settings import MeasureSettings
 from olpack.compare.units import Units
 from olpack.deploy.names import same
 from olpack.errors import OlpackError
-from olpack.tasks import function_files
-from olpack.workspace import file_digest
 
 if TYPE_CHECKING:
     from ollama import ListResponse
@@ -61,15 +57,15 @@ def compare_served(
             flagged in its result and does not stop the others.
     """
     listed = [_find(client, model) for model in models]
-    version = client.version()
+    version, names = client.version(), [model.model for model in listed]
     machine = describe_machine(version)
-    depends = _dependencies(client, version, machine.cpu, prompts, tasks, settings)
+    engine = f"Ollama {version}, {client.url}"
+    depends = keys.of_speed(engine, machine.cpu, settings) | keys.of_answers(engine, prompts, tasks, settings)
     store = Cache(cache)
     known = [
         Units(store, model.model.replace("/", "+").replace(":", "+"), {unit: rest | {"file": model.digest} for unit, rest in depends.items()})
         for model in listed
     ]
-    names = [model.model for model in listed]
     problems = speed.measure_speeds(known, speed.served(client, names, known, settings), settings.repeats)
     quants = []
     for model, units, failed in zip(listed, known, problems, strict=True):
@@ -80,14 +76,10 @@ def compare_served(
             check_answers(tasks, units, model.model)
         except OlpackError as error:
             failed.append(error)
-        quants.append(_result(model, units, version, failed, settings))
+        figures = speed.speed_of(units, engine=f"Ollama {version}", threads=None, generated_tokens=settings.generated_tokens)
+        quants.append(quant_result(units, figures, failed, **_identity(model)))
         flag_answers(quants[-1], prompts, Scripts(()))
-    if any(problems) and not any(quant.speed or quant.answers for quant in quants):
-        raise next(failed[0] for failed in problems if failed)
-    return Results(
-        name=" · ".join(names), created=datetime.now(UTC).isoformat(timespec="seconds"), machine=machine,
-        settings=TypeAdapter(MeasureSettings).dump_python(settings, mode="json"), prompts=list(prompts), quants=quants, tasks=describe_tasks(tasks),
-    )  # fmt: skip
+    return gather(" · ".join(names), machine, settings, prompts, tasks, quants, problems)
 
 
 def _find(client: OllamaClient, model: str) -> ListResponse.Model:
@@ -97,26 +89,6 @@ def _find(client: OllamaClient, model: str) -> ListResponse.Model:
         there = ", ".join(tag.model for tag in client.tags()) or "none"
         raise OlpackError(f"The Ollama server at {client.url} has no model {wanted}.", f"It has: {there}. `ollama pull {model}` fetches one.")
     return found
-
-
-def _dependencies(
-    client: OllamaClient, version: str | None, cpu: str, prompts: Sequence[list[dict]], tasks: Sequence[Task], settings: MeasureSettings
-) -> dict[str, dict]:
-    """What each unit depends on, beside the model."""
-    served = {"schema": SCHEMA_VERSION, "engine": f"Ollama {version}, {client.url}", "cpu": cpu, "context": settings.context}
-    timed = served | {
-        "prompt_lengths": list(settings.prompt_lengths), "generated_tokens": settings.generated_tokens, "repeats": settings.repeats
-    }  # fmt: skip
-    asked = served | {"tokens": settings.answer_tokens}
-    checks = [[task.check, [str(part) for part in task.expected]] for task in tasks]
-    return {
-        **dict.fromkeys(speed.UNITS, timed),
-        speed.CONCURRENCY: timed | {"clients": list(settings.clients)},
-        "answers": asked | {"prompts": list(prompts)},
-        "tasks": asked | {"prompts": [task.messages for task in tasks]},
-        "scores": asked | {"prompts": [task.messages for task in tasks], "checks": checks,
-                           "functions": [file_digest(path) for path in function_files(tasks)]},
-    }  # fmt: skip
 
 
 def _answer(
@@ -139,18 +111,12 @@ def _answer(
     return []
 
 
-def _result(model: ListResponse.Model, units: Units, version: str | None, problems: list[OlpackError], settings: MeasureSettings) -> QuantResult:
-    found = units.found
+def _identity(model: ListResponse.Model) -> dict:
     details = model.details
-    return QuantResult(
-        quant=model.model, tag=model.model, file="", sha256=model.digest, size_bytes=model.size,
-        parameters=details.parameter_size if details else None, quantization=details.quantization_level if details else None,
-        speed=speed.speed_of(units, engine=f"Ollama {version}", threads=None, generated_tokens=settings.generated_tokens),
-        answers=[Answer.model_validate(answer) for answer in found["answers"]["answers"]] if "answers" in found else None,
-        task_answers=[Answer.model_validate(answer) for answer in found["tasks"]["answers"]] if "tasks" in found else None,
-        scores=Scores.model_validate(found["scores"]) if "scores" in found else None,
-        flags=[Flag(code="failed", text=text, serious=True) for text in dict.fromkeys(str(error) for error in problems)],
-    )  # fmt: skip
+    return {
+        "quant": model.model, "tag": model.model, "file": "", "sha256": model.digest, "size_bytes": model.size,
+        "parameters": details.parameter_size if details else None, "quantization": details.quantization_level if details else None,
+    }  # fmt: skip
 
 
 def settings_for(client: OllamaClient, models: Sequence[str], settings: MeasureSettings) -> MeasureSettings:

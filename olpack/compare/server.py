@@ -18,7 +18,7 @@ from olpack.errors import OlpackError
 if TYPE_CHECKING:
     from ollama import GenerateResponse, ProcessResponse
 
-    from olpack.compare.measure import MeasureSettings
+    from olpack.compare.settings import MeasureSettings
     from olpack.deploy.client import OllamaClient
 
 _LOADS = 2  # in each round; the very first is discarded

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from olpack.compare.job import Job, SpeedJob
@@ -14,7 +13,7 @@ from olpack.compare.units import Steps, Units, run_worker
 from olpack.errors import OlpackError
 
 if TYPE_CHECKING:
-    from olpack.compare.measure import MeasureSettings, QuantFile
+    from olpack.compare.settings import MeasureSettings, QuantFile
     from olpack.deploy.client import OllamaClient
 
 UNITS = tuple(f"speed-{number}" for number in range(ROUNDS))
@@ -48,7 +47,7 @@ def embedded(files: Sequence[QuantFile], known: Sequence[Units], job: Job, setti
         plan = SpeedJob(
             round=round, repeats=repeats, prompt_lengths=list(settings.prompt_lengths), generated_tokens=settings.generated_tokens
         )
-        return run_worker(job.model_copy(update={"path": Path(file.path), "adapter": file.adapter, "speed": plan}), file.quant, known[index])
+        return run_worker(job.model_copy(update={"path": file.path, "adapter": file.adapter, "speed": plan}), file.quant, known[index])
 
     return visit
 

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from olpack.compare.choices import gains, types_in_short
 from olpack.compare.results import Divergence, Perplexity, QuantResult, Results, Spread
 from olpack.progress import quantity
 
@@ -14,7 +15,7 @@ MISSING = "–"
 
 
 def print_table(results: Results, console: Console | None = None) -> None:
-    """Print the tables, the flags and the recommendation to stdout, or to `console`. Fits 80 columns; medians of the repeats."""
+    """Print the tables, what was chosen for the quants, the flags and the recommendation to stdout, or to `console`. Fits 80 columns; medians of the repeats."""
     console = console or Console()
     chosen = results.recommendation.tag if results.recommendation else None
     # Quality has a table of its own where there is more of it than the perplexity.
@@ -27,6 +28,8 @@ def print_table(results: Results, console: Console | None = None) -> None:
         console.print(_quality(results, chosen))
     if any(quant.suites for quant in results.quants):
         console.print(_suites(results, chosen))
+    for note in _notes(results):
+        console.print(Text(note, style="dim"), soft_wrap=True)
     for flag in results.flags:
         console.print(Text(flag.text, style="yellow"), soft_wrap=True)
     for quant in results.quants:
@@ -51,7 +54,18 @@ def markdown_table(results: Results) -> str:
     measured = f"Measured on {results.machine.cpu}" + (f" with {engine}" if engine else "") + (
         f"; perplexity of the answers in {results.rows.count} held-out rows." if results.rows else "."
     )
-    return "\n".join([*lines, "", measured, *([results.recommendation.reason] if results.recommendation else [])])
+    reason = [results.recommendation.reason] if results.recommendation else []
+    return "\n".join([*lines, "", measured, *reason, *(f"\n{note}." for note in _notes(results))])
+
+
+def _notes(results: Results) -> list[str]:
+    """What importance matrices gave and which types budgets chose, a line for each quant."""
+    notes = []
+    for gain in gains(results):
+        error = "" if gain.standard_error is None else f" ± {100 * gain.standard_error:.1f}"
+        with_it, without = (plain(1000 * divergence.mean) for divergence in (gain.weighed, gain.unweighed))
+        notes.append(f"{gain.quant}: KL mean {with_it} mnat with the importance matrix, {without} without: {100 * gain.change:+.1f}{error}%")
+    return notes + [f"{quant.quant}: {types_in_short(quant.types)}" for quant in results.quants if quant.types]
 
 
 def _table(titles: list[str]) -> Table:

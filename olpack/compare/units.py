@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, closing
+from typing import TypeVar
+
+from pydantic import BaseModel
 
 from olpack import progress
 from olpack.compare.cache import Cache
 from olpack.compare.job import Job
 from olpack.compare.process import events
+from olpack.compare.results import Answer
 from olpack.errors import OlpackError
 
+UNWEIGHED = "divergence-unweighed"  # the divergence that a quant would have without its importance matrix
+
 _NOUNS = {"speed": "runs", "concurrency": "loads", "rows": "rows", "answers": "answers", "tasks": "answers", "suites": "requests"}
+
+Record = TypeVar("Record", bound=BaseModel)
 
 
 def suite_unit(name: str) -> str:
@@ -19,7 +27,7 @@ def suite_unit(name: str) -> str:
 
 
 class Units:
-    """What is known of one file, by unit: "speed", "perplexity", "divergence", "answers", "tasks", "scores".
+    """What is known of one file, by unit: "perplexity", "divergence", "answers", "tasks", "scores", the rounds of speed, suites.
 
     Args:
         cache: where units are looked up and kept.
@@ -36,6 +44,18 @@ class Units:
         for unit, key in keys.items():
             if (data := cache.find(tag, unit, key)) is not None:
                 self.found[unit] = data
+
+    def lacks(self, unit: str) -> bool:
+        """Whether a unit is wanted (it has a key) and not known."""
+        return unit in self._keys and unit not in self.found
+
+    def get(self, unit: str, record: type[Record]) -> Record | None:
+        """What is known of a unit, as a record of the results; None where nothing is."""
+        return record.model_validate(self.found[unit]) if unit in self.found else None
+
+    def answers(self, unit: str) -> list[Answer] | None:
+        """The same of a unit of answers."""
+        return [Answer.model_validate(answer) for answer in self.found[unit]["answers"]] if unit in self.found else None
 
     def add(self, unit: str, data: dict) -> None:
         """Take in what was measured, and keep it if it has a key."""

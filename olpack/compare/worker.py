@@ -29,7 +29,7 @@ import numpy as np
 import psutil
 
 from olpack.compare.answers import flags_of
-from olpack.compare.divergence import LogitsWriter, kl_divergence, log_softmax, open_logits, summarize
+from olpack.compare.divergence import LogitsWriter, open_logits, summarize
 from olpack.compare.energy import joules
 from olpack.compare.job import Job
 from olpack.compare.perplexity import perplexity
@@ -38,6 +38,7 @@ from olpack.compare.rounds import PromptRun, SpeedRound
 from olpack.compare.units import suite_unit
 from olpack.errors import OlpackError
 from olpack.llamacpp.engine import Engine, Sampling, llama_cpp
+from olpack.llamacpp.logits import kl_divergence, log_softmax
 
 _BEFORE_GENERATION = 32  # tokens already in the context when generation is timed
 

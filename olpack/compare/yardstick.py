@@ -1,4 +1,5 @@
-"""What quants are held against: the unquantized fine-tune and the untuned base, made for the comparison and removed after it.
+"""What quants are held against: the unquantized fine-tune, the untuned base, themselves without an importance matrix. All of it is made for
+the comparison, one file at a time, and removed at once.
 
 The unquantized fine-tune is a GGUF in F16, or in BF16 where F16 overflows. Of the types with two bytes a weight F16 is the nearer to exact:
 on builtin/tiny-coder with an adapter its KL divergence from float32 is 4e-7 nats, BF16's 1.4e-5 (its kernels round activations to
@@ -8,7 +9,7 @@ on builtin/tiny-coder with an adapter its KL divergence from float32 is 4e-7 nat
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from olpack.compare.cache import Cache
 from olpack.compare.job import LOGITS_BYTES, Job, LogitsJob
 from olpack.compare.results import BaseResult, Divergence, Perplexity, Reference, Scores
 from olpack.compare.scores import check_answers
-from olpack.compare.units import Units, run_worker
+from olpack.compare.units import UNWEIGHED, Units, run_worker
 from olpack.errors import OlpackError
 from olpack.progress import quantity
 from olpack.tasks import Task
@@ -27,7 +28,7 @@ REFERENCE_QUANTS = ("F16", "BF16")  # in the order in which they are tried
 
 @dataclass(frozen=True)
 class Yardstick:
-    """How the two further models are made, and what they are.
+    """How the further models are made, and what they are.
 
     Attributes:
         folder: for temporary files; it is removed with all that is in it.
@@ -36,6 +37,8 @@ class Yardstick:
         write_base: likewise the base without its adapter; None: no base.
         base_key: identity of its weights.
         base_quant: the quant at which the base is measured.
+        write_unweighed: likewise one of the quants without its importance matrix; a budget with the same types.
+        unweighed_keys: identity of the weights that this gives, by quant: of those that have a matrix and can be made without.
     """
 
     folder: Path
@@ -44,6 +47,8 @@ class Yardstick:
     write_base: Callable[[str, Path], None] | None = None
     base_key: str = ""
     base_quant: str = "Q8_0"
+    write_unweighed: Callable[[str, Path], None] | None = None
+    unweighed_keys: Mapping[str, str] = field(default_factory=dict)
 
     @contextmanager
     def temporary(self) -> Iterator[Path]:
@@ -78,7 +83,7 @@ def hold(yardstick: Yardstick, job: Job, depends: dict[str, dict], cache: Cache,
     Args:
         job: with the rows, and nothing to measure.
         depends: what the units "perplexity", "divergence", "tasks" and "scores" depend on, the file left out.
-        needed: a quant has no divergence yet, so the reference's logits are wanted in any case.
+        needed: a quant lacks a divergence, so the reference's logits are wanted in any case.
         temporary: the logits last until it closes. The two GGUFs are gone when this returns.
         tasks: what the base is asked.
     """
@@ -102,15 +107,35 @@ def hold(yardstick: Yardstick, job: Job, depends: dict[str, dict], cache: Cache,
     except OlpackError as error:
         held.problems.append(error)
     if {"perplexity", "quant"} <= reference.found.keys():
-        held.reference = Reference(quant=reference.found["quant"]["quant"], perplexity=Perplexity.model_validate(reference.found["perplexity"]))
+        held.reference = Reference(quant=reference.found["quant"]["quant"], perplexity=reference.get("perplexity", Perplexity))
     if yardstick.write_base is not None and base.found:
         held.base = BaseResult(
             quant=yardstick.base_quant,
-            perplexity=Perplexity.model_validate(base.found["perplexity"]) if "perplexity" in base.found else None,
-            divergence=Divergence.model_validate(base.found["divergence"]) if "divergence" in base.found else None,
-            scores=Scores.model_validate(base.found["scores"]) if "scores" in base.found else None,
+            perplexity=base.get("perplexity", Perplexity),
+            divergence=base.get("divergence", Divergence),
+            scores=base.get("scores", Scores),
         )
     return held
+
+
+def measure_unweighed(yardstick: Yardstick, quant: str, job: Job, logits: LogitsJob, units: Units) -> list[OlpackError]:
+    """Measure the divergence that a quant has without its importance matrix, into its unit `UNWEIGHED`; what went wrong comes back.
+
+    Args:
+        quant: one of `yardstick.unweighed_keys`.
+        job: as for `hold`.
+        logits: the reference's, which `hold` has left.
+        units: of the quant.
+    """
+    found = Units(Cache(None), quant, {})
+    try:
+        with _written(yardstick.write_unweighed, quant, yardstick.folder) as path:
+            problems = run_worker(job.model_copy(update={"path": path, "divergence": logits}), f"{quant} without importance", found)
+    except OlpackError as error:
+        return [error]
+    if "divergence" in found.found:
+        units.add(UNWEIGHED, found.found["divergence"])
+    return problems
 
 
 def _measure_reference(yardstick: Yardstick, job: Job, folder: Path, units: Units) -> LogitsJob:

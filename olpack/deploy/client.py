@@ -222,12 +222,7 @@ class OllamaClient:
         with self._failures(f"removing {model}"):
             self._typed.delete(model)
 
-    def has_blob(self, digest: str) -> bool:
-        """Whether the server has the blob `sha256:<64 hex>`."""
-        with self._failures("asking for a blob"):
-            return self._blob_is_there(digest)
-
-    def _blob_is_there(self, digest: str) -> bool:
+    def _has_blob(self, digest: str) -> bool:
         answer = self._http.head(f"/api/blobs/{digest}")
         if answer.status_code not in (200, 404):
             raise ollama.ResponseError(answer.reason_phrase, answer.status_code)
@@ -245,7 +240,7 @@ class OllamaClient:
         """
         for attempt in range(_TRIES):
             try:
-                if not self._blob_is_there(digest):
+                if not self._has_blob(digest):
                     self._send(path, digest)
                 return
             except (httpx.TransportError, ollama.ResponseError) as error:

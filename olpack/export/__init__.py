@@ -48,9 +48,9 @@ def check_export(
             model, an unknown quant type, one that needs an importance matrix and gets none, a matrix for another model, types for tensors
             that the model does not have, an adapter for another base, too little space.
     """
-    from olpack.export.client import Converter
+    from olpack.export.client import worker
 
-    with Converter() as converter:
+    with worker() as converter:
         return converter.check(source, quants, adapter=adapter, name=name, out=out, importance=importance, tensor_types=tensor_types)
 
 
@@ -102,9 +102,9 @@ def export(
     Raises:
         OlpackError: all that `check_export` raises, an infinite or undefined weight, a disk that fills up. Nothing is written then.
     """
-    from olpack.export.client import Converter
+    from olpack.export.client import worker
 
-    with Converter() as converter:
+    with worker() as converter:
         return converter.export(
             source, targets, adapter=adapter, name=name, chat_template=chat_template, end_of_turn=end_of_turn,
             metadata=metadata, round_to_bf16=round_to_bf16, threads=threads, importance=importance, tensor_types=tensor_types,
@@ -125,9 +125,9 @@ def collect_importance(gguf: Path, rows: Sequence[Sequence[int]], out: Path, *, 
     Raises:
         OlpackError: no rows, a GGUF that llama.cpp cannot run, or one that computes no numbers.
     """
-    from olpack.export.client import Converter
+    from olpack.export.client import worker
 
-    with Converter() as converter:
+    with worker() as converter:
         converter.collect(gguf, rows, out, dataset=dataset, threads=threads)
 
 
@@ -154,7 +154,7 @@ def measure_sensitivity(
     Raises:
         OlpackError: a GGUF that llama.cpp cannot run, a matrix of importance for another model, a disk that fills up.
     """
-    from olpack.export.client import Converter
+    from olpack.export.client import worker
 
-    with Converter() as converter:
+    with worker() as converter:
         return converter.measure(gguf, rows, learned, out, key=key, importance=importance, threads=threads)

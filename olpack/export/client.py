@@ -8,8 +8,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,6 +56,11 @@ class Converter:
     def pid(self) -> int:
         """The worker's process id."""
         return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether it takes jobs."""
+        return self._process.poll() is None
 
     def check(
         self, source: Path, quants: Sequence[str], *, adapter: Path | None = None, name: str | None = None, out: Path | None = None,
@@ -176,6 +181,43 @@ class Converter:
             self._process.wait()
 
 
+class _Shared:
+    """The worker of a block of `one_worker`; None before its first job."""
+
+    converter: Converter | None = None
+
+
+_shared: _Shared | None = None
+
+
+@contextmanager
+def one_worker() -> Iterator[None]:
+    """Within the block all jobs go to one worker, which starts with the first of them and ends with the outermost such block."""
+    global _shared
+    if _shared is not None:
+        yield
+        return
+    _shared = mine = _Shared()
+    try:
+        yield
+    finally:
+        _shared = None
+        if mine.converter is not None:
+            mine.converter.__exit__()
+
+
+@contextmanager
+def worker() -> Iterator[Converter]:
+    """The worker that the surrounding block of `one_worker` shares; without one, a worker of its own."""
+    if _shared is None:
+        with Converter() as converter:
+            yield converter
+        return
+    if _shared.converter is None or not _shared.converter.alive:
+        _shared.converter = Converter()
+    yield _shared.converter
+
+
 def worker_environment() -> dict[str, str]:
     """The variables of the worker's process."""
     packages = os.pathsep.join(filter(None, [str(Path(olpack.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
@@ -183,6 +225,7 @@ def worker_environment() -> dict[str, str]:
         **os.environ, "PYTHONPATH": packages, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
         "GGML_NO_BACKTRACE": "1",  # an abort says its reason in one line; a debugger would add seconds and pages
         "MALLOC_MMAP_THRESHOLD_": str(4 << 20),  # glibc: tensors go back to the system at once; without it the peak is double
+        "THP_MEM_ALLOC_ENABLE": "1",  # torch: large tensors in large pages, of which the system has to clear and map fewer
     }  # fmt: skip
 
 

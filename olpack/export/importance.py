@@ -154,7 +154,7 @@ def column_weights(path: Path, tensors: Mapping[str, Any]) -> ColumnWeights:
     """
     matrix = read_importance(path)
     weights = {}
-    for name in matrix.tensors.keys() & tensors.keys():
+    for name in (name for name in matrix.tensors if name in tensors):
         *stacked, _, columns = (1, *tensors[name].shape)
         matrices, found = math.prod(stacked), matrix.tensors[name].sums.size
         if found != matrices * columns:

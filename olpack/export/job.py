@@ -44,6 +44,8 @@ class ExportedFile:
         bits_per_weight: bits of tensor data per parameter (header and vocabulary not counted), as llama.cpp counts them.
         seconds: wall time of the pass that wrote it (one pass writes all files).
         parts: its files in order, where it was split; empty for a single file.
+        types: how many matrices of each kind have which type: {"attn_v": {"q6_K": 8, "q8_0": 2}}. Kinds in the order of the file.
+        needs_importance: whether it can be made with an importance matrix only.
     """
 
     quant: str
@@ -54,6 +56,8 @@ class ExportedFile:
     bits_per_weight: float
     seconds: float
     parts: list[ExportedPart] = field(default_factory=list)
+    types: dict[str, dict[str, int]] = field(default_factory=dict)
+    needs_importance: bool = False
 
 
 @dataclass(frozen=True)

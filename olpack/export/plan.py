@@ -26,6 +26,8 @@ from olpack.quants import QUANT_TYPES, QuantType, gains_by_importance, overridab
 # The mixes after one of which a file with chosen types is called in its header.
 _MIXES = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0")
 
+_LAYER = re.compile(r"^\w+\.\d+\.")  # "blk.7."
+
 ALIGNMENT = 32  # of tensor data in a GGUF; llama.cpp's quantizer knows no other
 
 
@@ -39,6 +41,7 @@ class FilePlan:
         tensors: (name, tensor type of ggml, bytes without padding) in the order of the file.
         fallbacks: what llama.cpp says of tensors whose rows do not fit the blocks of their type.
         unweighted: tensors of the layers that are quantized without importance in a file that is made with a matrix.
+        needs_importance: llama.cpp makes these types with an importance matrix only.
     """
 
     quant: QuantType
@@ -46,6 +49,17 @@ class FilePlan:
     tensors: list[tuple[str, int, int]]
     fallbacks: list[str]
     unweighted: list[str] = field(default_factory=list)
+    needs_importance: bool = False
+
+    @property
+    def types(self) -> dict[str, dict[str, int]]:
+        """How many matrices of each kind ("attn_v", "token_embd") have which quantized type."""
+        found: dict[str, dict[str, int]] = {}
+        for name, type_, _ in self.tensors:
+            if (type_name := library.type_name(type_)).upper() not in FLOATS:
+                of_kind = found.setdefault(_LAYER.sub("", name).removesuffix(".weight"), {})
+                of_kind[type_name] = of_kind.get(type_name, 0) + 1
+        return found
 
     @property
     def size(self) -> int:
@@ -105,7 +119,10 @@ def plan_files(
         types = tensor_types
         if quant.budget:
             quant, types = _within_budget(model, hollow, quant, importance, tensor_types, losses)
-        plans.append(_plan(model, hollow, quant, importance, types))
+        plan = _plan(model, hollow, quant, importance, types)
+        if importance is not None and gains_by_importance(quant, types):
+            plan = replace(plan, needs_importance=_needs_importance(library.type_plan(hollow, quant.ftype, overrides=_overrides(types))))
+        plans.append(plan)
     return plans
 
 
@@ -150,7 +167,7 @@ def _nearest_mix(model: SourceModel, hollow: Path, size: int, importance: Column
 
 def _plan(model: SourceModel, hollow: Path, quant: QuantType, importance: ColumnWeights | None, tensor_types: Mapping[str, str]) -> FilePlan:
     weighed = importance if gains_by_importance(quant, tensor_types) else None
-    overrides = [(pattern, library.tensor_type(name)) for pattern, name in tensor_types.items()]
+    overrides = _overrides(tensor_types)
     chosen = library.type_plan(hollow, quant.ftype, overrides=overrides, with_importance=weighed is not None)
     if {name for name, _ in chosen.tensors} != set(model.tensors):
         raise OlpackError(
@@ -162,7 +179,11 @@ def _plan(model: SourceModel, hollow: Path, quant: QuantType, importance: Column
         _refuse_idle(overrides, chosen, changed)
     missing: dict[str, int] = {}
     if weighed is None:
-        _refuse_without_matrix(quant, chosen)
+        if _needs_importance(chosen):
+            raise OlpackError(
+                f"{quant.name} needs an importance matrix.",
+                "Set `export.importance: train` in the recipe, or give one to `olpack quantize` with --importance.",
+            )
     elif weighed.by_tensor is not None:
         missing = {name: type_ for name, type_ in changed.items() if name not in weighed.by_tensor}
         _refuse_gaps(hollow, quant, missing)
@@ -184,6 +205,14 @@ def _plan(model: SourceModel, hollow: Path, quant: QuantType, importance: Column
     return FilePlan(quant, header, tensors, chosen.fallbacks, [name for name in missing if name.startswith("blk.")])
 
 
+def _overrides(tensor_types: Mapping[str, str]) -> list[tuple[str, int]]:
+    return [(pattern, library.tensor_type(name)) for pattern, name in tensor_types.items()]
+
+
+def _needs_importance(chosen: library.TypePlan) -> bool:
+    return chosen.needs_importance or any(library.requires_importance(type_) for _, type_ in chosen.tensors)
+
+
 def _refuse_idle(overrides: Sequence[tuple[str, int]], chosen: library.TypePlan, changed: Mapping[str, int]) -> None:
     """Raise OlpackError where a pattern decides nothing: it names no tensor, or only such as llama.cpp leaves as they are (norms, routers)."""
     for pattern, wanted in overrides:
@@ -193,14 +222,6 @@ def _refuse_idle(overrides: Sequence[tuple[str, int]], chosen: library.TypePlan,
             raise OlpackError(
                 f"llama.cpp {what} in this model, which tensor_types has.", f"Names are like {', '.join(list(changed)[:3])}: correct the pattern."
             )
-
-
-def _refuse_without_matrix(quant: QuantType, chosen: library.TypePlan) -> None:
-    if chosen.needs_importance or any(library.requires_importance(type_) for _, type_ in chosen.tensors):
-        raise OlpackError(
-            f"{quant.name} needs an importance matrix.",
-            "Set `export.importance: train` in the recipe, or give one to `olpack quantize` with --importance.",
-        )
 
 
 def _refuse_gaps(hollow: Path, quant: QuantType, missing: Mapping[str, int]) -> None:

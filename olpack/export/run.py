@@ -86,6 +86,7 @@ def export(
         exported.append({
             "quant": plan.quant.name, "path": str(file.paths[0]), "size": file.size, "sha256": found[0], "parameters": parameters,
             "bits_per_weight": 8 * plan.data_size / parameters, "seconds": seconds, "parts": parts if len(parts) > 1 else [],
+            "types": plan.types, "needs_importance": plan.needs_importance,
         })  # fmt: skip
     return exported
 

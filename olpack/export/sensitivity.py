@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from olpack.compare.divergence import kl_divergence, log_softmax
 from olpack.errors import OlpackError
 from olpack.export.budget import MatrixLoss, candidates, choosable
 from olpack.export.gguf_source import open_gguf
@@ -29,6 +28,7 @@ from olpack.export.write import CHUNK
 from olpack.llamacpp import library
 from olpack.llamacpp.cores import usable_processors
 from olpack.llamacpp.graph import LoadedWeights
+from olpack.llamacpp.logits import kl_divergence, log_softmax
 from olpack.workspace import write_atomically
 
 # What a matrix is rounded to, the first that fits its rows. Its error must stand out from the noise of 16-bit arithmetic, in a model of

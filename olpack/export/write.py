@@ -1,7 +1,8 @@
 """The pass itself: each tensor is loaded once, quantized once per type, and appended to every file.
 
     this thread     hands out tensor after tensor, as far ahead as the memory allows
-    thread pool     loads tensors, and quantizes their rows: each chunk to every type that some file wants, while it is in the cache
+    loaders         read tensors and merge the adapter into them, several at a time, because each is the work of one thread
+    quantizers      take rows of what is loaded: each chunk to every type that some file wants, while it is in the cache
     one per file    waits for the next tensor, appends and hashes it
 
 All the heavy calls (torch, ggml, write, SHA-256) release the GIL, so these really run at the same time.
@@ -13,8 +14,10 @@ import hashlib
 import os
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,8 +28,9 @@ from olpack.export.converter import FLOATS, SourceModel, SourceTensor
 from olpack.export.plan import FilePlan, padded
 from olpack.llamacpp import library
 
-MEMORY = 1 << 30  # bytes of tensors in flight beyond which no further one is begun
+MEMORY = 1 << 30  # bytes of tensors in flight, beside the largest one
 CHUNK = 1 << 19  # weights that a thread quantizes at a time: 2 MB of float32
+_FLUSH = 64 << 20  # bytes of a file after which the system is told to write them to the disk
 
 
 def write_files(
@@ -56,17 +60,19 @@ def write_files(
     Raises:
         OlpackError: a weight that is infinite or not a number, one too large for a type, a disk that fills up.
     """
-    flight = _Flight(MEMORY)
+    flight = _Flight()
     writers = [_FileWriter(parts, flight, advance) for parts in files]
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="quantize")
+    works = deque(_Work(model.tensors.pop(name), [writer.types[name] for writer in writers], flight) for name in writers[0].types)
+    flight.limit = MEMORY + max(work.nbytes for work in works)
+    loaders = ThreadPoolExecutor(max(1, threads // 2), thread_name_prefix="load")
+    quantizers = ThreadPoolExecutor(threads, thread_name_prefix="quantize")
     try:
         for writer in writers:
             writer.start()
-        for name in writers[0].types:
-            source = model.tensors.pop(name)
-            work = _Work(source, [writer.types[name] for writer in writers], readers=len(writers))
+        while works:
+            work = works.popleft()
             flight.take(work.nbytes)
-            work.loaded = pool.submit(work.load, pool, round_to_bf16, importance.get(name))
+            work.loaded = loaders.submit(work.load, quantizers, round_to_bf16, importance.get(work.source.name))
             for writer in writers:
                 writer.todo.put(work)
         for writer in writers:
@@ -78,7 +84,8 @@ def write_files(
         flight.fail(error)
         raise
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for pool in (loaders, quantizers):
+            pool.shutdown(wait=True, cancel_futures=True)
         for writer in writers:
             writer.todo.put(None)
             writer.join()
@@ -86,17 +93,17 @@ def write_files(
 
 
 class _Flight:
-    """How many bytes of tensors are in memory, and whether something went wrong."""
+    """How many bytes of tensors are in memory, of at most `limit`, and whether something went wrong."""
 
-    def __init__(self, limit: int):
-        self._limit, self._used = limit, 0
+    def __init__(self) -> None:
+        self.limit, self._used = 0, 0
         self._changed = threading.Condition()
         self.failure: BaseException | None = None
 
     def take(self, nbytes: int) -> None:
-        """Wait until what is in flight is below the limit, then add so many bytes. Raises the failure of another thread."""
+        """Wait until there is room for so many bytes, then add them. Raises the failure of another thread."""
         with self._changed:
-            self._changed.wait_for(lambda: self.failure or self._used <= self._limit)
+            self._changed.wait_for(lambda: self.failure or self._used + nbytes <= self.limit)
             self.check()
             self._used += nbytes
 
@@ -116,22 +123,27 @@ class _Flight:
 
 
 class _Work:
-    """One tensor on its way: its values, and its bytes in every type that some file wants."""
+    """One tensor on its way: its values, and its bytes in every type that some file wants.
 
-    def __init__(self, source: SourceTensor, types: Sequence[int], readers: int):
+    Attributes:
+        nbytes: that it takes at most: what is read, that in float32, and what is made of it. The first two only until it is quantized.
+    """
+
+    def __init__(self, source: SourceTensor, types: Sequence[int], flight: _Flight):
         self.source = source
         self.types = sorted(set(types))
-        self._readers = readers
+        self._flight, self._readers, self._left = flight, len(types), 0
         self._lock = threading.Lock()
         columns = source.shape[-1] if source.shape else 1
-        sizes = [source.elements // columns * library.row_size(type_, columns) for type_ in self.types]
-        self.nbytes = sum(sizes) + (4 * source.elements if source.type_name in FLOATS else 0)
+        self._made = sum(source.elements // columns * library.row_size(type_, columns) for type_ in self.types)
+        self._read = source.nbytes + 4 * source.elements if source.type_name in FLOATS else 0
+        self.nbytes = self._read + self._made
         self.data: dict[int, np.ndarray] = {}
         self.loaded: Future[None] | None = None
         self._chunks: list[Future[None]] = []
 
-    def load(self, pool: ThreadPoolExecutor, round_to_bf16: bool, importance: np.ndarray | None) -> None:
-        """Read and merge the tensor, and hand its rows to the pool."""
+    def load(self, quantizers: ThreadPoolExecutor, round_to_bf16: bool, importance: np.ndarray | None) -> None:
+        """Read and merge the tensor, and hand its rows to the quantizers."""
         values = self.source.load()
         if self.source.type_name not in FLOATS:
             self.data = {self.types[0]: values}
@@ -146,10 +158,13 @@ class _Work:
         rounding = self.source.type_name if round_to_bf16 else "F32"
         weights = [None] if importance is None else importance
         rows_of_one = rows // len(weights)  # a chunk lies within one expert, because each has its own weights
-        for first, columns_weights in zip(range(0, rows, rows_of_one), weights, strict=True):
-            for start in range(first, first + rows_of_one, step):
-                part = slice(start, min(start + step, first + rows_of_one))
-                self._chunks.append(pool.submit(self._quantize, values, part, rounding, columns_weights))
+        parts = [
+            (slice(start, min(start + step, first + rows_of_one)), columns_weights)
+            for first, columns_weights in zip(range(0, rows, rows_of_one), weights, strict=True)
+            for start in range(first, first + rows_of_one, step)
+        ]
+        self._left = len(parts)
+        self._chunks = [quantizers.submit(self._quantize, values, part, rounding, columns_weights) for part, columns_weights in parts]
 
     def wait(self) -> None:
         """Until `data` is complete. Raises what went wrong on the way."""
@@ -173,12 +188,19 @@ class _Work:
                     f"The weight '{self.source.origin}' holds values too large to be quantized.",
                     "Leave the quant types below 16 bits out, or take another checkpoint.",
                 )
+        with self._lock:
+            self._left -= 1
+            last = self._left == 0
+        if last:
+            self._flight.give(self._read)
 
-    def done_with(self) -> bool:
-        """One file has what it needs; whether it was the last."""
+    def written(self) -> None:
+        """One file has what it needs. After the last one nothing of the tensor stays in memory."""
         with self._lock:
             self._readers -= 1
-            return self._readers == 0
+            last = self._readers == 0
+        if last:
+            self._flight.give(self._made)
 
 
 def _round(rows: np.ndarray, type_name: str) -> None:
@@ -196,12 +218,14 @@ class _FileWriter(threading.Thread):
         self.types = {name: type_ for plan, _ in parts for name, type_, _ in plan.tensors}
         self.todo: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self.digests: list[str] = []
+        self._flushed = 0
         self._parts, self._flight, self._advance = parts, flight, advance
 
     def run(self) -> None:
         try:
             for plan, path in self._parts:
                 with path.open("wb", buffering=0) as file:
+                    self._flushed = 0
                     if not self._write(plan, file):
                         return
                     os.fsync(file.fileno())
@@ -227,8 +251,7 @@ class _FileWriter(threading.Thread):
             data = work.data[self.types[work.source.name]].reshape(-1)
             self._append(file, digest, data)
             self._append(file, digest, bytes(padded(data.nbytes) - data.nbytes))
-            if work.done_with():
-                self._flight.give(work.nbytes)
+            work.written()
         self.digests.append(digest.hexdigest())
         return True
 
@@ -239,3 +262,15 @@ class _FileWriter(threading.Thread):
             digest.update(view[:written])
             self._advance(written)
             view = view[written:]
+            self._flush(file)
+
+    def _flush(self, file: BinaryIO) -> None:
+        """Have the disk begin with what is written, instead of waiting for fsync at the end with gigabytes of it.
+
+        Linux starts to write what is said not to be needed, and keeps it in its cache as long as it is not on the disk.
+        """
+        written = file.tell()
+        if written - self._flushed >= _FLUSH and hasattr(os, "posix_fadvise"):
+            with suppress(OSError):  # a file system that knows no such advice
+                os.posix_fadvise(file.fileno(), self._flushed, written - self._flushed, os.POSIX_FADV_DONTNEED)
+            self._flushed = written

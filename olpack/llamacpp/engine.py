@@ -13,7 +13,6 @@ from __future__ import annotations
 import codecs
 import ctypes
 import os
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -86,9 +85,7 @@ class Engine:
         context: most tokens that prompt and answer may have together.
         threads: CPU threads; None: the physical cores this process may use.
         adapter: a LoRA GGUF that is applied to the weights as it runs; None: there is none.
-        gpu_layers: layers put on a GPU, where the build has one; negative: all.
         max_outputs: most positions whose logits one call returns; None: as many as 64 MiB hold.
-        debug: let llama.cpp's own log through to stderr.
         watch: llama.cpp's evaluation callback: gets the address of a node's `ggml_tensor` and True before the node is computed; where it
             returns True, it is called again with False when the node's values are there, and ends the pass if it then returns False.
         writable: hold the weights in memory of their own, so that they can be overwritten (`olpack.llamacpp.graph`), where they are else
@@ -111,9 +108,7 @@ class Engine:
         threads: int | None = None,
         *,
         adapter: Path | None = None,
-        gpu_layers: int = -1,
         max_outputs: int | None = None,
-        debug: bool = False,
         watch: Callable[[int, bool], bool] | None = None,
         writable: bool = False,
     ):
@@ -121,9 +116,9 @@ class Engine:
         self._model = self._context = None
         if not self.path.is_file():
             raise OlpackError(f"There is no GGUF at {self.path}.", "Make it with `olpack export`.")
-        _log.start(debug)
+        _log.start()
         model_params = llama_cpp.llama_model_default_params()
-        model_params.n_gpu_layers = gpu_layers
+        model_params.n_gpu_layers = -1  # all of them, where the build has a GPU
         if writable:
             model_params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
         self._model = llama_cpp.llama_model_load_from_file(os.fsencode(self.path), model_params)
@@ -421,12 +416,10 @@ class _Log:
 
     def __init__(self) -> None:
         self._errors: deque[str] = deque(maxlen=4)
-        self._debug = False
         self._callback = llama_cpp.llama_log_callback(self._take)  # must outlive every model
 
-    def start(self, debug: bool) -> None:
+    def start(self) -> None:
         self._errors.clear()
-        self._debug = debug
         llama_cpp.llama_log_set(self._callback, None)
 
     def reason(self) -> str:
@@ -435,8 +428,6 @@ class _Log:
 
     def _take(self, level: int, text: bytes, _: object) -> None:
         line = text.decode(errors="replace")
-        if self._debug:
-            print(line, end="", file=sys.stderr, flush=True)
         if level == _GGML_ERROR and line.strip():
             # "llama_model_load: error loading model: unknown model architecture: 'x'": the function's name says nothing to a user
             self._errors.append(line.strip().split(": ", 1)[-1].removeprefix("error loading model: ").rstrip("."))

@@ -1,0 +1,63 @@
+"""What is to be measured, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class QuantFile:
+    """One GGUF to measure.
+
+    Attributes:
+        quant: "Q4_K_M".
+        tag: "q4_K_M"; through a server the model is `<name>:<tag>`.
+        path: the file.
+        size: in bytes.
+        bits_per_weight: None where nobody knows.
+        sha256: of the file, as hexadecimal digits; None: it is read and hashed.
+        adapter: a LoRA GGUF that is applied to it; None: there is none.
+        types: of a budget, how many matrices of each kind have which type: {"attn_v": {"q6_K": 8}}. Empty for a mix of llama.cpp's.
+    """
+
+    quant: str
+    tag: str
+    path: Path
+    size: int
+    bits_per_weight: float | None = None
+    sha256: str | None = None
+    adapter: Path | None = None
+    types: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MeasureSettings:
+    """How to measure.
+
+    Attributes:
+        prompt_lengths: prompt lengths in tokens at which prompt speed is taken.
+        generated_tokens: tokens generated in one timed run.
+        repeats: timed runs of each speed figure, shared out over the rounds; in each round one more goes before and is discarded.
+        clients: numbers of clients that ask at once, measured through a server only; none: it is not measured.
+        context: context length to load with, in tokens. Memory depends on it: give what the package serves (num_ctx).
+        threads: CPU threads of the embedded engine; None: the physical cores that this process may use.
+        answer_tokens: an answer is cut here.
+        tolerance: relative growth of perplexity the recommendation accepts.
+        suites: tasks of lm-evaluation-harness to run on every file.
+        suite_folder: a folder with tasks of one's own in YAML.
+        suite_limit: at most this many questions of each; None: all.
+    """
+
+    prompt_lengths: tuple[int, ...] = (512,)
+    generated_tokens: int = 64
+    repeats: int = 5
+    clients: tuple[int, ...] = ()
+    context: int = 4096
+    threads: int | None = None
+    answer_tokens: int = 256
+    tolerance: float = 0.01
+    suites: tuple[str, ...] = ()
+    suite_folder: str | None = None
+    suite_limit: int | None = None
