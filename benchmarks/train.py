@@ -11,7 +11,6 @@ Peers: `pip install unsloth trl liger-kernel`.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -21,6 +20,7 @@ import time
 from datetime import date
 from pathlib import Path
 
+from page import command_line, publish
 from train_8b import RANK, SHAPES, matmul_rate
 
 STARTED = time.time()
@@ -160,7 +160,7 @@ def run_peer(program: str, folder: Path, checkpointing: bool) -> dict:
     return result(ends, counts, torch.cuda.max_memory_allocated(), loaded)
 
 
-def compare(folder: Path, programs: list[str]) -> str:
+def compare(folder: Path, programs: list[str]) -> list[str]:
     import torch
 
     rate = matmul_rate()
@@ -188,11 +188,11 @@ def compare(folder: Path, programs: list[str]) -> str:
             lines.append(f"| {program} | {'yes' if checkpointing else 'no'} | {found['tokens_per_s']:,.0f} | {ours / found['tokens_per_s']:.2f} × | "
                          f"{found['tokens_per_s'] / limit:.0%} | {found['peak_gib']:.1f} | {found['first_step_s']:.0f} |")  # fmt: skip
             print(lines[-1], flush=True)
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__file__, __doc__)
     parser.add_argument("what", choices=["make", "all", "olpack", "unsloth", "trl"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("tokenizer", type=Path, nargs="?")
@@ -200,14 +200,11 @@ def main() -> None:
     parser.add_argument("--programs", default="olpack,unsloth,trl")
     parser.add_argument("--no-checkpointing", dest="checkpointing", action="store_false")
     parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
     arguments = parser.parse_args()
     if arguments.what == "make":
         make(arguments.folder, arguments.tokenizer, arguments.shape)
     elif arguments.what == "all":
-        text = compare(arguments.folder, arguments.programs.split(","))
-        print(text)
-        arguments.output.write_text(text, encoding="utf-8")
+        publish(compare(arguments.folder, arguments.programs.split(",")), arguments.output)
     elif arguments.what == "olpack":
         print("RESULT", json.dumps(run_olpack(arguments.folder, arguments.checkpointing, arguments.profile)))
     else:

@@ -8,7 +8,6 @@ no part begins once the seconds are over. `benchmarks/train.py` compares with ot
 
 from __future__ import annotations
 
-import argparse
 import gc
 import random
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from page import command_line
 
 BEGUN = time.time()
 SHAPES = {  # hidden size, MLP, layers, heads, key heads, vocabulary
@@ -216,9 +216,8 @@ def free() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__file__, __doc__)
     parser.add_argument("--seconds", type=float, default=600)
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
     arguments = parser.parse_args()
     device = torch.device("cuda", 0)
     lines = []

@@ -9,7 +9,6 @@ writes it to benchmarks/train_losses.md.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from datetime import date
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from page import command_line, publish
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "tests"))
@@ -89,9 +89,8 @@ def plain_loss(model, row: TokenRow, device: torch.device, dtype: torch.dtype) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__file__, __doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
@@ -109,7 +108,7 @@ def main() -> None:
                 cells.append(f"{sum(apart) / len(apart):.4f}, {max(apart):.4f}")
             lines.append(f"| {label} | {exact[0]:.3f} to {exact[-1]:.3f} | {cells[0]} | {cells[1]} |")
             print(lines[-1], flush=True)
-    arguments.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    publish(lines, arguments.output)
 
 
 if __name__ == "__main__":
