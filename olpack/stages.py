@@ -99,7 +99,7 @@ def _said_of_a_file(build: Build) -> dict:
         "name": build.model_name,
         "chat_template": protect(template, pins_for(template, {})),
         # What ends a turn is what training saw there, whatever the tokenizer calls it.
-        "end_of_turn": build.renderer.end_of_turn(build.rows[0][0]),
+        "end_of_turn": build.renderer.end_of_turn(),
         "metadata": {
             "olpack.version": __version__,
             "olpack.base": build.recipe.base,
@@ -120,7 +120,7 @@ def _collect_importance(build: Build) -> None:
     try:
         if not at_hand:
             export(build.base.path, [Target("Q8_0", source)], adapter=build.paths.adapter)
-        collect_importance(source, [row.ids for row in rows], build.paths.importance, dataset=build.recipe.data.train)
+        collect_importance(source, [row.ids for row in rows], build.paths.importance, dataset=", ".join(one.label for one in build.sources("train")))
     finally:
         build.paths.importance_source.unlink(missing_ok=True)
     tokens = sum(len(row.ids) for row in rows)
@@ -285,7 +285,7 @@ def registered(build: Build) -> list:
 def questions(build: Build) -> list[list[dict]]:
     """Conversations that every quant answers: the recipe's prompts under its system prompt, or the first held-out requests as they are."""
     if not build.recipe.compare.prompts:
-        from olpack.data.chats import request_of
+        from olpack.data import request_of
 
         return [request for chat in _held_out(build) if (request := request_of(chat.messages))][:_ANSWERED]
     system = [{"role": "system", "content": build.recipe.modelfile.system}] if build.recipe.modelfile.system else []
@@ -293,18 +293,19 @@ def questions(build: Build) -> list[list[dict]]:
 
 
 def _examples(build: Build) -> list[tuple[str, str]]:
-    """(request, answer) of the held-out chats: the first of each that opens with a request."""
-    from olpack.data.chats import request_of
+    """(request, answer) of the held-out chats: the first of each that opens with a request. One that calls a tool is no answer in words."""
+    from olpack.data import request_of
 
     chats = [(chat.messages, request) for chat in _held_out(build) if (request := request_of(chat.messages))]
-    return [(request[-1]["content"], messages[len(request)]["content"]) for messages, request in chats]
+    examples = [(request[-1]["content"], messages[len(request)]["content"]) for messages, request in chats]
+    return [(asked, answer) for asked, answer in examples if answer]
 
 
 def _held_out(build: Build) -> list:
     from olpack.data import load_chats, split
 
-    path = build.data_file("eval")
-    return load_chats(path) if path else split(load_chats(build.data_file("train")), build.recipe.data.eval_share)[1]
+    named = build.sources("eval")
+    return load_chats(*named) if named else split(load_chats(*build.sources("train")), build.recipe.data.eval_share)[1]
 
 
 def recommended(build: Build) -> str:
