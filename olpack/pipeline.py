@@ -137,7 +137,7 @@ class Build:
         """(train, eval) rows, as the model sees them."""
         from olpack.data import load_rows
 
-        return load_rows(self.sources("train"), self.sources("eval") or None, self.renderer, max_length=self.longest_row,
+        return load_rows(self.sources("train"), self.sources("eval"), self.renderer, max_length=self.longest_row,
                          eval_share=self.recipe.data.eval_share)
 
     @property

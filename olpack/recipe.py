@@ -312,6 +312,19 @@ def load(path: Path, overrides: list[str] | None = None) -> Recipe:
     check_name(name, tagged=False)
     document, lines = _read_yaml(path)
     origins = {key: f"{path.name}:{line}" for key, line in lines.items()}
+    return _checked(document, overrides, name, path, lines, origins)
+
+
+def of_data(file: Path, base: str, overrides: list[str] | None = None) -> Recipe:
+    """A recipe of nothing but a data file and a base, to look at the data with.
+
+    Raises:
+        OlpackError: an override is wrong.
+    """
+    return _checked({"base": base, "data": {"train": str(file)}}, overrides, file.stem, Path("recipe.yaml"), {}, {})
+
+
+def _checked(document: dict[str, Any], overrides: list[str] | None, name: str, path: Path, lines: dict[str, int], origins: dict[str, str]) -> Recipe:
     for override in overrides or []:
         key = _apply_override(document, override)
         origins[key] = "--set"

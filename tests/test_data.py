@@ -109,13 +109,11 @@ def test_each_turn_is_learned_as_it_is_served_where_a_template_rewrites_earlier_
 
 
 def test_turns_share_a_row_as_far_as_they_are_served_alike(renderer):
-    # The end of the text is written once only, behind the last turn, so the first two turns are not served as the whole chat shows them.
-    once = with_template(renderer, "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-                                   "{% if add_generation_prompt %}assistant: {% elif messages|length > 3 %}<|endoftext|>{% endif %}")  # fmt: skip
+    # The token that ends the text is written behind the last turn only, and not before the fourth.
+    once = with_template(renderer, "{% for m in messages %}{{ m.role }}:\n{{ m.content }}\n{% endfor %}"
+                                   "{% if add_generation_prompt %}assistant:\n{% elif messages|length > 3 %}<|endoftext|>{% endif %}")  # fmt: skip
     rows = once.rows(Chat(turns("a", "b", "c", "d", "e", "f"), "x:1"))
-    assert [learned_text(once, row) for row in rows] == ["b\n", "d\n<|endoftext|>", "f\n<|endoftext|>"]
-    rows = with_template(renderer, once.tokenizer.chat_template.replace("length > 3", "length > 4")).rows(Chat(turns("a", "b", "c", "d", "e", "f"), "x:1"))
-    assert [learned_text(once, row) for row in rows] == ["b\nd\n", "f\n<|endoftext|>"]
+    assert [learned_text(once, row) for row in rows] == ["b\nd\n<|endoftext|>", "f\n<|endoftext|>"]
 
 
 def test_a_template_that_rewrites_the_question_once_it_is_answered_is_refused(renderer):

@@ -14,13 +14,13 @@ from olpack.errors import OlpackError
 
 
 def load_rows(
-    train: Sequence[Source | Path], held_out: Sequence[Source | Path] | None, renderer: Renderer, *, max_length: int, eval_share: float
+    train: Sequence[Source | Path], held_out: Sequence[Source | Path], renderer: Renderer, *, max_length: int, eval_share: float
 ) -> tuple[list[TokenRow], list[TokenRow]]:
     """Read both sides of the data and render them.
 
     Args:
         train: rows to learn. Those of a source with a weight stand in the result as often as that says.
-        held_out: rows to score, each once; None: `eval_share` of the training rows is set apart.
+        held_out: rows to score, each once; empty: `eval_share` of the training rows is set apart.
         renderer: with the base's tokenizer and chat template.
         max_length: longest row in tokens.
 
@@ -31,7 +31,7 @@ def load_rows(
         OlpackError: a file or a row is wrong, a row is too long, is on both sides, or nothing is left on one side.
     """
     chats = load_chats(*train)
-    if held_out is None:
+    if not held_out:
         chats, apart = split(chats, eval_share)
         if not chats or not apart:
             raise OlpackError(f"{', '.join(map(_name, train))} has too few rows to set {eval_share:.0%} of them apart.",
@@ -50,6 +50,34 @@ def load_rows(
         progress.say(f"{parted:,} of {len(made):,} chats are learned as several rows: the chat template writes an earlier turn otherwise than it was answered")
     seen = [rows for chat, rows in zip(learned, made, strict=False) for _ in range(times(chat))]
     return [row for rows in seen for row in rows], [row for rows in made[len(learned) :] for row in rows]
+
+
+def nth_row(
+    number: int, train: Sequence[Source], other: Sequence[Source], renderer: Renderer, *, held_out: bool, eval_share: float
+) -> TokenRow:
+    """One row as the model sees it, counted from 1 in the order of the files; none behind it is rendered.
+
+    Args:
+        number: which row; of a chat that makes several, each counts.
+        train, other, renderer, eval_share: as `load_rows` takes them; a share of 0 holds nothing out.
+        held_out: count the held-out rows, not the training rows.
+
+    Raises:
+        OlpackError: the data is wrong, or there are fewer rows.
+    """
+    if held_out and other:
+        chats = load_chats(*other)
+    else:
+        chats = load_chats(*train)
+        chats = chats if other else split(chats, eval_share)[held_out]
+    seen = 0
+    for rows in renderer.batches(chats):
+        if isinstance(rows, OlpackError):
+            raise rows
+        if seen + len(rows) >= number:
+            return rows[number - seen - 1]
+        seen += len(rows)
+    raise OlpackError(f"There is no row {number}: {'held out' if held_out else 'to learn'} are {seen:,}.")
 
 
 def _name(source: Source | Path) -> str:
