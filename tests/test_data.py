@@ -61,8 +61,9 @@ def test_a_template_that_adds_an_empty_thinking_block_to_the_prompt(renderer):
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
     )
-    row = Renderer(thinking).rows(Chat(turns("q", "answer"), "x:1"))[0]
-    assert learned_text(renderer, row) == "answer<|im_end|>"
+    for answer in ("answer", "<think>\nyes\n</think>\n\nanswer", "<tool_call>"):
+        row = Renderer(thinking).rows(Chat(turns("q", answer), "x:1"))[0]
+        assert learned_text(renderer, row) == answer + "<|im_end|>"
 
 
 def test_the_token_that_ends_a_turn_is_found_whatever_the_tokenizer_calls_it(renderer):

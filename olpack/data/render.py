@@ -137,8 +137,10 @@ class Renderer:
         asked = self.text(messages, ask=True, tools=tools)
         if answered.startswith(asked):
             return len(asked)
-        # A generation prompt can say more than the turn itself does (an empty thinking block): learn from where they part.
-        before, begin = self.text(messages, tools=tools), _shared(asked, answered)
+        # A generation prompt can say more than the turn itself does (an empty thinking block): learn from where they part, or from where any
+        # answer begins, if this one happens to begin with the same letters as that block.
+        header = _shared(*(self.text([*messages, {"role": "assistant", "content": letter}], tools=tools) for letter in "ab"))
+        before, begin = self.text(messages, tools=tools), min(_shared(asked, answered), header)
         if begin < max(_shared(before, asked), _shared(before, answered)):
             raise OlpackError("the base's chat template writes the turns before an answer otherwise once it is given, so training would not see "
                               "what is served.", "Take a base with another chat template, or mend its chat_template.jinja.")
