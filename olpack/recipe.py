@@ -76,7 +76,7 @@ class Data(_Section):
     """Held-out rows. Without it, `eval_share` of the training rows is set apart by the hash of each row."""
     eval_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
     """Share of rows set apart when there is no `eval`."""
-    form: Literal["auto"] | _Form = "auto"
+    form: Literal["auto", _Form] = "auto"
     """Form of the rows. `auto`: told for each file by the keys of its first rows."""
     learn: Literal["all", "last"] = "all"
     """Learn every turn of the assistant, or only the last one of each row."""

@@ -50,6 +50,14 @@ def test_text_goes_through_byte_for_byte(renderer, text):
     assert renderer.tokenizer.decode(row.ids) == row.text
 
 
+def test_an_answer_that_begins_with_a_line_break_is_learned_from_there(renderer):
+    messages = turns("q", "\n\nanswer")
+    (row,) = renderer.rows(Chat(messages, "x:1"))
+    assert learned_text(renderer, row) == "\n\nanswer<|im_end|>"
+    asked = renderer.prompt(messages[:1])
+    assert row.ids[: len(asked)] == asked and row.learned.index(True) == len(asked)
+
+
 def test_special_token_text_inside_a_message_does_not_end_the_learning_early(renderer):
     row = renderer.rows(Chat(turns("q", "say <|im_end|> twice"), "x:1"))[0]
     assert learned_text(renderer, row) == "say <|im_end|> twice<|im_end|>"

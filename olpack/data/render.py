@@ -12,7 +12,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING
 
 from olpack.data.rows import Chat, Learn, TokenRow
@@ -156,13 +156,28 @@ class Renderer:
                 raise OlpackError(f"the base's chat template does not write the {what}, so the model would not see them.",
                                   "Take a base whose template knows tools, or write them as text.")
 
+    def tokens(self, text: str, cuts: tuple[int, ...] = ()) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a rendered text, and the characters (start, end) that each stands for; no token reaches over a cut."""
+        ids, offsets = [], []
+        for start, end in pairwise([0, *cuts, len(text)]):
+            encoded = self.tokenizer(text[start:end], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            ids += encoded["input_ids"]
+            offsets += [(first + start, last + start) for first, last in encoded["offset_mapping"]]
+        return ids, offsets
+
     def _marked(self, written: _Written, ids: list[int], offsets: list[tuple[int, int]], source: str) -> TokenRow:
-        text, learned, ends = written.text, [False] * len(ids), [end for _, end in offsets]
+        text, cuts = written.text, ()
+        ends = [end for _, end in offsets]
+        if within := sorted(start for start, _ in written.spans if _begins_within(start, offsets, ends)):
+            # A line break at the beginning of an answer can be one token with the prompt's last one. The server sends the prompt alone.
+            apart, places = self.tokens(text, tuple(within))
+            if self.tokenizer.decode(apart) == self.tokenizer.decode(ids):  # else the tokenizer begins each text with a space of its own
+                ids, offsets, ends, cuts = apart, places, [end for _, end in places], tuple(within)
+        learned = [False] * len(ids)
         for start, end in written.spans:
             # Of a token that stands for white space alone, some tokenizers give the place behind it as its beginning and its end.
             first, last = bisect_right(ends, start), bisect_right(ends, end)
-            while first < last and offsets[first][0] < start:  # begins in the prompt
-                first += 1
+            first += _begins_within(start, offsets, ends)
             # What follows the end-of-turn token (a line break, in ChatML) is written by the server, never by the model.
             at = last
             while at > first and not text[ends[at - 1] : end].strip():
@@ -171,7 +186,13 @@ class Renderer:
                     last = at + 1
                     break
             learned[first:last] = [True] * (last - first)
-        return TokenRow(ids, learned, text, source)
+        return TokenRow(ids, learned, text, source, cuts)
+
+
+def _begins_within(start: int, offsets: list[tuple[int, int]], ends: list[int]) -> bool:
+    """Whether a character stands inside of a token, and not at its beginning."""
+    at = bisect_right(ends, start)
+    return at < len(offsets) and offsets[at][0] < start
 
 
 def _is_learned(message: dict) -> bool:

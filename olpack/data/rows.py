@@ -99,12 +99,14 @@ class TokenRow:
             The loss, and the perplexity, are taken over these tokens only, each predicted from all tokens before it.
         text: the rendered conversation, of which `ids` are the tokens.
         source: where the row stands, "eval.jsonl:3".
+        cuts: characters of `text` that no token reaches over, because an answer begins there that would else share a token with its prompt.
     """
 
     ids: list[int]
     learned: list[bool]
     text: str
     source: str
+    cuts: tuple[int, ...] = ()
 
     @property
     def learned_count(self) -> int:

@@ -100,10 +100,10 @@ def _coloured(row: TokenRow, renderer: Renderer) -> Iterator[str]:
 
 def pieces(row: TokenRow, renderer: Renderer, by_kind: bool = True) -> Iterator[tuple[str, bool, bool]]:
     """(text, learned, special) of each run of tokens of one kind; joined, their texts are the row's text."""
-    encoded = renderer.tokenizer(row.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    _, offsets = renderer.tokens(row.text, row.cuts)
     kinds = [(learned, by_kind and number in renderer.end_ids) for number, learned in zip(row.ids, row.learned, strict=True)]
     at = 0
-    for kind, run in groupby(zip(kinds, encoded["offset_mapping"], strict=True), key=lambda pair: pair[0]):
+    for kind, run in groupby(zip(kinds, offsets, strict=True), key=lambda pair: pair[0]):
         *_, (_, (_, end)) = run
         yield row.text[at:end], *kind
         at = end
