@@ -55,6 +55,7 @@ class HubSet:
         import datasets
 
         datasets.disable_progress_bars()
+        datasets.logging.set_verbosity_error()  # it would say that it took the latest version it has; here the commit decides
         with _failures(self), progress.task(f"fetching {self.id}"):
             found = datasets.load_dataset(self.id, name=self.subset, split=self.split, revision=self.commit)
         if not any(self.commit in file["filename"] for file in found.cache_files):  # without a network, `datasets` takes what it has
@@ -82,7 +83,7 @@ def _failures(asked: HubSet) -> Iterator[None]:
     except RevisionNotFoundError:
         raise OlpackError(f"{name} has no revision {asked.revision}.", "Name one of its branches, tags or commits as `revision`.") from None
     except (GatedRepoError, RepositoryNotFoundError, DatasetNotFoundError, HFValidationError) as error:
-        if isinstance(error, GatedRepoError) or "gated" in str(error):
+        if isinstance(error, GatedRepoError) or "is a gated dataset" in str(error):
             raise OlpackError(f"{name} is gated: its owner must grant access.",
                               f"Accept its terms on https://huggingface.co/datasets/{asked.id}, then run `hf auth login`.") from None
         raise OlpackError(f"{name} is not on the Hugging Face Hub, or it is private.",
