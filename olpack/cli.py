@@ -422,10 +422,10 @@ def remove(
         _print_lines(ship.remove(asked), False)
 
 
-data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at a package's data: what is wrong with it, and how the model sees it.")
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at data: what is wrong with it, and how the model sees it.")
 app.add_typer(data_app, name="data")
 DataName = Annotated[str, typer.Argument(metavar="NAME | FILE", help="A package; or a data file, with --base.", show_default=False)]
-DataBase = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="Look at a data file with this base's tokenizer: builtin, folder or Hub id.")]
+DataBase = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="Read a data file with the tokenizer of this base.")]
 
 
 def _data_of(name: str, base: str | None, settings: list[str] | None, as_json: bool = False) -> Build:

@@ -93,7 +93,8 @@ class Data(_Section):
     def sources(self, which: Literal["train", "eval"]) -> list[DataSource]:
         """The sources of one side, each with its form; empty where the recipe names none."""
         asked = getattr(self, which)
-        named = [DataSource(file=source) if isinstance(source, str) else source for source in (asked if isinstance(asked, list) else [asked]) if source]
+        listed = asked if isinstance(asked, list) else [asked] if asked else []
+        named = [DataSource(file=source) if isinstance(source, str) else source for source in listed]
         return [source if source.form or self.form == "auto" else source.model_copy(update={"form": self.form}) for source in named]
 
 

@@ -11,7 +11,7 @@ from oracle import olpack
 
 from olpack import recipe
 from olpack.base import BUILTIN, Base
-from olpack.data import Chat, HubSet, Renderer
+from olpack.data import Chat, HubSet, Renderer, load_chats
 from olpack.data.check import histogram, percentile
 from olpack.data.shown import pieces
 from olpack.errors import OlpackError
@@ -37,7 +37,8 @@ GOOD = [chat(f"q{number}", "a" * number) for number in range(1, 20)]
 
 
 def test_all_problems_are_listed_and_the_exit_code_says_so(tmp_path):
-    train = [*GOOD, *["{"] * 12, chat("q", " "), chat("long", "word " * 100), chat("q1", "a"), chat("q1", "another"), chat("q", "<|im_end|>"), '{"text": "\udcff"}']
+    broken, unfit = ["{"] * 12, [chat("q", " "), chat("long", "word " * 100)]
+    train = [*GOOD, *broken, *unfit, chat("q1", "a"), chat("q1", "another"), chat("q", "<|im_end|>"), '{"text": "\udcff"}']
     package(tmp_path, train, [chat("e", "a"), chat("q3", "aaa"), '{"messages": [{"role": "user", "content": "q"}]}'])
     code, printed, _ = olpack(tmp_path, "data", "check", "support", "--json")
     assert code == 1
@@ -58,8 +59,9 @@ def test_all_problems_are_listed_and_the_exit_code_says_so(tmp_path):
     assert "train.jsonl:34: warning: It is the same as train.jsonl:1." in printed
     assert "17 problems that a build refuses, 3 warnings" in printed
     assert re.search(r"up to 128 +█+ +1 too long", printed)
-    _, _, said = olpack(tmp_path, "plan", "support")
-    assert said.count("not JSON") == 10 and "and 4 more (`olpack data check` lists all)" in said
+    with pytest.raises(OlpackError) as refused:
+        load_chats(tmp_path / "modelfiles/support/train.jsonl")
+    assert str(refused.value).count("not JSON") == 10 and "and 4 more (`olpack data check` lists all)" in str(refused.value)
 
 
 def test_sound_data_passes_and_is_shown_in_figures(tmp_path):
@@ -97,6 +99,15 @@ def test_show_prints_a_row_byte_for_byte(tmp_path):
     assert code == 0 and "eval row 1, eval.jsonl:1" in printed
     code, _, said = olpack(tmp_path, "data", "show", "support", "21")
     assert code == 1 and "There is no row 21: to learn are 20." in said
+
+
+def test_on_a_terminal_colours_mark_what_is_learned(tmp_path, monkeypatch):
+    package(tmp_path, [chat("[red]q", "a\tمرحبا\u200f\r\x1b[2Jb")], [chat("e", "a")])
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    code, printed, _ = olpack(tmp_path, "data", "show", "support", "1")
+    shown = printed.partition("\n\n")[2]
+    assert code == 0 and "\x1b[32ma\tمرحبا\u200f␍␛[2Jb\x1b[0m" in shown and "⟦" not in shown
+    assert re.sub(r"\x1b\[[\d;]*m", "", shown).startswith("<|im_start|>user\n[red]q<|im_end|>\n")
 
 
 def test_the_pieces_of_a_row_are_the_row():
@@ -148,19 +159,31 @@ def test_a_mistake_in_a_source_is_named_with_its_line(tmp_path, data, said):
 
 
 def test_sources_of_each_kind(tmp_path):
-    asked = recipe.load(written(tmp_path, """\
-  train:
-  - a.jsonl
-  - {file: texts, form: text, weight: 0.5}
-  - {hub: user/set, split: "train[:10]", revision: v1, subset: ar}
-  form: alpaca
-"""))  # fmt: skip
+    sources = '  - a.jsonl\n  - {file: texts, form: text, weight: 0.5}\n  - {hub: user/set, split: "train[:10]", revision: v1, subset: ar}\n'
+    asked = recipe.load(written(tmp_path, f"  train:\n{sources}  form: alpaca\n"))
     first, second, third = Build(asked).sources("train")
     assert (first.place, first.form, first.weight) == (tmp_path / "support/a.jsonl", "alpaca", 1.0)
     assert (second.place, second.form, second.weight) == (tmp_path / "support/texts", "text", 0.5)
     assert (third.place, third.form) == (HubSet("user/set", "train[:10]", "v1", "ar"), "alpaca")
     assert Build(asked).sources("eval") == []
-    assert asked.settings()["data.train"][1] == {"file": "texts", "hub": None, "split": "train", "revision": None, "subset": None, "form": "text", "weight": 0.5}
+    assert asked.settings()["data.train"][1]["weight"] == 0.5 and asked.origin("data.train") == "recipe.yaml:3"
+
+
+def test_held_out_texts_and_tool_calls_are_no_questions_and_answers(tmp_path):
+    from olpack.stages import _examples, questions
+
+    call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}
+    asked = {"role": "user", "content": "q"}
+    package(tmp_path, GOOD, [json.dumps({"messages": [asked, call, {"role": "tool", "content": "1"}]}), chat("e", "a")])
+    (tmp_path / "modelfiles/support/texts.csv").write_text("text\nplain\n")
+    data = "base: builtin/tiny-coder\ndata: {train: train.jsonl, eval: [texts.csv, eval.jsonl]}\n"
+    path = tmp_path / "modelfiles/support/recipe.yaml"
+    path.write_text(data)
+    build = Build(recipe.load(path))
+    assert questions(build) == [[asked], [{"role": "user", "content": "e"}]]
+    assert _examples(build) == [("e", "a")]
+    path.write_text(data.replace(", eval.jsonl]", "]"))
+    assert questions(Build(recipe.load(path))) == []
 
 
 def test_what_decides_the_rows_decides_the_key(tmp_path):

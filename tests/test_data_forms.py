@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,9 @@ ASKED = [{"role": "user", "content": f"Q {NASTY}"}]
 MESSAGES = [{"role": "system", "content": f"S {NASTY}"}, *ASKED, {"role": "assistant", "content": f"A {NASTY}"}]
 ROWS = {
     "chat": {"messages": MESSAGES},
-    "sharegpt": {"conversations": [{"from": "system", "value": f"S {NASTY}"}, {"from": "human", "value": f"Q {NASTY}"}, {"from": "gpt", "value": f"A {NASTY}"}]},
+    "sharegpt": {
+        "conversations": [{"from": "system", "value": f"S {NASTY}"}, {"from": "human", "value": f"Q {NASTY}"}, {"from": "gpt", "value": f"A {NASTY}"}]
+    },
     "completion": {"prompt": f"Q {NASTY}", "completion": f"A {NASTY}"},
     "alpaca": {"instruction": "Q", "input": NASTY, "output": f"A {NASTY}", "system": f"S {NASTY}"},
     "text": {"text": NASTY},
@@ -74,7 +77,8 @@ def test_each_form_goes_through_each_container_byte_for_byte(tmp_path, renderer,
 def test_the_same_example_in_another_form_is_the_same_example(tmp_path):
     alpaca = write(tmp_path / "a.csv", [{"instruction": "Q", "input": "", "output": "A"}])
     sharegpt = write(tmp_path / "b.json", [{"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}])
-    completion = write(tmp_path / "c.parquet", [{"prompt": [{"role": "user", "content": "Q"}], "completion": [{"role": "assistant", "content": "A"}]}])
+    prompt, answer = [{"role": "user", "content": "Q"}], [{"role": "assistant", "content": "A"}]
+    completion = write(tmp_path / "c.parquet", [{"prompt": prompt, "completion": answer}])
     chats = load_chats(alpaca, sharegpt, completion)
     assert len({chat.digest for chat in chats}) == 1
     assert [chat.source for chat in chats] == ["a.csv:2", "b.json:2", "c.parquet:1"]
@@ -102,7 +106,8 @@ TOOL_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 ASK, RESULT, END = {"role": "user", "content": "Riyadh?"}, {"role": "tool", "content": "41"}, {"role": "assistant", "content": "Hot."}
-CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "الرياض"}'}}]}
+FUNCTION = {"name": "weather", "arguments": '{"city": "الرياض"}'}
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": FUNCTION}]}
 
 
 @pytest.mark.parametrize(
@@ -111,7 +116,8 @@ CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type":
         {"messages": [ASK, CALL, RESULT, END], "tools": [{"type": "function", "function": TOOL}]},
         {"messages": [ASK, {"role": "assistant", "content": "", "tool_calls": [{"name": "weather", "arguments": {"city": "الرياض"}}]}, RESULT, END],
          "tools": json.dumps([TOOL])},
-        {"conversations": [{"from": "human", "value": "Riyadh?"}, {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "الرياض"}}'},
+        {"conversations": [{"from": "human", "value": "Riyadh?"},
+                           {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "الرياض"}}'},
                            {"from": "observation", "value": "41"}, {"from": "gpt", "value": "Hot."}], "tools": json.dumps([TOOL])},
     ],
 )  # fmt: skip
@@ -229,3 +235,14 @@ def test_a_text_has_nothing_to_ask():
     from olpack.data import request_of
 
     assert request_of(Chat([], "x:1", text="plain", form="text").messages) == []
+
+
+def test_the_examples_of_the_page_are_what_it_says(tmp_path):
+    page = (Path(__file__).parent.parent / "docs/data.md").read_text(encoding="utf-8")
+    examples = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    told = []
+    for number, example in enumerate(examples):
+        path = tmp_path / f"{number}.json"
+        path.write_text(f"[{example}]", encoding="utf-8")
+        told += [chat.form for chat in load_chats(path)]
+    assert told == ["chat", *re.findall(r"^\*\*`([a-z]+)`\*\*", page, re.MULTILINE)]

@@ -11,8 +11,8 @@ from olpack.data.sources import Source
 from olpack.errors import OlpackError
 
 _SHOWN = 10  # problems listed before "and N more"
-FORM = 'Each line is an object such as {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}, or has another form ' \
-       "that docs/data.md shows."
+FORM = 'A row is an object such as {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}, or of another form ' \
+       "(docs/data.md)."
 
 
 def load_chats(*sources: Source | Path) -> list[Chat]:

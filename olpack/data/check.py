@@ -73,7 +73,8 @@ class Side:
 
     def as_json(self) -> dict[str, Any]:
         ends = {"median": percentile(self.lengths, 0.5), "p95": percentile(self.lengths, 0.95), "max": max(self.lengths, default=0)}
-        return {"sources": [asdict(part) for part in self.parts], "tokens_per_row": ends, "histogram": [list(pair) for pair in histogram(self.lengths)],
+        bins = [list(pair) for pair in histogram(self.lengths)]
+        return {"sources": [asdict(part) for part in self.parts], "tokens_per_row": ends, "histogram": bins,
                 "answers_per_chat": {str(turns): count for turns, count in sorted(self.turns.items())}}
 
 
@@ -120,7 +121,8 @@ def check_data(train: Sequence[Source], held_out: Sequence[Source], renderer: Re
     for name, side in (("to learn", chats), ("held out", apart)):
         if not side and (eval_share or side is chats):
             findings.append(Finding("data", "too few rows", f"No row is {name}.", True))
-    findings += [Finding(chat.source, "leakage", f"It is held out, and also in the training data ({twin.source}).", True) for chat, twin in leaks(chats, apart)]
+    for chat, twin in leaks(chats, apart):
+        findings.append(Finding(chat.source, "leakage", f"It is held out, and also in the training data ({twin.source}).", True))
     findings += _repeated(chats, apart)
     report = Report(findings, Side(), Side(), max_length)
     with progress.task("reading the data", total=len(chats) + len(apart), unit="rows") as task:
@@ -174,10 +176,12 @@ def _render(side: Side, chats: list[Chat], report: Report, renderer: Renderer, t
         side.turns[sum(message["role"] == "assistant" for message in chat.messages)] += 1
         longest = max(len(row.ids) for row in rows)
         if longest > report.max_length:
-            report.findings.append(Finding(chat.source, "too long", f"It has {longest:,} tokens, and `data.max_length` is {report.max_length:,}.", True))
+            said = f"It has {longest:,} tokens, and at most {report.max_length:,} are allowed (`data.max_length`, and the base's context)."
+            report.findings.append(Finding(chat.source, "too long", said, True))
         contents = [chat.text] if chat.text is not None else [message["content"] for message in chat.messages]
         if found := next((match for content in contents if (match := special.search(content))), None):
-            report.findings.append(Finding(chat.source, "special token", f"Its text holds {found[0]}, which the model reads as a token that steers it.", False))
+            said = f"Its text holds {found[0]}, which the model reads as a token that steers it."
+            report.findings.append(Finding(chat.source, "special token", said, False))
     side.parts = list(parts.values())
 
 

@@ -47,7 +47,7 @@ def load_rows(
         made = _rendered([*learned, *apart], renderer, task)
     _refuse_long([row for rows in made for row in rows], max_length)
     if parted := sum(len(rows) > 1 for rows in made):
-        progress.say(f"{parted:,} of {len(made):,} chats are learned as several rows: the chat template writes an earlier turn otherwise than it was answered")
+        progress.say(f"{parted:,} of {len(made):,} chats are learned as several rows: the chat template writes earlier turns otherwise than the last")
     seen = [rows for chat, rows in zip(learned, made, strict=False) for _ in range(times(chat))]
     return [row for rows in seen for row in rows], [row for rows in made[len(learned) :] for row in rows]
 

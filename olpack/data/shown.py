@@ -48,9 +48,9 @@ def _print_side(console, title: str, side: Side, limit: int) -> None:
     from rich.table import Table
 
     lengths = side.lengths
-    counts = ", ".join(f"{turns}: {count:,}" for turns, count in sorted(side.turns.items()) if turns)
+    counts = ", ".join(f"{count:,} with {turns} {'answer' if turns == 1 else 'answers'}" for turns, count in sorted(side.turns.items()) if turns)
     console.print(f"\n{title}: tokens a row, median {percentile(lengths, 0.5):,}, 95 % up to {percentile(lengths, 0.95):,}, longest {max(lengths):,}"
-                  + (f"; answers a row {counts}" if counts else ""), soft_wrap=True)
+                  + (f"; chats: {counts}" if counts else ""), soft_wrap=True)
     bins = histogram(lengths)
     most = max(count for _, count in bins)
     table = Table(box=None, pad_edge=False, show_header=False)
