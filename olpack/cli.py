@@ -429,17 +429,16 @@ DataBase = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="R
 
 
 def _data_of(name: str, base: str | None, settings: list[str] | None, as_json: bool = False) -> Build:
-    """A package, or one that is made up of a data file and a base."""
-    if base is None:
-        if Path(name).suffix and Path(name).exists():
-            raise typer.BadParameter(f"{name} is a data file, so say which base is to read it.", param_hint="--base")
-        return _build_of(name, settings, None, None, as_json, deploy=False)
+    """A package, or one that is made up of a data file and a base. The base's weights are not needed."""
     from olpack import recipe
     from olpack.pipeline import Build
+    from olpack.workspace import recipe_path
 
     if as_json:
         progress.use("json")
-    return Build(recipe.of_data(Path(name), base, settings))
+    if base is None and Path(name).suffix and Path(name).exists():
+        raise typer.BadParameter(f"{name} is a data file, so say which base is to read it.", param_hint="--base")
+    return Build(recipe.of_data(Path(name), base, settings) if base else recipe.load(recipe_path(name), settings), weights=False)
 
 
 @data_app.command("check")

@@ -81,12 +81,14 @@ class Build:
         recipe: what is asked for.
         out: the folder that holds `NAME/`; by default `build`.
         server: URL of the Ollama server to deploy to, None where there is none or it is not wanted.
+        weights: fetch those of the base; without them only its data can be looked at.
     """
 
-    def __init__(self, recipe: Recipe, out: Path | None = None, server: str | None = None):
+    def __init__(self, recipe: Recipe, out: Path | None = None, server: str | None = None, weights: bool = True):
         self.recipe = recipe
         self.out = out or Path("build")
         self.server = server
+        self.weights = weights
         self.quants = [quant_type(name) for name in recipe.quants]
 
     @cached_property
@@ -106,7 +108,7 @@ class Build:
     @cached_property
     def base(self) -> Base:
         """The base model, fetched from the Hub where that is needed."""
-        return resolve(self.recipe.base, relative_to=self.recipe.folder, revision=self.recipe.revision)
+        return resolve(self.recipe.base, relative_to=self.recipe.folder, revision=self.recipe.revision, weights=self.weights)
 
     @cached_property
     def meta_model(self) -> MetaModel:

@@ -117,6 +117,28 @@ def test_each_turn_is_learned_as_it_is_served_where_a_template_rewrites_earlier_
     assert last.ids == rows[2].ids and last.learned == rows[2].learned
 
 
+# A header of its own and a token that ends a turn, white space cut, and no generation markers, as in the templates of Llama 3.1 and Gemma 2.
+PUBLISHED = {
+    "<|eot_id|>": "<|endoftext|>{% for m in messages %}<|start|>{{ m.role }}<|stop|>\n\n{{ m.content | trim }}<|eot_id|>{% endfor %}"
+                  "{% if add_generation_prompt %}<|start|>assistant<|stop|>\n\n{% endif %}",
+    "<end_of_turn>": "<|endoftext|>{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('alternate') }}"
+                     "{% endif %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+                     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("end", PUBLISHED)
+@pytest.mark.parametrize("learn", ["all", "last"])
+def test_the_token_that_ends_each_learned_turn_is_learned(renderer, end, learn):
+    tokenizer = copy.deepcopy(renderer.tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|stop|>", "<start_of_turn>", end]})
+    tokenizer.chat_template = PUBLISHED[end]
+    other = Renderer(tokenizer, learn=learn)
+    (row,) = other.rows(Chat(turns("q", "مرحبا\n", "r", " \tb 👩‍💻"), "x:1"))
+    assert learned_text(other, row) == (f"مرحبا{end}" if learn == "all" else "") + f"b 👩‍💻{end}"
+    assert other.end_of_turn() == end
+
+
 def test_turns_share_a_row_as_far_as_they_are_served_alike(renderer):
     # The token that ends the text is written behind the last turn only, and not before the fourth.
     once = with_template(renderer, "{% for m in messages %}{{ m.role }}:\n{{ m.content }}\n{% endfor %}"
@@ -195,3 +217,18 @@ def test_a_row_that_is_too_long_is_refused_and_named(renderer, tmp_path):
     held_out.write_text(json.dumps({"messages": turns("q", "a")}) + "\n")
     with pytest.raises(OlpackError, match=r"1 row is longer than 64 tokens; train.jsonl:2.*data.max_length"):
         load_rows([path], [held_out], renderer, max_length=64, eval_share=0.1)
+
+
+def test_a_text_is_tokenized_as_the_tokenizer_does_it_with_an_end_behind_it():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    text = "def add(a, b):\n\treturn مرحبا"
+    spaced = Tokenizer(models.BPE())  # as Llama 2 has it: <s>, and a space that it puts before each text
+    spaced.pre_tokenizer, spaced.decoder = pre_tokenizers.Metaspace(prepend_scheme="first"), decoders.Metaspace(prepend_scheme="first")
+    spaced.train_from_iterator([text], trainers.BpeTrainer(vocab_size=200, special_tokens=["<s>", "</s>"], show_progress=False))
+    spaced.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=spaced, bos_token="<s>", eos_token="</s>", chat_template="{{ messages[0].content }}")
+    (row,) = Renderer(tokenizer).rows(Chat([], "x:1", text=text))
+    assert row.ids == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    assert row.learned_count == len(row.ids) - 1 and row.text == f"<s>{text}</s>"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -84,8 +85,23 @@ def test_a_file_with_no_recipe(tmp_path):
     assert code == 0 and "rows.csv" in printed and "text" in printed
     code, printed, _ = olpack(tmp_path, "data", "show", "rows.csv", "1", "--base", "builtin/tiny-coder")
     assert code == 0 and printed.endswith("⟦[red]one[/red]\nline<|im_end|>⟧\n")
+    shutil.copytree(BUILTIN / "tiny-coder", tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+    assert olpack(tmp_path, "data", "show", "rows.csv", "1", "--base", "base")[:2] == (0, printed)  # without its weights
     code, _, said = olpack(tmp_path, "data", "check", "rows.csv")
     assert code == 2 and "--base" in said
+
+
+def test_roles_in_an_order_that_the_template_refuses(tmp_path):
+    shutil.copytree(BUILTIN / "tiny-coder", tmp_path / "base")
+    (tmp_path / "base/chat_template.jinja").write_text(
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate') }}{% endif %}"
+        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    system = json.dumps({"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]})
+    (tmp_path / "rows.jsonl").write_text(f"{GOOD[0]}\n{system}\n{GOOD[1]}\n")
+    code, printed, _ = olpack(tmp_path, "data", "check", "rows.jsonl", "--base", "base")
+    assert code == 1 and "rows.jsonl:2: The base's chat template refuses this conversation: Roles must alternate." in printed
+    assert "1 problem that a build refuses" in printed
 
 
 def test_show_prints_a_row_byte_for_byte(tmp_path):
@@ -193,8 +209,8 @@ def test_what_decides_the_rows_decides_the_key(tmp_path):
 
     plain = key("{train: train.jsonl, eval: eval.jsonl}")
     assert key("{train: {file: train.jsonl}, eval: [eval.jsonl]}") == plain
-    others = ["{train: {file: train.jsonl, weight: 2}, eval: eval.jsonl}", "{train: [train.jsonl, eval.jsonl], eval: eval.jsonl}", "{train: train.jsonl}",
-              "{train: {file: train.jsonl, form: chat}, eval: eval.jsonl}", "{train: train.jsonl, eval: eval.jsonl, learn: last}"]  # fmt: skip
+    others = ["{train: {file: train.jsonl, weight: 2}, eval: eval.jsonl}", "{train: [train.jsonl, eval.jsonl], eval: eval.jsonl}",
+              "{train: train.jsonl}", "{train: {file: train.jsonl, form: chat}, eval: eval.jsonl}", "{train: train.jsonl, eval: eval.jsonl, learn: last}"]  # fmt: skip
     keys = [json.dumps(key(other), sort_keys=True) for other in others]
     assert len({*keys, json.dumps(plain, sort_keys=True)}) == 6
     folder = tmp_path / "modelfiles/support/more"

@@ -12,6 +12,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING
 
@@ -26,10 +27,11 @@ _AT_ONCE = 256  # chats that are tokenized together
 
 @dataclass(frozen=True)
 class _Written:
-    """The text of one row, and which characters of it are learned: (start, end) of each part, the last one first."""
+    """The text of one row, which characters of it are learned, as (start, end) of each part, the last one first, and where no token reaches over."""
 
     text: str
     spans: list[tuple[int, int]] = field(default_factory=list)
+    cuts: tuple[int, ...] = ()
 
 
 class Renderer:
@@ -111,9 +113,17 @@ class Renderer:
 
     def _plain(self, text: str) -> list[_Written]:
         """A text between the tokens that the tokenizer begins a text with, and the one that ends it."""
-        begin = [token for token in self.tokenizer("")["input_ids"] if token != self.tokenizer.eos_token_id]
-        whole = "".join(self.tokenizer.convert_ids_to_tokens(begin)) + text + (self.tokenizer.eos_token or "")
-        return [_Written(whole, [(0, len(whole))])]
+        begin, cuts = self._opening
+        whole = begin + text + (self.tokenizer.eos_token or "")
+        return [_Written(whole, [(0, len(whole))], cuts)]
+
+    @cached_property
+    def _opening(self) -> tuple[str, tuple[int, ...]]:
+        """What the tokenizer begins a text with; cut off from it, where the tokenizer begins each text with a space that it would lose."""
+        tokens = [token for token in self.tokenizer("")["input_ids"] if token != self.tokenizer.eos_token_id]
+        begin = "".join(self.tokenizer.convert_ids_to_tokens(tokens))
+        alike = self.tokens(f"{begin}a")[0] == self.tokens(f"{begin}a", (len(begin),))[0]
+        return begin, () if alike else (len(begin),)
 
     def _turns(self, chat: Chat) -> list[_Written]:
         """From the last turn to the first: each goes into the row behind it, if that begins just as the turn was served."""
@@ -166,7 +176,9 @@ class Renderer:
         return ids, offsets
 
     def _marked(self, written: _Written, ids: list[int], offsets: list[tuple[int, int]], source: str) -> TokenRow:
-        text, cuts = written.text, ()
+        text, cuts = written.text, written.cuts
+        if cuts:
+            ids, offsets = self.tokens(text, cuts)
         ends = [end for _, end in offsets]
         if within := sorted(start for start, _ in written.spans if _begins_within(start, offsets, ends)):
             # A line break at the beginning of an answer can be one token with the prompt's last one. The server sends the prompt alone.
