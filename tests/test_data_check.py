@@ -210,7 +210,8 @@ def test_what_decides_the_rows_decides_the_key(tmp_path):
     plain = key("{train: train.jsonl, eval: eval.jsonl}")
     assert key("{train: {file: train.jsonl}, eval: [eval.jsonl]}") == plain
     others = ["{train: {file: train.jsonl, weight: 2}, eval: eval.jsonl}", "{train: [train.jsonl, eval.jsonl], eval: eval.jsonl}",
-              "{train: train.jsonl}", "{train: {file: train.jsonl, form: chat}, eval: eval.jsonl}", "{train: train.jsonl, eval: eval.jsonl, learn: last}"]  # fmt: skip
+              "{train: train.jsonl}",
+              "{train: {file: train.jsonl, form: chat}, eval: eval.jsonl}", "{train: train.jsonl, eval: eval.jsonl, learn: last}"]  # fmt: skip
     keys = [json.dumps(key(other), sort_keys=True) for other in others]
     assert len({*keys, json.dumps(plain, sort_keys=True)}) == 6
     folder = tmp_path / "modelfiles/support/more"
