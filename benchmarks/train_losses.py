@@ -55,7 +55,7 @@ def coding_rows() -> tuple[Base, list[TokenRow]]:
     from transformers import AutoTokenizer
 
     renderer = Renderer(AutoTokenizer.from_pretrained(base.path))
-    return base, [renderer.row(chat) for chat in load_chats(REPOSITORY / "modelfiles/coding-assistant/train.jsonl")]
+    return base, [renderer.rows(chat)[0] for chat in load_chats(REPOSITORY / "modelfiles/coding-assistant/train.jsonl")]
 
 
 def losses(base: Base, rows: list[TokenRow], device: torch.device, dtype: torch.dtype, *, plain: bool) -> list[float]:

@@ -83,13 +83,14 @@ class Base:
                               "The folder needs tokenizer.json and tokenizer_config.json.") from None
 
 
-def resolve(label: str, *, relative_to: Path, revision: str | None = None) -> Base:
+def resolve(label: str, *, relative_to: Path, revision: str | None = None, weights: bool = True) -> Base:
     """Find the base that a recipe names: shipped with olpack, a folder, or a model on the Hugging Face Hub.
 
     Args:
         label: the recipe's `base`.
         relative_to: the recipe's folder; a relative path is looked up there, then in the working folder.
         revision: of a Hub id. What is not in the Hub's local cache yet is fetched.
+        weights: without them, the tokenizer and the configuration are all that is fetched and looked for.
 
     Raises:
         OlpackError: no such builtin, no such folder, a folder that is no model, a Hub model that cannot be fetched.
@@ -102,18 +103,18 @@ def resolve(label: str, *, relative_to: Path, revision: str | None = None) -> Ba
         return Base(label, path)
     for path in (relative_to / label, Path(label).expanduser()):
         if path.is_dir():
-            return Base(label, _checked(path))
+            return Base(label, _checked(path, weights))
         if path.is_file():
             raise OlpackError(f"{label} is a file, not a model's folder.", "Name the folder that holds config.json and the safetensors.")
     if label.startswith((".", "/", "~")) or label.count("/") != 1:
         raise OlpackError(f"There is no folder {label}.", "`base` is builtin/tiny-coder, a model's folder, or a Hub id such as Qwen/Qwen3-0.6B.")
-    return _from_hub(label, revision)
+    return _from_hub(label, revision, weights)
 
 
-def _checked(path: Path) -> Path:
+def _checked(path: Path, weights: bool = True) -> Path:
     if not (path / "config.json").is_file():
         raise OlpackError(f"{path} is no model folder: it has no config.json.", "It needs config.json, a tokenizer and safetensors weights.")
-    if not any(path.glob("*.safetensors")):
+    if weights and not any(path.glob("*.safetensors")):
         pickled = any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth"))
         kind = "only pickled weights, which can run code when loaded" if pickled else "no weights"
         raise OlpackError(f"{path} has {kind}.", "olpack reads safetensors: save the model with save_pretrained(..., safe_serialization=True).")
@@ -122,12 +123,13 @@ def _checked(path: Path) -> Path:
     return path
 
 
-def _from_hub(repo: str, revision: str | None) -> Base:
+def _from_hub(repo: str, revision: str | None, weights: bool) -> Base:
     from huggingface_hub import snapshot_download
 
     with _hub_failures(repo, revision):
-        found = snapshot_download(repo, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_OTHER_FORMS)
-    return Base(repo, _checked(Path(found)))
+        found = snapshot_download(repo, revision=revision, allow_patterns=_HUB_FILES,
+                                  ignore_patterns=_OTHER_FORMS + ([] if weights else ["*.safetensors"]))
+    return Base(repo, _checked(Path(found), weights))
 
 
 def config_of(label: str) -> dict[str, Any]:

@@ -422,6 +422,63 @@ def remove(
         _print_lines(ship.remove(asked), False)
 
 
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at data: what is wrong with it, and how the model sees it.")
+app.add_typer(data_app, name="data")
+DataName = Annotated[str, typer.Argument(metavar="NAME | FILE", help="A package; or a data file, with --base.", show_default=False)]
+DataBase = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="Read a data file with the tokenizer of this base.")]
+
+
+def _data_of(name: str, base: str | None, settings: list[str] | None, as_json: bool = False) -> Build:
+    """A package, or one that is made up of a data file and a base. The base's weights are not needed."""
+    from olpack import recipe
+    from olpack.pipeline import Build
+    from olpack.workspace import recipe_path
+
+    if as_json:
+        progress.use("json")
+    if base is None and Path(name).suffix and Path(name).exists():
+        raise typer.BadParameter(f"{name} is a data file, so say which base is to read it.", param_hint="--base")
+    return Build(recipe.of_data(Path(name), base, settings) if base else recipe.load(recipe_path(name), settings), weights=False)
+
+
+@data_app.command("check")
+def data_check(name: DataName, base: DataBase = None, settings: Set = None, as_json: Json = False) -> None:
+    """List every problem with its line, and show the rows in figures. Exit code 1 where a build would refuse them."""
+    from olpack.data.check import check_data
+    from olpack.data.shown import print_report
+
+    asked = _data_of(name, base, settings, as_json)
+    report = check_data(asked.sources("train"), asked.sources("eval"), asked.renderer, max_length=asked.longest_row, eval_share=_share(asked, base))
+    if as_json:
+        _print_json(report.as_json())
+    else:
+        print_report(report)
+    if report.fails:
+        raise typer.Exit(1)
+
+
+@data_app.command("show")
+def data_show(
+    name: DataName,
+    number: Annotated[int, typer.Argument(metavar="N", min=1, help="Which row, from 1.", show_default=False)],
+    held_out: Annotated[bool, typer.Option("--eval", help="Of the held-out rows.")] = False,
+    base: DataBase = None,
+    settings: Set = None,
+) -> None:
+    """Print a row as the model sees it, with what is learned of it marked."""
+    from olpack.data.load import nth_row
+    from olpack.data.shown import print_row
+
+    asked = _data_of(name, base, settings)
+    row = nth_row(number, asked.sources("train"), asked.sources("eval"), asked.renderer, held_out=held_out, eval_share=_share(asked, base))
+    print_row(row, asked.renderer, f"{'eval' if held_out else 'train'} row {number}, {row.source}")
+
+
+def _share(asked: Build, base: str | None) -> float:
+    """Of a data file with no recipe, nothing is held out."""
+    return 0 if base else asked.recipe.data.eval_share
+
+
 @app.command("list")
 def list_packages(out: Out = None, as_json: Json = False) -> None:
     """List packages, what of each is built, and what the server has."""

@@ -89,7 +89,7 @@ def said_of_a_file(build: Build) -> dict:
         "name": build.model_name,
         "chat_template": protect(template, pins_for(template, {})),
         # What ends a turn is what training saw there, whatever the tokenizer calls it.
-        "end_of_turn": build.renderer.end_of_turn(build.rows[0][0]),
+        "end_of_turn": build.renderer.end_of_turn(),
         "metadata": {
             "olpack.version": __version__,
             "olpack.base": build.recipe.base,
@@ -110,7 +110,8 @@ def _collect_importance(build: Build) -> None:
     try:
         if not at_hand:
             export(build.base.path, [Target("Q8_0", source)], adapter=build.paths.adapter)
-        collect_importance(source, [row.ids for row in rows], build.paths.importance, dataset=build.recipe.data.train)
+        dataset = ", ".join(one.label for one in build.sources("train"))
+        collect_importance(source, [row.ids for row in rows], build.paths.importance, dataset=dataset)
     finally:
         build.paths.importance_source.unlink(missing_ok=True)
     tokens = sum(len(row.ids) for row in rows)

@@ -25,7 +25,7 @@ from olpack.tasks import function_files
 from olpack.workspace import BuildPaths, file_digest, locked, template_source, value_digest, write_atomically
 
 if TYPE_CHECKING:
-    from olpack.data import Renderer, TokenRow
+    from olpack.data import Renderer, Source, TokenRow
     from olpack.deploy import Package
     from olpack.memory.shape import MetaModel
     from olpack.tasks import Task
@@ -81,12 +81,14 @@ class Build:
         recipe: what is asked for.
         out: the folder that holds `NAME/`; by default `build`.
         server: URL of the Ollama server to deploy to, None where there is none or it is not wanted.
+        weights: fetch those of the base; without them only its data can be looked at.
     """
 
-    def __init__(self, recipe: Recipe, out: Path | None = None, server: str | None = None):
+    def __init__(self, recipe: Recipe, out: Path | None = None, server: str | None = None, weights: bool = True):
         self.recipe = recipe
         self.out = out or Path("build")
         self.server = server
+        self.weights = weights
         self.quants = [quant_type(name) for name in recipe.quants]
 
     @cached_property
@@ -106,7 +108,7 @@ class Build:
     @cached_property
     def base(self) -> Base:
         """The base model, fetched from the Hub where that is needed."""
-        return resolve(self.recipe.base, relative_to=self.recipe.folder, revision=self.recipe.revision)
+        return resolve(self.recipe.base, relative_to=self.recipe.folder, revision=self.recipe.revision, weights=self.weights)
 
     @cached_property
     def meta_model(self) -> MetaModel:
@@ -115,26 +117,35 @@ class Build:
 
         return MetaModel(self.base.config, self.base.label)
 
-    def data_file(self, which: str) -> Path | None:
-        """The file of `data.train` or `data.eval`; None where the recipe names none."""
-        name = getattr(self.recipe.data, which)
-        return None if name is None else self.recipe.folder / name
+    def sources(self, which: str) -> list[Source]:
+        """Where the rows of `data.train` or `data.eval` come from; empty where the recipe names nothing."""
+        from olpack.data import HubSet, Source
+
+        found = []
+        for asked in self.recipe.data.sources(which):
+            place = HubSet(asked.hub, asked.split, asked.revision, asked.subset) if asked.hub else self.recipe.folder / asked.file
+            found.append(Source(place, asked.form, asked.weight))
+        return found
 
     @cached_property
     def renderer(self) -> Renderer:
         """Chats to token rows, with the base's tokenizer and chat template."""
         from olpack.data import Renderer
 
-        return Renderer(self.base.tokenizer(), self.base.end_ids())
+        return Renderer(self.base.tokenizer(), self.base.end_ids(), self.recipe.data.learn)
 
     @cached_property
     def rows(self) -> tuple[list[TokenRow], list[TokenRow]]:
         """(train, eval) rows, as the model sees them."""
         from olpack.data import load_rows
 
-        data = self.recipe.data
-        limit = min(data.max_length, self.base.context_length)
-        return load_rows(self.data_file("train"), self.data_file("eval"), self.renderer, max_length=limit, eval_share=data.eval_share)
+        return load_rows(self.sources("train"), self.sources("eval"), self.renderer, max_length=self.longest_row,
+                         eval_share=self.recipe.data.eval_share)
+
+    @property
+    def longest_row(self) -> int:
+        """Most tokens that a row may have."""
+        return min(self.recipe.data.max_length, self.base.context_length)
 
     @cached_property
     def tasks(self) -> list[Task]:
@@ -274,20 +285,19 @@ class Build:
         return [quant.name for quant in self.quants] + ([ADAPTER] if self.paths.base else [])
 
     def _data(self, side: str) -> dict[str, Any]:
-        """What decides the rows of one side: its file, or the training file and the share that is set apart."""
+        """What decides the rows of one side: its sources, or the training sources and the share that is set apart; and what is learned of them."""
         shared = {} if self.recipe.data.eval else {"data.eval_share": self.recipe.data.eval_share}
         which = "train" if shared else side
-        return {f"data.{which}": self._file_digests[which]} | shared
+        learned = {} if self.recipe.data.learn == "all" else {"data.learn": self.recipe.data.learn}
+        return {f"data.{which}": self._data_digests[which]} | shared | learned
 
     @cached_property
-    def _file_digests(self) -> dict[str, str]:
+    def _data_digests(self) -> dict[str, str]:
         digests = {}
         for which in ("train", "eval"):
-            path = self.data_file(which)
-            if path is not None and not path.is_file():
-                raise OlpackError(f"There is no {path}, which `data.{which}` names.", "Files are named relative to the recipe.")
-            if path is not None:
-                digests[which] = file_digest(path)
+            if found := self.sources(which):
+                plain = len(found) == 1 and found[0].form is None and found[0].weight == 1
+                digests[which] = found[0].digest() if plain else value_digest([[one.digest(), one.form, one.weight] for one in found])
         return digests
 
     def _settings(self, section: str) -> dict[str, Any]:

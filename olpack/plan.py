@@ -71,6 +71,8 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
     Raises:
         OlpackError: the first thing that stands in the way, with its remedy.
     """
+    from olpack.stages import questions
+
     stages = {step.stage for step in stale}
     exported = None
     if stages & {"export", "deploy", "compare"}:
@@ -89,11 +91,12 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
         for warning in exported.warnings:
             progress.warn(warning)
     if stages & {"train", "export", "compare"}:
-        rows, held_out = build.rows
-        _refuse_leak(rows, held_out)
-        if build.renderer.end_of_turn(rows[0]) is None and "stop" not in build.package.parameters:
+        rows, _ = build.rows
+        if build.renderer.end_of_turn() is None and "stop" not in build.package.parameters:
             raise OlpackError("The base's chat template ends an assistant's turn with no special token, so served answers would never stop.",
                               "Set `modelfile.parameters.stop` to the text that ends a turn.")
+    if stages & {"deploy", "compare"} and not questions(build):
+        raise OlpackError("No held-out row opens with a request, so there is nothing to ask the quants.", "Give them prompts as `compare.prompts`.")
     if "compare" in stages and (own := {task.expected: task for task in build.tasks if task.check == "function"}):
         from olpack.compare.scores import load_function
 
@@ -141,14 +144,6 @@ def _temporary_bytes(build: Build, parameters: int) -> int:
     vocabulary = build.base.config.get("text_config", build.base.config)["vocab_size"]
     positions = sum(row.learned_count for row in build.rows[1][: build.recipe.compare.eval_rows])
     return 2 * parameters + min(LOGITS_BYTES, 4 * vocabulary * positions)
-
-
-def _refuse_leak(rows, held_out) -> None:
-    seen = {row.text: row.source for row in rows}
-    for row in held_out:
-        if row.text in seen:
-            raise OlpackError(f"{row.source} is also in the training data ({seen[row.text]}), so its score would mean nothing.",
-                              "Remove it from one of the files.")
 
 
 def estimate(build: Build) -> Estimate:

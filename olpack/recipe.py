@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag, ValidationError, field_validator, model_validator
 
+from olpack.data.rows import Form as _Form
 from olpack.deploy.names import check_name
 from olpack.deploy.parameters import check_parameters
 from olpack.errors import OlpackError
@@ -26,15 +28,74 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
 
+class DataSource(_Section):
+    file: str | None = None
+    """A file, or a folder of them, relative to the recipe: .jsonl, .json, .csv, .tsv or .parquet."""
+    hub: str | None = None
+    """A data set on the Hugging Face Hub, such as `HuggingFaceH4/no_robots`, instead of a file."""
+    split: str = "train"
+    """Split of a Hub data set, or a part of it: `train[:1000]`."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub data set."""
+    subset: str | None = None
+    """Configuration of a Hub data set that has several."""
+    form: _Form | None = None
+    """Form of the rows, where it is not `data.form`."""
+    weight: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """How often each row of this source is seen in an epoch. 2: twice. 0.5: half of the rows are seen, once, and the others never. 1.5: all once,
+    half of them a second time. Which half is decided by the hash of a row's content, so it is the same half in each epoch and each build."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> DataSource:
+        if (self.file is None) == (self.hub is None):
+            raise ValueError("a source is either a `file` or a `hub` data set.")
+        if self.file is not None and (only := sorted(self.model_fields_set & {"split", "revision", "subset"})):
+            raise ValueError(f"{only[0]} goes with a `hub` data set; a file has none.")
+        return self
+
+
+def _source_tag(value: Any) -> str:
+    return "str" if isinstance(value, str) else "list[source]" if isinstance(value, list) else "source"
+
+
+# Only the one that was meant is tried, so that a mistake in a source is not also reported as "not a string".
+_OneSource = Annotated[Annotated[str, Tag("str")] | Annotated[DataSource, Tag("source")], Discriminator(lambda value: _source_tag(value)[:6])]
+_Sources = Annotated[
+    Annotated[str, Tag("str")]
+    | Annotated[DataSource, Tag("source")]
+    | Annotated[list[_OneSource], Field(min_length=1), Tag("list[source]")],
+    Discriminator(_source_tag),
+]
+
+
 class Data(_Section):
-    train: str
-    """Chats to learn from: a JSONL file with `messages`, relative to the recipe."""
-    eval: str | None = None
-    """Held-out chats. Without it, `eval_share` of the training rows is set apart by the hash of each row."""
+    train: _Sources
+    """What to learn from: a file or folder relative to the recipe; or {file: …} or {hub: user/name}, with split, revision, subset, form and
+    weight; or a list of these. `docs/data.md` shows the forms of rows."""
+    eval: _Sources | None = None
+    """Held-out rows. Without it, `eval_share` of the training rows is set apart by the hash of each row."""
     eval_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
     """Share of rows set apart when there is no `eval`."""
+    form: Literal["auto", _Form] = "auto"
+    """Form of the rows. `auto`: told for each file by the keys of its first rows."""
+    learn: Literal["all", "last"] = "all"
+    """Learn every turn of the assistant, or only the last one of each row."""
     max_length: Annotated[int, Field(ge=16)] = 2048
     """Longest row in tokens. A longer one is an error: cutting an answer would teach the model to stop in the middle."""
+
+    @field_validator("eval")
+    @classmethod
+    def _eval_has_no_weight(cls, value: Any) -> Any:
+        if any(isinstance(source, DataSource) and source.weight != 1 for source in (value if isinstance(value, list) else [value])):
+            raise ValueError("weight goes with data.train; held-out rows are scored once each.")
+        return value
+
+    def sources(self, which: Literal["train", "eval"]) -> list[DataSource]:
+        """The sources of one side, each with its form; empty where the recipe names none."""
+        asked = getattr(self, which)
+        listed = asked if isinstance(asked, list) else [asked] if asked else []
+        named = [DataSource(file=source) if isinstance(source, str) else source for source in listed]
+        return [source if source.form or self.form == "auto" else source.model_copy(update={"form": self.form}) for source in named]
 
 
 class Train(_Section):
@@ -252,6 +313,19 @@ def load(path: Path, overrides: list[str] | None = None) -> Recipe:
     check_name(name, tagged=False)
     document, lines = _read_yaml(path)
     origins = {key: f"{path.name}:{line}" for key, line in lines.items()}
+    return _checked(document, overrides, name, path, lines, origins)
+
+
+def of_data(file: Path, base: str, overrides: list[str] | None = None) -> Recipe:
+    """A recipe of nothing but a data file and a base, to look at the data with.
+
+    Raises:
+        OlpackError: an override is wrong.
+    """
+    return _checked({"base": base, "data": {"train": str(file)}}, overrides, file.stem, Path("recipe.yaml"), {}, {})
+
+
+def _checked(document: dict[str, Any], overrides: list[str] | None, name: str, path: Path, lines: dict[str, int], origins: dict[str, str]) -> Recipe:
     for override in overrides or []:
         key = _apply_override(document, override)
         origins[key] = "--set"
@@ -328,7 +402,7 @@ def _apply_override(document: dict[str, Any], override: str) -> str:
 def _sentence(item: dict[str, Any], path: Path, lines: dict[str, int], origins: dict[str, str]) -> str:
     """One of pydantic's errors as a sentence with its place, and what may have been meant."""
     parts = [str(part) for part in item["loc"]]
-    fields = [part for part in parts if part not in ("constrained-int", "constrained-float", "int", "float", "bool", "str")]
+    fields = [part for part in parts if part not in ("constrained-int", "constrained-float", "int", "float", "bool", "str", "source")]
     fields = [part for part in fields if not part.startswith(("literal[", "list["))]
     key = ".".join(fields)
     known = next((".".join(fields[:n]) for n in range(len(fields), 0, -1) if ".".join(fields[:n]) in origins), "")
@@ -351,10 +425,17 @@ def _sentence(item: dict[str, Any], path: Path, lines: dict[str, int], origins: 
 def _section(fields: list[str]) -> type[BaseModel]:
     model: type[BaseModel] = Recipe
     for field in fields:
-        annotation = model.model_fields[field].annotation if field in model.model_fields else None
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            model = annotation
+        if field in model.model_fields:
+            model = next(_sections(model.model_fields[field].annotation), model)
     return model
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections that a field can hold, also inside of a list or a union."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _sections(inner)
 
 
 def _keys_of(fields: list[str]) -> list[str]:

@@ -66,8 +66,7 @@ def _tags_of(name: str, listed: Sequence[str]) -> list[str]:
 
 def _read(path: Path) -> tuple[list[list[dict]], list[Task]]:
     """(conversations, tasks) of a file of prompts."""
-    from olpack.data import load_chats
-    from olpack.data.chats import request_of
+    from olpack.data import load_chats, request_of
 
     if path.suffix.lower() == ".jsonl":
         if _has_checks(path):

@@ -180,7 +180,7 @@ def registered(build: Build) -> list:
 def questions(build: Build) -> list[list[dict]]:
     """Conversations that every quant answers: the recipe's prompts under its system prompt, or the first held-out requests as they are."""
     if not build.recipe.compare.prompts:
-        from olpack.data.chats import request_of
+        from olpack.data import request_of
 
         return [request for chat in _held_out(build) if (request := request_of(chat.messages))][:_ANSWERED]
     system = [{"role": "system", "content": build.recipe.modelfile.system}] if build.recipe.modelfile.system else []
@@ -188,18 +188,19 @@ def questions(build: Build) -> list[list[dict]]:
 
 
 def _examples(build: Build) -> list[tuple[str, str]]:
-    """(request, answer) of the held-out chats: the first of each that opens with a request."""
-    from olpack.data.chats import request_of
+    """(request, answer) of the held-out chats: the first of each that opens with a request. One that calls a tool is no answer in words."""
+    from olpack.data import request_of
 
     chats = [(chat.messages, request) for chat in _held_out(build) if (request := request_of(chat.messages))]
-    return [(request[-1]["content"], messages[len(request)]["content"]) for messages, request in chats]
+    examples = [(request[-1]["content"], messages[len(request)]["content"]) for messages, request in chats]
+    return [(asked, answer) for asked, answer in examples if answer]
 
 
 def _held_out(build: Build) -> list:
     from olpack.data import load_chats, split
 
-    path = build.data_file("eval")
-    return load_chats(path) if path else split(load_chats(build.data_file("train")), build.recipe.data.eval_share)[1]
+    named = build.sources("eval")
+    return load_chats(*named) if named else split(load_chats(*build.sources("train")), build.recipe.data.eval_share)[1]
 
 
 def recommended(build: Build) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -29,13 +30,13 @@ def learned_text(renderer: Renderer, row) -> str:
 
 
 def test_only_the_answer_and_its_end_are_learned(renderer):
-    row = renderer.row(Chat(turns("Add two.", "def add(a, b):\n\treturn a + b", system="Be brief."), "x:1"))
+    row = renderer.rows(Chat(turns("Add two.", "def add(a, b):\n\treturn a + b", system="Be brief."), "x:1"))[0]
     assert learned_text(renderer, row) == "def add(a, b):\n\treturn a + b<|im_end|>"
     assert renderer.tokenizer.decode(row.ids) == row.text
 
 
 def test_every_assistants_turn_is_learned(renderer):
-    row = renderer.row(Chat(turns("a?", "one", "b?", "two"), "x:1"))
+    row = renderer.rows(Chat(turns("a?", "one", "b?", "two"), "x:1"))[0]
     assert learned_text(renderer, row) == "one<|im_end|>two<|im_end|>"
 
 
@@ -44,68 +45,123 @@ NASTY = ["\tif x:\n\t\treturn '''a \"\"\" b'''", "مرحبا بالعالم\u200
 
 @pytest.mark.parametrize("text", NASTY)
 def test_text_goes_through_byte_for_byte(renderer, text):
-    row = renderer.row(Chat(turns(text, text), "x:1"))
+    row = renderer.rows(Chat(turns(text, text), "x:1"))[0]
     assert learned_text(renderer, row) == text + "<|im_end|>"
     assert renderer.tokenizer.decode(row.ids) == row.text
 
 
+def test_an_answer_that_begins_with_a_line_break_is_learned_from_there(renderer):
+    messages = turns("q", "\n\nanswer")
+    (row,) = renderer.rows(Chat(messages, "x:1"))
+    assert learned_text(renderer, row) == "\n\nanswer<|im_end|>"
+    asked = renderer.prompt(messages[:1])
+    assert row.ids[: len(asked)] == asked and row.learned.index(True) == len(asked)
+
+
 def test_special_token_text_inside_a_message_does_not_end_the_learning_early(renderer):
-    row = renderer.row(Chat(turns("q", "say <|im_end|> twice"), "x:1"))
+    row = renderer.rows(Chat(turns("q", "say <|im_end|> twice"), "x:1"))[0]
     assert learned_text(renderer, row) == "say <|im_end|> twice<|im_end|>"
 
 
 def test_a_template_that_adds_an_empty_thinking_block_to_the_prompt(renderer):
-    import copy
-
     thinking = copy.deepcopy(renderer.tokenizer)
     thinking.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
     )
-    row = Renderer(thinking).row(Chat(turns("q", "answer"), "x:1"))
-    assert learned_text(renderer, row) == "answer<|im_end|>"
+    for answer in ("answer", "<think>\nyes\n</think>\n\nanswer", "<tool_call>"):
+        row = Renderer(thinking).rows(Chat(turns("q", answer), "x:1"))[0]
+        assert learned_text(renderer, row) == answer + "<|im_end|>"
 
 
 def test_the_token_that_ends_a_turn_is_found_whatever_the_tokenizer_calls_it(renderer):
-    import copy
-
     other = copy.deepcopy(renderer.tokenizer)
     other.eos_token = "<|endoftext|>"
-    row = Renderer(other).row(Chat(turns("q", "answer"), "x:1"))
-    assert Renderer(other).end_of_turn(row) == "<|im_end|>"
+    row = Renderer(other).rows(Chat(turns("q", "answer"), "x:1"))[0]
+    assert Renderer(other).end_of_turn() == "<|im_end|>"
     other.chat_template = (
         "{% for m in messages %}{{ m.role }}:\n{{ m.content }}\n### End\n{% endfor %}"
         "{% if add_generation_prompt %}assistant:\n{% endif %}"
     )
-    row = Renderer(other).row(Chat(turns("q", "answer"), "x:1"))
+    row = Renderer(other).rows(Chat(turns("q", "answer"), "x:1"))[0]
     assert learned_text(Renderer(other), row) == "answer\n### End\n"
-    assert Renderer(other).end_of_turn(row) is None
+    assert Renderer(other).end_of_turn() is None
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(renderer):
-    import copy
+def with_template(renderer, template: str, learn: str = "all") -> Renderer:
+    other = copy.deepcopy(renderer.tokenizer)
+    other.chat_template = template
+    return Renderer(other, learn=learn)
 
-    forgetful = copy.deepcopy(renderer.tokenizer)
-    forgetful.chat_template = (
-        "{% for m in messages %}{{ m.role }}:{{ m.content if loop.last or m.role == 'user' else '…' }}\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant:{% endif %}"
-    )
-    with pytest.raises(OlpackError, match=r"x:7: .*rewrites earlier turns.*Split the row"):
-        Renderer(forgetful).row(Chat(turns("a", "b", "c", "d"), "x:7"))
+
+# What Qwen3 does: thinking is written for the last turn only, and an empty block where it has none.
+FORGETFUL = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last and '<think>' not in m.content %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m.content if loop.last or m.role != 'assistant' else m.content.split('</think>')[-1].lstrip() }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_each_turn_is_learned_as_it_is_served_where_a_template_rewrites_earlier_ones(renderer):
+    forgetful = with_template(renderer, FORGETFUL)
+    messages = turns("q1", "<think>\nhm\n</think>\n\na1", "q2", "a2", "q3", "<think>\nso\n</think>\n\na3")
+    rows = forgetful.rows(Chat(messages, "x:7"))
+    assert [learned_text(forgetful, row) for row in rows] == [
+        "<think>\nhm\n</think>\n\na1<|im_end|>", "<think>\n\n</think>\n\na2<|im_end|>", "<think>\nso\n</think>\n\na3<|im_end|>",
+    ]  # fmt: skip
+    for row, until in zip(rows, (1, 3, 5), strict=True):
+        assert row.text.startswith(forgetful.text(messages[:until], ask=True))
+    assert [row.source for row in rows] == ["x:7 (1 of 3)", "x:7 (2 of 3)", "x:7 (3 of 3)"]
+    (last,) = with_template(renderer, FORGETFUL, "last").rows(Chat(messages, "x:7"))
+    assert last.ids == rows[2].ids and last.learned == rows[2].learned
+
+
+# A header of its own and a token that ends a turn, white space cut, and no generation markers, as in the templates of Llama 3.1 and Gemma 2.
+PUBLISHED = {
+    "<|eot_id|>": "<|endoftext|>{% for m in messages %}<|start|>{{ m.role }}<|stop|>\n\n{{ m.content | trim }}<|eot_id|>{% endfor %}"
+                  "{% if add_generation_prompt %}<|start|>assistant<|stop|>\n\n{% endif %}",
+    "<end_of_turn>": "<|endoftext|>{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('alternate') }}"
+                     "{% endif %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+                     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("end", PUBLISHED)
+@pytest.mark.parametrize("learn", ["all", "last"])
+def test_the_token_that_ends_each_learned_turn_is_learned(renderer, end, learn):
+    tokenizer = copy.deepcopy(renderer.tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|stop|>", "<start_of_turn>", end]})
+    tokenizer.chat_template = PUBLISHED[end]
+    other = Renderer(tokenizer, learn=learn)
+    (row,) = other.rows(Chat(turns("q", "مرحبا\n", "r", " \tb 👩‍💻"), "x:1"))
+    assert learned_text(other, row) == (f"مرحبا{end}" if learn == "all" else "") + f"b 👩‍💻{end}"
+    assert other.end_of_turn() == end
+
+
+def test_turns_share_a_row_as_far_as_they_are_served_alike(renderer):
+    # The token that ends the text is written behind the last turn only, and not before the fourth.
+    once = with_template(renderer, "{% for m in messages %}{{ m.role }}:\n{{ m.content }}\n{% endfor %}"
+                                   "{% if add_generation_prompt %}assistant:\n{% elif messages|length > 3 %}<|endoftext|>{% endif %}")  # fmt: skip
+    rows = once.rows(Chat(turns("a", "b", "c", "d", "e", "f"), "x:1"))
+    assert [learned_text(once, row) for row in rows] == ["b\nd\n<|endoftext|>", "f\n<|endoftext|>"]
+
+
+def test_a_template_that_rewrites_the_question_once_it_is_answered_is_refused(renderer):
+    marked = with_template(renderer, "{% for m in messages %}{{ m.role }}:{{ '>' if loop.last }}{{ m.content }}\n{% endfor %}"
+                                     "{% if add_generation_prompt %}assistant:{% endif %}")  # fmt: skip
+    with pytest.raises(OlpackError, match="x:7: .*writes the turns before an answer otherwise"):
+        marked.rows(Chat(turns("a", "b"), "x:7"))
 
 
 def test_a_template_that_refuses_a_system_turn(renderer):
-    import copy
-
     strict = copy.deepcopy(renderer.tokenizer)
     strict.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     with pytest.raises(OlpackError, match=r"x:2: .*no system role"):
-        Renderer(strict).row(Chat(turns("a", "b", system="s"), "x:2"))
+        Renderer(strict).rows(Chat(turns("a", "b", system="s"), "x:2"))[0]
 
 
 def test_no_template(renderer):
-    import copy
-
     bare = copy.deepcopy(renderer.tokenizer)
     bare.chat_template = None
     with pytest.raises(OlpackError, match="no chat template"):
@@ -160,4 +216,19 @@ def test_a_row_that_is_too_long_is_refused_and_named(renderer, tmp_path):
     held_out = tmp_path / "eval.jsonl"
     held_out.write_text(json.dumps({"messages": turns("q", "a")}) + "\n")
     with pytest.raises(OlpackError, match=r"1 row is longer than 64 tokens; train.jsonl:2.*data.max_length"):
-        load_rows(path, held_out, renderer, max_length=64, eval_share=0.1)
+        load_rows([path], [held_out], renderer, max_length=64, eval_share=0.1)
+
+
+def test_a_text_is_tokenized_as_the_tokenizer_does_it_with_an_end_behind_it():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    text = "def add(a, b):\n\treturn مرحبا"
+    spaced = Tokenizer(models.BPE())  # as Llama 2 has it: <s>, and a space that it puts before each text
+    spaced.pre_tokenizer, spaced.decoder = pre_tokenizers.Metaspace(prepend_scheme="first"), decoders.Metaspace(prepend_scheme="first")
+    spaced.train_from_iterator([text], trainers.BpeTrainer(vocab_size=200, special_tokens=["<s>", "</s>"], show_progress=False))
+    spaced.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=spaced, bos_token="<s>", eos_token="</s>", chat_template="{{ messages[0].content }}")
+    (row,) = Renderer(tokenizer).rows(Chat([], "x:1", text=text))
+    assert row.ids == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    assert row.learned_count == len(row.ids) - 1 and row.text == f"<s>{text}</s>"

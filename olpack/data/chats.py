@@ -1,88 +1,70 @@
-"""Chats from a JSONL file: one JSON object with `messages` on each line."""
+"""Chats from the recipe's data: read, refused where they are none, split, and seen as often as their source says."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NoReturn
 
-from olpack.data.rows import Chat
+from olpack.data.rows import Chat, Problem
+from olpack.data.sources import Source
 from olpack.errors import OlpackError
-from olpack.workspace import value_digest
 
-ROLES = ("system", "user", "assistant", "tool")
 _SHOWN = 10  # problems listed before "and N more"
-_FORM = 'Each line is an object such as {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}.'
+FORM = 'A row is an object such as {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}, or of another form ' \
+       "(docs/data.md)."
 
 
-def load_chats(path: Path) -> list[Chat]:
-    """Read every chat of a JSONL file.
+def load_chats(*sources: Source | Path) -> list[Chat]:
+    """Read every chat of some sources; a path is a source whose form its rows tell.
 
     Raises:
-        OlpackError: the file is missing, is not UTF-8, is empty, or has lines that are no chats: each named by its number.
+        OlpackError: a source is missing or empty, or has rows that are no chats: each named by its line.
     """
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise OlpackError(f"There is no {path}.", "The recipe's `data` names files relative to the recipe.") from None
-    except OSError as error:
-        raise OlpackError(f"{path} cannot be read: {error.strerror}.") from None
-    chats, problems = [], []
-    for number, line in enumerate(raw.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            messages = _messages(line)
-        except ValueError as error:
-            problems.append(f"{path}, line {number}: {error}.")
-        else:
-            chats.append(Chat(messages, f"{path.name}:{number}"))
+    chats: list[Chat] = []
+    problems: list[Problem] = []
+    for source in sources:
+        source = Source(source) if isinstance(source, Path) else source
+        before = len(chats) + len(problems)
+        for row in source.read():
+            (chats if isinstance(row, Chat) else problems).append(row)
+        if len(chats) + len(problems) == before:
+            raise OlpackError(f"{source.place if isinstance(source.place, Path) else source.label} is empty.", FORM)
     if problems:
-        more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-        raise OlpackError("\n".join(problems[:_SHOWN] + more), _FORM)
-    if not chats:
-        raise OlpackError(f"{path} is empty.", _FORM)
+        refuse([f"{problem.place}: {problem.text}." for problem in problems], FORM)
     return chats
 
 
-def _messages(line: bytes) -> list[dict]:
-    try:
-        row = json.loads(line.decode("utf-8").removeprefix("\ufeff"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 (byte {error.start + 1} of the line)") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg.lower()} at column {error.colno}") from None
-    messages = row.get("messages") if isinstance(row, dict) else None
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("there is no list of `messages`")
-    for index, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise ValueError(f"message {index} has no role of {', '.join(ROLES)}")
-        if not isinstance(message.get("content"), str):
-            raise ValueError(f"message {index} has no text as `content`")
-        if not message["content"].isascii() and any("\ud800" <= letter <= "\udfff" for letter in message["content"]):
-            raise ValueError(f"message {index} has half a character (an unpaired surrogate), as text that was cut has")
-        if message["role"] == "assistant" and not message["content"].strip():
-            raise ValueError(f"message {index}, the assistant's, is empty")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError("there is no assistant's turn, so nothing to learn")
-    return messages
+def refuse(problems: list[str], remedy: str) -> NoReturn:
+    """Raise the first of some problems, and how many more there are."""
+    more = [f"and {len(problems) - _SHOWN} more (`olpack data check` lists all)"] if len(problems) > _SHOWN else []
+    raise OlpackError("\n".join(problems[:_SHOWN] + more), remedy)
 
 
 def split(chats: list[Chat], share: float) -> tuple[list[Chat], list[Chat]]:
     """Set a share of the chats apart for evaluation, each by the hash of its own content.
 
-    A chat stays on its side when others are added, and equal chats are always on the same side.
+    A chat stays on its side when others are added, and equal chats are always on the same side, whatever file or form they come in.
 
     Returns:
         (train, eval), both in the order given.
     """
     sides: tuple[list[Chat], list[Chat]] = ([], [])
     for chat in chats:
-        sides[int(value_digest(chat.messages)[:8], 16) / 2**32 < share].append(chat)
+        sides[int(chat.digest[:8], 16) / 2**32 < share].append(chat)
     return sides
 
 
-def request_of(messages: list[dict]) -> list[dict]:
-    """A conversation up to its first answer, roles and contents only."""
-    first = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
-    return [{"role": message["role"], "content": message["content"]} for message in messages[:first]]
+def times(chat: Chat) -> int:
+    """How often a chat is seen in an epoch: its weight, of which the part after the point is decided by the hash of its content.
+
+    Of many chats of weight 2.5, half are seen twice and half three times, the same ones in each run.
+    """
+    whole = int(chat.weight)
+    return whole + (int(chat.digest[8:16], 16) / 2**32 < chat.weight - whole)
+
+
+def leaks(train: Iterable[Chat], held_out: Iterable[Chat]) -> list[tuple[Chat, Chat]]:
+    """Held-out chats that are also in the training data, each with its twin there."""
+    seen = {chat.digest: chat for chat in train}
+    return [(chat, seen[chat.digest]) for chat in held_out if chat.digest in seen]

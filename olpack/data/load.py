@@ -1,47 +1,97 @@
-"""From a recipe's data files to rows that a base can learn."""
+"""From a recipe's data to rows that a base can learn."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from olpack import progress
-from olpack.data.chats import load_chats, split
+from olpack.data.chats import leaks, load_chats, refuse, split, times
 from olpack.data.render import Renderer
-from olpack.data.rows import TokenRow
+from olpack.data.rows import Chat, TokenRow
+from olpack.data.sources import Source
 from olpack.errors import OlpackError
 
 
-def load_rows(train: Path, held_out: Path | None, renderer: Renderer, *, max_length: int, eval_share: float) -> tuple[list[TokenRow], list[TokenRow]]:
+def load_rows(
+    train: Sequence[Source | Path], held_out: Sequence[Source | Path], renderer: Renderer, *, max_length: int, eval_share: float
+) -> tuple[list[TokenRow], list[TokenRow]]:
     """Read both sides of the data and render them.
 
     Args:
-        train: JSONL of chats to learn.
-        held_out: JSONL of chats to score; None: `eval_share` of the training chats is set apart.
+        train: rows to learn. Those of a source with a weight stand in the result as often as that says.
+        held_out: rows to score, each once; empty: `eval_share` of the training rows is set apart.
         renderer: with the base's tokenizer and chat template.
         max_length: longest row in tokens.
 
     Returns:
-        (train, eval) rows in the order of their files.
+        (train, eval) rows in the order of their files. A chat of which the template rewrites earlier turns makes several.
 
     Raises:
-        OlpackError: a file or a row is wrong, a row is too long, or nothing is left on one side.
+        OlpackError: a file or a row is wrong, a row is too long, is on both sides, or nothing is left on one side.
     """
-    chats = load_chats(train)
-    if held_out is None:
+    chats = load_chats(*train)
+    if not held_out:
         chats, apart = split(chats, eval_share)
         if not chats or not apart:
-            raise OlpackError(f"{train} has too few rows to set {eval_share:.0%} of them apart.", "Name a file of held-out rows as `data.eval`.")
+            raise OlpackError(f"{', '.join(map(_name, train))} has too few rows to set {eval_share:.0%} of them apart.",
+                              "Name a file of held-out rows as `data.eval`.")
     else:
-        apart = load_chats(held_out)
-    sides: list[list[TokenRow]] = []
-    with progress.task("reading the data", total=len(chats) + len(apart), unit="rows") as task:
-        for side in (chats, apart):
-            sides.append([])
-            for chat in side:
-                sides[-1].append(renderer.row(chat))
-                task.advance()
-    _refuse_long(sides[0] + sides[1], max_length)
-    return sides[0], sides[1]
+        apart = load_chats(*held_out)
+    for chat, twin in leaks(chats, apart):
+        raise OlpackError(f"{chat.source} is also in the training data ({twin.source}), so its score would mean nothing.",
+                          "Remove it from one of the files.")
+    if not (learned := [chat for chat in chats if times(chat)]):
+        raise OlpackError(f"{', '.join(map(_name, train))} has no row left at this weight.", "Raise `weight`.")
+    with progress.task("reading the data", total=len(learned) + len(apart), unit="rows") as task:
+        made = _rendered([*learned, *apart], renderer, task)
+    _refuse_long([row for rows in made for row in rows], max_length)
+    if parted := sum(len(rows) > 1 for rows in made):
+        progress.say(f"{parted:,} of {len(made):,} chats are learned as several rows: the chat template writes earlier turns otherwise than the last")
+    seen = [rows for chat, rows in zip(learned, made, strict=False) for _ in range(times(chat))]
+    return [row for rows in seen for row in rows], [row for rows in made[len(learned) :] for row in rows]
+
+
+def nth_row(
+    number: int, train: Sequence[Source], other: Sequence[Source], renderer: Renderer, *, held_out: bool, eval_share: float
+) -> TokenRow:
+    """One row as the model sees it, counted from 1 in the order of the files; none behind it is rendered.
+
+    Args:
+        number: which row; of a chat that makes several, each counts.
+        train, other, renderer, eval_share: as `load_rows` takes them; a share of 0 holds nothing out.
+        held_out: count the held-out rows, not the training rows.
+
+    Raises:
+        OlpackError: the data is wrong, or there are fewer rows.
+    """
+    if held_out and other:
+        chats = load_chats(*other)
+    else:
+        chats = load_chats(*train)
+        chats = chats if other else split(chats, eval_share)[held_out]
+    seen = 0
+    for rows in renderer.batches(chats):
+        if isinstance(rows, OlpackError):
+            raise rows
+        if seen + len(rows) >= number:
+            return rows[number - seen - 1]
+        seen += len(rows)
+    raise OlpackError(f"There is no row {number}: {'held out' if held_out else 'to learn'} are {seen:,}.")
+
+
+def _name(source: Source | Path) -> str:
+    return str(source if isinstance(source, Path) else source.place if isinstance(source.place, Path) else source.label)
+
+
+def _rendered(chats: list[Chat], renderer: Renderer, task: progress.Task) -> list[list[TokenRow]]:
+    made, refused = [], []
+    for rows in renderer.batches(chats):
+        (refused if isinstance(rows, OlpackError) else made).append(rows)
+        task.advance()
+    if refused:
+        refuse([error.problem for error in refused], refused[0].remedy)
+    return made
 
 
 def _refuse_long(rows: list[TokenRow], limit: int) -> None:

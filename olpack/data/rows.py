@@ -3,19 +3,90 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from olpack.workspace import value_digest
+
+Form = Literal["chat", "sharegpt", "alpaca", "completion", "text"]
+Learn = Literal["all", "last"]
+
+_MEANING = ("role", "content", "reasoning_content", "thinking", "name")  # of a message; ids and the like make it no other one
 
 
 @dataclass(frozen=True)
 class Chat:
-    """One conversation as its file holds it.
+    """One conversation, or one plain text, as its file holds it.
 
     Attributes:
-        messages: turns in order, each with at least `role` and `content`.
+        messages: turns in order, each with `role` and `content`, and what else the template may read. Empty for a plain text.
         source: where it stands, "train.jsonl:17".
+        tools: what the assistant may call, as JSON schemas; None where there is nothing.
+        context: so many messages at the beginning are read and never learned.
+        text: a plain text, which is learned from end to end.
+        form: that of its file.
+        weight: how often it is seen in an epoch.
     """
 
     messages: list[dict]
     source: str
+    tools: list[dict] | None = None
+    context: int = 0
+    text: str | None = None
+    form: Form = "chat"
+    weight: float = 1.0
+
+    @cached_property
+    def digest(self) -> str:
+        """Identity of the content, whatever form, file or order of keys it comes in."""
+        if self.text is not None:
+            return value_digest({"text": self.text})
+        messages = _meaning(self.messages)
+        return value_digest({"messages": messages, "tools": self.tools}) if self.tools else value_digest(messages)
+
+    @cached_property
+    def first_answer(self) -> tuple[str, str] | None:
+        """Identities of the request that the chat opens with, and of its answer; None where it opens with none."""
+        first = _first_answer(self.messages)
+        if not first:
+            return None
+        request, answer = _meaning(self.messages[:first]), _meaning(self.messages[first : first + 1])
+        return value_digest([request, self.tools]), value_digest(answer)
+
+
+def request_of(messages: list[dict]) -> list[dict]:
+    """A conversation up to its first answer, roles and contents only; empty where it has no answer, or nothing before it."""
+    return [{"role": message["role"], "content": message["content"]} for message in messages[: _first_answer(messages)]]
+
+
+def _first_answer(messages: list[dict]) -> int:
+    return next((index for index, message in enumerate(messages) if message["role"] == "assistant"), 0)
+
+
+def _meaning(messages: list[dict]) -> list[dict]:
+    kept = []
+    for message in messages:
+        kept.append({key: message[key] for key in _MEANING if key in message})
+        if calls := message.get("tool_calls"):
+            kept[-1]["tool_calls"] = [call["function"] for call in calls]
+    return kept
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A row that is no example, and why.
+
+    Attributes:
+        source: where it stands, "train.jsonl:17".
+        place: the same in words, "data/train.jsonl, line 17".
+        text: what is wrong, without a full stop.
+        kind: what sort of problem it is, in a word or two.
+    """
+
+    source: str
+    place: str
+    text: str
+    kind: str
 
 
 @dataclass(frozen=True)
@@ -28,12 +99,14 @@ class TokenRow:
             The loss, and the perplexity, are taken over these tokens only, each predicted from all tokens before it.
         text: the rendered conversation, of which `ids` are the tokens.
         source: where the row stands, "eval.jsonl:3".
+        cuts: characters of `text` that no token reaches over, because an answer begins there that would else share a token with its prompt.
     """
 
     ids: list[int]
     learned: list[bool]
     text: str
     source: str
+    cuts: tuple[int, ...] = ()
 
     @property
     def learned_count(self) -> int:

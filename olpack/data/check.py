@@ -1,0 +1,199 @@
+"""`olpack data check`: every problem of the data with its place, and what it looks like in figures. Needs no GPU and loads no weights."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from olpack import progress
+from olpack.data.chats import leaks, split, times
+from olpack.data.render import Renderer
+from olpack.data.rows import Chat, Problem
+from olpack.data.sources import Source
+from olpack.errors import OlpackError
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something to know about one row.
+
+    Attributes:
+        place: "train.jsonl:17".
+        kind: "unreadable", "form", "empty answer", "nothing to learn", "half a character", "template", "too long", "leakage", "too few rows";
+            or of the warnings "duplicate", "other answer", "special token".
+        text: a sentence.
+        fails: whether a build refuses it.
+    """
+
+    place: str
+    kind: str
+    text: str
+    fails: bool
+
+
+@dataclass
+class Part:
+    """The rows of one file on one side.
+
+    Attributes:
+        name: of the file or data set.
+        form: of its rows.
+        chats: rows of the file that can be read.
+        rows: rows that the model sees of them: more, where the template rewrites earlier turns.
+        seen: rows that it sees in one epoch, by the weight of the source.
+        tokens, learned: of `rows`, all and learned ones.
+    """
+
+    name: str
+    form: str
+    chats: int = 0
+    rows: int = 0
+    seen: int = 0
+    tokens: int = 0
+    learned: int = 0
+
+
+@dataclass
+class Side:
+    """What is learned, or what is held out.
+
+    Attributes:
+        parts: by file, in order.
+        lengths: of each row, in tokens.
+        turns: how many answers a chat has, and how many chats have so many.
+    """
+
+    parts: list[Part] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    turns: Counter[int] = field(default_factory=Counter)
+
+    def as_json(self) -> dict[str, Any]:
+        ends = {"median": percentile(self.lengths, 0.5), "p95": percentile(self.lengths, 0.95), "max": max(self.lengths, default=0)}
+        bins = [list(pair) for pair in histogram(self.lengths)]
+        return {"sources": [asdict(part) for part in self.parts], "tokens_per_row": ends, "histogram": bins,
+                "answers_per_chat": {str(turns): count for turns, count in sorted(self.turns.items())}}
+
+
+@dataclass
+class Report:
+    """What was found.
+
+    Attributes:
+        findings: all problems and warnings, those that fail a build first.
+        train, held_out: figures of both sides.
+        max_length: longest row that the recipe allows, in tokens.
+    """
+
+    findings: list[Finding]
+    train: Side
+    held_out: Side
+    max_length: int
+
+    @property
+    def fails(self) -> bool:
+        """Whether a build would refuse this data."""
+        return any(finding.fails for finding in self.findings)
+
+    def as_json(self) -> dict[str, Any]:
+        return {"fails": self.fails, "findings": [asdict(finding) for finding in self.findings], "max_length": self.max_length,
+                "train": self.train.as_json(), "eval": self.held_out.as_json()}
+
+
+def check_data(train: Sequence[Source], held_out: Sequence[Source], renderer: Renderer, *, max_length: int, eval_share: float) -> Report:
+    """Look at every row, as `load_rows` would, and go on after a problem.
+
+    Args:
+        train, held_out, renderer, max_length, eval_share: as `load_rows` takes them; a share of 0 holds nothing out.
+
+    Raises:
+        OlpackError: a source is missing or cannot be read at all.
+    """
+    findings: list[Finding] = []
+    chats = list(_read(train, findings))
+    if held_out:
+        apart = list(_read(held_out, findings))
+    else:
+        chats, apart = split(chats, eval_share)
+    for name, side in (("to learn", chats), ("held out", apart)):
+        if not side and (eval_share or side is chats):
+            findings.append(Finding("data", "too few rows", f"No row is {name}.", True))
+    for chat, twin in leaks(chats, apart):
+        findings.append(Finding(chat.source, "leakage", f"It is held out, and also in the training data ({twin.source}).", True))
+    findings += _repeated(chats, apart)
+    report = Report(findings, Side(), Side(), max_length)
+    with progress.task("reading the data", total=len(chats) + len(apart), unit="rows") as task:
+        for side, some in ((report.train, chats), (report.held_out, apart)):
+            _render(side, some, report, renderer, task)
+    findings.sort(key=lambda finding: not finding.fails)
+    return report
+
+
+def _read(sources: Sequence[Source], findings: list[Finding]) -> Iterator[Chat]:
+    for source in sources:
+        for row in source.read():
+            if isinstance(row, Problem):
+                findings.append(Finding(row.source, row.kind, f"{row.text[0].upper()}{row.text[1:]}.", True))
+            else:
+                yield row
+
+
+def _repeated(chats: list[Chat], apart: list[Chat]) -> Iterator[Finding]:
+    """Rows that are there twice on one side, and questions that have two answers."""
+    answers: dict[str, tuple[str, Chat]] = {}
+    for side in (chats, apart):
+        seen: dict[str, Chat] = {}
+        for chat in side:
+            if (twin := seen.setdefault(chat.digest, chat)) is not chat:
+                yield Finding(chat.source, "duplicate", f"It is the same as {twin.source}.", False)
+            elif chat.first_answer:
+                request, answer = chat.first_answer
+                known, other = answers.setdefault(request, (answer, chat))
+                if known != answer:
+                    yield Finding(chat.source, "other answer", f"It answers the question of {other.source} in another way.", False)
+
+
+def _render(side: Side, chats: list[Chat], report: Report, renderer: Renderer, task: progress.Task) -> None:
+    parts: dict[str, Part] = {}
+    special = re.compile("|".join(re.escape(token) for token in sorted(renderer.tokenizer.all_special_tokens, key=len, reverse=True)) or r"(?!)")
+    for chat, rows in zip(chats, renderer.batches(chats), strict=True):
+        task.advance()
+        if isinstance(rows, OlpackError):
+            said = rows.problem.removeprefix(f"{chat.source}: ")
+            report.findings.append(Finding(chat.source, "template", f"{said[0].upper()}{said[1:].rstrip('.')}.", True))
+            continue
+        name = chat.source.rpartition(":")[0]
+        part = parts.setdefault(name, Part(name, chat.form))
+        part.chats += 1
+        part.rows += len(rows)
+        part.seen += len(rows) * times(chat)
+        part.tokens += sum(len(row.ids) for row in rows)
+        part.learned += sum(row.learned_count for row in rows)
+        side.lengths += [len(row.ids) for row in rows]
+        side.turns[sum(message["role"] == "assistant" for message in chat.messages)] += 1
+        longest = max(len(row.ids) for row in rows)
+        if longest > report.max_length:
+            said = f"It has {longest:,} tokens, and at most {report.max_length:,} are allowed (`data.max_length`, and the base's context)."
+            report.findings.append(Finding(chat.source, "too long", said, True))
+        contents = [chat.text] if chat.text is not None else [message["content"] for message in chat.messages]
+        if found := next((match for content in contents if (match := special.search(content))), None):
+            said = f"Its text holds {found[0]}, which the model reads as a token that steers it."
+            report.findings.append(Finding(chat.source, "special token", said, False))
+    side.parts = list(parts.values())
+
+
+def percentile(values: list[int], share: float) -> int:
+    """The smallest of some values that at least this share of them does not exceed; 0 where there are none."""
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)] if values else 0
+
+
+def histogram(lengths: list[int]) -> list[tuple[int, int]]:
+    """(longest row, rows) of bins that double: up to 16 tokens, up to 32, …; those before the first row and behind the last are left out."""
+    bins = Counter(max(16, 1 << (length - 1).bit_length()) for length in lengths)
+    if not bins:
+        return []
+    low, high = min(bins), max(bins)
+    return [(low << step, bins[low << step]) for step in range((high // low).bit_length())]

@@ -1,0 +1,210 @@
+"""The forms that rows come in, and the one that they are brought to: messages.
+
+    chat         {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}], "tools": […]}
+    sharegpt     {"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}], "system": "…"}
+    completion   {"prompt": "…", "completion": "…"}, each a text or a list of messages
+    alpaca       {"instruction": "…", "input": "…", "output": "…", "system": "…"}
+    text         {"text": "…"}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from olpack.data.rows import Form
+
+ROLES = ("system", "user", "assistant", "tool")
+KEYS: dict[Form, tuple[str, ...]] = {  # what a row of each form has at least; a row with the keys of two is of the first
+    "chat": ("messages",),
+    "sharegpt": ("conversations",),
+    "completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+    "text": ("text",),
+}
+_SHAREGPT_ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant", "chatgpt": "assistant", "bot": "assistant",
+    "system": "system", "tool": "tool", "observation": "tool", "function_response": "tool", "function_call": "function_call",
+}  # fmt: skip
+
+
+class RowError(ValueError):
+    """Why a row is no example. `kind` says what sort of problem it is."""
+
+    def __init__(self, text: str, kind: str = "form"):
+        super().__init__(text)
+        self.kind = kind
+
+
+def form_of(row: Any) -> Form | None:
+    """The form whose keys a row has; None where it has those of none."""
+    if not isinstance(row, dict):
+        return None
+    form = next((form for form, keys in KEYS.items() if all(row.get(key) is not None for key in keys)), None)
+    if form == "chat" and isinstance(row["messages"], list) and row["messages"] and _says_from(row["messages"][0]):
+        return "sharegpt"
+    return form
+
+
+def to_chat(form: Form, row: Any) -> dict[str, Any]:
+    """What a row says, as arguments of `Chat`: `messages`, `tools`, `context`, `text`.
+
+    Raises:
+        RowError: it does not fit the form, or is no example.
+    """
+    if not isinstance(row, dict):
+        raise RowError("it is no object")
+    if form == "text":
+        text = _text(row, "text")
+        if not text.strip():
+            raise RowError("`text` is empty", "empty answer")
+        return {"messages": [], "text": _whole(text, "`text`")}
+    messages, context = {"chat": _chat, "sharegpt": _sharegpt, "completion": _completion, "alpaca": _alpaca}[form](row)
+    checked = [_message(message, number) for number, message in enumerate(messages, 1)]
+    if not any(message["role"] == "assistant" for message in checked[context:]):
+        raise RowError("there is no assistant's turn, so nothing to learn", "nothing to learn")
+    return {"messages": checked, "tools": _tools(row), "context": context}
+
+
+def _chat(row: dict) -> tuple[list, int]:
+    return _list(row, "messages"), 0
+
+
+def _sharegpt(row: dict) -> tuple[list, int]:
+    turns = _list(row, "conversations" if row.get("conversations") is not None else "messages")
+    system = [{"role": "system", "content": _text(row, "system")}] if row.get("system") else []
+    return system + [_turn(turn, number) for number, turn in enumerate(turns, 1)], 0
+
+
+def _turn(turn: Any, number: int) -> Any:
+    if not _says_from(turn):
+        return turn
+    who, said = turn["from"], turn.get("value")
+    role = _SHAREGPT_ROLES.get(who.lower()) if isinstance(who, str) else None
+    if role is None:
+        raise RowError(f"turn {number} is from {who!r}, and not from one of {', '.join(_SHAREGPT_ROLES)}")
+    if role == "function_call":
+        calls = _parsed(said, f"turn {number}, the function call, is no JSON")
+        return {"role": "assistant", "content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
+    rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    return {"role": role, "content": said, **rest}
+
+
+def _says_from(turn: Any) -> bool:
+    return isinstance(turn, dict) and "from" in turn and "role" not in turn
+
+
+def _completion(row: dict) -> tuple[list, int]:
+    sides = []
+    for key, role in (("prompt", "user"), ("completion", "assistant")):
+        said = row.get(key)
+        if isinstance(said, str) and role == "assistant" and not said.strip():
+            raise RowError(f"`{key}` is empty", "empty answer")
+        sides.append([{"role": role, "content": said}] if isinstance(said, str) else _list(row, key, "neither a text nor a list of messages"))
+    prompt, completion = sides
+    return prompt + completion, len(prompt)
+
+
+def _alpaca(row: dict) -> tuple[list, int]:
+    asked, answer = _text(row, "instruction"), _text(row, "output")
+    if not answer.strip():
+        raise RowError("`output` is empty", "empty answer")
+    if row.get("input"):
+        asked = f"{asked}\n\n{_text(row, 'input')}"
+    system = [{"role": "system", "content": _text(row, "system")}] if row.get("system") else []
+    return [*system, {"role": "user", "content": asked}, {"role": "assistant", "content": answer}], 0
+
+
+def _message(message: Any, number: int) -> dict:
+    """One message, checked: text (or tool calls) from a role that is known. Keys without a value are dropped."""
+    if not isinstance(message, dict) or message.get("role") not in ROLES:
+        raise RowError(f"message {number} has no role of {', '.join(ROLES)}")
+    message = {key: value for key, value in message.items() if value is not None}
+    calls = message.pop("tool_calls", None)
+    if calls:
+        if message["role"] != "assistant":
+            raise RowError(f"message {number} has tool calls and is not the assistant's")
+        message = {"content": "", **message, "tool_calls": list(_tool_calls(calls, number))}
+    if not isinstance(message.get("content"), str):
+        raise RowError(f"message {number} has no text as `content`")
+    _whole(message, f"message {number}")
+    if message["role"] == "assistant" and not calls and not message["content"].strip():
+        raise RowError(f"message {number}, the assistant's, is empty", "empty answer")
+    return message
+
+
+def _tool_calls(calls: Any, number: int) -> Iterator[dict]:
+    """Calls as templates want them: the function in `function`, its arguments an object."""
+    calls = _parsed(calls, f"message {number}: `tool_calls` is no JSON") if isinstance(calls, str) else calls
+    for call in calls if isinstance(calls, list) else [None]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RowError(f"message {number} has a tool call without the name of a function")
+        arguments = function.get("arguments") or {}
+        if isinstance(arguments, str):
+            arguments = _parsed(arguments, f"message {number}: the arguments of {function['name']} are no JSON")
+        if not isinstance(arguments, dict):
+            raise RowError(f"message {number}: the arguments of {function['name']} are no object")
+        beside = {key: call[key] for key in ("id",) if key in call}
+        yield {**beside, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _tools(row: dict) -> list[dict] | None:
+    """The row's tools as JSON schemas, each with its function in `function`."""
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        tools = _parsed(tools, "`tools` is no JSON") if tools.strip() else None
+    if not tools:
+        return None
+    if not isinstance(tools, list):
+        raise RowError("`tools` is no list")
+    wrapped = [{"type": "function", "function": tool} if isinstance(tool, dict) and "function" not in tool else tool for tool in tools]
+    for number, tool in enumerate(wrapped, 1):
+        if not isinstance(tool, dict) or not isinstance(tool["function"], dict) or not isinstance(tool["function"].get("name"), str):
+            raise RowError(f"tool {number} is no function with a name")
+    return _whole(wrapped, "`tools`")
+
+
+def _list(row: dict, key: str, said: str | None = None) -> list:
+    """A list of messages. A table's cell holds it as JSON."""
+    value = row.get(key)
+    if isinstance(value, str):
+        value = _parsed(value, f"`{key}` is no JSON")
+    if not isinstance(value, list) or not value:
+        raise RowError(f"`{key}` is {said}" if said else f"there is no list of `{key}`")
+    return value
+
+
+def _text(row: dict, key: str) -> str:
+    if not isinstance(row.get(key), str):
+        raise RowError(f"there is no text as `{key}`")
+    return row[key]
+
+
+def _parsed(text: Any, said: str) -> Any:
+    try:
+        return json.loads(text)
+    except (TypeError, ValueError):
+        raise RowError(said) from None
+
+
+def _whole(value: Any, name: str) -> Any:
+    """The value itself, where all its text consists of whole characters."""
+    for text in _strings(value):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise RowError(f"{name} has half a character (an unpaired surrogate), as text that was cut has", "half a character") from None
+    return value
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _strings(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _strings(inner)

@@ -1,0 +1,195 @@
+"""Records from files: JSON lines, JSON, CSV and Parquet, each with the line (or row) that it begins on."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from olpack.errors import OlpackError
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_SPACE = re.compile(r"[ \t\r\n]*")
+_DECODER = json.JSONDecoder()
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What stands on a line: a value, or the reason why it cannot be read.
+
+    Attributes:
+        number: the line that it begins on, or the row of a table, from 1.
+        value: what was read.
+        problem: why nothing could be read, "" where something was.
+    """
+
+    number: int
+    value: Any
+    problem: str = ""
+
+
+def counts_rows(path: Path) -> bool:
+    """Whether a file has rows but no lines to name."""
+    return path.suffix.lower() == ".parquet"
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """Every record of a file, told by its suffix; one that olpack does not know is read as JSON lines.
+
+    Raises:
+        OlpackError: the file is missing or cannot be read at all.
+    """
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".parquet":
+            yield from _parquet(path)
+            return
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise OlpackError(f"There is no {path}.", "The recipe's `data` names files relative to the recipe.") from None
+    except OSError as error:
+        raise OlpackError(f"{path} cannot be read: {error.strerror or error}.") from None
+    if suffix in (".csv", ".tsv"):
+        yield from _text_records(raw, lambda text: _csv(text, "\t" if suffix == ".tsv" else ","))
+    elif suffix == ".json" and not _are_lines(raw):
+        yield from _text_records(raw, _json)
+    else:
+        yield from _json_lines(raw)
+
+
+def _json_lines(raw: bytes) -> Iterator[Record]:
+    for number, line in enumerate(raw.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            yield Record(number, json.loads(line.decode("utf-8").removeprefix("\ufeff")))
+        except UnicodeDecodeError as error:
+            yield Record(number, None, f"not UTF-8 (byte {error.start + 1} of the line)")
+        except json.JSONDecodeError as error:
+            yield Record(number, None, f"not JSON: {error.msg.lower()} at column {error.colno}")
+
+
+def _are_lines(raw: bytes) -> bool:
+    """Whether a .json file holds JSON lines, as many do: its first line is an object of its own, and not the one that holds all rows."""
+    try:
+        first = json.loads(raw.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")[0])
+    except ValueError:
+        return False
+    return isinstance(first, dict) and not isinstance(first.get("data"), list)
+
+
+def _text_records(raw: bytes, parse) -> Iterator[Record]:
+    """Records of a file that is read as a whole. Where it is not UTF-8, each line that is not."""
+    try:
+        text = raw.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError:
+        for number, line in enumerate(raw.split(b"\n"), 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                yield Record(number, None, f"not UTF-8 (byte {error.start + 1} of the line)")
+        return
+    yield from parse(text)
+
+
+def _json(text: str) -> Iterator[Record]:
+    """The objects of an array, or of the array that an object holds as `data`."""
+    line, seen = 1, 0
+    try:
+        at = _array(text)
+        if at is None:
+            yield Record(1, None, "neither an array of rows nor an object with an array as `data`")
+            return
+        for start, value in _elements(text, at):
+            line, seen = line + text.count("\n", seen, start), start
+            yield Record(line, value)
+    except json.JSONDecodeError as error:
+        yield Record(error.lineno, None, f"not JSON: {error.msg.lower()} at column {error.colno}")
+
+
+def _array(text: str) -> int | None:
+    """Where the array of rows begins; None where there is none."""
+    at = _next(text, 0)
+    if text[at : at + 1] != "{":
+        return at if text[at : at + 1] == "[" else None
+    at = _next(text, at + 1)
+    while text[at : at + 1] == '"':
+        key, at = _DECODER.raw_decode(text, at)
+        at = _next(text, _expect(text, _next(text, at), ":"))
+        if key == "data" and text[at : at + 1] == "[":
+            return at
+        _, at = _DECODER.raw_decode(text, at)
+        at = _next(text, at)
+        if text[at : at + 1] == ",":
+            at = _next(text, at + 1)
+    return None
+
+
+def _elements(text: str, at: int) -> Iterator[tuple[int, Any]]:
+    at = _next(text, at + 1)
+    while text[at : at + 1] != "]":
+        value, end = _DECODER.raw_decode(text, at)
+        yield at, value
+        at = _next(text, end)
+        if text[at : at + 1] != "]":
+            at = _next(text, _expect(text, at, ","))
+
+
+def _next(text: str, at: int) -> int:
+    return _SPACE.match(text, at).end()
+
+
+def _expect(text: str, at: int, mark: str) -> int:
+    if text[at : at + 1] != mark:
+        raise json.JSONDecodeError(f"expecting '{mark}'", text, at)
+    return at + 1
+
+
+def _csv(text: str, delimiter: str) -> Iterator[Record]:
+    """Rows below a header. A line break inside quotes belongs to its field, and stays as it is."""
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    begins = 1
+    try:
+        for fields in reader:
+            if header is None:
+                header = fields
+            elif fields and len(fields) != len(header):
+                yield Record(begins, None, f"{len(fields)} fields, where the header has {len(header)}")
+            elif fields:
+                yield Record(begins, dict(zip(header, fields, strict=True)))
+            begins = reader.line_num + 1
+    except csv.Error as error:
+        yield Record(begins, None, f"not CSV: {error}")
+
+
+def _parquet(path: Path) -> Iterator[Record]:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(1024):
+                for at in range(batch.num_rows):
+                    number += 1
+                    try:
+                        yield Record(number, without_nulls(batch.slice(at, 1).to_pylist()[0]))
+                    except UnicodeDecodeError:
+                        yield Record(number, None, "not UTF-8")
+    except pyarrow.ArrowException as error:
+        raise OlpackError(f"{path} is no Parquet file that can be read: {str(error).splitlines()[0]}", "Write it again.") from None
+
+
+def without_nulls(value: Any) -> Any:
+    """A row of an Arrow table without the nulls with which it fills the keys that one object lacks and another has."""
+    if isinstance(value, dict):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value

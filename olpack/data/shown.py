@@ -1,0 +1,111 @@
+"""What `olpack data check` and `olpack data show` print: figures and findings, and a row with its learned tokens marked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+
+from olpack.data.check import Report, Side, histogram, percentile
+from olpack.data.render import Renderer
+from olpack.data.rows import TokenRow
+
+BEGIN, END = "⟦", "⟧"  # around what is learned, where there are no colours
+_BAR = 40
+_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}  # control codes would act on the terminal
+
+
+def print_report(report: Report) -> None:
+    """The findings, one a line, then tables of both sides."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False, markup=False)
+    for finding in report.findings:
+        style = None if finding.fails else "yellow"
+        console.print(Text(f"{finding.place}: {'' if finding.fails else 'warning: '}{finding.text}", style=style or ""), soft_wrap=True)
+    if report.findings:
+        console.print()
+    columns = [("", "left"), ("form", "left"), ("rows", "right"), ("seen an epoch", "right"), ("tokens", "right"), ("learned", "right")]
+    table = Table(box=None, pad_edge=False, show_edge=False, header_style="")
+    for title, justify in columns:
+        table.add_column(title, justify=justify)
+    for title, side in (("train", report.train), ("eval", report.held_out)):
+        for part in side.parts:
+            rows = f"{part.chats:,}" if part.rows == part.chats else f"{part.chats:,} as {part.rows:,}"
+            table.add_row(Text(f"{title}  {part.name}"), part.form, rows, f"{part.seen:,}" if side is report.train else "–",
+                          f"{part.tokens:,}", f"{part.learned / max(part.tokens, 1):.0%}")
+    console.print(table)
+    for title, side in (("train", report.train), ("eval", report.held_out)):
+        if side.lengths:
+            _print_side(console, title, side, report.max_length)
+    failing = sum(finding.fails for finding in report.findings)
+    problems = f"{failing:,} {'problem' if failing == 1 else 'problems'} that a build refuses" if failing else "no problem"
+    console.print(f"\n{problems}, {len(report.findings) - failing:,} warnings")
+
+
+def _print_side(console, title: str, side: Side, limit: int) -> None:
+    from rich.table import Table
+
+    lengths = side.lengths
+    counts = ", ".join(f"{count:,} with {turns} {'answer' if turns == 1 else 'answers'}" for turns, count in sorted(side.turns.items()) if turns)
+    console.print(f"\n{title}: tokens a row, median {percentile(lengths, 0.5):,}, 95 % up to {percentile(lengths, 0.95):,}, longest {max(lengths):,}"
+                  + (f"; chats: {counts}" if counts else ""), soft_wrap=True)
+    bins = histogram(lengths)
+    most = max(count for _, count in bins)
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(justify="right")
+    table.add_column()
+    table.add_column(justify="right")
+    for upper, count in bins:
+        too_long = " too long" if upper // 2 >= limit else ""
+        table.add_row(f"up to {upper:,}", "█" * (round(_BAR * count / most) or (count > 0)), f"{count:,}{too_long}")
+    console.print(table)
+
+
+def print_row(row: TokenRow, renderer: Renderer, title: str) -> None:
+    """A row as the model sees it: in colours on a terminal, else byte for byte with marks around what is learned.
+
+    Args:
+        row: as `renderer` made it.
+        renderer: with the tokenizer.
+        title: what the first line calls the row.
+    """
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False)
+    colours = console.is_terminal and not console.no_color
+    counts = f"{len(row.ids):,} tokens, {row.learned_count:,} learned ({row.learned_count / len(row.ids):.0%})"
+    legend = "learned in green, special tokens in magenta" if colours else f"what is learned stands in {BEGIN} {END}"
+    written = "".join(_coloured(row, renderer) if colours else _marked(row, renderer))
+    console.file.write(f"{title}: {counts}; {legend}\n\n{written}{'' if written.endswith(chr(10)) else chr(10)}")
+
+
+def _marked(row: TokenRow, renderer: Renderer) -> Iterator[str]:
+    for text, learned, _ in pieces(row, renderer, by_kind=False):
+        yield f"{BEGIN}{text}{END}" if learned else text
+
+
+def _coloured(row: TokenRow, renderer: Renderer) -> Iterator[str]:
+    from rich.color import ColorSystem
+    from rich.style import Style
+
+    styles = {(True, False): Style(color="green"), (True, True): Style(color="magenta", bold=True, underline=True),
+              (False, True): Style(color="magenta"), (False, False): Style(dim=True)}
+    for text, learned, special in pieces(row, renderer):
+        # Line by line: a colour that goes on over a line break is lost in a pager.
+        lines = text.translate(_PICTURES).split("\n")
+        yield "\n".join(styles[learned, special].render(line, color_system=ColorSystem.STANDARD) for line in lines)
+
+
+def pieces(row: TokenRow, renderer: Renderer, by_kind: bool = True) -> Iterator[tuple[str, bool, bool]]:
+    """(text, learned, special) of each run of tokens of one kind; joined, their texts are the row's text."""
+    _, offsets = renderer.tokens(row.text, row.cuts)
+    kinds = [(learned, by_kind and number in renderer.end_ids) for number, learned in zip(row.ids, row.learned, strict=True)]
+    at = 0
+    for kind, run in groupby(zip(kinds, offsets, strict=True), key=lambda pair: pair[0]):
+        *_, (_, (_, end)) = run
+        yield row.text[at:end], *kind
+        at = end
+    if at < len(row.text):
+        yield row.text[at:], False, False

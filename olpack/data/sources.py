@@ -1,0 +1,106 @@
+"""Where rows come from: a file, a folder of files, a data set on the Hub; in which form, and how often each is seen."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+
+from olpack.data.forms import KEYS, RowError, form_of, to_chat
+from olpack.data.hub import HubSet
+from olpack.data.records import SUFFIXES, Record, counts_rows, read_records
+from olpack.data.rows import Chat, Form, Problem
+from olpack.errors import OlpackError
+from olpack.workspace import file_digest, value_digest
+
+_LOOKED_AT = 20  # rows from which the form of a file is told
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows of one kind.
+
+    Attributes:
+        place: a file, a folder of files, or a data set on the Hub.
+        form: of all its rows; None where each file's own rows tell it.
+        weight: how often its rows are seen in an epoch: 2 for twice each, 0.5 for half of them.
+    """
+
+    place: Path | HubSet
+    form: Form | None = None
+    weight: float = 1.0
+
+    @property
+    def label(self) -> str:
+        """What the recipe calls it, in short."""
+        return self.place.id if isinstance(self.place, HubSet) else self.place.name
+
+    def digest(self) -> str:
+        """Identity of the data: of each file's bytes, or of the commit on the Hub.
+
+        Raises:
+            OlpackError: it is not there.
+        """
+        if isinstance(self.place, HubSet):
+            return value_digest([self.place.id, self.place.commit, self.place.split, self.place.subset])
+        if self.place.is_file():
+            return file_digest(self.place)
+        return value_digest([[str(path.relative_to(self.place)), file_digest(path)] for path in _files(self.place)])
+
+    def read(self) -> Iterator[Chat | Problem]:
+        """Every row in order, as a chat or as the reason why it is none.
+
+        Raises:
+            OlpackError: the source is missing, cannot be read at all, or has a form that olpack does not know.
+        """
+        if isinstance(self.place, HubSet):
+            from olpack.data.records import without_nulls
+
+            rows = (Record(number, without_nulls(row)) for number, row in enumerate(self.place.rows(), 1))
+            yield from self._chats(rows, f"{self.place.id}[{self.place.split}]", f"{self.place.id} ({self.place.split})", "row")
+            return
+        for path in _files(self.place):
+            label = path.name if path == self.place else f"{self.place.name}/{path.relative_to(self.place)}"
+            yield from self._chats(read_records(path), label, str(path), "row" if counts_rows(path) else "line")
+
+    def _chats(self, records: Iterator[Record], label: str, name: str, unit: str) -> Iterator[Chat | Problem]:
+        first = list(islice(records, _LOOKED_AT))
+        form = self.form or _told_by(first, name)
+        for record in chain(first, records):
+            source, place = f"{label}:{record.number}", f"{name}, {unit} {record.number}"
+            if record.problem:
+                yield Problem(source, place, record.problem, "unreadable")
+                continue
+            try:
+                said = to_chat(form, record.value)
+            except RowError as error:
+                yield Problem(source, place, str(error), error.kind)
+            else:
+                yield Chat(source=source, form=form, weight=self.weight, **said)
+
+
+def _files(place: Path) -> list[Path]:
+    """The files of a source: itself, or what a folder holds of them, sorted by name."""
+    if not place.is_dir():
+        if not place.exists():
+            raise OlpackError(f"There is no {place}.", "The recipe's `data` names files relative to the recipe.")
+        return [place]
+    files = sorted(path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not files:
+        raise OlpackError(f"{place} holds no data.", f"olpack reads {', '.join(SUFFIXES)}.")
+    return files
+
+
+def _told_by(first: list[Record], name: str) -> Form:
+    """The form that most of the first rows have."""
+    readable = [record for record in first if not record.problem]
+    forms = Counter(form for record in readable if (form := form_of(record.value)))
+    if forms:
+        return forms.most_common(1)[0][0]
+    if not readable:
+        return "chat"  # nothing can be told: each problem is named
+    keys = ", ".join(map(str, readable[0].value)) if isinstance(readable[0].value, dict) else f"no keys, it is {readable[0].value!r:.40}"
+    known = "; ".join(f"{form}: {', '.join(keys)}" for form, keys in KEYS.items())
+    raise OlpackError(f"{name} has rows of no form that olpack knows; the first one has {keys}.", f"The forms and their keys are {known}.")

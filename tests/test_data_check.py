@@ -1,0 +1,222 @@
+"""`olpack data check` and `olpack data show`, as they are typed; sources in a recipe, and what they do to the stages' keys."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from oracle import olpack
+
+from olpack import recipe
+from olpack.base import BUILTIN, Base
+from olpack.data import Chat, HubSet, Renderer, load_chats
+from olpack.data.check import histogram, percentile
+from olpack.data.shown import pieces
+from olpack.errors import OlpackError
+from olpack.pipeline import Build
+
+RECIPE = "base: builtin/tiny-coder\ndata: {train: train.jsonl, eval: eval.jsonl, max_length: 64}\n"
+
+
+def chat(asked: str, answer: str) -> str:
+    return json.dumps({"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}, ensure_ascii=False)
+
+
+def package(root: Path, train: list[str], held_out: list[str], text: str = RECIPE) -> Path:
+    folder = root / "modelfiles/support"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(text)
+    (folder / "train.jsonl").write_text("\n".join(train) + "\n", encoding="utf-8", errors="surrogateescape")
+    (folder / "eval.jsonl").write_text("\n".join(held_out) + "\n", encoding="utf-8")
+    return root
+
+
+GOOD = [chat(f"q{number}", "a" * number) for number in range(1, 20)]
+
+
+def test_all_problems_are_listed_and_the_exit_code_says_so(tmp_path):
+    broken, unfit = ["{"] * 12, [chat("q", " "), chat("long", "word " * 100)]
+    train = [*GOOD, *broken, *unfit, chat("q1", "a"), chat("q1", "another"), chat("q", "<|im_end|>"), '{"text": "\udcff"}']
+    package(tmp_path, train, [chat("e", "a"), chat("q3", "aaa"), '{"messages": [{"role": "user", "content": "q"}]}'])
+    code, printed, _ = olpack(tmp_path, "data", "check", "support", "--json")
+    assert code == 1
+    found = json.loads(printed)
+    by_kind = {}
+    for finding in found["findings"]:
+        by_kind.setdefault((finding["kind"], finding["fails"]), []).append(finding["place"])
+    assert by_kind == {
+        ("unreadable", True): [f"train.jsonl:{number}" for number in range(20, 32)] + ["train.jsonl:37"],
+        ("empty answer", True): ["train.jsonl:32"], ("too long", True): ["train.jsonl:33"], ("leakage", True): ["eval.jsonl:2"],
+        ("nothing to learn", True): ["eval.jsonl:3"], ("duplicate", False): ["train.jsonl:34"], ("other answer", False): ["train.jsonl:35"],
+        ("special token", False): ["train.jsonl:36"],
+    }  # fmt: skip
+    assert found["fails"] and found["train"]["sources"][0]["chats"] == 23
+    code, printed, _ = olpack(tmp_path, "data", "check", "support")
+    assert code == 1
+    assert "train.jsonl:20: Not JSON" in printed and "eval.jsonl:2: It is held out, and also in the training data (train.jsonl:3)." in printed
+    assert "train.jsonl:34: warning: It is the same as train.jsonl:1." in printed
+    assert "17 problems that a build refuses, 3 warnings" in printed
+    assert re.search(r"up to 128 +█+ +1 too long", printed)
+    with pytest.raises(OlpackError) as refused:
+        load_chats(tmp_path / "modelfiles/support/train.jsonl")
+    assert str(refused.value).count("not JSON") == 10 and "and 4 more (`olpack data check` lists all)" in str(refused.value)
+
+
+def test_sound_data_passes_and_is_shown_in_figures(tmp_path):
+    package(tmp_path, GOOD, [chat("e", "a")])
+    code, printed, _ = olpack(tmp_path, "data", "check", "support", "--json")
+    found = json.loads(printed)
+    assert code == 0 and found["findings"] == []
+    (part,) = found["train"]["sources"]
+    assert (part["name"], part["form"], part["chats"], part["rows"], part["seen"]) == ("train.jsonl", "chat", 19, 19, 19)
+    assert 0 < part["learned"] < part["tokens"]
+    assert sum(count for _, count in found["train"]["histogram"]) == 19
+    assert found["train"]["answers_per_chat"] == {"1": 19}
+    code, printed, _ = olpack(tmp_path, "data", "check", "support")
+    assert code == 0 and "no problem, 0 warnings" in printed
+
+
+def test_a_file_with_no_recipe(tmp_path):
+    (tmp_path / "rows.csv").write_text('text\n"[red]one[/red]\nline"\ntwo\n')
+    code, printed, _ = olpack(tmp_path, "data", "check", "rows.csv", "--base", "builtin/tiny-coder")
+    assert code == 0 and "rows.csv" in printed and "text" in printed
+    code, printed, _ = olpack(tmp_path, "data", "show", "rows.csv", "1", "--base", "builtin/tiny-coder")
+    assert code == 0 and printed.endswith("⟦[red]one[/red]\nline<|im_end|>⟧\n")
+    shutil.copytree(BUILTIN / "tiny-coder", tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+    assert olpack(tmp_path, "data", "show", "rows.csv", "1", "--base", "base")[:2] == (0, printed)  # without its weights
+    code, _, said = olpack(tmp_path, "data", "check", "rows.csv")
+    assert code == 2 and "--base" in said
+
+
+def test_roles_in_an_order_that_the_template_refuses(tmp_path):
+    shutil.copytree(BUILTIN / "tiny-coder", tmp_path / "base")
+    (tmp_path / "base/chat_template.jinja").write_text(
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate') }}{% endif %}"
+        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    system = json.dumps({"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]})
+    (tmp_path / "rows.jsonl").write_text(f"{GOOD[0]}\n{system}\n{GOOD[1]}\n")
+    code, printed, _ = olpack(tmp_path, "data", "check", "rows.jsonl", "--base", "base")
+    assert code == 1 and "rows.jsonl:2: The base's chat template refuses this conversation: Roles must alternate." in printed
+    assert "1 problem that a build refuses" in printed
+
+
+def test_show_prints_a_row_byte_for_byte(tmp_path):
+    answer = "\tdef f():  # \u200fمرحبا [bold]\r\n\t\treturn '👩‍💻'"
+    package(tmp_path, [*GOOD, chat("[link]", answer)], [chat("e", "a")])
+    code, printed, _ = olpack(tmp_path, "data", "show", "support", "20")
+    assert code == 0
+    assert printed.startswith("train row 20, train.jsonl:20: ") and "learned (" in printed
+    assert printed.endswith(f"<|im_start|>user\n[link]<|im_end|>\n<|im_start|>assistant\n⟦{answer}<|im_end|>⟧\n")
+    code, printed, _ = olpack(tmp_path, "data", "show", "support", "1", "--eval")
+    assert code == 0 and "eval row 1, eval.jsonl:1" in printed
+    code, _, said = olpack(tmp_path, "data", "show", "support", "21")
+    assert code == 1 and "There is no row 21: to learn are 20." in said
+
+
+def test_on_a_terminal_colours_mark_what_is_learned(tmp_path, monkeypatch):
+    package(tmp_path, [chat("[red]q", "a\tمرحبا\u200f\r\x1b[2Jb")], [chat("e", "a")])
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    code, printed, _ = olpack(tmp_path, "data", "show", "support", "1")
+    shown = printed.partition("\n\n")[2]
+    assert code == 0 and "\x1b[32ma\tمرحبا\u200f␍␛[2Jb\x1b[0m" in shown and "⟦" not in shown
+    assert re.sub(r"\x1b\[[\d;]*m", "", shown).startswith("<|im_start|>user\n[red]q<|im_end|>\n")
+
+
+def test_the_pieces_of_a_row_are_the_row():
+    base = Base("builtin/tiny-coder", BUILTIN / "tiny-coder")
+    renderer = Renderer(base.tokenizer(), base.end_ids())
+    messages = [{"role": "user", "content": "👩‍💻"}, {"role": "assistant", "content": "\n\nمرحبا"}]
+    (row,) = renderer.rows(Chat(messages, "x:1"))
+    found = list(pieces(row, renderer))
+    assert "".join(text for text, *_ in found) == row.text
+    assert [text for text, learned, _ in found if learned] == ["\n\nمرحبا", "<|im_end|>"]
+    assert [text for text, _, special in found if special] == ["<|im_start|>", "<|im_end|>", "<|im_start|>", "<|im_end|>"]
+
+
+def test_percentiles_and_bins():
+    assert [percentile(list(range(1, 101)), share) for share in (0.5, 0.95, 1)] == [50, 95, 100]
+    assert percentile([], 0.5) == 0 and histogram([]) == []
+    assert histogram([3, 16, 17, 100]) == [(16, 2), (32, 1), (64, 0), (128, 1)]
+
+
+# -- sources in the recipe ----------------------------------------------------------------------------------------------------------------
+
+
+def written(folder: Path, data: str) -> Path:
+    path = folder / "support/recipe.yaml"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"base: builtin/tiny-coder\ndata:\n{data}")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ("  train: {file: a.jsonl, wieght: 2}\n", "line 3: unknown key 'data.train.wieght'. Did you mean 'weight'?"),
+        ("  train:\n  - a.jsonl\n  - {file: b.jsonl, weight: many}\n", "line 5: 'data.train.1.weight'"),
+        ("  train: {weight: 2}\n", "line 3: 'data.train': a source is either a `file` or a `hub` data set."),
+        ("  train: {file: a.jsonl, split: test}\n", "split goes with a `hub` data set"),
+        ("  train: {hub: user/set}\n  eval: {file: a.jsonl, weight: 2}\n", "line 4: 'data.eval': weight goes with data.train"),
+        ("  train: 3\n", "line 3: 'data.train'"),
+        ("  train: []\n", "line 3: 'data.train'"),
+        ("  train: a.jsonl\n  form: chats\n", "line 4: 'data.form'"),
+        ("  train: {file: a.jsonl, form: chats}\n", "line 3: 'data.train.form'"),
+    ],
+)
+def test_a_mistake_in_a_source_is_named_with_its_line(tmp_path, data, said):
+    with pytest.raises(OlpackError) as caught:
+        recipe.load(written(tmp_path, data))
+    assert said in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_sources_of_each_kind(tmp_path):
+    sources = '  - a.jsonl\n  - {file: texts, form: text, weight: 0.5}\n  - {hub: user/set, split: "train[:10]", revision: v1, subset: ar}\n'
+    asked = recipe.load(written(tmp_path, f"  train:\n{sources}  form: alpaca\n"))
+    first, second, third = Build(asked).sources("train")
+    assert (first.place, first.form, first.weight) == (tmp_path / "support/a.jsonl", "alpaca", 1.0)
+    assert (second.place, second.form, second.weight) == (tmp_path / "support/texts", "text", 0.5)
+    assert (third.place, third.form) == (HubSet("user/set", "train[:10]", "v1", "ar"), "alpaca")
+    assert Build(asked).sources("eval") == []
+    assert asked.settings()["data.train"][1]["weight"] == 0.5 and asked.origin("data.train") == "recipe.yaml:3"
+
+
+def test_held_out_texts_and_tool_calls_are_no_questions_and_answers(tmp_path):
+    from olpack.stages import _examples, questions
+
+    call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}
+    asked = {"role": "user", "content": "q"}
+    package(tmp_path, GOOD, [json.dumps({"messages": [asked, call, {"role": "tool", "content": "1"}]}), chat("e", "a")])
+    (tmp_path / "modelfiles/support/texts.csv").write_text("text\nplain\n")
+    data = "base: builtin/tiny-coder\ndata: {train: train.jsonl, eval: [texts.csv, eval.jsonl]}\n"
+    path = tmp_path / "modelfiles/support/recipe.yaml"
+    path.write_text(data)
+    build = Build(recipe.load(path))
+    assert questions(build) == [[asked], [{"role": "user", "content": "e"}]]
+    assert _examples(build) == [("e", "a")]
+    path.write_text(data.replace(", eval.jsonl]", "]"))
+    assert questions(Build(recipe.load(path))) == []
+
+
+def test_what_decides_the_rows_decides_the_key(tmp_path):
+    def key(data: str, stage: str = "train") -> str:
+        package(tmp_path, GOOD, [chat("e", "a")], f"base: builtin/tiny-coder\ndata: {data}\n")
+        return Build(recipe.load(tmp_path / "modelfiles/support/recipe.yaml")).inputs(stage)
+
+    plain = key("{train: train.jsonl, eval: eval.jsonl}")
+    assert key("{train: {file: train.jsonl}, eval: [eval.jsonl]}") == plain
+    others = ["{train: {file: train.jsonl, weight: 2}, eval: eval.jsonl}", "{train: [train.jsonl, eval.jsonl], eval: eval.jsonl}",
+              "{train: train.jsonl}",
+              "{train: {file: train.jsonl, form: chat}, eval: eval.jsonl}", "{train: train.jsonl, eval: eval.jsonl, learn: last}"]  # fmt: skip
+    keys = [json.dumps(key(other), sort_keys=True) for other in others]
+    assert len({*keys, json.dumps(plain, sort_keys=True)}) == 6
+    folder = tmp_path / "modelfiles/support/more"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text(GOOD[0])
+    one = key("{train: [train.jsonl, more], eval: eval.jsonl}")
+    (folder / "b.jsonl").write_text(GOOD[1])
+    assert key("{train: [train.jsonl, more], eval: eval.jsonl}") != one

@@ -1,0 +1,248 @@
+"""Each form in each container, byte for byte; what a tool call becomes; sources, weights and what is said of rows that do not fit."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from olpack.base import BUILTIN, Base
+from olpack.data import Chat, Renderer, Source, load_chats, load_rows, split
+from olpack.data.chats import times
+from olpack.errors import OlpackError
+
+NASTY = "مرحبا\u200f بالعالم! 👩‍💻 e\u0301\n\tdef f():\n\t\t'''a \"quoted\" docstring'''\r\n  end, semi; [bold]x[/bold] \u202bעברית\u202c"
+ASKED = [{"role": "user", "content": f"Q {NASTY}"}]
+MESSAGES = [{"role": "system", "content": f"S {NASTY}"}, *ASKED, {"role": "assistant", "content": f"A {NASTY}"}]
+ROWS = {
+    "chat": {"messages": MESSAGES},
+    "sharegpt": {
+        "conversations": [{"from": "system", "value": f"S {NASTY}"}, {"from": "human", "value": f"Q {NASTY}"}, {"from": "gpt", "value": f"A {NASTY}"}]
+    },
+    "completion": {"prompt": f"Q {NASTY}", "completion": f"A {NASTY}"},
+    "alpaca": {"instruction": "Q", "input": NASTY, "output": f"A {NASTY}", "system": f"S {NASTY}"},
+    "text": {"text": NASTY},
+}
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    """Rows in the container that the name asks for; in CSV, what is no text as JSON."""
+    kind = path.name.partition(".")[2]
+    if kind == "jsonl":
+        path.write_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    elif kind == "json":
+        path.write_bytes(json.dumps(rows, ensure_ascii=False, indent=1).encode())
+    elif kind == "object.json":
+        path.write_bytes(json.dumps({"version": [{"data": 1}], "data": rows}, ensure_ascii=False, indent=1).encode())
+    elif kind in ("csv", "tsv"):
+        with path.open("w", encoding="utf-8-sig", newline="") as file:
+            table = csv.DictWriter(file, list(rows[0]), delimiter="\t" if kind == "tsv" else ",")
+            table.writeheader()
+            for row in rows:
+                table.writerow({key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for key, value in row.items()})
+    else:
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def renderer() -> Renderer:
+    base = Base("builtin/tiny-coder", BUILTIN / "tiny-coder")
+    return Renderer(base.tokenizer(), base.end_ids())
+
+
+@pytest.mark.parametrize("container", ["jsonl", "json", "object.json", "csv", "tsv", "parquet"])
+@pytest.mark.parametrize("form", ROWS)
+def test_each_form_goes_through_each_container_byte_for_byte(tmp_path, renderer, form, container):
+    path = write(tmp_path / f"rows.{container}", [ROWS[form], ROWS[form]])
+    chats = load_chats(path)
+    assert [chat.form for chat in chats] == [form, form]
+    if form == "text":
+        assert chats[0].text == NASTY
+    else:
+        expected = {"completion": MESSAGES[1:], "alpaca": [MESSAGES[0], {"role": "user", "content": f"Q\n\n{NASTY}"}, MESSAGES[2]]}
+        assert chats[0].messages == expected.get(form, MESSAGES)
+    (row,) = renderer.rows(chats[1])
+    learned = renderer.tokenizer.decode([token for token, flag in zip(row.ids, row.learned, strict=True) if flag])
+    assert learned == (NASTY if form == "text" else f"A {NASTY}") + "<|im_end|>"
+    assert load_chats(Source(path, form))[0].digest == chats[0].digest
+
+
+def test_the_same_example_in_another_form_is_the_same_example(tmp_path):
+    alpaca = write(tmp_path / "a.csv", [{"instruction": "Q", "input": "", "output": "A"}])
+    sharegpt = write(tmp_path / "b.json", [{"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}])
+    prompt, answer = [{"role": "user", "content": "Q"}], [{"role": "assistant", "content": "A"}]
+    completion = write(tmp_path / "c.parquet", [{"prompt": prompt, "completion": answer}])
+    chats = load_chats(alpaca, sharegpt, completion)
+    assert len({chat.digest for chat in chats}) == 1
+    assert [chat.source for chat in chats] == ["a.csv:2", "b.json:2", "c.parquet:1"]
+
+
+def test_a_folder_is_all_its_files(tmp_path):
+    (tmp_path / "rows/deep").mkdir(parents=True)
+    write(tmp_path / "rows/b.jsonl", [ROWS["chat"]])
+    write(tmp_path / "rows/deep/a.csv", [ROWS["alpaca"]])
+    (tmp_path / "rows/README.md").write_text("no data")
+    assert [chat.source for chat in load_chats(tmp_path / "rows")] == ["rows/b.jsonl:1", "rows/deep/a.csv:2"]
+    before = Source(tmp_path / "rows").digest()
+    (tmp_path / "rows/b.jsonl").rename(tmp_path / "rows/c.jsonl")
+    assert Source(tmp_path / "rows").digest() != before
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OlpackError, match="holds no data"):
+        load_chats(tmp_path / "empty")
+
+
+TOOL = {"name": "weather", "description": "of a city", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+TOOL_TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls %}<call>{{ c.function.name }} {{ c.function.arguments | tojson }}</call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ASK, RESULT, END = {"role": "user", "content": "Riyadh?"}, {"role": "tool", "content": "41"}, {"role": "assistant", "content": "Hot."}
+FUNCTION = {"name": "weather", "arguments": '{"city": "الرياض"}'}
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": FUNCTION}]}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [ASK, CALL, RESULT, END], "tools": [{"type": "function", "function": TOOL}]},
+        {"messages": [ASK, {"role": "assistant", "content": "", "tool_calls": [{"name": "weather", "arguments": {"city": "الرياض"}}]}, RESULT, END],
+         "tools": json.dumps([TOOL])},
+        {"conversations": [{"from": "human", "value": "Riyadh?"},
+                           {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "الرياض"}}'},
+                           {"from": "observation", "value": "41"}, {"from": "gpt", "value": "Hot."}], "tools": json.dumps([TOOL])},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("container", ["jsonl", "csv", "parquet"])
+def test_tool_calls_are_learned_and_what_tools_answer_is_not(tmp_path, renderer, row, container):
+    import copy
+
+    tokenizer = copy.deepcopy(renderer.tokenizer)
+    tokenizer.chat_template = TOOL_TEMPLATE
+    (chat,) = load_chats(write(tmp_path / f"rows.{container}", [row]))
+    (made,) = Renderer(tokenizer).rows(chat)
+    assert '"name": "weather"' in made.text and "41" in made.text
+    learned = tokenizer.decode([token for token, flag in zip(made.ids, made.learned, strict=True) if flag])
+    assert learned == '<call>weather {"city": "الرياض"}</call><|im_end|>Hot.<|im_end|>'
+    (last,) = Renderer(tokenizer, learn="last").rows(chat)
+    assert tokenizer.decode([token for token, flag in zip(last.ids, last.learned, strict=True) if flag]) == "Hot.<|im_end|>"
+
+
+def test_a_template_that_knows_no_tools_is_told(renderer, tmp_path):
+    calls = write(tmp_path / "a.jsonl", [{"messages": [ASK, CALL, RESULT, END]}])
+    with pytest.raises(OlpackError, match=r"a.jsonl:1: .*does not write the tool calls of an answer"):
+        renderer.rows(load_chats(calls)[0])
+    tools = write(tmp_path / "b.jsonl", [{"messages": [ASK, END], "tools": [TOOL]}])
+    with pytest.raises(OlpackError, match="does not write the `tools` of a row"):
+        renderer.rows(load_chats(tools)[0])
+
+
+def test_of_a_prompt_nothing_is_learned_nor_of_a_message_of_weight_0(renderer, tmp_path):
+    first, second = {"role": "assistant", "content": "one"}, {"role": "assistant", "content": "two"}
+    prompts = write(tmp_path / "p.jsonl", [{"prompt": [ASK, first, ASK], "completion": [second]}])
+    chats = write(tmp_path / "c.jsonl", [{"messages": [ASK, {**first, "weight": 0}, ASK, second]}, {"messages": [first, ASK, second]}])
+    for chat in load_chats(prompts, chats):
+        (row,) = renderer.rows(chat)
+        assert renderer.tokenizer.decode([token for token, flag in zip(row.ids, row.learned, strict=True) if flag]) == "two<|im_end|>"
+    only = write(tmp_path / "b.jsonl", [{"messages": [first, ASK]}])
+    with pytest.raises(OlpackError, match="no answer to learn"):
+        renderer.rows(load_chats(only)[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.csv", 'instruction,output\nq,a\nq,"b\nc",d\n', "line 3: 3 fields, where the header has 2"),
+        ("a.csv", 'instruction,output\nq,a\n"line\nbreak", \n', "line 3: `output` is empty"),
+        ("a.csv", 'instruction,output\nq,a\n"q"x,b\n', "line 3: not CSV"),
+        ("a.csv", b"instruction,output\nq,a\nq,\xff\n", "line 3: not UTF-8 (byte 3 of the line)"),
+        ("a.json", '[\n{"text": "a"},\n{"text": ]', "line 3: not JSON: expecting value at column 10"),
+        ("a.json", '[\n{"text": "a"}\n{"text": "b"}]', "line 3: not JSON: expecting ','"),
+        ("a.json", '[\n{"text": "a"},\n\n{"text": 3}]', "line 4: there is no text as `text`"),
+        ("a.json", '{"rows": [],\n "b": {}}', "line 1: neither an array of rows"),
+        ("a.json", b'[{"text": "a"},\n{"text": "\xff"}]', "line 2: not UTF-8"),
+        ("a.json", '{"text": "a"}\n{"text": ""}\n', "line 2: `text` is empty"),
+        ("a.jsonl", '{"conversations": [{"from": "human", "value": "q"}, {"from": "robot", "value": "a"}]}', "turn 2 is from 'robot'"),
+        ("a.jsonl", '{"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}]}', "the arguments of f are no JSON"),
+        ("a.jsonl", '{"messages": [{"role": "assistant", "tool_calls": [{"arguments": {}}]}]}', "without the name of a function"),
+        ("a.jsonl", '{"prompt": "q", "completion": " "}', "`completion` is empty"),
+        ("a.jsonl", '{"instruction": "q", "output": "a"}\n{"text": "a"}', "line 2: there is no text as `instruction`"),
+        ("a.jsonl", '{"question": "q", "reply": "a"}', "rows of no form that olpack knows; the first one has question, reply"),
+        ("a.parquet", "no parquet", "no Parquet file"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_named_with_its_line(tmp_path, name, text, said):
+    path = tmp_path / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(OlpackError) as caught:
+        load_chats(path)
+    assert said in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_a_form_that_is_named_is_the_form(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"messages": MESSAGES, "text": "plain"}])
+    assert load_chats(Source(path, "text"))[0].text == "plain"
+    with pytest.raises(OlpackError, match="line 1: there is no text as `instruction`"):
+        load_chats(Source(path, "alpaca"))
+
+
+def test_a_weight_says_how_often_a_row_is_seen(tmp_path, renderer):
+    rows = [{"instruction": f"q{number}", "output": "a"} for number in range(200)]
+    path = write(tmp_path / "a.jsonl", rows)
+    held_out = write(tmp_path / "b.jsonl", [{"instruction": "other", "output": "a"}])
+    counts = {}
+    for weight in (0.25, 1.0, 2.5):
+        learned, scored = load_rows([Source(path, weight=weight)], [held_out], renderer, max_length=64, eval_share=0.1)
+        counts[weight] = [sum(row.source == f"a.jsonl:{number}" for row in learned) for number in range(1, 201)]
+        assert len(scored) == 1
+    assert 25 < sum(counts[0.25]) < 75 and max(counts[0.25]) == 1
+    assert counts[1.0] == [1] * 200
+    assert set(counts[2.5]) == {2, 3} and 450 < sum(counts[2.5]) < 550
+    # Which half it is has nothing to do with which rows are held out.
+    chats = load_chats(Source(path, weight=0.5))
+    assert any(times(chat) for chat in split(chats, 0.2)[1])
+
+
+def test_a_held_out_row_that_is_also_learned_is_refused_in_whatever_form(tmp_path, renderer):
+    learned = write(tmp_path / "a.jsonl", [{"instruction": "q", "output": "a"}])
+    apart = write(tmp_path / "b.jsonl", [{"messages": [{"role": "user", "content": "q", "id": 7}, {"role": "assistant", "content": "a"}]}])
+    with pytest.raises(OlpackError, match=r"b.jsonl:1 is also in the training data \(a.jsonl:1\)"):
+        load_rows([learned], [apart], renderer, max_length=64, eval_share=0.1)
+
+
+@pytest.mark.parametrize("form", ROWS)
+def test_the_split_is_stable_in_every_form_and_parts_no_twins(tmp_path, form):
+    def rows(first: int, count: int) -> list[dict]:
+        return [json.loads(json.dumps(ROWS[form]).replace("docstring", f"docstring {number}")) for number in range(first, first + count)]
+
+    few = load_chats(write(tmp_path / "a.jsonl", rows(0, 200)))
+    more = load_chats(write(tmp_path / "b.jsonl", rows(1000, 50)), tmp_path / "a.jsonl", tmp_path / "a.jsonl")
+    apart = {chat.digest for chat in split(few, 0.1)[1]}
+    learned, again = ({chat.digest for chat in side} for side in split(more, 0.1))
+    assert 5 < len(apart) < 40
+    assert apart <= again and not learned & again
+
+
+def test_a_text_has_nothing_to_ask():
+    from olpack.data import request_of
+
+    assert request_of(Chat([], "x:1", text="plain", form="text").messages) == []
+
+
+def test_the_examples_of_the_page_are_what_it_says(tmp_path):
+    page = (Path(__file__).parent.parent / "docs/data.md").read_text(encoding="utf-8")
+    examples = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    told = []
+    for number, example in enumerate(examples):
+        path = tmp_path / f"{number}.json"
+        path.write_text(f"[{example}]", encoding="utf-8")
+        told += [chat.form for chat in load_chats(path)]
+    assert told == ["chat", *re.findall(r"^\*\*`([a-z]+)`\*\*", page, re.MULTILINE)]
