@@ -128,7 +128,7 @@ def test_an_interrupted_run_goes_on_where_it_was(base, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run(base, tmp_path / "broken", settings)
     assert not (tmp_path / "broken/adapter").exists()
-    assert (tmp_path / "broken/checkpoint/checkpoint.pt").is_file()
+    assert (tmp_path / "broken/checkpoint/checkpoint.safetensors").is_file()
     run(base, tmp_path / "broken", settings)
     assert len(calls) == 9  # none of the steps was done twice
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")

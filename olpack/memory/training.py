@@ -2,14 +2,15 @@
 
 Activations are counted, not estimated: the model runs forward on torch's meta device, and what autograd would keep for the backward pass
 is added up. Three things are known rather than run: attention keeps queries, keys, values and its result (as a fused kernel does, never the
-square of the length), each adapter keeps its input in 16 bits, and the loss keeps the logits.
+square of the length), each adapter keeps its input in 16 bits (`layer_terms`), and the loss keeps the logits.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from olpack.errors import OlpackError
 from olpack.memory.shape import MetaModel, linear_shape
@@ -22,19 +23,22 @@ _LOGIT = 2 + 4 + 4 + 4
 # Bytes an adapter's weight: float32, its gradient, and two moments in 8 bits with a float32 scale for 256 of each.
 _ADAPTER, _GRADIENT, _MOMENTS_8BIT, _MOMENTS_32BIT = 4, 4, 2 + 2 * 4 / 256, 8
 
+# What a layer's modules are for, by a part of their class's name.
+_PARTS = {"Norm": "norms", "Attention": "attention", "MLP": "feed-forward"}
+
 
 @dataclass(frozen=True)
 class Activations:
     """What autograd keeps of one forward pass, in bytes.
 
     Attributes:
-        layers: of each repeating layer.
+        layers: of each repeating layer, by what it is for; see `layer_terms`.
         inputs: what a checkpointed layer keeps: its input.
         outside: of all that is no repeating layer.
         working: what the backward pass of one layer needs for a moment beside what it kept.
     """
 
-    layers: tuple[int, ...]
+    layers: tuple[dict[str, int], ...]
     inputs: int
     outside: int
     working: int
@@ -49,9 +53,10 @@ class Training:
         adapter, gradients, optimizer: of the adapter.
         activations: kept from forward to backward pass without gradient checkpointing; None where they cannot be counted.
         checkpointed: kept with it.
-        backward: what the backward pass of one layer needs for a moment; with checkpointing, that layer's activations come on top.
-        layer: activations of the largest layer.
-        logits: of all tokens of the batch, with their gradients.
+        working: what the backward pass of one layer needs for a moment; with checkpointing, that layer's activations come on top.
+        dequantized: the largest matrix in 16 bits, where the base is quantized; it is made anew for each product.
+        layer: activations of the largest layer, by what they are for.
+        logits: of all learned tokens that go through at once, with their gradients.
     """
 
     weights: int
@@ -60,8 +65,9 @@ class Training:
     optimizer: int
     activations: int | None
     checkpointed: int | None
-    backward: int
-    layer: int
+    working: int
+    dequantized: int
+    layer: dict[str, int]
     logits: int
 
     @property
@@ -73,9 +79,20 @@ class Training:
         """Peak of a step: either at the loss, where the logits are, or in the backward pass, where they are gone."""
         if self.activations is None:
             return None
+        backward = self.working + self.dequantized
         if checkpointing:
-            return self.fixed + self.checkpointed + max(self.logits, self.layer + self.backward)
-        return self.fixed + self.activations + max(self.logits, self.backward)
+            return self.fixed + self.checkpointed + max(self.logits, sum(self.layer.values()) + backward)
+        return self.fixed + self.activations + max(self.logits, backward)
+
+    def scaled(self, factor: float, learned: float = 1.0) -> Training:
+        """The same step with `factor` times as many tokens at once, of which the share `learned` is learned."""
+        def times(size: int | None) -> int | None:
+            return None if size is None else round(size * factor)
+
+        return replace(
+            self, activations=times(self.activations), checkpointed=times(self.checkpointed), working=times(self.working),
+            layer={name: times(size) for name, size in self.layer.items()}, logits=round(self.logits * factor * learned),
+        )  # fmt: skip
 
 
 def frozen_bytes(model: MetaModel, precision: str, rest_bytes: int = 2) -> tuple[int, int]:
@@ -111,33 +128,55 @@ def adapter_parameters(model: MetaModel, rank: int, targets: str | list[str] = "
     return sum(rank * sum(shape) for shape in adapter_shapes(model, targets).values())
 
 
-def estimate_training(model: MetaModel, *, rank: int, tokens: int, quantized: bool) -> Training:
+def layer_terms(kept: Mapping[str, int], linears: Iterable[tuple[int, int]], tokens: int) -> dict[str, int]:
+    """What one layer keeps from its forward to its backward pass, in bytes, by what it is for. All that a faster path keeps otherwise than
+    transformers' and peft's own modules do is decided here.
+
+    Args:
+        kept: what autograd keeps of the layer without adapters: of its "norms", its "attention" (rotation included), its "feed-forward"
+            part, and the "rest".
+        linears: (rows, columns) of the layers that get an adapter.
+        tokens: that go through at once.
+    """
+    return {**kept, "adapter inputs": sum(2 * tokens * columns for _, columns in linears)}
+
+
+def estimate_training(model: MetaModel, *, rank: int, tokens: int, quantized: bool, targets: str | list[str] = "all-linear",
+                      shards: int = 1) -> Training:  # fmt: skip
     """The peak of one step of LoRA, or of QLoRA where `quantized`, on a GPU as olpack trains: all linear layers, float32 adapter, bfloat16
     computation, paged 8-bit AdamW.
 
     Args:
         rank: of the adapter.
         tokens: that go through the model at once; all of them are taken to be learned.
+        targets: the recipe's `target_modules`.
+        shards: GPUs over which the frozen layers are spread (two layers at a time are there whole); 1 where each holds all of them.
     """
-    adapter = adapter_parameters(model, rank)
+    adapter = adapter_parameters(model, rank, targets)
     found = None
     with contextlib.suppress(OlpackError):
-        found = activations(model, tokens)
+        found = activations(model, tokens, targets)
     dequantized = 2 * max((rows * columns for rows, columns in adapter_shapes(model).values()), default=0) if quantized else 0
+    weights = sum(frozen_bytes(model, "nf4" if quantized else "bfloat16"))
+    if shards > 1:
+        whole = 2 * (model.parameters.embedding + model.parameters.head)
+        layers = weights - whole
+        weights = round(whole + layers / shards + 2 * layers / model.shape.layers)
     return Training(
-        weights=sum(frozen_bytes(model, "nf4" if quantized else "bfloat16")),
+        weights=weights,
         adapter=adapter * _ADAPTER,
         gradients=adapter * _GRADIENT,
         optimizer=round(adapter * _MOMENTS_8BIT),
-        activations=sum(found.layers) + found.outside if found else None,
+        activations=sum(sum(layer.values()) for layer in found.layers) + found.outside if found else None,
         checkpointed=found.inputs + found.outside if found else None,
-        backward=(found.working if found else 0) + dequantized,
-        layer=max(found.layers, default=0) if found else 0,
+        working=found.working if found else 0,
+        dequantized=dequantized,
+        layer=max(found.layers, key=lambda layer: sum(layer.values()), default={}) if found else {},
         logits=tokens * model.shape.vocabulary * _LOGIT,
     )
 
 
-def activations(model: MetaModel, tokens: int) -> Activations:
+def activations(model: MetaModel, tokens: int, targets: str | list[str] = "all-linear") -> Activations:
     """What a forward pass over one row of `tokens` tokens keeps for the backward pass, the adapters' inputs included, the logits not.
 
     Raises:
@@ -150,18 +189,19 @@ def activations(model: MetaModel, tokens: int) -> Activations:
     decoder = model.module.get_decoder()
     AttentionInterface.register("olpack-counted", _fused_attention)
     layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
-    adapted = adapter_shapes(model)
-    by_layer: dict[int, int] = defaultdict(int)
+    adapted = adapter_shapes(model, targets)
+    by_layer: dict[int, Counter[str]] = defaultdict(Counter)
     seen: set[int] = {parameter.untyped_storage()._cdata for parameter in decoder.parameters()}
     kept: list[torch.Tensor] = []  # a storage that is freed could give its address to another
     state = {"layer": -1, "inputs": 0}
+    inside: list[str] = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in seen:
             seen.add(storage._cdata)
             kept.append(tensor)
-            by_layer[state["layer"]] += storage.nbytes()
+            by_layer[state["layer"]][inside[-1] if inside else "rest"] += storage.nbytes()
         return tensor
 
     def enter(index: int):
@@ -177,6 +217,10 @@ def activations(model: MetaModel, tokens: int) -> Activations:
     handles = []
     for index, layer in enumerate(layers):
         handles += [layer.register_forward_pre_hook(enter(index), with_kwargs=True), layer.register_forward_hook(leave, with_kwargs=True)]
+    for module in decoder.modules():
+        if kind := next((kind for part, kind in _PARTS.items() if part in type(module).__name__), None):
+            handles.append(module.register_forward_pre_hook(lambda module, arguments, kind=kind: inside.append(kind)))
+            handles.append(module.register_forward_hook(lambda module, arguments, output: inside.pop() and None))
     before, frozen = decoder.config._attn_implementation, [parameter.requires_grad for parameter in decoder.parameters()]
     try:
         decoder.config._attn_implementation = "olpack-counted"
@@ -195,10 +239,12 @@ def activations(model: MetaModel, tokens: int) -> Activations:
             parameter.requires_grad_(required)
     widest = max((max(shape) for shape in adapted.values()), default=0)
     owners = {name: index for index, layer in enumerate(layers) for name in _names(model, layer)}
-    for name, (_, columns) in adapted.items():
-        by_layer[owners.get(name, -1)] += 2 * tokens * columns
+    linears: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for name, shape in adapted.items():
+        linears[owners.get(name, -1)].append(shape)
+    outside, *within = (layer_terms(by_layer[index], linears[index], tokens) for index in range(-1, len(layers)))
     # Gradients of the widest activation on their way back, and the float32 copy that an adapter's input goes through.
-    return Activations(tuple(by_layer[index] for index in range(len(layers))), state["inputs"], by_layer[-1], tokens * widest * (2 + 2 + 4))
+    return Activations(tuple(within), state["inputs"], sum(outside.values()), tokens * widest * (2 + 2 + 4))
 
 
 def _names(model: MetaModel, layer) -> list[str]:
