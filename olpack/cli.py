@@ -177,9 +177,18 @@ def plan(name: Name, settings: Set = None, quant: Quant = None, out: Out = None,
 
 
 @app.command()
-def train(name: Name, settings: Set = None, out: Out = None, as_json: Json = False) -> None:
+def train(
+    name: Name,
+    settings: Set = None,
+    launch: Annotated[
+        str | None, typer.Option("--launch", metavar="COMMAND", help="Train in the processes that this starts: 'torchrun --nproc-per-node 2'.")
+    ] = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
     """Fine-tune the base with QLoRA; the adapter lands in build/NAME/adapter."""
-    _run(_build_of(name, settings, None, out, as_json, deploy=False), "train", as_json)
+    more = [f"train.launch={json.dumps(launch)}"] if launch else []
+    _run(_build_of(name, [*(settings or []), *more], None, out, as_json, deploy=False), "train", as_json)
 
 
 @app.command()

@@ -65,6 +65,12 @@ def train(base: Base, rows: list[TokenRow], eval_rows: list[TokenRow], settings:
         OlpackError: the base does not load, the loss is not finite, memory runs out for a single row, the disk is full.
         KeyboardInterrupt: after the checkpoint has been written.
     """
+    from olpack.train.launch import launcher, run_launched
+
+    words = launcher(settings)
+    if words is not None:
+        job = {"base": base, "rows": rows, "eval_rows": eval_rows, "settings": settings, "out": out, "checkpoint": checkpoint, "key": key}
+        return run_launched(words, job)
     from olpack.train.loop import run
 
     return run(base, rows, eval_rows, settings, out=out, checkpoint=checkpoint, key=key)

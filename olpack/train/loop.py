@@ -56,7 +56,7 @@ def run(
     if state is None:
         state = State(budget=fit.tokens)
     else:
-        state.budget = min(state.budget, fit.tokens)
+        state.budget = min(state.budget, fit.tokens)  # it may have been halved, or the GPU be another
         progress.say(f"going on from step {state.step}")
     ranks.wait()  # until all have read the checkpoint
     metrics = Metrics(checkpoint, settings, state, name=out.parent.name, writes=ranks.first)
@@ -64,14 +64,14 @@ def run(
     started = time.monotonic() - state.seconds
     try:
         _steps(model, optimizer, adapter, rows, eval_rows, batches, settings, state, saved, metrics, device, ranks, started)
-    except _Stopped:
+    except Stopped:
         state.seconds = time.monotonic() - started
         saved.save(model, optimizer, state)
         progress.say(f"stopped at step {state.step} of {len(batches)}; the same command goes on from {_place(saved)}")
         raise
     except BaseException:
         state.seconds = time.monotonic() - started
-        if state.whole:
+        if state.whole and saved.step != state.step:
             saved.save(model, optimizer, state)
         raise
     finally:
@@ -131,7 +131,10 @@ def _steps(
             ranks.sum_gradients(adapter)
             norm = torch.nn.utils.clip_grad_norm_(adapter, settings.max_grad_norm).item()
             if not math.isfinite(loss) or not math.isfinite(norm):
-                raise _not_finite(f"The loss is not finite at step {state.step + 1} (loss {loss}, gradient norm {norm})", settings, saved, state)
+                saved.save(model, optimizer, state)
+                ranks.wait()  # a process that ends with an error takes the others with it
+                raise OlpackError(f"The loss is not finite at step {state.step + 1} (loss {loss}, gradient norm {norm}).{_kept(saved)}",
+                                  f"Lower `train.learning_rate` (now {settings.learning_rate:g}).")
             state.whole = False
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -182,9 +185,8 @@ def _judge(
     state.evaluated = state.step
 
 
-def _not_finite(problem: str, settings: Train, saved: Checkpoint, state: State) -> OlpackError:
-    kept = f" {saved.file} holds step {state.step}." if saved.writes else ""
-    return OlpackError(f"{problem}.{kept}", f"Lower `train.learning_rate` (now {settings.learning_rate:g}).")
+def _kept(saved: Checkpoint) -> str:
+    return "" if saved.step is None else f" {saved.file} holds step {saved.step}."
 
 
 def _place(saved: Checkpoint) -> str:
@@ -195,7 +197,7 @@ def _eval_loss(state: State, step: int) -> float:
     return next(record["eval_loss"] for record in reversed(state.metrics) if record["step"] == step and "eval_loss" in record)
 
 
-class _Stopped(KeyboardInterrupt):
+class Stopped(KeyboardInterrupt):
     """Ctrl-C, between two steps."""
 
 
@@ -209,7 +211,7 @@ def _interrupt_between_steps(ranks: Ranks) -> Iterator[Callable[[], None]]:
 
     def stop_if_asked():
         if ranks.any(asked.is_set()):
-            raise _Stopped
+            raise Stopped
 
     if threading.current_thread() is not threading.main_thread():
         yield stop_if_asked
