@@ -164,12 +164,19 @@ def _outcome(build: Build, done: list) -> dict[str, Any]:
 
 
 @app.command()
-def plan(name: Name, settings: Set = None, quant: Quant = None, out: Out = None, as_json: Json = False) -> None:
+def plan(
+    name: Name,
+    settings: Set = None,
+    quant: Quant = None,
+    vram: Annotated[float | None, typer.Option("--vram", metavar="GB", min=1, help="Plan for a GPU of this memory in place of this machine's.")] = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
     """Print every setting with its origin, the checks, sizes and time, and which stages are stale. Changes nothing."""
     from olpack.plan import describe, estimate, print_plan
 
     asked = _build_of(name, settings, quant, out, as_json)
-    found = describe(asked, estimate(asked))
+    found = describe(asked, estimate(asked, vram))
     if as_json:
         _print_json(found)
     else:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from olpack.base import Base
 from olpack.errors import OlpackError
 from olpack.recipe import Train
 from olpack.train import loop, train
-from olpack.train.launch import launcher
+from olpack.train.launch import launcher, run_launched
 from olpack.train.ranks import deal
 
 torch.set_num_threads(1)
@@ -88,12 +87,17 @@ def test_a_run_goes_on_with_another_number_of_processes(base, tmp_path, monkeypa
     alike(records(tmp_path / "changed"), records(tmp_path / "unbroken"))
 
 
-def test_what_goes_wrong_in_a_process_is_said_as_in_one(base, tmp_path):
-    rows = make_rows(24)
-    rows[0] = replace(rows[0], ids=[100_000, *rows[0].ids[1:]])  # no such token
-    with pytest.raises(OlpackError, match=r"A training process failed: IndexError.*goes on from the last checkpoint"):
-        run(base, tmp_path, Train(launch=TWO), rows)
-    assert not (tmp_path / "adapter").exists()
+@pytest.mark.parametrize(("said", "expected"), [
+    (['{"event": "crash", "text": "IndexError: no such token"}', '{"event": "crash", "text": "the peer is gone"}'],
+     r"A training process failed: IndexError: no such token The same command goes on from the last checkpoint"),
+    (['{"event": "crash", "text": "the peer is gone"}', '{"event": "error", "problem": "Too long.", "remedy": "Shorten."}'], r"^Too long\. Shorten\.$"),
+    (["a banner", "[1]"], "A training process failed: it said nothing"),
+])  # fmt: skip
+def test_what_goes_wrong_in_a_process_is_a_sentence(tmp_path, said, expected):
+    script = tmp_path / "launcher.py"
+    script.write_text("import sys\n" + "".join(f"print({line!r})\n" for line in said) + "sys.exit(1)\n")
+    with pytest.raises(OlpackError, match=expected):
+        run_launched([sys.executable, str(script)], {})
 
 
 def test_rows_are_dealt_evenly_and_none_is_lost():

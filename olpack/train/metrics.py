@@ -77,8 +77,10 @@ class Metrics:
 def _start(settings: Train, folder: Path, state: State, name: str) -> list:
     if not settings.trackers:
         return []
+    from accelerate import PartialState
     from accelerate.tracking import TensorBoardTracker, WandBTracker
 
+    PartialState()  # trackers ask it which process they are in
     started = []
     for asked in settings.trackers:
         if asked == "tensorboard":
