@@ -168,7 +168,7 @@ def plan(
     name: Name,
     settings: Set = None,
     quant: Quant = None,
-    vram: Annotated[float | None, typer.Option("--vram", metavar="GB", min=1, help="Plan for a GPU of this memory in place of this machine's.")] = None,
+    vram: Annotated[float | None, typer.Option("--vram", metavar="GB", min=1, help="Plan for a GPU of this memory.")] = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:

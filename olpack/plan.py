@@ -18,10 +18,9 @@ from olpack.workspace import free_bytes, write_atomically
 
 if TYPE_CHECKING:
     import torch
-
-    from olpack.data import TokenRow
     from rich.table import Table
 
+    from olpack.data import TokenRow
     from olpack.export import ExportPlan
     from olpack.pipeline import Build, Step
     from olpack.train.fit import Fit
@@ -295,7 +294,8 @@ def print_plan(plan: dict) -> None:
         needs.add_row("adapter", f"{found['adapter_parameters']:,} weights")
         _add_memory(needs, found["fit"], held)
     else:
-        needs.add_row("adapter", f"{found['adapter_parameters']:,} weights, {progress.quantity(found['adapter_bytes'], 'B')} with gradients and optimizer")
+        size = progress.quantity(found["adapter_bytes"], "B")
+        needs.add_row("adapter", f"{found['adapter_parameters']:,} weights, {size} with gradients and optimizer")
         needs.add_row("frozen base", f"{progress.quantity(found['weights_bytes'], 'B')} in memory as {held}, activations and logits besides "
                                      "(`--vram 24` plans for a GPU of 24 GiB)")  # fmt: skip
     files = ", ".join(f"{quant} {progress.quantity(size, 'B')}" for quant, size in found["disk_bytes"].items())

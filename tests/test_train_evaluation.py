@@ -76,7 +76,8 @@ def test_it_stops_early_and_counts_on_after_an_interrupt(base, tmp_path, monkeyp
     settings = STEEP.model_copy(update={"patience": 6})
     result = run(base, tmp_path / "whole", settings, half_other_rows())
     assert result.steps == result.kept_step + 6 < 24
-    assert f"stopped early at step {result.steps} of 24: the held-out loss is lowest at step {result.kept_step}, 6 evaluations ago" in capsys.readouterr().err
+    said = f"stopped early at step {result.steps} of 24: the held-out loss is lowest at step {result.kept_step}, 6 evaluations ago"
+    assert said in capsys.readouterr().err
 
     real = loop._backward
 
@@ -167,5 +168,6 @@ def test_layers_are_spread_where_one_gpu_does_not_hold_them(model):
     spread = fit.on_gpu(model, rows, settings.model_copy(update={"sharding": "full"}), 80 << 30, gpus=4)
     assert spread.training.weights < whole.training.weights
     assert not fit.on_gpu(model, rows, settings, 80 << 30, gpus=4).sharded
-    least = fit.on_gpu(model, rows, settings.model_copy(update={"sharding": "none", "micro_batch_tokens": 20, "gradient_checkpointing": True}), 0, gpus=4)
+    smallest = {"sharding": "none", "micro_batch_tokens": 20, "gradient_checkpointing": True}
+    least = fit.on_gpu(model, rows, settings.model_copy(update=smallest), 0, gpus=4)
     assert fit.on_gpu(model, rows, settings, least.bytes - (20 << 20), gpus=4).sharded

@@ -31,7 +31,8 @@ class TrainResult:
         device: "cpu", or the GPU's name.
         gpus: how many; 0 on a CPU.
         estimated_gpu_bytes: what was expected of one GPU's memory; None on a CPU, and where the architecture cannot be counted.
-        peak_gpu_bytes: the most of it that was allocated at once; None on a CPU.
+        peak_gpu_bytes: the most of it that was allocated at once, on the GPU where that was most; None on a CPU.
+        tokens_per_s: speed of the steps, padding not counted, evaluations and the first steps left out; None where there were no others.
         seconds: wall time, earlier parts of a resumed run included.
     """
 
@@ -46,6 +47,7 @@ class TrainResult:
     gpus: int
     estimated_gpu_bytes: int | None
     peak_gpu_bytes: int | None
+    tokens_per_s: float | None
     seconds: float
 
 

@@ -30,6 +30,7 @@ class State:
         step: optimizer steps done.
         learned, processed, real: tokens so far: with a loss, through the model, and of these not padding.
         seconds: wall time of the run's earlier parts.
+        timed, timed_s: tokens without padding and seconds of steps, evaluations and the first steps of each part left out.
         budget: tokens of a micro-batch; smaller than set once memory ran out.
         whole: weights, optimizer and step count belong together; False within a step.
         evaluated: the step of the last evaluation; -1 before the first.
@@ -45,6 +46,8 @@ class State:
     processed: int = 0
     real: int = 0
     seconds: float = 0.0
+    timed: int = 0
+    timed_s: float = 0.0
     budget: int = 0
     whole: bool = True
     evaluated: int = -1

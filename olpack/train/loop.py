@@ -33,6 +33,7 @@ from olpack.workspace import folder_atomically
 
 EVALUATIONS = 10  # of a run, where the recipe does not say how often
 _EVALUATION_SHARE = 0.1  # of the time of a run
+_WARM = 3  # steps that are not timed: kernels are compiled and memory is reserved in them
 
 
 def run(
@@ -89,7 +90,8 @@ def run(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         gpus=ranks.count if device.type == "cuda" else 0,
         estimated_gpu_bytes=fit.bytes,
-        peak_gpu_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        peak_gpu_bytes=ranks.largest(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else None,
+        tokens_per_s=state.timed / state.timed_s if state.timed_s else None,
         seconds=state.seconds,
     )
     if result.eval_loss_after > result.eval_loss_before:
@@ -111,6 +113,7 @@ def _steps(
     total = sum(tokens[index] for batch in batches for index in batch)
     done = sum(tokens[index] for batch in batches[: state.step] for index in batch)
     interval = evaluation_interval(len(batches), total, sum(len(row.ids) for row in eval_rows), settings)
+    warm = state.step + _WARM
     with _interrupt_between_steps(ranks) as stop_if_asked, progress.task("training", total=total, unit="tokens", done=done) as task:
         while True:
             if (state.step % interval == 0 or state.step == len(batches)) and state.evaluated < state.step:
@@ -121,6 +124,7 @@ def _steps(
                 return
             if state.step == len(batches):
                 return
+            begun = time.monotonic()
             rate = learning_rate(state.step, len(batches), settings)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -139,11 +143,14 @@ def _steps(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             state.step += 1
-            state.real += (learned_from := sum(len(row.ids) for row in chosen))
+            state.real += (seen := sum(len(row.ids) for row in chosen))
             state.learned += sum(row.learned_count for row in chosen)
+            if state.step > warm:
+                state.timed += seen
+                state.timed_s += time.monotonic() - begun
             metrics.log(state, loss=loss, learning_rate=rate, grad_norm=norm)
             state.whole = True
-            task.advance(learned_from, note=f"step {state.step}/{len(batches)}  loss {loss:.3f}")
+            task.advance(seen, note=f"step {state.step}/{len(batches)}  loss {loss:.3f}")
             if saved.due and state.step < len(batches):
                 state.seconds = time.monotonic() - started
                 saved.save(model, optimizer, state)
@@ -174,8 +181,8 @@ def _judge(
     title = "eval loss before" if state.step == 0 else f"eval loss at step {state.step}"
     loss = evaluate(model, eval_rows, state.budget, device, title, ranks, stop_if_asked)
     if not math.isfinite(loss):
-        raise OlpackError(f"The held-out loss is not finite at step {state.step} ({loss}).",
-                          f"Lower `train.learning_rate` (now {settings.learning_rate:g})." if state.step else "The base itself gives no numbers on this data.")
+        remedy = f"Lower `train.learning_rate` (now {settings.learning_rate:g})." if state.step else "The base itself gives no numbers on this data."
+        raise OlpackError(f"The held-out loss is not finite at step {state.step} ({loss}).", remedy)
     if state.step > 0:
         state.waited += 1
         if state.best_loss is None or loss < state.best_loss:

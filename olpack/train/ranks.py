@@ -45,6 +45,12 @@ class Ranks:
             return list(numbers)
         return self._accelerator.reduce(torch.tensor(numbers, dtype=torch.float64, device=self.device), reduction="sum").tolist()
 
+    def largest(self, number: int) -> int:
+        """The largest that any process has."""
+        if self._accelerator is None:
+            return number
+        return int(self._accelerator.reduce(torch.tensor(number, device=self.device), reduction="max"))
+
     def any(self, flag: bool) -> bool:
         """Whether some process says so."""
         return flag if self._accelerator is None else self.sum(flag)[0] > 0
