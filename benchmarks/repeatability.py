@@ -1,8 +1,10 @@
-"""Does a second comparison of the same files say the same? The largest difference of each figure, against its stated spread.
+"""Do two comparisons of the same files say the same? The largest difference of each figure, against its stated spread.
 
-    olpack build coding-assistant --no-deploy && python benchmarks/repeatability.py [--out build] [--package coding-assistant]
+    olpack build coding-assistant --no-deploy --out one && cp -r one two && rm -r two/coding-assistant/compare
+    olpack compare coding-assistant --out two
+    python benchmarks/repeatability.py one/coding-assistant/compare/results.json two/coding-assistant/compare/results.json
 
-Measures twice with nothing kept in between. Prints a Markdown table and writes it to benchmarks/repeatability.md.
+Prints a Markdown table and writes it to benchmarks/repeatability.md.
 """
 
 from __future__ import annotations
@@ -12,13 +14,8 @@ from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
-from olpack import recipe
-from olpack.compare import MeasureSettings, measure
-from olpack.compare.results import QuantResult, Spread
+from olpack.compare.results import QuantResult, Spread, read_results
 from olpack.compare.table import plain
-from olpack.pipeline import Build
-from olpack.stages import quant_files, questions
-from olpack.workspace import recipe_path
 
 
 def repeated(quant: QuantResult) -> Iterator[tuple[str, Spread]]:
@@ -31,13 +28,17 @@ def repeated(quant: QuantResult) -> Iterator[tuple[str, Spread]]:
 
 
 def single(quant: QuantResult) -> Iterator[tuple[str, float, float]]:
-    """(figure, value, standard error) of what is computed once."""
+    """(figure, value, standard error or 0) of what is computed once."""
     yield "perplexity", quant.perplexity.value, quant.perplexity.standard_error
+    yield "KL divergence, nats", quant.divergence.mean, quant.divergence.standard_error
+    yield "KL divergence, 99th percentile", quant.divergence.p99, quant.divergence.p99_standard_error
+    yield "same top token", quant.divergence.same_top, quant.divergence.same_top_standard_error
+    yield "tasks", quant.scores.mean, quant.scores.standard_error
     yield "peak memory, bytes", quant.speed.peak_memory_bytes, 0.0
 
 
 def table(first: list[QuantResult], second: list[QuantResult]) -> list[str]:
-    """One line a figure: of the quant in which the two comparisons differ most."""
+    """One line a figure: of the quant in which the two comparisons differ most. A spread is the wider of the two that they state."""
     found: dict[str, tuple[float, list[str]]] = {}
 
     def note(figure: str, quant: str, one: float, two: float, spread: float, stated: str) -> None:
@@ -48,8 +49,8 @@ def table(first: list[QuantResult], second: list[QuantResult]) -> list[str]:
 
     for one, two in zip(first, second, strict=True):
         for (figure, a), (_, b) in zip(repeated(one), repeated(two), strict=True):
-            low, high = min(a.low, b.low), max(a.high, b.high)
-            note(figure, one.quant, a.median, b.median, high - low, f"{plain(low)}–{plain(high)}")
+            wider = max(a, b, key=lambda spread: spread.high - spread.low)
+            note(figure, one.quant, a.median, b.median, wider.high - wider.low, f"{plain(wider.low)}–{plain(wider.high)}")
         for (figure, a, error), (_, b, _) in zip(single(one), single(two), strict=True):
             note(figure, one.quant, a, b, error, f"± {plain(error)}" if error else "none stated")
     return [f"| {' | '.join(cells)} |" for _, cells in found.values()]
@@ -57,24 +58,19 @@ def table(first: list[QuantResult], second: list[QuantResult]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("build"))
-    parser.add_argument("--package", default="coding-assistant")
+    parser.add_argument("first", type=Path, help="results.json")
+    parser.add_argument("second", type=Path, help="results.json of the same files, measured anew")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
     arguments = parser.parse_args()
-    build = Build(recipe.load(recipe_path(arguments.package)), arguments.out)
-    asked, (_, rows) = build.recipe.compare, build.rows
-    settings = MeasureSettings(prompt_lengths=tuple(asked.prompt_tokens), generated_tokens=asked.generated_tokens, repeats=asked.repeats,
-                               context=build.package.parameters["num_ctx"])
-    once, again = (measure(quant_files(build), rows[: asked.eval_rows], questions(build), settings, None, arguments.package) for _ in range(2))
-    same = all([answer.text for answer in a.answers] == [answer.text for answer in b.answers] for a, b in zip(once.quants, again.quants, strict=True))
+    one, two = read_results(arguments.first), read_results(arguments.second)
+    same = all([answer.text for answer in a.answers] == [answer.text for answer in b.answers] for a, b in zip(one.quants, two.quants, strict=True))
     text = "\n".join([
-        f"{date.today()}, {once.machine.cpu}, {once.machine.cores} cores, {once.machine.busy:.0%} and {again.machine.busy:.0%} used by others. "
-        f"{arguments.package}, {', '.join(quant.quant for quant in once.quants)}, {asked.repeats} repeats.",
-        "Of each figure, the quant that differs most.",
+        f"{date.today()}, {one.machine.cpu}, {one.machine.cores} cores, {one.machine.busy:.0%} and {two.machine.busy:.0%} used by others. "
+        f"{', '.join(quant.quant for quant in one.quants)}; of each figure, the quant that differs most.",
         "",
         "| figure | quant | first | second | difference | stated spread | difference / spread |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
-        *table(once.quants, again.quants), "", f"Answers at temperature 0 are {'the same' if same else 'NOT the same'}.", "",
+        *table(one.quants, two.quants), "", f"Answers at temperature 0 are {'the same' if same else 'NOT the same'}.", "",
     ])  # fmt: skip
     print(text)
     arguments.output.write_text(text, encoding="utf-8")

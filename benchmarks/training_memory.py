@@ -37,13 +37,15 @@ def measure(base, checkpointing: bool, lengths: list[int], rank: int) -> list[di
     from olpack.recipe import Train
     from olpack.train import fit, loop
     from olpack.train.checkpoint import State
+    from olpack.train.forward import Forward
     from olpack.train.model import load_with_adapter
 
     device, found = torch.device("cuda", 0), []
     settings = Train(rank=rank, batch_size=1, epochs=1, gradient_checkpointing=checkpointing)
     shape = MetaModel(base.config, base.label)
     room = fit.free_room(device)
-    model = load_with_adapter(base, settings, device, checkpointing=checkpointing)
+    model = load_with_adapter(base, settings, device)
+    forward = Forward(model, device, checkpointing=checkpointing, offload=checkpointing)
     adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = loop._optimizer(adapter, settings, device)
     torch.cuda.synchronize()
@@ -54,7 +56,7 @@ def measure(base, checkpointing: bool, lengths: list[int], rank: int) -> list[di
         planned = fit.on_gpu(shape, [row], asked, room)
         torch.cuda.reset_peak_memory_stats(device)
         for _ in range(_STEPS):
-            loop._backward(model, [row], State(budget=tokens), device)
+            loop._backward(forward, [row], State(budget=tokens))
             torch.nn.utils.clip_grad_norm_(adapter, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -59,7 +59,7 @@ class Train(_Section):
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Rows per optimizer step."""
     micro_batch_tokens: Annotated[int, Field(ge=16)] | Literal["auto"] = "auto"
-    """Tokens (padding included) that go through the model at once. `auto`: 512 on a CPU, on a GPU as many as its memory holds."""
+    """Tokens that go through the model at once. `auto`: 512 on a CPU, on a GPU as many as its memory holds."""
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     """Recompute activations in the backward pass: less memory, about a third more time. `auto`: on a GPU that does not hold them."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

@@ -19,16 +19,17 @@ from olpack.errors import OlpackError
 from olpack.memory.shape import MetaModel
 from olpack.recipe import Train
 from olpack.train import TrainResult, fit, loop, train
+from olpack.train.forward import Forward
 from olpack.train.loop import evaluation_interval
 
 torch.set_num_threads(1)
-STEEP = Train(quantization="none", epochs=8, batch_size=8, learning_rate=3e-2, eval_every=1, schedule="constant", warmup=0)
+STEEP = Train(quantization="none", epochs=6, batch_size=8, learning_rate=2e-2, eval_every=1, schedule="constant", warmup=0)
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Base:
     folder = tmp_path_factory.mktemp("base")
-    return Base("tiny", write_model(folder, hidden_size=64, intermediate_size=128, num_attention_heads=1, num_key_value_heads=1))
+    return Base("tiny", write_model(folder))
 
 
 def run(base: Base, folder: Path, settings: Train, eval_rows=None) -> TrainResult:
@@ -36,11 +37,9 @@ def run(base: Base, folder: Path, settings: Train, eval_rows=None) -> TrainResul
     return train(base, make_rows(24), held_out, settings, out=folder / "adapter", checkpoint=folder / "checkpoint", key="k")
 
 
-def half_other_rows() -> list[TokenRow]:
-    """Rows of which half answer otherwise than those that are learned: with them the loss falls first, and rises then."""
-    rows = make_rows(8, seed=9)
-    other = [replace(row, ids=[*row.ids[:-5], 20, 21, 22, 23, 0]) for row in rows[::2]]
-    return rows[1::2] + other
+def other_rows() -> list[TokenRow]:
+    """Rows that end as those that are learned, and answer otherwise: with them the loss falls first, and rises then."""
+    return [replace(row, ids=[*row.ids[:-5], 20, 21, 22, 23, 0]) for row in make_rows(8, seed=9)]
 
 
 def evaluations(folder: Path) -> dict[int, float]:
@@ -49,21 +48,21 @@ def evaluations(folder: Path) -> dict[int, float]:
 
 
 def test_the_best_adapter_is_kept_and_metrics_say_which(base, tmp_path):
-    best = run(base, tmp_path / "best", STEEP, half_other_rows())
+    best = run(base, tmp_path / "best", STEEP, other_rows())
     losses = evaluations(tmp_path / "best")
-    assert list(losses) == list(range(25))
+    assert list(losses) == list(range(19))
     lowest = min((step for step in losses if step), key=losses.get)
-    assert 0 < lowest < 24 and best.steps == 24
+    assert 0 < lowest < 18 and best.steps == 18
     assert best.kept_step == lowest and best.eval_loss_after == losses[lowest] and best.eval_loss_before == losses[0]
     last_line = (tmp_path / "best/adapter/metrics.jsonl").read_text().splitlines()[-1]
-    assert json.loads(last_line) == {"step": 24, "kept_step": lowest}
+    assert json.loads(last_line) == {"step": 18, "kept_step": lowest}
     # It is the adapter of a run that ends at that step.
-    run(base, tmp_path / "short", STEEP.model_copy(update={"epochs": lowest * 8 / 24, "keep": "last"}), half_other_rows())
+    run(base, tmp_path / "short", STEEP.model_copy(update={"epochs": lowest * 8 / 24, "keep": "last"}), other_rows())
     kept, short = (load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("best", "short"))
     assert all(torch.equal(kept[name], short[name]) for name in short)
 
-    last = run(base, tmp_path / "last", STEEP.model_copy(update={"keep": "last"}), half_other_rows())
-    assert last.kept_step == 24 and last.eval_loss_after == losses[24] > losses[lowest]
+    last = run(base, tmp_path / "last", STEEP.model_copy(update={"keep": "last"}), other_rows())
+    assert last.kept_step == 18 and last.eval_loss_after == losses[18] > losses[lowest]
 
 
 def test_each_evaluation_has_its_perplexity(base, tmp_path):
@@ -74,9 +73,9 @@ def test_each_evaluation_has_its_perplexity(base, tmp_path):
 
 def test_it_stops_early_and_counts_on_after_an_interrupt(base, tmp_path, monkeypatch, capsys):
     settings = STEEP.model_copy(update={"patience": 6})
-    result = run(base, tmp_path / "whole", settings, half_other_rows())
-    assert result.steps == result.kept_step + 6 < 24
-    said = f"stopped early at step {result.steps} of 24: the held-out loss is lowest at step {result.kept_step}, 6 evaluations ago"
+    result = run(base, tmp_path / "whole", settings, other_rows())
+    assert result.steps == result.kept_step + 6 < 18
+    said = f"stopped early at step {result.steps} of 18: the held-out loss is lowest at step {result.kept_step}, 6 evaluations ago"
     assert said in capsys.readouterr().err
 
     real = loop._backward
@@ -88,9 +87,9 @@ def test_it_stops_early_and_counts_on_after_an_interrupt(base, tmp_path, monkeyp
 
     monkeypatch.setattr(loop, "_backward", backward)
     with pytest.raises(KeyboardInterrupt):
-        run(base, tmp_path / "broken", settings, half_other_rows())
+        run(base, tmp_path / "broken", settings, other_rows())
     monkeypatch.undo()
-    assert run(base, tmp_path / "broken", settings, half_other_rows()).steps == result.steps
+    assert run(base, tmp_path / "broken", settings, other_rows()).steps == result.steps
     assert evaluations(tmp_path / "broken") == evaluations(tmp_path / "whole")
     kept, whole = (load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("broken", "whole"))
     assert all(torch.equal(kept[name], whole[name]) for name in whole)
@@ -106,15 +105,15 @@ def test_evaluations_are_ten_or_a_tenth_of_the_work():
 def test_out_of_memory_halves_the_micro_batch_and_nothing_else(base, tmp_path, monkeypatch, capsys):
     settings = Train(quantization="none", epochs=1, batch_size=8, micro_batch_tokens=128)
     run(base, tmp_path / "enough", settings)
-    real, calls = loop.summed_loss, []
+    real, calls = Forward.loss, []
 
-    def forward(model, ids, labels):
-        calls.append(ids.numel())
+    def forward(self, flat):
+        calls.append(flat.ids.numel())
         if len(calls) == 4:  # after some gradients of the batch are there
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(model, ids, labels)
+        return real(self, flat)
 
-    monkeypatch.setattr(loop, "summed_loss", forward)
+    monkeypatch.setattr(Forward, "loss", forward)
     run(base, tmp_path / "short", settings)
     assert "going on with micro-batches of 64 tokens, same batch" in capsys.readouterr().err
     assert max(calls[4:]) <= 64 < max(calls[:4])

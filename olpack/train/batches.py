@@ -1,9 +1,11 @@
-"""The order in which rows are learned, and how they are put together for the model."""
+"""The order in which rows are learned, and how they are put together for the model: end to end in one flat row, with no padding."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -26,33 +28,60 @@ def schedule(count: int, epochs: float, batch_size: int, seed: int) -> list[list
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def micro_batches(rows: list[TokenRow], budget: int) -> Iterator[list[TokenRow]]:
-    """Split rows into groups of similar length whose padded size, rows × longest, stays within `budget` tokens.
+def micro_batches(rows: list[TokenRow], budget: int) -> list[list[TokenRow]]:
+    """Split rows into as few groups as best fit finds, each of at most `budget` tokens: the longest first, each into the fullest group
+    that still takes it.
 
     A row that is longer than the budget makes a group of its own.
     """
-    group: list[TokenRow] = []
+    groups: list[list[TokenRow]] = []
+    room: list[tuple[int, int]] = []  # (tokens left, group), ascending
     for row in sorted(rows, key=lambda row: len(row.ids), reverse=True):
-        if group and len(group[0].ids) * (len(group) + 1) > budget:
-            yield group
-            group = []
-        group.append(row)
-    if group:
-        yield group
+        at = bisect_left(room, (len(row.ids), 0))
+        if at < len(room):
+            left, number = room.pop(at)
+        else:
+            left, number = budget, len(groups)
+            groups.append([])
+        groups[number].append(row)
+        insort(room, (left - len(row.ids), number))
+    return groups
 
 
-def collate(rows: list[TokenRow], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels, both int64 [rows, longest]; labels are -100 where nothing is learned.
+@dataclass(frozen=True)
+class FlatRow:
+    """Samples end to end.
 
-    Padding is on the right. Under causal attention no token sees what comes after it, so the model needs no attention mask
-    and takes its fast path; what it computes for the padding is never read.
+    Attributes:
+        ids: int64 [1, tokens].
+        positions: int64 [1, tokens], of each token in its own sample, from 0.
+        starts: int32 [samples + 1], where each sample begins, and the end.
+        longest: tokens of the longest sample.
+        before: int64 [learned], places of the tokens from which a learned token is predicted.
+        targets: int64 [learned], ids of the learned tokens.
     """
-    longest = max(len(row.ids) for row in rows)
-    ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-    labels = torch.full((len(rows), longest), -100, dtype=torch.int64)
-    for index, row in enumerate(rows):
-        tokens = torch.tensor(row.ids)
-        ids[index, : len(tokens)] = tokens
-        learned = torch.tensor(row.learned)
-        labels[index, : len(tokens)][learned] = tokens[learned]
-    return ids.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    starts: torch.Tensor
+    longest: int
+    before: torch.Tensor
+    targets: torch.Tensor
+
+
+def flatten(rows: list[TokenRow], device: torch.device) -> FlatRow:
+    """Rows as one flat row on a device. The first token of a sample is predicted from nothing, so it is never a target."""
+    ids = torch.tensor([number for row in rows for number in row.ids])
+    learned = torch.tensor([flag and index > 0 for row in rows for index, flag in enumerate(row.learned)])
+    lengths = [len(row.ids) for row in rows]
+    places = learned.nonzero()[:, 0]
+    tensors = {
+        "ids": ids[None],
+        "positions": torch.cat([torch.arange(length) for length in lengths])[None],
+        "starts": torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+        "before": places - 1,
+        "targets": ids[places],
+    }
+    if device.type == "cuda":  # from pinned memory the copies do not wait for the GPU
+        tensors = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
+    return FlatRow(**tensors, longest=max(lengths))

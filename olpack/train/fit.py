@@ -36,7 +36,7 @@ class Fit:
     """How a run uses memory.
 
     Attributes:
-        tokens: of a micro-batch at most, padding included; what TrainResult and the loop call its budget.
+        tokens: of a micro-batch at most; what the loop calls its budget.
         largest: of the micro-batch that takes most, among the rows that there are.
         checkpointing: whether activations are computed again in the backward pass.
         sharded: whether the frozen layers are spread over all GPUs.
@@ -168,7 +168,7 @@ class _Sizes:
         return sorted(tried, reverse=True)
 
     def largest(self, budget: int) -> tuple[int, int]:
-        """(tokens, learned tokens) of the micro-batch that takes most, padding included."""
-        sizes = ((len(group) * max(len(row.ids) for row in group), len(group) * max(self._learned[id(row)] for row in group))
+        """(tokens, learned tokens) of the micro-batch that takes most."""
+        sizes = ((sum(len(row.ids) for row in group), sum(self._learned[id(row)] for row in group))
                  for hand in self._hands for group in micro_batches(hand, budget))  # fmt: skip
         return max(sizes)

@@ -23,11 +23,12 @@ from olpack.data import TokenRow
 from olpack.errors import OlpackError
 from olpack.recipe import Train
 from olpack.train import TrainResult
-from olpack.train.batches import collate, micro_batches, schedule
+from olpack.train.batches import flatten, micro_batches, schedule
 from olpack.train.checkpoint import Checkpoint, State, adapter_weights
 from olpack.train.fit import choose
+from olpack.train.forward import Forward
 from olpack.train.metrics import Metrics
-from olpack.train.model import load_with_adapter, pick_device, summed_loss
+from olpack.train.model import load_with_adapter, pick_device
 from olpack.train.ranks import ALONE, Ranks, deal, shard
 from olpack.workspace import folder_atomically
 
@@ -45,7 +46,8 @@ def run(
     if fit.said:
         progress.say(fit.said)
     with progress.task(f"loading {base.label} ({settings.quantization})"):
-        model = load_with_adapter(base, settings, device, checkpointing=fit.checkpointing, sharded=fit.sharded)
+        model = load_with_adapter(base, settings, device, sharded=fit.sharded)
+        forward = Forward(model, device, checkpointing=fit.checkpointing, offload=fit.checkpointing)
     adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
     ranks.begin_alike(adapter)
     if fit.sharded:
@@ -64,7 +66,7 @@ def run(
     batches = schedule(len(rows), settings.epochs, settings.batch_size, settings.seed)
     started = time.monotonic() - state.seconds
     try:
-        _steps(model, optimizer, adapter, rows, eval_rows, batches, settings, state, saved, metrics, device, ranks, started)
+        _steps(forward, optimizer, adapter, rows, eval_rows, batches, settings, state, saved, metrics, ranks, started)
     except Stopped:
         state.seconds = time.monotonic() - started
         saved.save(model, optimizer, state)
@@ -106,8 +108,8 @@ def run(
 
 
 def _steps(
-    model, optimizer, adapter, rows, eval_rows, batches, settings: Train, state: State, saved: Checkpoint, metrics: Metrics, device, ranks: Ranks,
-    started: float,
+    forward: Forward, optimizer, adapter, rows, eval_rows, batches, settings: Train, state: State, saved: Checkpoint, metrics: Metrics,
+    ranks: Ranks, started: float,
 ) -> None:  # fmt: skip
     tokens = [len(row.ids) for row in rows]
     total = sum(tokens[index] for batch in batches for index in batch)
@@ -117,7 +119,7 @@ def _steps(
     with _interrupt_between_steps(ranks) as stop_if_asked, progress.task("training", total=total, unit="tokens", done=done) as task:
         while True:
             if (state.step % interval == 0 or state.step == len(batches)) and state.evaluated < state.step:
-                _judge(model, eval_rows, settings, state, metrics, device, ranks, stop_if_asked)
+                _judge(forward, eval_rows, settings, state, metrics, ranks, stop_if_asked)
             if settings.patience and state.waited >= settings.patience:
                 progress.say(f"stopped early at step {state.step} of {len(batches)}: the held-out loss is lowest at step {state.best_step}, "
                              f"{state.waited} evaluations ago")  # fmt: skip
@@ -131,11 +133,11 @@ def _steps(
             chosen = [rows[index] for index in batches[state.step]]
             # Dropout follows from seed and step alone, so that nothing of it need be kept.
             torch.manual_seed(random.Random(f"{settings.seed}/{state.step}/{ranks.rank}").getrandbits(63))
-            loss = _backward(model, chosen, state, device, ranks)
+            loss = _backward(forward, chosen, state, ranks)
             ranks.sum_gradients(adapter)
             norm = torch.nn.utils.clip_grad_norm_(adapter, settings.max_grad_norm).item()
             if not math.isfinite(loss) or not math.isfinite(norm):
-                saved.save(model, optimizer, state)
+                saved.save(forward.model, optimizer, state)
                 ranks.wait()  # a process that ends with an error takes the others with it
                 raise OlpackError(f"The loss is not finite at step {state.step + 1} (loss {loss}, gradient norm {norm}).{_kept(saved)}",
                                   f"Lower `train.learning_rate` (now {settings.learning_rate:g}).")
@@ -153,7 +155,7 @@ def _steps(
             task.advance(seen, note=f"step {state.step}/{len(batches)}  loss {loss:.3f}")
             if saved.due and state.step < len(batches):
                 state.seconds = time.monotonic() - started
-                saved.save(model, optimizer, state)
+                saved.save(forward.model, optimizer, state)
             stop_if_asked()
 
 
@@ -174,12 +176,11 @@ def evaluation_interval(steps: int, train_tokens: int, eval_tokens: int, setting
 
 
 def _judge(
-    model, eval_rows: list[TokenRow], settings: Train, state: State, metrics: Metrics, device: torch.device, ranks: Ranks,
-    stop_if_asked: Callable[[], None],
+    forward: Forward, eval_rows: list[TokenRow], settings: Train, state: State, metrics: Metrics, ranks: Ranks, stop_if_asked: Callable[[], None]
 ) -> None:  # fmt: skip
     """Evaluate, and keep the adapter if it is the best so far."""
     title = "eval loss before" if state.step == 0 else f"eval loss at step {state.step}"
-    loss = evaluate(model, eval_rows, state.budget, device, title, ranks, stop_if_asked)
+    loss = evaluate(forward, eval_rows, state.budget, title, ranks, stop_if_asked)
     if not math.isfinite(loss):
         remedy = f"Lower `train.learning_rate` (now {settings.learning_rate:g})." if state.step else "The base itself gives no numbers on this data."
         raise OlpackError(f"The held-out loss is not finite at step {state.step} ({loss}).", remedy)
@@ -187,7 +188,7 @@ def _judge(
         state.waited += 1
         if state.best_loss is None or loss < state.best_loss:
             state.best_loss, state.best_step, state.waited = loss, state.step, 0
-            state.best = adapter_weights(model) if settings.keep == "best" else None
+            state.best = adapter_weights(forward.model) if settings.keep == "best" else None
     metrics.log(state, eval_loss=loss, perplexity=math.exp(min(loss, 700.0)))
     state.evaluated = state.step
 
@@ -235,7 +236,7 @@ def _interrupt_between_steps(ranks: Ranks) -> Iterator[Callable[[], None]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _backward(model, rows: list[TokenRow], state: State, device: torch.device, ranks: Ranks = ALONE) -> float:
+def _backward(forward: Forward, rows: list[TokenRow], state: State, ranks: Ranks = ALONE) -> float:
     """Gradients of the mean loss over all learned tokens of a batch; returns that loss.
 
     The sum over micro-batches is divided by the batch's count of learned tokens, so the result does not depend on how the
@@ -244,32 +245,32 @@ def _backward(model, rows: list[TokenRow], state: State, device: torch.device, r
     """
     count = sum(row.learned_count for row in rows)
     while True:
-        total, processed, failed = torch.zeros((), dtype=torch.float64, device=device), 0, False
+        total, processed, failed = 0.0, 0, False
         try:
-            for group, weight in _groups(rows, state.budget, ranks):
-                ids, labels = collate(group, device)
-                loss = summed_loss(model, ids, labels) * weight
+            losses = []
+            for group, weight in _groups(rows, forward.budget(state.budget), ranks):
+                loss = forward.loss(flatten(group, forward.device)) * weight
                 loss.backward()
-                total += loss.detach()
-                processed += ids.numel()
+                losses.append(loss.detach())
+                processed += sum(len(row.ids) for row in group)
+            total = torch.stack(losses).sum().item() if losses else 0.0
         except torch.OutOfMemoryError:
             if ranks.sharded:  # the others wait for this one in the middle of a layer, and nothing can be begun anew
                 raise OlpackError("A GPU's memory ran out.", f"Lower `train.micro_batch_tokens` (now {state.budget}); training goes on.") from None
             failed = True
-        summed, processed, failures = ranks.sum(total.item(), processed, failed)
+        total, processed, failures = ranks.sum(total, processed, failed)
         if not failures:
             # Divided last, in float32: in 16 bits the gradients of one token among thousands could vanish.
-            for parameter in model.parameters():
-                if parameter.grad is not None:
-                    parameter.grad /= count
+            if gradients := [parameter.grad for parameter in forward.model.parameters() if parameter.grad is not None]:
+                torch._foreach_div_(gradients, count)
             state.processed += int(processed)
-            return summed / count
-        model.zero_grad(set_to_none=True)
-        if device.type == "cuda":
+            return total / count
+        forward.model.zero_grad(set_to_none=True)
+        if forward.device.type == "cuda":
             torch.cuda.empty_cache()
         if state.budget <= max(len(row.ids) for row in rows):
             raise OlpackError(f"The GPU's memory does not hold one row of {max(len(row.ids) for row in rows)} tokens.",
-                              "Lower `data.max_length` or `train.rank`, or take a smaller base.") from None
+                              "Lower `data.max_length` or `train.rank`, or take a smaller base.")
         state.budget //= 2
         progress.warn(f"GPU memory ran out: going on with micro-batches of {state.budget} tokens, same batch")
 
@@ -279,31 +280,29 @@ def _groups(rows: list[TokenRow], budget: int, ranks: Ranks) -> Iterator[tuple[l
     if ranks.count == 1:
         yield from ((group, 1.0) for group in micro_batches(rows, budget))
         return
-    hands = deal(rows, ranks.count)
-    for group in micro_batches(hands[ranks.rank], budget):
-        yield group, 1.0
+    dealt = [micro_batches(hand, budget) for hand in deal(rows, ranks.count)]
+    yield from ((group, 1.0) for group in dealt[ranks.rank])
     if ranks.sharded:
-        counts = [sum(1 for _ in micro_batches(hand, budget)) for hand in hands]
-        for _ in range(max(counts) - counts[ranks.rank]):
+        for _ in range(max(map(len, dealt)) - len(dealt[ranks.rank])):
             yield [min(rows, key=lambda row: len(row.ids))], 0.0
 
 
 def evaluate(
-    model, rows: list[TokenRow], budget: int, device: torch.device, title: str, ranks: Ranks = ALONE, stop_if_asked: Callable[[], None] | None = None
+    forward: Forward, rows: list[TokenRow], budget: int, title: str, ranks: Ranks = ALONE, stop_if_asked: Callable[[], None] | None = None
 ) -> float:
     """Mean negative log-probability per learned token over `rows`, in nats."""
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    model.eval()
+    total = 0.0
+    forward.model.eval()
     try:
         with torch.no_grad(), progress.task(title, total=len(rows), unit="rows") as task:
-            for group, weight in _groups(rows, budget, ranks):
-                total += summed_loss(model, *collate(group, device)) * weight
-                task.advance(len(group) if ranks.count == 1 else len(group) * ranks.count)
+            for group, weight in _groups(rows, forward.budget(budget), ranks):
+                total += forward.loss(flatten(group, forward.device)).item() * weight
+                task.advance(min(len(group) * ranks.count, len(rows) - task.done))
                 if stop_if_asked and ranks.count == 1:  # several processes can only stop where all are at the same place
                     stop_if_asked()
     finally:
-        model.train()
-    return ranks.sum(total.item())[0] / sum(row.learned_count for row in rows)
+        forward.model.train()
+    return ranks.sum(total)[0] / sum(row.learned_count for row in rows)
 
 
 def learning_rate(step: int, steps: int, settings: Train) -> float:

@@ -1,12 +1,8 @@
-"""The base in 4 bits with an adapter on it, and the loss of a group of rows."""
+"""The base in 4 bits with an adapter on it."""
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-
 import torch
-import torch.nn.functional as F
 
 from olpack.base import Base
 from olpack.errors import OlpackError
@@ -25,7 +21,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def load_with_adapter(base: Base, settings: Train, device: torch.device, *, checkpointing: bool, sharded: bool = False):
+def load_with_adapter(base: Base, settings: Train, device: torch.device, *, sharded: bool = False):
     """Load the base, frozen, and put a fresh LoRA adapter on it (B is zero: the model still answers as the base does).
 
     Args:
@@ -63,24 +59,4 @@ def load_with_adapter(base: Base, settings: Train, device: torch.device, *, chec
     except ValueError as error:
         raise OlpackError(f"`train.target_modules` does not fit the base: {str(error).splitlines()[0]}", "Use `all-linear`.") from None
     model.peft_config["default"].base_model_name_or_path = base.label
-    if checkpointing:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
-
-
-def summed_loss(model, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Negative log-probability summed over the learned tokens, float32, in nats.
-
-    Args:
-        ids, labels: int64 [rows, tokens] of `batches.collate`.
-    """
-    targets = labels[:, 1:]
-    # Logits are the largest tensor of a step: only columns in which some row learns are made.
-    columns = (targets != -100).any(dim=0).nonzero()[:, 0]
-    device = ids.device
-    mixed = torch.autocast("cuda", compute_dtype(device)) if device.type == "cuda" else contextlib.nullcontext()
-    with mixed:
-        logits = model(input_ids=ids, logits_to_keep=columns, use_cache=False).logits
-    return F.cross_entropy(logits.float().flatten(0, 1), targets[:, columns].flatten(), ignore_index=-100, reduction="sum")

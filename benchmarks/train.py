@@ -1,0 +1,218 @@
+"""QLoRA training speed of olpack, Unsloth and TRL on one GPU: same model, same texts, same tokens a step.
+
+    python benchmarks/train.py make FOLDER TOKENIZER [--shape 8B]     # a checkpoint with random weights: speed does not depend on them
+    python benchmarks/train.py all FOLDER [--programs olpack,unsloth,trl]
+    python benchmarks/train.py olpack FOLDER [--no-checkpointing] [--profile]
+
+TOKENIZER is a folder with a tokenizer of 128k tokens, such as Llama 3's. `all` runs each program in a process of its own, prints a Markdown
+table with real (unpadded) tokens per second, ratios and the share of what the card's matrix units can do, and writes benchmarks/train.md.
+Peers: `pip install unsloth trl liger-kernel`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+from train_8b import RANK, SHAPES, matmul_rate
+
+STARTED = time.time()
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", UNSLOTH_DISABLE_STATISTICS="1")
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LONGEST, TOKENS = 2048, 16384  # of a sample, of a step
+STEPS, WARM = 14, 6
+
+
+def make(folder: Path, tokenizer: Path, shape: str) -> None:
+    """Write a bfloat16 checkpoint of Llama 3's shape with random weights."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    hidden, middle, layers, heads, key_heads, words = SHAPES[shape]
+    config = LlamaConfig(vocab_size=words, hidden_size=hidden, intermediate_size=middle, num_hidden_layers=layers, num_attention_heads=heads,
+                         num_key_value_heads=key_heads, max_position_embeddings=8192, bos_token_id=128000, eos_token_id=128001,
+                         rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, tie_word_embeddings=False)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config)
+    model.save_pretrained(folder, max_shard_size="4GB")
+    tokens = AutoTokenizer.from_pretrained(tokenizer)
+    tokens.pad_token = tokens.convert_ids_to_tokens(128004)
+    tokens.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokens.save_pretrained(folder)
+
+
+def texts(tokenizer, count: int) -> list[str]:
+    """Texts of log-normal length, median about 365 words of one token each, at most 2,000."""
+    rng = random.Random(0)
+    words = [word for number in range(2000, 30000) if (word := tokenizer.decode([number])).startswith(" ") and word.strip().isalpha()][:8000]
+    return ["".join(rng.choices(words, k=min(2000, max(8, int(rng.lognormvariate(5.9, 0.7)))))) for _ in range(count)]
+
+
+def run_olpack(folder: Path, checkpointing: bool, profile: bool) -> dict:
+    import torch
+    from transformers import AutoTokenizer
+
+    from olpack.base import Base
+    from olpack.data import TokenRow
+    from olpack.recipe import Train
+    from olpack.train import loop
+    from olpack.train.checkpoint import State
+    from olpack.train.forward import Forward
+    from olpack.train.model import load_with_adapter
+
+    device = torch.device("cuda", 0)
+    settings = Train(rank=RANK, alpha=RANK)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = load_with_adapter(Base("random", folder), settings, device)
+    loaded = time.time()
+    forward = Forward(model, device, checkpointing=checkpointing, offload=checkpointing)
+    adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = loop._optimizer(adapter, settings, device)
+    rows = [TokenRow(ids, [True] * len(ids), "", "") for ids in tokenizer(texts(tokenizer, 40 * (STEPS + 2)))["input_ids"]]
+    torch.cuda.reset_peak_memory_stats()
+    ends, counts, losses = [], [], []
+
+    def step() -> None:
+        batch, room = [], TOKENS
+        while room:  # the last row of a step is cut, so that every step has the same number of tokens
+            row = rows.pop(0)
+            batch.append(TokenRow(row.ids[:room], row.learned[:room], "", ""))
+            room -= len(batch[-1].ids)
+        losses.append(loop._backward(forward, batch, State(budget=TOKENS)))
+        torch.nn.utils.clip_grad_norm_(adapter, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        ends.append(time.time())
+        counts.append(TOKENS)
+
+    for _ in range(STEPS):
+        step()
+    peak = torch.cuda.max_memory_allocated()
+    if profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            step()
+        print(profiler.key_averages().table(sort_by="cuda_time_total", row_limit=45, max_name_column_width=90))
+    return result(ends, counts, peak, loaded)
+
+
+def result(ends: list[float], counts: list[int], peak: int, loaded: float) -> dict:
+    """Tokens per second from the median step after warm-up."""
+    steps = sorted(count / (end - start) for start, end, count in zip(ends[WARM - 1 :], ends[WARM:], counts[WARM:], strict=False))
+    return {"tokens_per_s": steps[len(steps) // 2], "peak_gib": peak / 2**30, "load_s": loaded - STARTED, "first_step_s": ends[0] - STARTED}
+
+
+def run_peer(program: str, folder: Path, checkpointing: bool) -> dict:
+    """Unsloth or TRL (with Liger's kernels), with packing, 8 rows of 2,048 tokens a step."""
+    if program == "unsloth":
+        from unsloth import FastLanguageModel  # before transformers
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    lora = None
+    if program == "unsloth":
+        model, tokenizer = FastLanguageModel.from_pretrained(str(folder), max_seq_length=LONGEST, load_in_4bit=True, dtype=torch.bfloat16,
+                                                             local_files_only=True)
+        model = FastLanguageModel.get_peft_model(model, r=RANK, lora_alpha=RANK, lora_dropout=0, bias="none", target_modules=LINEAR,
+                                                 use_gradient_checkpointing="unsloth" if checkpointing else False, random_state=1)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=nf4, dtype=torch.bfloat16, device_map={"": 0})
+        lora = LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0, bias="none", target_modules=LINEAR, task_type="CAUSAL_LM")
+    loaded = time.time()
+    ends: list[float] = []
+    counts: list[int] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            torch.cuda.synchronize()
+            ends.append(time.time())
+
+    config = SFTConfig(output_dir=str(folder / "out"), max_steps=STEPS, per_device_train_batch_size=TOKENS // LONGEST, learning_rate=1e-4,
+                       logging_steps=1, report_to=[], save_strategy="no", max_length=LONGEST, bf16=True, optim="adamw_8bit", seed=1,
+                       dataset_text_field="text", packing=True, use_liger_kernel=program == "trl", gradient_checkpointing=checkpointing)
+    data = Dataset.from_list([{"text": text} for text in texts(tokenizer, 40 * (STEPS + 2))])
+    trainer = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=lora, callbacks=[Clock()])
+    collate = trainer.data_collator
+
+    def counting(features):
+        batch = collate(features)
+        mask = batch.get("attention_mask")
+        counts.append(int(mask.sum()) if mask is not None else batch["input_ids"].numel())
+        return batch
+
+    trainer.data_collator = counting
+    torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    return result(ends, counts, torch.cuda.max_memory_allocated(), loaded)
+
+
+def compare(folder: Path, programs: list[str]) -> str:
+    import torch
+
+    rate = matmul_rate()
+    config = json.loads((folder / "config.json").read_text())
+    per_layer = 2 * config["hidden_size"] ** 2 * (1 + config["num_key_value_heads"] / config["num_attention_heads"])
+    weights = config["num_hidden_layers"] * (per_layer + 3 * config["hidden_size"] * config["intermediate_size"])
+    weights += config["vocab_size"] * config["hidden_size"]
+    lines = [f"{date.today()}, {torch.cuda.get_device_name()}, torch {torch.__version__}: {weights / 1e9:.1f}B weights in products, "
+             f"{rate / 1e12:.0f} TFLOP/s in a large one. NF4, rank {RANK}, all linear layers, {TOKENS:,} tokens a step, samples of at most "
+             f"{LONGEST:,}.", "",
+             "| program | checkpointing | tokens/s | olpack is | of the limit | peak GiB | to the first step, s |",
+             "| --- | :---: | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
+    for checkpointing in (False, True):
+        limit, ours = rate / (6 if checkpointing else 4) / weights, None
+        for program in programs:
+            command = [sys.executable, __file__, program, str(folder), *([] if checkpointing else ["--no-checkpointing"])]
+            done = subprocess.run(command, capture_output=True, text=True)
+            said = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+            if not said:
+                lines.append(f"| {program} | {'yes' if checkpointing else 'no'} | failed | | | | |")
+                print(done.stdout[-2000:], done.stderr[-3000:], file=sys.stderr)
+                continue
+            found = json.loads(said[0].removeprefix("RESULT "))
+            ours = ours or found["tokens_per_s"]
+            lines.append(f"| {program} | {'yes' if checkpointing else 'no'} | {found['tokens_per_s']:,.0f} | {ours / found['tokens_per_s']:.2f} × | "
+                         f"{found['tokens_per_s'] / limit:.0%} | {found['peak_gib']:.1f} | {found['first_step_s']:.0f} |")  # fmt: skip
+            print(lines[-1], flush=True)
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["make", "all", "olpack", "unsloth", "trl"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("tokenizer", type=Path, nargs="?")
+    parser.add_argument("--shape", choices=SHAPES, default="8B")
+    parser.add_argument("--programs", default="olpack,unsloth,trl")
+    parser.add_argument("--no-checkpointing", dest="checkpointing", action="store_false")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
+    arguments = parser.parse_args()
+    if arguments.what == "make":
+        make(arguments.folder, arguments.tokenizer, arguments.shape)
+    elif arguments.what == "all":
+        text = compare(arguments.folder, arguments.programs.split(","))
+        print(text)
+        arguments.output.write_text(text, encoding="utf-8")
+    elif arguments.what == "olpack":
+        print("RESULT", json.dumps(run_olpack(arguments.folder, arguments.checkpointing, arguments.profile)))
+    else:
+        print("RESULT", json.dumps(run_peer(arguments.what, arguments.folder, arguments.checkpointing)))
+
+
+if __name__ == "__main__":
+    main()

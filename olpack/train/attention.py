@@ -1,0 +1,99 @@
+"""Causal attention over one flat row of many samples, in which no sample sees another.
+
+Registered with transformers under `NAME`; every model whose attention goes through its interface can use it. The samples' bounds come as
+`cu_seq_lens_q` and `max_length_q`, the arguments that transformers passes down for this.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+
+import torch
+import torch.nn.functional as F
+
+NAME = "olpack_packed"
+
+
+@functools.cache
+def register() -> None:
+    """Make `NAME` known as an attention and a mask (there is none: the bounds say it all)."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(NAME, packed_attention)
+    AttentionMaskInterface.register(NAME, lambda *_, **__: None)
+
+
+def packed_attention(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None, scaling: float | None = None,
+    dropout: float = 0.0, sliding_window: int | None = None, softcap: float | None = None, s_aux: torch.Tensor | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None, max_length_q: int | None = None, **_,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """What transformers calls in place of its own attention.
+
+    Args:
+        query: [1, heads, tokens, size]; key and value: [1, key heads, tokens, size].
+        sliding_window: a token sees itself and so many tokens before it, less one; None: all before it.
+        softcap: scores are squashed into (-softcap, softcap) by tanh; None: they are not.
+        cu_seq_lens_q: int32 [samples + 1], where each sample begins, and the end.
+        max_length_q: tokens of the longest sample.
+
+    Returns:
+        ([1, tokens, heads, size], None)
+
+    Raises:
+        NotImplementedError: attention sinks.
+    """
+    if s_aux is not None:
+        raise NotImplementedError("attention sinks")
+    query, key, value = (states.transpose(1, 2)[0] for states in (query, key, value))
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if softcap is None and has_kernel(query):
+        mixed = _kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, -1 if sliding_window is None else sliding_window - 1)
+    else:
+        bounds = cu_seq_lens_q.tolist()
+        samples = [(query[start:end], key[start:end], value[start:end]) for start, end in itertools.pairwise(bounds)]
+        mixed = torch.cat([_one(*sample, scaling, sliding_window, softcap) for sample in samples])
+    return mixed[None], None
+
+
+def has_kernel(states: torch.Tensor) -> bool:
+    """Whether torch's variable-length flash attention takes these states [tokens, heads, size]."""
+    if not states.is_cuda or states.dtype not in (torch.bfloat16, torch.float16) or states.shape[-1] > 256 or states.shape[-1] % 8:
+        return False
+    return _kernel_function() is not None and torch.cuda.get_device_capability(states.device) >= (8, 0)
+
+
+@functools.cache
+def _kernel_function():
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:  # torch before 2.10
+        return None
+    return varlen_attn
+
+
+def _kernel(query, key, value, bounds: torch.Tensor, longest: int, scaling: float, left: int) -> torch.Tensor:
+    function = _kernel_function()
+    # Before torch 2.12 there is no such argument, and fewer key heads than query heads are taken as they are.
+    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(function).parameters and query.shape[1] != key.shape[1] else {}
+    return function(query, key, value, bounds, bounds, longest, longest, scale=scaling, window_size=(left, 0), **grouped)
+
+
+def _one(query, key, value, scaling: float, window: int | None, softcap: float | None) -> torch.Tensor:
+    """Attention within one sample: [tokens, heads, size] each, and so is the result."""
+    tokens, repeat = len(query), query.shape[1] // key.shape[1]
+    query, key, value = (states.transpose(0, 1) for states in (query, key, value))
+    key, value = (states.repeat_interleave(repeat, 0) if repeat > 1 else states for states in (key, value))
+    seen = None
+    if softcap is not None or (window is not None and window < tokens):
+        place = torch.arange(tokens, device=query.device)
+        back = place[:, None] - place
+        seen = (back >= 0) & (back < (window or tokens))
+    if softcap is None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=seen, is_causal=seen is None, scale=scaling).transpose(0, 1)
+    scores = torch.tanh(query @ key.transpose(1, 2) * (scaling / softcap)) * softcap
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1, dtype=torch.float32).to(value.dtype)
+    return (weights @ value).transpose(0, 1)

@@ -1,0 +1,125 @@
+"""A model with an adapter, made ready to learn from flat rows: `Forward(model, …).loss(flat)`."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+
+from olpack import progress
+from olpack.data import TokenRow
+from olpack.train import attention, fused, pointwise
+from olpack.train.batches import FlatRow, flatten
+from olpack.train.head import head_loss
+from olpack.train.recompute import Recompute
+
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.05}  # of logits, against their norm
+
+
+class Forward:
+    """Runs a model over flat rows.
+
+    Args:
+        model: a peft model in training mode, its frozen parts in the compute dtype.
+        device: where it is.
+        checkpointing: compute activations again in the backward pass.
+        offload: with it, keep the layers' inputs in host memory, and the input embeddings there, too, where they are no part of the head.
+
+    Attributes:
+        packs: whether samples can be put end to end. False for a model whose attention is its own: then a flat row must hold one sample.
+    """
+
+    def __init__(self, model, device: torch.device, *, checkpointing: bool, offload: bool):
+        self.model, self.device = model, device
+        self.base = model.get_base_model()
+        self.head, self.softcap = self.base.get_output_embeddings(), getattr(self.base.config.get_text_config(), "final_logit_softcapping", None)
+        samples = _samples(self.base, device)
+        with torch.no_grad():
+            wanted = torch.cat([self._logits(sample)[0] for sample in samples])
+        pointwise.use_kernels(device)
+        pointwise.fuse_norms(self.base)
+        pointwise.fuse_rotary(self.base)
+        fused.fuse(model)
+        self.packs = self._use_packed_attention(samples, wanted)
+        # Whether the head's logits are the model's is tried: some models scale them.
+        self._head_alone = self.head is not None and not self.head.weight.requires_grad and self._agrees(
+            lambda: torch.cat([self._head_logits(sample) for sample in samples]), wanted)
+        if checkpointing:
+            self.base.enable_input_require_grads()
+            drops = any(isinstance(module, torch.nn.Dropout) and module.p for module in model.modules())
+            self.base._set_gradient_checkpointing(True, Recompute(device, offload=offload, random=drops))
+        if offload and device.type == "cuda":
+            _embed_on_host(self.base, self.head)
+
+    def budget(self, tokens: int) -> int:
+        """Tokens of a micro-batch: as many as given, or one row where samples cannot be put end to end."""
+        return tokens if self.packs else 1
+
+    def loss(self, flat: FlatRow) -> torch.Tensor:
+        """Negative log-probability summed over the learned tokens, float32, in nats."""
+        with self._mixed():
+            if self._head_alone:
+                return head_loss(self._hidden(flat)[0, flat.before], self.head, flat.targets, self.softcap)
+            logits = self._logits(flat, flat.before)
+        return F.cross_entropy(logits[0].float(), flat.targets, reduction="sum")
+
+    def _mixed(self):
+        if self.device.type != "cuda":
+            return contextlib.nullcontext()
+        return torch.autocast("cuda", self.base.dtype)
+
+    def _arguments(self, flat: FlatRow) -> dict:
+        bounds = {"cu_seq_lens_q": flat.starts, "cu_seq_lens_k": flat.starts, "max_length_q": flat.longest, "max_length_k": flat.longest}
+        packed = self.base.config._attn_implementation == attention.NAME
+        return {"input_ids": flat.ids, "position_ids": flat.positions, "use_cache": False, **(bounds if packed else {})}
+
+    def _hidden(self, flat: FlatRow) -> torch.Tensor:
+        return self.base.get_decoder()(**self._arguments(flat)).last_hidden_state
+
+    def _logits(self, flat: FlatRow, keep: torch.Tensor | int = 0) -> torch.Tensor:
+        return self.base(**self._arguments(flat), logits_to_keep=keep).logits
+
+    def _head_logits(self, flat: FlatRow) -> torch.Tensor:
+        logits = self.head(self._hidden(flat))[0]
+        return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
+
+    def _use_packed_attention(self, samples: list[FlatRow], wanted: torch.Tensor) -> bool:
+        """Put the attention over flat rows in, and see that two samples in one row come out as each alone does."""
+        attention.register()
+        before = self.base.config._attn_implementation
+        rows = [TokenRow(sample.ids[0].tolist(), [True] * sample.ids.shape[1], "", "") for sample in samples]
+        try:
+            self.base.set_attn_implementation(attention.NAME)
+            if self._agrees(lambda: self._logits(flatten(rows, self.device))[0], wanted):
+                return True
+            reason = "what it computes for a row depends on the rows beside it"
+        except (ValueError, NotImplementedError, TypeError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+        self.base.set_attn_implementation(before)
+        progress.warn(f"{type(self.base).__name__} cannot learn several rows at once ({reason}), so it learns them one by one")
+        return False
+
+    def _agrees(self, compute, wanted: torch.Tensor) -> bool:
+        with torch.no_grad(), self._mixed():
+            found = compute().float()
+        wanted = wanted.float()
+        return found.shape == wanted.shape and bool((found - wanted).norm() <= _TOLERANCE[self.base.dtype] * wanted.norm())
+
+
+def _samples(base, device: torch.device) -> list[FlatRow]:
+    """Two short rows of any tokens."""
+    words = base.get_input_embeddings().num_embeddings
+    rows = [TokenRow([(7 * index + length) % words for index in range(length)], [True] * length, "", "") for length in (9, 5)]
+    return [flatten([row], device) for row in rows]
+
+
+def _embed_on_host(base, head: torch.nn.Module | None) -> None:
+    """Keep the input embeddings in host memory; a step looks up a few of their rows only."""
+    embeddings = base.get_input_embeddings()
+    weight = embeddings.weight
+    if weight.requires_grad or (head is not None and head.weight is weight) or type(embeddings) is not torch.nn.Embedding:
+        return
+    device = weight.device
+    embeddings.weight.data = weight.data.cpu().pin_memory()
+    embeddings.forward = lambda ids: F.embedding(ids.cpu(), embeddings.weight).to(device, non_blocking=True)

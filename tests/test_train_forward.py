@@ -1,0 +1,218 @@
+"""The fast way over flat rows computes what peft and transformers compute, row by row: losses, gradients, logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import write_model
+
+from olpack.base import Base
+from olpack.data import TokenRow
+from olpack.recipe import Train
+from olpack.train import attention, pointwise
+from olpack.train.batches import flatten, micro_batches
+from olpack.train.forward import Forward
+from olpack.train.head import head_loss
+from olpack.train.model import load_with_adapter
+
+CPU = torch.device("cpu")
+SENTENCEPIECE = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+WINDOW = {"sliding_window": 8, "use_sliding_window": True}
+MODELS = {
+    "llama": ("llama", {"tied": False}),
+    "qwen2-bias": ("qwen2", {"tied": False}),
+    "qwen3": ("qwen3", {}),
+    "mistral-window": ("mistral", {**WINDOW, **SENTENCEPIECE}),
+    "gemma2-softcap": ("gemma2", {**WINDOW, **SENTENCEPIECE}),
+    "gemma3-window": ("gemma3_text", {**WINDOW, **SENTENCEPIECE}),
+    "phi3-joined": ("phi3", SENTENCEPIECE),
+    "qwen3-moe": ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}),
+}
+
+
+def random_row(length: int) -> TokenRow:
+    generator = torch.Generator().manual_seed(length)
+    return TokenRow(torch.randint(3, 500, (length,), generator=generator).tolist(), [index > length // 2 for index in range(length)], "", "")
+
+
+ROWS = [random_row(length) for length in (30, 17, 41)]
+
+
+def with_adapter(base: Base, settings: Train):
+    """A model whose B is not zero, so that the adapter matters."""
+    model = load_with_adapter(base, settings, CPU)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def plain_loss(model, row: TokenRow) -> torch.Tensor:
+    """As peft and transformers compute it, with nothing of ours."""
+    logits = model(input_ids=torch.tensor([row.ids]), use_cache=False).logits[0]
+    learned = torch.tensor(row.learned)[1:]
+    return F.cross_entropy(logits[:-1][learned], torch.tensor(row.ids)[1:][learned], reduction="sum")
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_loss_and_gradients_are_those_of_the_plain_way(tmp_path, kind, quantization):
+    model_type, settings = MODELS[kind]
+    base = Base("tiny", write_model(tmp_path / "model", model_type, **settings))
+    train = Train(quantization=quantization, rank=4)
+    plain = with_adapter(base, train)
+    wanted = sum(plain_loss(plain, row) for row in ROWS)
+    wanted.backward()
+    for checkpointing in (False, True):
+        model = with_adapter(base, train)
+        forward = Forward(model, CPU, checkpointing=checkpointing, offload=checkpointing)
+        assert forward.packs
+        loss = forward.loss(flatten(ROWS, CPU))
+        loss.backward()
+        assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+        ours, theirs = gradients(model), gradients(plain)
+        assert ours.keys() == theirs.keys()
+        for name, gradient in theirs.items():
+            assert (ours[name] - gradient).norm() <= 2e-5 * gradient.norm(), name
+
+
+def test_a_sample_between_others_has_the_logits_that_it_has_alone(tmp_path):
+    model = with_adapter(Base("tiny", write_model(tmp_path / "model")), Train(rank=4))
+    forward = Forward(model, CPU, checkpointing=False, offload=False)
+    with torch.no_grad():
+        alone = forward._logits(flatten([ROWS[1]], CPU))[0]
+        between = forward._logits(flatten(ROWS, CPU))[0, len(ROWS[0].ids) : len(ROWS[0].ids) + len(ROWS[1].ids)]
+    assert (alone - between).abs().max() <= 1e-5 * alone.abs().max()
+
+
+def test_layers_that_are_more_than_lora_stay_as_peft_made_them(tmp_path):
+    """Dropout on the adapter's input: the frozen dropout of an evaluation makes the two comparable."""
+    base, train = Base("tiny", write_model(tmp_path / "model")), Train(rank=4, dropout=0.1)
+    plain, model = with_adapter(base, train).eval(), with_adapter(base, train).eval()
+    forward = Forward(model, CPU, checkpointing=False, offload=False)
+    with torch.no_grad():
+        assert forward.loss(flatten(ROWS, CPU)).item() == pytest.approx(sum(plain_loss(plain, row) for row in ROWS).item(), rel=1e-5)
+
+
+def test_dropout_is_the_same_when_it_is_computed_again(tmp_path):
+    base, found = Base("tiny", write_model(tmp_path / "model")), []
+    for checkpointing in (False, True):
+        model = with_adapter(base, Train(rank=4, dropout=0.3))
+        forward = Forward(model, CPU, checkpointing=checkpointing, offload=False)
+        torch.manual_seed(5)
+        forward.loss(flatten(ROWS, CPU)).backward()
+        found.append((gradients(model), torch.rand(1)))
+    (one, after_one), (two, after_two) = found
+    assert all(torch.allclose(one[name], two[name], rtol=1e-4, atol=1e-7) for name in one)
+    assert after_one == after_two
+
+
+def test_a_model_whose_attention_mixes_the_samples_learns_row_by_row(tmp_path, monkeypatch, capsys):
+    def careless(module, query, key, value, attention_mask, scaling=None, **_):
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        return mixed.transpose(1, 2), None
+
+    monkeypatch.setattr(attention, "packed_attention", careless)
+    attention.register.__wrapped__()
+    try:
+        model = with_adapter(Base("tiny", write_model(tmp_path / "model")), Train(rank=4))
+        forward = Forward(model, CPU, checkpointing=False, offload=False)
+    finally:
+        monkeypatch.undo()
+        attention.register.__wrapped__()
+    assert not forward.packs
+    assert [len(group) for group in micro_batches(ROWS, forward.budget(512))] == [1, 1, 1]
+    assert "one by one" in capsys.readouterr().err
+    plain = with_adapter(Base("tiny", tmp_path / "model"), Train(rank=4))
+    assert forward.loss(flatten([ROWS[0]], CPU)).item() == pytest.approx(plain_loss(plain, ROWS[0]).item(), rel=1e-5)
+
+
+def test_groups_are_filled_by_best_fit():
+    rows = [random_row(length) for length in (40, 60, 30, 70, 100, 20, 130)]
+    groups = micro_batches(rows, 100)
+    assert [sorted(len(row.ids) for row in group) for group in groups] == [[130], [100], [30, 70], [40, 60], [20]]
+    assert sum(map(len, groups)) == len(rows)
+
+
+def test_a_flat_row_never_asks_for_the_first_token_of_a_sample():
+    rows = [TokenRow([5, 6, 7], [True, True, False], "", ""), TokenRow([8, 9], [True, True], "", "")]
+    flat = flatten(rows, CPU)
+    assert flat.ids.tolist() == [[5, 6, 7, 8, 9]]
+    assert flat.positions.tolist() == [[0, 1, 2, 0, 1]]
+    assert flat.starts.tolist() == [0, 3, 5]
+    assert (flat.before.tolist(), flat.targets.tolist()) == ([0, 3], [6, 9])
+
+
+def attention_of(query, key, value, window, softcap):
+    """Plain scores of one sample [heads, tokens, size], with a mask."""
+    repeat = query.shape[0] // key.shape[0]
+    scores = query @ key.repeat_interleave(repeat, 0).transpose(1, 2) * query.shape[-1] ** -0.5
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    back = torch.arange(query.shape[1])[:, None] - torch.arange(query.shape[1])
+    scores = scores.masked_fill((back < 0) | (back >= (window or query.shape[1])), float("-inf"))
+    return scores.softmax(-1) @ value.repeat_interleave(repeat, 0)
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (4, None), (None, 3.0), (4, 3.0), (100, None)])
+def test_attention_over_flat_rows(window, softcap):
+    torch.manual_seed(0)
+    lengths, heads, key_heads, size = (7, 1, 12), 4, 2, 16
+    query, key, value = (torch.randn(1, count, sum(lengths), size) for count in (heads, key_heads, key_heads))
+    starts = torch.tensor([0, 7, 8, 20], dtype=torch.int32)
+    bounds = {"cu_seq_lens_q": starts, "max_length_q": 12}
+    mixed, _ = attention.packed_attention(None, query, key, value, None, sliding_window=window, softcap=softcap, **bounds)
+    parts = [attention_of(*(states[0, :, start:end] for states in (query, key, value)), window, softcap) for start, end in ((0, 7), (7, 8), (8, 20))]
+    torch.testing.assert_close(mixed[0].transpose(0, 1), torch.cat(parts, 1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_the_loss_of_the_head_in_pieces(monkeypatch, softcap):
+    torch.manual_seed(0)
+    monkeypatch.setattr("olpack.train.head.PIECE", 3 * 50)
+    head, hidden, targets = torch.nn.Linear(8, 50), torch.randn(10, 8), torch.randint(0, 50, (10,))
+    head.requires_grad_(False)
+    first, second = (hidden.clone().requires_grad_() for _ in range(2))
+    logits = head(first)
+    wanted = F.cross_entropy(torch.tanh(logits / softcap) * softcap if softcap else logits, targets, reduction="sum")
+    found = head_loss(second, head, targets, softcap)
+    (3 * wanted).backward()
+    (3 * found).backward()
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
+    torch.testing.assert_close(second.grad, first.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_the_norm_and_its_gradient(offset):
+    torch.manual_seed(0)
+    x, weight, dy = torch.randn(2, 5, 16, requires_grad=True), torch.randn(16), torch.randn(2, 5, 16)
+    wanted = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * (offset + weight)
+    (gradient,) = torch.autograd.grad(wanted, x, dy)
+    found = pointwise._RmsNorm.apply(x, weight, 1e-6, offset)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(torch.autograd.grad(found, x, dy)[0], gradient)
+
+
+@pytest.mark.parametrize("function", [F.silu, lambda x: F.gelu(x, approximate="tanh")])
+def test_the_gates_and_their_gradients(function):
+    torch.manual_seed(0)
+    gate, up, dy = torch.randn(3, 6, 8).unbind(0)
+    first, second = gate.clone().requires_grad_(), up.clone().requires_grad_()
+    wanted = function(first) * second
+    of_gate, of_up = torch.autograd.grad(wanted, (first, second), dy)
+    kernel = pointwise.gate_of(function)
+    torch.testing.assert_close(kernel.product(gate, up), wanted.detach())
+    kernel.gradients(dy, gate, up)
+    for found, expected in ((dy, wanted.detach()), (gate, of_gate), (up, of_up)):
+        torch.testing.assert_close(found, expected)
+
+
+def test_another_activation_is_left_alone():
+    assert pointwise.gate_of(torch.tanh) is None
+    assert pointwise.gate_of(F.gelu) is None  # the exact one: near, and not the same
