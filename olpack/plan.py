@@ -242,7 +242,8 @@ def _add_memory(needs: Table, fit: dict, held: str) -> None:
     """What a training step takes of a GPU, by what it is for, and how it was made to fit."""
     taken, checkpointing = fit["training"], fit["checkpointing"]
     fixed = taken["adapter"] + taken["gradients"] + taken["optimizer"]
-    parts = {f"base as {held}": taken["weights"], "adapter, gradients, optimizer": fixed}
+    offloaded = taken["offloaded"] if checkpointing else 0
+    parts = {f"base as {held}": taken["weights"] - offloaded, "adapter, gradients, optimizer": fixed}
     if fit["bytes"] is not None:
         layer = sum(taken["layer"].values())
         parts["inputs of the layers" if checkpointing else "activations"] = taken["checkpointed"] if checkpointing else taken["activations"]

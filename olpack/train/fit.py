@@ -118,11 +118,12 @@ def on_gpu(model: MetaModel, rows: Sequence[TokenRow], settings: Train, room: in
 
 
 def _estimator(model: MetaModel, settings: Train, shards: int):
-    from olpack.memory.training import estimate_training
+    from olpack.memory.training import estimate_training, logits_bytes
 
+    fused = settings.dropout == 0
     counted = estimate_training(model, rank=settings.rank, tokens=_COUNTED, quantized=settings.quantization != "none",
-                                targets=settings.target_modules, shards=shards)  # fmt: skip
-    return lambda tokens, learned: counted.scaled(tokens / _COUNTED, learned / tokens)
+                                targets=settings.target_modules, shards=shards, fused=fused)  # fmt: skip
+    return lambda tokens, learned: counted.scaled(tokens / _COUNTED, logits_bytes(model.shape, learned, fused))
 
 
 def _without(sizes: _Sizes, estimate, budgets: list[int]) -> tuple[int, int]:
