@@ -77,8 +77,8 @@ def main() -> None:
     first = found[0][3]
     lines = [
         f"Llama 3 8B's shape with {asked.layers} layers and random weights, NF4, rank 16 on all linear layers, {_BATCH} rows a step, "
-        f"{asked.steps} steps, {sum(len(row.ids) for row in rows):,} tokens. {date.today()}, {torch.cuda.get_device_name()}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}.", "",
+        f"{asked.steps} steps, {sum(len(row.ids) for row in rows):,} tokens. {date.today()}, {torch.cuda.get_device_name()}, "
+        f"torch {torch.__version__}, Python {platform.python_version()}.", "",
         "| GPUs | base | tokens/s | of as many times one GPU | peak of a GPU, GiB | estimated, GiB | last loss | largest difference of a loss |",
         "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]  # fmt: skip
