@@ -164,12 +164,19 @@ def _outcome(build: Build, done: list) -> dict[str, Any]:
 
 
 @app.command()
-def plan(name: Name, settings: Set = None, quant: Quant = None, out: Out = None, as_json: Json = False) -> None:
+def plan(
+    name: Name,
+    settings: Set = None,
+    quant: Quant = None,
+    vram: Annotated[float | None, typer.Option("--vram", metavar="GB", min=1, help="Plan for a GPU of this memory.")] = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
     """Print every setting with its origin, the checks, sizes and time, and which stages are stale. Changes nothing."""
     from olpack.plan import describe, estimate, print_plan
 
     asked = _build_of(name, settings, quant, out, as_json)
-    found = describe(asked, estimate(asked))
+    found = describe(asked, estimate(asked, vram))
     if as_json:
         _print_json(found)
     else:
@@ -177,9 +184,18 @@ def plan(name: Name, settings: Set = None, quant: Quant = None, out: Out = None,
 
 
 @app.command()
-def train(name: Name, settings: Set = None, out: Out = None, as_json: Json = False) -> None:
+def train(
+    name: Name,
+    settings: Set = None,
+    launch: Annotated[
+        str | None, typer.Option("--launch", metavar="COMMAND", help="Train in the processes that this starts: 'torchrun --nproc-per-node 2'.")
+    ] = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
     """Fine-tune the base with QLoRA; the adapter lands in build/NAME/adapter."""
-    _run(_build_of(name, settings, None, out, as_json, deploy=False), "train", as_json)
+    more = [f"train.launch={json.dumps(launch)}"] if launch else []
+    _run(_build_of(name, [*(settings or []), *more], None, out, as_json, deploy=False), "train", as_json)
 
 
 @app.command()

@@ -34,7 +34,8 @@ STAGES = ("train", "export", "modelfiles", "deploy", "compare")
 ADAPTER = "adapter"  # beside the names of quants: what the export makes of an adapter that is not merged
 
 # Raised when the same inputs would no longer give the same outputs.
-_OF_THE_MACHINE = ("train.micro_batch_tokens", "train.gradient_checkpointing")  # decide memory and speed, not what is learned
+# Decide memory, speed and what is told of a run, not what is learned.
+_OF_THE_MACHINE = ("train.micro_batch_tokens", "train.gradient_checkpointing", "train.gpus", "train.sharding", "train.launch", "train.trackers")
 _OF_THE_SPEED = ("num_ctx", "num_batch", "num_gpu", "num_thread", "use_mmap")
 _VERSIONS = {"train": 1, "importance": 1, "sensitivity": 1, "export": 2, "modelfiles": 1, "deploy": 1, "compare": 1}
 

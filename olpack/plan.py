@@ -17,10 +17,15 @@ from olpack.pipeline import ADAPTER
 from olpack.workspace import free_bytes, write_atomically
 
 if TYPE_CHECKING:
+    import torch
+    from rich.table import Table
+
+    from olpack.data import TokenRow
     from olpack.export import ExportPlan
     from olpack.pipeline import Build, Step
+    from olpack.train.fit import Fit
 
-_CHECKPOINTS = 4  # adapter, its two optimizer moments in float32, and the checkpoint being replaced
+_CHECKPOINTS = 9  # the adapter; two checkpoints, the one being replaced and the new one, each with adapter, best adapter and two moments
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class Estimate:
         adapter_parameters: weights of the adapter.
         device: where it trains.
         train_seconds: from a matrix product timed here, at half its rate; None on a GPU.
+        fit: what training takes of a GPU's memory and how it uses it.
         weights_bytes: the frozen base in memory.
         adapter_bytes: adapter, its gradients and optimizer state.
         disk_bytes: of each GGUF, exact, by quant; of a budget, about what it allows.
@@ -52,6 +58,7 @@ class Estimate:
     adapter_parameters: int
     device: str
     train_seconds: float | None
+    fit: Fit
     weights_bytes: int
     adapter_bytes: int
     disk_bytes: dict[str, int]
@@ -107,6 +114,11 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
 
         check_suites(build.recipe.compare.suites, build.suite_folder)
     if "train" in stages:
+        from olpack.train.launch import launcher
+        from olpack.train.metrics import check_trackers
+
+        launcher(build.recipe.train)
+        check_trackers(build.recipe.train.trackers)
         need = _adapter_parameters(build) * 4 * _CHECKPOINTS + (sum(exported.sizes.values()) if exported else 0)
         if (free := free_bytes(build.paths.root)) < need:
             raise OlpackError(f"{build.paths.root} needs {progress.quantity(need, 'B')} of space, and {progress.quantity(free, 'B')} are free.",
@@ -146,8 +158,12 @@ def _temporary_bytes(build: Build, parameters: int) -> int:
     return 2 * parameters + min(LOGITS_BYTES, 4 * vocabulary * positions)
 
 
-def estimate(build: Build) -> Estimate:
-    """Sizes, counts and time of a whole build. Times one matrix product; writes nothing."""
+def estimate(build: Build, vram: float | None = None) -> Estimate:
+    """Sizes, counts and time of a whole build. Times one matrix product; writes nothing.
+
+    Args:
+        vram: GiB of the GPU that is planned for, in place of the one found here.
+    """
     import torch
 
     from olpack.memory.training import frozen_bytes
@@ -174,6 +190,7 @@ def estimate(build: Build) -> Estimate:
         adapter_parameters=adapter,
         device="cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
         train_seconds=passes * parameters / (0.5 * _matmul_rate()) if device.type == "cpu" else None,
+        fit=_fit(build, rows, device, vram),
         weights_bytes=sum(frozen_bytes(build.meta_model, held, full)),
         adapter_bytes=adapter * (4 + 4 + (8 if device.type == "cpu" else 2)),
         disk_bytes={quant.name: exported.sizes[quant.name] for quant in build.quants},
@@ -182,6 +199,18 @@ def estimate(build: Build) -> Estimate:
         sensitivity_bytes=exported.sizes["F16"] if "F16" in _for_a_while(build, planned) else 0,
         warnings=exported.warnings,
     )
+
+
+def _fit(build: Build, rows: list[TokenRow], device: torch.device, vram: float | None) -> Fit:
+    import torch
+
+    from olpack.train import fit
+
+    asked = build.recipe.train
+    if vram is None and device.type == "cpu":
+        return fit.on_cpu(asked)
+    gpus = asked.gpus if asked.gpus != "all" else max(1, torch.cuda.device_count())
+    return fit.on_gpu(build.meta_model, rows, asked, fit.free_room(device) if vram is None else fit.card_room(vram), gpus=gpus)
 
 
 def _matmul_rate() -> float:
@@ -202,6 +231,21 @@ def _adapter_parameters(build: Build) -> int:
     from olpack.memory.training import adapter_parameters
 
     return adapter_parameters(build.meta_model, build.recipe.train.rank, build.recipe.train.target_modules)
+
+
+def _add_memory(needs: Table, fit: dict, held: str) -> None:
+    """What a training step takes of a GPU, by what it is for, and how it was made to fit."""
+    taken, checkpointing = fit["training"], fit["checkpointing"]
+    fixed = taken["adapter"] + taken["gradients"] + taken["optimizer"]
+    offloaded = taken["offloaded"] if checkpointing else 0
+    parts = {f"base as {held}": taken["weights"] - offloaded, "adapter, gradients, optimizer": fixed}
+    if fit["bytes"] is not None:
+        layer = sum(taken["layer"].values())
+        parts["inputs of the layers" if checkpointing else "activations"] = taken["checkpointed"] if checkpointing else taken["activations"]
+        backward = taken["working"] + taken["dequantized"] + (layer if checkpointing else 0)
+        parts[f"the larger of logits ({progress.quantity(taken['logits'], 'B')}) and one layer's backward pass"] = max(taken["logits"], backward)
+    needs.add_row("GPU memory", "; ".join(f"{name} {progress.quantity(size, 'B')}" for name, size in parts.items()))
+    needs.add_row("", fit["said"])
 
 
 def write_plan(build: Build) -> None:
@@ -241,9 +285,15 @@ def print_plan(plan: dict) -> None:
                           f"{found['learned_tokens'] / found['train_tokens']:.0%} of them learned")
     needs.add_row("training", f"{found['steps']:,} steps ({epochs:g} epochs) on {found['device']}"
                   + (f", about {progress.duration(found['train_seconds'])}" if found["train_seconds"] else ""))
-    needs.add_row("adapter", f"{found['adapter_parameters']:,} weights, {progress.quantity(found['adapter_bytes'], 'B')} with gradients and optimizer")
-    needs.add_row("frozen base", f"{progress.quantity(found['weights_bytes'], 'B')} in memory as {plan['settings']['train.quantization']['value']}, "
-                                 "activations and logits besides (`olpack estimate`)")
+    held = plan["settings"]["train.quantization"]["value"]
+    if found["fit"]["training"]:
+        needs.add_row("adapter", f"{found['adapter_parameters']:,} weights")
+        _add_memory(needs, found["fit"], held)
+    else:
+        size = progress.quantity(found["adapter_bytes"], "B")
+        needs.add_row("adapter", f"{found['adapter_parameters']:,} weights, {size} with gradients and optimizer")
+        needs.add_row("frozen base", f"{progress.quantity(found['weights_bytes'], 'B')} in memory as {held}, activations and logits besides "
+                                     "(`--vram 24` plans for a GPU of 24 GiB)")  # fmt: skip
     files = ", ".join(f"{quant} {progress.quantity(size, 'B')}" for quant, size in found["disk_bytes"].items())
     needs.add_row("disk", f"{progress.quantity(sum(found['disk_bytes'].values()), 'B')}: {files}; no intermediate files")
     if found["importance_bytes"]:

@@ -12,19 +12,27 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Literal
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, TextIO
 
 Mode = Literal["auto", "bars", "lines", "json", "quiet"]
 
 _LINE_EVERY_S = 10.0  # a log gets one line per task in this time, and one at its end
 _mode: Literal["bars", "lines", "json", "quiet"] = "lines"
+_out: TextIO | None = None  # where JSON lines go; None: stderr
+_every_s = _LINE_EVERY_S
 _bars = None  # the rich Progress on screen while any task runs
 
 
-def use(mode: Mode) -> None:
-    """Choose how the process shows its work. `auto` means bars where stderr is a terminal, lines elsewhere."""
-    global _mode
+def use(mode: Mode, *, out: TextIO | None = None, every: float = _LINE_EVERY_S) -> None:
+    """Choose how the process shows its work. `auto` means bars where stderr is a terminal, lines elsewhere.
+
+    Args:
+        out: where JSON lines go instead of stderr.
+        every: seconds from one line of a task to its next.
+    """
+    global _mode, _out, _every_s
+    _out, _every_s = out, every
     _mode = ("bars" if sys.stderr.isatty() else "lines") if mode == "auto" else mode
 
 
@@ -40,13 +48,17 @@ def warn(text: str) -> None:
 
 def _emit(kind: str, text: str, fields: dict[str, object]) -> None:
     if _mode == "json":
-        print(json.dumps({"event": kind, "text": text, **fields}, ensure_ascii=False), file=sys.stderr, flush=True)
+        _print_json({"event": kind, "text": text, **fields})
     elif _mode != "quiet" or kind == "warning":
         line = f"warning: {text}" if kind == "warning" else text
         if _bars is not None:
             _bars.console.print(line, markup=False, highlight=False, soft_wrap=True, style="yellow" if kind == "warning" else None)
         else:
             print(line, file=sys.stderr, flush=True)
+
+
+def _print_json(record: dict[str, Any]) -> None:
+    print(json.dumps(record, ensure_ascii=False), file=_out or sys.stderr, flush=True)
 
 
 class Task:
@@ -67,7 +79,7 @@ class Task:
             self.note = note
         if self._bar is not None:
             _bars.update(self._bar, completed=self.done, note=self._figures())
-        elif _mode in ("lines", "json") and time.monotonic() - self._printed >= _LINE_EVERY_S:
+        elif _mode in ("lines", "json") and time.monotonic() - self._printed >= _every_s:
             self._print()
 
     @property
@@ -83,7 +95,7 @@ class Task:
         if _mode == "json":
             record = {"event": "progress", "task": self.title, "done": self.done, "total": self.total, "unit": self.unit,
                       "rate": round(self.rate, 3), "note": self.note}
-            print(json.dumps(record, ensure_ascii=False), file=sys.stderr, flush=True)
+            _print_json(record)
             return
         if self.total is None and not self.unit:
             print(f"{self.title}  {self.note}".rstrip(), file=sys.stderr, flush=True)
@@ -123,6 +135,44 @@ def task(title: str, total: float | None = None, unit: str = "", done: float = 0
         if mine:
             _bars.stop()
             _bars = None
+
+
+class Relay:
+    """Shows what another process tells in JSON lines, in this process's own way.
+
+        with Relay() as relay:
+            for line in worker.stdout:
+                relay.show(json.loads(line))
+    """
+
+    def __init__(self):
+        self._tasks: dict[str, tuple[ExitStack, Task]] = {}
+
+    def __enter__(self) -> Relay:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for title in list(self._tasks):
+            self._close(title)
+
+    def show(self, event: dict[str, Any]) -> None:
+        """Show one event. A task begins with its first line and ends where all of it is done, or with the block."""
+        if event["event"] == "say":
+            say(event["text"], **{name: value for name, value in event.items() if name not in ("event", "text")})
+        elif event["event"] == "warning":
+            warn(event["text"])
+        elif event["event"] == "progress":
+            title, total, done = event["task"], event["total"], event["done"]
+            if title not in self._tasks:
+                stack = ExitStack()
+                self._tasks[title] = stack, stack.enter_context(task(title, total, event["unit"], done))
+            shown = self._tasks[title][1]
+            shown.advance(done - shown.done, note=event["note"])
+            if total is None or done >= total:
+                self._close(title)
+
+    def _close(self, title: str) -> None:
+        self._tasks.pop(title)[0].close()
 
 
 def _make_bars():

@@ -120,15 +120,29 @@ class Train(_Section):
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Rows per optimizer step."""
     micro_batch_tokens: Annotated[int, Field(ge=16)] | Literal["auto"] = "auto"
-    """Tokens (padding included) that go through the model at once. `auto`: 512 on a CPU, 8,192 on a GPU."""
+    """Tokens that go through the model at once. `auto`: 512 on a CPU, on a GPU as many as its memory holds."""
     gradient_checkpointing: bool | Literal["auto"] = "auto"
-    """Recompute activations in the backward pass: less memory, about a quarter more time. `auto`: on a GPU."""
+    """Recompute activations in the backward pass: less memory, about a third more time. `auto`: on a GPU that does not hold them."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay of AdamW on the adapter."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this norm."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of the adapter's initialisation, the order of rows and dropout."""
+    eval_every: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Steps from one evaluation on the held-out rows to the next. `auto`: ten of them, fewer where they would take over a tenth of the time."""
+    keep: Literal["best", "last"] = "best"
+    """The adapter that is written: that of the evaluation with the lowest loss, or that of the last step."""
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """Stop after so many evaluations in a row without a lower loss. None: never before the end."""
+    gpus: Annotated[int, Field(ge=1)] | Literal["all"] = 1
+    """GPUs to train on. The rows of a step, and so the loss curve, are the same for any number."""
+    sharding: Literal["auto", "none", "full"] = "auto"
+    """With several GPUs: each holds the whole base (`none`), or a share of it (`full`, FSDP2). `auto`: a share where the whole does not fit."""
+    launch: str | None = None
+    """A launcher in place of `gpus`: `torchrun --nproc-per-node 2`, `accelerate launch --num-processes 2`, with any of its own settings."""
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
+    """Where metrics go besides `metrics.jsonl`: TensorBoard's files in `build/NAME/tensorboard`, Weights & Biases."""
 
 
 class Message(_Section):

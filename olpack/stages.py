@@ -30,8 +30,12 @@ def train(build: Build, steps: list[Step]) -> None:
     rows, held_out = build.rows
     paths = build.paths
     result = run(build.base, rows, held_out, build.recipe.train, out=paths.adapter, checkpoint=paths.checkpoint, key=step.key)
-    progress.say(f"eval loss {result.eval_loss_before:.3f} -> {result.eval_loss_after:.3f} in {result.steps} steps "
+    kept = "" if result.kept_step == result.steps else f", step {result.kept_step} kept"
+    progress.say(f"eval loss {result.eval_loss_before:.3f} -> {result.eval_loss_after:.3f} in {result.steps} steps{kept} "
                  f"({result.learned_tokens:,} learned tokens, {result.padding_share:.0%} padding)")
+    if result.peak_gpu_bytes is not None and result.estimated_gpu_bytes is not None:
+        progress.say(f"GPU memory: {progress.quantity(result.peak_gpu_bytes, 'B')} at the peak, "
+                     f"{progress.quantity(result.estimated_gpu_bytes, 'B')} estimated")  # fmt: skip
     outputs = sorted(path for path in paths.adapter.iterdir() if path.is_file())
     build.finish(step, outputs, {**asdict(result), "adapter_digest": file_digest(paths.adapter / "adapter_model.safetensors")})
 

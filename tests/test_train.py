@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import write_model
+from train_child import make_rows
 
 from olpack.base import Base
-from olpack.data import TokenRow
 from olpack.errors import OlpackError
 from olpack.recipe import Train
 from olpack.train import loop as training_loop
@@ -28,17 +28,6 @@ torch.set_num_threads(1)  # matrices this small are slower on two
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Base:
     return Base("tiny", write_model(tmp_path_factory.mktemp("base")))
-
-
-def make_rows(count: int, seed: int = 0) -> list[TokenRow]:
-    """Rows whose answer is always the same: soon learned, also for prompts never seen."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = []
-    for index in range(count):
-        length = 4 + int(torch.randint(0, 12, (), generator=generator))
-        prompt = torch.randint(3, 500, (length,), generator=generator).tolist()
-        rows.append(TokenRow(prompt + [7, 8, 9, 10, 0], [False] * length + [True] * 5, "", f"x:{index}"))
-    return rows
 
 
 def run(base: Base, folder: Path, settings: Train, rows=None, key="k"):
@@ -117,7 +106,7 @@ def test_an_interrupted_run_goes_on_where_it_was(base, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run(base, tmp_path / "broken", settings)
     assert not (tmp_path / "broken/adapter").exists()
-    assert (tmp_path / "broken/checkpoint/checkpoint.pt").is_file()
+    assert (tmp_path / "broken/checkpoint/checkpoint.safetensors").is_file()
     run(base, tmp_path / "broken", settings)
     assert len(calls) == 9  # none of the steps was done twice
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")

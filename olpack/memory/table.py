@@ -63,7 +63,7 @@ def print_estimate(found: Estimate, console: Console | None = None) -> None:
             adapter = row.adapter + row.gradients + row.optimizer
             for checkpointing in (True, False):
                 kept = row.checkpointed if checkpointing else row.activations
-                layer = row.layer if checkpointing and kept is not None else 0
+                layer = sum(row.layer.values()) if checkpointing and kept is not None else 0
                 title = f"{name}{', checkpointing' if checkpointing else ''}"
                 table.add_row(title, *map(_bytes, (row.weights, adapter, kept and kept + layer, row.logits, row.total(checkpointing))))
         console.print(table, "")

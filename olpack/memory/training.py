@@ -1,26 +1,32 @@
 """What a training step keeps in memory: frozen weights, adapter, gradients, optimizer, activations and logits.
 
 Activations are counted, not estimated: the model runs forward on torch's meta device, and what autograd would keep for the backward pass
-is added up. Three things are known rather than run: attention keeps queries, keys, values and its result (as a fused kernel does, never the
-square of the length), each adapter keeps its input in 16 bits, and the loss keeps the logits.
+is added up. What olpack's own functions keep instead of transformers' and peft's is known rather than run (`layer_terms`): attention keeps
+queries, keys, values and its result, never the square of the length; layers with one input keep it once; the loss makes some logits at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from olpack.errors import OlpackError
-from olpack.memory.shape import MetaModel, linear_shape
+from olpack.memory.shape import MetaModel, Shape, linear_shape
 
 # Bytes a weight of NF4 with double quantization: half a byte, an 8-bit scale for 64 weights, a float32 scale for 256 of those.
 NF4_CODES = 0.5
 NF4_SCALES = 1 / 64 + 4 / (64 * 256)
-# Bytes a logit: 16 bits as the model makes them, float32 log-probabilities, and in the backward pass two float32 gradients.
-_LOGIT = 2 + 4 + 4 + 4
+# Bytes a logit, where all are made at once: 16 bits as the model makes them, float32 log-probabilities, and in the backward pass two float32
+# gradients. Made a piece at a time: 16 bits, and a gradient in as many.
+_LOGIT, _PIECE_LOGIT = 2 + 4 + 4 + 4, 2 + 2
+_LAYER_INPUTS = 3  # of checkpointed layers that are on the GPU at once: the one in use, and one on its way in each direction
 # Bytes an adapter's weight: float32, its gradient, and two moments in 8 bits with a float32 scale for 256 of each.
 _ADAPTER, _GRADIENT, _MOMENTS_8BIT, _MOMENTS_32BIT = 4, 4, 2 + 2 * 4 / 256, 8
+
+# What a layer's modules are for, by a part of their class's name.
+_PARTS = {"Norm": "norms", "Attention": "attention", "MLP": "feed-forward"}
 
 
 @dataclass(frozen=True)
@@ -28,13 +34,13 @@ class Activations:
     """What autograd keeps of one forward pass, in bytes.
 
     Attributes:
-        layers: of each repeating layer.
-        inputs: what a checkpointed layer keeps: its input.
+        layers: of each repeating layer, by what it is for; see `layer_terms`.
+        inputs: of checkpointed layers, what lies on the GPU at once.
         outside: of all that is no repeating layer.
         working: what the backward pass of one layer needs for a moment beside what it kept.
     """
 
-    layers: tuple[int, ...]
+    layers: tuple[dict[str, int], ...]
     inputs: int
     outside: int
     working: int
@@ -49,9 +55,11 @@ class Training:
         adapter, gradients, optimizer: of the adapter.
         activations: kept from forward to backward pass without gradient checkpointing; None where they cannot be counted.
         checkpointed: kept with it.
-        backward: what the backward pass of one layer needs for a moment; with checkpointing, that layer's activations come on top.
-        layer: activations of the largest layer.
-        logits: of all tokens of the batch, with their gradients.
+        offloaded: of the weights, what lies in host memory with checkpointing: embeddings that are no output layer.
+        working: what the backward pass of one layer needs for a moment; with checkpointing, that layer's activations come on top.
+        dequantized: the largest matrix in 16 bits, where the base is quantized; it is made anew for each product.
+        layer: activations of the largest layer, by what they are for.
+        logits: of all learned tokens that go through at once, with their gradients.
     """
 
     weights: int
@@ -60,8 +68,10 @@ class Training:
     optimizer: int
     activations: int | None
     checkpointed: int | None
-    backward: int
-    layer: int
+    offloaded: int
+    working: int
+    dequantized: int
+    layer: dict[str, int]
     logits: int
 
     @property
@@ -73,9 +83,20 @@ class Training:
         """Peak of a step: either at the loss, where the logits are, or in the backward pass, where they are gone."""
         if self.activations is None:
             return None
+        backward = self.working + self.dequantized
         if checkpointing:
-            return self.fixed + self.checkpointed + max(self.logits, self.layer + self.backward)
-        return self.fixed + self.activations + max(self.logits, self.backward)
+            return self.fixed - self.offloaded + self.checkpointed + max(self.logits, sum(self.layer.values()) + backward)
+        return self.fixed + self.activations + max(self.logits, backward)
+
+    def scaled(self, factor: float, logits: int) -> Training:
+        """The same step with `factor` times as many tokens at once, and so many bytes of logits."""
+        def times(size: int | None) -> int | None:
+            return None if size is None else round(size * factor)
+
+        return replace(
+            self, activations=times(self.activations), checkpointed=times(self.checkpointed), working=times(self.working),
+            layer={name: times(size) for name, size in self.layer.items()}, logits=logits,
+        )  # fmt: skip
 
 
 def frozen_bytes(model: MetaModel, precision: str, rest_bytes: int = 2) -> tuple[int, int]:
@@ -111,34 +132,88 @@ def adapter_parameters(model: MetaModel, rank: int, targets: str | list[str] = "
     return sum(rank * sum(shape) for shape in adapter_shapes(model, targets).values())
 
 
-def estimate_training(model: MetaModel, *, rank: int, tokens: int, quantized: bool) -> Training:
+def layer_terms(kept: Mapping[str, int], norms: int, linears: Mapping[str, tuple[int, int]], tokens: int, fused: bool) -> dict[str, int]:
+    """What one layer keeps from its forward to its backward pass, in bytes, by what it is for.
+
+    Args:
+        kept: what autograd keeps of transformers' own modules without adapters: of the "norms", the "attention" (rotation included), the
+            "feed-forward" part, and the "rest".
+        norms: bytes that the norms' inputs take.
+        linears: (rows, columns) of the layers that get an adapter, by the last part of their names.
+        tokens: that go through at once.
+        fused: by olpack's own functions (`olpack.train.fused`, `pointwise`), else by transformers' and peft's modules.
+    """
+    inputs = {name: 2 * tokens * columns for name, (_, columns) in linears.items()}
+    if not fused:
+        return {**kept, "adapter inputs": sum(inputs.values())}
+    terms = {**kept, "norms": norms}  # a norm keeps its input alone
+    if "attention" in kept:
+        inputs.pop("o_proj", None)  # is the attention's result
+    for shared in (("k_proj", "v_proj"), ("up_proj",)):  # have the input of q_proj and of gate_proj
+        if all(name in inputs for name in shared) and ("q_proj" if "k_proj" in shared else "gate_proj") in inputs:
+            for name in shared:
+                inputs.pop(name)
+    if all(name in linears for name in ("gate_proj", "up_proj", "down_proj")):
+        terms["feed-forward"] = sum(2 * tokens * linears[name][0] for name in ("gate_proj", "up_proj"))
+        inputs.pop("down_proj")  # is computed again
+    return {**terms, "adapter inputs": sum(inputs.values())}
+
+
+def logits_bytes(shape: Shape, learned: int, fused: bool = True) -> int:
+    """What the loss of so many learned tokens takes at its peak.
+
+    Args:
+        fused: a piece of the logits at a time (`olpack.train.head`), with the hidden states and their gradient, else all at once.
+    """
+    if not fused:
+        return learned * shape.vocabulary * _LOGIT
+    from olpack.train.head import PIECE
+
+    return min(learned * shape.vocabulary, PIECE) * _PIECE_LOGIT + learned * shape.hidden * (2 + 2)
+
+
+def estimate_training(model: MetaModel, *, rank: int, tokens: int, quantized: bool, targets: str | list[str] = "all-linear",
+                      shards: int = 1, fused: bool = True) -> Training:  # fmt: skip
     """The peak of one step of LoRA, or of QLoRA where `quantized`, on a GPU as olpack trains: all linear layers, float32 adapter, bfloat16
     computation, paged 8-bit AdamW.
 
     Args:
         rank: of the adapter.
         tokens: that go through the model at once; all of them are taken to be learned.
+        targets: the recipe's `target_modules`.
+        shards: GPUs over which the frozen layers are spread (two layers at a time are there whole); 1 where each holds all of them.
+        fused: with olpack's own functions; False for plain transformers and peft, as with dropout on the adapter's input.
     """
-    adapter = adapter_parameters(model, rank)
+    adapter = adapter_parameters(model, rank, targets)
     found = None
     with contextlib.suppress(OlpackError):
-        found = activations(model, tokens)
+        found = activations(model, tokens, targets, fused)
     dequantized = 2 * max((rows * columns for rows, columns in adapter_shapes(model).values()), default=0) if quantized else 0
+    weights = sum(frozen_bytes(model, "nf4" if quantized else "bfloat16"))
+    if shards > 1:
+        whole = 2 * (model.parameters.embedding + model.parameters.head)
+        layers = weights - whole
+        weights = round(whole + layers / shards + 2 * layers / model.shape.layers)
     return Training(
-        weights=sum(frozen_bytes(model, "nf4" if quantized else "bfloat16")),
+        weights=weights,
         adapter=adapter * _ADAPTER,
         gradients=adapter * _GRADIENT,
         optimizer=round(adapter * _MOMENTS_8BIT),
-        activations=sum(found.layers) + found.outside if found else None,
+        activations=sum(sum(layer.values()) for layer in found.layers) + found.outside if found else None,
         checkpointed=found.inputs + found.outside if found else None,
-        backward=(found.working if found else 0) + dequantized,
-        layer=max(found.layers, default=0) if found else 0,
-        logits=tokens * model.shape.vocabulary * _LOGIT,
+        offloaded=2 * model.parameters.embedding if fused and model.parameters.head else 0,
+        working=found.working if found else 0,
+        dequantized=dequantized,
+        layer=max(found.layers, key=lambda layer: sum(layer.values()), default={}) if found else {},
+        logits=logits_bytes(model.shape, tokens, fused),
     )
 
 
-def activations(model: MetaModel, tokens: int) -> Activations:
+def activations(model: MetaModel, tokens: int, targets: str | list[str] = "all-linear", fused: bool = True) -> Activations:
     """What a forward pass over one row of `tokens` tokens keeps for the backward pass, the adapters' inputs included, the logits not.
+
+    Args:
+        targets, fused: as `estimate_training` takes them.
 
     Raises:
         OlpackError: the architecture computes with data that the meta device does not have (mixtures of experts choose by value).
@@ -150,24 +225,24 @@ def activations(model: MetaModel, tokens: int) -> Activations:
     decoder = model.module.get_decoder()
     AttentionInterface.register("olpack-counted", _fused_attention)
     layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
-    adapted = adapter_shapes(model)
-    by_layer: dict[int, int] = defaultdict(int)
+    adapted = adapter_shapes(model, targets)
+    by_layer: dict[int, Counter[str]] = defaultdict(Counter)
     seen: set[int] = {parameter.untyped_storage()._cdata for parameter in decoder.parameters()}
     kept: list[torch.Tensor] = []  # a storage that is freed could give its address to another
-    state = {"layer": -1, "inputs": 0}
+    state = {"layer": -1}
+    inside: list[str] = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in seen:
             seen.add(storage._cdata)
             kept.append(tensor)
-            by_layer[state["layer"]] += storage.nbytes()
+            by_layer[state["layer"]][inside[-1] if inside else "rest"] += storage.nbytes()
         return tensor
 
     def enter(index: int):
         def hook(module, arguments, named):
             state["layer"] = index
-            state["inputs"] += 2 * tokens * model.shape.hidden
 
         return hook
 
@@ -177,6 +252,17 @@ def activations(model: MetaModel, tokens: int) -> Activations:
     handles = []
     for index, layer in enumerate(layers):
         handles += [layer.register_forward_pre_hook(enter(index), with_kwargs=True), layer.register_forward_hook(leave, with_kwargs=True)]
+    norms: Counter[int] = Counter()
+
+    def count_norm(module, arguments):
+        norms[state["layer"]] += 2 * arguments[0].numel()
+
+    for module in decoder.modules():
+        if "Norm" in type(module).__name__:
+            handles.append(module.register_forward_pre_hook(count_norm))
+        if kind := next((kind for part, kind in _PARTS.items() if part in type(module).__name__), None):
+            handles.append(module.register_forward_pre_hook(lambda module, arguments, kind=kind: inside.append(kind)))
+            handles.append(module.register_forward_hook(lambda module, arguments, output: inside.pop() and None))
     before, frozen = decoder.config._attn_implementation, [parameter.requires_grad for parameter in decoder.parameters()]
     try:
         decoder.config._attn_implementation = "olpack-counted"
@@ -195,10 +281,15 @@ def activations(model: MetaModel, tokens: int) -> Activations:
             parameter.requires_grad_(required)
     widest = max((max(shape) for shape in adapted.values()), default=0)
     owners = {name: index for index, layer in enumerate(layers) for name in _names(model, layer)}
-    for name, (_, columns) in adapted.items():
-        by_layer[owners.get(name, -1)] += 2 * tokens * columns
-    # Gradients of the widest activation on their way back, and the float32 copy that an adapter's input goes through.
-    return Activations(tuple(by_layer[index] for index in range(len(layers))), state["inputs"], by_layer[-1], tokens * widest * (2 + 2 + 4))
+    linears: dict[int, dict[str, tuple[int, int]]] = defaultdict(dict)
+    for name, shape in adapted.items():
+        linears[owners.get(name, -1)][name.rsplit(".", 1)[-1]] = shape
+    outside, *within = (layer_terms(by_layer[index], norms[index], linears[index], tokens, fused) for index in range(-1, len(layers)))
+    if fused:  # the product of the MLP, and the gradients before and behind it, at 16 bits
+        working, inputs = tokens * 2 * (widest + 2 * model.shape.hidden), min(len(layers), _LAYER_INPUTS) * 2 * tokens * model.shape.hidden
+    else:  # gradients of the widest activation on their way back, and the float32 copy that an adapter's input goes through
+        working, inputs = tokens * widest * (2 + 2 + 4), len(layers) * 2 * tokens * model.shape.hidden
+    return Activations(tuple(within), inputs, sum(outside.values()), working)
 
 
 def _names(model: MetaModel, layer) -> list[str]:

@@ -23,23 +23,31 @@ class TrainResult:
 
     Attributes:
         steps: optimizer steps.
+        kept_step: the step whose adapter was written.
         learned_tokens: learned tokens that went through the model, every epoch counted.
         padding_share: share of the processed tokens that was padding.
-        eval_loss_before, eval_loss_after: on the held-out rows, with the base and with the adapter.
+        eval_loss_before, eval_loss_after: on the held-out rows, with the base and with the adapter that was written.
         trainable_parameters: weights of the adapter.
         device: "cpu", or the GPU's name.
-        peak_gpu_bytes: the most GPU memory that was allocated at once; None on a CPU.
+        gpus: how many; 0 on a CPU.
+        estimated_gpu_bytes: what was expected of one GPU's memory; None on a CPU, and where the architecture cannot be counted.
+        peak_gpu_bytes: the most of it that was allocated at once, on the GPU where that was most; None on a CPU.
+        tokens_per_s: speed of the steps, padding not counted, evaluations and the first steps left out; None where there were no others.
         seconds: wall time, earlier parts of a resumed run included.
     """
 
     steps: int
+    kept_step: int
     learned_tokens: int
     padding_share: float
     eval_loss_before: float
     eval_loss_after: float
     trainable_parameters: int
     device: str
+    gpus: int
+    estimated_gpu_bytes: int | None
     peak_gpu_bytes: int | None
+    tokens_per_s: float | None
     seconds: float
 
 
@@ -59,6 +67,12 @@ def train(base: Base, rows: list[TokenRow], eval_rows: list[TokenRow], settings:
         OlpackError: the base does not load, the loss is not finite, memory runs out for a single row, the disk is full.
         KeyboardInterrupt: after the checkpoint has been written.
     """
+    from olpack.train.launch import launcher, run_launched
+
+    words = launcher(settings)
+    if words is not None:
+        job = {"base": base, "rows": rows, "eval_rows": eval_rows, "settings": settings, "out": out, "checkpoint": checkpoint, "key": key}
+        return run_launched(words, job)
     from olpack.train.loop import run
 
     return run(base, rows, eval_rows, settings, out=out, checkpoint=checkpoint, key=key)

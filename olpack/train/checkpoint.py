@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import json
-import pickle
 import shutil
+import time
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from olpack import progress
+from olpack.errors import OlpackError
 from olpack.workspace import write_atomically
+
+EVERY_S = 60.0  # the most work that a killed run loses, as long as a save takes little of it
+_SHARE = 0.02  # of the time, at most, goes into saving
 
 
 @dataclass
@@ -24,8 +30,15 @@ class State:
         step: optimizer steps done.
         learned, processed, real: tokens so far: with a loss, through the model, and of these not padding.
         seconds: wall time of the run's earlier parts.
+        timed, timed_s: tokens without padding and seconds of steps, evaluations and the first steps of each part left out.
         budget: tokens of a micro-batch; smaller than set once memory ran out.
         whole: weights, optimizer and step count belong together; False within a step.
+        evaluated: the step of the last evaluation; -1 before the first.
+        best_loss, best_step: lowest loss of an evaluation after step 0, in nats, and where that was.
+        waited: evaluations since then.
+        run: identity of the run, by which a tracker knows it again.
+        metrics: records of metrics.jsonl so far.
+        best: the adapter of `best_step`, by name; None where the best is not kept.
     """
 
     step: int = 0
@@ -33,62 +46,129 @@ class State:
     processed: int = 0
     real: int = 0
     seconds: float = 0.0
+    timed: int = 0
+    timed_s: float = 0.0
     budget: int = 0
     whole: bool = True
+    evaluated: int = -1
+    best_loss: float | None = None
+    best_step: int | None = None
+    waited: int = 0
+    run: str = field(default_factory=lambda: uuid.uuid4().hex)
     metrics: list[dict] = field(default_factory=list)
+    best: dict[str, torch.Tensor] | None = None
+
+
+def adapter_weights(model) -> dict[str, torch.Tensor]:
+    """A copy of the adapter's weights on the CPU, by peft's names."""
+    return {name: _copied(tensor) for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
 
 
 class Checkpoint:
-    """A folder with one checkpoint, replaced whole at each save."""
+    """A folder with one checkpoint: one safetensors file, replaced whole at each save.
 
-    def __init__(self, folder: Path, key: str):
-        self.file = folder / "checkpoint.pt"
-        self.metrics = folder / "metrics.jsonl"
-        self.folder, self.key = folder, key
+    Its tensors are `adapter.NAME`, `best.NAME` and `optimizer.NUMBER.NAME`; the rest is JSON in its metadata.
+
+    Args:
+        folder: where it lies; made at the first save.
+        key: identity of everything that decides the result.
+        writes: False in a process that only reads it, because another writes.
+    """
+
+    def __init__(self, folder: Path, key: str, *, writes: bool = True):
+        self.file = folder / "checkpoint.safetensors"
+        self.folder, self.key, self.writes = folder, key, writes
+        self.step: int | None = None  # of the file
+        self._begun = time.monotonic()
+        self._took = 0.0
+        self._warned = False
 
     def load(self, model, optimizer: torch.optim.Optimizer) -> State | None:
-        """Put model, optimizer and random numbers back to where the last checkpoint of this key left them; None without one."""
-        try:
-            saved = torch.load(self.file, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
+        """Put model and optimizer back to where the last checkpoint of this key left them; None without one."""
+        if not self.file.is_file():
             return None
-        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        try:
+            with safe_open(self.file, "pt") as file:
+                saved = {name: json.loads(text) for name, text in file.metadata().items()}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 — no mapping
+            state = State(**saved["state"])
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             progress.warn(f"{self.file} cannot be read ({error}): training starts from the beginning")
             return None
         if saved["key"] != self.key:
             progress.say("the checkpoint found was made with other settings or data: training starts from the beginning")
             return None
-        set_peft_model_state_dict(model, saved["adapter"])
-        optimizer.load_state_dict(saved["optimizer"])
-        torch.set_rng_state(saved["rng"])
-        if saved["cuda_rng"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(saved["cuda_rng"])
-        return State(**saved["state"])
+        set_peft_model_state_dict(model, _below(tensors, "adapter."))
+        state.best = _below(tensors, "best.") or None
+        if saved["optimizer"] == type(optimizer).__name__:
+            _restore(optimizer, _below(tensors, "optimizer."), saved["numbers"])
+        else:
+            progress.warn(f"the checkpoint's optimizer is {saved['optimizer']}, and this run's {type(optimizer).__name__}: its moments start anew")
+        self.step = state.step
+        return state
 
-    def save(self, model, optimizer: torch.optim.Optimizer, state: State) -> None:
-        """Write the checkpoint; the one before it stays until this one is whole."""
-        buffer = io.BytesIO()
-        torch.save({
-            "key": self.key,
-            "adapter": get_peft_model_state_dict(model, save_embedding_layers=False),
-            "optimizer": optimizer.state_dict(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "state": vars(state),
-        }, buffer)  # fmt: skip
-        write_atomically(self.file, buffer.getvalue())
+    @property
+    def due(self) -> bool:
+        """Whether it is time for the next one."""
+        return time.monotonic() - self._begun > max(EVERY_S, self._took / _SHARE)
 
-    def begin_metrics(self, state: State) -> None:
-        """Start `metrics.jsonl` with what the state holds; lines of steps after the checkpoint are gone with their steps."""
-        write_atomically(self.metrics, "".join(json.dumps(record) + "\n" for record in state.metrics))
+    def save(self, model, optimizer: torch.optim.Optimizer, state: State) -> bool:
+        """Write the checkpoint; the one before it stays until this one is whole.
 
-    def log(self, state: State, **record: float) -> None:
-        """Append one record to `metrics.jsonl` and to the state."""
-        record = {"step": state.step, **record}
-        state.metrics.append(record)
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        A full disk ends no training: it is said once, and the next interval tries again.
+
+        Returns:
+            whether the file is that of this state.
+        """
+        if not self.writes:
+            return True
+        self._begun = time.monotonic()
+        tensors = {f"adapter.{name}": tensor for name, tensor in adapter_weights(model).items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in (state.best or {}).items()}
+        numbers = {}
+        for index, parameter in enumerate(_parameters(optimizer)):
+            for name, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, torch.Tensor):
+                    tensors[f"optimizer.{index}.{name}"] = _copied(value)
+                else:
+                    numbers[f"{index}.{name}"] = value
+        told = {name: value for name, value in vars(state).items() if name != "best"}
+        record = {"key": self.key, "optimizer": type(optimizer).__name__, "numbers": numbers, "state": told}
+        try:
+            write_atomically(self.file, save(tensors, {name: json.dumps(value) for name, value in record.items()}))
+        except OlpackError as error:
+            kept = f"that of step {self.step} stays" if self.step is not None else "there is none yet"
+            if not self._warned:
+                progress.warn(f"{error.problem} So there is no checkpoint of step {state.step} ({kept}). Free some space: training goes on "
+                              "and tries again at each interval.")  # fmt: skip
+            self._warned = True
+            return False
+        finally:
+            self._took = time.monotonic() - self._begun
+        self.step, self._warned = state.step, False
+        return True
 
     def remove(self) -> None:
         """The run is done."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.writes:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _below(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _restore(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], numbers: dict[str, float]) -> None:
+    state: dict[int, dict] = {}
+    for name, value in {**tensors, **numbers}.items():
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

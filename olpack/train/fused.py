@@ -93,7 +93,8 @@ def _frozen_weight(base: torch.nn.Module) -> Callable[[torch.dtype], torch.Tenso
     if getattr(base.weight, "quant_state", None) is not None:
         from bitsandbytes.functional import dequantize_4bit
 
-        return lambda dtype: dequantize_4bit(base.weight.data, base.weight.quant_state).to(dtype)
+        state = base.weight.quant_state  # which a weight that is spread over several GPUs no longer has
+        return lambda dtype: dequantize_4bit(base.weight.data, state).to(dtype)
     if type(base) is torch.nn.Linear and base.weight.is_floating_point() and not base.weight.requires_grad:
         return lambda dtype: base.weight.to(dtype)
     return None

@@ -1,10 +1,11 @@
-"""The training loop: fixed order of rows, loss over learned tokens of the whole batch, checkpoints in time and at an interrupt."""
+"""The training loop: fixed order of rows, loss over learned tokens of the whole batch, evaluations, checkpoints in time and at an interrupt."""
 
 from __future__ import annotations
 
 import json
 import math
 import platform
+import random
 import signal
 import threading
 import time
@@ -13,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from peft import set_peft_model_state_dict
+from safetensors import SafetensorError
 
 from olpack import __version__, progress
 from olpack.base import Base
@@ -21,112 +24,210 @@ from olpack.errors import OlpackError
 from olpack.recipe import Train
 from olpack.train import TrainResult
 from olpack.train.batches import flatten, micro_batches, schedule
-from olpack.train.checkpoint import Checkpoint, State
+from olpack.train.checkpoint import Checkpoint, State, adapter_weights
+from olpack.train.fit import choose
 from olpack.train.forward import Forward
+from olpack.train.metrics import Metrics
 from olpack.train.model import load_with_adapter, pick_device
+from olpack.train.ranks import ALONE, Ranks, deal, shard
 from olpack.workspace import folder_atomically
 
-CHECKPOINT_EVERY_S = 60.0  # the most work that a killed run loses
-_BUDGET = {"cpu": 512, "cuda": 8192}  # a CPU is fastest where activations stay in its cache, and padding is least
+EVALUATIONS = 10  # of a run, where the recipe does not say how often
+_EVALUATION_SHARE = 0.1  # of the time of a run
+_WARM = 3  # steps that are not timed: kernels are compiled and memory is reserved in them
 
 
-def run(base: Base, rows: list[TokenRow], eval_rows: list[TokenRow], settings: Train, *, out: Path, checkpoint: Path, key: str) -> TrainResult:
-    """See `olpack.train.train`."""
-    device = pick_device()
-    checkpointing = device.type == "cuda" if settings.gradient_checkpointing == "auto" else settings.gradient_checkpointing
-    budget = _BUDGET[device.type] if settings.micro_batch_tokens == "auto" else settings.micro_batch_tokens
+def run(
+    base: Base, rows: list[TokenRow], eval_rows: list[TokenRow], settings: Train, *, out: Path, checkpoint: Path, key: str, ranks: Ranks = ALONE
+) -> TrainResult:
+    """See `olpack.train.train`. Of several processes that run it together, the first writes and prints."""
+    device = ranks.device or pick_device()
+    fit = choose(base, rows, settings, device, gpus=ranks.count)
+    if fit.said:
+        progress.say(fit.said)
     with progress.task(f"loading {base.label} ({settings.quantization})"):
-        model = load_with_adapter(base, settings, device)
-        forward = Forward(model, device, checkpointing=checkpointing, offload=checkpointing)
+        model = load_with_adapter(base, settings, device, sharded=fit.sharded)
+        forward = Forward(model, device, checkpointing=fit.checkpointing, offload=fit.checkpointing)
     adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    ranks.begin_alike(adapter)
+    if fit.sharded:
+        shard(model)
+        ranks.sharded = True
     optimizer = _optimizer(adapter, settings, device)
-    saved = Checkpoint(checkpoint, key)
+    saved = Checkpoint(checkpoint, key, writes=ranks.first)
     state = saved.load(model, optimizer)
     if state is None:
-        state = State(budget=budget)
-        saved.begin_metrics(state)
-        saved.log(state, eval_loss=evaluate(forward, eval_rows, state.budget, "eval loss before"))
+        state = State(budget=fit.tokens)
     else:
+        state.budget = min(state.budget, fit.tokens)  # it may have been halved, or the GPU be another
         progress.say(f"going on from step {state.step}")
-        saved.begin_metrics(state)
+    ranks.wait()  # until all have read the checkpoint
+    metrics = Metrics(checkpoint, settings, state, name=out.parent.name, writes=ranks.first)
     batches = schedule(len(rows), settings.epochs, settings.batch_size, settings.seed)
     started = time.monotonic() - state.seconds
     try:
-        _steps(forward, optimizer, adapter, rows, batches, settings, state, saved, started)
-    except _Stopped:
-        progress.say(f"stopped at step {state.step} of {len(batches)}; the same command goes on from there")
+        _steps(forward, optimizer, adapter, rows, eval_rows, batches, settings, state, saved, metrics, ranks, started)
+    except Stopped:
+        state.seconds = time.monotonic() - started
+        saved.save(model, optimizer, state)
+        progress.say(f"stopped at step {state.step} of {len(batches)}; the same command goes on from {_place(saved)}")
+        raise
+    except BaseException:
+        state.seconds = time.monotonic() - started
+        if state.whole and saved.step != state.step:
+            saved.save(model, optimizer, state)
         raise
     finally:
-        state.seconds = time.monotonic() - started
-        if state.whole:
-            saved.save(model, optimizer, state)
-    saved.log(state, eval_loss=evaluate(forward, eval_rows, state.budget, "eval loss after"))
+        metrics.close()
+    state.seconds = time.monotonic() - started
+    saved.save(model, optimizer, state)
     result = TrainResult(
         steps=state.step,
+        kept_step=state.best_step if settings.keep == "best" else state.step,
         learned_tokens=state.learned,
         padding_share=1 - state.real / state.processed,
-        eval_loss_before=state.metrics[0]["eval_loss"],
-        eval_loss_after=state.metrics[-1]["eval_loss"],
+        eval_loss_before=_eval_loss(state, 0),
+        eval_loss_after=state.best_loss if settings.keep == "best" else _eval_loss(state, state.step),
         trainable_parameters=sum(parameter.numel() for parameter in adapter),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        peak_gpu_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-        seconds=time.monotonic() - started,
+        gpus=ranks.count if device.type == "cuda" else 0,
+        estimated_gpu_bytes=fit.bytes,
+        peak_gpu_bytes=ranks.largest(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else None,
+        tokens_per_s=state.timed / state.timed_s if state.timed_s else None,
+        seconds=state.seconds,
     )
-    _write_adapter(model, base, settings, state, result, out)
+    if result.eval_loss_after > result.eval_loss_before:
+        progress.warn(f"Training raised the held-out loss from {result.eval_loss_before:.3f} to {result.eval_loss_after:.3f}: "
+                      "lower `train.learning_rate` or `train.epochs`, or look at the data")  # fmt: skip
+    if ranks.first:
+        if settings.keep == "best" and state.best:
+            set_peft_model_state_dict(model, state.best)
+        _write_adapter(model, base, settings, state, result, out, saved)
     saved.remove()
     return result
 
 
-def _steps(forward: Forward, optimizer, adapter, rows, batches, settings: Train, state: State, saved: Checkpoint, started: float) -> None:
-    checkpointed = time.monotonic()
-    total = sum(len(rows[index].ids) for batch in batches for index in batch)
-    done = sum(len(rows[index].ids) for batch in batches[: state.step] for index in batch)
-    with _interrupt_between_steps() as stop_if_asked, progress.task("training", total=total, unit="tokens", done=done) as task:
-        for batch in batches[state.step :]:
+def _steps(
+    forward: Forward, optimizer, adapter, rows, eval_rows, batches, settings: Train, state: State, saved: Checkpoint, metrics: Metrics,
+    ranks: Ranks, started: float,
+) -> None:  # fmt: skip
+    tokens = [len(row.ids) for row in rows]
+    total = sum(tokens[index] for batch in batches for index in batch)
+    done = sum(tokens[index] for batch in batches[: state.step] for index in batch)
+    interval = evaluation_interval(len(batches), total, sum(len(row.ids) for row in eval_rows), settings)
+    warm = state.step + _WARM
+    with _interrupt_between_steps(ranks) as stop_if_asked, progress.task("training", total=total, unit="tokens", done=done) as task:
+        while True:
+            if (state.step % interval == 0 or state.step == len(batches)) and state.evaluated < state.step:
+                _judge(forward, eval_rows, settings, state, metrics, ranks, stop_if_asked)
+            if settings.patience and state.waited >= settings.patience:
+                progress.say(f"stopped early at step {state.step} of {len(batches)}: the held-out loss is lowest at step {state.best_step}, "
+                             f"{state.waited} evaluations ago")  # fmt: skip
+                return
+            if state.step == len(batches):
+                return
+            begun = time.monotonic()
             rate = learning_rate(state.step, len(batches), settings)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            chosen = [rows[index] for index in batch]
-            loss = _backward(forward, chosen, state)
+            chosen = [rows[index] for index in batches[state.step]]
+            # Dropout follows from seed and step alone, so that nothing of it need be kept.
+            torch.manual_seed(random.Random(f"{settings.seed}/{state.step}/{ranks.rank}").getrandbits(63))
+            loss = _backward(forward, chosen, state, ranks)
+            ranks.sum_gradients(adapter)
             norm = torch.nn.utils.clip_grad_norm_(adapter, settings.max_grad_norm).item()
             if not math.isfinite(loss) or not math.isfinite(norm):
-                raise OlpackError(f"The loss is not finite at step {state.step + 1} (loss {loss}, gradient norm {norm}).",
+                saved.save(forward.model, optimizer, state)
+                ranks.wait()  # a process that ends with an error takes the others with it
+                raise OlpackError(f"The loss is not finite at step {state.step + 1} (loss {loss}, gradient norm {norm}).{_kept(saved)}",
                                   f"Lower `train.learning_rate` (now {settings.learning_rate:g}).")
             state.whole = False
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             state.step += 1
-            state.real += (tokens := sum(len(row.ids) for row in chosen))
+            state.real += (seen := sum(len(row.ids) for row in chosen))
             state.learned += sum(row.learned_count for row in chosen)
-            saved.log(state, loss=loss, learning_rate=rate, grad_norm=norm)
+            if state.step > warm:
+                state.timed += seen
+                state.timed_s += time.monotonic() - begun
+            metrics.log(state, loss=loss, learning_rate=rate, grad_norm=norm)
             state.whole = True
-            task.advance(tokens, note=f"step {state.step}/{len(batches)}  loss {loss:.3f}")
-            if time.monotonic() - checkpointed > CHECKPOINT_EVERY_S and state.step < len(batches):
+            task.advance(seen, note=f"step {state.step}/{len(batches)}  loss {loss:.3f}")
+            if saved.due and state.step < len(batches):
                 state.seconds = time.monotonic() - started
                 saved.save(forward.model, optimizer, state)
-                checkpointed = time.monotonic()
             stop_if_asked()
 
 
-class _Stopped(KeyboardInterrupt):
+def evaluation_interval(steps: int, train_tokens: int, eval_tokens: int, settings: Train) -> int:
+    """Steps from one evaluation to the next; there is one at the end too.
+
+    A token that is evaluated goes forward, one that is learned goes forward and back through frozen weights, which is twice the work. The
+    number of evaluations follows from that, not from a clock, so that a run that goes on elsewhere makes the same ones.
+
+    Args:
+        train_tokens: of all epochs.
+        eval_tokens: of one evaluation.
+    """
+    if settings.eval_every != "auto":
+        return settings.eval_every
+    affordable = int(_EVALUATION_SHARE * 2 * train_tokens / max(1, eval_tokens))
+    return math.ceil(steps / max(1, min(EVALUATIONS, affordable)))
+
+
+def _judge(
+    forward: Forward, eval_rows: list[TokenRow], settings: Train, state: State, metrics: Metrics, ranks: Ranks, stop_if_asked: Callable[[], None]
+) -> None:  # fmt: skip
+    """Evaluate, and keep the adapter if it is the best so far."""
+    title = "eval loss before" if state.step == 0 else f"eval loss at step {state.step}"
+    loss = evaluate(forward, eval_rows, state.budget, title, ranks, stop_if_asked)
+    if not math.isfinite(loss):
+        remedy = f"Lower `train.learning_rate` (now {settings.learning_rate:g})." if state.step else "The base itself gives no numbers on this data."
+        raise OlpackError(f"The held-out loss is not finite at step {state.step} ({loss}).", remedy)
+    if state.step > 0:
+        state.waited += 1
+        if state.best_loss is None or loss < state.best_loss:
+            state.best_loss, state.best_step, state.waited = loss, state.step, 0
+            state.best = adapter_weights(forward.model) if settings.keep == "best" else None
+    metrics.log(state, eval_loss=loss, perplexity=math.exp(min(loss, 700.0)))
+    state.evaluated = state.step
+
+
+def _kept(saved: Checkpoint) -> str:
+    return "" if saved.step is None else f" {saved.file} holds step {saved.step}."
+
+
+def _place(saved: Checkpoint) -> str:
+    return "there" if saved.step is None else f"step {saved.step}"
+
+
+def _eval_loss(state: State, step: int) -> float:
+    return next(record["eval_loss"] for record in reversed(state.metrics) if record["step"] == step and "eval_loss" in record)
+
+
+class Stopped(KeyboardInterrupt):
     """Ctrl-C, between two steps."""
 
 
 @contextmanager
-def _interrupt_between_steps() -> Iterator[Callable[[], None]]:
-    """Hold Ctrl-C back until the step is whole, so that weights, optimizer and step count belong together; a second one is immediate."""
+def _interrupt_between_steps(ranks: Ranks) -> Iterator[Callable[[], None]]:
+    """Hold Ctrl-C back until the step is whole, so that weights, optimizer and step count belong together; a second one is immediate.
+
+    Of several processes one is told, and all stop at the same step.
+    """
     asked = threading.Event()
+
+    def stop_if_asked():
+        if ranks.any(asked.is_set()):
+            raise Stopped
+
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
+        yield stop_if_asked
         return
 
     def note(number, frame):
         signal.signal(signal.SIGINT, before)
         asked.set()
-
-    def stop_if_asked():
-        if asked.is_set():
-            raise _Stopped
 
     before = signal.signal(signal.SIGINT, note)
     try:
@@ -135,48 +236,73 @@ def _interrupt_between_steps() -> Iterator[Callable[[], None]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _backward(forward: Forward, rows: list[TokenRow], state: State) -> float:
+def _backward(forward: Forward, rows: list[TokenRow], state: State, ranks: Ranks = ALONE) -> float:
     """Gradients of the mean loss over all learned tokens of a batch; returns that loss.
 
     The sum over micro-batches is divided by the batch's count of learned tokens, so the result does not depend on how the
-    batch was cut. Where memory runs out the micro-batch is halved and the batch begun anew.
+    batch was cut. Where memory runs out the micro-batch is halved and the batch begun anew. Of several processes each makes the gradients
+    of its rows, and all return the loss of all rows.
     """
     count = sum(row.learned_count for row in rows)
     while True:
-        total, processed = 0.0, 0
+        total, processed, failed = 0.0, 0, False
         try:
             losses = []
-            for group in micro_batches(rows, forward.budget(state.budget)):
-                loss = forward.loss(flatten(group, forward.device))
+            for group, weight in _groups(rows, forward.budget(state.budget), ranks):
+                loss = forward.loss(flatten(group, forward.device)) * weight
                 loss.backward()
                 losses.append(loss.detach())
                 processed += sum(len(row.ids) for row in group)
-            total = torch.stack(losses).sum().item()
+            total = torch.stack(losses).sum().item() if losses else 0.0
         except torch.OutOfMemoryError:
-            forward.model.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
-            if state.budget <= max(len(row.ids) for row in rows):
-                raise OlpackError(f"The GPU's memory does not hold one row of {max(len(row.ids) for row in rows)} tokens.",
-                                  "Lower `data.max_length` or `train.rank`, or take a smaller base.") from None
-            state.budget //= 2
-            progress.warn(f"GPU memory ran out: going on with micro-batches of {state.budget} tokens, same batch")
-        else:
+            if ranks.sharded:  # the others wait for this one in the middle of a layer, and nothing can be begun anew
+                raise OlpackError("A GPU's memory ran out.", f"Lower `train.micro_batch_tokens` (now {state.budget}); training goes on.") from None
+            failed = True
+        total, processed, failures = ranks.sum(total, processed, failed)
+        if not failures:
             # Divided last, in float32: in 16 bits the gradients of one token among thousands could vanish.
-            torch._foreach_div_([parameter.grad for parameter in forward.model.parameters() if parameter.grad is not None], count)
-            state.processed += processed
+            if gradients := [parameter.grad for parameter in forward.model.parameters() if parameter.grad is not None]:
+                torch._foreach_div_(gradients, count)
+            state.processed += int(processed)
             return total / count
+        forward.model.zero_grad(set_to_none=True)
+        if forward.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if state.budget <= max(len(row.ids) for row in rows):
+            raise OlpackError(f"The GPU's memory does not hold one row of {max(len(row.ids) for row in rows)} tokens.",
+                              "Lower `data.max_length` or `train.rank`, or take a smaller base.")
+        state.budget //= 2
+        progress.warn(f"GPU memory ran out: going on with micro-batches of {state.budget} tokens, same batch")
 
 
-def evaluate(forward: Forward, rows: list[TokenRow], budget: int, title: str) -> float:
+def _groups(rows: list[TokenRow], budget: int, ranks: Ranks) -> Iterator[tuple[list[TokenRow], float]]:
+    """Micro-batches of this process, each with the weight of its loss: 1, or 0 where it is run only because another process has one more."""
+    if ranks.count == 1:
+        yield from ((group, 1.0) for group in micro_batches(rows, budget))
+        return
+    dealt = [micro_batches(hand, budget) for hand in deal(rows, ranks.count)]
+    yield from ((group, 1.0) for group in dealt[ranks.rank])
+    if ranks.sharded:
+        for _ in range(max(map(len, dealt)) - len(dealt[ranks.rank])):
+            yield [min(rows, key=lambda row: len(row.ids))], 0.0
+
+
+def evaluate(
+    forward: Forward, rows: list[TokenRow], budget: int, title: str, ranks: Ranks = ALONE, stop_if_asked: Callable[[], None] | None = None
+) -> float:
     """Mean negative log-probability per learned token over `rows`, in nats."""
     total = 0.0
     forward.model.eval()
-    with torch.no_grad(), progress.task(title, total=len(rows), unit="rows") as task:
-        for group in micro_batches(rows, forward.budget(budget)):
-            total += forward.loss(flatten(group, forward.device)).item()
-            task.advance(len(group))
-    forward.model.train()
-    return total / sum(row.learned_count for row in rows)
+    try:
+        with torch.no_grad(), progress.task(title, total=len(rows), unit="rows") as task:
+            for group, weight in _groups(rows, forward.budget(budget), ranks):
+                total += forward.loss(flatten(group, forward.device)).item() * weight
+                task.advance(min(len(group) * ranks.count, len(rows) - task.done))
+                if stop_if_asked and ranks.count == 1:  # several processes can only stop where all are at the same place
+                    stop_if_asked()
+    finally:
+        forward.model.train()
+    return ranks.sum(total)[0] / sum(row.learned_count for row in rows)
 
 
 def learning_rate(step: int, steps: int, settings: Train) -> float:
@@ -197,16 +323,21 @@ def _optimizer(adapter: list[torch.nn.Parameter], settings: Train, device: torch
     return torch.optim.AdamW(adapter, lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
 
-def _write_adapter(model, base: Base, settings: Train, state: State, result: TrainResult, out: Path) -> None:
+def _write_adapter(model, base: Base, settings: Train, state: State, result: TrainResult, out: Path, saved: Checkpoint) -> None:
     import bitsandbytes
     import peft
     import transformers
 
     versions = {"olpack": __version__, "python": platform.python_version()}
     versions |= {module.__name__: module.__version__ for module in (torch, transformers, peft, bitsandbytes)}
-    with folder_atomically(out) as folder:
-        model.save_pretrained(folder, save_embedding_layers=False)
-        (folder / "README.md").unlink(missing_ok=True)  # peft's card is an empty form
-        record = {"base": base.label, "base_digest": base.digest, "train": settings.model_dump(), "result": vars(result), "versions": versions}
-        (folder / "settings.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in state.metrics), encoding="utf-8")
+    record = {"base": base.label, "base_digest": base.digest, "train": settings.model_dump(), "result": vars(result), "versions": versions}
+    metrics = [*state.metrics, {"step": state.step, "kept_step": result.kept_step}]
+    try:
+        with folder_atomically(out) as folder:
+            model.save_pretrained(folder, save_embedding_layers=False)
+            (folder / "README.md").unlink(missing_ok=True)  # peft's card is an empty form
+            (folder / "settings.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics), encoding="utf-8")
+    except (SafetensorError, OlpackError) as error:
+        problem = error.problem if isinstance(error, OlpackError) else f"{out} could not be written: {error}."
+        raise OlpackError(problem, f"Free some space; the same command goes on from the checkpoint of {_place(saved)}.") from None

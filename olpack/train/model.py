@@ -21,8 +21,11 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def load_with_adapter(base: Base, settings: Train, device: torch.device):
+def load_with_adapter(base: Base, settings: Train, device: torch.device, *, sharded: bool = False):
     """Load the base, frozen, and put a fresh LoRA adapter on it (B is zero: the model still answers as the base does).
+
+    Args:
+        sharded: its layers will be spread over several GPUs, for which 4-bit weights are stored as the compute dtype.
 
     Returns:
         a peft.PeftModel in training mode; adapter weights are float32.
@@ -36,7 +39,8 @@ def load_with_adapter(base: Base, settings: Train, device: torch.device):
     dtype = compute_dtype(device)
     nf4 = None
     if settings.quantization == "nf4":
-        nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+        nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
+                                 bnb_4bit_quant_storage=dtype if sharded else torch.uint8)  # fmt: skip
     try:
         model = AutoModelForCausalLM.from_pretrained(
             base.path, local_files_only=True, quantization_config=nf4, dtype=dtype, device_map={"": device} if device.type == "cuda" else None

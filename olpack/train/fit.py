@@ -1,0 +1,175 @@
+"""What goes through the model at once: the fastest choice of micro-batch and gradient checkpointing that fits into a GPU's memory.
+
+Without checkpointing nothing is computed twice, so that is chosen where it holds enough tokens to keep the GPU busy; with it, the largest
+micro-batch that fits. What fits is estimated from the model's shape and from the rows that will be learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from olpack.memory.machine import GPU_MARGIN
+from olpack.progress import quantity
+from olpack.train.batches import micro_batches, schedule
+
+if TYPE_CHECKING:
+    import torch
+
+    from olpack.base import Base
+    from olpack.data import TokenRow
+    from olpack.memory.shape import MetaModel
+    from olpack.memory.training import Training
+    from olpack.recipe import Train
+
+CPU_TOKENS = 512  # a CPU is fastest where activations stay in its cache, and padding is least
+_MOST = 16_384  # tokens beyond which a GPU gets no faster
+_BUSY = 2_048  # tokens below which it does; computing activations again costs less than that
+_COUNTED = 1_024  # tokens for which activations are counted; they grow with their number
+_SLACK = 0.05  # of a GPU's memory that is lost between allocations
+_STEPS = 400  # at most so many steps are looked at for the largest micro-batch
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a run uses memory.
+
+    Attributes:
+        tokens: of a micro-batch at most; what the loop calls its budget.
+        largest: of the micro-batch that takes most, among the rows that there are.
+        checkpointing: whether activations are computed again in the backward pass.
+        sharded: whether the frozen layers are spread over all GPUs.
+        training: the estimate, by what memory is for; None on a CPU.
+        bytes: of GPU memory at the peak, estimated; None where that cannot be said.
+        room: bytes to be had; None on a CPU.
+        said: the choice and its reason, in one line; "" where there was nothing to choose.
+    """
+
+    tokens: int
+    largest: int
+    checkpointing: bool
+    sharded: bool = False
+    training: Training | None = None
+    bytes: int | None = None
+    room: int | None = None
+    said: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data, bytes throughout."""
+        return {**asdict(self), "training": asdict(self.training) if self.training else None}
+
+
+def choose(base: Base, rows: Sequence[TokenRow], settings: Train, device: torch.device, *, gpus: int = 1) -> Fit:
+    """For the device that a run is about to begin on, with what is free there now."""
+    if device.type == "cpu":
+        return on_cpu(settings, sharded=gpus > 1 and settings.sharding == "full")
+    from olpack.memory.shape import MetaModel
+
+    return on_gpu(MetaModel(base.config, base.label), rows, settings, free_room(device), gpus=gpus)
+
+
+def on_cpu(settings: Train, *, sharded: bool = False) -> Fit:
+    """What a CPU does: as the recipe says, else what is fastest there."""
+    tokens = CPU_TOKENS if settings.micro_batch_tokens == "auto" else settings.micro_batch_tokens
+    return Fit(tokens, tokens, settings.gradient_checkpointing is True, sharded)
+
+
+def free_room(device: torch.device) -> int:
+    """Bytes of a GPU that a run may have, of those that are free now."""
+    import torch
+
+    return round(torch.cuda.mem_get_info(device)[0] * (1 - _SLACK))
+
+
+def card_room(gib: float) -> int:
+    """Bytes that a run may have of a card of so many GiB: the driver's context takes some."""
+    return max(0, round((gib * (1 << 30) - GPU_MARGIN) * (1 - _SLACK)))
+
+
+def on_gpu(model: MetaModel, rows: Sequence[TokenRow], settings: Train, room: int, *, gpus: int = 1) -> Fit:
+    """The fastest choice that fits into `room` bytes of each GPU; what the recipe sets is left as it is.
+
+    Args:
+        model: the base without data.
+        rows: that are learned, of which the longest and the largest micro-batch decide.
+        gpus: that share each step's rows.
+    """
+    sizes = _Sizes(rows, settings, gpus)
+    asked = settings.micro_batch_tokens
+    budgets = [asked] if asked != "auto" else sizes.budgets()
+    ways = [False, True] if settings.gradient_checkpointing == "auto" else [settings.gradient_checkpointing]
+    spread = {"none": [False], "full": [gpus > 1], "auto": [False, True] if gpus > 1 else [False]}[settings.sharding]
+    found = None
+    for sharded in spread:
+        estimate = _estimator(model, settings, gpus if sharded else 1)
+        for checkpointing in ways:
+            for budget in budgets:
+                if not checkpointing and len(ways) > 1 and asked == "auto" and budget < min(_BUSY, budgets[0]):
+                    continue
+                largest, learned = sizes.largest(budget)
+                training = estimate(largest, learned)
+                found = Fit(budget, largest, checkpointing, sharded, training, training.total(checkpointing), room)
+                if found.bytes is None:  # of an architecture that cannot be counted: the careful choice
+                    return _told(Fit(budgets[-1] if asked == "auto" else asked, largest, ways[-1], spread[-1], training, None, room), sizes)
+                if found.bytes <= room:
+                    return _told(found, sizes, _without(sizes, estimate, budgets) if checkpointing and len(ways) > 1 else None)
+    return _told(found, sizes)
+
+
+def _estimator(model: MetaModel, settings: Train, shards: int):
+    from olpack.memory.training import estimate_training, logits_bytes
+
+    fused = settings.dropout == 0
+    counted = estimate_training(model, rank=settings.rank, tokens=_COUNTED, quantized=settings.quantization != "none",
+                                targets=settings.target_modules, shards=shards, fused=fused)  # fmt: skip
+    return lambda tokens, learned: counted.scaled(tokens / _COUNTED, logits_bytes(model.shape, learned, fused))
+
+
+def _without(sizes: _Sizes, estimate, budgets: list[int]) -> tuple[int, int]:
+    """(tokens, bytes) of the smallest micro-batch that would have been worth it without checkpointing."""
+    budget = min((budget for budget in budgets if budget >= min(_BUSY, budgets[0])), default=budgets[0])
+    largest, learned = sizes.largest(budget)
+    return largest, estimate(largest, learned).total(False)
+
+
+def _told(fit: Fit, sizes: _Sizes, without: tuple[int, int] | None = None) -> Fit:
+    how = f"{'with' if fit.checkpointing else 'without'} gradient checkpointing{', the base spread over all GPUs' if fit.sharded else ''}"
+    said = f"micro-batches of at most {fit.largest:,} tokens {how}"
+    if fit.bytes is None:
+        said += ": what this architecture keeps for the backward pass cannot be counted beforehand"
+    elif fit.bytes > fit.room:
+        said += (f": {quantity(fit.bytes, 'B')} estimated, more than the {quantity(fit.room, 'B')} to be had; "
+                 f"if memory runs out, lower `data.max_length` (the longest row has {sizes.longest:,} tokens) or take a smaller base")  # fmt: skip
+    else:
+        said += f": {quantity(fit.bytes, 'B')} estimated of the {quantity(fit.room, 'B')} to be had"
+        if without:
+            said += f"; without it {without[0]:,} tokens would take {quantity(without[1], 'B')}"
+    return Fit(**{**vars(fit), "said": said})
+
+
+class _Sizes:
+    """How large micro-batches come out for the rows of a run."""
+
+    def __init__(self, rows: Sequence[TokenRow], settings: Train, gpus: int):
+        from olpack.train.ranks import deal
+
+        self.longest = max(len(row.ids) for row in rows)
+        batches = schedule(len(rows), settings.epochs, settings.batch_size, settings.seed)
+        some = batches[:: -(-len(batches) // _STEPS)]
+        if all(len(rows[index].ids) < self.longest for batch in some for index in batch):
+            some.append([next(index for index, row in enumerate(rows) if len(row.ids) == self.longest)])
+        self._hands = [hand for batch in some for hand in deal([rows[index] for index in batch], gpus) if hand]
+        self._learned = {id(row): row.learned_count for hand in self._hands for row in hand}
+
+    def budgets(self) -> list[int]:
+        """Budgets worth a try, the largest first; each holds the longest row."""
+        most = max(self.longest, min(_MOST, self.largest(_MOST)[0]))
+        tried = {most, self.longest} | {size for power in range(8, 15) for size in (1 << power, 3 << power - 1) if self.longest < size < most}
+        return sorted(tried, reverse=True)
+
+    def largest(self, budget: int) -> tuple[int, int]:
+        """(tokens, learned tokens) of the micro-batch that takes most."""
+        sizes = ((sum(len(row.ids) for row in group), sum(self._learned[id(row)] for row in group))
+                 for hand in self._hands for group in micro_batches(hand, budget))  # fmt: skip
+        return max(sizes)

@@ -1,0 +1,149 @@
+"""Training on several GPUs: start torchrun or `accelerate launch` on `worker.py`, show what it does, and turn its end into a result or a sentence.
+
+This process stays the only one that knows of the build; it holds the lock and waits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import olpack
+from olpack import progress
+from olpack.errors import OlpackError
+from olpack.train import TrainResult
+
+if TYPE_CHECKING:
+    from olpack.recipe import Train
+
+_END_S = 30.0  # for processes that were asked to end
+
+
+def launcher(settings: Train) -> list[str] | None:
+    """The command that starts the processes, without what they run; None where this process trains by itself.
+
+    Raises:
+        OlpackError: fewer GPUs are here than asked for, or the launcher is no program.
+    """
+    if settings.launch is not None:
+        words = shlex.split(settings.launch)
+        if not words or shutil.which(words[0]) is None:
+            raise OlpackError(f"`train.launch` begins with {words[0] if words else 'nothing'}, which is no program here.",
+                              "Write it as in: torchrun --nproc-per-node 2")
+        return words
+    if settings.gpus == 1:
+        return None
+    import torch
+
+    found = torch.cuda.device_count()
+    count = found if settings.gpus == "all" else settings.gpus
+    if settings.gpus != "all" and count > found:
+        raise OlpackError(f"`train.gpus` is {count}, and {found} can be seen here.", "Say `all`, or look at CUDA_VISIBLE_DEVICES.")
+    if count < 2:
+        return None
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+
+
+def run_launched(words: list[str], job: dict[str, Any]) -> TrainResult:
+    """Train in the processes that a launcher starts.
+
+    Args:
+        words: of `launcher`.
+        job: the arguments of `loop.run`.
+
+    Raises:
+        OlpackError: what one of the processes raised, or how it died.
+        KeyboardInterrupt: after the checkpoint has been written.
+    """
+    with tempfile.TemporaryDirectory(prefix="olpack-") as folder, tempfile.TemporaryFile() as log:
+        file = Path(folder) / "job.pickle"
+        file.write_bytes(pickle.dumps(job))
+        # A session of its own: the terminal's Ctrl-C reaches this process alone, which asks the first of the others to stop.
+        process = subprocess.Popen([*words, "-m", "olpack.train.worker", str(file)], env=_environment(), stdin=subprocess.DEVNULL,
+                                   stdout=subprocess.PIPE, stderr=log, start_new_session=True)  # fmt: skip
+        try:
+            ended = _follow(process)
+        finally:
+            _end(process)
+        if ended.get("event") == "result":
+            return TrainResult(**ended["result"])
+        if ended.get("event") == "interrupted":
+            raise KeyboardInterrupt
+        if ended.get("event") == "error":
+            raise OlpackError(ended["problem"], ended["remedy"])
+        log.seek(0)
+        raise _death(process.returncode, ended.get("text", ""), log.read().decode(errors="replace"))
+
+
+def _follow(process: subprocess.Popen) -> dict[str, Any]:
+    """Show events until the output ends; returns the last one that says how it ended."""
+    relay, ended, first = progress.Relay(), {}, 0
+    lines = iter(process.stdout.readline, b"")
+    with relay:
+        while True:
+            try:
+                for line in lines:
+                    event = _event(line)
+                    if event.get("event") == "started":
+                        first = event["pid"]
+                    elif event.get("event") in ("result", "error", "crash", "interrupted"):
+                        # The first to fail knows why; the others only lost it. An error in a sentence says more than a crash.
+                        ended = event if not ended or (event["event"] == "error" and ended["event"] == "crash") else ended
+                    elif event:
+                        relay.show(event)
+                return ended
+            except KeyboardInterrupt:
+                if not first:
+                    raise
+                with suppress(ProcessLookupError):
+                    os.kill(first, signal.SIGINT)  # it finishes its step and writes the checkpoint, and so do the others
+                first = 0  # another Ctrl-C is immediate
+
+
+def _event(line: bytes) -> dict[str, Any]:
+    """An event of the worker; nothing where the launcher printed something of its own."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return {}
+    return event if isinstance(event, dict) and "event" in event else {}
+
+
+def _end(process: subprocess.Popen) -> None:
+    process.stdout.close()
+    try:
+        process.wait(timeout=_END_S if process.poll() is None and sys.exc_info()[0] is None else 0.1)
+    except subprocess.TimeoutExpired:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(timeout=_END_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _death(code: int, crash: str, log: str) -> OlpackError:
+    said = (crash.strip().splitlines() or [line for line in log.splitlines() if "Error" in line] or ["it said nothing"])[-1].strip()
+    killed = "Signal 9 (SIGKILL)" in log or code == -signal.SIGKILL
+    error = OlpackError(
+        "A training process was killed from outside, most likely because memory ran out." if killed else f"A training process failed: {said}",
+        "The same command goes on from the last checkpoint.",
+    )
+    error.add_note(crash or log[-4000:])  # shown with the traceback, which --debug asks for
+    return error
+
+
+def _environment() -> dict[str, str]:
+    packages = os.pathsep.join(filter(None, [str(Path(olpack.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": packages, "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
