@@ -61,6 +61,37 @@ def awq() -> tuple[dict, Callable[[torch.Tensor], Packed]]:
     return {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True}, quantize
 
 
+def hqq(bits: int, axis: int) -> tuple[dict, Callable[[torch.Tensor], Packed]]:
+    """HQQ: codes in groups of neighbours or across the rows; the first part of the codes is in the highest bits of a byte."""
+
+    def quantize(weight: torch.Tensor) -> Packed:
+        values = weight.reshape(-1, GROUP) if axis == 1 else weight.reshape(GROUP, -1)
+        scale = (0.5 + torch.rand(values.amax(axis, keepdim=True).shape)).mul(2 * weight.abs().max() / 2**bits).half()
+        zero = (2**bits * torch.rand(scale.shape)).half()
+        codes = (values / scale.float() + zero.float()).round().clamp(0, 2**bits - 1).byte()
+        packed = sum(part << shift for part, shift in zip(codes.chunk(8 // bits), range(8 - bits, -1, -bits), strict=True))
+        parts = {"W_q": packed, "scale": scale, "zero": zero, "nbits": torch.tensor(bits, dtype=torch.int32), "shape": torch.tensor(weight.shape),
+                 "axis": torch.tensor(axis, dtype=torch.int32), "encoded_state_dict": torch.tensor(1, dtype=torch.uint8)}  # fmt: skip
+        return parts, ((codes - zero.float()) * scale.float()).reshape(weight.shape)
+
+    return {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": bits, "group_size": GROUP, "axis": axis}}}, quantize
+
+
+def aqlm(rows_of_group: int, bits: int) -> tuple[dict, Callable[[torch.Tensor], Packed]]:
+    """AQLM: each block of the weight is the sum of two vectors from two codebooks, times a scale for its rows. Codes are stored signed."""
+
+    def quantize(weight: torch.Tensor) -> Packed:
+        rows, columns = weight.shape
+        codes = torch.randint(0, 2**bits, (rows // rows_of_group, columns // 8, 2))
+        books = weight.std() * torch.randn(2, 2**bits, rows_of_group, 8)
+        scales = 0.5 + torch.rand(len(codes), 1, 1, 1)
+        blocks = (books[0][codes[..., 0]] + books[1][codes[..., 1]]) * scales
+        signed = torch.where(codes >= 2 ** (bits - 1), codes - 2**bits, codes).to(torch.int8 if bits <= 8 else torch.int16)
+        return {"codes": signed, "codebooks": books, "scales": scales}, blocks.permute(0, 2, 1, 3).reshape(rows, columns)
+
+    return {"quant_method": "aqlm", "in_group_size": 8, "out_group_size": rows_of_group, "num_codebooks": 2, "nbits_per_codebook": bits}, quantize
+
+
 def fp8(block: tuple[int, int] | None) -> tuple[dict, Callable[[torch.Tensor], Packed]]:
     """8-bit floats with one scale for each block of the matrix, or for all of it."""
 
@@ -114,6 +145,11 @@ BY_HAND = {
     "gptq-4": gptq(4, "gptq"),
     "gptq-8": gptq(8, "gptq_v2"),
     "awq": awq(),
+    "hqq-4": hqq(4, axis=1),
+    "hqq-8-across": hqq(8, axis=0),
+    "hqq-2-across": hqq(2, axis=0),
+    "aqlm": aqlm(1, 8),
+    "aqlm-blocks": aqlm(2, 12),
     "fp8-blocks": fp8((128, 128)),
     "fp8-tensor": fp8(None),
     "compressed-4": compressed_in_4_bits(symmetric=True),
