@@ -112,7 +112,7 @@ def read_adapter(folder: Path, base: Mapping[str, TensorHeader]) -> Adapter:
             f"'{folder}' has no adapter_model.safetensors.", "Save the adapter with save_pretrained (safetensors, not pickle)."
         )
     header = read_safetensors_header(file)
-    names = _BaseNames(base, config)
+    names = BaseNames(base, config)
 
     low_rank: dict[str, LowRank] = {}
     replaced: dict[str, str] = {}
@@ -212,7 +212,7 @@ def _scale(config: dict, module: str, rank: int) -> float:
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
-class _BaseNames:
+class BaseNames:
     """The base's name for a tensor that peft names after the module tree.
 
     The two differ for models that a checkpoint nests otherwise than the class does ("language_model.model.layers…" and
@@ -232,6 +232,11 @@ class _BaseNames:
         return ".".join(part for part in name.split(".") if part not in self._CONTAINERS)
 
     def find(self, name: str) -> str:
+        """The base's name of a tensor.
+
+        Raises:
+            OlpackError: the base has no such tensor, or it is the shared embedding and the adapter does not say that it keeps it shared.
+        """
         module = name.rpartition(".")[0].rpartition(".")[2]
         if self._tied and module in ("lm_head", "embed_tokens", "wte"):
             raise OlpackError(

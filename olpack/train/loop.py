@@ -22,6 +22,7 @@ from olpack.recipe import Train
 from olpack.train import TrainResult
 from olpack.train.batches import collate, micro_batches, schedule
 from olpack.train.checkpoint import Checkpoint, State
+from olpack.train.methods import save_adapter
 from olpack.train.model import load_with_adapter, pick_device, summed_loss
 from olpack.workspace import folder_atomically
 
@@ -204,8 +205,8 @@ def _write_adapter(model, base: Base, settings: Train, state: State, result: Tra
     versions = {"olpack": __version__, "python": platform.python_version()}
     versions |= {module.__name__: module.__version__ for module in (torch, transformers, peft, bitsandbytes)}
     with folder_atomically(out) as folder:
-        model.save_pretrained(folder, save_embedding_layers=False)
-        (folder / "README.md").unlink(missing_ok=True)  # peft's card is an empty form
-        record = {"base": base.label, "base_digest": base.digest, "train": settings.model_dump(), "result": vars(result), "versions": versions}
+        save_adapter(model, model.olpack_start, folder)
+        held = model.olpack_held and vars(model.olpack_held)
+        record = {"base": base.label, "base_digest": base.digest, "train": settings.model_dump(), "held": held, "result": vars(result), "versions": versions}
         (folder / "settings.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in state.metrics), encoding="utf-8")
