@@ -81,16 +81,17 @@ def write_model(
     return folder
 
 
-def write_adapter(folder: Path, model: Path, *, seed: int = 1, **settings: object) -> Path:
-    """A LoRA adapter of rank 4 on all linear layers whose B is not zero, so that it changes something."""
+def write_adapter(folder: Path, model: Path, *, seed: int = 1, vera: bool = False, **settings: object) -> Path:
+    """A LoRA or VeRA adapter of rank 4 on all linear layers whose B is not zero, so that it changes something."""
     import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, VeraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    scaled = {} if vera else {"lora_alpha": 8}
     adapted = get_peft_model(
-        base, LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **settings})
+        base, (VeraConfig if vera else LoraConfig)(**{"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **scaled, **settings})
     )
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad and "lora_A" not in name:
