@@ -82,7 +82,7 @@ def _export_quants(build: Build, steps: list[Step]) -> None:
     importance = build.importance_file if any(build.weighs(step.inputs["quant"]) for step in steps) else None
     sensitivity = build.paths.sensitivity if any(quant_type(step.inputs["quant"]).budget for step in steps) else None
     files = export(build.base.path, targets, adapter=adapter, importance=importance, tensor_types=build.recipe.export.tensor_types,
-                   sensitivity=sensitivity, **_said_of_a_file(build))
+                   sensitivity=sensitivity, merge_base=build.recipe.train.merge_base, **_said_of_a_file(build))
     for step, file in zip(steps, files, strict=True):
         figures = {"size": file.size, "sha256": file.sha256, "bits_per_weight": file.bits_per_weight, "parameters": file.parameters}
         build.finish(step, [paths[step.unit]], figures, {paths[step.unit]: file.sha256})
@@ -119,7 +119,7 @@ def _collect_importance(build: Build) -> None:
     source = max(at_hand, key=lambda path: path.stat().st_size, default=build.paths.importance_source)
     try:
         if not at_hand:
-            export(build.base.path, [Target("Q8_0", source)], adapter=build.paths.adapter)
+            export(build.base.path, [Target("Q8_0", source)], adapter=build.paths.adapter, merge_base=build.recipe.train.merge_base)
         collect_importance(source, [row.ids for row in rows], build.paths.importance, dataset=build.recipe.data.train)
     finally:
         build.paths.importance_source.unlink(missing_ok=True)
@@ -137,7 +137,7 @@ def _measure_sensitivity(build: Build) -> None:
     rows = _sample(build.rows[0], SENSITIVITY_TOKENS, lambda row: row.learned_count)
     try:
         for quant in REFERENCE_QUANTS:
-            export(build.base.path, [Target(quant, paths.sensitivity_source)], adapter=paths.adapter)
+            export(build.base.path, [Target(quant, paths.sensitivity_source)], adapter=paths.adapter, merge_base=build.recipe.train.merge_base)
             if measure_sensitivity(paths.sensitivity_source, [row.ids for row in rows], [row.learned for row in rows], paths.sensitivity,
                                    key=value_digest([step.key, quant]), importance=build.importance_file):
                 break
@@ -241,14 +241,15 @@ def _yardstick(build: Build):
     from olpack.export import Target, export
 
     training, version = build.result("train")["adapter_digest"], build.inputs("export")["llama.cpp"]
+    merge_base = build.recipe.train.merge_base
 
     def write(quant: str, path: Path, adapter: Path | None) -> None:
-        export(build.base.path, [Target(quant, path)], adapter=adapter, **_said_of_a_file(build))
+        export(build.base.path, [Target(quant, path)], adapter=adapter, merge_base=merge_base, **_said_of_a_file(build))
 
     return Yardstick(
         folder=build.paths.compare / "temporary",
         write_reference=partial(write, adapter=build.paths.adapter),
-        reference_key=value_digest([build.base.digest, training, version]),
+        reference_key=value_digest([build.base.digest, training, version] + ([merge_base] if merge_base != "original" else [])),
         write_base=partial(write, adapter=None),
         base_key=value_digest([build.base.digest, version]),
         base_quant=max(quant_files(build), key=lambda file: (file.quant == "Q8_0", file.size)).quant,
