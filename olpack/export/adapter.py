@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _PREFIX = "base_model.model."
 _NORMS = "lora_magnitude_vector"
 _VECTORS = ("vera_lambda_b", "vera_lambda_d")
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
 _SHARED = ("base_model.vera_A", "base_model.vera_B")
 
 # Settings of peft under which W + scale * B @ A is not what was trained, and what they mean.
@@ -294,7 +295,8 @@ class BaseNames:
         self._short: dict[str, str] = {}
         for name in base:
             self._short[self._shorten(name)] = name
-        self._tied = "lm_head" not in {name.split(".")[-2] for name in base if "." in name} and not config.get("ensure_weight_tying")
+        self._shared = "lm_head" not in {name.split(".")[-2] for name in base if "." in name}
+        self._kept_shared = bool(config.get("ensure_weight_tying"))
 
     def _shorten(self, name: str) -> str:
         return ".".join(part for part in name.split(".") if part not in self._CONTAINERS)
@@ -306,7 +308,9 @@ class BaseNames:
             OlpackError: the base has no such tensor, or it is the shared embedding and the adapter does not say that it keeps it shared.
         """
         module = name.rpartition(".")[0].rpartition(".")[2]
-        if self._tied and module in ("lm_head", "embed_tokens", "wte"):
+        if self._shared and self._kept_shared and module == "lm_head":  # peft saves the shared matrix under both names
+            name = next((known for known in self._base if known.endswith(_EMBEDDINGS)), name)
+        if self._shared and not self._kept_shared and module in ("lm_head", "embed_tokens", "wte"):
             raise OlpackError(
                 f"The adapter changes '{module}', and the base uses one matrix as embedding and as output layer.",
                 f"Train without '{module}', or with ensure_weight_tying: true in peft's configuration.",

@@ -149,7 +149,7 @@ def _hold(layer: nn.Module, weight: torch.Tensor, settings: Train) -> None:
                                   compress_statistics=settings.double_quantization, module=layer).to(weight.device)
     elif isinstance(layer, Linear8bitLt):
         layer.weight = Int8Params(weight.cpu(), requires_grad=False).to(weight.device)
-        layer.state.CB = layer.state.SCB = None
+        layer.init_8bit_state()
     else:
         layer.weight.copy_(weight)
 

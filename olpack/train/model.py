@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from logging import ERROR, getLogger
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,7 @@ def load_with_adapter(base: Base, settings: Train, device: torch.device, *, chec
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    getLogger("bitsandbytes.autograd._functions").setLevel(ERROR)  # int8 says at each layer that it casts its input
     adapter = adapter_config(MetaModel(base.config, base.label), settings)
     try:
         model = _load(base, settings, device)
@@ -70,6 +72,7 @@ def load_with_adapter(base: Base, settings: Train, device: torch.device, *, chec
 
 def _load(base: Base, settings: Train, device: torch.device):
     """The base as `train.quantization` or its own config.json has it."""
+    from bitsandbytes.nn import Linear8bitLt
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
     from olpack.train.frozen import FrozenConfig, use_packed
@@ -84,10 +87,14 @@ def _load(base: Base, settings: Train, device: torch.device):
             quantization = BitsAndBytesConfig(load_in_8bit=True)
         elif kind in ("hqq4", "hqq8"):
             quantization = FrozenConfig(bits=int(kind.removeprefix("hqq")), dtype=dtype)
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         base.path, config=config, local_files_only=True, quantization_config=quantization, dtype=dtype,
         device_map={"": device} if device.type == "cuda" else None,
     )  # fmt: skip
+    for layer in model.modules():
+        if isinstance(layer, Linear8bitLt):  # as its first pass would; peft moves the weight before that, and the scales would be lost
+            layer.init_8bit_state()
+    return model
 
 
 def _held(model, base: Base, settings: Train, device: torch.device) -> Held | None:
