@@ -104,6 +104,10 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
 
         check_suites(build.recipe.compare.suites, build.suite_folder)
     if "train" in stages:
+        from olpack.train.checks import check_training
+        from olpack.train.model import pick_device
+
+        check_training(build.base, build.recipe.train, on_gpu=pick_device().type == "cuda")
         need = _adapter_parameters(build) * 4 * _CHECKPOINTS + (sum(exported.sizes.values()) if exported else 0)
         if (free := free_bytes(build.paths.root)) < need:
             raise OlpackError(f"{build.paths.root} needs {progress.quantity(need, 'B')} of space, and {progress.quantity(free, 'B')} are free.",
@@ -167,7 +171,7 @@ def estimate(build: Build) -> Estimate:
     tokens = sum(len(row.ids) for row in rows)
     parameters = exported.parameters
     full = 4 if device.type == "cpu" else 2
-    held = "nf4" if asked.quantization == "nf4" else "float32" if full == 4 else "bfloat16"
+    held = asked.quantization if asked.quantization != "none" else "float32" if full == 4 else "bfloat16"
     passes = asked.epochs * tokens * 4 + 2 * sum(len(row.ids) for row in held_out) * 2  # forward 2, backward of activations 2, per weight and token
     return Estimate(
         parameters=parameters,
@@ -206,7 +210,8 @@ def _matmul_rate() -> float:
 def _adapter_parameters(build: Build) -> int:
     from olpack.memory.training import adapter_parameters
 
-    return adapter_parameters(build.meta_model, build.recipe.train.rank, build.recipe.train.target_modules)
+    asked = build.recipe.train
+    return adapter_parameters(build.meta_model, asked.rank, asked.target_modules, asked.method)
 
 
 def write_plan(build: Build) -> None:

@@ -128,8 +128,8 @@ class _FrozenQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         asked = self.quantization_config
         if asked.packed is None:
-            head = model.get_output_embeddings()
-            self._hqq = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head}
+            text = {id(module) for module in model.get_decoder().modules()}
+            self._hqq = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) in text}
             return
         left = {short_name(name): found for name, found in asked.packed.items()}
         for name, module in list(model.named_modules()):

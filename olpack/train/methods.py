@@ -110,11 +110,11 @@ def _last(name: str) -> str:
 
 
 @torch.no_grad()
-def begin(model: nn.Module, base: Base, settings: Train) -> Start:
+def begin(model: nn.Module, base: Base, settings: Train, dtype: torch.dtype) -> Start:
     """Give A and B their first values, by PiSSA (Meng et al., 2024) or LoftQ (Li et al., 2024, one step). Empty for the default.
 
     PiSSA takes the r largest singular values out of the frozen weight, which holds the rest; LoftQ takes those of what quantization lost.
-    Both are drawn from the seed, so that a resumed run begins at the same place.
+    Both are drawn from the seed, so that a resumed run begins at the same place. `dtype` is the one that the base was loaded in.
     """
     if settings.initialization == "default":
         return {}
@@ -124,18 +124,28 @@ def begin(model: nn.Module, base: Base, settings: Train) -> Start:
             if not hasattr(layer, "lora_A") or "default" not in layer.lora_A:
                 continue
             name, frozen = name.removeprefix("base_model.model."), layer.base_layer
-            held = dequantize_module_weight(frozen)
-            weight = originals.read(name).to(held.device, held.dtype).float() if settings.quantization != "none" else held.float()
+            held = _dequantized(frozen)
+            weight = originals.read(name).to(held.device, dtype).float() if settings.quantization != "none" else held.float()
             scale = layer.scaling["default"]
             left, values, right = torch.svd_lowrank(weight if settings.initialization == "pissa" else weight - held.float(), settings.rank, _PASSES)
             root = (values / scale).sqrt()
             first_a, first_b = (right * root).T.contiguous(), (left * root).contiguous()
             if settings.initialization == "pissa":
-                _hold(frozen, (weight - scale * first_b @ first_a).to(held.dtype), settings)
+                _hold(frozen, (weight - scale * first_b @ first_a).to(dtype), settings)
             layer.lora_A["default"].weight.copy_(first_a)
             layer.lora_B["default"].weight.copy_(first_b)
             start[name] = (first_a.cpu(), first_b.cpu())
     return start
+
+
+def _dequantized(layer: nn.Module) -> torch.Tensor:
+    """The weight that a frozen layer computes with."""
+    from bitsandbytes.functional import int8_vectorwise_dequant
+    from bitsandbytes.nn import Linear8bitLt
+
+    if isinstance(layer, Linear8bitLt):  # peft's own way to it loses the scales on a CPU
+        return int8_vectorwise_dequant(layer.state.CB, layer.state.SCB)
+    return dequantize_module_weight(layer)
 
 
 def _hold(layer: nn.Module, weight: torch.Tensor, settings: Train) -> None:

@@ -61,7 +61,7 @@ def load_with_adapter(base: Base, settings: Train, device: torch.device, *, chec
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    model.olpack_start, model.olpack_held = begin(model, base, settings), held
+    model.olpack_start, model.olpack_held = begin(model, base, settings, compute_dtype(device)), held
     model.peft_config["default"].base_model_name_or_path = base.label
     if checkpointing:
         with warnings.catch_warnings():
