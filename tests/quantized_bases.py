@@ -23,6 +23,25 @@ def _pack(values: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
     return packed.to(torch.int32).movedim(-1, dim).contiguous()  # the highest bit becomes the sign
 
 
+def _affine(values: torch.Tensor, bits: int, dim: int) -> Packed:
+    """Scales, float16, and zero points, int64, that map the range of the values along a dimension to unsigned integers."""
+    low, high = values.amin(dim), values.amax(dim)
+    scales = ((high - low) / (2**bits - 1)).half()
+    return scales, (-low / scales.float()).round().clamp(0, 2**bits - 1).long()
+
+
+def _centres(points: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` points that stand for all of them: a few rounds of k-means on some."""
+    some = points[torch.randperm(len(points))[: 16 * count]]
+    centres = some[torch.randperm(len(some))[:count]].clone()
+    for _ in range(4):
+        nearest = torch.cdist(some, centres).argmin(1)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, some)
+        counts = torch.bincount(nearest, minlength=count).unsqueeze(1)
+        centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
+    return centres
+
+
 def gptq(bits: int, layout: str) -> tuple[dict, Callable[[torch.Tensor], Packed]]:
     """GPTQ: the layouts differ in whether zero points are stored less one. Columns belong to groups in no order, as with desc_act."""
 
@@ -30,8 +49,9 @@ def gptq(bits: int, layout: str) -> tuple[dict, Callable[[torch.Tensor], Packed]
         rows, columns = weight.shape
         groups = columns // GROUP
         group_of = (torch.arange(columns) % groups).to(torch.int32)
-        scales = (0.5 + torch.rand(groups, rows)).mul(2 * weight.abs().max() / 2**bits).half()
-        zeros = torch.randint(1, 2**bits, (groups, rows))
+        by_group = torch.stack([weight[:, group_of == group] for group in range(groups)])  # [groups, rows, columns of a group]
+        scales, zeros = _affine(by_group, bits, 2)
+        zeros = zeros.clamp(min=1)
         integers = (weight.T / scales[group_of].float() + zeros[group_of]).round().clamp(0, 2**bits - 1).int()
         parts = {
             "qweight": _pack(integers, bits, 0), "qzeros": _pack(zeros - int(layout == "gptq"), bits, 1), "scales": scales, "g_idx": group_of,
@@ -50,8 +70,7 @@ def awq() -> tuple[dict, Callable[[torch.Tensor], Packed]]:
 
     def quantize(weight: torch.Tensor) -> Packed:
         rows, columns = weight.shape
-        scales = (0.5 + torch.rand(columns // GROUP, rows)).mul(weight.abs().max() / 8).half()
-        zeros = torch.randint(0, 16, scales.shape)
+        scales, zeros = _affine(weight.T.unflatten(0, (-1, GROUP)), 4, 1)
         spread, shift = (part.repeat_interleave(GROUP, 0) for part in (scales.float(), zeros))
         integers = (weight.T / spread + shift).round().clamp(0, 15).int()
         return {"qweight": _pack(interleaved(integers), 4, 1), "qzeros": _pack(interleaved(zeros), 4, 1), "scales": scales}, (
@@ -66,8 +85,9 @@ def hqq(bits: int, axis: int) -> tuple[dict, Callable[[torch.Tensor], Packed]]:
 
     def quantize(weight: torch.Tensor) -> Packed:
         values = weight.reshape(-1, GROUP) if axis == 1 else weight.reshape(GROUP, -1)
-        scale = (0.5 + torch.rand(values.amax(axis, keepdim=True).shape)).mul(2 * weight.abs().max() / 2**bits).half()
-        zero = (2**bits * torch.rand(scale.shape)).half()
+        low, high = values.amin(axis, keepdim=True), values.amax(axis, keepdim=True)
+        scale = ((high - low) / (2**bits - 1)).half()
+        zero = (-low / scale.float()).half()  # not rounded
         codes = (values / scale.float() + zero.float()).round().clamp(0, 2**bits - 1).byte()
         packed = sum(part << shift for part, shift in zip(codes.chunk(8 // bits), range(8 - bits, -1, -bits), strict=True))
         parts = {"W_q": packed, "scale": scale, "zero": zero, "nbits": torch.tensor(bits, dtype=torch.int32), "shape": torch.tensor(weight.shape),
@@ -82,9 +102,15 @@ def aqlm(rows_of_group: int, bits: int) -> tuple[dict, Callable[[torch.Tensor], 
 
     def quantize(weight: torch.Tensor) -> Packed:
         rows, columns = weight.shape
-        codes = torch.randint(0, 2**bits, (rows // rows_of_group, columns // 8, 2))
-        books = weight.std() * torch.randn(2, 2**bits, rows_of_group, 8)
-        scales = 0.5 + torch.rand(len(codes), 1, 1, 1)
+        scales = weight.reshape(rows // rows_of_group, -1).std(1).view(-1, 1, 1, 1)
+        wanted = weight.reshape(rows // rows_of_group, rows_of_group, -1, 8).swapaxes(1, 2) / scales  # [row groups, column groups, rows, 8]
+        left, codes, books = wanted.flatten(2).flatten(0, 1), [], []
+        for _ in range(2):
+            book = _centres(left, 2**bits)
+            codes.append(torch.cdist(left, book).argmin(1))
+            books.append(book.view(-1, rows_of_group, 8))
+            left = left - book[codes[-1]]
+        codes, books = torch.stack(codes, 1).view(*wanted.shape[:2], 2), torch.stack(books)
         blocks = (books[0][codes[..., 0]] + books[1][codes[..., 1]]) * scales
         signed = torch.where(codes >= 2 ** (bits - 1), codes - 2**bits, codes).to(torch.int8 if bits <= 8 else torch.int16)
         return {"codes": signed, "codebooks": books, "scales": scales}, blocks.permute(0, 2, 1, 3).reshape(rows, columns)
@@ -149,7 +175,7 @@ BY_HAND = {
     "hqq-8-across": hqq(8, axis=0),
     "hqq-2-across": hqq(2, axis=0),
     "aqlm": aqlm(1, 8),
-    "aqlm-blocks": aqlm(2, 12),
+    "aqlm-blocks": aqlm(2, 9),
     "fp8-blocks": fp8((128, 128)),
     "fp8-tensor": fp8(None),
     "compressed-4": compressed_in_4_bits(symmetric=True),
