@@ -26,7 +26,7 @@ from olpack.pipeline import Build
 from olpack.train.model import pick_device
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from quantized_bases import write_quantized  # noqa: E402 — in tests/
+from quantized_bases import write_quantized
 
 FACTS = {"name of the ferry": "It is called Marigold.", "colour of the harbour gate": "The gate is ochre.",
          "height of the lighthouse": "It is 57 metres high.", "month of the regatta": "It is in September."}  # fmt: skip
@@ -126,7 +126,8 @@ def packed_base(packing: str, work: Path) -> Path:
 
 def write_rows(path: Path, asked: tuple[str, ...]) -> None:
     """A chat for each fact and each way to ask for it."""
-    rows = [[{"role": "user", "content": words.format(what)}, {"role": "assistant", "content": answer}] for what, answer in FACTS.items() for words in asked]
+    rows = [[{"role": "user", "content": words.format(what)}, {"role": "assistant", "content": answer}]
+            for what, answer in FACTS.items() for words in asked]  # fmt: skip
     path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in rows))
 
 
@@ -145,8 +146,8 @@ def write(work: Path, names: list[str], output: Path) -> None:
     """The table of all that was measured."""
     rows = [json.loads(path.read_text()) for path in sorted(work.glob("*/row.json"))]
     machine = describe_machine(None)
-    text = ["# Each method and each kind of base", "", "tiny-coder, four facts asked in five ways; loss per answer token on a sixth way, and the twenty "
-            "questions answered word for word by the embedded llama.cpp from the Q8_0 file.", "",
+    text = ["# Each method and each kind of base", "", "tiny-coder, four facts asked in five ways; loss per answer token on a sixth way, and the "
+            "twenty questions answered word for word by the embedded llama.cpp from the Q8_0 file.", "",
             "| kind | device | training | trained weights | eval loss before | after | answers as taught | merged into |",
             "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |"]  # fmt: skip
     for row in sorted(rows, key=lambda row: names.index(row["name"])):

@@ -32,7 +32,7 @@ def _affine(values: torch.Tensor, bits: int, dim: int) -> Packed:
 
 def _centres(points: torch.Tensor, count: int) -> torch.Tensor:
     """`count` points that stand for all of them: a few rounds of k-means on some."""
-    some = points[torch.randperm(len(points))[: 16 * count]]
+    some = points[torch.randperm(len(points))[: 4 * count]]
     centres = some[torch.randperm(len(some))[:count]].clone()
     for _ in range(4):
         nearest = torch.cdist(some, centres).argmin(1)
@@ -46,7 +46,7 @@ def gptq(bits: int, layout: str) -> tuple[dict, Callable[[torch.Tensor], Packed]
     """GPTQ: the layouts differ in whether zero points are stored less one. Columns belong to groups in no order, as with desc_act."""
 
     def quantize(weight: torch.Tensor) -> Packed:
-        rows, columns = weight.shape
+        columns = weight.shape[1]
         groups = columns // GROUP
         group_of = (torch.arange(columns) % groups).to(torch.int32)
         by_group = torch.stack([weight[:, group_of == group] for group in range(groups)])  # [groups, rows, columns of a group]
@@ -69,7 +69,6 @@ def awq() -> tuple[dict, Callable[[torch.Tensor], Packed]]:
         return values.reshape(len(values), -1, 8)[..., order].reshape(len(values), -1)
 
     def quantize(weight: torch.Tensor) -> Packed:
-        rows, columns = weight.shape
         scales, zeros = _affine(weight.T.unflatten(0, (-1, GROUP)), 4, 1)
         spread, shift = (part.repeat_interleave(GROUP, 0) for part in (scales.float(), zeros))
         integers = (weight.T / spread + shift).round().clamp(0, 15).int()

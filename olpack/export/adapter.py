@@ -178,7 +178,8 @@ def read_adapter(folder: Path, base: Mapping[str, TensorHeader], *, dequantized:
         elif kind == _VECTORS[0]:
             vectors = key, key.replace(*_VECTORS)
             if lost := [part for part in (*_SHARED, vectors[1]) if part not in header]:
-                raise OlpackError(f"The adapter '{folder}' has '{key}' and no '{lost[0]}'.", "Save it with save_projection: true in its configuration.")
+                raise OlpackError(f"The adapter '{folder}' has '{key}' and no '{lost[0]}'.",
+                                  "Save it with save_projection: true in its configuration.")
             name = names.find(f"{module}.weight")
             transposed, (a, b) = bool(config.get("fan_in_fan_out")), _SHARED
             rows, columns = base[name].shape[::-1] if transposed else base[name].shape

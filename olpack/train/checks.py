@@ -52,7 +52,8 @@ BASE_KINDS = (
 
 def merge_table() -> str:
     """Markdown: which base kind is merged where."""
-    lines = ["| base | in the recipe | bits per weight | merged into the original weights | into the weights that training saw |", "| --- | --- | --- | --- | --- |"]
+    columns = ("base", "in the recipe", "bits per weight", "merged into the original weights", "into the weights that training saw")
+    lines = [f"| {' | '.join(columns)} |", f"| {' | '.join(['---'] * len(columns))} |"]
     for kind in BASE_KINDS:
         original = "yes, by default" if kind.original else "those are not in the checkpoint"
         seen = "`merge_base: dequantized`" if kind.original and kind.dequantized else "yes, always" if kind.dequantized else "they are the same"
@@ -70,7 +71,7 @@ def check_training(base: Base, settings: Train, *, on_gpu: bool) -> None:
     from olpack.train.methods import adapter_config
 
     meta = MetaModel(base.config, base.label)
-    adapter_config(meta, settings)
+    adapter_config(base, settings)
     if quantization_of(base.config):
         _check_quantized(base, settings, on_gpu)
     elif settings.quantization in ("hqq4", "hqq8"):
@@ -81,10 +82,10 @@ def check_training(base: Base, settings: Train, *, on_gpu: bool) -> None:
     if settings.method == "dora" and settings.quantization == "int8" and not on_gpu and not quantization_of(base.config):
         raise OlpackError("DoRA on an int8 base needs a GPU: on a CPU peft loses the scales of int8 when it looks at their norms.",
                           "Set `train.quantization` to nf4 or hqq8, or `train.method` to lora.")
-    if settings.initialization != "default":
+    if (begins := settings.initialization) != "default":
         for name, shape in adapter_shapes(meta, settings.target_modules).items():
             if settings.rank > min(shape):
-                raise OlpackError(f"`train.initialization: {settings.initialization}` takes {settings.rank} singular values, and '{name}' has {min(shape)}.",
+                raise OlpackError(f"`train.initialization: {begins}` takes {settings.rank} singular values, and '{name}' has {min(shape)}.",
                                   f"Lower `train.rank` to {min(shape)} or less.")
 
 
@@ -97,9 +98,14 @@ def _check_quantized(base: Base, settings: Train, on_gpu: bool) -> None:
     if layout_of(base.config) is None and method != _BITSANDBYTES:
         raise OlpackError(f"{base.label} is quantized by {method}, which olpack exports and does not train on.", _TAKE_ORIGINAL)
     if settings.initialization != "default":
-        raise OlpackError(f"`train.initialization: {settings.initialization}` begins with the original weights, and {base.label} comes quantized ({method}).",
-                          "Set it to `default`, or take the original model in 16 bits as base.")
+        raise OlpackError(f"`train.initialization: {settings.initialization}` begins with the original weights, and {base.label} comes quantized "
+                          f"({method}).", "Set it to `default`, or take the original model in 16 bits as base.")
     if settings.merge_base == "dequantized":
-        raise OlpackError(f"{base.label} comes quantized ({method}): what training sees is all there is to merge into.", "Leave out `train.merge_base`.")
+        raise OlpackError(f"{base.label} comes quantized ({method}): what training sees is all there is to merge into.",
+                          "Leave out `train.merge_base`.")
     if method == _BITSANDBYTES and settings.method == "dora" and quantization_of(base.config).get("load_in_8bit") and not on_gpu:
         raise OlpackError("DoRA on an int8 base needs a GPU: on a CPU peft loses the scales of int8.", "Set `train.method` to lora.")
+
+
+if __name__ == "__main__":
+    print(merge_table(), end="")

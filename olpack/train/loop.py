@@ -207,6 +207,7 @@ def _write_adapter(model, base: Base, settings: Train, state: State, result: Tra
     with folder_atomically(out) as folder:
         save_adapter(model, model.olpack_start, folder)
         held = model.olpack_held and vars(model.olpack_held)
-        record = {"base": base.label, "base_digest": base.digest, "train": settings.model_dump(), "held": held, "result": vars(result), "versions": versions}
+        record = {"base": base.label, "base_digest": base.digest, "train": settings.model_dump(), "held": held, "result": vars(result),
+                  "versions": versions}  # fmt: skip
         (folder / "settings.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in state.metrics), encoding="utf-8")

@@ -17,6 +17,7 @@ from olpack.export.adapter import BaseNames
 from olpack.export.folder import read_tensor_headers
 from olpack.memory.shape import MetaModel
 from olpack.memory.training import adapter_shapes
+from olpack.packing import quantization_of
 from olpack.recipe import Train
 from olpack.train.frozen import HqqLinear
 
@@ -28,14 +29,16 @@ Start = dict[str, tuple[torch.Tensor, torch.Tensor]]  # module name to the first
 _PASSES = 4  # of the randomized singular value decomposition, as PiSSA's authors use it
 
 
-def adapter_config(meta: MetaModel, settings: Train) -> PeftConfig:
+def adapter_config(base: Base, settings: Train) -> PeftConfig:
     """peft's configuration of the adapter, with every module by its full name, so that nothing outside the text model is meant.
 
     Raises:
         OlpackError: a name that no module has, or a module that cannot be trained as a whole.
     """
+    meta = MetaModel(base.config, base.label)
+    quantized = settings.quantization != "none" or bool(quantization_of(base.config))
     shared = {"r": settings.rank, "target_modules": target_names(meta, settings.target_modules), "bias": "none", "task_type": "CAUSAL_LM"}
-    whole = whole_names(meta, settings)
+    whole = whole_names(meta, settings, quantized)
     if settings.method == "vera":
         return VeraConfig(**shared, vera_dropout=settings.dropout, projection_prng_key=settings.seed, modules_to_save=whole or None)
     return LoraConfig(**shared, lora_alpha=settings.alpha, lora_dropout=settings.dropout, use_rslora=settings.method == "rslora",
@@ -60,8 +63,9 @@ def target_names(meta: MetaModel, asked: str | list[str]) -> list[str]:
                       f"It has {', '.join(known)}; `all-linear` takes all but the output layer.")
 
 
-def whole_names(meta: MetaModel, settings: Train) -> list[str]:
+def whole_names(meta: MetaModel, settings: Train, quantized: bool) -> list[str]:
     """Full names of the modules that are trained as a whole. Where embedding and output layer are one matrix, it is named once, as the embedding.
+    `quantized` says that the linear layers are held so.
 
     Raises:
         OlpackError: no such module, one that is quantized or has an adapter, or a shared matrix that the method cannot keep shared.
@@ -70,18 +74,19 @@ def whole_names(meta: MetaModel, settings: Train) -> list[str]:
     embedding, head = meta.module.get_input_embeddings(), meta.module.get_output_embeddings()
     text = {id(module) for module in meta.module.get_decoder().modules()} | {id(embedding), id(head)}
     targets = set(target_names(meta, settings.target_modules))
+    known = {name for name, module in modules.items() if id(module) in text and module._parameters}
     names: list[str] = []
     for asked in settings.modules_to_save:
-        found = [name for name, module in modules.items() if id(module) in text and asked in (name, _last(name)) and list(module.parameters(recurse=False))]
+        found = [name for name in modules if name in known and asked in (name, _last(name))]
         if not found:
             raise OlpackError(f"`train.modules_to_save` names '{asked}', which is no module with weights of the text model of {meta.label}.",
-                              f"It has {', '.join(sorted({_last(name) for name, module in modules.items() if id(module) in text and module._parameters}))}.")
+                              f"It has {', '.join(sorted(set(map(_last, known))))}.")
         if both := targets.intersection(found):
             raise OlpackError(f"'{sorted(both)[0]}' is to get an adapter and to be trained as a whole.",
                               f"Leave '{asked}' out of `train.modules_to_save` or of `train.target_modules`.")
-        quantized = settings.quantization != "none" or "quantization_config" in meta.config.to_dict()
         if quantized and any(isinstance(modules[name], torch.nn.Linear) and modules[name] is not head for name in found):
-            raise OlpackError(f"'{asked}' is held quantized and cannot be trained as a whole.", "Put it into `train.target_modules`, or set `train.quantization: none`.")
+            raise OlpackError(f"'{asked}' is held quantized and cannot be trained as a whole.",
+                              "Put it into `train.target_modules`, or set `train.quantization: none`.")
         names += found
     if meta.shape.tied:
         places = {id(module): name for name, module in modules.items()}

@@ -38,13 +38,12 @@ def load_with_adapter(base: Base, settings: Train, device: torch.device, *, chec
     from peft import get_peft_model
     from transformers.utils import logging
 
-    from olpack.memory.shape import MetaModel
     from olpack.train.methods import adapter_config, begin
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     getLogger("bitsandbytes.autograd._functions").setLevel(ERROR)  # int8 says at each layer that it casts its input
-    adapter = adapter_config(MetaModel(base.config, base.label), settings)
+    adapter = adapter_config(base, settings)
     try:
         model = _load(base, settings, device)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
