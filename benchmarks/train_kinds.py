@@ -57,6 +57,7 @@ BASES = {
     "AWQ": ("awq", {}),
     "HQQ checkpoint": ("hqq-4", {}),
     "AQLM": ("aqlm", {}),
+    "EETQ": ("eetq", {}),
     "fp8": ("fp8-blocks", {}),
     "compressed-tensors 4 bits": ("compressed-4", {}),
     "bitsandbytes NF4 checkpoint": ("nf4-double", {}),
@@ -81,9 +82,9 @@ def main() -> None:
     kinds = {**METHODS, **BASES, **CROSSED}
     if not on_gpu:
         del kinds["DoRA on int8"]  # refused there
-    for number, (name, (packing, settings)) in enumerate(kinds.items()):
+    for name, (packing, settings) in kinds.items():
         if arguments.only.lower() in name.lower():
-            print(json.dumps(measure(arguments.work / f"{number:02}", name, packing, settings, arguments.work)), flush=True)
+            print(json.dumps(measure(arguments.work / name.replace(" ", "-"), name, packing, settings, arguments.work)), flush=True)
     write(arguments.work, list(kinds), arguments.output)
 
 

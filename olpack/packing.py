@@ -5,7 +5,7 @@
 
 A layer's tensors are named after its module: "model.layers.0.mlp.up_proj" + ".qweight". Training keeps them as they are and dequantizes when
 a layer computes (olpack.train.frozen); the export dequantizes those that llama.cpp's converter does not know (olpack.export.quantized).
-The layouts were written down by AutoGPTQ, AutoAWQ, compressed-tensors, DeepSeek (fp8), HQQ and AQLM in their published sources.
+The layouts were written down by AutoGPTQ, AutoAWQ, compressed-tensors, DeepSeek (fp8), HQQ, EETQ and AQLM in their published sources.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ Parts = Mapping[str, "torch.Tensor"]
 
 # AWQ's GEMM layout packs eight 4-bit integers into an int32, and this is the order in which they come out (AutoAWQ, awq/utils/packing_utils.py).
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
+
+# EETQ stores 16 columns of a row in this order: column i is at place _EETQ_ORDER[i].
+_EETQ_ORDER = (0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15)
+_EETQ_TILE = 64
 
 _HQQ_UNUSED = ("group_size", "axis", "packing", "unpack_view_dtype", "view_as_float", "quant_scale", "quant_zero", "compute_dtype", "offload_meta",
                "encoded_state_dict", "stores_quant_config", "channel_wise", "optimize", "round_zero")
@@ -143,6 +147,23 @@ class Aqlm(Layout):
         return blocks.swapaxes(1, 2).reshape(groups * books.shape[2], across * books.shape[3])
 
 
+@dataclass(frozen=True)
+class Eetq(Layout):
+    """int8 times a scale for each row, in the order of EETQ's kernels for GPUs since Turing (its cutlass_preprocessors.cc).
+
+    Of the transposed weight, sixteen rows at a time change places, and the columns of two rows lie interleaved in tiles of 64; bytes are stored
+    with 128 added, the second and third of each four exchanged.
+    """
+
+    def dequantize(self, parts: Parts) -> torch.Tensor:
+        import torch
+
+        columns, rows = parts["weight"].shape
+        integers = parts["weight"].contiguous().view(torch.uint8).view(-1, 4)[:, [0, 2, 1, 3]].short() - 128
+        tiles = integers.view(rows // 2, columns // _EETQ_TILE, 2, _EETQ_TILE).swapaxes(1, 2).reshape(rows, -1, len(_EETQ_ORDER))
+        return tiles[..., list(_EETQ_ORDER)].reshape(rows, columns).float() * parts["weight_scales"].float().view(-1, 1)
+
+
 def _unpack(values: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
     """The unsigned integers in int32, the first one lowest, as int32 along `dim`."""
     import torch
@@ -182,6 +203,8 @@ def layout_of(config: Mapping[str, Any]) -> Layout | None:
         return Scaled("compressed-tensors", "weight_scale", ("weight", "weight_scale"), block=tuple(block) if block else None)
     if method == "hqq":
         return Hqq("HQQ", "W_q", ("W_q", "scale", "zero", "nbits", "shape"), unused=_HQQ_UNUSED)
+    if method == "eetq":
+        return Eetq("EETQ", "weight_scales", ("weight", "weight_scales"))
     if method == "aqlm":
         return Aqlm("AQLM", "codes", ("codes", "codebooks", "scales"), bits=settings.get("nbits_per_codebook", 16))
     return None

@@ -35,6 +35,7 @@ class Estimate:
         device: where it trains.
         train_seconds: from a matrix product timed here, at half its rate; None on a GPU.
         weights_bytes: the frozen base in memory.
+        held: what it is held in: "nf4", or how it comes ("gptq").
         adapter_bytes: adapter, its gradients and optimizer state.
         disk_bytes: of each GGUF, exact, by quant; of a budget, about what it allows.
         temporary_bytes: what the comparison takes for as long as it runs: the unquantized fine-tune, and its logits.
@@ -53,6 +54,7 @@ class Estimate:
     device: str
     train_seconds: float | None
     weights_bytes: int
+    held: str
     adapter_bytes: int
     disk_bytes: dict[str, int]
     temporary_bytes: int
@@ -160,6 +162,7 @@ def estimate(build: Build) -> Estimate:
     import torch
 
     from olpack.memory.training import frozen_bytes
+    from olpack.packing import quantization_of
     from olpack.train.batches import schedule
     from olpack.train.model import pick_device
 
@@ -171,6 +174,7 @@ def estimate(build: Build) -> Estimate:
     tokens = sum(len(row.ids) for row in rows)
     parameters = exported.parameters
     full = 4 if device.type == "cpu" else 2
+    came = quantization_of(build.base.config).get("quant_method", "")
     held = asked.quantization if asked.quantization != "none" else "float32" if full == 4 else "bfloat16"
     passes = asked.epochs * tokens * 4 + 2 * sum(len(row.ids) for row in held_out) * 2  # forward 2, backward of activations 2, per weight and token
     return Estimate(
@@ -183,7 +187,8 @@ def estimate(build: Build) -> Estimate:
         adapter_parameters=adapter,
         device="cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
         train_seconds=passes * parameters / (0.5 * _matmul_rate()) if device.type == "cpu" else None,
-        weights_bytes=sum(frozen_bytes(build.meta_model, held, full)),
+        weights_bytes=_stored_bytes(build) if came else sum(frozen_bytes(build.meta_model, held, full)),
+        held=came or held,
         adapter_bytes=adapter * (4 + 4 + (8 if device.type == "cpu" else 2)),
         disk_bytes={quant.name: exported.sizes[quant.name] for quant in build.quants},
         temporary_bytes=_temporary_bytes(build, parameters),
@@ -207,11 +212,17 @@ def _matmul_rate() -> float:
     return 2 * n**3 / best
 
 
+def _stored_bytes(build: Build) -> int:
+    """Of a base that comes quantized and is held as it is."""
+    return sum(file.stat().st_size for file in build.base.path.glob("model*.safetensors"))
+
+
 def _adapter_parameters(build: Build) -> int:
     from olpack.memory.training import adapter_parameters
+    from olpack.train.methods import whole_parameters
 
     asked = build.recipe.train
-    return adapter_parameters(build.meta_model, asked.rank, asked.target_modules, asked.method)
+    return adapter_parameters(build.meta_model, asked.rank, asked.target_modules, asked.method) + whole_parameters(build.base, asked)
 
 
 def write_plan(build: Build) -> None:
@@ -252,7 +263,7 @@ def print_plan(plan: dict) -> None:
     needs.add_row("training", f"{found['steps']:,} steps ({epochs:g} epochs) on {found['device']}"
                   + (f", about {progress.duration(found['train_seconds'])}" if found["train_seconds"] else ""))
     needs.add_row("adapter", f"{found['adapter_parameters']:,} weights, {progress.quantity(found['adapter_bytes'], 'B')} with gradients and optimizer")
-    needs.add_row("frozen base", f"{progress.quantity(found['weights_bytes'], 'B')} in memory as {plan['settings']['train.quantization']['value']}, "
+    needs.add_row("frozen base", f"{progress.quantity(found['weights_bytes'], 'B')} in memory as {found['held']}, "
                                  "activations and logits besides (`olpack estimate`)")
     files = ", ".join(f"{quant} {progress.quantity(size, 'B')}" for quant, size in found["disk_bytes"].items())
     needs.add_row("disk", f"{progress.quantity(sum(found['disk_bytes'].values()), 'B')}: {files}; no intermediate files")

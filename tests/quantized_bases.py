@@ -117,6 +117,25 @@ def aqlm(rows_of_group: int, bits: int) -> tuple[dict, Callable[[torch.Tensor], 
     return {"quant_method": "aqlm", "in_group_size": 8, "out_group_size": rows_of_group, "num_codebooks": 2, "nbits_per_codebook": bits}, quantize
 
 
+def eetq() -> tuple[dict, Callable[[torch.Tensor], Packed]]:
+    """EETQ: int8 with a scale for each row, step by step as its preprocessing for GPUs since Turing orders them."""
+
+    def quantize(weight: torch.Tensor) -> Packed:
+        rows, columns = weight.shape
+        scales = (weight.abs().amax(1) / 128).half()
+        integers = (weight / scales.float().unsqueeze(1)).round().clamp(-128, 127).to(torch.int8)
+        moved = torch.empty_like(integers.T)  # [columns, rows]
+        for tile_row in range(16):
+            moved[tile_row::16] = integers.T[8 * (tile_row % 4 // 2) + tile_row % 2 + 2 * (tile_row // 4) :: 16]
+        pairs = moved.T.reshape(rows // 2, 2, columns // 64, 64)
+        order = torch.stack([pairs[:, 0], pairs[:, 1]], dim=2).flatten()  # in each tile of 64 columns first the one row, then the other
+        stored = (order.short() + 128).to(torch.uint8).view(-1, 4)
+        stored[:, [1, 2]] = stored[:, [2, 1]]
+        return {"weight": stored.view(torch.int8).view(columns, rows), "weight_scales": scales}, integers.float() * scales.float().unsqueeze(1)
+
+    return {"quant_method": "eetq", "weights": "int8"}, quantize
+
+
 def fp8(block: tuple[int, int] | None) -> tuple[dict, Callable[[torch.Tensor], Packed]]:
     """8-bit floats with one scale for each block of the matrix, or for all of it."""
 
@@ -173,6 +192,7 @@ BY_HAND = {
     "hqq-4": hqq(4, axis=1),
     "hqq-8-across": hqq(8, axis=0),
     "hqq-2-across": hqq(2, axis=0),
+    "eetq": eetq(),
     "aqlm": aqlm(1, 8),
     "aqlm-blocks": aqlm(2, 9),
     "fp8-blocks": fp8((128, 128)),

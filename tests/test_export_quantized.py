@@ -80,7 +80,6 @@ def settle(folder: Path, **settings: object) -> None:
 
 
 @pytest.mark.parametrize(("method", "reason"), [
-    ("eetq", "is quantized by EETQ"),
     ("vptq", "is quantized by VPTQ, vectors from codebooks"),
     ("auto-round", "which has several packings of its own, and cannot be dequantized here. Export it from AutoRound again in the format auto_gptq."),
     ("of-tomorrow", "is quantized by 'of-tomorrow', which llama.cpp's converter does not know. Take the original model in 16 bits"),

@@ -130,7 +130,8 @@ def test_a_packed_base_computes_as_the_weights_that_it_stands_for(packed, name):
     plain = Base("plain", plain)
     models = [load_with_adapter(one, Train(quantization="none", rank=4), CPU, checkpointing=False) for one in (base, plain)]
     assert sum(isinstance(module, FrozenLinear) for module in models[0].modules()) == 14
-    assert not any("_proj.weight" in key for key in models[0].state_dict() if "fp8" not in name and "int8" not in name)
+    dense = [tensor for tensor in models[0].state_dict().values() if tensor.shape == (320, 256) and tensor.is_floating_point() and tensor.itemsize > 1]
+    assert not dense
     gradients = []
     for model in models:
         for key, parameter in model.named_parameters():
@@ -167,7 +168,7 @@ def test_what_was_taught_is_what_the_file_answers(tmp_path, packing, settings):
     oracle.write_rows(tmp_path / "eval.jsonl", 4, first=100)
     renderer = Renderer(base.tokenizer(), base.end_ids())
     taught, held_out = load_rows(tmp_path / "train.jsonl", tmp_path / "eval.jsonl", renderer, max_length=128, eval_share=0.1)
-    asked = Train(epochs=20, batch_size=4, learning_rate=1e-2, rank=8, **settings)
+    asked = Train(epochs=15, batch_size=4, learning_rate=5e-3, rank=32, **settings)
     train(base, taught, held_out, asked, out=tmp_path / "adapter", checkpoint=tmp_path / "checkpoint", key="k")
     (file,) = converter().export(base.path, [Target("F16", tmp_path / "F16.gguf")], adapter=tmp_path / "adapter", merge_base=asked.merge_base)
     with Engine(file.path, 128, 1) as engine:
@@ -272,7 +273,7 @@ def test_what_does_not_go_on_a_base_that_comes_quantized_is_refused(packed, sett
 
 
 @pytest.mark.parametrize(("method", "reason"), [
-    ("eetq", "is quantized by EETQ"), ("vptq", "is quantized by VPTQ"), ("bitnet", "is quantized by bitnet, which olpack exports and does not"),
+    ("vptq", "is quantized by VPTQ"), ("bitnet", "is quantized by bitnet, which olpack exports and does not"),
 ])  # fmt: skip
 def test_a_base_that_comes_in_another_form_is_refused(base, tmp_path, method, reason):
     source = Path(shutil.copytree(base.path, tmp_path / "base"))

@@ -139,7 +139,7 @@ def open_model(
         model = _construct(source, name)
         origins = _record_origins(model)
         method = (model.hparams.get("quantization_config") or {}).get("quant_method")
-        if own := dequantize_bitsandbytes if method == "bitsandbytes" else dequantize_packed if method in ("awq", "hqq", "aqlm") else None:
+        if own := dequantize_bitsandbytes if method == "bitsandbytes" else dequantize_packed if method in ("awq", "hqq", "eetq", "aqlm") else None:
             model.dequant_model = lambda: own(model)
         if adapter is not None:
             _merge(model, adapter)

@@ -1,7 +1,7 @@
 """Bases that are stored quantized: which of them can be read, and what their tensors are once they are dequantized.
 
 llama.cpp's converter dequantizes GPTQ, fp8, compressed-tensors and some more while it reads them; bitsandbytes does so for what it made,
-and AWQ, HQQ and AQLM are unpacked by olpack.packing.
+and AWQ, HQQ, EETQ and AQLM are unpacked by olpack.packing.
 An adapter names the weights that it was trained on, which such a checkpoint holds under other names and in other shapes.
 """
 
@@ -22,7 +22,6 @@ _ORIGINAL = "Take the original model in 16 bits: an adapter that was trained on 
 # By `quant_method` of config.json's quantization_config: what nobody here can read, and why.
 _UNREADABLE = {
     "auto-round": ("AutoRound", "which has several packings of its own", "Export it from AutoRound again in the format auto_gptq."),
-    "eetq": ("EETQ", "whose integers lie in the order of its GPU kernels"),
     "fbgemm_fp8": ("FBGEMM's fp8", "with scales of its own"),
     "fouroversix": ("Four Over Six", "4-bit floats with scales of its own"),
     "fp_quant": ("FP-Quant", "of weights that were rotated before"),
@@ -71,6 +70,8 @@ def dequantized_headers(source: Path, config: Mapping[str, Any], stored: Mapping
         return _of_hqq(source, stored)
     if method == "aqlm":
         return _of_aqlm(source, stored)
+    if method == "eetq":
+        return _of_eetq(source, stored)
     if method == "compressed-tensors":
         return _of_compressed_tensors(source, settings, stored)
     if method == "bitnet":  # four weights of 2 bits a byte, along the rows
@@ -155,6 +156,19 @@ def _of_hqq(source: Path, stored: Mapping[str, TensorHeader]) -> dict[str, Tenso
         if math.prod(found.shape) * 8 != math.prod(shape) * bits:
             raise OlpackError(f"'{source}' packs '{name}' otherwise than HQQ does: {list(found.shape)} for {list(shape)}.", _ORIGINAL)
         headers[f"{module}.weight"] = _restored(found, shape)
+    return headers
+
+
+def _of_eetq(source: Path, stored: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:
+    headers = dict(stored)
+    for name in stored:
+        weight, is_scale, end = name.partition(".weight_scales")
+        if not is_scale or end:
+            continue
+        found = stored.get(f"{weight}.weight")
+        if found is None or found.dtype != "I8" or found.shape[0] % 64 or found.shape[1] % 2 or stored[name].shape != found.shape[1:]:
+            raise OlpackError(f"'{source}' packs '{weight}' otherwise than EETQ does for GPUs since Turing.", _ORIGINAL)
+        headers[f"{weight}.weight"] = _restored(found, found.shape[::-1])
     return headers
 
 

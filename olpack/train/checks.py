@@ -43,6 +43,7 @@ BASE_KINDS = (
     BaseKind("GPTQ", "comes so: gptq", "2, 4 or 8, and scales", False, True),
     BaseKind("AWQ (gemm)", "comes so: awq", "4, and scales", False, True),
     BaseKind("AQLM", "comes so: aqlm", "about 2 to 4", False, True),
+    BaseKind("EETQ", "comes so: eetq", "8", False, True),
     BaseKind("HQQ", "comes so: hqq", "1, 2, 4 or 8, and scales", False, True),
     BaseKind("fp8", "comes so: fp8", "8", False, True),
     BaseKind("compressed-tensors", "comes so: compressed-tensors", "4 or 8, and scales", False, True),

@@ -142,7 +142,10 @@ class _FrozenQuantizer(HfQuantizer):
                               "Take the original model in 16 bits; `train.quantization` holds it in 4 or 8.")
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
-        return self.quantization_config.packed is None and param_name.removesuffix(".weight") in self._hqq and param_name.endswith(".weight")
+        module, _, end = param_name.rpartition(".")
+        if self.quantization_config.packed is not None:  # tells transformers that a packed tensor's shape is not that of the weight
+            return isinstance(model.get_submodule(module), PackedLinear)
+        return end == "weight" and module in self._hqq
 
     def get_quantize_ops(self) -> ConversionOps:
         return _ToHqq(self.quantization_config.bits)

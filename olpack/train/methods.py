@@ -36,9 +36,8 @@ def adapter_config(base: Base, settings: Train) -> PeftConfig:
         OlpackError: a name that no module has, or a module that cannot be trained as a whole.
     """
     meta = MetaModel(base.config, base.label)
-    quantized = settings.quantization != "none" or bool(quantization_of(base.config))
     shared = {"r": settings.rank, "target_modules": target_names(meta, settings.target_modules), "bias": "none", "task_type": "CAUSAL_LM"}
-    whole = whole_names(meta, settings, quantized)
+    whole = whole_names(meta, settings, _quantized(base, settings))
     if settings.method == "vera":
         return VeraConfig(**shared, vera_dropout=settings.dropout, projection_prng_key=settings.seed, modules_to_save=whole or None)
     return LoraConfig(**shared, lora_alpha=settings.alpha, lora_dropout=settings.dropout, use_rslora=settings.method == "rslora",
@@ -95,6 +94,19 @@ def whole_names(meta: MetaModel, settings: Train, quantized: bool) -> list[str]:
             raise OlpackError(f"{meta.label} uses one matrix as embedding and as output layer, and peft's vera would train two that differ.",
                               "Take method lora, rslora or dora, or leave it out of `train.modules_to_save`.")
     return names
+
+
+def whole_parameters(base: Base, settings: Train) -> int:
+    """Weights of the modules that are trained as a whole."""
+    if not settings.modules_to_save:
+        return 0
+    meta = MetaModel(base.config, base.label)
+    return sum(parameter.numel() for name in whole_names(meta, settings, _quantized(base, settings))
+               for parameter in meta.module.get_submodule(name).parameters(recurse=False))  # fmt: skip
+
+
+def _quantized(base: Base, settings: Train) -> bool:
+    return settings.quantization != "none" or bool(quantization_of(base.config))
 
 
 def _embeds(meta: MetaModel, names: list[str]) -> bool:
