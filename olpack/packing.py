@@ -193,7 +193,7 @@ def layout_of(config: Mapping[str, Any]) -> Layout | None:
         return Awq("AWQ", "qweight", ("qweight", "qzeros", "scales"))
     if method == "fp8":
         block = settings.get("weight_block_size")
-        return Scaled("fp8", "weight_scale_inv", ("weight", "weight_scale_inv"), unused=("activation_scale",), block=tuple(block) if block else None)
+        return Scaled("fp8", "weight_scale_inv", ("weight", "weight_scale_inv"), block=tuple(block) if block else None)
     if method == "compressed-tensors":
         weights = (next(iter((settings.get("config_groups") or {}).values()), {}).get("weights")) or {}
         if settings.get("format") == "pack-quantized":

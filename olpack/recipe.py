@@ -74,7 +74,7 @@ class Train(_Section):
     """Quantize the scales of nf4 and fp4, too: 0.4 bits a weight less."""
     merge_base: Literal["original", "dequantized"] = "original"
     """What the adapter is added to: the original weights, or what training saw in their place once they were quantized."""
-    rank: Annotated[int, Field(ge=1, le=4096)] = 16
+    rank: Annotated[int, Field(ge=1, le=1024)] = 16
     """Rank of the low-rank update. For vera, whose matrices are shared and not learned, 256 is usual."""
     alpha: Annotated[float, Field(gt=0)] = 32
     """The update is scaled by alpha / rank. Nothing to vera."""
