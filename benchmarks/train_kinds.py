@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -103,13 +102,11 @@ def measure(folder: Path, name: str, packing: str, settings: dict, work: Path) -
              "quants": ["Q8_0"], "modelfile": {"parameters": {"temperature": 0.0, "num_ctx": 512}}}  # fmt: skip
     (package / "recipe.yaml").write_text(json.dumps(asked))
     build = Build(recipe.load(package / "recipe.yaml"), folder / "build")
-    started = time.monotonic()
     build.run("train")
-    trained = time.monotonic() - started
     build.run("export")
     result = build.result("train")
     row = {
-        "name": name, "device": result["device"], "seconds": trained, "before": result["eval_loss_before"], "after": result["eval_loss_after"],
+        "name": name, "device": result["device"], "seconds": result["seconds"], "before": result["eval_loss_before"], "after": result["eval_loss_after"],
         "weights": result["trainable_parameters"], "right": count_right(build.paths.gguf("Q8_0")),
         "merged": "dequantized" if packing or settings.get("merge_base") else "original",
     }  # fmt: skip
