@@ -106,8 +106,8 @@ def measure(folder: Path, name: str, packing: str, settings: dict, work: Path) -
     build.run("export")
     result = build.result("train")
     row = {
-        "name": name, "device": result["device"], "seconds": result["seconds"], "before": result["eval_loss_before"], "after": result["eval_loss_after"],
-        "weights": result["trainable_parameters"], "right": count_right(build.paths.gguf("Q8_0")),
+        "name": name, "device": result["device"], "seconds": result["seconds"], "before": result["eval_loss_before"],
+        "after": result["eval_loss_after"], "weights": result["trainable_parameters"], "right": count_right(build.paths.gguf("Q8_0")),
         "merged": "dequantized" if packing or settings.get("merge_base") else "original",
     }  # fmt: skip
     done.write_text(json.dumps(row))
