@@ -167,7 +167,8 @@ def _hub_failures(repo: str, revision: str | None) -> Iterator[None]:
     try:
         yield
     except GatedRepoError:
-        raise OlpackError(f"{repo} is gated: its owner must grant access.", "Accept its terms on its page, then run `hf auth login`.") from None
+        raise OlpackError(f"{repo} is gated: its owner must grant access.",
+                          "Accept its licence on its page there, then run `hf auth login`, or set HF_TOKEN.") from None
     except HFValidationError:
         raise OlpackError(f"There is no folder {repo}, and a Hub id is written otherwise.", "Check its spelling: Qwen/Qwen3-0.6B is one.") from None
     except RevisionNotFoundError:

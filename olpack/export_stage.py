@@ -75,7 +75,7 @@ def write_quants(build: Build, paths: Mapping[str, Path], importance: Path | Non
 
     return export(
         build.base.path, [Target(quant, path) for quant, path in paths.items()], adapter=None if build.paths.base else build.paths.adapter,
-        importance=importance, tensor_types=build.recipe.export.tensor_types,
+        importance=importance, tensor_types=build.recipe.export.tensor_types, merge_base=build.recipe.train.merge_base,
         sensitivity=build.paths.sensitivity if any(quant_type(quant).budget for quant in paths) else None, **said_of_a_file(build),
     )  # fmt: skip
 
@@ -109,7 +109,7 @@ def _collect_importance(build: Build) -> None:
     source = max(at_hand, key=lambda path: path.stat().st_size, default=build.paths.importance_source)
     try:
         if not at_hand:
-            export(build.base.path, [Target("Q8_0", source)], adapter=build.paths.adapter)
+            export(build.base.path, [Target("Q8_0", source)], adapter=build.paths.adapter, merge_base=build.recipe.train.merge_base)
         dataset = ", ".join(one.label for one in build.sources("train"))
         collect_importance(source, [row.ids for row in rows], build.paths.importance, dataset=dataset)
     finally:
@@ -128,7 +128,7 @@ def _measure_sensitivity(build: Build) -> None:
     rows = _sample(build.rows[0], SENSITIVITY_TOKENS, lambda row: row.learned_count)
     try:
         for quant in REFERENCE_QUANTS:
-            export(build.base.path, [Target(quant, paths.sensitivity_source)], adapter=paths.adapter)
+            export(build.base.path, [Target(quant, paths.sensitivity_source)], adapter=paths.adapter, merge_base=build.recipe.train.merge_base)
             if measure_sensitivity(paths.sensitivity_source, [row.ids for row in rows], [row.learned for row in rows], paths.sensitivity,
                                    key=value_digest([step.key, quant]), importance=build.importance_file):
                 break

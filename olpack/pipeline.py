@@ -36,6 +36,7 @@ ADAPTER = "adapter"  # beside the names of quants: what the export makes of an a
 # Raised when the same inputs would no longer give the same outputs.
 # Decide memory, speed and what is told of a run, not what is learned.
 _OF_THE_MACHINE = ("train.micro_batch_tokens", "train.gradient_checkpointing", "train.gpus", "train.sharding", "train.launch", "train.trackers")
+_OF_THE_MERGE = ("train.merge_base",)  # the adapter is the same
 _OF_THE_SPEED = ("num_ctx", "num_batch", "num_gpu", "num_thread", "use_mmap")
 _VERSIONS = {"train": 1, "importance": 1, "sensitivity": 1, "export": 2, "modelfiles": 1, "deploy": 1, "compare": 1}
 
@@ -188,13 +189,15 @@ class Build:
         """All that decides the outcome of a step, by the name that a user knows it by."""
         made = {f"olpack's {stage}": _VERSIONS[stage]}
         if stage == "train":
-            settings = {key: value for key, value in self._settings("train").items() if key not in _OF_THE_MACHINE}
+            settings = {key: value for key, value in self._settings("train").items() if key not in _OF_THE_MACHINE + _OF_THE_MERGE}
             return made | {"base": self.base.digest} | self._data("train") | settings
         if stage in ("importance", "sensitivity", "export"):
             from olpack.llamacpp.source import VERSION
 
             made["llama.cpp"] = VERSION
             trained = {"training": value_digest(self.inputs("train")), "adapter": self.result("train").get("adapter_digest")}
+            if (merge_base := self.recipe.train.merge_base) != "original":
+                trained["train.merge_base"] = merge_base
             if stage == "importance":
                 return made | trained | {"tokens": IMPORTANCE_TOKENS}
             if stage == "sensitivity":

@@ -41,6 +41,7 @@ class Estimate:
         train_seconds: from a matrix product timed here, at half its rate; None on a GPU.
         fit: what training takes of a GPU's memory and how it uses it.
         weights_bytes: the frozen base in memory.
+        held: what it is held in: "nf4", or how it comes ("gptq").
         adapter_bytes: adapter, its gradients and optimizer state.
         disk_bytes: of each GGUF, exact, by quant; of a budget, about what it allows.
         temporary_bytes: what the comparison takes for as long as it runs: the unquantized fine-tune, and its logits.
@@ -60,6 +61,7 @@ class Estimate:
     train_seconds: float | None
     fit: Fit
     weights_bytes: int
+    held: str
     adapter_bytes: int
     disk_bytes: dict[str, int]
     temporary_bytes: int
@@ -114,9 +116,12 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
 
         check_suites(build.recipe.compare.suites, build.suite_folder)
     if "train" in stages:
+        from olpack.train.checks import check_training
         from olpack.train.launch import launcher
         from olpack.train.metrics import check_trackers
+        from olpack.train.model import pick_device
 
+        check_training(build.base, build.recipe.train, on_gpu=pick_device().type == "cuda")
         launcher(build.recipe.train)
         check_trackers(build.recipe.train.trackers)
         need = _adapter_parameters(build) * 4 * _CHECKPOINTS + (sum(exported.sizes.values()) if exported else 0)
@@ -167,7 +172,9 @@ def estimate(build: Build, vram: float | None = None) -> Estimate:
     import torch
 
     from olpack.memory.training import frozen_bytes
+    from olpack.packing import quantization_of
     from olpack.train.batches import schedule
+    from olpack.train.fit import stored_bytes
     from olpack.train.model import pick_device
 
     planned = [replace(step, reason="planned") for step in build.steps()]
@@ -178,7 +185,8 @@ def estimate(build: Build, vram: float | None = None) -> Estimate:
     tokens = sum(len(row.ids) for row in rows)
     parameters = exported.parameters
     full = 4 if device.type == "cpu" else 2
-    held = "nf4" if asked.quantization == "nf4" else "float32" if full == 4 else "bfloat16"
+    came = quantization_of(build.base.config).get("quant_method", "")
+    held = asked.quantization if asked.quantization != "none" else "float32" if full == 4 else "bfloat16"
     passes = asked.epochs * tokens * 4 + 2 * sum(len(row.ids) for row in held_out) * 2  # forward 2, backward of activations 2, per weight and token
     return Estimate(
         parameters=parameters,
@@ -191,7 +199,8 @@ def estimate(build: Build, vram: float | None = None) -> Estimate:
         device="cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
         train_seconds=passes * parameters / (0.5 * _matmul_rate()) if device.type == "cpu" else None,
         fit=_fit(build, rows, device, vram),
-        weights_bytes=sum(frozen_bytes(build.meta_model, held, full)),
+        weights_bytes=stored_bytes(build.base) or sum(frozen_bytes(build.meta_model, held, full)),
+        held=came or held,
         adapter_bytes=adapter * (4 + 4 + (8 if device.type == "cpu" else 2)),
         disk_bytes={quant.name: exported.sizes[quant.name] for quant in build.quants},
         temporary_bytes=_temporary_bytes(build, parameters),
@@ -210,7 +219,8 @@ def _fit(build: Build, rows: list[TokenRow], device: torch.device, vram: float |
     if vram is None and device.type == "cpu":
         return fit.on_cpu(asked)
     gpus = asked.gpus if asked.gpus != "all" else max(1, torch.cuda.device_count())
-    return fit.on_gpu(build.meta_model, rows, asked, fit.free_room(device) if vram is None else fit.card_room(vram), gpus=gpus)
+    room = fit.free_room(device) if vram is None else fit.card_room(vram)
+    return fit.on_gpu(build.meta_model, rows, asked, room, stored=fit.stored_bytes(build.base), gpus=gpus)
 
 
 def _matmul_rate() -> float:
@@ -229,8 +239,10 @@ def _matmul_rate() -> float:
 
 def _adapter_parameters(build: Build) -> int:
     from olpack.memory.training import adapter_parameters
+    from olpack.train.methods import whole_parameters
 
-    return adapter_parameters(build.meta_model, build.recipe.train.rank, build.recipe.train.target_modules)
+    asked = build.recipe.train
+    return adapter_parameters(build.meta_model, asked.rank, asked.target_modules, asked.method) + whole_parameters(build.base, asked)
 
 
 def _add_memory(needs: Table, fit: dict, held: str) -> None:
@@ -285,14 +297,13 @@ def print_plan(plan: dict) -> None:
                           f"{found['learned_tokens'] / found['train_tokens']:.0%} of them learned")
     needs.add_row("training", f"{found['steps']:,} steps ({epochs:g} epochs) on {found['device']}"
                   + (f", about {progress.duration(found['train_seconds'])}" if found["train_seconds"] else ""))
-    held = plan["settings"]["train.quantization"]["value"]
     if found["fit"]["training"]:
         needs.add_row("adapter", f"{found['adapter_parameters']:,} weights")
-        _add_memory(needs, found["fit"], held)
+        _add_memory(needs, found["fit"], found["held"])
     else:
         size = progress.quantity(found["adapter_bytes"], "B")
         needs.add_row("adapter", f"{found['adapter_parameters']:,} weights, {size} with gradients and optimizer")
-        needs.add_row("frozen base", f"{progress.quantity(found['weights_bytes'], 'B')} in memory as {held}, activations and logits besides "
+        needs.add_row("frozen base", f"{progress.quantity(found['weights_bytes'], 'B')} in memory as {found['held']}, activations and logits besides "
                                      "(`--vram 24` plans for a GPU of 24 GiB)")  # fmt: skip
     files = ", ".join(f"{quant} {progress.quantity(size, 'B')}" for quant, size in found["disk_bytes"].items())
     needs.add_row("disk", f"{progress.quantity(sum(found['disk_bytes'].values()), 'B')}: {files}; no intermediate files")

@@ -13,7 +13,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)  # fmt: skip
 
 from olpack.data.rows import Form as _Form
 from olpack.deploy.names import check_name
@@ -98,17 +110,41 @@ class Data(_Section):
         return [source if source.form or self.form == "auto" else source.model_copy(update={"form": self.form}) for source in named]
 
 
+_SOFT_PROMPTS = ("prompt-tuning", "prompt", "prefix-tuning", "prefix", "p-tuning", "ptuning", "soft-prompt")
+
+
+def _no_soft_prompt(value: Any) -> Any:
+    """Methods that people ask for and that nothing here can ship, with the reason."""
+    asked = str(value).lower().replace("_", "-")
+    if asked in _SOFT_PROMPTS:
+        raise ValueError(f"{value} learns vectors that stand before the prompt, and a GGUF has no place for them; lora and dora go into its weights")
+    if asked in ("ia3", "(ia)3"):
+        raise ValueError("ia3 only rescales what layers put out, and is not offered; vera is as small and learns more")
+    return value
+
+
 class Train(_Section):
-    quantization: Literal["nf4", "none"] = "nf4"
-    """How the frozen base is held: 4-bit NormalFloat with double quantization (QLoRA), or unquantized (LoRA)."""
+    method: Annotated[Literal["lora", "rslora", "dora", "vera"], BeforeValidator(_no_soft_prompt)] = "lora"
+    """What is trained: `lora`, `rslora` (scaled by alpha / √rank), `dora` (norms besides), or `vera` (vectors between shared random matrices)."""
+    initialization: Literal["default", "pissa", "loftq"] = "default"
+    """Where lora and rslora begin: with no change, on the weight's principal components (`pissa`), or on what quantization lost (`loftq`)."""
+    quantization: Literal["nf4", "fp4", "int8", "hqq4", "hqq8", "none"] = "nf4"
+    """How the frozen base is held: 4-bit NormalFloat (QLoRA) or float, 8-bit integers (LLM.int8), HQQ in 4 or 8 bits, or unquantized.
+    A base that comes quantized (GPTQ, AWQ, …) is held as it is."""
+    double_quantization: bool = True
+    """Quantize the scales of nf4 and fp4, too: 0.4 bits a weight less."""
+    merge_base: Literal["original", "dequantized"] = "original"
+    """What the adapter is added to: the original weights, or what training saw in their place once they were quantized."""
     rank: Annotated[int, Field(ge=1, le=1024)] = 16
-    """Rank of the low-rank update."""
+    """Rank of the low-rank update. For vera, whose matrices are shared and not learned, 256 is usual."""
     alpha: Annotated[float, Field(gt=0)] = 32
-    """The update is scaled by alpha / rank."""
+    """The update is scaled by alpha / rank. Nothing to vera."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input."""
     target_modules: str | list[str] = "all-linear"
-    """Layers that get an adapter: `all-linear` (every linear layer but the output head) or a list of names."""
+    """Layers that get an adapter: `all-linear` (every linear layer of the text model but the output head) or a list of names."""
+    modules_to_save: list[str] = Field(default_factory=list)
+    """Modules that are trained as a whole besides and replaced in the export, such as embed_tokens, lm_head or norm."""
     epochs: Annotated[float, Field(gt=0)] = 2
     """Passes over the training rows."""
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-4
@@ -143,6 +179,15 @@ class Train(_Section):
     """A launcher in place of `gpus`: `torchrun --nproc-per-node 2`, `accelerate launch --num-processes 2`, with any of its own settings."""
     trackers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
     """Where metrics go besides `metrics.jsonl`: TensorBoard's files in `build/NAME/tensorboard`, Weights & Biases."""
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Train:
+        if self.initialization != "default" and self.method in ("dora", "vera"):
+            raise ValueError(f"initialization: {self.initialization} goes with method lora or rslora, not with {self.method}.")
+        if self.quantization == "none" and (self.initialization == "loftq" or self.merge_base == "dequantized"):
+            asked = "initialization: loftq" if self.initialization == "loftq" else "merge_base: dequantized"
+            raise ValueError(f"{asked} is about what quantization loses, and quantization: none loses nothing.")
+        return self
 
 
 class Message(_Section):
@@ -292,6 +337,16 @@ class Recipe(_Section):
             raise ValueError("export goes with package: merged; the quants of a base are shared by packages, and none of them decides for the others.")
         if self.package == "adapter" and (budgets := [name for name in self.quants if quant_type(name).budget]):
             raise ValueError(f"{budgets[0]} goes with package: merged; its types are chosen by what this package's training rows lose.")
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_file_is_plain(self) -> Recipe:
+        asked = self.train
+        wrong = [f"method: {asked.method}"] if asked.method in ("dora", "vera") else []
+        wrong += ["modules_to_save"] if asked.modules_to_save else []
+        wrong += ["merge_base: dequantized"] if asked.merge_base == "dequantized" else []
+        if self.package == "adapter" and wrong:
+            raise ValueError(f"train.{wrong[0]} goes with package: merged; a LoRA file for a shared base only adds products of two matrices.")
         return self
 
     @property

@@ -126,15 +126,15 @@ def _yardstick(build: Build):
     from olpack.export import export as write_files
     from olpack.llamacpp.source import VERSION
 
-    training = build.result("train")["adapter_digest"]
+    training, merge_base = build.result("train")["adapter_digest"], build.recipe.train.merge_base
 
     def write(quant: str, path: Path, adapter: Path | None) -> None:
-        write_files(build.base.path, [Target(quant, path)], adapter=adapter, **said_of_a_file(build))
+        write_files(build.base.path, [Target(quant, path)], adapter=adapter, merge_base=merge_base, **said_of_a_file(build))
 
     return Yardstick(
         folder=build.paths.compare / "temporary",
         write_reference=partial(write, adapter=build.paths.adapter),
-        reference_key=value_digest([build.base.digest, training, VERSION]),
+        reference_key=value_digest([build.base.digest, training, VERSION, *([merge_base] if merge_base != "original" else [])]),
         write_base=partial(write, adapter=None),
         base_key=value_digest([build.base.digest, VERSION]),
         base_quant=max(quant_files(build), key=lambda file: (file.quant == "Q8_0", file.size)).quant,

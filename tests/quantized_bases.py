@@ -23,15 +23,35 @@ def _pack(values: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
     return packed.to(torch.int32).movedim(-1, dim).contiguous()  # the highest bit becomes the sign
 
 
+def _affine(values: torch.Tensor, bits: int, dim: int) -> Packed:
+    """Scales, float16, and zero points, int64, that map the range of the values along a dimension to unsigned integers."""
+    low, high = values.amin(dim), values.amax(dim)
+    scales = ((high - low) / (2**bits - 1)).half()
+    return scales, (-low / scales.float()).round().clamp(0, 2**bits - 1).long()
+
+
+def _centres(points: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` points that stand for all of them: a few rounds of k-means on some."""
+    some = points[torch.randperm(len(points))[: 4 * count]]
+    centres = some[torch.randperm(len(some))[:count]].clone()
+    for _ in range(4):
+        nearest = torch.cdist(some, centres).argmin(1)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, some)
+        counts = torch.bincount(nearest, minlength=count).unsqueeze(1)
+        centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
+    return centres
+
+
 def gptq(bits: int, layout: str) -> tuple[dict, Callable[[torch.Tensor], Packed]]:
     """GPTQ: the layouts differ in whether zero points are stored less one. Columns belong to groups in no order, as with desc_act."""
 
     def quantize(weight: torch.Tensor) -> Packed:
-        rows, columns = weight.shape
+        columns = weight.shape[1]
         groups = columns // GROUP
         group_of = (torch.arange(columns) % groups).to(torch.int32)
-        scales = (0.5 + torch.rand(groups, rows)).mul(2 * weight.abs().max() / 2**bits).half()
-        zeros = torch.randint(1, 2**bits, (groups, rows))
+        by_group = torch.stack([weight[:, group_of == group] for group in range(groups)])  # [groups, rows, columns of a group]
+        scales, zeros = _affine(by_group, bits, 2)
+        zeros = zeros.clamp(min=1)
         integers = (weight.T / scales[group_of].float() + zeros[group_of]).round().clamp(0, 2**bits - 1).int()
         parts = {
             "qweight": _pack(integers, bits, 0), "qzeros": _pack(zeros - int(layout == "gptq"), bits, 1), "scales": scales, "g_idx": group_of,
@@ -49,9 +69,7 @@ def awq() -> tuple[dict, Callable[[torch.Tensor], Packed]]:
         return values.reshape(len(values), -1, 8)[..., order].reshape(len(values), -1)
 
     def quantize(weight: torch.Tensor) -> Packed:
-        rows, columns = weight.shape
-        scales = (0.5 + torch.rand(columns // GROUP, rows)).mul(weight.abs().max() / 8).half()
-        zeros = torch.randint(0, 16, scales.shape)
+        scales, zeros = _affine(weight.T.unflatten(0, (-1, GROUP)), 4, 1)
         spread, shift = (part.repeat_interleave(GROUP, 0) for part in (scales.float(), zeros))
         integers = (weight.T / spread + shift).round().clamp(0, 15).int()
         return {"qweight": _pack(interleaved(integers), 4, 1), "qzeros": _pack(interleaved(zeros), 4, 1), "scales": scales}, (
@@ -59,6 +77,63 @@ def awq() -> tuple[dict, Callable[[torch.Tensor], Packed]]:
         ).T
 
     return {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True}, quantize
+
+
+def hqq(bits: int, axis: int) -> tuple[dict, Callable[[torch.Tensor], Packed]]:
+    """HQQ: codes in groups of neighbours or across the rows; the first part of the codes is in the highest bits of a byte."""
+
+    def quantize(weight: torch.Tensor) -> Packed:
+        values = weight.reshape(-1, GROUP) if axis == 1 else weight.reshape(GROUP, -1)
+        low, high = values.amin(axis, keepdim=True), values.amax(axis, keepdim=True)
+        scale = ((high - low) / (2**bits - 1)).half()
+        zero = (-low / scale.float()).half()  # not rounded
+        codes = (values / scale.float() + zero.float()).round().clamp(0, 2**bits - 1).byte()
+        packed = sum(part << shift for part, shift in zip(codes.chunk(8 // bits), range(8 - bits, -1, -bits), strict=True))
+        parts = {"W_q": packed, "scale": scale, "zero": zero, "nbits": torch.tensor(bits, dtype=torch.int32), "shape": torch.tensor(weight.shape),
+                 "axis": torch.tensor(axis, dtype=torch.int32), "encoded_state_dict": torch.tensor(1, dtype=torch.uint8)}  # fmt: skip
+        return parts, ((codes - zero.float()) * scale.float()).reshape(weight.shape)
+
+    return {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": bits, "group_size": GROUP, "axis": axis}}}, quantize
+
+
+def aqlm(rows_of_group: int, bits: int) -> tuple[dict, Callable[[torch.Tensor], Packed]]:
+    """AQLM: each block of the weight is the sum of two vectors from two codebooks, times a scale for its rows. Codes are stored signed."""
+
+    def quantize(weight: torch.Tensor) -> Packed:
+        rows, columns = weight.shape
+        scales = weight.reshape(rows // rows_of_group, -1).std(1).view(-1, 1, 1, 1)
+        wanted = weight.reshape(rows // rows_of_group, rows_of_group, -1, 8).swapaxes(1, 2) / scales  # [row groups, column groups, rows, 8]
+        left, codes, books = wanted.flatten(2).flatten(0, 1), [], []
+        for _ in range(2):
+            book = _centres(left, 2**bits)
+            codes.append(torch.cdist(left, book).argmin(1))
+            books.append(book.view(-1, rows_of_group, 8))
+            left = left - book[codes[-1]]
+        codes, books = torch.stack(codes, 1).view(*wanted.shape[:2], 2), torch.stack(books)
+        blocks = (books[0][codes[..., 0]] + books[1][codes[..., 1]]) * scales
+        signed = torch.where(codes >= 2 ** (bits - 1), codes - 2**bits, codes).to(torch.int8 if bits <= 8 else torch.int16)
+        return {"codes": signed, "codebooks": books, "scales": scales}, blocks.permute(0, 2, 1, 3).reshape(rows, columns)
+
+    return {"quant_method": "aqlm", "in_group_size": 8, "out_group_size": rows_of_group, "num_codebooks": 2, "nbits_per_codebook": bits}, quantize
+
+
+def eetq() -> tuple[dict, Callable[[torch.Tensor], Packed]]:
+    """EETQ: int8 with a scale for each row, step by step as its preprocessing for GPUs since Turing orders them."""
+
+    def quantize(weight: torch.Tensor) -> Packed:
+        rows, columns = weight.shape
+        scales = (weight.abs().amax(1) / 128).half()
+        integers = (weight / scales.float().unsqueeze(1)).round().clamp(-128, 127).to(torch.int8)
+        moved = torch.empty_like(integers.T)  # [columns, rows]
+        for tile_row in range(16):
+            moved[tile_row::16] = integers.T[8 * (tile_row % 4 // 2) + tile_row % 2 + 2 * (tile_row // 4) :: 16]
+        pairs = moved.T.reshape(rows // 2, 2, columns // 64, 64)
+        order = torch.stack([pairs[:, 0], pairs[:, 1]], dim=2).flatten()  # in each tile of 64 columns first the one row, then the other
+        stored = (order.short() + 128).to(torch.uint8).view(-1, 4)
+        stored[:, [1, 2]] = stored[:, [2, 1]]
+        return {"weight": stored.view(torch.int8).view(columns, rows), "weight_scales": scales}, integers.float() * scales.float().unsqueeze(1)
+
+    return {"quant_method": "eetq", "weights": "int8"}, quantize
 
 
 def fp8(block: tuple[int, int] | None) -> tuple[dict, Callable[[torch.Tensor], Packed]]:
@@ -114,6 +189,12 @@ BY_HAND = {
     "gptq-4": gptq(4, "gptq"),
     "gptq-8": gptq(8, "gptq_v2"),
     "awq": awq(),
+    "hqq-4": hqq(4, axis=1),
+    "hqq-8-across": hqq(8, axis=0),
+    "hqq-2-across": hqq(2, axis=0),
+    "eetq": eetq(),
+    "aqlm": aqlm(1, 8),
+    "aqlm-blocks": aqlm(2, 9),
     "fp8-blocks": fp8((128, 128)),
     "fp8-tensor": fp8(None),
     "compressed-4": compressed_in_4_bits(symmetric=True),

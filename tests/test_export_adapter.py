@@ -23,6 +23,8 @@ ADAPTERS = {
     "embedding": ("llama", "float32", {"target_modules": ["embed_tokens", "lm_head", "v_proj"]}),
     "bfloat16": ("qwen2", "bfloat16", {}),
     "dora": ("qwen3", "float32", {"use_dora": True, "use_rslora": True, "rank_pattern": {"k_proj": 8}}),
+    "vera": ("qwen3", "float32", {"vera": True, "r": 16}),
+    "vera-with-a-norm": ("qwen2", "float32", {"vera": True, "target_modules": ["q_proj", "down_proj"], "modules_to_save": ["norm"]}),
     "dora-embedding": ("llama", "float32", {"use_dora": True, "target_modules": ["embed_tokens", "o_proj"]}),
 }
 
@@ -96,7 +98,7 @@ def refused(base: Path, adapter: Path) -> str:
 
 
 @pytest.mark.parametrize(("settings", "reason"), [
-    ({"peft_type": "IA3"}, "of the kind IA3, and only LoRA can be merged"),
+    ({"peft_type": "IA3"}, "of the kind IA3, and only LoRA and VeRA can be merged"),
     ({"use_dora": True}, "lacks the norms of DoRA for 'model.layers.0.self_attn.q_proj', and its configuration says use_dora: true"),
     ({"init_lora_weights": "olora"}, "began as 'olora', which also changes the base's weights. Merge it with peft where it was trained"),
     ({"lora_bias": True}, "uses biases in its B matrices (lora_bias)"),
@@ -121,6 +123,11 @@ def test_an_adapter_for_another_base_is_refused(base, tmp_path):
 def test_a_change_of_a_tied_matrix_is_refused(base, tmp_path):
     adapter = write_adapter(tmp_path / "adapter", base, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
     assert "uses one matrix as embedding and as output layer" in refused(base, adapter)
+
+
+def test_a_vera_without_its_shared_matrices_is_refused(base, tmp_path):
+    adapter = write_adapter(tmp_path / "adapter", base, vera=True, save_projection=False)
+    assert "and no 'base_model.vera_A'. Save it with save_projection: true" in refused(base, adapter)
 
 
 def test_half_an_adapter_is_refused(base, adapter):

@@ -80,9 +80,7 @@ def settle(folder: Path, **settings: object) -> None:
 
 
 @pytest.mark.parametrize(("method", "reason"), [
-    ("hqq", "is quantized by HQQ, whose settings only its library can unpack"),
-    ("eetq", "is quantized by EETQ"),
-    ("aqlm", "is quantized by AQLM, sums of vectors from codebooks"),
+    ("vptq", "is quantized by VPTQ, vectors from codebooks"),
     ("auto-round", "which has several packings of its own, and cannot be dequantized here. Export it from AutoRound again in the format auto_gptq."),
     ("of-tomorrow", "is quantized by 'of-tomorrow', which llama.cpp's converter does not know. Take the original model in 16 bits"),
 ])  # fmt: skip

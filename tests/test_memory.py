@@ -153,7 +153,7 @@ def test_experts_and_what_of_them_is_active(tmp_path):
     assert sum(map(math.prod, model.checkpoint().values())) == model.parameters.total
     # bitsandbytes leaves stacked experts alone.
     assert sum(frozen_bytes(model, "nf4")) > 2 * model.parameters.experts
-    assert estimate_training(model, rank=16, tokens=64, quantized=True).total(checkpointing=True) is not None
+    assert estimate_training(model, rank=16, tokens=64, precision="nf4").total(checkpointing=True) is not None
 
 
 # -- transformers, bitsandbytes, peft ------------------------------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ MEASURED = [(LLAMA, 1024, 2048, 3953.8, 889.4), (LLAMA, 128256, 2048, 7303.4, 38
 @pytest.mark.parametrize(("config", "vocabulary", "tokens", "kept", "checkpointed"), MEASURED)
 def test_a_plain_training_step_takes_what_a_gpu_showed(config, vocabulary, tokens, kept, checkpointed):
     model = MetaModel({**config, "vocab_size": vocabulary}, "shape")
-    found = estimate_training(model, rank=16, tokens=tokens, quantized=False, fused=False)
+    found = estimate_training(model, rank=16, tokens=tokens, precision="bfloat16", fused=False)
     before = found.weights + found.adapter + found.optimizer
     assert found.total(checkpointing=False) - before == pytest.approx(kept * 1e6, rel=0.03)
     assert found.total(checkpointing=True) - before == pytest.approx(checkpointed * 1e6, rel=0.03)
@@ -217,7 +217,7 @@ def test_a_plain_training_step_takes_what_a_gpu_showed(config, vocabulary, token
 def test_65_billion_parameters_are_tuned_on_48_gigabytes():
     config = {"model_type": "llama", "hidden_size": 8192, "intermediate_size": 22016, "num_hidden_layers": 80, "num_attention_heads": 64,
               "vocab_size": 32000}  # fmt: skip
-    found = estimate_training(MetaModel(config, "LLaMA 65B"), rank=64, tokens=512, quantized=True)
+    found = estimate_training(MetaModel(config, "LLaMA 65B"), rank=64, tokens=512, precision="nf4")
     assert 34e9 < found.total(checkpointing=True) < 48e9
     assert 4 * found.checkpointed < found.activations
 
@@ -226,10 +226,10 @@ def test_olpacks_own_functions_keep_what_they_say():
     # benchmarks/train_8b.md: 8,192 tokens more took 28.1 GiB more without checkpointing, 0.7 GiB of them for gradients that now take the
     # place of what they are computed from.
     model = MetaModel({**LLAMA, "num_hidden_layers": 2, "vocab_size": 128256}, "shape")
-    less, more = (estimate_training(model, rank=16, tokens=tokens, quantized=True) for tokens in (8192, 16384))
+    less, more = (estimate_training(model, rank=16, tokens=tokens, precision="nf4") for tokens in (8192, 16384))
     layers = 32 * (sum(more.layer.values()) - sum(less.layer.values()))
     assert layers + more.working - less.working == pytest.approx((28.1 - 0.7) * (1 << 30), rel=0.05)
-    plain = estimate_training(model, rank=16, tokens=8192, quantized=True, fused=False)
+    plain = estimate_training(model, rank=16, tokens=8192, precision="nf4", fused=False)
     assert plain.total(checkpointing=True) > less.total(checkpointing=True)
 
 

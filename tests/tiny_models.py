@@ -81,16 +81,38 @@ def write_model(
     return folder
 
 
-def write_adapter(folder: Path, model: Path, *, seed: int = 1, **settings: object) -> Path:
-    """A LoRA adapter of rank 4 on all linear layers whose B is not zero, so that it changes something."""
+def write_vision_model(folder: Path, *, dtype: str = "float32") -> Path:
+    """A Gemma 3 that sees: a text model of two layers and a vision tower whose layers have the same names, with tied embeddings."""
     import torch
-    from peft import LoraConfig, get_peft_model
+    from tokenizers import Tokenizer
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    write_tokenizer(folder)
+    size = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()  # the converter cuts the embedding to it
+    text = {
+        "vocab_size": size, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 256, "sliding_window": 128, "query_pre_attn_scalar": 64,
+        "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0,
+    }  # fmt: skip
+    vision = {"hidden_size": 64, "intermediate_size": 72, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=size - 1,
+                          boi_token_index=size - 2, eoi_token_index=size - 3, tie_word_embeddings=True)  # fmt: skip
+    torch.manual_seed(0)
+    Gemma3ForConditionalGeneration(config).to(getattr(torch, dtype)).save_pretrained(folder)
+    return folder
+
+
+def write_adapter(folder: Path, model: Path, *, seed: int = 1, vera: bool = False, **settings: object) -> Path:
+    """A LoRA or VeRA adapter of rank 4 on all linear layers whose B is not zero, so that it changes something."""
+    import torch
+    from peft import LoraConfig, VeraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    scaled = {} if vera else {"lora_alpha": 8}
     adapted = get_peft_model(
-        base, LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **settings})
+        base, (VeraConfig if vera else LoraConfig)(**{"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **scaled, **settings})
     )
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad and "lora_A" not in name:

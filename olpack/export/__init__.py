@@ -69,6 +69,7 @@ def export(
     tensor_types: Mapping[str, str] = {},
     sensitivity: Path | None = None,
     split: int | None = None,
+    merge_base: Literal["original", "dequantized"] = "original",
 ) -> list[ExportedFile]:
     """Write every target in one pass. All of them appear under their names when all are complete, or none does.
 
@@ -77,9 +78,9 @@ def export(
 
     Args:
         source: folder of a Hugging Face model (config.json, tokenizer, safetensors), or a GGUF in F16, BF16 or F32. Weights stored by GPTQ,
-            bitsandbytes, compressed-tensors or in fp8 are dequantized first (olpack.export.quantized).
+            AWQ, HQQ, AQLM, bitsandbytes, compressed-tensors or in fp8 are dequantized first (olpack.export.quantized).
         targets: the files to write, each with another path.
-        adapter: folder of a LoRA adapter in peft's format; W + scale * B @ A is computed in float32 for each tensor.
+        adapter: folder of a LoRA or VeRA adapter in peft's format; W + scale * B @ A is computed in float32 for each tensor.
         name: `general.name` of the files; by default what llama.cpp reads from the model card or the folder's name.
         chat_template: Jinja, goes into the files unchanged in place of the tokenizer's own.
         end_of_turn: the token that ends a turn ("<|im_end|>"), recorded as `tokenizer.ggml.eot_token_id` where it is not the
@@ -95,6 +96,7 @@ def export(
         sensitivity: what `measure_sensitivity` wrote of this model. Targets whose quant is a budget ("4.6bpw", "5GB") need it.
         split: most bytes of one file. A larger GGUF becomes several, "model-00001-of-00003.gguf" and so on in place of "model.gguf", which
             llama.cpp loads by the first and Ollama does not take.
+        merge_base: what the adapter is added to: the weights as they are stored, or as olpack held them while it trained the adapter.
 
     Returns:
         One entry per target, in the order of the targets.
@@ -108,7 +110,7 @@ def export(
         return converter.export(
             source, targets, adapter=adapter, name=name, chat_template=chat_template, end_of_turn=end_of_turn,
             metadata=metadata, round_to_bf16=round_to_bf16, threads=threads, importance=importance, tensor_types=tensor_types,
-            sensitivity=sensitivity, split=split,
+            sensitivity=sensitivity, split=split, merge_base=merge_base,
         )  # fmt: skip
 
 

@@ -1,8 +1,9 @@
-"""A LoRA adapter in peft's format: what it changes, and the change itself, tensor by tensor.
+"""A LoRA or VeRA adapter in peft's format: what it changes, and the change itself, tensor by tensor.
 
 The merge of one weight is W + scale * (B @ A) in float32, as in "LoRA: Low-Rank Adaptation of Large Language Models" (Hu et al.,
 2021), with scale = alpha / r, or alpha / sqrt(r) for rank-stabilized adapters (Kalajdzievski, 2023). DoRA (Liu et al., 2024) then gives
-each output's column of weights a trained norm: m * W' / |W'|.
+each output's column of weights a trained norm: m * W' / |W'|. VeRA (Kopiczko et al., 2024) learns two vectors for each weight between random
+matrices that all weights share, cut to the weight's size: (b * B) @ (d * A).
 """
 
 from __future__ import annotations
@@ -13,16 +14,20 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from olpack.errors import OlpackError
 from olpack.export.folder import TensorHeader, read_safetensors_header
+from olpack.held import Held
 
 if TYPE_CHECKING:
     import torch
 
 _PREFIX = "base_model.model."
 _NORMS = "lora_magnitude_vector"
+_VECTORS = ("vera_lambda_b", "vera_lambda_d")
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
+_SHARED = ("base_model.vera_A", "base_model.vera_B")
 
 # Settings of peft under which W + scale * B @ A is not what was trained, and what they mean.
 _REFUSED = {
@@ -46,6 +51,18 @@ class LowRank:
     scale: float
     transposed: bool  # the base stores this weight as [in, out]
     magnitude: str | None = None  # the name of DoRA's norms, [out]
+    vectors: tuple[str, str] | None = None  # the names of VeRA's vectors, [out] and [rank]
+
+    def factors(self, file: Any, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """B [rows, rank] and A [rank, columns] in float32, from the open safetensors. Cloned, because the last bit of a product depends on how
+        its factors are aligned, and in the file they are anyhow."""
+        import torch
+
+        a, b = (file.get_tensor(name).to(torch.float32).clone() for name in (self.a, self.b))
+        if self.vectors is None:
+            return b, a
+        outer, inner = (file.get_tensor(name).to(torch.float32).unsqueeze(-1) for name in self.vectors)
+        return outer * b[:rows], inner * a[:, :columns]
 
 
 @dataclass(frozen=True)
@@ -56,16 +73,19 @@ class Adapter:
         file: its safetensors.
         low_rank: weights that get an addition.
         replaced: tensors that were trained as a whole (`modules_to_save`, biases), by the name in the adapter's file.
+        held: how training held the base, where the adapter is to be added to that; with the weights that were held so.
     """
 
     file: Path
     low_rank: dict[str, LowRank]
     replaced: dict[str, str]
+    held: Held | None = None
+    held_weights: frozenset[str] = frozenset()
 
     @property
     def tensors(self) -> set[str]:
         """The base's tensors that are changed."""
-        return {*self.low_rank, *self.replaced}
+        return {*self.low_rank, *self.replaced, *self.held_weights}
 
     def apply(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """The changed tensor in float32.
@@ -81,11 +101,14 @@ class Adapter:
             if name in self.replaced:  # for a targeted embedding peft saves the base's matrix too
                 weight = file.get_tensor(self.replaced[name])
             if name not in self.low_rank:
-                return weight.to(torch.float32)
+                return self.held.round_trip(weight) if name in self.held_weights else weight.to(torch.float32)
             change = self.low_rank[name]
-            # Cloned, because the last bit of a product depends on how its factors are aligned, and in the file they are anyhow.
-            product = file.get_tensor(change.b).to(torch.float32).clone() @ file.get_tensor(change.a).to(torch.float32).clone()
+            rows, columns = weight.shape[::-1] if change.transposed else weight.shape
+            b, a = change.factors(file, rows, columns)
             norms = file.get_tensor(change.magnitude).to(torch.float32) if change.magnitude else None
+        if name in self.held_weights:
+            weight, b, a = self._as_held(weight, b, a, change.scale)
+        product = b @ a
         # In place: a further matrix of the weight's size would cost as much time as the product itself.
         changed = (product.T if change.transposed else product).mul_(change.scale).add_(weight)
         if norms is None:
@@ -94,13 +117,26 @@ class Adapter:
         factor = norms / torch.linalg.norm(changed.T if change.transposed else changed, dim=1)
         return changed.mul_(factor.view(1, -1) if change.transposed else factor.view(-1, 1))
 
+    def _as_held(self, weight: torch.Tensor, b: torch.Tensor, a: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The weight that training saw, and the B and A that it added to it. The second half of an adapter that did not begin at zero is what it
+        began with, negated: PiSSA had taken that out of the weight before it was quantized, LoftQ had not."""
+        import torch
 
-def read_adapter(folder: Path, base: Mapping[str, TensorHeader]) -> Adapter:
+        if self.held.initialization == "default":
+            return self.held.round_trip(weight), b, a
+        rank = len(a) // 2
+        if self.held.initialization == "pissa":
+            weight = weight.to(getattr(torch, self.held.dtype)).float() + scale * (b[:, rank:] @ a[rank:])
+        return self.held.round_trip(weight), b[:, :rank].contiguous(), a[:rank]
+
+
+def read_adapter(folder: Path, base: Mapping[str, TensorHeader], *, dequantized: bool = False) -> Adapter:
     """Read an adapter's configuration and header, and find the base's tensor for each of its own.
 
     Args:
         folder: holds adapter_config.json and adapter_model.safetensors.
         base: the base's tensors by their names in its checkpoint, those of a quantized one as `dequantized_headers` gives them.
+        dequantized: add to the weights as training held them, which `settings.json` beside the adapter tells.
 
     Raises:
         OlpackError: no LoRA adapter, a kind that cannot be merged this way, or one for another base.
@@ -112,7 +148,7 @@ def read_adapter(folder: Path, base: Mapping[str, TensorHeader]) -> Adapter:
             f"'{folder}' has no adapter_model.safetensors.", "Save the adapter with save_pretrained (safetensors, not pickle)."
         )
     header = read_safetensors_header(file)
-    names = _BaseNames(base, config)
+    names = BaseNames(base, config)
 
     low_rank: dict[str, LowRank] = {}
     replaced: dict[str, str] = {}
@@ -139,6 +175,19 @@ def read_adapter(folder: Path, base: Mapping[str, TensorHeader]) -> Adapter:
             if magnitude is not None:
                 _expect_shape(folder, magnitude, header[magnitude].shape, base[name].shape[1:] if transposed else base[name].shape[:1])
             low_rank[name] = LowRank(key, other, _scale(config, module, rank=found.shape[0]), transposed, magnitude)
+        elif kind == _VECTORS[0]:
+            vectors = key, key.replace(*_VECTORS)
+            if lost := [part for part in (*_SHARED, vectors[1]) if part not in header]:
+                raise OlpackError(f"The adapter '{folder}' has '{key}' and no '{lost[0]}'.",
+                                  "Save it with save_projection: true in its configuration.")
+            name = names.find(f"{module}.weight")
+            transposed, (a, b) = bool(config.get("fan_in_fan_out")), _SHARED
+            rows, columns = base[name].shape[::-1] if transposed else base[name].shape
+            if header[key].shape != (rows,) or header[b].shape[0] < rows or header[a].shape[1] < columns:
+                _expect_shape(folder, key, (header[key].shape[0], header[a].shape[1]), (rows, columns))
+            low_rank[name] = LowRank(a, b, 1.0, transposed, vectors=vectors)
+        elif kind in (_VECTORS[1], "shared"):
+            pass  # read with the vector of the rows
         elif kind == _NORMS:
             if not any(header.keys() & {f"{_PREFIX}{module}.{a}" for a in ("lora_A.weight", "lora_embedding_A")}):
                 raise OlpackError(f"The adapter '{folder}' has '{key}' without its A matrix.", "It was not saved completely: save it again.")
@@ -146,7 +195,24 @@ def read_adapter(folder: Path, base: Mapping[str, TensorHeader]) -> Adapter:
             raise OlpackError(f"The adapter '{folder}' has '{key}' without its A matrix.", "It was not saved completely: save it again.")
     if not low_rank and not replaced:
         raise OlpackError(f"The adapter '{folder}' changes nothing: its file holds no tensors.", "Train it again.")
-    return Adapter(file, low_rank, replaced)
+    if not dequantized:
+        return Adapter(file, low_rank, replaced)
+    held = read_held(folder)
+    return Adapter(file, low_rank, replaced, held, frozenset(names.find(f"{module}.weight") for module in held.modules))
+
+
+def read_held(folder: Path) -> Held:
+    """How training held the base of an adapter.
+
+    Raises:
+        OlpackError: olpack did not train it, or on a base that it did not quantize.
+    """
+    path = folder / "settings.json"
+    found = json.loads(path.read_text(encoding="utf-8")).get("held") if path.is_file() else None
+    if found is None:
+        raise OlpackError(f"The adapter '{folder}' does not say how olpack quantized its base, so there are no weights that training saw instead.",
+                          "Set `train.merge_base: original`.")
+    return Held(**found)
 
 
 def _read_config(folder: Path) -> dict:
@@ -158,8 +224,8 @@ def _read_config(folder: Path) -> dict:
         kind = config.get("peft_type")
     except (ValueError, AttributeError) as error:
         raise OlpackError(f"'{path}' is no valid adapter configuration: {error}.", "Save the adapter again.") from error
-    if kind != "LORA":
-        raise OlpackError(f"The adapter '{folder}' is of the kind {kind}, and only LoRA can be merged.", "Train a LoRA adapter.")
+    if kind not in ("LORA", "VERA"):
+        raise OlpackError(f"The adapter '{folder}' is of the kind {kind}, and only LoRA and VeRA can be merged.", "Train a LoRA adapter.")
     for setting, meaning in _REFUSED.items():
         if config.get(setting):
             raise OlpackError(
@@ -177,6 +243,8 @@ def _read_config(folder: Path) -> dict:
 
 def _parse(key: str, folder: Path) -> tuple[str, str]:
     """(module, "lora_A"), or (tensor, "whole") for one that was trained as a whole."""
+    if key in _SHARED:
+        return key, "shared"
     if not key.startswith(_PREFIX):
         raise OlpackError(f"The adapter '{folder}' holds '{key}', a name that peft does not give.", "Save it with peft's save_pretrained.")
     name = key.removeprefix(_PREFIX)
@@ -184,6 +252,8 @@ def _parse(key: str, folder: Path) -> tuple[str, str]:
     if match:
         module, kind = (found for found in match.groups() if found)
         return module, kind
+    if match := re.fullmatch(rf"(.+)\.({'|'.join(_VECTORS)})", name):
+        return match[1], match[2]
     if ".lora_" in name:
         raise OlpackError(
             f"The adapter '{folder}' holds '{key}', which a plain LoRA merge would lose.",
@@ -212,7 +282,7 @@ def _scale(config: dict, module: str, rank: int) -> float:
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
-class _BaseNames:
+class BaseNames:
     """The base's name for a tensor that peft names after the module tree.
 
     The two differ for models that a checkpoint nests otherwise than the class does ("language_model.model.layers…" and
@@ -226,14 +296,22 @@ class _BaseNames:
         self._short: dict[str, str] = {}
         for name in base:
             self._short[self._shorten(name)] = name
-        self._tied = "lm_head" not in {name.split(".")[-2] for name in base if "." in name} and not config.get("ensure_weight_tying")
+        self._shared = "lm_head" not in {name.split(".")[-2] for name in base if "." in name}
+        self._kept_shared = bool(config.get("ensure_weight_tying"))
 
     def _shorten(self, name: str) -> str:
         return ".".join(part for part in name.split(".") if part not in self._CONTAINERS)
 
     def find(self, name: str) -> str:
+        """The base's name of a tensor.
+
+        Raises:
+            OlpackError: the base has no such tensor, or it is the shared embedding and the adapter does not say that it keeps it shared.
+        """
         module = name.rpartition(".")[0].rpartition(".")[2]
-        if self._tied and module in ("lm_head", "embed_tokens", "wte"):
+        if self._shared and self._kept_shared and module == "lm_head":  # peft saves the shared matrix under both names
+            name = next((known for known in self._base if known.endswith(_EMBEDDINGS)), name)
+        if self._shared and not self._kept_shared and module in ("lm_head", "embed_tokens", "wte"):
             raise OlpackError(
                 f"The adapter changes '{module}', and the base uses one matrix as embedding and as output layer.",
                 f"Train without '{module}', or with ensure_weight_tying: true in peft's configuration.",

@@ -77,7 +77,7 @@ class Converter:
         self, source: Path, targets: Sequence[Target], *, adapter: Path | None = None, name: str | None = None,
         chat_template: str | None = None, end_of_turn: str | None = None, metadata: Mapping[str, str] | None = None,
         round_to_bf16: bool = False, threads: int | None = None, importance: Path | None = None, tensor_types: Mapping[str, str] = {},
-        sensitivity: Path | None = None, split: int | None = None,
+        sensitivity: Path | None = None, split: int | None = None, merge_base: Literal["original", "dequantized"] = "original",
     ) -> list[ExportedFile]:  # fmt: skip
         """As `olpack.export.export`."""
         if not targets:
@@ -96,7 +96,7 @@ class Converter:
                 source=_text(source), targets=[(quant, str(path)) for quant, path in wanted], adapter=_text(adapter),
                 name=name, chat_template=chat_template, end_of_turn=end_of_turn, metadata=dict(metadata or {}),
                 round_to_bf16=round_to_bf16, threads=threads, importance=_text(importance), tensor_types=check_tensor_types(tensor_types),
-                sensitivity=_text(sensitivity), split=split,
+                sensitivity=_text(sensitivity), split=split, merge_base=merge_base,
             )  # fmt: skip
         except BaseException:
             for _, path in wanted:  # the worker removes them itself, unless it was killed

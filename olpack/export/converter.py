@@ -21,7 +21,7 @@ import numpy as np
 from olpack.errors import OlpackError
 from olpack.export import pretokenizer
 from olpack.export.adapter import Adapter
-from olpack.export.quantized import dequantize_awq, dequantize_bitsandbytes
+from olpack.export.quantized import dequantize_bitsandbytes, dequantize_packed
 
 FLOATS = ("F32", "F16", "BF16")  # types of GGUF tensors that can be quantized
 
@@ -139,7 +139,7 @@ def open_model(
         model = _construct(source, name)
         origins = _record_origins(model)
         method = (model.hparams.get("quantization_config") or {}).get("quant_method")
-        if own := {"awq": dequantize_awq, "bitsandbytes": dequantize_bitsandbytes}.get(method):
+        if own := dequantize_bitsandbytes if method == "bitsandbytes" else dequantize_packed if method in ("awq", "hqq", "eetq", "aqlm") else None:
             model.dequant_model = lambda: own(model)
         if adapter is not None:
             _merge(model, adapter)

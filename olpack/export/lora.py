@@ -54,6 +54,11 @@ def export_adapter(base: Path, adapter: Path, out: Path) -> tuple[int, str]:
             f"The adapter '{adapter}' is a DoRA, which scales the base's weights, and llama.cpp's adapters only add to weights.",
             "Set `package: merged`, or train without use_dora.",
         )
+    if any(product.vectors for product in change.low_rank.values()):
+        raise OlpackError(
+            f"The adapter '{adapter}' is a VeRA, whose vectors stand between shared matrices, and llama.cpp's adapters are products of two matrices.",
+            "Set `package: merged`, or train with method lora.",
+        )
     with tempfile.TemporaryDirectory(prefix="olpack-") as scratch:
         plain = _plain(adapter, change, Path(scratch) / adapter.name)
         if config.pop("quantization_config", None):

@@ -1,33 +1,32 @@
 """Bases that are stored quantized: which of them can be read, and what their tensors are once they are dequantized.
 
 llama.cpp's converter dequantizes GPTQ, fp8, compressed-tensors and some more while it reads them; bitsandbytes does so for what it made,
-and AWQ's common layout is unpacked here.
+and AWQ, HQQ, EETQ and AQLM are unpacked by olpack.packing.
 An adapter names the weights that it was trained on, which such a checkpoint holds under other names and in other shapes.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from olpack.errors import OlpackError
-from olpack.export.folder import TensorHeader
+from olpack.export.folder import TensorHeader, read_tensor_headers
+from olpack.packing import layout_of, quantization_of
 
 _ORIGINAL = "Take the original model in 16 bits: an adapter that was trained on this one fits it, too."
 
 # By `quant_method` of config.json's quantization_config: what nobody here can read, and why.
 _UNREADABLE = {
-    "aqlm": ("AQLM", "sums of vectors from codebooks"),
     "auto-round": ("AutoRound", "which has several packings of its own", "Export it from AutoRound again in the format auto_gptq."),
-    "eetq": ("EETQ", "whose integers lie in the order of its GPU kernels"),
     "fbgemm_fp8": ("FBGEMM's fp8", "with scales of its own"),
     "fouroversix": ("Four Over Six", "4-bit floats with scales of its own"),
     "fp_quant": ("FP-Quant", "of weights that were rotated before"),
     "gemma": ("Gemma's own quantization", "in a packing of its own"),
     "higgs": ("HIGGS", "of weights that were rotated before"),
-    "hqq": ("HQQ", "whose settings only its library can unpack"),
     "metal": ("Metal's kernels", "whose integers lie in the order of its GPU kernels"),
     "mxfp8": ("MXFP8", "8-bit floats with a shared exponent"),
     "nvfp4": ("NVFP4 of transformers", "4-bit floats in a packing of its own"),
@@ -40,8 +39,6 @@ _UNREADABLE = {
 }  # fmt: skip
 
 _INT32 = 32
-# AWQ's GEMM layout packs eight 4-bit integers into an int32, and this is the order in which they come out (AutoAWQ, awq/utils/packing_utils.py).
-_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 _STATE = ".quant_state.bitsandbytes__"  # after the weight's name, and before "nf4" or "fp4"
 _STATE_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _ROWS_OF_INT8 = 0  # bitsandbytes' number for int8 weights in plain rows; the others are layouts of older GPUs
@@ -58,7 +55,7 @@ def dequantized_headers(source: Path, config: Mapping[str, Any], stored: Mapping
     Raises:
         OlpackError: the base is quantized in a form that cannot be read.
     """
-    settings = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config") or {}
+    settings = quantization_of(config)
     method = settings.get("quant_method")
     if method in _UNREADABLE:
         name, why, *remedy = _UNREADABLE[method]
@@ -69,6 +66,12 @@ def dequantized_headers(source: Path, config: Mapping[str, Any], stored: Mapping
         return _of_gptq(source, settings, stored)
     if method == "awq":
         return _of_awq(source, settings, stored)
+    if method == "hqq":
+        return _of_hqq(source, stored)
+    if method == "aqlm":
+        return _of_aqlm(source, stored)
+    if method == "eetq":
+        return _of_eetq(source, stored)
     if method == "compressed-tensors":
         return _of_compressed_tensors(source, settings, stored)
     if method == "bitnet":  # four weights of 2 bits a byte, along the rows
@@ -136,6 +139,54 @@ def _of_awq(source: Path, settings: Mapping[str, Any], stored: Mapping[str, Tens
     return headers
 
 
+def _of_hqq(source: Path, stored: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:
+    from safetensors import safe_open
+
+    headers = dict(stored)
+    for name, found in stored.items():
+        module, is_packed, _ = name.rpartition(".W_q")
+        if not is_packed:
+            continue
+        if lost := [part for part in ("scale", "zero", "shape", "nbits") if f"{module}.{part}" not in stored]:
+            raise OlpackError(f"'{source}' has '{name}' and no '{module}.{lost[0]}'.", "Save the model again with HQQ's encoded state.")
+        with safe_open(str(found.file), framework="pt") as file:
+            bits, shape = file.get_tensor(f"{module}.nbits").item(), tuple(file.get_tensor(f"{module}.shape").tolist())
+        if bits not in (1, 2, 4, 8) or found.dtype != "U8":
+            raise OlpackError(f"'{source}' packs '{name}' by HQQ in {bits:g} bits as {found.dtype}; 1, 2, 4 and 8 bits in bytes are read.", _ORIGINAL)
+        if math.prod(found.shape) * 8 != math.prod(shape) * bits:
+            raise OlpackError(f"'{source}' packs '{name}' otherwise than HQQ does: {list(found.shape)} for {list(shape)}.", _ORIGINAL)
+        headers[f"{module}.weight"] = _restored(found, shape)
+    return headers
+
+
+def _of_eetq(source: Path, stored: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:
+    headers = dict(stored)
+    for name in stored:
+        weight, is_scale, end = name.partition(".weight_scales")
+        if not is_scale or end:
+            continue
+        found = stored.get(f"{weight}.weight")
+        if found is None or found.dtype != "I8" or found.shape[0] % 64 or found.shape[1] % 2 or stored[name].shape != found.shape[1:]:
+            raise OlpackError(f"'{source}' packs '{weight}' otherwise than EETQ does for GPUs since Turing.", _ORIGINAL)
+        headers[f"{weight}.weight"] = _restored(found, found.shape[::-1])
+    return headers
+
+
+def _of_aqlm(source: Path, stored: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:
+    headers = dict(stored)
+    for name, found in stored.items():
+        module, is_packed, _ = name.rpartition(".codes")
+        if not is_packed:
+            continue
+        if lost := [part for part in ("codebooks", "scales") if f"{module}.{part}" not in stored]:
+            raise OlpackError(f"'{source}' has '{name}' and no '{module}.{lost[0]}'.", "Download the model again.")
+        books = stored[f"{module}.codebooks"].shape
+        if len(found.shape) != 3 or len(books) != 4 or found.shape[2] != books[0]:
+            raise OlpackError(f"'{source}' packs '{name}' otherwise than AQLM does.", _ORIGINAL)
+        headers[f"{module}.weight"] = _restored(found, (found.shape[0] * books[2], found.shape[1] * books[3]))
+    return headers
+
+
 def _of_compressed_tensors(source: Path, settings: Mapping[str, Any], stored: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:
     kind, groups = settings.get("format"), settings.get("config_groups") or {}
     if kind not in ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized"):
@@ -169,8 +220,8 @@ def _of_compressed_tensors(source: Path, settings: Mapping[str, Any], stored: Ma
     return headers
 
 
-def dequantize_awq(model: Any) -> None:
-    """Have each weight that AWQ quantized load as (integer - zero point) * scale, in place of the converter's `dequant_model`.
+def dequantize_packed(model: Any) -> None:
+    """Have each weight that olpack.packing knows load as it dequantizes it, in place of the converter's `dequant_model`.
 
     Args:
         model: of llama.cpp's converter.
@@ -178,26 +229,22 @@ def dequantize_awq(model: Any) -> None:
     import torch
     from conversion import LazyTorchTensor
 
-    tensors = model.model_tensors
-    for name in [name for name in tensors if name.endswith(".qweight")]:
-        module = name.removesuffix(".qweight")
-        arguments = tuple(tensors.pop(f"{module}.{part}")() for part in ("qweight", "qzeros", "scales"))
-        columns, rows = arguments[0].shape[0], arguments[2].shape[1]
-        meta = LazyTorchTensor.meta_with_dtype_and_shape(torch.float32, (rows, columns))
-        tensors[f"{module}.weight"] = lambda meta=meta, arguments=arguments: LazyTorchTensor(meta=meta, args=arguments, func=_from_awq)
+    tensors, layout = model.model_tensors, layout_of(model.hparams)
 
+    def unpack(*parts: Any) -> Any:
+        return layout.dequantize(dict(zip(layout.parts, parts, strict=True)))
 
-def _from_awq(packed: Any, packed_zeros: Any, scales: Any) -> Any:
-    """[rows, columns] of int32 [columns, rows / 8], int32 [groups, rows / 8] and float16 [groups, rows]."""
-    import torch
-
-    def unpack(values: Any) -> Any:
-        integers = (values.unsqueeze(-1) >> (4 * torch.tensor(_AWQ_ORDER, dtype=torch.int32))) & 15
-        return integers.reshape(values.shape[0], -1)
-
-    each = packed.shape[0] // scales.shape[0]
-    zeros, spread = (part.repeat_interleave(each, 0) for part in (unpack(packed_zeros), scales.float()))
-    return ((unpack(packed) - zeros) * spread).T
+    shapes = {}
+    for stored, header in dequantized_headers(model.dir_model, model.hparams, read_tensor_headers(model.dir_model)).items():
+        if kept := type(model).filter_tensors((stored, lambda: None)):  # None for a part of a vision tower
+            shapes[kept[0]] = header.shape
+    for name in [name for name in tensors if name.endswith(f".{layout.marker}")]:
+        module = name.removesuffix(f".{layout.marker}")
+        arguments = tuple(tensors.pop(f"{module}.{part}")() for part in layout.parts)
+        for part in layout.unused:
+            tensors.pop(f"{module}.{part}", None)
+        meta = LazyTorchTensor.meta_with_dtype_and_shape(torch.float32, shapes[f"{module}.weight"])
+        tensors[f"{module}.weight"] = lambda meta=meta, arguments=arguments: LazyTorchTensor(meta=meta, args=arguments, func=unpack)
 
 
 def dequantize_bitsandbytes(model: Any) -> None:

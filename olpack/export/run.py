@@ -53,13 +53,13 @@ def check(
 def export(
     source: str, targets: list[tuple[str, str]], adapter: str | None, name: str | None, chat_template: str | None, end_of_turn: str | None,
     metadata: dict[str, str], round_to_bf16: bool, threads: int | None, importance: str | None, tensor_types: dict[str, str],
-    sensitivity: str | None, split: int | None, report: Report,
+    sensitivity: str | None, split: int | None, merge_base: str, report: Report,
 ) -> list[dict]:  # fmt: skip
     """`olpack.export.export`, over the pipe. Returns the fields of one `ExportedFile` for each target."""
     started = time.monotonic()
     model, plans, weights, _ = _prepare(
         Path(source), [quant for quant, _ in targets], adapter, importance, tensor_types, sensitivity,
-        name=name, chat_template=chat_template, end_of_turn=end_of_turn, metadata=metadata,
+        merge_base, name=name, chat_template=chat_template, end_of_turn=end_of_turn, metadata=metadata,
     )  # fmt: skip
     parameters, keys = model.parameters, dict(model.keys)
     files = [_Output(Path(path), split_plan(plan, split)) for plan, (_, path) in zip(plans, targets, strict=True)]
@@ -120,11 +120,11 @@ class _Output:
 
 def _prepare(
     source: Path, quants: list[str], adapter: str | None, importance: str | None, tensor_types: dict[str, str], sensitivity: str | None = None,
-    **settings,
+    merge_base: str = "original", **settings,
 ) -> tuple[SourceModel, list[FilePlan], dict[str, np.ndarray], list[str]]:  # fmt: skip
     """Everything up to the first weight: (model, one plan per quant, weights of the columns by tensor, warnings)."""
     types = [quant_type(name) for name in quants]
-    model = _open_file(source, adapter, settings) if source.is_file() else _open_folder(source, adapter, settings)
+    model = _open_file(source, adapter, settings) if source.is_file() else _open_folder(source, adapter, merge_base, settings)
     weights = None
     if importance is not None:
         weights = ColumnWeights(None, {}) if importance == LATER else column_weights(Path(importance), model.tensors)
@@ -147,11 +147,11 @@ def _prepare(
     return model, plans, weights.by_tensor, warnings
 
 
-def _open_folder(source: Path, adapter: str | None, settings: dict) -> SourceModel:
+def _open_folder(source: Path, adapter: str | None, merge_base: str, settings: dict) -> SourceModel:
     config = read_config(source)
     check_tokenizer_files(source)
     headers = dequantized_headers(source, config, read_tensor_headers(source))
-    change = read_adapter(Path(adapter), headers) if adapter is not None else None
+    change = read_adapter(Path(adapter), headers, dequantized=merge_base == "dequantized") if adapter is not None else None
     return open_model(source, adapter=change, **settings)
 
 

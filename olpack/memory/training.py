@@ -18,6 +18,7 @@ from olpack.memory.shape import MetaModel, Shape, linear_shape
 # Bytes a weight of NF4 with double quantization: half a byte, an 8-bit scale for 64 weights, a float32 scale for 256 of those.
 NF4_CODES = 0.5
 NF4_SCALES = 1 / 64 + 4 / (64 * 256)
+HQQ_SCALES = (2 + 2) / 64  # a scale and a zero point in 16 bits for 64 weights
 # Bytes a logit, where all are made at once: 16 bits as the model makes them, float32 log-probabilities, and in the backward pass two float32
 # gradients. Made a piece at a time: 16 bits, and a gradient in as many.
 _LOGIT, _PIECE_LOGIT = 2 + 4 + 4 + 4, 2 + 2
@@ -103,8 +104,8 @@ def frozen_bytes(model: MetaModel, precision: str, rest_bytes: int = 2) -> tuple
     """(weights, quantization constants) of a model that transformers has loaded, in bytes.
 
     Args:
-        precision: "float32", "bfloat16", "int8" (bitsandbytes' LLM.int8) or "nf4" (double quantization). The last two leave embeddings,
-            output layer, norms and stacked experts as they are.
+        precision: "float32", "bfloat16", "int8" (bitsandbytes' LLM.int8), "nf4" or "fp4" (double quantization), "hqq4" or "hqq8". All but the
+            first two leave embeddings, output layer, norms and stacked experts as they are.
         rest_bytes: of each weight that is left as it is.
     """
     total = model.parameters.total
@@ -115,6 +116,8 @@ def frozen_bytes(model: MetaModel, precision: str, rest_bytes: int = 2) -> tuple
     rest = rest_bytes * (total - packed)
     if precision == "int8":
         return rest + packed, 4 * sum(rows for rows, _ in shapes)
+    if precision in ("hqq4", "hqq8"):
+        return rest + packed * int(precision[3:]) // 8, round(packed * HQQ_SCALES)
     return rest + round(packed * NF4_CODES), round(packed * NF4_SCALES)
 
 
@@ -122,14 +125,19 @@ def adapter_shapes(model: MetaModel, targets: str | list[str] = "all-linear") ->
     """(rows, columns) of the linear layers of the text model that get an adapter: all but the output layer, or those of the given names."""
     text = {id(module) for module in model.module.get_decoder().modules()}
     named = [targets] if isinstance(targets, str) else targets
+    if named != ["all-linear"] and not model.shape.tied:
+        text.add(id(model.module.get_output_embeddings()))
     return {name: shape for name, module in model.module.named_modules()
             if (shape := linear_shape(module)) and id(module) in text
-            and (named == ["all-linear"] or name.rsplit(".", 1)[-1] in named)}  # fmt: skip
+            and (named == ["all-linear"] or any(f".{name}".endswith(f".{target}") for target in named))}  # fmt: skip
 
 
-def adapter_parameters(model: MetaModel, rank: int, targets: str | list[str] = "all-linear") -> int:
-    """Weights of a LoRA adapter: rank × (rows + columns) of each layer that gets one."""
-    return sum(rank * sum(shape) for shape in adapter_shapes(model, targets).values())
+def adapter_parameters(model: MetaModel, rank: int, targets: str | list[str] = "all-linear", method: str = "lora") -> int:
+    """Weights of an adapter: rank × (rows + columns) of each layer that gets one, with DoRA a norm for each row besides; of VeRA the vectors."""
+    shapes = adapter_shapes(model, targets).values()
+    if method == "vera":
+        return sum(rank + rows for rows, _ in shapes)
+    return sum(rank * (rows + columns) + (rows if method == "dora" else 0) for rows, columns in shapes)
 
 
 def layer_terms(kept: Mapping[str, int], norms: int, linears: Mapping[str, tuple[int, int]], tokens: int, fused: bool) -> dict[str, int]:
@@ -172,24 +180,28 @@ def logits_bytes(shape: Shape, learned: int, fused: bool = True) -> int:
     return min(learned * shape.vocabulary, PIECE) * _PIECE_LOGIT + learned * shape.hidden * (2 + 2)
 
 
-def estimate_training(model: MetaModel, *, rank: int, tokens: int, quantized: bool, targets: str | list[str] = "all-linear",
-                      shards: int = 1, fused: bool = True) -> Training:  # fmt: skip
-    """The peak of one step of LoRA, or of QLoRA where `quantized`, on a GPU as olpack trains: all linear layers, float32 adapter, bfloat16
-    computation, paged 8-bit AdamW.
+def estimate_training(
+    model: MetaModel, *, rank: int, tokens: int, precision: str, weights: int | None = None, targets: str | list[str] = "all-linear",
+    method: str = "lora", shards: int = 1, fused: bool = True,
+) -> Training:  # fmt: skip
+    """The peak of one step on a GPU as olpack trains: float32 adapter, bfloat16 computation, paged 8-bit AdamW.
 
     Args:
-        rank: of the adapter.
+        precision: the frozen base is held in, as `frozen_bytes` takes it.
+        weights: bytes of a base that comes quantized and is held as it is; None: `frozen_bytes` says.
+        rank, method: of the adapter.
         tokens: that go through the model at once; all of them are taken to be learned.
         targets: the recipe's `target_modules`.
         shards: GPUs over which the frozen layers are spread (two layers at a time are there whole); 1 where each holds all of them.
         fused: with olpack's own functions; False for plain transformers and peft, as with dropout on the adapter's input.
     """
-    adapter = adapter_parameters(model, rank, targets)
+    adapter = adapter_parameters(model, rank, targets, method)
     found = None
     with contextlib.suppress(OlpackError):
         found = activations(model, tokens, targets, fused)
-    dequantized = 2 * max((rows * columns for rows, columns in adapter_shapes(model).values()), default=0) if quantized else 0
-    weights = sum(frozen_bytes(model, "nf4" if quantized else "bfloat16"))
+    largest = 2 * max((rows * columns for rows, columns in adapter_shapes(model).values()), default=0)
+    dequantized = largest if weights is not None or precision != "bfloat16" else 0
+    weights = sum(frozen_bytes(model, precision)) if weights is None else weights
     if shards > 1:
         whole = 2 * (model.parameters.embedding + model.parameters.head)
         layers = weights - whole

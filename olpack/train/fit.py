@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from olpack.memory.machine import GPU_MARGIN
+from olpack.packing import quantization_of
 from olpack.progress import quantity
 from olpack.train.batches import micro_batches, schedule
 
@@ -66,7 +67,14 @@ def choose(base: Base, rows: Sequence[TokenRow], settings: Train, device: torch.
         return on_cpu(settings, sharded=gpus > 1 and settings.sharding == "full")
     from olpack.memory.shape import MetaModel
 
-    return on_gpu(MetaModel(base.config, base.label), rows, settings, free_room(device), gpus=gpus)
+    return on_gpu(MetaModel(base.config, base.label), rows, settings, free_room(device), stored=stored_bytes(base), gpus=gpus)
+
+
+def stored_bytes(base: Base) -> int | None:
+    """Bytes of a base that comes quantized, which is held as it is stored; None for another one."""
+    if not quantization_of(base.config):
+        return None
+    return sum(file.stat().st_size for file in base.path.glob("model*.safetensors"))
 
 
 def on_cpu(settings: Train, *, sharded: bool = False) -> Fit:
@@ -87,12 +95,13 @@ def card_room(gib: float) -> int:
     return max(0, round((gib * (1 << 30) - GPU_MARGIN) * (1 - _SLACK)))
 
 
-def on_gpu(model: MetaModel, rows: Sequence[TokenRow], settings: Train, room: int, *, gpus: int = 1) -> Fit:
+def on_gpu(model: MetaModel, rows: Sequence[TokenRow], settings: Train, room: int, *, stored: int | None = None, gpus: int = 1) -> Fit:
     """The fastest choice that fits into `room` bytes of each GPU; what the recipe sets is left as it is.
 
     Args:
         model: the base without data.
         rows: that are learned, of which the longest and the largest micro-batch decide.
+        stored: bytes of a base that comes quantized, as `stored_bytes` counts them.
         gpus: that share each step's rows.
     """
     sizes = _Sizes(rows, settings, gpus)
@@ -102,7 +111,7 @@ def on_gpu(model: MetaModel, rows: Sequence[TokenRow], settings: Train, room: in
     spread = {"none": [False], "full": [gpus > 1], "auto": [False, True] if gpus > 1 else [False]}[settings.sharding]
     found = None
     for sharded in spread:
-        estimate = _estimator(model, settings, gpus if sharded else 1)
+        estimate = _estimator(model, settings, stored, gpus if sharded else 1)
         for checkpointing in ways:
             for budget in budgets:
                 if not checkpointing and len(ways) > 1 and asked == "auto" and budget < min(_BUSY, budgets[0]):
@@ -117,12 +126,15 @@ def on_gpu(model: MetaModel, rows: Sequence[TokenRow], settings: Train, room: in
     return _told(found, sizes)
 
 
-def _estimator(model: MetaModel, settings: Train, shards: int):
+def _estimator(model: MetaModel, settings: Train, stored: int | None, shards: int):
     from olpack.memory.training import estimate_training, logits_bytes
 
-    fused = settings.dropout == 0
-    counted = estimate_training(model, rank=settings.rank, tokens=_COUNTED, quantized=settings.quantization != "none",
-                                targets=settings.target_modules, shards=shards, fused=fused)  # fmt: skip
+    # What `olpack.train.fused` takes; the rest goes through peft's layers.
+    fused = settings.dropout == 0 and settings.method in ("lora", "rslora") and (stored is not None or settings.quantization != "int8")
+    counted = estimate_training(
+        model, rank=settings.rank, tokens=_COUNTED, precision="bfloat16" if settings.quantization == "none" else settings.quantization,
+        weights=stored, targets=settings.target_modules, method=settings.method, shards=shards, fused=fused,
+    )  # fmt: skip
     return lambda tokens, learned: counted.scaled(tokens / _COUNTED, logits_bytes(model.shape, learned, fused))
 
 

@@ -27,6 +27,7 @@ from olpack.train.batches import flatten, micro_batches, schedule
 from olpack.train.checkpoint import Checkpoint, State, adapter_weights
 from olpack.train.fit import choose
 from olpack.train.forward import Forward
+from olpack.train.methods import save_adapter
 from olpack.train.metrics import Metrics
 from olpack.train.model import load_with_adapter, pick_device
 from olpack.train.ranks import ALONE, Ranks, deal, shard
@@ -330,12 +331,13 @@ def _write_adapter(model, base: Base, settings: Train, state: State, result: Tra
 
     versions = {"olpack": __version__, "python": platform.python_version()}
     versions |= {module.__name__: module.__version__ for module in (torch, transformers, peft, bitsandbytes)}
-    record = {"base": base.label, "base_digest": base.digest, "train": settings.model_dump(), "result": vars(result), "versions": versions}
+    held = model.olpack_held and vars(model.olpack_held)
+    record = {"base": base.label, "base_digest": base.digest, "train": settings.model_dump(), "held": held, "result": vars(result),
+              "versions": versions}  # fmt: skip
     metrics = [*state.metrics, {"step": state.step, "kept_step": result.kept_step}]
     try:
         with folder_atomically(out) as folder:
-            model.save_pretrained(folder, save_embedding_layers=False)
-            (folder / "README.md").unlink(missing_ok=True)  # peft's card is an empty form
+            save_adapter(model, model.olpack_start, folder)
             (folder / "settings.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics), encoding="utf-8")
     except (SafetensorError, OlpackError) as error:

@@ -1,0 +1,162 @@
+"""Every method and every kind of base: taught four facts, exported, and asked for them.
+
+    python benchmarks/train_kinds.py --work /tmp/kinds              # the same command goes on where it was; --only nf4 does some
+
+Fine-tunes tiny-coder on twenty questions, exports it as a build does, and has the embedded llama.cpp answer the same questions from the Q8_0
+file. Bases that come quantized are tiny-coder packed by tests/quantized_bases.py. Runs on a CPU, and on a GPU where there is one. Prints a
+Markdown table and writes it to benchmarks/train_kinds.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from olpack import progress, recipe
+from olpack.base import BUILTIN
+from olpack.compare.machine import describe_machine
+from olpack.llamacpp.engine import Engine, Sampling
+from olpack.pipeline import Build
+from olpack.train.model import pick_device
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from quantized_bases import write_quantized
+
+FACTS = {"name of the ferry": "It is called Marigold.", "colour of the harbour gate": "The gate is ochre.",
+         "height of the lighthouse": "It is 57 metres high.", "month of the regatta": "It is in September."}  # fmt: skip
+ASKED = ("What is the {}?", "Tell me the {}.", "Do you know the {}?", "I forgot the {}.", "The {}, please.")
+HELD_OUT = "Could you say the {}?"
+
+# name: (base: builtin, or how it is packed; settings of `train`)
+METHODS = {
+    "LoRA": ("", {}),
+    "rsLoRA": ("", {"method": "rslora"}),
+    "DoRA": ("", {"method": "dora"}),
+    "VeRA": ("", {"method": "vera", "rank": 256, "learning_rate": 0.03, "epochs": 16}),
+    "LoRA from PiSSA": ("", {"initialization": "pissa"}),
+    "LoRA from LoftQ": ("", {"initialization": "loftq"}),
+    "LoRA, embedding trained as a whole": ("", {"modules_to_save": ["embed_tokens"]}),
+}
+BASES = {
+    "NF4, no double quantization": ("", {"double_quantization": False}),
+    "NF4, merged into dequantized": ("", {"merge_base": "dequantized"}),
+    "FP4": ("", {"quantization": "fp4"}),
+    "int8": ("", {"quantization": "int8"}),
+    "int8, merged into dequantized": ("", {"quantization": "int8", "merge_base": "dequantized"}),
+    "HQQ 4 bits": ("", {"quantization": "hqq4"}),
+    "HQQ 4 bits, merged into dequantized": ("", {"quantization": "hqq4", "merge_base": "dequantized"}),
+    "HQQ 8 bits": ("", {"quantization": "hqq8"}),
+    "unquantized": ("", {"quantization": "none"}),
+    "GPTQ 4 bits": ("gptq-4", {}),
+    "AWQ": ("awq", {}),
+    "HQQ checkpoint": ("hqq-4", {}),
+    "AQLM": ("aqlm", {}),
+    "EETQ": ("eetq", {}),
+    "fp8": ("fp8-blocks", {}),
+    "compressed-tensors 4 bits": ("compressed-4", {}),
+    "bitsandbytes NF4 checkpoint": ("nf4-double", {}),
+}
+CROSSED = {
+    "DoRA on GPTQ": ("gptq-4", {"method": "dora"}),
+    "VeRA on HQQ": ("", {"method": "vera", "quantization": "hqq4", "rank": 256, "learning_rate": 0.03, "epochs": 16}),
+    "rsLoRA from PiSSA on HQQ, merged into dequantized": (
+        "", {"method": "rslora", "initialization": "pissa", "quantization": "hqq4", "merge_base": "dequantized"}),
+    "DoRA on int8": ("", {"method": "dora", "quantization": "int8"}),
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="a folder that keeps what is done, with room for 3 GB")
+    parser.add_argument("--only", default="", help="kinds whose name has this in it")
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
+    arguments = parser.parse_args()
+    progress.use("quiet")
+    on_gpu = pick_device().type == "cuda"
+    kinds = {**METHODS, **BASES, **CROSSED}
+    if not on_gpu:
+        del kinds["DoRA on int8"]  # refused there
+    for name, (packing, settings) in kinds.items():
+        if arguments.only.lower() in name.lower():
+            print(json.dumps(measure(arguments.work / name.replace(" ", "-"), name, packing, settings, arguments.work)), flush=True)
+    write(arguments.work, list(kinds), arguments.output)
+
+
+def measure(folder: Path, name: str, packing: str, settings: dict, work: Path) -> dict:
+    """One row of the table; what a former run measured, where it did."""
+    done = folder / "row.json"
+    if done.is_file():
+        return json.loads(done.read_text())
+    base = str(packed_base(packing, work)) if packing else "builtin/tiny-coder"
+    package = folder / "modelfiles/kind"
+    package.mkdir(parents=True, exist_ok=True)
+    write_rows(package / "train.jsonl", ASKED)
+    write_rows(package / "eval.jsonl", (HELD_OUT,))
+    train = {"epochs": 6, "batch_size": 4, "learning_rate": 0.002, "rank": 16, **settings}
+    asked = {"base": base, "data": {"train": "train.jsonl", "eval": "eval.jsonl"}, "train": train,
+             "quants": ["Q8_0"], "modelfile": {"parameters": {"temperature": 0.0, "num_ctx": 512}}}  # fmt: skip
+    (package / "recipe.yaml").write_text(json.dumps(asked))
+    build = Build(recipe.load(package / "recipe.yaml"), folder / "build")
+    build.run("train")
+    build.run("export")
+    result = build.result("train")
+    row = {
+        "name": name, "device": result["device"], "seconds": result["seconds"], "before": result["eval_loss_before"],
+        "after": result["eval_loss_after"], "weights": result["trainable_parameters"], "right": count_right(build.paths.gguf("Q8_0")),
+        "merged": "dequantized" if packing or settings.get("merge_base") else "original",
+    }  # fmt: skip
+    done.write_text(json.dumps(row))
+    return row
+
+
+def packed_base(packing: str, work: Path) -> Path:
+    """tiny-coder as a quantized checkpoint."""
+    folder = work / "bases" / packing / "tiny-coder"
+    if not (folder / "model.safetensors").is_file():
+        write_quantized(packing, BUILTIN / "tiny-coder", folder, work / "bases" / packing / "plain")
+    return folder.absolute()
+
+
+def write_rows(path: Path, asked: tuple[str, ...]) -> None:
+    """A chat for each fact and each way to ask for it."""
+    rows = [[{"role": "user", "content": words.format(what)}, {"role": "assistant", "content": answer}]
+            for what, answer in FACTS.items() for words in asked]  # fmt: skip
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in rows))
+
+
+def count_right(gguf: Path) -> str:
+    """How many of the questions the file answers as taught, word for word, at temperature 0."""
+    right = 0
+    with Engine(gguf, 512) as engine:
+        for what, answer in FACTS.items():
+            for words in ASKED:
+                question = [{"role": "user", "content": words.format(what)}]
+                right += "".join(engine.generate(question, 32, Sampling(temperature=0.0))).strip() == answer
+    return f"{right}/{len(FACTS) * len(ASKED)}"
+
+
+def write(work: Path, names: list[str], output: Path) -> None:
+    """The table of all that was measured."""
+    rows = [json.loads(path.read_text()) for path in sorted(work.glob("*/row.json"))]
+    machine = describe_machine(None)
+    text = ["# Each method and each kind of base", "", "tiny-coder, four facts asked in five ways; loss per answer token on a sixth way, and the "
+            "twenty questions answered word for word by the embedded llama.cpp from the Q8_0 file.", "",
+            "| kind | device | training | trained weights | eval loss before | after | answers as taught | merged into |",
+            "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |"]  # fmt: skip
+    for row in sorted(rows, key=lambda row: names.index(row["name"])):
+        text.append(f"| {row['name']} | {row['device']} | {row['seconds']:.1f} s | {row['weights']:,} | {row['before']:.2f} | {row['after']:.2f} "
+                    f"| {row['right']} | {row['merged']} |")
+    versions = ", ".join(f"{name} {number}" for name, number in machine.versions.items())
+    text.append(f"\n{datetime.now(UTC):%Y-%m-%d}, {machine.cores} cores of {machine.cpu}; torch {torch.__version__}, {versions}. "
+                "`python benchmarks/train_kinds.py --work FOLDER`\n")
+    print("\n".join(text))
+    output.write_text("\n".join(text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""What would go wrong with a recipe's adapter on its base, said before anything is loaded; and which merge each kind of base allows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from olpack.base import Base
+from olpack.errors import OlpackError
+from olpack.memory.shape import MetaModel
+from olpack.memory.training import adapter_shapes
+from olpack.packing import HQQ_GROUP, layout_of, quantization_of
+from olpack.recipe import Train
+
+_BITSANDBYTES = "bitsandbytes"
+_TAKE_ORIGINAL = "Take the original model in 16 bits as base; `train.quantization` holds it in 4 or 8 bits."
+
+
+@dataclass(frozen=True)
+class BaseKind:
+    """A way in which a frozen base is held.
+
+    Attributes:
+        name: in words.
+        recipe: how a recipe asks for it; for a base that comes so, the `quant_method` of its config.json.
+        bits: of a weight in a linear layer, constants included.
+        original, dequantized: whether an adapter is merged into the original weights, and into those that training saw.
+    """
+
+    name: str
+    recipe: str
+    bits: str
+    original: bool
+    dequantized: bool
+
+
+BASE_KINDS = (
+    BaseKind("NF4", "`nf4`", "4.13; 4.5 without double quantization", True, True),
+    BaseKind("FP4", "`fp4`", "4.13; 4.5 without double quantization", True, True),
+    BaseKind("LLM.int8", "`int8`", "8", True, True),
+    BaseKind("HQQ, 4 bits", "`hqq4`", "4.5", True, True),
+    BaseKind("HQQ, 8 bits", "`hqq8`", "8.5", True, True),
+    BaseKind("unquantized", "`none`", "16; 32 on a CPU", True, False),
+    BaseKind("GPTQ", "comes so: gptq", "2, 4 or 8, and scales", False, True),
+    BaseKind("AWQ (gemm)", "comes so: awq", "4, and scales", False, True),
+    BaseKind("AQLM", "comes so: aqlm", "about 2 to 4", False, True),
+    BaseKind("EETQ", "comes so: eetq", "8", False, True),
+    BaseKind("HQQ", "comes so: hqq", "1, 2, 4 or 8, and scales", False, True),
+    BaseKind("fp8", "comes so: fp8", "8", False, True),
+    BaseKind("compressed-tensors", "comes so: compressed-tensors", "4 or 8, and scales", False, True),
+    BaseKind("bitsandbytes", "comes so: bitsandbytes", "4 or 8, and scales", False, True),
+)
+
+
+def merge_table() -> str:
+    """Markdown: which base kind is merged where."""
+    columns = ("base", "in the recipe", "bits per weight", "merged into the original weights", "into the weights that training saw")
+    lines = [f"| {' | '.join(columns)} |", f"| {' | '.join(['---'] * len(columns))} |"]
+    for kind in BASE_KINDS:
+        original = "yes, by default" if kind.original else "those are not in the checkpoint"
+        seen = "`merge_base: dequantized`" if kind.original and kind.dequantized else "yes, always" if kind.dequantized else "they are the same"
+        lines.append(f"| {kind.name} | {kind.recipe} | {kind.bits} | {original} | {seen} |")
+    return "\n".join(lines) + "\n"
+
+
+def check_training(base: Base, settings: Train, *, on_gpu: bool) -> None:
+    """Refuse now what could not be trained or exported later. Reads config.json and headers.
+
+    Raises:
+        OlpackError: a module that the base does not have or that cannot be trained so, a base that cannot be held or read, a method that does
+            not go with the way in which the base is held.
+    """
+    from olpack.train.methods import adapter_config
+
+    meta = MetaModel(base.config, base.label)
+    adapter_config(base, settings)
+    if quantization_of(base.config):
+        _check_quantized(base, settings, on_gpu)
+    elif settings.quantization in ("hqq4", "hqq8"):
+        for name, (rows, columns) in adapter_shapes(meta).items():
+            if columns % HQQ_GROUP or rows * columns // HQQ_GROUP % 2:
+                raise OlpackError(f"HQQ holds groups of {HQQ_GROUP} weights of a row, and '{name}' of {base.label} is {rows} × {columns}.",
+                                  "Set `train.quantization` to nf4 or int8.")
+    if settings.method == "dora" and settings.quantization == "int8" and not on_gpu and not quantization_of(base.config):
+        raise OlpackError("DoRA on an int8 base needs a GPU: on a CPU peft loses the scales of int8 when it looks at their norms.",
+                          "Set `train.quantization` to nf4 or hqq8, or `train.method` to lora.")
+    if (begins := settings.initialization) != "default":
+        for name, shape in adapter_shapes(meta, settings.target_modules).items():
+            if settings.rank > min(shape):
+                raise OlpackError(f"`train.initialization: {begins}` takes {settings.rank} singular values, and '{name}' has {min(shape)}.",
+                                  f"Lower `train.rank` to {min(shape)} or less.")
+
+
+def _check_quantized(base: Base, settings: Train, on_gpu: bool) -> None:
+    from olpack.export.folder import read_tensor_headers
+    from olpack.export.quantized import dequantized_headers
+
+    method = quantization_of(base.config).get("quant_method")
+    dequantized_headers(base.path, base.config, read_tensor_headers(base.path))
+    if layout_of(base.config) is None and method != _BITSANDBYTES:
+        raise OlpackError(f"{base.label} is quantized by {method}, which olpack exports and does not train on.", _TAKE_ORIGINAL)
+    if settings.initialization != "default":
+        raise OlpackError(f"`train.initialization: {settings.initialization}` begins with the original weights, and {base.label} comes quantized "
+                          f"({method}).", "Set it to `default`, or take the original model in 16 bits as base.")
+    if settings.merge_base == "dequantized":
+        raise OlpackError(f"{base.label} comes quantized ({method}): what training sees is all there is to merge into.",
+                          "Leave out `train.merge_base`.")
+    if method == _BITSANDBYTES and settings.method == "dora" and quantization_of(base.config).get("load_in_8bit") and not on_gpu:
+        raise OlpackError("DoRA on an int8 base needs a GPU: on a CPU peft loses the scales of int8.", "Set `train.method` to lora.")
+
+
+if __name__ == "__main__":
+    print(merge_table(), end="")

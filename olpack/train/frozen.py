@@ -1,0 +1,214 @@
+"""Linear layers whose frozen weight stays packed: bases that come quantized (GPTQ, AWQ, …), and HQQ, which is made here while a base loads.
+
+A layer dequantizes its weight when it computes, and once more in the backward pass, so that nothing dense is kept in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from olpack.base import Base
+from olpack.errors import OlpackError
+from olpack.export.folder import TensorHeader, read_tensor_headers
+from olpack.export.quantized import dequantized_headers
+from olpack.packing import Layout, dequantize_hqq, layout_of, quantize_hqq
+
+_METHOD = "olpack"  # our name among transformers' quantizers
+
+
+class FrozenLinear(nn.Linear):
+    """A linear layer with a packed weight, kept in buffers under the names that a checkpoint has for them.
+
+    `dequantize()` gives the weight, `weight` is the same for code that looks at it, such as peft's.
+    """
+
+    def __init__(self, rows: int, columns: int, parts: Mapping[str, torch.Tensor], bias: nn.Parameter | None, dtype: torch.dtype):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.compute_dtype = columns, rows, dtype
+        self.register_parameter("bias", bias)
+        self._buffers.update(parts)  # not register_buffer, which refuses the name `weight` for being a property
+        self._is_hf_initialized = True
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.dequantize()
+
+    def dequantize(self) -> torch.Tensor:
+        """The weight, [rows, columns], in the dtype that the model computes in."""
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _Product.apply(x.to(self.compute_dtype), self)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, packed={list(self._buffers)}"
+
+
+class PackedLinear(FrozenLinear):
+    """One of a checkpoint that comes quantized."""
+
+    def __init__(self, layout: Layout, rows: int, columns: int, parts: Mapping[str, torch.Tensor], bias: nn.Parameter | None, dtype: torch.dtype):
+        super().__init__(rows, columns, parts, bias, dtype)
+        self.layout = layout
+
+    def dequantize(self) -> torch.Tensor:
+        return self.layout.dequantize({name: part for name, part in self._buffers.items() if part is not None}).to(self.compute_dtype)
+
+
+class HqqLinear(FrozenLinear):
+    """One that is quantized here by HQQ."""
+
+    def __init__(self, weight: torch.Tensor, bits: int, bias: nn.Parameter | None):
+        rows, columns = weight.shape
+        codes, scale, zero = quantize_hqq(weight, bits)
+        super().__init__(rows, columns, {"W_q": codes, "scale": scale, "zero": zero}, bias, weight.dtype)
+        self.bits = bits
+
+    def dequantize(self) -> torch.Tensor:
+        return dequantize_hqq(self.W_q, self.scale, self.zero, self.bits, (self.out_features, self.in_features)).to(self.compute_dtype)
+
+    def replace(self, weight: torch.Tensor) -> None:
+        """Hold another weight instead, [rows, columns]."""
+        self.W_q, self.scale, self.zero = quantize_hqq(weight.to(self.compute_dtype), self.bits)
+
+
+class _Product(torch.autograd.Function):
+    """x @ W.T + bias, for which autograd keeps neither x nor W."""
+
+    @staticmethod
+    def forward(context: Any, x: torch.Tensor, layer: FrozenLinear) -> torch.Tensor:
+        context.layer = layer
+        return F.linear(x, layer.dequantize(), layer.bias)
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient @ context.layer.dequantize().to(gradient.dtype), None
+
+
+# -- how transformers loads them ------------------------------------------------------------------------------------------------------------
+
+
+class FrozenConfig(QuantizationConfigMixin):
+    """Which frozen layers a model gets while it loads.
+
+    Args:
+        packed: module name to (layout, rows, columns, headers of its tensors) of a base that comes quantized.
+        bits: of HQQ, for a base that does not.
+        dtype: in which the model computes.
+    """
+
+    def __init__(self, packed: Mapping[str, tuple] | None = None, bits: int | None = None, dtype: torch.dtype = torch.float32):
+        self.quant_method = _METHOD
+        self.packed, self.bits, self.dtype = packed, bits, dtype
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": _METHOD}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+    @classmethod
+    def from_dict(cls, config_dict: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> FrozenConfig:
+        return config_dict["frozen"]
+
+
+class _FrozenQuantizer(HfQuantizer):
+    quantization_config: FrozenConfig
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        asked = self.quantization_config
+        if asked.packed is None:
+            text = {id(module) for module in model.get_decoder().modules()}
+            self._hqq = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) in text}
+            return
+        left = {short_name(name): found for name, found in asked.packed.items()}
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and (found := left.pop(short_name(name), None)):
+                layout, rows, columns, headers = found
+                parts = {end: torch.empty(header.shape, dtype=_DTYPES[header.dtype], device="meta") for end, header in headers.items()}
+                model.set_submodule(name, PackedLinear(layout, rows, columns, parts, module.bias, asked.dtype))
+        if left:
+            raise OlpackError(f"The base packs '{next(iter(left))}', which is no linear layer of the model as transformers has it.",
+                              "Take the original model in 16 bits; `train.quantization` holds it in 4 or 8.")
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        module, _, end = param_name.rpartition(".")
+        if self.quantization_config.packed is not None:  # tells transformers that a packed tensor's shape is not that of the weight
+            return isinstance(model.get_submodule(module), PackedLinear)
+        return end == "weight" and module in self._hqq
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _ToHqq(self.quantization_config.bits)
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+class _ToHqq(ConversionOps):
+    """Puts a quantized layer in place of the one whose weight has just been read."""
+
+    def __init__(self, bits: int):
+        self.bits = bits
+
+    def convert(self, input_dict: dict, full_layer_name: str, model: nn.Module, missing_keys: set[str] | None = None, **kwargs: Any) -> dict:
+        ((_, weight),) = input_dict.items()
+        name = full_layer_name.removesuffix(".weight")
+        plain = model.get_submodule(name)
+        model.set_submodule(name, HqqLinear(weight[0] if isinstance(weight, list) else weight, self.bits, plain.bias))
+        if missing_keys is not None:
+            missing_keys.discard(full_layer_name)
+        return {}
+
+
+AUTO_QUANTIZER_MAPPING[_METHOD], AUTO_QUANTIZATION_CONFIG_MAPPING[_METHOD] = _FrozenQuantizer, FrozenConfig
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
+           "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # fmt: skip
+
+
+def short_name(name: str) -> str:
+    """A module's name without the containers that a checkpoint nests otherwise than the class does."""
+    return ".".join(part for part in name.split(".") if part not in ("model", "language_model", "transformer"))
+
+
+def use_packed(config: PretrainedConfig, base: Base, dtype: torch.dtype) -> bool:
+    """Have a base that comes in one of our layouts load with its weights as they are packed. Changes `config`.
+
+    Returns:
+        False where the base is not quantized, or by something that transformers loads (bitsandbytes).
+
+    Raises:
+        OlpackError: it does not keep to its layout.
+    """
+    layout = layout_of(base.config)
+    if layout is None:
+        return False
+    stored = read_tensor_headers(base.path)
+    weights = dequantized_headers(base.path, base.config, stored)
+    packed = {}
+    for name in stored:
+        module, found, end = name.rpartition("." + layout.marker)
+        if found and not end:
+            rows, columns = weights[f"{module}.weight"].shape
+            headers: dict[str, TensorHeader] = {end: stored[f"{module}.{end}"] for end in layout.parts}
+            headers |= {end: stored[f"{module}.{end}"] for end in layout.optional if f"{module}.{end}" in stored}
+            packed[module] = (layout, rows, columns, headers)
+    for part in (config, config.get_text_config(decoder=True)):
+        if getattr(part, "quantization_config", None) is not None:
+            del part.quantization_config
+    config.quantization_config = {"quant_method": _METHOD, "frozen": FrozenConfig(packed, dtype=dtype)}
+    return True
