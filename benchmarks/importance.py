@@ -48,7 +48,8 @@ def main() -> None:
 
     learned = [row.learned_count for row in held_out]
     text = [f"# What an importance matrix gives\n\ntiny-coder ({parameters(files['F32'])} M parameters), one pass over the {len(rows)} "
-            f"shipped chats; matrix from their {whole:,} tokens.\nKL divergence from the F32 file in millinats a token, over {sum(learned):,} answer tokens of "
+            f"shipped chats; matrix from their {whole:,} tokens.\nKL divergence from the F32 file in millinats a token, over "
+            f"{sum(learned):,} answer tokens of "
             f"{len(held_out)} held-out rows, ± standard error with rows as the sampling unit.\n"]  # fmt: skip
     text += ["| quant | size | without | with | with / without |", "| --- | ---: | ---: | ---: | ---: |"]
     for quant in QUANTS:

@@ -153,7 +153,10 @@ def _for_a_while(build: Build, stale: list[Step]) -> list[str]:
 
 
 def _temporary_bytes(build: Build, parameters: int) -> int:
-    """Most that the comparison's temporary files take at once, norms and vocabulary of the unquantized fine-tune left out."""
+    """Most that the comparison's temporary files take at once, norms and vocabulary of the unquantized fine-tune left out.
+
+    The other files that are there for a while, one after the other and after this one, are smaller: quants without their importance matrix.
+    """
     from olpack.compare.job import LOGITS_BYTES
 
     if not build.recipe.compare.reference:

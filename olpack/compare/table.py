@@ -15,7 +15,10 @@ MISSING = "–"
 
 
 def print_table(results: Results, console: Console | None = None) -> None:
-    """Print the tables, what was chosen for the quants, the flags and the recommendation to stdout, or to `console`. Fits 80 columns; medians of the repeats."""
+    """Print the tables, what was chosen for the quants, the flags and the recommendation to stdout, or to `console`.
+
+    The tables fit 80 columns and hold the medians of the repeats.
+    """
     console = console or Console()
     chosen = results.recommendation.tag if results.recommendation else None
     # Quality has a table of its own where there is more of it than the perplexity.

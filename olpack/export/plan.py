@@ -151,7 +151,8 @@ def _within_budget(
         least = beside + error.args[0]
         bits = math.ceil(800 * least / model.parameters) / 100
         smallest = f"{bits:g}bpw" if quant.budget.size is None else f"{math.ceil(least / 1000) / 1000:g}MB"
-        raise OlpackError(f"No choice of types makes a file of {quant.tag} from this model.", f"The smallest that is possible is {smallest}.") from None
+        problem = f"No choice of types makes a file of {quant.tag} from this model."
+        raise OlpackError(problem, f"The smallest that is possible is {smallest}.") from None
     types = dict(tensor_types)
     types |= {f"^{re.escape(name)}$": type_ for name, type_ in chosen.items()}
     types |= {f"^{re.escape(name)}$": library.type_name(now[name][0]) for name in unused}

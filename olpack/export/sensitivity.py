@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def measure(
             experts = weights.get(name, [None])
             types = candidates(original.shape[1], name in weights)
             probe = next(type_ for type_ in _PROBES if type_ in types)
-            errors = dict(zip(types, pool.map(lambda type_: _squared_error(type_, original, experts), types), strict=True))
+            errors = dict(zip(types, pool.map(partial(_squared_error, values=original, experts=experts), types), strict=True))
             where.write(name, _as(source.type_name, _rounded(probe, original, experts, pool)))
             try:
                 divergence = reference.divergence(lambda count: report(count, total))
