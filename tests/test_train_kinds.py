@@ -60,7 +60,7 @@ def packed(tmp_path_factory):
 
 def as_if_trained(base: Base, settings: Train, folder: Path):
     """The model that trains, with an adapter that is not what it began with, and that adapter as training saves it."""
-    model = load_with_adapter(base, settings, CPU, checkpointing=False)
+    model = load_with_adapter(base, settings, CPU)
     torch.manual_seed(5)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and "lora_A" not in name:
@@ -120,7 +120,7 @@ def test_it_begins_as_near_to_the_base_as_it_should(base, initialization):
 
     original = logits(AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32))
     kinds = (Train(rank=64, initialization=how) for how in ("default", initialization))
-    plain, begun = (logits(load_with_adapter(base, settings, CPU, checkpointing=False)) for settings in kinds)
+    plain, begun = (logits(load_with_adapter(base, settings, CPU)) for settings in kinds)
     assert (begun - original).abs().mean() < (plain - original).abs().mean()
 
 
@@ -128,7 +128,7 @@ def test_it_begins_as_near_to_the_base_as_it_should(base, initialization):
 def test_a_packed_base_computes_as_the_weights_that_it_stands_for(packed, name):
     base, plain = packed(name)
     plain = Base("plain", plain)
-    models = [load_with_adapter(one, Train(quantization="none", rank=4), CPU, checkpointing=False) for one in (base, plain)]
+    models = [load_with_adapter(one, Train(quantization="none", rank=4), CPU) for one in (base, plain)]
     assert sum(isinstance(module, FrozenLinear) for module in models[0].modules()) == 14
     dense = [tensor for tensor in models[0].state_dict().values() if tensor.shape == (320, 256) and tensor.is_floating_point() and tensor.itemsize > 1]
     assert not dense
@@ -167,7 +167,7 @@ def test_what_was_taught_is_what_the_file_answers(tmp_path, packing, settings):
     oracle.write_rows(tmp_path / "train.jsonl", 12)
     oracle.write_rows(tmp_path / "eval.jsonl", 4, first=100)
     renderer = Renderer(base.tokenizer(), base.end_ids())
-    taught, held_out = load_rows(tmp_path / "train.jsonl", tmp_path / "eval.jsonl", renderer, max_length=128, eval_share=0.1)
+    taught, held_out = load_rows([tmp_path / "train.jsonl"], [tmp_path / "eval.jsonl"], renderer, max_length=128, eval_share=0.1)
     asked = Train(epochs=15, batch_size=4, learning_rate=5e-3, rank=32, **settings)
     train(base, taught, held_out, asked, out=tmp_path / "adapter", checkpoint=tmp_path / "checkpoint", key="k")
     (file,) = converter().export(base.path, [Target("F16", tmp_path / "F16.gguf")], adapter=tmp_path / "adapter", merge_base=asked.merge_base)

@@ -99,7 +99,8 @@ def estimate(subject: Subject, quants: Sequence[str], setting: Setting, *, rank:
                         [*notes, *_llama_notes(layout, [footprint])])  # fmt: skip
     model = subject.model
     loaded = [_loaded(model, precision, setting.context) for precision in TITLES]
-    training = {name: estimate_training(model, rank=rank, tokens=tokens, precision="nf4" if name == "QLoRA" else "bfloat16") for name in ("QLoRA", "LoRA")}
+    precisions = {"QLoRA": "nf4", "LoRA": "bfloat16"}
+    training = {name: estimate_training(model, rank=rank, tokens=tokens, precision=precision) for name, precision in precisions.items()}
     notes = [f"Computed for {subject.note}."] if subject.note else []
     notes += _notes(model, loaded, training)
     try:

@@ -25,21 +25,19 @@ class TrainResult:
         steps: optimizer steps.
         kept_step: the step whose adapter was written.
         learned_tokens: learned tokens that went through the model, every epoch counted.
-        padding_share: share of the processed tokens that was padding.
         eval_loss_before, eval_loss_after: on the held-out rows, with the base and with the adapter that was written.
         trainable_parameters: weights of the adapter.
         device: "cpu", or the GPU's name.
         gpus: how many; 0 on a CPU.
         estimated_gpu_bytes: what was expected of one GPU's memory; None on a CPU, and where the architecture cannot be counted.
         peak_gpu_bytes: the most of it that was allocated at once, on the GPU where that was most; None on a CPU.
-        tokens_per_s: speed of the steps, padding not counted, evaluations and the first steps left out; None where there were no others.
+        tokens_per_s: speed of the steps, evaluations and the first steps left out; None where there were no others.
         seconds: wall time, earlier parts of a resumed run included.
     """
 
     steps: int
     kept_step: int
     learned_tokens: int
-    padding_share: float
     eval_loss_before: float
     eval_loss_after: float
     trainable_parameters: int

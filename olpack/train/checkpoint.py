@@ -28,9 +28,9 @@ class State:
 
     Attributes:
         step: optimizer steps done.
-        learned, processed, real: tokens so far: with a loss, through the model, and of these not padding.
+        learned: learned tokens so far.
         seconds: wall time of the run's earlier parts.
-        timed, timed_s: tokens without padding and seconds of steps, evaluations and the first steps of each part left out.
+        timed, timed_s: tokens and seconds of steps, evaluations and the first steps of each part left out.
         budget: tokens of a micro-batch; smaller than set once memory ran out.
         whole: weights, optimizer and step count belong together; False within a step.
         evaluated: the step of the last evaluation; -1 before the first.
@@ -43,8 +43,6 @@ class State:
 
     step: int = 0
     learned: int = 0
-    processed: int = 0
-    real: int = 0
     seconds: float = 0.0
     timed: int = 0
     timed_s: float = 0.0

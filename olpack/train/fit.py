@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from olpack.memory.training import Training
     from olpack.recipe import Train
 
-CPU_TOKENS = 512  # a CPU is fastest where activations stay in its cache, and padding is least
+CPU_TOKENS = 512  # a CPU is fastest where activations stay in its cache
 _MOST = 16_384  # tokens beyond which a GPU gets no faster
 _BUSY = 2_048  # tokens below which it does; computing activations again costs less than that
 _COUNTED = 1_024  # tokens for which activations are counted; they grow with their number

@@ -86,7 +86,6 @@ def run(
         steps=state.step,
         kept_step=state.best_step if settings.keep == "best" else state.step,
         learned_tokens=state.learned,
-        padding_share=1 - state.real / state.processed,
         eval_loss_before=_eval_loss(state, 0),
         eval_loss_after=state.best_loss if settings.keep == "best" else _eval_loss(state, state.step),
         trainable_parameters=sum(parameter.numel() for parameter in adapter),
@@ -146,7 +145,7 @@ def _steps(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             state.step += 1
-            state.real += (seen := sum(len(row.ids) for row in chosen))
+            seen = sum(len(row.ids) for row in chosen)
             state.learned += sum(row.learned_count for row in chosen)
             if state.step > warm:
                 state.timed += seen
@@ -246,25 +245,23 @@ def _backward(forward: Forward, rows: list[TokenRow], state: State, ranks: Ranks
     """
     count = sum(row.learned_count for row in rows)
     while True:
-        total, processed, failed = 0.0, 0, False
+        total, failed = 0.0, False
         try:
             losses = []
             for group, weight in _groups(rows, forward.budget(state.budget), ranks):
                 loss = forward.loss(flatten(group, forward.device)) * weight
                 loss.backward()
                 losses.append(loss.detach())
-                processed += sum(len(row.ids) for row in group)
             total = torch.stack(losses).sum().item() if losses else 0.0
         except torch.OutOfMemoryError:
             if ranks.sharded:  # the others wait for this one in the middle of a layer, and nothing can be begun anew
-                raise OlpackError("A GPU's memory ran out.", f"Lower `train.micro_batch_tokens` (now {state.budget}); training goes on.") from None
+                raise OlpackError("A GPU's memory ran out.", f"Lower `train.micro_batch_tokens` (now {state.budget}); the same command then goes on.") from None
             failed = True
-        total, processed, failures = ranks.sum(total, processed, failed)
+        total, failures = ranks.sum(total, failed)
         if not failures:
             # Divided last, in float32: in 16 bits the gradients of one token among thousands could vanish.
             if gradients := [parameter.grad for parameter in forward.model.parameters() if parameter.grad is not None]:
                 torch._foreach_div_(gradients, count)
-            state.processed += int(processed)
             return total / count
         forward.model.zero_grad(set_to_none=True)
         if forward.device.type == "cuda":
