@@ -86,8 +86,8 @@ def test_a_sample_between_others_has_the_logits_that_it_has_alone(tmp_path):
     model = with_adapter(Base("tiny", write_model(tmp_path / "model")), Train(rank=4))
     forward = Forward(model, CPU, checkpointing=False, offload=False)
     with torch.no_grad():
-        alone = forward._logits(flatten([ROWS[1]], CPU))[0]
-        between = forward._logits(flatten(ROWS, CPU))[0, len(ROWS[0].ids) : len(ROWS[0].ids) + len(ROWS[1].ids)]
+        alone = forward.logits(flatten([ROWS[1]], CPU))[0]
+        between = forward.logits(flatten(ROWS, CPU))[0, len(ROWS[0].ids) : len(ROWS[0].ids) + len(ROWS[1].ids)]
     assert (alone - between).abs().max() <= 1e-5 * alone.abs().max()
 
 

@@ -36,7 +36,7 @@ class Forward:
         self.head, self.softcap = self.base.get_output_embeddings(), getattr(self.base.config.get_text_config(), "final_logit_softcapping", None)
         samples = _samples(self.base, device)
         with torch.no_grad():
-            wanted = torch.cat([self._logits(sample)[0] for sample in samples])
+            wanted = torch.cat([self.logits(sample)[0] for sample in samples])
         pointwise.use_kernels(device)
         pointwise.fuse_norms(self.base)
         pointwise.fuse_rotary(self.base)
@@ -61,7 +61,7 @@ class Forward:
         with self._mixed():
             if self._head_alone:
                 return head_loss(self._hidden(flat)[0, flat.before], self.head, flat.targets, self.softcap)
-            logits = self._logits(flat, flat.before)
+            logits = self.logits(flat, flat.before)
         return F.cross_entropy(logits[0].float(), flat.targets, reduction="sum")
 
     def _mixed(self):
@@ -77,7 +77,8 @@ class Forward:
     def _hidden(self, flat: FlatRow) -> torch.Tensor:
         return self.base.get_decoder()(**self._arguments(flat)).last_hidden_state
 
-    def _logits(self, flat: FlatRow, keep: torch.Tensor | int = 0) -> torch.Tensor:
+    def logits(self, flat: FlatRow, keep: torch.Tensor | int = 0) -> torch.Tensor:
+        """[1, tokens, vocabulary], at the places `keep`; 0: at all."""
         return self.base(**self._arguments(flat), logits_to_keep=keep).logits
 
     def _head_logits(self, flat: FlatRow) -> torch.Tensor:
@@ -91,7 +92,7 @@ class Forward:
         rows = [TokenRow(sample.ids[0].tolist(), [True] * sample.ids.shape[1], "", "") for sample in samples]
         try:
             self.base.set_attn_implementation(attention.NAME)
-            if self._agrees(lambda: self._logits(flatten(rows, self.device))[0], wanted):
+            if self._agrees(lambda: self.logits(flatten(rows, self.device))[0], wanted):
                 return True
             reason = "what it computes for a row depends on the rows beside it"
         except (ValueError, NotImplementedError, TypeError, RuntimeError) as error:

@@ -1,0 +1,138 @@
+"""Three proofs of training, on the shipped package's rows: what is learned, what a packed row sees, what a kill costs.
+
+    python benchmarks/train_proofs.py --llama-cpp DIR [--kills 3]
+
+1. The share of learned tokens under published chat templates and vocabularies of a llama.cpp checkout, and whether each row ends with a
+   learned end-of-turn token.
+2. Logits of a row packed between others against those of the row alone.
+3. `olpack train` killed (SIGKILL) several times against an unbroken run: losses of every step.
+
+Prints Markdown tables and writes them to benchmarks/train_proofs.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from page import command_line, measured_here, publish
+
+from olpack.base import resolve
+from olpack.data import Renderer, load_chats
+from olpack.data.rows import Chat
+from olpack.recipe import Train
+from olpack.train.batches import flatten, micro_batches
+from olpack.train.forward import Forward
+from olpack.train.model import load_with_adapter
+from olpack.workspace import recipe_path
+
+ROWS = recipe_path("coding-assistant").parent / "train.jsonl"
+TEMPLATES = {  # file, vocabulary, whether it takes a system turn
+    "Llama 3.1": ("meta-llama-Llama-3.1-8B-Instruct", "llama-bpe", True),
+    "Qwen3": ("Qwen-Qwen3-0.6B", "qwen2", True),
+    "Gemma 4": ("google-gemma-4-31B-it", "gemma-4", True),
+    "Phi-3.5": ("microsoft-Phi-3.5-mini-instruct", "phi-3", True),
+}
+OVERRIDES = ["--set", "train.epochs=0.5", "--set", "train.eval_every=20"]
+
+
+def masks(llama_cpp: Path) -> list[str]:
+    from transformers import AutoTokenizer
+
+    lines = ["| chat template | rows | tokens | learned | rows that end with a learned end token |", "| --- | ---: | ---: | ---: | --- |"]
+    chats = load_chats(ROWS)
+    for name, (template, vocabulary, system) in TEMPLATES.items():
+        tokenizer = AutoTokenizer.from_pretrained(llama_cpp / "models", gguf_file=f"ggml-vocab-{vocabulary}.gguf")
+        tokenizer.chat_template = (llama_cpp / f"models/templates/{template}.jinja").read_text(encoding="utf-8")
+        renderer = Renderer(tokenizer)
+        rows = [row for chat in chats for row in renderer.rows(chat if system else _without_system(chat))]
+        ends = {tokenizer.convert_ids_to_tokens(row.ids[_last(row.learned)]) for row in rows}
+        ended = sum(row.ids[_last(row.learned)] in renderer.end_ids for row in rows)
+        tokens, learned = sum(len(row.ids) for row in rows), sum(row.learned_count for row in rows)
+        lines.append(f"| {name} | {len(rows)} | {tokens:,} | {learned / tokens:.1%} | {ended}: {', '.join(f'`{end}`' for end in sorted(ends))} |")
+    return lines
+
+
+def _without_system(chat: Chat) -> Chat:
+    return Chat([message for message in chat.messages if message["role"] != "system"], chat.source)
+
+
+def _last(flags: list[bool]) -> int:
+    return max(index for index, flag in enumerate(flags) if flag)
+
+
+def packed() -> list[str]:
+    base, device = resolve("builtin/tiny-coder", relative_to=Path()), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = [row for chat in load_chats(ROWS)[:64] for row in Renderer(base.tokenizer(), base.end_ids()).rows(chat)]
+    forward = Forward(load_with_adapter(base, Train(quantization="none"), device), device, checkpointing=False, offload=False)
+    groups, largest, scale = micro_batches(rows, 2048), 0.0, 0.0
+    with torch.no_grad():
+        for group in groups:
+            together = forward.logits(flatten(group, device))[0]
+            starts = accumulate((len(row.ids) for row in group), initial=0)
+            for row, start in zip(group, starts, strict=False):
+                alone = forward.logits(flatten([row], device))[0]
+                largest = max(largest, (together[start : start + len(row.ids)] - alone).abs().max().item())
+                scale = max(scale, alone.abs().max().item())
+    tokens = sum(len(row.ids) for row in rows)
+    return [f"{len(rows)} rows ({tokens:,} tokens) packed into {len(groups)} flat rows of at most 2,048 tokens, with no padding: their logits "
+            f"differ from those of each row alone by at most {largest:.1e}, where the largest logit is {scale:.0f} ({device.type}, {forward.base.dtype})."]
+
+
+def train(out: Path, kill_after: float | None = None) -> int:
+    """Exit code of `olpack train`, or of the kill after so many seconds."""
+    command = [sys.executable, "-m", "olpack", "train", "coding-assistant", "--out", out, *OVERRIDES]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "TERM": "dumb"})
+    if kill_after is not None:
+        time.sleep(kill_after)
+        process.kill()
+    return process.wait()
+
+
+def resumed(kills: int, work: Path) -> list[str]:
+    started = time.monotonic()
+    assert train(work / "unbroken") == 0
+    whole = time.monotonic() - started
+    steps_seen, wait = [], 0.6 * whole
+    for _ in range(kills):
+        train(work / "killed", kill_after=wait)
+        curve = list((work / "killed").rglob("checkpoint/metrics.jsonl"))
+        steps_seen.append(max((record["step"] for file in curve for record in map(json.loads, file.read_text().splitlines())), default=0))
+    assert train(work / "killed") == 0
+    one, two = ([json.loads(line) for line in next((work / which).rglob("adapter/metrics.jsonl")).read_text().splitlines()]
+                for which in ("unbroken", "killed"))  # fmt: skip
+    pairs = [(a["loss"], b["loss"]) for a, b in zip(one, two, strict=True) if "loss" in a]
+    same = all(a == b for a, b in pairs)
+    shown = [number for number in range(0, len(pairs), max(1, len(pairs) // 8))]
+    verdict = "the same, bit for bit" if same else "NOT the same"
+    return [f"Killed {kills} times, at steps {', '.join(map(str, steps_seen))} of {len(pairs)}; every loss is {verdict}, largest "
+            f"difference {max(abs(a - b) for a, b in pairs):.1e}.", "",
+            f"| step | {' | '.join(str(number + 1) for number in shown)} |", f"| --- |{' ---: |' * len(shown)}",
+            f"| unbroken | {' | '.join(f'{pairs[number][0]:.4f}' for number in shown)} |",
+            f"| killed | {' | '.join(f'{pairs[number][1]:.4f}' for number in shown)} |"]  # fmt: skip
+
+
+def main() -> None:
+    parser = command_line(__file__, __doc__)
+    parser.add_argument("--llama-cpp", type=Path, required=True, help="a checkout of llama.cpp, for its templates and vocabularies")
+    parser.add_argument("--kills", type=int, default=3)
+    arguments = parser.parse_args()
+    work = Path(tempfile.mkdtemp())
+    try:
+        lines = ["## What is learned", "", *masks(arguments.llama_cpp), "", "## What a packed row sees", "", *packed(),
+                 "", "## What a kill costs", "", *resumed(arguments.kills, work), "", measured_here(__file__)]  # fmt: skip
+    finally:
+        shutil.rmtree(work)
+    publish(lines, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
