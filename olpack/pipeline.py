@@ -21,7 +21,7 @@ from olpack.base import Base, resolve
 from olpack.errors import OlpackError
 from olpack.quants import gains_by_importance, overridable, quant_type
 from olpack.recipe import Recipe
-from olpack.tasks import function_files
+from olpack.tasks import function_files, task_files
 from olpack.workspace import BuildPaths, file_digest, locked, template_source, value_digest, write_atomically
 
 if TYPE_CHECKING:
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 STAGES = ("train", "export", "modelfiles", "deploy", "compare")
 ADAPTER = "adapter"  # beside the names of quants: what the export makes of an adapter that is not merged
 
-# Raised when the same inputs would no longer give the same outputs.
 # Decide memory, speed and what is told of a run, not what is learned.
 _OF_THE_MACHINE = ("train.micro_batch_tokens", "train.gradient_checkpointing", "train.gpus", "train.sharding", "train.launch", "train.trackers")
 _OF_THE_MERGE = ("train.merge_base",)  # the adapter is the same
 _OF_THE_SPEED = ("num_ctx", "num_batch", "num_gpu", "num_thread", "use_mmap")
-_VERSIONS = {"train": 1, "importance": 1, "sensitivity": 1, "export": 2, "modelfiles": 1, "deploy": 1, "compare": 1}
+# Raised when the same inputs would no longer give the same outputs.
+_VERSIONS = {"train": 2, "importance": 1, "sensitivity": 1, "export": 2, "modelfiles": 1, "deploy": 1, "compare": 1}
 
 # Of the training rows, at most so many tokens are read for an importance matrix. 2,048 served as well as 72,895 did (benchmarks/importance.md);
 # sixteen times as many leave that for each expert where a token is sent to one in sixteen of them (8 of 128).
@@ -190,7 +190,9 @@ class Build:
         made = {f"olpack's {stage}": _VERSIONS[stage]}
         if stage == "train":
             settings = {key: value for key, value in self._settings("train").items() if key not in _OF_THE_MACHINE + _OF_THE_MERGE}
-            return made | {"base": self.base.digest} | self._data("train") | settings
+            # Held-out rows can choose which step's adapter is kept, and when to stop.
+            chosen = self.recipe.train.keep == "best" or self.recipe.train.patience
+            return made | {"base": self.base.digest} | self._data("train") | (self._data("eval") if chosen else {}) | settings
         if stage in ("importance", "sensitivity", "export"):
             from olpack.llamacpp.source import VERSION
 
@@ -217,7 +219,7 @@ class Build:
             asked["compare.tasks"] = value_digest([[task.messages, task.check, [str(part) for part in task.expected]] for task in self.tasks])
             asked |= {str(path): file_digest(path) for path in function_files(self.tasks)}
         if self.recipe.compare.suites and self.suite_folder:
-            asked |= {str(path): file_digest(path) for path in sorted(self.suite_folder.rglob("*.*")) if path.suffix != ".pyc"}
+            asked |= {str(path): file_digest(path) for path in task_files(self.suite_folder)}
         return made | files | self._data("eval") | self._settings("compare") | asked | {"templates/report.html.j2": template_source("report.html.j2")}
 
     def _choices(self, quant: str) -> dict[str, Any]:

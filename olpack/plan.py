@@ -217,13 +217,15 @@ def _fit(build: Build, rows: list[TokenRow], device: torch.device, vram: float |
     import torch
 
     from olpack.train import fit
+    from olpack.train.methods import whole_parameters
 
     asked = build.recipe.train
     if vram is None and device.type == "cpu":
         return fit.on_cpu(asked)
     gpus = asked.gpus if asked.gpus != "all" else max(1, torch.cuda.device_count())
     room = fit.free_room(device) if vram is None else fit.card_room(vram)
-    return fit.on_gpu(build.meta_model, rows, asked, room, stored=fit.stored_bytes(build.base), gpus=gpus)
+    whole = whole_parameters(build.base, asked)
+    return fit.on_gpu(build.meta_model, rows, asked, room, stored=fit.stored_bytes(build.base), whole=whole, gpus=gpus)
 
 
 def _matmul_rate() -> float:

@@ -32,7 +32,7 @@ def train(build: Build, steps: list[Step]) -> None:
     result = run(build.base, rows, held_out, build.recipe.train, out=paths.adapter, checkpoint=paths.checkpoint, key=step.key)
     kept = "" if result.kept_step == result.steps else f", step {result.kept_step} kept"
     progress.say(f"eval loss {result.eval_loss_before:.3f} -> {result.eval_loss_after:.3f} in {result.steps} steps{kept} "
-                 f"({result.learned_tokens:,} learned tokens, rows packed with no padding)")
+                 f"({result.learned_tokens:,} learned tokens, rows {'packed' if result.packed else 'one by one'}, no padding)")
     if result.peak_gpu_bytes is not None and result.estimated_gpu_bytes is not None:
         progress.say(f"GPU memory: {progress.quantity(result.peak_gpu_bytes, 'B')} at the peak, "
                      f"{progress.quantity(result.estimated_gpu_bytes, 'B')} estimated")  # fmt: skip

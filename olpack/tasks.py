@@ -110,6 +110,11 @@ def load_tasks(path: Path, system: str | None = None) -> list[Task]:
     return tasks
 
 
+def task_files(folder: Path) -> list[Path]:
+    """What the user's own tasks of lm-evaluation-harness may be made of, in a fixed order."""
+    return [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".pyc"]
+
+
 def function_files(tasks: Sequence[Task]) -> list[Path]:
     """The users' own files that the checks run, each once."""
     return sorted({task.expected[0] for task in tasks if task.check == "function"})

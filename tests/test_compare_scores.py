@@ -79,10 +79,10 @@ def test_the_expected_answer_may_be_the_conversations_own():
     ],
 )
 def test_code_that_misbehaves_is_stopped(code, limits):
-    started = time.monotonic()
+    started, before = time.monotonic(), set(psutil.Process().children(recursive=True))
     assert not holds(code, ["pass"], **limits)
     assert time.monotonic() - started < 30
-    assert not [child for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
+    assert not [child for child in set(psutil.Process().children(recursive=True)) - before if child.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_code_works_in_a_folder_that_vanishes(tmp_path):

@@ -106,7 +106,7 @@ def take_away_the_tokenizer(folder: Path) -> None:
     (lambda folder: (folder / "config.json").unlink(), "is no model folder: it has no config.json"),
     (lambda folder: (folder / "config.json").write_text("{"), "is no valid JSON"),
     (lambda folder: change_config(folder, architectures=["NoSuchForCausalLM"]), "does not know the architecture 'NoSuchForCausalLM'"),
-    (lambda folder: change_config(folder, quantization_config={"quant_method": "hqq"}), "is quantized by HQQ"),
+    (lambda folder: change_config(folder, quantization_config={"quant_method": "spqr"}), "is quantized by SpQR"),
     (lambda folder: (folder / "model.safetensors").write_bytes(b"not a model at all"), "is truncated within its header"),
     (shutil.rmtree, "There is no model folder"),
 ])  # fmt: skip

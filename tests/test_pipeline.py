@@ -102,11 +102,14 @@ def test_a_changed_system_prompt_trains_and_exports_nothing(workspace):
     assert "New." in (workspace / "build/oracle/modelfiles/q8_0.Modelfile").read_text()
 
 
-def test_other_held_out_rows_train_nothing(workspace):
+@pytest.mark.parametrize(("keep", "trains"), [("best", True), ("last", False)])
+def test_other_held_out_rows_train_where_they_choose_the_adapter(workspace, keep, trains):
+    build = recipe.load(workspace / "modelfiles/oracle/recipe.yaml", [f"train.keep={keep}"])
+    before = [Build(build).inputs(stage) for stage in ("train", "compare")]
     write_rows(workspace / "modelfiles/oracle/eval.jsonl", 5, first=200)
-    code, printed, _ = olpack(workspace, "build", "oracle", "--json", "--set", "compare.reference=false")
-    assert code == 0
-    assert json.loads(printed)["done"] == ["compare"]
+    after = [Build(build).inputs(stage) for stage in ("train", "compare")]
+    assert (before[0] != after[0]) is trains
+    assert before[1] != after[1]
 
 
 def test_what_only_the_machine_decides_trains_nothing(workspace):
@@ -168,7 +171,7 @@ def test_a_disk_too_small_for_the_reference_is_warned_of_and_stops_nothing(works
 
     monkeypatch.setattr("olpack.plan.free_bytes", lambda path: 30_000_000)
     assert "more space than is free, for the unquantized fine-tune" not in olpack(workspace, "plan", "oracle")[2]
-    monkeypatch.setattr("olpack.plan.free_bytes", lambda path: 4_000_000)
+    monkeypatch.setattr("olpack.plan.free_bytes", lambda path: 4_700_000)
     assert "more space than is free, for the unquantized fine-tune" in olpack(workspace, "plan", "oracle")[2]
 
     def full(*_, **__):

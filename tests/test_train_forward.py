@@ -100,6 +100,46 @@ def test_layers_that_are_more_than_lora_stay_as_peft_made_them(tmp_path):
         assert forward.loss(flatten(ROWS, CPU)).item() == pytest.approx(sum(plain_loss(plain, row) for row in ROWS).item(), rel=1e-5)
 
 
+class Scaled(torch.nn.Module):
+    """A gated MLP by its names, with another formula."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp.act_fn
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(3 * self.gate_proj(x)) * self.up_proj(x))
+
+
+def test_a_model_that_computes_otherwise_is_trained_as_it_is(tmp_path, capsys):
+    base = Base("tiny", write_model(tmp_path / "model"))
+    plain, model = with_adapter(base, Train(rank=4)), with_adapter(base, Train(rank=4))
+    for each in (plain, model):
+        for layer in each.get_base_model().model.layers:
+            layer.mlp = Scaled(layer.mlp)
+    forward = Forward(model, CPU, checkpointing=False, offload=False)
+    assert "without" in capsys.readouterr().err
+    assert forward.packs
+    assert forward.loss(flatten(ROWS, CPU)).item() == pytest.approx(sum(plain_loss(plain, row) for row in ROWS).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("settings", [
+    {"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["embed_tokens", "lm_head"]}, {"modules_to_save": ["norm"]}, {"method": "dora"},
+], ids=["adapter-on-head", "head-and-embedding", "norm", "dora"])  # fmt: skip
+def test_whatever_is_trained_gets_its_gradients(tmp_path, settings):
+    base = Base("tiny", write_model(tmp_path / "model", tied=False))
+    train = Train(quantization="none", rank=4, **settings)
+    plain = with_adapter(base, train)
+    sum(plain_loss(plain, row) for row in ROWS).backward()
+    for checkpointing in (False, True):
+        model = with_adapter(base, train)
+        Forward(model, CPU, checkpointing=checkpointing, offload=checkpointing).loss(flatten(ROWS, CPU)).backward()
+        ours, theirs = gradients(model), gradients(plain)
+        assert ours.keys() == theirs.keys()
+        for name, gradient in theirs.items():
+            assert (ours[name] - gradient).norm() <= 3e-5 * gradient.norm(), name
+
+
 def test_dropout_is_the_same_when_it_is_computed_again(tmp_path):
     base, found = Base("tiny", write_model(tmp_path / "model")), []
     for checkpointing in (False, True):

@@ -10,7 +10,7 @@ from olpack.compare.job import LOGITS_BYTES
 from olpack.compare.results import SCHEMA_VERSION, Rows
 from olpack.compare.settings import MeasureSettings
 from olpack.compare.units import suite_unit
-from olpack.tasks import Task, function_files
+from olpack.tasks import Task, function_files, task_files
 from olpack.workspace import file_digest
 
 Keys = dict[str, dict]
@@ -48,6 +48,6 @@ def of_rows(engine: str, rows: Rows, reference: str | None) -> Keys:
 def of_suites(engine: str, settings: MeasureSettings) -> Keys:
     """Each suite of lm-evaluation-harness, with all files in the user's folder: a task may take its data or its code from any of them."""
     folder = Path(settings.suite_folder) if settings.suite_folder else None
-    own = [file_digest(path) for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".pyc"] if folder else []
+    own = [file_digest(path) for path in task_files(folder)] if folder else []
     asked = _SCHEMA | {"engine": engine, "context": settings.context, "limit": settings.suite_limit, "tasks": own}
     return {suite_unit(suite): asked for suite in settings.suites}

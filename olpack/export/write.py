@@ -200,6 +200,7 @@ class _Work:
             self._readers -= 1
             last = self._readers == 0
         if last:
+            self.data = {}
             self._flight.give(self._made)
 
 
@@ -251,7 +252,9 @@ class _FileWriter(threading.Thread):
             data = work.data[self.types[work.source.name]].reshape(-1)
             self._append(file, digest, data)
             self._append(file, digest, bytes(padded(data.nbytes) - data.nbytes))
+            del data
             work.written()
+            del work  # the next tensor may be long in coming
         self.digests.append(digest.hexdigest())
         return True
 

@@ -167,13 +167,13 @@ def layer_terms(kept: Mapping[str, int], norms: int, linears: Mapping[str, tuple
     return {**terms, "adapter inputs": sum(inputs.values())}
 
 
-def logits_bytes(shape: Shape, learned: int, fused: bool = True) -> int:
+def logits_bytes(shape: Shape, learned: int, pieces: bool = True) -> int:
     """What the loss of so many learned tokens takes at its peak.
 
     Args:
-        fused: a piece of the logits at a time (`olpack.train.head`), with the hidden states and their gradient, else all at once.
+        pieces: some of the logits at a time (`olpack.train.head`), with the hidden states and their gradient, else all at once.
     """
-    if not fused:
+    if not pieces:
         return learned * shape.vocabulary * _LOGIT
     from olpack.train.head import PIECE
 
@@ -182,7 +182,7 @@ def logits_bytes(shape: Shape, learned: int, fused: bool = True) -> int:
 
 def estimate_training(
     model: MetaModel, *, rank: int, tokens: int, precision: str, weights: int | None = None, targets: str | list[str] = "all-linear",
-    method: str = "lora", shards: int = 1, fused: bool = True,
+    method: str = "lora", whole: int = 0, shards: int = 1, fused: bool = True, pieces: bool | None = None,
 ) -> Training:  # fmt: skip
     """The peak of one step on a GPU as olpack trains: float32 adapter, bfloat16 computation, paged 8-bit AdamW.
 
@@ -190,12 +190,15 @@ def estimate_training(
         precision: the frozen base is held in, as `frozen_bytes` takes it.
         weights: bytes of a base that comes quantized and is held as it is; None: `frozen_bytes` says.
         rank, method: of the adapter.
+        whole: weights of modules that are trained as a whole.
         tokens: that go through the model at once; all of them are taken to be learned.
         targets: the recipe's `target_modules`.
         shards: GPUs over which the frozen layers are spread (two layers at a time are there whole); 1 where each holds all of them.
         fused: with olpack's own functions; False for plain transformers and peft, as with dropout on the adapter's input.
+        pieces: the loss makes some logits at a time, and embeddings wait in host memory; not so where the head is trained. None: if `fused`.
     """
-    adapter = adapter_parameters(model, rank, targets, method)
+    adapter = adapter_parameters(model, rank, targets, method) + whole
+    pieces = fused if pieces is None else pieces
     found = None
     with contextlib.suppress(OlpackError):
         found = activations(model, tokens, targets, fused)
@@ -213,11 +216,11 @@ def estimate_training(
         optimizer=round(adapter * _MOMENTS_8BIT),
         activations=sum(sum(layer.values()) for layer in found.layers) + found.outside if found else None,
         checkpointed=found.inputs + found.outside if found else None,
-        offloaded=2 * model.parameters.embedding if fused and model.parameters.head else 0,
+        offloaded=2 * model.parameters.embedding if pieces and model.parameters.head else 0,
         working=found.working if found else 0,
         dequantized=dequantized,
         layer=max(found.layers, key=lambda layer: sum(layer.values()), default={}) if found else {},
-        logits=logits_bytes(model.shape, tokens, fused),
+        logits=logits_bytes(model.shape, tokens, pieces),
     )
 
 

@@ -25,6 +25,7 @@ class TrainResult:
         steps: optimizer steps.
         kept_step: the step whose adapter was written.
         learned_tokens: learned tokens that went through the model, every epoch counted.
+        packed: whether rows went through it end to end, or one by one. There is no padding either way.
         eval_loss_before, eval_loss_after: on the held-out rows, with the base and with the adapter that was written.
         trainable_parameters: weights of the adapter.
         device: "cpu", or the GPU's name.
@@ -38,6 +39,7 @@ class TrainResult:
     steps: int
     kept_step: int
     learned_tokens: int
+    packed: bool
     eval_loss_before: float
     eval_loss_after: float
     trainable_parameters: int

@@ -10,6 +10,7 @@ from olpack.memory.shape import MetaModel
 from olpack.memory.training import adapter_shapes
 from olpack.packing import HQQ_GROUP, layout_of, quantization_of
 from olpack.recipe import Train
+from olpack.train.fit import SHARDABLE
 
 _BITSANDBYTES = "bitsandbytes"
 _TAKE_ORIGINAL = "Take the original model in 16 bits as base; `train.quantization` holds it in 4 or 8 bits."
@@ -80,6 +81,9 @@ def check_training(base: Base, settings: Train, *, on_gpu: bool) -> None:
             if columns % HQQ_GROUP or rows * columns // HQQ_GROUP % 2:
                 raise OlpackError(f"HQQ holds groups of {HQQ_GROUP} weights of a row, and '{name}' of {base.label} is {rows} × {columns}.",
                                   "Set `train.quantization` to nf4 or int8.")
+    if settings.sharding == "full" and (quantization_of(base.config) or settings.quantization not in SHARDABLE):
+        raise OlpackError("Only frozen layers in nf4, fp4 or 16 bits can be spread over GPUs (`train.sharding: full`).",
+                          "Set `train.sharding: none`, or `train.quantization` to nf4.")
     if settings.method == "dora" and settings.quantization == "int8" and not on_gpu and not quantization_of(base.config):
         raise OlpackError("DoRA on an int8 base needs a GPU: on a CPU peft loses the scales of int8 when it looks at their norms.",
                           "Set `train.quantization` to nf4 or hqq8, or `train.method` to lora.")

@@ -28,6 +28,7 @@ CPU_TOKENS = 512  # a CPU is fastest where activations stay in its cache
 _MOST = 16_384  # tokens beyond which a GPU gets no faster
 _BUSY = 2_048  # tokens below which it does; computing activations again costs less than that
 _COUNTED = 1_024  # tokens for which activations are counted; they grow with their number
+SHARDABLE = ("nf4", "fp4", "none")  # `train.quantization` of frozen layers that can be spread over GPUs
 _SLACK = 0.05  # of a GPU's memory that is lost between allocations
 _STEPS = 400  # at most so many steps are looked at for the largest micro-batch
 
@@ -67,7 +68,10 @@ def choose(base: Base, rows: Sequence[TokenRow], settings: Train, device: torch.
         return on_cpu(settings, sharded=gpus > 1 and settings.sharding == "full")
     from olpack.memory.shape import MetaModel
 
-    return on_gpu(MetaModel(base.config, base.label), rows, settings, free_room(device), stored=stored_bytes(base), gpus=gpus)
+    from olpack.train.methods import whole_parameters
+
+    model, whole = MetaModel(base.config, base.label), whole_parameters(base, settings)
+    return on_gpu(model, rows, settings, free_room(device), stored=stored_bytes(base), whole=whole, gpus=gpus)
 
 
 def stored_bytes(base: Base) -> int | None:
@@ -95,23 +99,27 @@ def card_room(gib: float) -> int:
     return max(0, round((gib * (1 << 30) - GPU_MARGIN) * (1 - _SLACK)))
 
 
-def on_gpu(model: MetaModel, rows: Sequence[TokenRow], settings: Train, room: int, *, stored: int | None = None, gpus: int = 1) -> Fit:
+def on_gpu(
+    model: MetaModel, rows: Sequence[TokenRow], settings: Train, room: int, *, stored: int | None = None, whole: int = 0, gpus: int = 1
+) -> Fit:
     """The fastest choice that fits into `room` bytes of each GPU; what the recipe sets is left as it is.
 
     Args:
         model: the base without data.
         rows: that are learned, of which the longest and the largest micro-batch decide.
         stored: bytes of a base that comes quantized, as `stored_bytes` counts them.
+        whole: weights of modules that are trained as a whole.
         gpus: that share each step's rows.
     """
     sizes = _Sizes(rows, settings, gpus)
     asked = settings.micro_batch_tokens
     budgets = [asked] if asked != "auto" else sizes.budgets()
     ways = [False, True] if settings.gradient_checkpointing == "auto" else [settings.gradient_checkpointing]
-    spread = {"none": [False], "full": [gpus > 1], "auto": [False, True] if gpus > 1 else [False]}[settings.sharding]
+    can_spread = gpus > 1 and stored is None and settings.quantization in SHARDABLE
+    spread = {"none": [False], "full": [gpus > 1], "auto": [False, True] if can_spread else [False]}[settings.sharding]
     found = None
     for sharded in spread:
-        estimate = _estimator(model, settings, stored, gpus if sharded else 1)
+        estimate = _estimator(model, settings, stored, whole, gpus if sharded else 1)
         for checkpointing in ways:
             for budget in budgets:
                 if not checkpointing and len(ways) > 1 and asked == "auto" and budget < min(_BUSY, budgets[0]):
@@ -126,16 +134,16 @@ def on_gpu(model: MetaModel, rows: Sequence[TokenRow], settings: Train, room: in
     return _told(found, sizes)
 
 
-def _estimator(model: MetaModel, settings: Train, stored: int | None, shards: int):
+def _estimator(model: MetaModel, settings: Train, stored: int | None, whole: int, shards: int):
     from olpack.memory.training import estimate_training, logits_bytes
 
     # What `olpack.train.fused` takes; the rest goes through peft's layers.
     fused = settings.dropout == 0 and settings.method in ("lora", "rslora") and (stored is not None or settings.quantization != "int8")
     counted = estimate_training(
         model, rank=settings.rank, tokens=_COUNTED, precision="bfloat16" if settings.quantization == "none" else settings.quantization,
-        weights=stored, targets=settings.target_modules, method=settings.method, shards=shards, fused=fused,
+        weights=stored, targets=settings.target_modules, method=settings.method, whole=whole, shards=shards, fused=fused, pieces=not whole,
     )  # fmt: skip
-    return lambda tokens, learned: counted.scaled(tokens / _COUNTED, logits_bytes(model.shape, learned, fused))
+    return lambda tokens, learned: counted.scaled(tokens / _COUNTED, logits_bytes(model.shape, learned, not whole))
 
 
 def _without(sizes: _Sizes, estimate, budgets: list[int]) -> tuple[int, int]:

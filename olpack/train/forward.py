@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from olpack import progress
 from olpack.data import TokenRow
 from olpack.train import attention, fused, pointwise
 from olpack.train.batches import FlatRow, flatten
 from olpack.train.head import head_loss
+from olpack.train.model import compute_dtype
 from olpack.train.recompute import Recompute
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.05}  # of logits, against their norm
@@ -31,26 +34,55 @@ class Forward:
     """
 
     def __init__(self, model, device: torch.device, *, checkpointing: bool, offload: bool):
-        self.model, self.device = model, device
+        self.model, self.device, self.dtype = model, device, compute_dtype(device)
         self.base = model.get_base_model()
-        self.head, self.softcap = self.base.get_output_embeddings(), getattr(self.base.config.get_text_config(), "final_logit_softcapping", None)
+        text = self.base.config.get_text_config()
+        self.head, self.softcap = self.base.get_output_embeddings(), getattr(text, "final_logit_softcapping", None)
+        self._recompute = None
+        trained = model.training
+        model.eval()  # what follows is tried, and dropout would make each trial another one
         samples = _samples(self.base, device)
-        with torch.no_grad():
+        with torch.no_grad(), self._mixed():
             wanted = torch.cat([self.logits(sample)[0] for sample in samples])
         pointwise.use_kernels(device)
-        pointwise.fuse_norms(self.base)
         pointwise.fuse_rotary(self.base)
-        fused.fuse(model)
+        self._fuse(samples, wanted)
         self.packs = self._use_packed_attention(samples, wanted)
-        # Whether the head's logits are the model's is tried: some models scale them.
-        self._head_alone = self.head is not None and not self.head.weight.requires_grad and self._agrees(
-            lambda: torch.cat([self._head_logits(sample) for sample in samples]), wanted)
+        self._head_alone = self._head_is_all(samples, wanted)
+        model.train(trained)
         if checkpointing:
-            self.base.enable_input_require_grads()
-            drops = any(isinstance(module, torch.nn.Dropout) and module.p for module in model.modules())
-            self.base._set_gradient_checkpointing(True, Recompute(device, offload=offload, random=drops))
+            self._checkpoint(offload, shares_keys=bool(getattr(text, "num_kv_shared_layers", 0)))
         if offload and device.type == "cuda":
             _embed_on_host(self.base, self.head)
+
+    def _fuse(self, samples: list[FlatRow], wanted: torch.Tensor) -> None:
+        """Put the fused functions in, and take them out again where the model then computes something else."""
+        changed = [*pointwise.fuse_norms(self.base), *fused.fuse(self.model, self.dtype)]
+        if self._agrees(lambda: torch.cat([self.logits(sample)[0] for sample in samples]), wanted):
+            return
+        for module in changed:
+            del module.forward
+        progress.warn(f"{type(self.base).__name__} computes otherwise than olpack's fused functions do, so it is trained without them")
+
+    def _head_is_all(self, samples: list[FlatRow], wanted: torch.Tensor) -> bool:
+        """Whether the model's logits are those of its frozen head, which is tried: some models scale them."""
+        if type(self.head) is not torch.nn.Linear or self.head.weight.requires_grad:
+            return False
+        return self._agrees(lambda: torch.cat([self._head_logits(sample) for sample in samples]), wanted)
+
+    def _checkpoint(self, offload: bool, *, shares_keys: bool) -> None:
+        self.base.enable_input_require_grads()
+        if shares_keys:  # a layer's gradients also come by way of other layers, which only torch's own way knows
+            self.base._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))
+            return
+        drops = not self.packs or any(isinstance(module, torch.nn.Dropout) and module.p for module in self.model.modules())
+        self._recompute = Recompute(self.device, offload=offload, random=drops)
+        self.base._set_gradient_checkpointing(True, self._recompute)
+
+    def forget(self) -> None:
+        """After a pass that came to no end: give free what waited for its backward pass."""
+        if self._recompute is not None:
+            self._recompute.forget()
 
     def budget(self, tokens: int) -> int:
         """Tokens of a micro-batch: as many as given, or one row where samples cannot be put end to end."""
@@ -67,7 +99,7 @@ class Forward:
     def _mixed(self):
         if self.device.type != "cuda":
             return contextlib.nullcontext()
-        return torch.autocast("cuda", self.base.dtype)
+        return torch.autocast("cuda", self.dtype)
 
     def _arguments(self, flat: FlatRow) -> dict:
         bounds = {"cu_seq_lens_q": flat.starts, "cu_seq_lens_k": flat.starts, "max_length_q": flat.longest, "max_length_k": flat.longest}
@@ -82,7 +114,7 @@ class Forward:
         return self.base(**self._arguments(flat), logits_to_keep=keep).logits
 
     def _head_logits(self, flat: FlatRow) -> torch.Tensor:
-        logits = self.head(self._hidden(flat))[0]
+        logits = F.linear(self._hidden(flat)[0].to(self.head.weight.dtype), self.head.weight, self.head.bias)
         return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
 
     def _use_packed_attention(self, samples: list[FlatRow], wanted: torch.Tensor) -> bool:
@@ -105,7 +137,7 @@ class Forward:
         with torch.no_grad(), self._mixed():
             found = compute().float()
         wanted = wanted.float()
-        return found.shape == wanted.shape and bool((found - wanted).norm() <= _TOLERANCE[self.base.dtype] * wanted.norm())
+        return found.shape == wanted.shape and bool((found - wanted).norm() <= _TOLERANCE[self.dtype] * wanted.norm())
 
 
 def _samples(base, device: torch.device) -> list[FlatRow]:

@@ -48,27 +48,34 @@ class Layer:
         return (self.b * self.scaling).to(dtype)
 
 
-def fuse(model: torch.nn.Module) -> int:
-    """Replace the forward passes of plain LoRA layers, of attentions' inputs and of gated MLPs. Returns how many layers are fused.
+def fuse(model: torch.nn.Module, dtype: torch.dtype) -> list[torch.nn.Module]:
+    """Replace the forward passes of plain LoRA layers, of attentions' inputs and of gated MLPs, which then compute in `dtype`.
 
     Layers of other kinds (DoRA, dropout on the adapter's input, weights that are no matrices) stay as peft made them.
+
+    Returns:
+        the modules with another `forward` than their class's.
     """
     from peft.tuners.lora import LoraLayer
 
     found = {module: layer for module in model.modules() if isinstance(module, LoraLayer) and (layer := _layer(module))}
     done: set[torch.nn.Module] = set()
+    changed: list[torch.nn.Module] = []
     for module in list(model.modules()):
         if _is_gated_mlp(module, found):
-            _fuse_mlp(module, found)
+            _fuse_mlp(module, found, dtype)
+            changed.append(module)
             done |= {module.gate_proj, module.up_proj, module.down_proj}
         for names in GROUPS:
             if all(getattr(module, name, None) in found for name in names):
                 layers = [getattr(module, name) for name in names]
-                _fuse_group(layers, [found[layer] for layer in layers])
+                _fuse_group(layers, [found[layer] for layer in layers], dtype)
                 done |= set(layers)
+                changed += layers
     for module in found.keys() - done:
-        _fuse_group([module], [found[module]])
-    return len(found)
+        _fuse_group([module], [found[module]], dtype)
+        changed.append(module)
+    return changed
 
 
 def _layer(module) -> Layer | None:
@@ -105,24 +112,24 @@ def _is_gated_mlp(module: torch.nn.Module, found: dict) -> bool:
     return all(part in found and found[part].bias is None for part in parts) and pointwise.gate_of(getattr(module, "act_fn", None)) is not None
 
 
-def _fuse_mlp(module: torch.nn.Module, found: dict) -> None:
+def _fuse_mlp(module: torch.nn.Module, found: dict, dtype: torch.dtype) -> None:
     gate = pointwise.gate_of(module.act_fn)
     layers = tuple(found[getattr(module, name)] for name in ("gate_proj", "up_proj", "down_proj"))
-    module.forward = lambda x: _GatedMlp.apply(x, gate, layers, *_adapters(layers))
+    module.forward = lambda x: _GatedMlp.apply(x.to(dtype), gate, layers, *_adapters(layers))
 
 
-def _fuse_group(modules: list, layers: list[Layer]) -> None:
+def _fuse_group(modules: list, layers: list[Layer], dtype: torch.dtype) -> None:
     """The first of the layers that is called with an input computes all of them; the others take what it left for them."""
     layers = tuple(layers)
     if len(layers) == 1:
-        modules[0].forward = lambda x, *_, **__: _Group.apply(x, layers, *_adapters(layers))[0]
+        modules[0].forward = lambda x, *_, **__: _Group.apply(x.to(dtype), layers, *_adapters(layers))[0]
         return
     waiting: dict[int, torch.Tensor] = {}
     of: list[torch.Tensor] = []  # the input that they belong to
 
     def forward(x: torch.Tensor, index: int) -> torch.Tensor:
         if index not in waiting or of[0] is not x:
-            waiting.update(enumerate(_Group.apply(x, layers, *_adapters(layers))))
+            waiting.update(enumerate(_Group.apply(x.to(dtype), layers, *_adapters(layers))))
             of[:] = [x]
         found = waiting.pop(index)
         if not waiting:

@@ -46,4 +46,4 @@ def head_loss(hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor
         targets: int64 [tokens].
         softcap: of the final logits, or None.
     """
-    return _HeadLoss.apply(hidden, head.weight.to(hidden.dtype), head.bias, targets, softcap)
+    return _HeadLoss.apply(hidden.to(head.weight.dtype), head.weight, head.bias, targets, softcap)

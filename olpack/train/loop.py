@@ -29,7 +29,7 @@ from olpack.train.fit import choose
 from olpack.train.forward import Forward
 from olpack.train.methods import save_adapter
 from olpack.train.metrics import Metrics
-from olpack.train.model import load_with_adapter, pick_device
+from olpack.train.model import compute_dtype, load_with_adapter, pick_device
 from olpack.train.ranks import ALONE, Ranks, deal, shard
 from olpack.workspace import folder_atomically
 
@@ -55,7 +55,9 @@ def run(
         shard(model)
         ranks.sharded = True
     optimizer = _optimizer(adapter, settings, device)
-    saved = Checkpoint(checkpoint, key, writes=ranks.first)
+    # What an adapter begins with is computed again when a run goes on, and comes out otherwise on another kind of device.
+    begun_on = "" if settings.initialization == "default" else f" {device.type} {compute_dtype(device)}"
+    saved = Checkpoint(checkpoint, key + begun_on, writes=ranks.first)
     state = saved.load(model, optimizer)
     if state is None:
         state = State(budget=fit.tokens)
@@ -86,6 +88,7 @@ def run(
         steps=state.step,
         kept_step=state.best_step if settings.keep == "best" else state.step,
         learned_tokens=state.learned,
+        packed=forward.packs,
         eval_loss_before=_eval_loss(state, 0),
         eval_loss_after=state.best_loss if settings.keep == "best" else _eval_loss(state, state.step),
         trainable_parameters=sum(parameter.numel() for parameter in adapter),
@@ -182,6 +185,7 @@ def _judge(
     title = "eval loss before" if state.step == 0 else f"eval loss at step {state.step}"
     loss = evaluate(forward, eval_rows, state.budget, title, ranks, stop_if_asked)
     if not math.isfinite(loss):
+        state.whole = state.step == 0  # such weights are not worth a checkpoint; the last one stays
         remedy = f"Lower `train.learning_rate` (now {settings.learning_rate:g})." if state.step else "The base itself gives no numbers on this data."
         raise OlpackError(f"The held-out loss is not finite at step {state.step} ({loss}).", remedy)
     if state.step > 0:
@@ -263,12 +267,14 @@ def _backward(forward: Forward, rows: list[TokenRow], state: State, ranks: Ranks
             if gradients := [parameter.grad for parameter in forward.model.parameters() if parameter.grad is not None]:
                 torch._foreach_div_(gradients, count)
             return total / count
+        forward.forget()
         forward.model.zero_grad(set_to_none=True)
         if forward.device.type == "cuda":
             torch.cuda.empty_cache()
-        if state.budget <= max(len(row.ids) for row in rows):
-            raise OlpackError(f"The GPU's memory does not hold one row of {max(len(row.ids) for row in rows)} tokens.",
-                              "Lower `data.max_length` or `train.rank`, or take a smaller base.")
+        longest = max(len(row.ids) for row in rows)
+        if not forward.packs or state.budget <= longest:
+            raise OlpackError(f"The GPU's memory does not hold one row of {longest} tokens.",
+                              "Lower `data.max_length` or `train.rank`, set `train.gradient_checkpointing: true`, or take a smaller base.")
         state.budget //= 2
         progress.warn(f"GPU memory ran out: going on with micro-batches of {state.budget} tokens, same batch")
 

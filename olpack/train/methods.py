@@ -173,7 +173,7 @@ def _hold(layer: nn.Module, weight: torch.Tensor, settings: Train) -> None:
         layer.replace(weight)
     elif isinstance(layer, Linear4bit):
         layer.weight = Params4bit(weight.cpu(), requires_grad=False, quant_type=settings.quantization,
-                                  compress_statistics=settings.double_quantization, module=layer).to(weight.device)
+                                  compress_statistics=settings.double_quantization, quant_storage=layer.quant_storage, module=layer).to(weight.device)
     elif isinstance(layer, Linear8bitLt):
         layer.weight = Int8Params(weight.cpu(), requires_grad=False).to(weight.device)
         layer.init_8bit_state()

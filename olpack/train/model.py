@@ -68,7 +68,7 @@ def load_with_adapter(base: Base, settings: Train, device: torch.device, *, shar
 
 def _load(base: Base, settings: Train, device: torch.device, *, sharded: bool):
     """The base as `train.quantization` or its own config.json has it."""
-    from bitsandbytes.nn import Linear8bitLt
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
     from olpack.train.frozen import FrozenConfig, use_packed
@@ -89,6 +89,8 @@ def _load(base: Base, settings: Train, device: torch.device, *, sharded: bool):
         device_map={"": device} if device.type == "cuda" else None,
     )  # fmt: skip
     for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False  # it would repack the weight for good at the first evaluation, and train on nothing
         if isinstance(layer, Linear8bitLt):  # as its first pass would; peft moves the weight before that, and the scales would be lost
             layer.init_8bit_state()
     return model

@@ -29,12 +29,10 @@ def _kernel(function: Callable) -> Callable:
     return call
 
 
-def use_kernels(device: torch.device) -> bool:
+def use_kernels(device: torch.device) -> None:
     """Compile the functions of this module for a GPU, if that works there."""
-    if device.type != "cuda":
-        return False
-    if _compiled:
-        return True
+    if device.type != "cuda" or _compiled:
+        return
     compiled = {kernel.plain: torch.compile(kernel.plain, dynamic=True) for kernel in (_norm, _norm_backward, _rotate, _loss)}
     for gate in _GATES:
         compiled |= {kernel.plain: torch.compile(kernel.plain, dynamic=True) for kernel in (gate.product, gate.gradients)}
@@ -43,9 +41,8 @@ def use_kernels(device: torch.device) -> bool:
         compiled[_norm.plain](x, x[0], 1e-6, 0.0)
     except Exception as error:  # no Triton, no C compiler, a torch that cannot: whatever it is, the plain functions do
         progress.warn(f"torch.compile does not work here, so training goes without fused kernels: {str(error).splitlines()[0]}")
-        return False
+        return
     _compiled.update(compiled)
-    return True
 
 
 @_kernel
@@ -86,14 +83,14 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x.detach().reshape(-1, x.shape[-1])
 
 
-def fuse_norms(model: torch.nn.Module) -> int:
-    """Replace the forward pass of every RMS norm that computes what `_norm` does, which is tried. Returns their number."""
-    count = 0
+def fuse_norms(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Replace the forward pass of every RMS norm that computes what `_norm` does, which is tried. Returns these norms."""
+    changed = []
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") and (found := _norm_settings(module)):
             module.forward = functools.partial(_norm_forward, module.weight, *found)
-            count += 1
-    return count
+            changed.append(module)
+    return changed
 
 
 def _norm_forward(weight: torch.Tensor, eps: float, offset: float, x: torch.Tensor) -> torch.Tensor:
@@ -144,12 +141,12 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
     return _rotate(x.detach()[0].transpose(0, 1).contiguous(), cos[0], sin[0]).transpose(0, 1)[None]
 
 
-def fuse_rotary(model: torch.nn.Module) -> bool:
+def fuse_rotary(model: torch.nn.Module) -> None:
     """Replace `apply_rotary_pos_emb` in the module that defines the model, for flat rows, where it does what `_Rotary` does, which is tried."""
     home = sys.modules[type(model).__module__]
     original = getattr(home, "apply_rotary_pos_emb", None)
     if original is None or hasattr(original, "fused"):
-        return original is not None
+        return
 
     @functools.wraps(original)
     def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *rest, **named):
@@ -162,13 +159,11 @@ def fuse_rotary(model: torch.nn.Module) -> bool:
     try:
         found = original(q, q, cos, sin)
     except Exception:  # another signature
-        return False
+        return
     wanted = q * cos + torch.cat((-q[..., 2:], q[..., :2]), dim=-1) * sin
-    same = all(torch.allclose(each, wanted, atol=1e-6) for each in found)
-    if same:
+    if all(torch.allclose(each, wanted, atol=1e-6) for each in found):
         rotary.fused = True
         home.apply_rotary_pos_emb = rotary
-    return same
 
 
 class _Gate:

@@ -44,6 +44,10 @@ class Recompute:
                     torch.cuda.set_rng_state(state, device)
             yield
 
+    def forget(self) -> None:
+        """Of a pass that came to no end."""
+        self._waiting.clear()
+
     def put(self, hidden: torch.Tensor) -> _Input:
         if self._waiting:
             self._waiting[-1].release()
@@ -101,15 +105,23 @@ class _Layer(torch.autograd.Function):
         ctx.place, ctx.run, ctx.rest = place, run, rest
         ctx.input = place.put(hidden.detach()) if ctx.needs_input_grad[2] else None
         ctx.random = place.random_state()
+        ctx.mixed = torch.is_autocast_enabled(hidden.device.type), torch.get_autocast_dtype(hidden.device.type)
         with torch.no_grad():
             return run(hidden, *rest)
 
     @staticmethod
     def backward(ctx, *gradients):
         hidden = ctx.place.take(ctx.input).requires_grad_()
-        with torch.enable_grad(), ctx.place.drawing_from(ctx.random):
-            outputs = ctx.run(hidden, *ctx.rest)
+        rest = [_alone(value) for value in ctx.rest]
+        mixed, dtype = ctx.mixed
+        with torch.enable_grad(), ctx.place.drawing_from(ctx.random), torch.autocast(hidden.device.type, dtype, enabled=mixed):
+            outputs = ctx.run(hidden, *rest)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         learned = [(output, gradient) for output, gradient in zip(outputs, gradients, strict=True) if gradient is not None and output.requires_grad]
         torch.autograd.backward(*zip(*learned, strict=True))
-        return None, None, hidden.grad, *[None] * len(ctx.rest)
+        return None, None, hidden.grad, *(value.grad if isinstance(value, torch.Tensor) else None for value in rest)
+
+
+def _alone(value):
+    """A tensor that needs gradients without its history, so that the gradient stops there."""
+    return value.detach().requires_grad_() if isinstance(value, torch.Tensor) and value.requires_grad else value
