@@ -35,11 +35,11 @@ from olpack.train.model import load_with_adapter
 from olpack.workspace import recipe_path
 
 ROWS = recipe_path("coding-assistant").parent / "train.jsonl"
-TEMPLATES = {  # file, vocabulary, whether it takes a system turn
-    "Llama 3.1": ("meta-llama-Llama-3.1-8B-Instruct", "llama-bpe", True),
-    "Qwen3": ("Qwen-Qwen3-0.6B", "qwen2", True),
-    "Gemma 4": ("google-gemma-4-31B-it", "gemma-4", True),
-    "Phi-3.5": ("microsoft-Phi-3.5-mini-instruct", "phi-3", True),
+TEMPLATES = {  # file, vocabulary, turn tokens to add to it
+    "Llama 3.1": ("meta-llama-Llama-3.1-8B-Instruct", "llama-bpe", []),
+    "Qwen3": ("Qwen-Qwen3-0.6B", "qwen2", []),
+    # There is no vocabulary of its own that transformers reads; its template takes no system turn.
+    "Gemma 2, with Llama 2's vocabulary": ("google-gemma-2-2b-it", "llama-spm", ["<start_of_turn>", "<end_of_turn>"]),
 }
 OVERRIDES = ["--set", "train.epochs=0.5", "--set", "train.eval_every=20"]
 
@@ -49,11 +49,12 @@ def masks(llama_cpp: Path) -> list[str]:
 
     lines = ["| chat template | rows | tokens | learned | rows that end with a learned end token |", "| --- | ---: | ---: | ---: | --- |"]
     chats = load_chats(ROWS)
-    for name, (template, vocabulary, system) in TEMPLATES.items():
+    for name, (template, vocabulary, added) in TEMPLATES.items():
         tokenizer = AutoTokenizer.from_pretrained(llama_cpp / "models", gguf_file=f"ggml-vocab-{vocabulary}.gguf")
         tokenizer.chat_template = (llama_cpp / f"models/templates/{template}.jinja").read_text(encoding="utf-8")
+        tokenizer.add_special_tokens({"additional_special_tokens": added} if added else {})
         renderer = Renderer(tokenizer)
-        rows = [row for chat in chats for row in renderer.rows(chat if system else _without_system(chat))]
+        rows = [row for chat in chats for row in renderer.rows(_without_system(chat) if added else chat)]
         ends = {tokenizer.convert_ids_to_tokens(row.ids[_last(row.learned)]) for row in rows}
         ended = sum(row.ids[_last(row.learned)] in renderer.end_ids for row in rows)
         tokens, learned = sum(len(row.ids) for row in rows), sum(row.learned_count for row in rows)
