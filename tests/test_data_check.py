@@ -151,25 +151,26 @@ def test_rows_that_a_weight_leaves_out_are_no_problem_here_and_none_in_a_build(t
         package(root, train, [chat("e", "a")], weighted.replace("WEIGHT", weight))
         return json.loads(olpack(root, "data", "check", "support", "--json")[1])
 
-    def built() -> Build:
-        return Build(recipe.load(root / "modelfiles/support/recipe.yaml"))
+    def learned() -> list:
+        return Build(recipe.load(root / "modelfiles/support/recipe.yaml")).rows[0]
 
     assert len(checked(lines, "0.5")["findings"]) == sum(seen[19:])
     with pytest.raises(OlpackError, match=f"{sum(seen[19:])} rows are longer"):
-        built().rows
+        learned()
     found = checked(kept, "0.5")
-    assert not found["fails"] and found["train"]["sources"][0]["seen"] == len(built().rows[0]) == sum(seen[:19])
+    assert not found["fails"] and found["train"]["sources"][0]["seen"] == len(learned()) == sum(seen[:19])
     found = checked([line for line, often in zip(lines, seen, strict=True) if not often], "0.5")
     assert [finding["text"] for finding in found["findings"]] == ["No row is left at this `weight`."]
     with pytest.raises(OlpackError, match="no row left at this weight"):
-        built().rows
+        learned()
 
 
 def test_held_out_rows_are_seen_once_and_an_empty_source_is_a_problem(tmp_path):
-    package(tmp_path, GOOD * 3, [""], RECIPE.replace("train: train.jsonl, eval: eval.jsonl", "train: {file: train.jsonl, weight: 3}, eval_share: 0.3"))
+    both = "train: train.jsonl, eval: eval.jsonl"
+    package(tmp_path, GOOD, [""], RECIPE.replace(both, "train: {file: train.jsonl, weight: 3}, eval_share: 0.3"))
     (part,) = json.loads(olpack(tmp_path, "data", "check", "support", "--json")[1])["eval"]["sources"]
     assert part["seen"] == part["rows"] > 0
-    package(tmp_path, GOOD, [""], RECIPE.replace("train: train.jsonl, eval: eval.jsonl", "train: [train.jsonl, eval.jsonl]"))
+    package(tmp_path, GOOD, [""], RECIPE.replace(both, "train: [train.jsonl, eval.jsonl]"))
     code, printed, _ = olpack(tmp_path, "data", "check", "support")
     assert code == 1 and "eval.jsonl: It is empty." in printed
 
@@ -243,7 +244,7 @@ def test_sources_of_each_kind(tmp_path):
 
 
 def test_files_of_one_name_are_told_apart(tmp_path):
-    data = "{train: [train.jsonl, more/train.jsonl, more], eval: eval.jsonl}"
+    data = "{train: [train.jsonl, more/train.jsonl], eval: eval.jsonl}"
     package(tmp_path, GOOD[:1], [chat("e", "a")], f"base: builtin/tiny-coder\ndata: {data}\n")
     (tmp_path / "modelfiles/support/more").mkdir()
     (tmp_path / "modelfiles/support/more/train.jsonl").write_text(GOOD[1])

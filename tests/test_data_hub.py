@@ -59,7 +59,8 @@ class _Handler(BaseHTTPRequestHandler):
         if repo == "me/cut":  # the connection ends before the answer
             self.close_connection = True
             return None
-        self._answer(200, json.dumps({"id": repo, "sha": self.commit, "siblings": [{"rfilename": name} for name in SETS[repo]], "tags": []}).encode(), {})
+        siblings = [{"rfilename": name} for name in SETS[repo]]
+        self._answer(200, json.dumps({"id": repo, "sha": self.commit, "siblings": siblings, "tags": []}).encode(), {})
 
     do_GET = do_POST = do_HEAD = _serve
 
