@@ -454,6 +454,8 @@ def _data_of(name: str, base: str | None, settings: list[str] | None, as_json: b
         progress.use("json")
     if base is None and Path(name).suffix and Path(name).exists():
         raise typer.BadParameter(f"{name} is a data file, so say which base is to read it.", param_hint="--base")
+    if base is not None and not Path(name).exists():
+        raise typer.BadParameter(f"It goes with a data file, and there is no file {name}. A package names its own base.", param_hint="--base")
     return Build(recipe.of_data(Path(name), base, settings) if base else recipe.load(recipe_path(name), settings), weights=False)
 
 

@@ -121,12 +121,18 @@ class Build:
 
     def sources(self, which: str) -> list[Source]:
         """Where the rows of `data.train` or `data.eval` come from; empty where the recipe names nothing."""
+        return self._sources[which]
+
+    @cached_property
+    def _sources(self) -> dict[str, list[Source]]:
+        """Made once: a data set on the Hub is pinned to one commit for the key and for all that reads it."""
         from olpack.data import HubSet, Source
 
-        found = []
-        for asked in self.recipe.data.sources(which):
-            place = HubSet(asked.hub, asked.split, asked.revision, asked.subset) if asked.hub else self.recipe.folder / asked.file
-            found.append(Source(place, asked.form, asked.weight))
+        found: dict[str, list[Source]] = {"train": [], "eval": []}
+        for which, named in found.items():
+            for asked in self.recipe.data.sources(which):
+                place = HubSet(asked.hub, asked.split, asked.revision, asked.subset) if asked.hub else self.recipe.folder / asked.file
+                named.append(Source(place, asked.form, asked.weight, asked.file or ""))
         return found
 
     @cached_property

@@ -284,10 +284,12 @@ def print_plan(plan: dict) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    console = Console(soft_wrap=False)
+    console = Console(soft_wrap=False, markup=False)  # a path or a reason may hold what reads like markup
     found = plan["estimate"]
-    console.print(f"[bold]{plan['name']}[/bold]  {found['parameters'] / 1e6:,.1f} M parameters, builds into {plan['build']}", highlight=False)
+    counts = f"  {found['parameters'] / 1e6:,.1f} M parameters, builds into {plan['build']}"
+    console.print(Text.assemble((plan["name"], "bold"), counts), highlight=False)
     steps = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for title in ("step", "what will happen", "because"):
         steps.add_column(title, overflow="fold")
@@ -326,4 +328,4 @@ def print_plan(plan: dict) -> None:
     for key, setting in plan["settings"].items():
         value = setting["value"]
         settings.add_row(key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), setting["from"])
-    console.print(settings, highlight=False, markup=False)
+    console.print(settings, highlight=False)

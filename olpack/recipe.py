@@ -41,9 +41,9 @@ class _Section(BaseModel):
 
 
 class DataSource(_Section):
-    file: str | None = None
+    file: Annotated[str, Field(min_length=1)] | None = None
     """A file, or a folder of them, relative to the recipe: .jsonl, .json, .csv, .tsv or .parquet."""
-    hub: str | None = None
+    hub: Annotated[str, Field(min_length=1)] | None = None
     """A data set on the Hugging Face Hub, such as `HuggingFaceH4/no_robots`, instead of a file."""
     split: str = "train"
     """Split of a Hub data set, or a part of it: `train[:1000]`."""
@@ -66,17 +66,18 @@ class DataSource(_Section):
         return self
 
 
-def _source_tag(value: Any) -> str:
-    return "str" if isinstance(value, str) else "list[source]" if isinstance(value, list) else "source"
+def _source_tag(value: Any) -> str | None:
+    tags = {str: "str", list: "list[source]", dict: "source", DataSource: "source"}
+    return next((tag for kind, tag in tags.items() if isinstance(value, kind)), None)
 
 
 # Only the one that was meant is tried, so that a mistake in a source is not also reported as "not a string".
-_OneSource = Annotated[Annotated[str, Tag("str")] | Annotated[DataSource, Tag("source")], Discriminator(lambda value: _source_tag(value)[:6])]
+_PLACE = "a source is a file, {file: …} or {hub: …}"
+_File = Annotated[str, Field(min_length=1), Tag("str")]
+_OneSource = Annotated[_File | Annotated[DataSource, Tag("source")], Discriminator(_source_tag, "source", _PLACE)]
 _Sources = Annotated[
-    Annotated[str, Tag("str")]
-    | Annotated[DataSource, Tag("source")]
-    | Annotated[list[_OneSource], Field(min_length=1), Tag("list[source]")],
-    Discriminator(_source_tag),
+    _File | Annotated[DataSource, Tag("source")] | Annotated[list[_OneSource], Field(min_length=1), Tag("list[source]")],
+    Discriminator(_source_tag, "source", f"{_PLACE}, or a list of these"),
 ]
 
 
@@ -105,7 +106,7 @@ class Data(_Section):
     def sources(self, which: Literal["train", "eval"]) -> list[DataSource]:
         """The sources of one side, each with its form; empty where the recipe names none."""
         asked = getattr(self, which)
-        listed = asked if isinstance(asked, list) else [asked] if asked else []
+        listed = asked if isinstance(asked, list) else [asked] if asked is not None else []
         named = [DataSource(file=source) if isinstance(source, str) else source for source in listed]
         return [source if source.form or self.form == "auto" else source.model_copy(update={"form": self.form}) for source in named]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from oracle import olpack
 from olpack import recipe
 from olpack.base import BUILTIN, Base
 from olpack.data import Chat, HubSet, Renderer, load_chats
+from olpack.data.chats import times
 from olpack.data.check import histogram, percentile
 from olpack.data.shown import pieces
 from olpack.errors import OlpackError
@@ -89,6 +91,8 @@ def test_a_file_with_no_recipe(tmp_path):
     assert olpack(tmp_path, "data", "show", "rows.csv", "1", "--base", "base")[:2] == (0, printed)  # without its weights
     code, _, said = olpack(tmp_path, "data", "check", "rows.csv")
     assert code == 2 and "--base" in said
+    code, _, said = olpack(tmp_path, "data", "check", "coding-assistant", "--base", "base")
+    assert code == 2 and "there is no file coding-assistant" in " ".join(said.split())
 
 
 def test_roles_in_an_order_that_the_template_refuses(tmp_path):
@@ -126,6 +130,51 @@ def test_on_a_terminal_colours_mark_what_is_learned(tmp_path, monkeypatch):
     assert re.sub(r"\x1b\[[\d;]*m", "", shown).startswith("<|im_start|>user\n[red]q<|im_end|>\n")
 
 
+def test_on_a_terminal_without_colours_control_codes_are_pictures(tmp_path, monkeypatch):
+    package(tmp_path, [chat("q", "a\tb\r\x1b[2Jc")], [chat("e", "a")])
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    code, printed, _ = olpack(tmp_path, "data", "show", "support", "1")
+    assert code == 0 and "⟦a\tb␍␛[2Jc<|im_end|>⟧" in printed and "\x1b" not in printed
+
+
+def test_rows_that_a_weight_leaves_out_are_no_problem_here_and_none_in_a_build(tmp_path):
+    weighted = RECIPE.replace("train.jsonl", "{file: train.jsonl, weight: WEIGHT}")
+    root = package(tmp_path, [*GOOD, *(chat(f"long {number}", "word " * 100) for number in range(20))], [chat("e", "a")])
+    rows = load_chats(root / "modelfiles/support/train.jsonl")
+    lines = (root / "modelfiles/support/train.jsonl").read_text().splitlines()
+    seen = [times(replace(row, weight=0.5)) for row in rows]
+    assert 0 < sum(seen[:19]) < 19 and 0 < sum(seen[19:]) < 20
+    kept = [line for number, (line, often) in enumerate(zip(lines, seen, strict=True)) if number < 19 or not often]
+
+    def checked(train: list[str], weight: str) -> dict:
+        package(root, train, [chat("e", "a")], weighted.replace("WEIGHT", weight))
+        return json.loads(olpack(root, "data", "check", "support", "--json")[1])
+
+    def learned() -> list:
+        return Build(recipe.load(root / "modelfiles/support/recipe.yaml")).rows[0]
+
+    assert len(checked(lines, "0.5")["findings"]) == sum(seen[19:])
+    with pytest.raises(OlpackError, match=f"{sum(seen[19:])} rows are longer"):
+        learned()
+    found = checked(kept, "0.5")
+    assert not found["fails"] and found["train"]["sources"][0]["seen"] == len(learned()) == sum(seen[:19])
+    found = checked([line for line, often in zip(lines, seen, strict=True) if not often], "0.5")
+    assert [finding["text"] for finding in found["findings"]] == ["No row is left at this `weight`."]
+    with pytest.raises(OlpackError, match="no row left at this weight"):
+        learned()
+
+
+def test_held_out_rows_are_seen_once_and_an_empty_source_is_a_problem(tmp_path):
+    both = "train: train.jsonl, eval: eval.jsonl"
+    package(tmp_path, GOOD, [""], RECIPE.replace(both, "train: {file: train.jsonl, weight: 3}, eval_share: 0.3"))
+    (part,) = json.loads(olpack(tmp_path, "data", "check", "support", "--json")[1])["eval"]["sources"]
+    assert part["seen"] == part["rows"] > 0
+    package(tmp_path, GOOD, [""], RECIPE.replace(both, "train: [train.jsonl, eval.jsonl]"))
+    code, printed, _ = olpack(tmp_path, "data", "check", "support")
+    assert code == 1 and "eval.jsonl: It is empty." in printed
+
+
 def test_the_pieces_of_a_row_are_the_row():
     base = Base("builtin/tiny-coder", BUILTIN / "tiny-coder")
     renderer = Renderer(base.tokenizer(), base.end_ids())
@@ -161,7 +210,14 @@ def written(folder: Path, data: str) -> Path:
         ("  train: {weight: 2}\n", "line 3: 'data.train': a source is either a `file` or a `hub` data set."),
         ("  train: {file: a.jsonl, split: test}\n", "split goes with a `hub` data set"),
         ("  train: {hub: user/set}\n  eval: {file: a.jsonl, weight: 2}\n", "line 4: 'data.eval': weight goes with data.train"),
-        ("  train: 3\n", "line 3: 'data.train'"),
+        ("  train: 3\n", "line 3: 'data.train': a source is a file, {file: …} or {hub: …}, or a list of these, not 3."),
+        ("  train: null\n", "line 3: 'data.train': a source is a file"),
+        ("  train: [[a.jsonl]]\n", "line 3: 'data.train.0': a source is a file, {file: …} or {hub: …}, not ['a.jsonl']."),
+        ('  train: ""\n', "line 3: 'data.train'"),
+        ('  train: [a.jsonl, ""]\n', "line 3: 'data.train.1'"),
+        ('  train: a.jsonl\n  eval: ""\n', "line 4: 'data.eval'"),
+        ('  train: {file: ""}\n', "line 3: 'data.train.file'"),
+        ('  train: {hub: ""}\n', "line 3: 'data.train.hub'"),
         ("  train: []\n", "line 3: 'data.train'"),
         ("  train: a.jsonl\n  form: chats\n", "line 4: 'data.form'"),
         ("  train: {file: a.jsonl, form: chats}\n", "line 3: 'data.train.form'"),
@@ -182,7 +238,25 @@ def test_sources_of_each_kind(tmp_path):
     assert (second.place, second.form, second.weight) == (tmp_path / "support/texts", "text", 0.5)
     assert (third.place, third.form) == (HubSet("user/set", "train[:10]", "v1", "ar"), "alpaca")
     assert Build(asked).sources("eval") == []
+    build = Build(asked)
+    assert build.sources("train")[2].place is build.sources("train")[2].place  # one commit for the key and for the rows
     assert asked.settings()["data.train"][1]["weight"] == 0.5 and asked.origin("data.train") == "recipe.yaml:3"
+
+
+def test_files_of_one_name_are_told_apart(tmp_path):
+    data = "{train: [train.jsonl, more/train.jsonl], eval: eval.jsonl}"
+    package(tmp_path, GOOD[:1], [chat("e", "a")], f"base: builtin/tiny-coder\ndata: {data}\n")
+    (tmp_path / "modelfiles/support/more").mkdir()
+    (tmp_path / "modelfiles/support/more/train.jsonl").write_text(GOOD[1])
+    code, printed, _ = olpack(tmp_path, "data", "check", "support", "--json")
+    found = json.loads(printed)
+    assert code == 0 and [part["name"] for part in found["train"]["sources"]] == ["train.jsonl", "more/train.jsonl"]
+
+
+def test_a_plan_prints_names_as_they_are(tmp_path):
+    package(tmp_path, GOOD, [chat("e", "a")])
+    code, printed, _ = olpack(tmp_path, "plan", "support", "--out", "[bold]")
+    assert code == 0 and "builds into [bold]/support" in printed
 
 
 def test_held_out_texts_and_tool_calls_are_no_questions_and_answers(tmp_path):

@@ -89,6 +89,9 @@ def test_a_folder_is_all_its_files(tmp_path):
     write(tmp_path / "rows/b.jsonl", [ROWS["chat"]])
     write(tmp_path / "rows/deep/a.csv", [ROWS["alpaca"]])
     (tmp_path / "rows/README.md").write_text("no data")
+    (tmp_path / "rows/.ipynb_checkpoints").mkdir()
+    write(tmp_path / "rows/.ipynb_checkpoints/b-checkpoint.jsonl", [ROWS["chat"]])
+    (tmp_path / "rows/._b.jsonl").write_bytes(b"\0\xff")
     assert [chat.source for chat in load_chats(tmp_path / "rows")] == ["rows/b.jsonl:1", "rows/deep/a.csv:2"]
     before = Source(tmp_path / "rows").digest()
     (tmp_path / "rows/b.jsonl").rename(tmp_path / "rows/c.jsonl")
@@ -177,6 +180,21 @@ def test_of_a_prompt_nothing_is_learned_nor_of_a_message_of_weight_0(renderer, t
         ("a.jsonl", '{"instruction": "q", "output": "a"}\n{"text": "a"}', "line 2: there is no text as `instruction`"),
         ("a.jsonl", '{"question": "q", "reply": "a"}', "rows of no form that olpack knows; the first one has question, reply"),
         ("a.parquet", "no parquet", "no Parquet file"),
+        ("a.json", '[{"text": "a"}]\n[{"text": "b"}]', "line 2: not JSON: something stands behind the rows at column 1"),
+        ("a.json", '{"data": [{"text": "a"}]}\ngarbage', "line 2: not JSON: something stands behind the rows"),
+        ("a.json", '{"data": [{"text": "a"}],\n "data": [{"text": "b"}]}', "line 2: not JSON: a second `data`"),
+        ("a.json", '{"data": [{"text": "a"}], "by": {}\n', "line 2: not JSON: expecting '}'"),
+        ("a.json", '[{"text": "a"},\n{"text": "b", "n": ' + "1" * 5000 + "}]", "line 2: not JSON: a number of more than 4,300 digits"),
+        ("a.json", '[{"text": "a"},\n' + "[" * 100_000, "line 2: not JSON: nested too deeply"),
+        ("a.jsonl", '{"text": "a"}\n{"n": ' + "1" * 5000 + "}", "line 2: not JSON: a number of more than 4,300 digits"),
+        ("a.jsonl", '{"text": "a"}\n' + "[" * 100_000, "line 2: not JSON: nested too deeply"),
+        ("a.json", "[" * 100_000, "line 1: not JSON: nested too deeply"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": "q", "more": ' + "[" * 2000 + "]" * 2000 + "}]}", "nested too deeply"),
+        ("a.jsonl", '{"instruction": "q", "input": 0, "output": "a"}', "line 1: there is no text as `input`"),
+        ("a.csv", "text,text\na,b\n", "line 1: the header has the column text twice"),
+        ("a.csv", "\nprompt;completion\nq;a\n", "line 2: the header is one column; is the file separated by semicolons, and not by commas?"),
+        ("a.tsv", "prompt,completion\nq,a\n", "is the file separated by commas, and not by tabs?"),
+        ("a.jsonl.gz", b"\x1f\x8b\n\xff\n", "of a kind that olpack does not read. It reads .jsonl, "),
     ],
 )
 def test_a_row_that_does_not_fit_is_named_with_its_line(tmp_path, name, text, said):
@@ -185,6 +203,19 @@ def test_a_row_that_does_not_fit_is_named_with_its_line(tmp_path, name, text, sa
     with pytest.raises(OlpackError) as caught:
         load_chats(path)
     assert said in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_a_header_below_empty_lines_and_with_spaces(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("\n \nprompt, completion,,\nq, a,,\n")
+    (chat,) = load_chats(path)
+    assert [message["content"] for message in chat.messages] == ["q", " a"] and chat.source == "a.csv:4"
+
+
+def test_what_stands_around_the_rows_of_an_object_is_left_alone(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"by": ["x"],\n "data": [{"text": "a"}],\n "count": 1, "of": {"data": 2}}\n')
+    assert [chat.text for chat in load_chats(path)] == ["a"]
 
 
 def test_a_form_that_is_named_is_the_form(tmp_path):

@@ -16,6 +16,7 @@ CARD = b"---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: train
 NASTY = "مرحبا\u200f 👩‍💻\r\n\t[x]"
 ROWS = [{"messages": [{"role": "user", "content": f"{number} {NASTY}"}, {"role": "assistant", "content": "a"}]} for number in range(3)]
 FILES = {"README.md": CARD, "train.jsonl": "".join(json.dumps(row) + "\n" for row in ROWS).encode()}
+SETS = {"me/set": FILES, "me/bare": {"train.jsonl": FILES["train.jsonl"]}, "me/empty": {"test.csv": b"text\n"}, "me/cut": {}}
 SCRIPT = """
 import json, sys
 from olpack.data import HubSet, Source, load_chats
@@ -43,19 +44,23 @@ class _Handler(BaseHTTPRequestHandler):
         rest = path.partition(f"{repo}/")[2]
         if repo == "me/closed":
             return self._answer(403, b"", {"X-Error-Code": "GatedRepo"})
-        if repo != "me/set":
+        if repo not in SETS:
             return self._answer(401, b"", {"X-Error-Code": "RepoNotFound"})
         if rest.startswith("resolve/nowhere/"):
             return self._answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
         if rest.startswith("resolve/"):
             name = rest.split("/", 2)[2]
-            if name not in FILES:
+            if name not in SETS[repo]:
                 return self._answer(404, b"", {"X-Error-Code": "EntryNotFound"})
-            return self._answer(200, FILES[name], {"X-Repo-Commit": self.commit, "ETag": f'"{self.commit[:8]}{name}"'})
+            return self._answer(200, SETS[repo][name], {"X-Repo-Commit": self.commit, "ETag": f'"{self.commit[:8]}{name}"'})
         if rest.startswith("tree/"):
-            files = [{"type": "file", "path": name, "size": len(content), "oid": "0" * 40} for name, content in FILES.items()]
+            files = [{"type": "file", "path": name, "size": len(content), "oid": "0" * 40} for name, content in SETS[repo].items()]
             return self._answer(200, json.dumps(files).encode(), {})
-        self._answer(200, json.dumps({"id": repo, "sha": self.commit, "siblings": [], "tags": []}).encode(), {})
+        if repo == "me/cut":  # the connection ends before the answer
+            self.close_connection = True
+            return None
+        siblings = [{"rfilename": name} for name in SETS[repo]]
+        self._answer(200, json.dumps({"id": repo, "sha": self.commit, "siblings": siblings, "tags": []}).encode(), {})
 
     do_GET = do_POST = do_HEAD = _serve
 
@@ -105,3 +110,16 @@ def test_a_data_set_is_fetched_once_and_pinned_to_its_commit(hub, tmp_path):
     (tmp_path / "hub/datasets--me--set/snapshots" / ("a" * 40)).rename(tmp_path / "hub/datasets--me--set/snapshots" / ("b" * 40))
     (said,) = ask(tmp_path, hub.url, {"id": "me/set"}, **offline)
     assert "in the local cache at another revision only" in said
+
+
+def test_a_data_set_without_a_card_and_a_split_without_rows(hub, tmp_path):
+    commit = {"id": "me/bare", "revision": hub.commit}
+    empty = {"id": "me/empty", "split": "test", "subset": "default"}
+    (digest, rows), pinned, said = ask(tmp_path, hub.url, {"id": "me/bare"}, commit, empty)
+    assert [messages for _, messages in rows] == [row["messages"] for row in ROWS] and pinned == [digest, rows]
+    assert "\"test\" corresponds to no data" in said and "another revision" not in said
+    # Which commit a branch stands for is remembered with the card; a commit needs nobody to ask.
+    named, pinned = ask(tmp_path, hub.url, {"id": "me/bare"}, commit, HF_HUB_OFFLINE="1")
+    assert "me/bare is not in the local cache and the Hugging Face Hub cannot be reached" in named and pinned == [digest, rows]
+    (cut,) = ask(tmp_path, hub.url, {"id": "me/cut"})
+    assert "me/cut is not in the local cache and the Hugging Face Hub cannot be reached" in cut

@@ -42,9 +42,9 @@ class Part:
     Attributes:
         name: of the file or data set.
         form: of its rows.
-        chats: rows of the file that can be read.
+        chats: rows of the file that are used; those that the weight of its source leaves out are not.
         rows: rows that the model sees of them: more, where the template rewrites earlier turns.
-        seen: rows that it sees in one epoch, by the weight of the source.
+        seen: rows that it sees in one epoch, by the weight of the source; of held-out ones each once.
         tokens, learned: of `rows`, all and learned ones.
     """
 
@@ -118,15 +118,18 @@ def check_data(train: Sequence[Source], held_out: Sequence[Source], renderer: Re
         apart = list(_read(held_out, findings))
     else:
         chats, apart = split(chats, eval_share)
+    learned = [chat for chat in chats if times(chat)]
     for name, side in (("to learn", chats), ("held out", apart)):
         if not side and (eval_share or side is chats):
             findings.append(Finding("data", "too few rows", f"No row is {name}.", True))
+    if chats and not learned:
+        findings.append(Finding("data", "too few rows", "No row is left at this `weight`.", True))
     for chat, twin in leaks(chats, apart):
         findings.append(Finding(chat.source, "leakage", f"It is held out, and also in the training data ({twin.source}).", True))
     findings += _repeated(chats, apart)
     report = Report(findings, Side(), Side(), max_length)
-    with progress.task("reading the data", total=len(chats) + len(apart), unit="rows") as task:
-        for side, some in ((report.train, chats), (report.held_out, apart)):
+    with progress.task("reading the data", total=len(learned) + len(apart), unit="rows") as task:
+        for side, some in ((report.train, learned), (report.held_out, apart)):
             _render(side, some, report, renderer, task)
     findings.sort(key=lambda finding: not finding.fails)
     return report
@@ -134,11 +137,14 @@ def check_data(train: Sequence[Source], held_out: Sequence[Source], renderer: Re
 
 def _read(sources: Sequence[Source], findings: list[Finding]) -> Iterator[Chat]:
     for source in sources:
+        row = None
         for row in source.read():
             if isinstance(row, Problem):
                 findings.append(Finding(row.source, row.kind, f"{row.text[0].upper()}{row.text[1:]}.", True))
             else:
                 yield row
+        if row is None:
+            findings.append(Finding(source.label, "too few rows", "It is empty.", True))
 
 
 def _repeated(chats: list[Chat], apart: list[Chat]) -> Iterator[Finding]:
@@ -169,7 +175,7 @@ def _render(side: Side, chats: list[Chat], report: Report, renderer: Renderer, t
         part = parts.setdefault(name, Part(name, chat.form))
         part.chats += 1
         part.rows += len(rows)
-        part.seen += len(rows) * times(chat)
+        part.seen += len(rows) * (times(chat) if side is report.train else 1)
         part.tokens += sum(len(row.ids) for row in rows)
         part.learned += sum(row.learned_count for row in rows)
         side.lengths += [len(row.ids) for row in rows]

@@ -73,8 +73,12 @@ def _chat(row: dict) -> tuple[list, int]:
 
 def _sharegpt(row: dict) -> tuple[list, int]:
     turns = _list(row, "conversations" if row.get("conversations") is not None else "messages")
-    system = [{"role": "system", "content": _text(row, "system")}] if row.get("system") else []
-    return system + [_turn(turn, number) for number, turn in enumerate(turns, 1)], 0
+    return _system(row) + [_turn(turn, number) for number, turn in enumerate(turns, 1)], 0
+
+
+def _system(row: dict) -> list[dict]:
+    """The system prompt that stands on the row: one message, or none."""
+    return [{"role": "system", "content": _text(row, "system")}] if row.get("system") not in (None, "") else []
 
 
 def _turn(turn: Any, number: int) -> Any:
@@ -110,10 +114,9 @@ def _alpaca(row: dict) -> tuple[list, int]:
     asked, answer = _text(row, "instruction"), _text(row, "output")
     if not answer.strip():
         raise RowError("`output` is empty", "empty answer")
-    if row.get("input"):
+    if row.get("input") not in (None, ""):
         asked = f"{asked}\n\n{_text(row, 'input')}"
-    system = [{"role": "system", "content": _text(row, "system")}] if row.get("system") else []
-    return [*system, {"role": "user", "content": asked}, {"role": "assistant", "content": answer}], 0
+    return [*_system(row), {"role": "user", "content": asked}, {"role": "assistant", "content": answer}], 0
 
 
 def _message(message: Any, number: int) -> dict:
@@ -185,7 +188,7 @@ def _text(row: dict, key: str) -> str:
 def _parsed(text: Any, said: str) -> Any:
     try:
         return json.loads(text)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         raise RowError(said) from None
 
 

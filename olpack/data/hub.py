@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,13 +29,20 @@ class HubSet:
     revision: str | None = None
     subset: str | None = None
 
+    @property
+    def label(self) -> str:
+        """What its rows are named by: "user/name[train]", "user/name/subset[train]"."""
+        return f"{'/'.join(filter(None, (self.id, self.subset)))}[{self.split}]"
+
     @cached_property
     def commit(self) -> str:
-        """The commit that the revision stands for, from the Hub, or from its local cache where it cannot be reached.
+        """The commit that the revision stands for, from the Hub, or from its local cache where it cannot be reached. A commit is itself.
 
         Raises:
             OlpackError: there is no such data set or revision, or it is neither here nor to be had.
         """
+        if self.revision and re.fullmatch("[0-9a-f]{40}", self.revision):
+            return self.revision
         from huggingface_hub import HfApi, hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -70,12 +78,12 @@ def _failures(asked: HubSet) -> Iterator[None]:
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
+    from huggingface_hub.utils import httpx
 
     name = f"The data set {asked.id}"
     try:
@@ -88,11 +96,11 @@ def _failures(asked: HubSet) -> Iterator[None]:
                               f"Accept its terms on https://huggingface.co/datasets/{asked.id}, then run `hf auth login`.") from None
         raise OlpackError(f"{name} is not on the Hugging Face Hub, or it is private.",
                           "Check its spelling; for a private one run `hf auth login`. A file here is named with `file`.") from None
-    except (LocalEntryNotFoundError, ConnectionError):
+    except (LocalEntryNotFoundError, ConnectionError, httpx.TransportError):
         raise OlpackError(f"{name} is not in the local cache and the Hugging Face Hub cannot be reached.",
                           "Connect once, or save it as a file and name that.") from None
     except ValueError as error:  # a split or subset that is not there, with those that are
         said = " ".join(str(error).split("\nExample")[0].split())
         raise OlpackError(f"{name} cannot be read so: {said}", "Name one of those that it has as `split` or `subset`.") from None
-    except (HfHubHTTPError, DatasetsError, RuntimeError, OSError) as error:
+    except (httpx.HTTPError, DatasetsError, RuntimeError, OSError) as error:
         raise OlpackError(f"{name} could not be fetched: {str(error).strip().splitlines()[0]}", "Run the same command again to go on.") from None

@@ -15,6 +15,8 @@ from typing import Any
 from olpack.errors import OlpackError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+TOO_DEEP = "nested too deeply"
+_MARKS = {";": "semicolons", ",": "commas", "\t": "tabs", "|": "bars"}  # that fields are separated by, of which olpack reads commas and tabs
 _SPACE = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder()
 
@@ -40,12 +42,14 @@ def counts_rows(path: Path) -> bool:
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """Every record of a file, told by its suffix; one that olpack does not know is read as JSON lines.
+    """Every record of a file, of which the suffix tells the kind.
 
     Raises:
-        OlpackError: the file is missing or cannot be read at all.
+        OlpackError: the file is missing, of another kind, or cannot be read at all.
     """
     suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise OlpackError(f"{path} is of a kind that olpack does not read.", f"It reads {', '.join(SUFFIXES)}.")
     try:
         if suffix == ".parquet":
             yield from _parquet(path)
@@ -73,13 +77,20 @@ def _json_lines(raw: bytes) -> Iterator[Record]:
             yield Record(number, None, f"not UTF-8 (byte {error.start + 1} of the line)")
         except json.JSONDecodeError as error:
             yield Record(number, None, f"not JSON: {error.msg.lower()} at column {error.colno}")
+        except (ValueError, RecursionError) as error:
+            yield Record(number, None, f"not JSON: {_beyond(error)}")
+
+
+def _beyond(error: ValueError | RecursionError) -> str:
+    """What is said of a value that Python's reader does not take."""
+    return TOO_DEEP if isinstance(error, RecursionError) else f"a number of more than {sys.get_int_max_str_digits():,} digits"
 
 
 def _are_lines(raw: bytes) -> bool:
     """Whether a .json file holds JSON lines, as many do: its first line is an object of its own, and not the one that holds all rows."""
     try:
         first = json.loads(raw.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")[0])
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(first, dict) and not isinstance(first.get("data"), list)
 
@@ -113,6 +124,16 @@ def _json(text: str) -> Iterator[Record]:
         yield Record(error.lineno, None, f"not JSON: {error.msg.lower()} at column {error.colno}")
 
 
+def _value(text: str, at: int) -> tuple[Any, int]:
+    """The value that begins at a character, and where it ends."""
+    try:
+        return _DECODER.raw_decode(text, at)
+    except json.JSONDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise json.JSONDecodeError(_beyond(error), text, at) from None
+
+
 def _array(text: str) -> int | None:
     """Where the array of rows begins; None where there is none."""
     at = _next(text, 0)
@@ -120,25 +141,43 @@ def _array(text: str) -> int | None:
         return at if text[at : at + 1] == "[" else None
     at = _next(text, at + 1)
     while text[at : at + 1] == '"':
-        key, at = _DECODER.raw_decode(text, at)
-        at = _next(text, _expect(text, _next(text, at), ":"))
+        key, at = _key(text, at)
         if key == "data" and text[at : at + 1] == "[":
             return at
-        _, at = _DECODER.raw_decode(text, at)
-        at = _next(text, at)
+        at = _next(text, _value(text, at)[1])
         if text[at : at + 1] == ",":
             at = _next(text, at + 1)
     return None
 
 
+def _key(text: str, at: int) -> tuple[Any, int]:
+    """A key of an object, and where its value begins."""
+    key, at = _value(text, at)
+    return key, _next(text, _expect(text, _next(text, at), ":"))
+
+
 def _elements(text: str, at: int) -> Iterator[tuple[int, Any]]:
     at = _next(text, at + 1)
     while text[at : at + 1] != "]":
-        value, end = _DECODER.raw_decode(text, at)
+        value, end = _value(text, at)
         yield at, value
         at = _next(text, end)
         if text[at : at + 1] != "]":
             at = _next(text, _expect(text, at, ","))
+    _expect_end(text, _next(text, at + 1))
+
+
+def _expect_end(text: str, at: int) -> None:
+    """Behind the rows stands nothing but the rest of the object that holds them: no second array, whose rows would be lost."""
+    if text[_next(text, 0)] == "{":
+        while text[at : at + 1] == ",":
+            key, at = _key(text, _next(text, at + 1))
+            if key == "data":
+                raise json.JSONDecodeError("a second `data`", text, at)
+            at = _next(text, _value(text, at)[1])
+        at = _next(text, _expect(text, at, "}"))
+    if at < len(text):
+        raise json.JSONDecodeError("something stands behind the rows", text, at)
 
 
 def _next(text: str, at: int) -> int:
@@ -160,7 +199,11 @@ def _csv(text: str, delimiter: str) -> Iterator[Record]:
     try:
         for fields in reader:
             if header is None:
-                header = fields
+                if any(name := [field.strip() for field in fields]):
+                    header = name
+                    if problem := _header_problem(header, delimiter):
+                        yield Record(begins, None, problem)
+                        return
             elif fields and len(fields) != len(header):
                 yield Record(begins, None, f"{len(fields)} fields, where the header has {len(header)}")
             elif fields:
@@ -168,6 +211,15 @@ def _csv(text: str, delimiter: str) -> Iterator[Record]:
             begins = reader.line_num + 1
     except csv.Error as error:
         yield Record(begins, None, f"not CSV: {error}")
+
+
+def _header_problem(header: list[str], delimiter: str) -> str:
+    """Why no row can be read below a header, "" where they can."""
+    if twice := [name for name in header if name and header.count(name) > 1]:
+        return f"the header has the column {twice[0]} twice"
+    if len(header) == 1 and (other := next((mark for mark in _MARKS if mark != delimiter and mark in header[0]), None)):
+        return f"the header is one column; is the file separated by {_MARKS[other]}, and not by {_MARKS[delimiter]}?"
+    return ""
 
 
 def _parquet(path: Path) -> Iterator[Record]:

@@ -64,7 +64,7 @@ def _print_side(console, title: str, side: Side, limit: int) -> None:
 
 
 def print_row(row: TokenRow, renderer: Renderer, title: str) -> None:
-    """A row as the model sees it: in colours on a terminal, else byte for byte with marks around what is learned.
+    """A row as the model sees it: in colours on a terminal that has them, else with marks around what is learned; byte for byte in a file or pipe.
 
     Args:
         row: as `renderer` made it.
@@ -78,6 +78,7 @@ def print_row(row: TokenRow, renderer: Renderer, title: str) -> None:
     counts = f"{len(row.ids):,} tokens, {row.learned_count:,} learned ({row.learned_count / len(row.ids):.0%})"
     legend = "learned in green, special tokens in magenta" if colours else f"what is learned stands in {BEGIN} {END}"
     written = "".join(_coloured(row, renderer) if colours else _marked(row, renderer))
+    written = written.translate(_PICTURES) if console.is_terminal and not colours else written
     console.file.write(f"{title}: {counts}; {legend}\n\n{written}{'' if written.endswith(chr(10)) else chr(10)}")
 
 

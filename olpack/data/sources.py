@@ -10,7 +10,7 @@ from pathlib import Path
 
 from olpack.data.forms import KEYS, RowError, form_of, to_chat
 from olpack.data.hub import HubSet
-from olpack.data.records import SUFFIXES, Record, counts_rows, read_records
+from olpack.data.records import SUFFIXES, TOO_DEEP, Record, counts_rows, read_records, without_nulls
 from olpack.data.rows import Chat, Form, Problem
 from olpack.errors import OlpackError
 from olpack.workspace import file_digest, value_digest
@@ -26,16 +26,18 @@ class Source:
         place: a file, a folder of files, or a data set on the Hub.
         form: of all its rows; None where each file's own rows tell it.
         weight: how often its rows are seen in an epoch: 2 for twice each, 0.5 for half of them.
+        name: a file or folder as the recipe writes it; "" where only its own name is to be said.
     """
 
     place: Path | HubSet
     form: Form | None = None
     weight: float = 1.0
+    name: str = ""
 
     @property
     def label(self) -> str:
-        """What the recipe calls it, in short."""
-        return self.place.id if isinstance(self.place, HubSet) else self.place.name
+        """What its rows are named by: "train.jsonl", "faq", "user/name/subset[train]"."""
+        return self.place.label if isinstance(self.place, HubSet) else Path(self.name or self.place.name).as_posix()
 
     def digest(self) -> str:
         """Identity of the data: of each file's bytes, or of the commit on the Hub.
@@ -56,13 +58,11 @@ class Source:
             OlpackError: the source is missing, cannot be read at all, or has a form that olpack does not know.
         """
         if isinstance(self.place, HubSet):
-            from olpack.data.records import without_nulls
-
             rows = (Record(number, without_nulls(row)) for number, row in enumerate(self.place.rows(), 1))
-            yield from self._chats(rows, f"{self.place.id}[{self.place.split}]", f"{self.place.id} ({self.place.split})", "row")
+            yield from self._chats(rows, self.label, self.label, "row")
             return
         for path in _files(self.place):
-            label = path.name if path == self.place else f"{self.place.name}/{path.relative_to(self.place)}"
+            label = Path(self.label, path.relative_to(self.place)).as_posix()
             yield from self._chats(read_records(path), label, str(path), "row" if counts_rows(path) else "line")
 
     def _chats(self, records: Iterator[Record], label: str, name: str, unit: str) -> Iterator[Chat | Problem]:
@@ -77,17 +77,20 @@ class Source:
                 said = to_chat(form, record.value)
             except RowError as error:
                 yield Problem(source, place, str(error), error.kind)
+            except RecursionError:
+                yield Problem(source, place, TOO_DEEP, "unreadable")
             else:
                 yield Chat(source=source, form=form, weight=self.weight, **said)
 
 
 def _files(place: Path) -> list[Path]:
-    """The files of a source: itself, or what a folder holds of them, sorted by name."""
+    """The files of a source: itself, or what a folder holds of them, sorted by name. Hidden ones are an editor's or a system's, no data."""
     if not place.is_dir():
         if not place.exists():
             raise OlpackError(f"There is no {place}.", "The recipe's `data` names files relative to the recipe.")
         return [place]
-    files = sorted(path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    below = (path for path in place.rglob("*") if not any(part.startswith(".") for part in path.relative_to(place).parts))
+    files = sorted(path for path in below if path.suffix.lower() in SUFFIXES and path.is_file())
     if not files:
         raise OlpackError(f"{place} holds no data.", f"olpack reads {', '.join(SUFFIXES)}.")
     return files
