@@ -1,6 +1,6 @@
 """Three proofs of training, on the shipped package's rows: what is learned, what a packed row sees, what a kill costs.
 
-    python benchmarks/train_proofs.py --llama-cpp DIR [--kills 3]
+    python benchmarks/train_proofs.py --llama-cpp DIR [--kills 38 41]
 
 1. The share of learned tokens under published chat templates and vocabularies of a llama.cpp checkout, and whether each row ends with a
    learned end-of-turn token.
@@ -13,7 +13,6 @@ Prints Markdown tables and writes them to benchmarks/train_proofs.md.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -41,7 +40,6 @@ TEMPLATES = {  # file, vocabulary, turn tokens to add to it
     # There is no vocabulary of its own that transformers reads; its template takes no system turn.
     "Gemma 2, with Llama 2's vocabulary": ("google-gemma-2-2b-it", "llama-spm", ["<start_of_turn>", "<end_of_turn>"]),
 }
-OVERRIDES = ["--set", "train.epochs=0.5", "--set", "train.eval_every=20"]
 
 
 def masks(llama_cpp: Path) -> list[str]:
@@ -85,37 +83,37 @@ def packed() -> list[str]:
                 scale = max(scale, alone.abs().max().item())
     tokens = sum(len(row.ids) for row in rows)
     return [f"{len(rows)} rows ({tokens:,} tokens) packed into {len(groups)} flat rows of at most 2,048 tokens, with no padding: their logits "
-            f"differ from those of each row alone by at most {largest:.1e}, where the largest logit is {scale:.0f} ({device.type}, {forward.base.dtype})."]
+            f"differ from those of each row alone by at most {largest:.1e}, where the largest logit is {scale:.0f} "
+            f"({device.type}, {forward.base.dtype})."]
 
 
-def train(out: Path, kill_after: float | None = None) -> int:
-    """Exit code of `olpack train`, or of the kill after so many seconds."""
-    command = [sys.executable, "-m", "olpack", "train", "coding-assistant", "--out", out, *OVERRIDES]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "TERM": "dumb"})
-    if kill_after is not None:
-        time.sleep(kill_after)
-        process.kill()
+def train(out: Path, kill_at: int | None = None) -> int:
+    """Exit code of `olpack train`, or of SIGKILL once it has logged so many steps."""
+    command = [sys.executable, "-m", "olpack", "train", "coding-assistant", "--out", out, "--set", "train.epochs=1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while kill_at is not None and process.poll() is None:
+        time.sleep(0.2)
+        if any(record["step"] >= kill_at for file in out.rglob("checkpoint/metrics.jsonl") for record in records(file)):
+            process.kill()
     return process.wait()
 
 
-def resumed(kills: int, work: Path) -> list[str]:
-    started = time.monotonic()
+def records(metrics: Path) -> list[dict]:
+    """Whole lines of a metrics.jsonl that is being written."""
+    return [json.loads(line) for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def resumed(kills: list[int], work: Path) -> list[str]:
     assert train(work / "unbroken") == 0
-    whole = time.monotonic() - started
-    steps_seen, wait = [], 0.6 * whole
-    for _ in range(kills):
-        train(work / "killed", kill_after=wait)
-        curve = list((work / "killed").rglob("checkpoint/metrics.jsonl"))
-        steps_seen.append(max((record["step"] for file in curve for record in map(json.loads, file.read_text().splitlines())), default=0))
+    for kill_at in kills:
+        assert train(work / "killed", kill_at) != 0, "it was done before it could be killed"
     assert train(work / "killed") == 0
-    one, two = ([json.loads(line) for line in next((work / which).rglob("adapter/metrics.jsonl")).read_text().splitlines()]
-                for which in ("unbroken", "killed"))  # fmt: skip
+    one, two = (records(next((work / which).rglob("adapter/metrics.jsonl"))) for which in ("unbroken", "killed"))
     pairs = [(a["loss"], b["loss"]) for a, b in zip(one, two, strict=True) if "loss" in a]
-    same = all(a == b for a, b in pairs)
-    shown = [number for number in range(0, len(pairs), max(1, len(pairs) // 8))]
-    verdict = "the same, bit for bit" if same else "NOT the same"
-    return [f"Killed {kills} times, at steps {', '.join(map(str, steps_seen))} of {len(pairs)}; every loss is {verdict}, largest "
-            f"difference {max(abs(a - b) for a, b in pairs):.1e}.", "",
+    verdict = "the same, bit for bit" if all(a == b for a, b in pairs) else "NOT the same"
+    shown = range(0, len(pairs), max(1, len(pairs) // 8))
+    return [f"Killed at steps {' and '.join(map(str, kills))} of {len(pairs)} and run again each time; every loss is {verdict}, largest difference "
+            f"{max(abs(a - b) for a, b in pairs):.1e}.", "",
             f"| step | {' | '.join(str(number + 1) for number in shown)} |", f"| --- |{' ---: |' * len(shown)}",
             f"| unbroken | {' | '.join(f'{pairs[number][0]:.4f}' for number in shown)} |",
             f"| killed | {' | '.join(f'{pairs[number][1]:.4f}' for number in shown)} |"]  # fmt: skip
@@ -124,7 +122,7 @@ def resumed(kills: int, work: Path) -> list[str]:
 def main() -> None:
     parser = command_line(__file__, __doc__)
     parser.add_argument("--llama-cpp", type=Path, required=True, help="a checkout of llama.cpp, for its templates and vocabularies")
-    parser.add_argument("--kills", type=int, default=3)
+    parser.add_argument("--kills", type=int, nargs="+", default=[38, 41], help="steps; a checkpoint is written every minute")
     arguments = parser.parse_args()
     work = Path(tempfile.mkdtemp())
     try:
