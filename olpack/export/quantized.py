@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,23 @@ def _of_bitsandbytes(source: Path, stored: Mapping[str, TensorHeader]) -> dict[s
     return headers
 
 
+def _packed(
+    source: Path, stored: Mapping[str, TensorHeader], suffix: str, parts: Sequence[str], remedy: str = "Download the model again."
+) -> Iterator[tuple[str, TensorHeader, dict[str, TensorHeader]]]:
+    """(module, packed weight, what else belongs to it, by its name in `parts`) of every module with a tensor MODULE.suffix.
+
+    Raises:
+        OlpackError: a part is missing.
+    """
+    for name, found in stored.items():
+        module, is_packed, _ = name.rpartition(f".{suffix}")
+        if not is_packed:
+            continue
+        if lost := [part for part in parts if f"{module}.{part}" not in stored]:
+            raise OlpackError(f"'{source}' has '{name}' and no '{module}.{lost[0]}'.", remedy)
+        yield module, found, {part: stored[f"{module}.{part}"] for part in parts}
+
+
 def _of_gptq(source: Path, settings: Mapping[str, Any], stored: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:
     bits, layout = settings.get("bits"), settings.get("checkpoint_format", "gptq")
     if bits not in (2, 4, 8):
@@ -107,15 +124,10 @@ def _of_gptq(source: Path, settings: Mapping[str, Any], stored: Mapping[str, Ten
     if layout not in ("gptq", "gptq_v2"):
         raise OlpackError(f"'{source}' is GPTQ in the layout '{layout}', and llama.cpp's converter dequantizes gptq and gptq_v2.", _ORIGINAL)
     headers = dict(stored)
-    for name, found in stored.items():
-        module, is_packed, _ = name.rpartition(".qweight")
-        if not is_packed:
-            continue
-        if lost := [part for part in ("g_idx", "qzeros", "scales") if f"{module}.{part}" not in stored]:
-            raise OlpackError(f"'{source}' has '{name}' and no '{module}.{lost[0]}', which llama.cpp's converter needs.", _ORIGINAL)
-        columns = stored[f"{module}.g_idx"].shape[0]
+    for module, found, parts in _packed(source, stored, "qweight", ("g_idx", "qzeros", "scales"), _ORIGINAL):
+        columns = parts["g_idx"].shape[0]
         if found.shape[0] * _INT32 != columns * bits or found.dtype != "I32":
-            raise OlpackError(f"'{source}' packs '{name}' otherwise than {bits} bits into int32, which llama.cpp's converter expects.", _ORIGINAL)
+            raise OlpackError(f"'{source}' packs '{module}.qweight' otherwise than {bits} bits into int32, which llama.cpp's converter expects.", _ORIGINAL)
         headers[f"{module}.weight"] = _restored(found, (found.shape[1], columns))
     return headers
 
@@ -125,16 +137,10 @@ def _of_awq(source: Path, settings: Mapping[str, Any], stored: Mapping[str, Tens
     if bits != 4 or layout != "gemm":
         raise OlpackError(f"'{source}' is AWQ in {bits} bits and the layout '{layout}'; 4 bits in the layout gemm are read.", _ORIGINAL)
     headers = dict(stored)
-    for name, found in stored.items():
-        module, is_packed, _ = name.rpartition(".qweight")
-        if not is_packed:
-            continue
-        if lost := [part for part in ("qzeros", "scales") if f"{module}.{part}" not in stored]:
-            raise OlpackError(f"'{source}' has '{name}' and no '{module}.{lost[0]}'.", "Download the model again.")
+    for module, found, parts in _packed(source, stored, "qweight", ("qzeros", "scales")):
         columns, rows = found.shape[0], 8 * found.shape[1]
-        groups = stored[f"{module}.scales"].shape[0]
-        if stored[f"{module}.scales"].shape[1] != rows or columns % groups:
-            raise OlpackError(f"'{source}' packs '{name}' otherwise than AWQ's layout gemm does.", _ORIGINAL)
+        if parts["scales"].shape[1] != rows or columns % parts["scales"].shape[0]:
+            raise OlpackError(f"'{source}' packs '{module}.qweight' otherwise than AWQ's layout gemm does.", _ORIGINAL)
         headers[f"{module}.weight"] = _restored(found, (rows, columns))
     return headers
 
@@ -143,18 +149,15 @@ def _of_hqq(source: Path, stored: Mapping[str, TensorHeader]) -> dict[str, Tenso
     from safetensors import safe_open
 
     headers = dict(stored)
-    for name, found in stored.items():
-        module, is_packed, _ = name.rpartition(".W_q")
-        if not is_packed:
-            continue
-        if lost := [part for part in ("scale", "zero", "shape", "nbits") if f"{module}.{part}" not in stored]:
-            raise OlpackError(f"'{source}' has '{name}' and no '{module}.{lost[0]}'.", "Save the model again with HQQ's encoded state.")
+    remedy = "Save the model again with HQQ's encoded state."
+    for module, found, _ in _packed(source, stored, "W_q", ("scale", "zero", "shape", "nbits"), remedy):
         with safe_open(str(found.file), framework="pt") as file:
             bits, shape = file.get_tensor(f"{module}.nbits").item(), tuple(file.get_tensor(f"{module}.shape").tolist())
         if bits not in (1, 2, 4, 8) or found.dtype != "U8":
-            raise OlpackError(f"'{source}' packs '{name}' by HQQ in {bits:g} bits as {found.dtype}; 1, 2, 4 and 8 bits in bytes are read.", _ORIGINAL)
+            raise OlpackError(f"'{source}' packs '{module}.W_q' by HQQ in {bits:g} bits as {found.dtype}; 1, 2, 4 and 8 bits in bytes are read.",
+                              _ORIGINAL)
         if math.prod(found.shape) * 8 != math.prod(shape) * bits:
-            raise OlpackError(f"'{source}' packs '{name}' otherwise than HQQ does: {list(found.shape)} for {list(shape)}.", _ORIGINAL)
+            raise OlpackError(f"'{source}' packs '{module}.W_q' otherwise than HQQ does: {list(found.shape)} for {list(shape)}.", _ORIGINAL)
         headers[f"{module}.weight"] = _restored(found, shape)
     return headers
 
@@ -174,15 +177,10 @@ def _of_eetq(source: Path, stored: Mapping[str, TensorHeader]) -> dict[str, Tens
 
 def _of_aqlm(source: Path, stored: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:
     headers = dict(stored)
-    for name, found in stored.items():
-        module, is_packed, _ = name.rpartition(".codes")
-        if not is_packed:
-            continue
-        if lost := [part for part in ("codebooks", "scales") if f"{module}.{part}" not in stored]:
-            raise OlpackError(f"'{source}' has '{name}' and no '{module}.{lost[0]}'.", "Download the model again.")
-        books = stored[f"{module}.codebooks"].shape
+    for module, found, parts in _packed(source, stored, "codes", ("codebooks", "scales")):
+        books = parts["codebooks"].shape
         if len(found.shape) != 3 or len(books) != 4 or found.shape[2] != books[0]:
-            raise OlpackError(f"'{source}' packs '{name}' otherwise than AQLM does.", _ORIGINAL)
+            raise OlpackError(f"'{source}' packs '{module}.codes' otherwise than AQLM does.", _ORIGINAL)
         headers[f"{module}.weight"] = _restored(found, (found.shape[0] * books[2], found.shape[1] * books[3]))
     return headers
 

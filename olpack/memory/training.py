@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from olpack.errors import OlpackError
@@ -224,6 +224,51 @@ def estimate_training(
     )
 
 
+class _Ledger:
+    """Who keeps what of a forward pass for the backward pass, by layer (-1: none of them).
+
+    Attributes:
+        kept: bytes, by what they are for.
+        norms: bytes that the norms' inputs take.
+    """
+
+    def __init__(self, decoder, layers: list):
+        self.kept: dict[int, Counter[str]] = defaultdict(Counter)
+        self.norms: Counter[int] = Counter()
+        self._seen: set[int] = {parameter.untyped_storage()._cdata for parameter in decoder.parameters()}
+        self._alive: list = []  # a storage that is freed could give its address to another
+        self._layer = -1
+        self._inside: list[str] = []
+        self._handles = []
+        for index, layer in enumerate(layers):
+            self._on(layer, before=lambda index=index: setattr(self, "_layer", index), after=lambda: setattr(self, "_layer", -1))
+        for module in decoder.modules():
+            if "Norm" in type(module).__name__:
+                self._handles.append(module.register_forward_pre_hook(self._count_norm))
+            if kind := next((kind for part, kind in _PARTS.items() if part in type(module).__name__), None):
+                self._on(module, before=lambda kind=kind: self._inside.append(kind), after=self._inside.pop)
+
+    def _on(self, module, before: Callable[[], object], after: Callable[[], object]) -> None:
+        self._handles.append(module.register_forward_pre_hook(lambda *_: (before(), None)[1], with_kwargs=True))
+        self._handles.append(module.register_forward_hook(lambda *_: (after(), None)[1], with_kwargs=True))
+
+    def _count_norm(self, module, arguments) -> None:
+        self.norms[self._layer] += 2 * arguments[0].numel()
+
+    def keep(self, tensor):
+        """What autograd calls for each tensor that it keeps."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
+            self._alive.append(tensor)
+            self.kept[self._layer][self._inside[-1] if self._inside else "rest"] += storage.nbytes()
+        return tensor
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
 def activations(model: MetaModel, tokens: int, targets: str | list[str] = "all-linear", fused: bool = True) -> Activations:
     """What a forward pass over one row of `tokens` tokens keeps for the backward pass, the adapters' inputs included, the logits not.
 
@@ -241,48 +286,12 @@ def activations(model: MetaModel, tokens: int, targets: str | list[str] = "all-l
     AttentionInterface.register("olpack-counted", _fused_attention)
     layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
     adapted = adapter_shapes(model, targets)
-    by_layer: dict[int, Counter[str]] = defaultdict(Counter)
-    seen: set[int] = {parameter.untyped_storage()._cdata for parameter in decoder.parameters()}
-    kept: list[torch.Tensor] = []  # a storage that is freed could give its address to another
-    state = {"layer": -1}
-    inside: list[str] = []
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in seen:
-            seen.add(storage._cdata)
-            kept.append(tensor)
-            by_layer[state["layer"]][inside[-1] if inside else "rest"] += storage.nbytes()
-        return tensor
-
-    def enter(index: int):
-        def hook(module, arguments, named):
-            state["layer"] = index
-
-        return hook
-
-    def leave(module, arguments, named, output):
-        state["layer"] = -1
-
-    handles = []
-    for index, layer in enumerate(layers):
-        handles += [layer.register_forward_pre_hook(enter(index), with_kwargs=True), layer.register_forward_hook(leave, with_kwargs=True)]
-    norms: Counter[int] = Counter()
-
-    def count_norm(module, arguments):
-        norms[state["layer"]] += 2 * arguments[0].numel()
-
-    for module in decoder.modules():
-        if "Norm" in type(module).__name__:
-            handles.append(module.register_forward_pre_hook(count_norm))
-        if kind := next((kind for part, kind in _PARTS.items() if part in type(module).__name__), None):
-            handles.append(module.register_forward_pre_hook(lambda module, arguments, kind=kind: inside.append(kind)))
-            handles.append(module.register_forward_hook(lambda module, arguments, output: inside.pop() and None))
+    ledger = _Ledger(decoder, layers)
     before, frozen = decoder.config._attn_implementation, [parameter.requires_grad for parameter in decoder.parameters()]
     try:
         decoder.config._attn_implementation = "olpack-counted"
         decoder.requires_grad_(False)
-        with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(ledger.keep, lambda tensor: tensor):
             inputs = torch.empty(1, tokens, model.shape.hidden, dtype=torch.bfloat16, requires_grad=True)
             decoder(inputs_embeds=inputs, position_ids=torch.arange(tokens)[None], use_cache=False)
     except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError) as error:
@@ -290,8 +299,7 @@ def activations(model: MetaModel, tokens: int, targets: str | list[str] = "all-l
                           "Measure a step on the GPU.") from error
     finally:
         decoder.config._attn_implementation = before
-        for handle in handles:
-            handle.remove()
+        ledger.close()
         for parameter, required in zip(decoder.parameters(), frozen, strict=True):
             parameter.requires_grad_(required)
     widest = max((max(shape) for shape in adapted.values()), default=0)
@@ -299,7 +307,7 @@ def activations(model: MetaModel, tokens: int, targets: str | list[str] = "all-l
     linears: dict[int, dict[str, tuple[int, int]]] = defaultdict(dict)
     for name, shape in adapted.items():
         linears[owners.get(name, -1)][name.rsplit(".", 1)[-1]] = shape
-    outside, *within = (layer_terms(by_layer[index], norms[index], linears[index], tokens, fused) for index in range(-1, len(layers)))
+    outside, *within = (layer_terms(ledger.kept[index], ledger.norms[index], linears[index], tokens, fused) for index in range(-1, len(layers)))
     if fused:  # the product of the MLP, and the gradients before and behind it, at 16 bits
         working, inputs = tokens * 2 * (widest + 2 * model.shape.hidden), min(len(layers), _LAYER_INPUTS) * 2 * tokens * model.shape.hidden
     else:  # gradients of the widest activation on their way back, and the float32 copy that an adapter's input goes through
