@@ -1,11 +1,11 @@
 """Three proofs of training, on the shipped package's rows: what is learned, what a packed row sees, what a kill costs.
 
-    python benchmarks/train_proofs.py --llama-cpp DIR [--kills 38 41]
+    python benchmarks/train_proofs.py --llama-cpp DIR [--kills 5 11 18]
 
 1. The share of learned tokens under published chat templates and vocabularies of a llama.cpp checkout, and whether each row ends with a
    learned end-of-turn token.
 2. Logits of a row packed between others against those of the row alone.
-3. `olpack train` killed (SIGKILL) several times against an unbroken run: losses of every step.
+3. Training that is killed (SIGKILL) several times against an unbroken run: losses of every step.
 
 Prints Markdown tables and writes them to benchmarks/train_proofs.md.
 """
@@ -14,15 +14,19 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
-import time
 from itertools import accumulate
 from pathlib import Path
 
 import torch
 from page import command_line, measured_here, publish
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from tiny_models import write_model  # in tests/
+from train_child import child
 
 from olpack.base import resolve
 from olpack.data import Renderer, load_chats
@@ -87,33 +91,23 @@ def packed() -> list[str]:
             f"({device.type}, {forward.base.dtype})."]
 
 
-def train(out: Path, kill_at: int | None = None) -> int:
-    """Exit code of `olpack train`, or of SIGKILL once it has logged so many steps."""
-    command = [sys.executable, "-m", "olpack", "train", "coding-assistant", "--out", out, "--set", "train.epochs=1"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while kill_at is not None and process.poll() is None:
-        time.sleep(0.2)
-        if any(record["step"] >= kill_at for file in out.rglob("checkpoint/metrics.jsonl") for record in records(file)):
-            process.kill()
-    return process.wait()
-
-
-def records(metrics: Path) -> list[dict]:
-    """Whole lines of a metrics.jsonl that is being written."""
-    return [json.loads(line) for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
-
-
 def resumed(kills: list[int], work: Path) -> list[str]:
-    assert train(work / "unbroken") == 0
-    for kill_at in kills:
-        assert train(work / "killed", kill_at) != 0, "it was done before it could be killed"
-    assert train(work / "killed") == 0
-    one, two = (records(next((work / which).rglob("adapter/metrics.jsonl"))) for which in ("unbroken", "killed"))
+    """A small model of the tests, its checkpoints after every step, killed in the middle of the given steps."""
+    base = write_model(work / "model")
+    settings = Train(epochs=8, batch_size=8, learning_rate=1e-2, dropout=0.1)
+    assert child(base, work / "unbroken", settings).code == 0
+    done = 0
+    for at in kills:
+        assert child(base, work / "killed", settings, at="backward", call=at - done).code == -signal.SIGKILL
+        done = at - 1
+    assert child(base, work / "killed", settings).code == 0
+    one, two = ([json.loads(line) for line in (work / which / "adapter/metrics.jsonl").read_text().splitlines()] for which in ("unbroken", "killed"))
     pairs = [(a["loss"], b["loss"]) for a, b in zip(one, two, strict=True) if "loss" in a]
     verdict = "the same, bit for bit" if all(a == b for a, b in pairs) else "NOT the same"
+    adapters = {(work / which / "adapter/adapter_model.safetensors").read_bytes() for which in ("unbroken", "killed")}
     shown = range(0, len(pairs), max(1, len(pairs) // 8))
-    return [f"Killed at steps {' and '.join(map(str, kills))} of {len(pairs)} and run again each time; every loss is {verdict}, largest difference "
-            f"{max(abs(a - b) for a, b in pairs):.1e}.", "",
+    return [f"A small model with dropout in NF4, killed (SIGKILL) in the middle of steps {', '.join(map(str, kills))} of {len(pairs)}, and run again "
+            f"each time. Every loss is {verdict}; the adapters are {'the same bytes' if len(adapters) == 1 else 'NOT the same'}.", "",
             f"| step | {' | '.join(str(number + 1) for number in shown)} |", f"| --- |{' ---: |' * len(shown)}",
             f"| unbroken | {' | '.join(f'{pairs[number][0]:.4f}' for number in shown)} |",
             f"| killed | {' | '.join(f'{pairs[number][1]:.4f}' for number in shown)} |"]  # fmt: skip
@@ -122,7 +116,7 @@ def resumed(kills: list[int], work: Path) -> list[str]:
 def main() -> None:
     parser = command_line(__file__, __doc__)
     parser.add_argument("--llama-cpp", type=Path, required=True, help="a checkout of llama.cpp, for its templates and vocabularies")
-    parser.add_argument("--kills", type=int, nargs="+", default=[38, 41], help="steps; a checkpoint is written every minute")
+    parser.add_argument("--kills", type=int, nargs="+", default=[5, 11, 18], help="steps")
     arguments = parser.parse_args()
     work = Path(tempfile.mkdtemp())
     try:
