@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import write_model
-from train_child import make_rows
+from train_child import at_call, make_rows
 
 from olpack.base import Base
 from olpack.errors import OlpackError
@@ -94,21 +94,15 @@ def test_an_interrupted_run_goes_on_where_it_was(base, tmp_path, monkeypatch):
     settings = Train(epochs=3, batch_size=8, learning_rate=1e-3, dropout=0.1)
     run(base, tmp_path / "whole", settings)
 
-    real, calls = training_loop._backward, []
-
-    def backward(*arguments):
-        calls.append(1)
-        if len(calls) == 4:
-            signal.raise_signal(signal.SIGINT)  # in the middle of the fourth step, which must still be finished
-        return real(*arguments)
-
+    # In the middle of the fourth step, which must still be finished.
+    backward = at_call(training_loop._backward, 4, lambda: signal.raise_signal(signal.SIGINT))
     monkeypatch.setattr(training_loop, "_backward", backward)
     with pytest.raises(KeyboardInterrupt):
         run(base, tmp_path / "broken", settings)
     assert not (tmp_path / "broken/adapter").exists()
     assert (tmp_path / "broken/checkpoint/checkpoint.safetensors").is_file()
     run(base, tmp_path / "broken", settings)
-    assert len(calls) == 9  # none of the steps was done twice
+    assert backward.calls == 9  # none of the steps was done twice
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import write_model
-from train_child import make_rows
+from train_child import at_call, make_rows
 
 from olpack import progress
 from olpack.base import Base
@@ -59,16 +59,11 @@ def test_a_run_goes_on_with_another_number_of_processes(base, tmp_path, monkeypa
     settings = Train(epochs=40, batch_size=8, learning_rate=1e-3, eval_every=30)
     run(base, tmp_path / "unbroken", settings)
 
-    real, calls = loop._backward, []
-
-    def backward(*arguments):
-        calls.append(1)
-        if len(calls) == 10:
-            raise KeyboardInterrupt
-        return real(*arguments)
+    def stop():
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "_backward", backward)
+        patch.setattr(loop, "_backward", at_call(loop._backward, 10, stop))
         run(base, tmp_path / "changed", settings)
     show = progress.Relay.show
 

@@ -48,18 +48,23 @@ PLACES = {
 }
 
 
-def happen_at(place: str, call: int, what) -> None:
-    """Do something when the function of a place is called for the so-many-th time."""
-    owner, name = PLACES[place]
-    real, calls = getattr(owner, name), []
+def at_call(real, call: int, what):
+    """A function that does something more when it is called for the so-many-th time. Its `calls` say how often it was called."""
 
     def counted(*arguments, **named):
-        calls.append(1)
-        if len(calls) == call:
+        counted.calls += 1
+        if counted.calls == call:
             what()
         return real(*arguments, **named)
 
-    setattr(owner, name, counted)
+    counted.calls = 0
+    return counted
+
+
+def happen_at(place: str, call: int, what) -> None:
+    """Do something when the function of a place is called for the so-many-th time."""
+    owner, name = PLACES[place]
+    setattr(owner, name, at_call(getattr(owner, name), call, what))
 
 
 def _start_forks():

@@ -25,7 +25,7 @@ from olpack.recipe import Train
 from olpack.train import TrainResult
 from olpack.train.batches import flatten, micro_batches, schedule
 from olpack.train.checkpoint import Checkpoint, State, adapter_weights
-from olpack.train.fit import choose
+from olpack.train.fit import Fit, choose
 from olpack.train.forward import Forward
 from olpack.train.methods import save_adapter
 from olpack.train.metrics import Metrics
@@ -84,7 +84,21 @@ def run(
         metrics.close()
     state.seconds = time.monotonic() - started
     saved.save(model, optimizer, state)
-    result = TrainResult(
+    result = _result(forward, adapter, settings, state, fit, ranks)
+    if result.eval_loss_after > result.eval_loss_before:
+        progress.warn(f"Training raised the held-out loss from {result.eval_loss_before:.3f} to {result.eval_loss_after:.3f}: "
+                      "lower `train.learning_rate` or `train.epochs`, or look at the data")  # fmt: skip
+    if ranks.first:
+        if settings.keep == "best" and state.best:
+            set_peft_model_state_dict(model, state.best)
+        _write_adapter(model, base, settings, state, result, out, saved)
+    saved.remove()
+    return result
+
+
+def _result(forward: Forward, adapter: list[torch.nn.Parameter], settings: Train, state: State, fit: Fit, ranks: Ranks) -> TrainResult:
+    device = forward.device
+    return TrainResult(
         steps=state.step,
         kept_step=state.best_step if settings.keep == "best" else state.step,
         learned_tokens=state.learned,
@@ -99,15 +113,6 @@ def run(
         tokens_per_s=state.timed / state.timed_s if state.timed_s else None,
         seconds=state.seconds,
     )
-    if result.eval_loss_after > result.eval_loss_before:
-        progress.warn(f"Training raised the held-out loss from {result.eval_loss_before:.3f} to {result.eval_loss_after:.3f}: "
-                      "lower `train.learning_rate` or `train.epochs`, or look at the data")  # fmt: skip
-    if ranks.first:
-        if settings.keep == "best" and state.best:
-            set_peft_model_state_dict(model, state.best)
-        _write_adapter(model, base, settings, state, result, out, saved)
-    saved.remove()
-    return result
 
 
 def _steps(
@@ -259,7 +264,8 @@ def _backward(forward: Forward, rows: list[TokenRow], state: State, ranks: Ranks
             total = torch.stack(losses).sum().item() if losses else 0.0
         except torch.OutOfMemoryError:
             if ranks.sharded:  # the others wait for this one in the middle of a layer, and nothing can be begun anew
-                raise OlpackError("A GPU's memory ran out.", f"Lower `train.micro_batch_tokens` (now {state.budget}); the same command then goes on.") from None
+                raise OlpackError("A GPU's memory ran out.",
+                                  f"Lower `train.micro_batch_tokens` (now {state.budget}); the same command then goes on.") from None
             failed = True
         total, failures = ranks.sum(total, failed)
         if not failures:
