@@ -67,7 +67,6 @@ def choose(base: Base, rows: Sequence[TokenRow], settings: Train, device: torch.
     if device.type == "cpu":
         return on_cpu(settings, sharded=gpus > 1 and settings.sharding == "full")
     from olpack.memory.shape import MetaModel
-
     from olpack.train.methods import whole_parameters
 
     model, whole = MetaModel(base.config, base.label), whole_parameters(base, settings)
