@@ -51,6 +51,7 @@ def main() -> None:
     arguments.add_argument("--steps", type=int, default=16)
     arguments.add_argument("--layers", type=int, default=LAYERS)
     arguments.add_argument("--work", type=Path, help="folder for the model")
+    arguments.add_argument("--base", type=Path, help="a model that is there already, instead of one made with --layers")
     arguments.add_argument("--no-file", action="store_true", help="print only")
     asked = arguments.parse_args()
     progress.use("lines")
@@ -62,8 +63,9 @@ def main() -> None:
     rows, found = make_rows(asked.steps * _BATCH), []
     with tempfile.TemporaryDirectory(dir=asked.work) as work:
         folder = Path(work)
-        write_base(folder / "base", HIDDEN, INTERMEDIATE, asked.layers, ROWS, llama=True)
-        base = Base("shape", folder / "base")
+        if asked.base is None:
+            write_base(folder / "base", HIDDEN, INTERMEDIATE, asked.layers, ROWS, llama=True)
+        base = Base("shape", asked.base or folder / "base")
         cases = [(gpus, "none") for gpus in asked.gpus] + [(gpus, "full") for gpus in asked.gpus if gpus > 1]
         for gpus, sharding in cases:
             # One process too is started by the launcher: it leaves no memory behind.
@@ -76,7 +78,7 @@ def main() -> None:
     alone = next((result.tokens_per_s for gpus, _, result, _ in found if gpus == 1), None)
     first = found[0][3]
     lines = [
-        f"Llama 3 8B's shape with {asked.layers} layers and random weights, NF4, rank 16 on all linear layers, {_BATCH} rows a step, "
+        f"Llama 3 8B's shape with {base.config['num_hidden_layers']} layers and random weights, NF4, rank 16 on all linear layers, {_BATCH} rows a step, "
         f"{asked.steps} steps, {sum(len(row.ids) for row in rows):,} tokens. {date.today()}, {torch.cuda.get_device_name()}, "
         f"torch {torch.__version__}, Python {platform.python_version()}.", "",
         "| GPUs | base | tokens/s | of as many times one GPU | peak of a GPU, GiB | estimated, GiB | last loss | largest difference of a loss |",

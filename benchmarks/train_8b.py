@@ -26,6 +26,7 @@ BEGUN = time.time()
 SHAPES = {  # hidden size, MLP, layers, heads, key heads, vocabulary
     "8B": (4096, 14336, 32, 32, 8, 128256),
     "70B": (8192, 28672, 80, 64, 8, 128256),
+    "1B": (2048, 8192, 16, 32, 8, 128256),
     "tiny": (256, 512, 3, 4, 2, 1000),
 }
 RANK = 16

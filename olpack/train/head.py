@@ -11,6 +11,7 @@ import torch
 from olpack.train.pointwise import loss_of
 
 PIECE = 2**26  # logits of one piece
+_TILE = 256  # tokens that a product takes at once on a GPU: a few more would cost as much as so many
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -21,6 +22,7 @@ class _HeadLoss(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         step = max(1, PIECE // weight.shape[0])
+        step -= step % _TILE if step > _TILE else 0
         for start in range(0, len(hidden), step):
             piece = slice(start, start + step)
             logits = hidden[piece] @ weight.T if bias is None else torch.addmm(bias, hidden[piece], weight.T)
