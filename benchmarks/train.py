@@ -67,6 +67,7 @@ def run_olpack(folder: Path, checkpointing: bool, profile: bool) -> dict:
     from olpack.train import loop
     from olpack.train.checkpoint import State
     from olpack.train.forward import Forward
+    from olpack.train.joined import Joined
     from olpack.train.model import load_with_adapter
 
     device = torch.device("cuda", 0)
@@ -75,8 +76,8 @@ def run_olpack(folder: Path, checkpointing: bool, profile: bool) -> dict:
     model = load_with_adapter(Base("random", folder), settings, device)
     loaded = time.time()
     forward = Forward(model, device, checkpointing=checkpointing, offload=checkpointing)
-    adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = loop._optimizer(adapter, settings, device)
+    trained = Joined(model)
+    optimizer = loop._optimizer(trained.parameters, settings, device)
     rows = [TokenRow(ids, [True] * len(ids), "", "") for ids in tokenizer(texts(tokenizer, 40 * (STEPS + 2)))["input_ids"]]
     torch.cuda.reset_peak_memory_stats()
     ends, counts, losses = [], [], []
@@ -87,8 +88,8 @@ def run_olpack(folder: Path, checkpointing: bool, profile: bool) -> dict:
             row = rows.pop(0)
             batch.append(TokenRow(row.ids[:room], row.learned[:room], "", ""))
             room -= len(batch[-1].ids)
-        losses.append(loop._backward(forward, batch, State(budget=TOKENS)))
-        torch.nn.utils.clip_grad_norm_(adapter, 1.0)
+        losses.append(loop._backward(forward, trained, batch, State(budget=TOKENS)))
+        torch.nn.utils.clip_grad_norm_(trained.parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         torch.cuda.synchronize()

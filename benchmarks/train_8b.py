@@ -93,13 +93,14 @@ class Bench:
         from olpack.recipe import Train
         from olpack.train import loop
         from olpack.train.forward import Forward
+        from olpack.train.joined import Joined
 
         self.device, self.words = device, SHAPES[shape][-1]
         self.model = random_model(shape, device)
         self.built = time.time()
         self.forward = Forward(self.model, device, checkpointing=False, offload=offload)
-        self.adapter = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = loop._optimizer(self.adapter, Train(), device)
+        self.trained = Joined(self.model)
+        self.optimizer = loop._optimizer(self.trained.parameters, Train(), device)
 
     def checkpointing(self, on: bool, *, offload: bool = True) -> None:
         from olpack.train.recompute import Recompute
@@ -111,8 +112,8 @@ class Bench:
         from olpack.train import loop
         from olpack.train.checkpoint import State
 
-        loss = loop._backward(self.forward, batch, State(budget=10**9))
-        torch.nn.utils.clip_grad_norm_(self.adapter, 1.0)
+        loss = loop._backward(self.forward, self.trained, batch, State(budget=10**9))
+        torch.nn.utils.clip_grad_norm_(self.trained.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss

@@ -38,6 +38,7 @@ def measure(base, checkpointing: bool, lengths: list[int], rank: int) -> list[di
     from olpack.train import fit, loop
     from olpack.train.checkpoint import State
     from olpack.train.forward import Forward
+    from olpack.train.joined import Joined
     from olpack.train.model import load_with_adapter
 
     device, found = torch.device("cuda", 0), []
@@ -46,8 +47,8 @@ def measure(base, checkpointing: bool, lengths: list[int], rank: int) -> list[di
     room = fit.free_room(device)
     model = load_with_adapter(base, settings, device)
     forward = Forward(model, device, checkpointing=checkpointing, offload=checkpointing)
-    adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = loop._optimizer(adapter, settings, device)
+    trained = Joined(model)
+    optimizer = loop._optimizer(trained.parameters, settings, device)
     torch.cuda.synchronize()
     resting = torch.cuda.memory_allocated(device)
     for tokens in lengths:
@@ -56,8 +57,8 @@ def measure(base, checkpointing: bool, lengths: list[int], rank: int) -> list[di
         planned = fit.on_gpu(shape, [row], asked, room)
         torch.cuda.reset_peak_memory_stats(device)
         for _ in range(_STEPS):
-            loop._backward(forward, [row], State(budget=tokens))
-            torch.nn.utils.clip_grad_norm_(adapter, 1.0)
+            loop._backward(forward, trained, [row], State(budget=tokens))
+            torch.nn.utils.clip_grad_norm_(trained.parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         measured = torch.cuda.max_memory_allocated(device)

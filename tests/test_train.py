@@ -18,6 +18,7 @@ from olpack.train import loop as training_loop
 from olpack.train import train
 from olpack.train.batches import flatten, micro_batches, schedule
 from olpack.train.forward import Forward
+from olpack.train.joined import Joined
 from olpack.train.loop import learning_rate
 from olpack.train.model import load_with_adapter
 
@@ -79,9 +80,30 @@ def test_gradients_do_not_depend_on_how_a_batch_is_cut(base):
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(1))
-        training_loop._backward(Forward(model, CPU, checkpointing=False, offload=False), rows, training_loop.State(budget=budget))
-        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]))
+        forward, trained = Forward(model, CPU, checkpointing=False, offload=False), Joined(model)
+        training_loop._backward(forward, trained, rows, training_loop.State(budget=budget))
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in trained.parameters]))
     assert torch.allclose(*gradients, rtol=1e-3, atol=1e-6)
+
+
+def test_parameters_are_learned_where_they_are_joined_and_where_they_are_large(base, monkeypatch):
+    rows, weights = make_rows(8), []
+    for large in (0, 1500, 10**9):
+        monkeypatch.setattr("olpack.train.joined.LARGE", large)
+        model = load_with_adapter(base, Train(quantization="none", target_modules=["q_proj", "v_proj"], modules_to_save=["norm"]), CPU)
+        trained = Joined(model)
+        optimizer = torch.optim.AdamW(trained.parameters, lr=1e-2)
+        for _ in range(2):
+            forward = Forward(model, CPU, checkpointing=False, offload=False)
+            training_loop._backward(forward, trained, rows, training_loop.State(budget=10_000))
+            optimizer.step()
+            optimizer.zero_grad()
+        weights.append({name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad})
+    one_by_one, some, joined = weights
+    assert any("norm" in name for name in joined)
+    for name, parameter in joined.items():
+        assert torch.allclose(parameter, one_by_one[name], atol=1e-6)
+        assert torch.allclose(parameter, some[name], atol=1e-6)
 
 
 def test_gradient_checkpointing_gives_the_same_run(base, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from tiny_models import write_model
 from olpack.base import Base
 from olpack.data import TokenRow
 from olpack.recipe import Train
-from olpack.train import attention, pointwise
+from olpack.train import attention, fused, pointwise, recompute
 from olpack.train.batches import flatten, micro_batches
 from olpack.train.forward import Forward
 from olpack.train.head import head_loss
@@ -138,6 +140,40 @@ def test_whatever_is_trained_gets_its_gradients(tmp_path, settings):
         assert ours.keys() == theirs.keys()
         for name, gradient in theirs.items():
             assert (ours[name] - gradient).norm() <= 3e-5 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("kind, skips", [("llama", True), ("gemma2", False)])  # in Gemma 2 a norm follows the MLP's last product
+def test_a_layer_is_computed_again_without_its_last_product_where_gradients_stay_the_same(tmp_path, monkeypatch, kind, skips):
+    settings = SENTENCEPIECE if kind == "gemma2" else {}
+    model = with_adapter(Base("tiny", write_model(tmp_path / "model", kind, **settings)), Train(rank=4))
+    forward = Forward(model, CPU, checkpointing=True, offload=False)
+    products = []
+    monkeypatch.setattr(fused, "_up", lambda x, h, layer, up=fused._up: products.append(layer) or up(x, h, layer))
+    loss = forward.loss(flatten(ROWS, CPU))
+    made = len(products)
+    loss.backward()
+    assert made - (len(products) - made) == (len(model.get_base_model().model.layers) if skips else 0)
+
+
+def test_the_input_of_a_layer_is_given_free_when_its_gradients_are_known(tmp_path, monkeypatch):
+    alive, seen = weakref.WeakSet(), []
+
+    class Watched(recompute._Input):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            alive.add(self._here)
+
+    def take(self, wanted, take=recompute.Recompute.take):
+        seen.append(len(alive))
+        return take(self, wanted)
+
+    model = with_adapter(Base("tiny", write_model(tmp_path / "model", num_hidden_layers=4)), Train(rank=4))
+    forward = Forward(model, CPU, checkpointing=True, offload=False)
+    monkeypatch.setattr(recompute, "_Input", Watched)
+    monkeypatch.setattr(recompute.Recompute, "take", take)
+    loss = forward.loss(flatten(ROWS, CPU))  # which holds on to the graph
+    loss.backward()
+    assert seen == [4, 3, 2, 1]
 
 
 def test_dropout_is_the_same_when_it_is_computed_again(tmp_path):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 from bisect import bisect_left, insort
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import chain
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 from olpack.data import TokenRow
 
@@ -71,17 +73,20 @@ class FlatRow:
 
 def flatten(rows: list[TokenRow], device: torch.device) -> FlatRow:
     """Rows as one flat row on a device. The first token of a sample is predicted from nothing, so it is never a target."""
-    ids = torch.tensor([number for row in rows for number in row.ids])
-    learned = torch.tensor([flag and index > 0 for row in rows for index, flag in enumerate(row.learned)])
-    lengths = [len(row.ids) for row in rows]
+    # By way of numpy, which reads Python's numbers ten times faster.
+    ids = torch.from_numpy(np.fromiter(chain.from_iterable(row.ids for row in rows), np.int64))
+    learned = torch.from_numpy(np.fromiter(chain.from_iterable(row.learned for row in rows), bool))
+    lengths = torch.tensor([len(row.ids) for row in rows])
+    starts = F.pad(lengths.cumsum(0), (1, 0))
+    learned[starts[:-1]] = False
     places = learned.nonzero()[:, 0]
     tensors = {
         "ids": ids[None],
-        "positions": torch.cat([torch.arange(length) for length in lengths])[None],
-        "starts": torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+        "positions": (torch.arange(len(ids)) - starts[:-1].repeat_interleave(lengths))[None],
+        "starts": starts.int(),
         "before": places - 1,
         "targets": ids[places],
     }
     if device.type == "cuda":  # from pinned memory the copies do not wait for the GPU
         tensors = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
-    return FlatRow(**tensors, longest=max(lengths))
+    return FlatRow(**tensors, longest=int(lengths.max()))

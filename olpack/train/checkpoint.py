@@ -20,6 +20,7 @@ from olpack.workspace import write_atomically
 
 EVERY_S = 60.0  # the most work that a killed run loses, as long as a save takes little of it
 _SHARE = 0.02  # of the time, at most, goes into saving
+_FORM = 2  # of the file: one of another form is not used
 
 
 @dataclass
@@ -75,7 +76,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path, key: str, *, writes: bool = True):
         self.file = folder / "checkpoint.safetensors"
-        self.folder, self.key, self.writes = folder, key, writes
+        self.folder, self.key, self.writes = folder, f"{_FORM} {key}", writes
         self.step: int | None = None  # of the file
         self._begun = time.monotonic()
         self._took = 0.0

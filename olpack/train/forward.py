@@ -17,6 +17,7 @@ from olpack.train.head import head_loss
 from olpack.train.model import compute_dtype
 from olpack.train.recompute import Recompute
 
+_SAME = 1e-3  # of gradients, computed twice the same way
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.05}  # of logits, against their norm
 
 
@@ -51,7 +52,7 @@ class Forward:
         self._head_alone = self._head_is_all(samples, wanted)
         model.train(trained)
         if checkpointing:
-            self._checkpoint(offload, shares_keys=bool(getattr(text, "num_kv_shared_layers", 0)))
+            self._checkpoint(samples[0], offload, shares_keys=bool(getattr(text, "num_kv_shared_layers", 0)))
         if offload and device.type == "cuda":
             _embed_on_host(self.base, self.head)
 
@@ -70,7 +71,7 @@ class Forward:
             return False
         return self._agrees(lambda: torch.cat([self._head_logits(sample) for sample in samples]), wanted)
 
-    def _checkpoint(self, offload: bool, *, shares_keys: bool) -> None:
+    def _checkpoint(self, sample: FlatRow, offload: bool, *, shares_keys: bool) -> None:
         self.base.enable_input_require_grads()
         if shares_keys:  # a layer's gradients also come by way of other layers, which only torch's own way knows
             self.base._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))
@@ -78,6 +79,17 @@ class Forward:
         drops = not self.packs or any(isinstance(module, torch.nn.Dropout) and module.p for module in self.model.modules())
         self._recompute = Recompute(self.device, offload=offload, random=drops)
         self.base._set_gradient_checkpointing(True, self._recompute)
+        # A layer mostly ends with the MLP's last product and an addition. Where it does not (a norm follows), the gradients are others.
+        wanted = self._gradients(sample)
+        self._recompute.skips = True
+        self._recompute.skips = bool((self._gradients(sample) - wanted).norm() <= _SAME * wanted.norm())
+
+    def _gradients(self, sample: FlatRow) -> torch.Tensor:
+        """The norm of each."""
+        self.loss(sample).backward()
+        found = torch.stack([parameter.grad.norm() for parameter in self.model.parameters() if parameter.grad is not None])
+        self.model.zero_grad(set_to_none=True)
+        return found
 
     def forget(self) -> None:
         """After a pass that came to no end: give free what waited for its backward pass."""

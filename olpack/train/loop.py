@@ -27,6 +27,7 @@ from olpack.train.batches import flatten, micro_batches, schedule
 from olpack.train.checkpoint import Checkpoint, State, adapter_weights
 from olpack.train.fit import Fit, choose
 from olpack.train.forward import Forward
+from olpack.train.joined import Joined
 from olpack.train.methods import save_adapter
 from olpack.train.metrics import Metrics
 from olpack.train.model import compute_dtype, load_with_adapter, pick_device
@@ -49,12 +50,12 @@ def run(
     with progress.task(f"loading {base.label} ({settings.quantization})"):
         model = load_with_adapter(base, settings, device, sharded=fit.sharded)
         forward = Forward(model, device, checkpointing=fit.checkpointing, offload=fit.checkpointing)
-    adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    ranks.begin_alike(adapter)
     if fit.sharded:
         shard(model)
         ranks.sharded = True
-    optimizer = _optimizer(adapter, settings, device)
+    trained = Joined(model)
+    ranks.begin_alike(trained.parameters)
+    optimizer = _optimizer(trained.parameters, settings, device)
     # What an adapter begins with is computed again when a run goes on, and comes out otherwise on another kind of device.
     begun_on = "" if settings.initialization == "default" else f" {device.type} {compute_dtype(device)}"
     saved = Checkpoint(checkpoint, key + begun_on, writes=ranks.first)
@@ -69,7 +70,7 @@ def run(
     batches = schedule(len(rows), settings.epochs, settings.batch_size, settings.seed)
     started = time.monotonic() - state.seconds
     try:
-        _steps(forward, optimizer, adapter, rows, eval_rows, batches, settings, state, saved, metrics, ranks, started)
+        _steps(forward, optimizer, trained, rows, eval_rows, batches, settings, state, saved, metrics, ranks, started)
     except Stopped:
         state.seconds = time.monotonic() - started
         saved.save(model, optimizer, state)
@@ -84,7 +85,7 @@ def run(
         metrics.close()
     state.seconds = time.monotonic() - started
     saved.save(model, optimizer, state)
-    result = _result(forward, adapter, settings, state, fit, ranks)
+    result = _result(forward, trained, settings, state, fit, ranks)
     if result.eval_loss_after > result.eval_loss_before:
         progress.warn(f"Training raised the held-out loss from {result.eval_loss_before:.3f} to {result.eval_loss_after:.3f}: "
                       "lower `train.learning_rate` or `train.epochs`, or look at the data")  # fmt: skip
@@ -96,7 +97,7 @@ def run(
     return result
 
 
-def _result(forward: Forward, adapter: list[torch.nn.Parameter], settings: Train, state: State, fit: Fit, ranks: Ranks) -> TrainResult:
+def _result(forward: Forward, trained: Joined, settings: Train, state: State, fit: Fit, ranks: Ranks) -> TrainResult:
     device = forward.device
     return TrainResult(
         steps=state.step,
@@ -105,7 +106,7 @@ def _result(forward: Forward, adapter: list[torch.nn.Parameter], settings: Train
         packed=forward.packs,
         eval_loss_before=_eval_loss(state, 0),
         eval_loss_after=state.best_loss if settings.keep == "best" else _eval_loss(state, state.step),
-        trainable_parameters=sum(parameter.numel() for parameter in adapter),
+        trainable_parameters=sum(parameter.numel() for parameter in trained.parameters),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         gpus=ranks.count if device.type == "cuda" else 0,
         estimated_gpu_bytes=fit.bytes,
@@ -116,7 +117,7 @@ def _result(forward: Forward, adapter: list[torch.nn.Parameter], settings: Train
 
 
 def _steps(
-    forward: Forward, optimizer, adapter, rows, eval_rows, batches, settings: Train, state: State, saved: Checkpoint, metrics: Metrics,
+    forward: Forward, optimizer, trained: Joined, rows, eval_rows, batches, settings: Train, state: State, saved: Checkpoint, metrics: Metrics,
     ranks: Ranks, started: float,
 ) -> None:  # fmt: skip
     tokens = [len(row.ids) for row in rows]
@@ -141,9 +142,8 @@ def _steps(
             chosen = [rows[index] for index in batches[state.step]]
             # Dropout follows from seed and step alone, so that nothing of it need be kept.
             torch.manual_seed(random.Random(f"{settings.seed}/{state.step}/{ranks.rank}").getrandbits(63))
-            loss = _backward(forward, chosen, state, ranks)
-            ranks.sum_gradients(adapter)
-            norm = torch.nn.utils.clip_grad_norm_(adapter, settings.max_grad_norm).item()
+            loss = _backward(forward, trained, chosen, state, ranks)
+            norm = torch.nn.utils.clip_grad_norm_(trained.parameters, settings.max_grad_norm).item()
             if not math.isfinite(loss) or not math.isfinite(norm):
                 saved.save(forward.model, optimizer, state)
                 ranks.wait()  # a process that ends with an error takes the others with it
@@ -245,12 +245,12 @@ def _interrupt_between_steps(ranks: Ranks) -> Iterator[Callable[[], None]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _backward(forward: Forward, rows: list[TokenRow], state: State, ranks: Ranks = ALONE) -> float:
-    """Gradients of the mean loss over all learned tokens of a batch; returns that loss.
+def _backward(forward: Forward, trained: Joined, rows: list[TokenRow], state: State, ranks: Ranks = ALONE) -> float:
+    """Gradients of the mean loss over all learned tokens of a batch, at `trained.parameters`; returns that loss.
 
     The sum over micro-batches is divided by the batch's count of learned tokens, so the result does not depend on how the
-    batch was cut. Where memory runs out the micro-batch is halved and the batch begun anew. Of several processes each makes the gradients
-    of its rows, and all return the loss of all rows.
+    batch was cut. Where memory runs out the micro-batch is halved and the batch begun anew. Of several processes each goes through its rows,
+    and all have the gradients and the loss of all rows.
     """
     count = sum(row.learned_count for row in rows)
     while True:
@@ -269,9 +269,10 @@ def _backward(forward: Forward, rows: list[TokenRow], state: State, ranks: Ranks
             failed = True
         total, failures = ranks.sum(total, failed)
         if not failures:
-            # Divided last, in float32: in 16 bits the gradients of one token among thousands could vanish.
-            if gradients := [parameter.grad for parameter in forward.model.parameters() if parameter.grad is not None]:
-                torch._foreach_div_(gradients, count)
+            trained.gather()
+            ranks.sum_gradients(trained.parameters)
+            for parameter in trained.parameters:
+                parameter.grad /= count  # last, in float32: in 16 bits the gradients of one token among thousands could vanish
             return total / count
         forward.forget()
         forward.model.zero_grad(set_to_none=True)
@@ -325,12 +326,12 @@ def learning_rate(step: int, steps: int, settings: Train) -> float:
     return settings.learning_rate * factor
 
 
-def _optimizer(adapter: list[torch.nn.Parameter], settings: Train, device: torch.device) -> torch.optim.Optimizer:
+def _optimizer(parameters: list[torch.nn.Parameter], settings: Train, device: torch.device) -> torch.optim.Optimizer:
     if device.type == "cuda":
-        from bitsandbytes.optim import PagedAdamW8bit
+        from bitsandbytes.optim import AdamW8bit
 
-        return PagedAdamW8bit(adapter, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    return torch.optim.AdamW(adapter, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        return AdamW8bit(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
 
 def _write_adapter(model, base: Base, settings: Train, state: State, result: TrainResult, out: Path, saved: Checkpoint) -> None:

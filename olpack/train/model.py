@@ -86,7 +86,7 @@ def _load(base: Base, settings: Train, device: torch.device, *, sharded: bool):
             quantization = FrozenConfig(bits=int(kind.removeprefix("hqq")), dtype=dtype)
     model = AutoModelForCausalLM.from_pretrained(
         base.path, config=config, local_files_only=True, quantization_config=quantization, dtype=dtype,
-        device_map={"": device} if device.type == "cuda" else None,
+        device_map={"": device},
     )  # fmt: skip
     for layer in model.modules():
         if isinstance(layer, Linear4bit):

@@ -19,11 +19,20 @@ _compiled: dict[Callable, Callable] = {}
 
 
 def _kernel(function: Callable) -> Callable:
-    """The function, or its compiled form once `use_kernels` has made one."""
+    """The function, or its compiled form once `use_kernels` has made one.
+
+    That is compiled for any number of rows, the first dimension of every argument that has two or more, and for the other dimensions as they
+    are: a kernel that has to divide by sizes it does not know takes several times as long.
+    """
 
     @functools.wraps(function)
     def call(*arguments):
-        return _compiled.get(function, function)(*arguments)
+        if function not in _compiled:
+            return function(*arguments)
+        for value in arguments:
+            if isinstance(value, torch.Tensor) and value.dim() > 1:
+                torch._dynamo.maybe_mark_dynamic(value, 0)
+        return _compiled[function](*arguments)
 
     call.plain = function
     return call
@@ -33,9 +42,8 @@ def use_kernels(device: torch.device) -> None:
     """Compile the functions of this module for a GPU, if that works there."""
     if device.type != "cuda" or _compiled:
         return
-    compiled = {kernel.plain: torch.compile(kernel.plain, dynamic=True) for kernel in (_norm, _norm_backward, _rotate, _loss)}
-    for gate in _GATES:
-        compiled |= {kernel.plain: torch.compile(kernel.plain, dynamic=True) for kernel in (gate.product, gate.gradients)}
+    kernels = [_norm, _norm_backward, _rotate, _loss, *(kernel for gate in _GATES for kernel in (gate.product, gate.gradients))]
+    compiled = {kernel.plain: torch.compile(kernel.plain, dynamic=False) for kernel in kernels}
     try:
         x = torch.randn(4, 8, device=device)
         compiled[_norm.plain](x, x[0], 1e-6, 0.0)
@@ -215,8 +223,8 @@ def gate_of(function: Callable | None) -> _Gate | None:
 
 @_kernel
 def _loss(logits: torch.Tensor, targets: torch.Tensor, softcap: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(negative log-probabilities of the targets in float32, gradient of their sum for the logits). With a softcap other than 0 the logits
-    are first squashed into (-softcap, softcap) by tanh."""
+    """(negative log-probabilities of the targets [tokens, 1] in float32, gradient of their sum for the logits). With a softcap other than 0
+    the logits are first squashed into (-softcap, softcap) by tanh."""
     wide = logits.float()
     slope = None
     if softcap:
@@ -225,8 +233,8 @@ def _loss(logits: torch.Tensor, targets: torch.Tensor, softcap: float) -> tuple[
     highest = wide.amax(-1, keepdim=True)
     powers = torch.exp(wide - highest)
     total = powers.sum(-1, keepdim=True)
-    nll = torch.log(total) + highest - wide.gather(-1, targets[:, None])
-    gradient = powers / total - (torch.arange(logits.shape[-1], device=logits.device) == targets[:, None]).float()
+    nll = torch.log(total) + highest - wide.gather(-1, targets)
+    gradient = powers / total - (torch.arange(logits.shape[-1], device=logits.device) == targets).float()
     return nll[:, 0], (gradient if slope is None else gradient * slope).to(logits.dtype)
 
 
@@ -240,4 +248,4 @@ def loss_of(logits: torch.Tensor, targets: torch.Tensor, softcap: float | None) 
     Returns:
         (float32 [tokens] in nats, [tokens, vocabulary] in the logits' dtype)
     """
-    return _loss(logits, targets, softcap or 0.0)
+    return _loss(logits, targets[:, None], softcap or 0.0)

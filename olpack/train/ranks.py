@@ -61,13 +61,10 @@ class Ranks:
             self._accelerator.wait_for_everyone()
 
     def sum_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Add up each parameter's gradient over all processes, in float32; a process that has none adds nothing."""
-        if self._accelerator is None:
-            return
-        flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).float().flatten() for p in parameters])
-        flat = self._accelerator.reduce(flat, reduction="sum")
-        for parameter, summed in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad = summed.view_as(parameter).to(parameter.dtype)
+        """Add up each parameter's gradient over all processes."""
+        if self._accelerator is not None:
+            for parameter in parameters:
+                parameter.grad = self._accelerator.reduce(parameter.grad, reduction="sum")
 
     def begin_alike(self, parameters: list[torch.nn.Parameter]) -> None:
         """Give all processes the parameters of the first."""

@@ -9,8 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
+
+output_unneeded: ContextVar[bool] = ContextVar("output_unneeded", default=False)
+"""Whether a layer is computed for its backward pass only, so that the product which it ends with need not be made."""
 
 
 class Recompute:
@@ -20,6 +24,9 @@ class Recompute:
         device: of the model.
         offload: keep the inputs in pinned host memory (of a GPU's model).
         random: the layers draw random numbers (dropout), which must be the same ones again.
+
+    Attributes:
+        skips: whether `output_unneeded` is set when a layer is computed again. Only for layers whose gradients are the same then.
     """
 
     def __init__(self, device: torch.device, *, offload: bool, random: bool = False):
@@ -27,6 +34,7 @@ class Recompute:
         self._random = random
         self._stream = torch.cuda.Stream(device) if offload and device.type == "cuda" else None
         self._waiting: list[_Input] = []
+        self.skips = False
 
     def __call__(self, run: Callable, hidden: torch.Tensor, *rest):
         return _Layer.apply(self, run, hidden, *rest)
@@ -112,10 +120,13 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients):
         hidden = ctx.place.take(ctx.input).requires_grad_()
+        ctx.input = None  # the loss holds on to this object until all layers are done, and it would hold the input and its gradient
         rest = [_alone(value) for value in ctx.rest]
         mixed, dtype = ctx.mixed
+        before = output_unneeded.set(ctx.place.skips)
         with torch.enable_grad(), ctx.place.drawing_from(ctx.random), torch.autocast(hidden.device.type, dtype, enabled=mixed):
             outputs = ctx.run(hidden, *rest)
+        output_unneeded.reset(before)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         learned = [(output, gradient) for output, gradient in zip(outputs, gradients, strict=True) if gradient is not None and output.requires_grad]
         torch.autograd.backward(*zip(*learned, strict=True))
