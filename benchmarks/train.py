@@ -28,7 +28,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", UNSLOTH_DI
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LONGEST, TOKENS = 2048, 16384  # of a sample, of a step
-STEPS, WARM = 14, 6
+STEPS, WARM = 10, 4
 
 
 def make(folder: Path, tokenizer: Path, shape: str) -> None:

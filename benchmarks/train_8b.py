@@ -103,10 +103,12 @@ class Bench:
         self.optimizer = loop._optimizer(self.trained.parameters, Train(), device)
 
     def checkpointing(self, on: bool, *, offload: bool = True) -> None:
-        from olpack.train.recompute import Recompute
+        from olpack.train.batches import flatten
 
-        self.forward.base.enable_input_require_grads()
-        self.forward.base._set_gradient_checkpointing(on, Recompute(self.device, offload=offload))
+        if on:
+            self.forward._checkpoint(flatten(rows(64, self.words), self.device), offload, shares_keys=False)
+        else:
+            self.forward.base._set_gradient_checkpointing(False)
 
     def step(self, batch: list) -> float:
         from olpack.train import loop
