@@ -125,6 +125,24 @@ def test_a_model_that_computes_otherwise_is_trained_as_it_is(tmp_path, capsys):
     assert forward.loss(flatten(ROWS, CPU)).item() == pytest.approx(sum(plain_loss(plain, row) for row in ROWS).item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("other", [False, True])
+def test_rounding_that_grows_over_many_layers_is_no_other_formula(tmp_path, monkeypatch, capsys, other):
+    for module in ("forward", "model"):
+        monkeypatch.setattr(f"olpack.train.{module}.compute_dtype", lambda _: torch.bfloat16)
+    base = Base("tiny", write_model(tmp_path / "model", num_hidden_layers=48, initializer_range=0.08))
+    model = with_adapter(base, Train(rank=4, quantization="none"))
+    layers = model.get_base_model().model.layers
+    if other:
+        layers[7].mlp = Scaled(layers[7].mlp)
+    ids = torch.tensor([ROWS[0].ids])
+    with torch.no_grad():
+        plain = model.eval()(input_ids=ids, use_cache=False).logits[0]
+        found = Forward(model, CPU, checkpointing=False, offload=False).logits(flatten(ROWS[:1], CPU))[0]
+    assert ("without" in capsys.readouterr().err) == other
+    if not other:
+        assert (found - plain).norm() > 0.05 * plain.norm()  # though each layer does the same
+
+
 @pytest.mark.parametrize("settings", [
     {"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["embed_tokens", "lm_head"]}, {"modules_to_save": ["norm"]}, {"method": "dora"},
 ], ids=["adapter-on-head", "head-and-embedding", "norm", "dora"])  # fmt: skip

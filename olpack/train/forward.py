@@ -16,9 +16,9 @@ from olpack.train.batches import FlatRow, flatten
 from olpack.train.head import head_loss
 from olpack.train.model import compute_dtype
 from olpack.train.recompute import Recompute
+from olpack.train.trial import Trial
 
 _SAME = 1e-3  # of gradients, computed twice the same way
-_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.05}  # of logits, against their norm
 
 
 class Forward:
@@ -43,33 +43,38 @@ class Forward:
         trained = model.training
         model.eval()  # what follows is tried, and dropout would make each trial another one
         samples = _samples(self.base, device)
-        with torch.no_grad(), self._mixed():
-            wanted = torch.cat([self.logits(sample)[0] for sample in samples])
+        with self._mixed():
+            trial = Trial(self.base, self.dtype, lambda: self._alone(samples))
         pointwise.use_kernels(device)
         pointwise.fuse_rotary(self.base)
-        self._fuse(samples, wanted)
-        self.packs = self._use_packed_attention(samples, wanted)
-        self._head_alone = self._head_is_all(samples, wanted)
+        with self._mixed():
+            self._fuse(samples, trial)
+            self.packs = self._use_packed_attention(samples, trial)
+            self._head_alone = self._head_is_all(samples, trial)
         model.train(trained)
         if checkpointing:
             self._checkpoint(samples[0], offload, shares_keys=bool(getattr(text, "num_kv_shared_layers", 0)))
         if offload and device.type == "cuda":
             _embed_on_host(self.base, self.head)
 
-    def _fuse(self, samples: list[FlatRow], wanted: torch.Tensor) -> None:
+    def _alone(self, samples: list[FlatRow]) -> torch.Tensor:
+        """The logits of each by itself, [tokens, vocabulary]."""
+        return torch.cat([self.logits(sample)[0] for sample in samples])
+
+    def _fuse(self, samples: list[FlatRow], trial: Trial) -> None:
         """Put the fused functions in, and take them out again where the model then computes something else."""
         changed = [*pointwise.fuse_norms(self.base), *fused.fuse(self.model, self.dtype)]
-        if self._agrees(lambda: torch.cat([self.logits(sample)[0] for sample in samples]), wanted):
+        if trial.agrees(lambda: self._alone(samples)):
             return
         for module in changed:
             del module.forward
         progress.warn(f"{type(self.base).__name__} computes otherwise than olpack's fused functions do, so it is trained without them")
 
-    def _head_is_all(self, samples: list[FlatRow], wanted: torch.Tensor) -> bool:
+    def _head_is_all(self, samples: list[FlatRow], trial: Trial) -> bool:
         """Whether the model's logits are those of its frozen head, which is tried: some models scale them."""
         if type(self.head) is not torch.nn.Linear or self.head.weight.requires_grad:
             return False
-        return self._agrees(lambda: torch.cat([self._head_logits(sample) for sample in samples]), wanted)
+        return trial.agrees(lambda: torch.cat([self._head_logits(sample) for sample in samples]))
 
     def _checkpoint(self, sample: FlatRow, offload: bool, *, shares_keys: bool) -> None:
         self.base.enable_input_require_grads()
@@ -129,14 +134,14 @@ class Forward:
         logits = F.linear(self._hidden(flat)[0].to(self.head.weight.dtype), self.head.weight, self.head.bias)
         return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
 
-    def _use_packed_attention(self, samples: list[FlatRow], wanted: torch.Tensor) -> bool:
+    def _use_packed_attention(self, samples: list[FlatRow], trial: Trial) -> bool:
         """Put the attention over flat rows in, and see that two samples in one row come out as each alone does."""
         attention.register()
         before = self.base.config._attn_implementation
         rows = [TokenRow(sample.ids[0].tolist(), [True] * sample.ids.shape[1], "", "") for sample in samples]
         try:
             self.base.set_attn_implementation(attention.NAME)
-            if self._agrees(lambda: self.logits(flatten(rows, self.device))[0], wanted):
+            if trial.agrees(lambda: self.logits(flatten(rows, self.device))[0]):
                 return True
             reason = "what it computes for a row depends on the rows beside it"
         except (ValueError, NotImplementedError, TypeError, RuntimeError) as error:
@@ -144,12 +149,6 @@ class Forward:
         self.base.set_attn_implementation(before)
         progress.warn(f"{type(self.base).__name__} cannot learn several rows at once ({reason}), so it learns them one by one")
         return False
-
-    def _agrees(self, compute, wanted: torch.Tensor) -> bool:
-        with torch.no_grad(), self._mixed():
-            found = compute().float()
-        wanted = wanted.float()
-        return found.shape == wanted.shape and bool((found - wanted).norm() <= _TOLERANCE[self.dtype] * wanted.norm())
 
 
 def _samples(base, device: torch.device) -> list[FlatRow]:
