@@ -32,7 +32,8 @@ def _kernel(function: Callable) -> Callable:
         for value in arguments:
             if isinstance(value, torch.Tensor) and value.dim() > 1:
                 torch._dynamo.maybe_mark_dynamic(value, 0)
-        return _compiled[function](*arguments)
+        with torch.autocast("cuda", enabled=False):  # which would be another form, and there may be eight of a function
+            return _compiled[function](*arguments)
 
     call.plain = function
     return call
