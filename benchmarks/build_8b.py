@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -72,10 +73,8 @@ def disk_use(folder: Path) -> int:
     """Bytes that the files below a folder take on the disk."""
     total = 0
     for path in folder.rglob("*"):
-        try:
+        with suppress(FileNotFoundError):
             total += path.stat(follow_symlinks=False).st_blocks * 512
-        except FileNotFoundError:
-            pass
     return total
 
 
@@ -130,9 +129,9 @@ def table(work: Path, seconds: dict[str, float], watch: Watch, wall: float) -> l
         memory, disk = watch.stages[stage]
         lines.append(f"| {stage} | {taken:.1f} | {memory / 1e9:.2f} | {disk / 1e9:.2f} |")
     peak = max(disk for _, disk in watch.stages.values())
-    lines += [f"| together | {wall:.1f} | {max(memory for memory, _ in watch.stages.values()) / 1e9:.2f} | {peak / 1e9:.2f} |", "",
-              f"The outputs, four quants and the adapter, are {outputs / 1e9:.2f} GB: at its peak the disk held {peak / outputs:.2f} times that."]  # fmt: skip
-    return lines
+    memory = max(memory for memory, _ in watch.stages.values())
+    return [*lines, f"| together | {wall:.1f} | {memory / 1e9:.2f} | {peak / 1e9:.2f} |", "",
+            f"The outputs, four quants and the adapter, are {outputs / 1e9:.2f} GB: the disk held {peak / outputs:.2f} times that at most."]  # fmt: skip
 
 
 def main() -> None:

@@ -78,18 +78,18 @@ def main() -> None:
     alone = next((result.tokens_per_s for gpus, _, result, _ in found if gpus == 1), None)
     first = found[0][3]
     lines = [
-        f"Llama 3 8B's shape with {base.config['num_hidden_layers']} layers and random weights, NF4, rank 16 on all linear layers, {_BATCH} rows a step, "
-        f"{asked.steps} steps, {sum(len(row.ids) for row in rows):,} tokens. {date.today()}, {torch.cuda.get_device_name()}, "
+        f"Llama 3 8B's shape with {base.config['num_hidden_layers']} layers and random weights, NF4, rank 16 on all linear layers, "
+        f"{_BATCH} rows a step, {asked.steps} steps, {sum(len(row.ids) for row in rows):,} tokens. {date.today()}, {torch.cuda.get_device_name()}, "
         f"torch {torch.__version__}, Python {platform.python_version()}.", "",
-        "| GPUs | base | tokens/s | of as many times one GPU | peak of a GPU, GiB | estimated, GiB | last loss | largest difference of a loss |",
-        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| GPUs | base | tokens/s | of one GPU's times as many | peak, GiB | estimated, GiB | last loss | difference of the first loss | of any |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]  # fmt: skip
     for gpus, sharding, result, losses in found:
         share = f"{result.tokens_per_s / (gpus * alone):.1%}" if alone else "–"
         held = "spread" if sharding == "full" else "whole"
-        apart = max(abs(loss - other) for loss, other in zip(losses, first, strict=True))
+        apart = [abs(loss - other) for loss, other in zip(losses, first, strict=True)]
         sizes = " | ".join(f"{size / GIB:.2f}" for size in (result.peak_gpu_bytes, result.estimated_gpu_bytes))
-        lines.append(f"| {gpus} | {held} | {result.tokens_per_s:,.0f} | {share} | {sizes} | {losses[-1]:.4f} | {apart:.1e} |")
+        lines.append(f"| {gpus} | {held} | {result.tokens_per_s:,.0f} | {share} | {sizes} | {losses[-1]:.4f} | {apart[0]:.1e} | {max(apart):.1e} |")
     print("\n".join(lines))
     if not asked.no_file:
         Path(__file__).with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -123,7 +123,11 @@ def test_out_of_memory_halves_the_micro_batch_and_nothing_else(base, tmp_path, m
 
 def test_a_loss_that_is_no_number_names_the_last_good_checkpoint(base, tmp_path, monkeypatch):
     real = loop._backward
-    monkeypatch.setattr(loop, "_backward", lambda model, trained, rows, state, *rest: float("nan") if state.step == 2 else real(model, trained, rows, state, *rest))
+
+    def backward(forward, trained, rows, state, *rest):
+        return float("nan") if state.step == 2 else real(forward, trained, rows, state, *rest)
+
+    monkeypatch.setattr(loop, "_backward", backward)
     with pytest.raises(OlpackError, match=r"not finite at step 3.*checkpoint\.safetensors holds step 2\..*train.learning_rate"):
         run(base, tmp_path, Train(quantization="none", epochs=1, batch_size=8))
     assert (tmp_path / "checkpoint/checkpoint.safetensors").is_file()

@@ -81,7 +81,7 @@ def test_loss_and_gradients_are_those_of_the_plain_way(tmp_path, kind, quantizat
         ours, theirs = gradients(model), gradients(plain)
         assert ours.keys() == theirs.keys()
         for name, gradient in theirs.items():
-            assert (ours[name] - gradient).norm() <= 2e-5 * gradient.norm(), name
+            assert (ours[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
 
 
 def test_a_sample_between_others_has_the_logits_that_it_has_alone(tmp_path):
