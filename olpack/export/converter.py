@@ -12,7 +12,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +98,13 @@ class SourceModel:
         architecture: llama.cpp's name.
         tensors: by GGUF name, in the converter's order.
         keys: the header as the converter's writer holds it, key to `GGUFValue`, in order.
+        packed: arrays among their values as a file has them, by `id`. To pack a vocabulary takes most of a second, and all files have the same.
     """
 
     architecture: str
     tensors: dict[str, SourceTensor]
     keys: dict[str, Any]
+    packed: dict[int, bytes] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:

@@ -245,7 +245,15 @@ def _header(model: SourceModel, tensors: Sequence[tuple[str, int, int]], ftype: 
     """Magic, keys and tensor table. With `ftype`, the keys are in the order in which llama.cpp's quantizer writes them, `more` last."""
     import gguf
 
-    writer = gguf.GGUFWriter(None, model.architecture)
+    class Writer(gguf.GGUFWriter):
+        def _pack_val(self, value: Any, kind: gguf.GGUFValueType, *rest: Any, **named: Any) -> bytes:
+            if kind != gguf.GGUFValueType.ARRAY:
+                return super()._pack_val(value, kind, *rest, **named)
+            if id(value) not in model.packed:
+                model.packed[id(value)] = super()._pack_val(value, kind, *rest, **named)
+            return model.packed[id(value)]
+
+    writer = Writer(None, model.architecture)
     writer.kv_data = [dict(model.keys)]
     if ftype is not None:
         for key in (gguf.Keys.General.QUANTIZATION_VERSION, gguf.Keys.General.FILE_TYPE):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-LARGE = 2**26  # elements of a parameter that is not worth joining, and whose gradient is not worth copying
+LARGE = 2**26  # elements of a parameter that is not worth joining
 
 
 class Joined:
-    """The trained parameters of a model, the small ones as views of a single one.
+    """The trained parameters of a model, the small ones as views of a single one, to which their gradients go as soon as they are known.
 
     Args:
         model: its trained parameters are float32 and on one device. They stay what they are, but their memory moves.
@@ -19,25 +19,33 @@ class Joined:
 
     def __init__(self, model: torch.nn.Module):
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._small = [parameter for parameter in trained if parameter.numel() <= LARGE]
-        self._large = [parameter for parameter in trained if parameter.numel() > LARGE]
-        self._one = torch.nn.Parameter(torch.cat([parameter.data.flatten() for parameter in self._small])) if self._small else None
-        for parameter, part in zip(self._small, self._split(), strict=True):
-            parameter.data = part.view_as(parameter)
-        self.parameters = [*([] if self._one is None else [self._one]), *self._large]
+        small = [parameter for parameter in trained if parameter.numel() <= LARGE]
+        self.parameters = [parameter for parameter in trained if parameter.numel() > LARGE]
+        if not small:
+            return
+        one = torch.nn.Parameter(torch.cat([parameter.data.flatten() for parameter in small]))
+        self.parameters.insert(0, one)
+        start = 0
+        for parameter in small:
+            place = slice(start, start + parameter.numel())
+            parameter.data = one.data[place].view_as(parameter)
+            parameter.register_post_accumulate_grad_hook(lambda parameter, place=place: _move_gradient(parameter, one, place))
+            start = place.stop
 
-    def _split(self) -> tuple[torch.Tensor, ...]:
-        return () if self._one is None else self._one.data.split([parameter.numel() for parameter in self._small])
+    def fill(self) -> None:
+        """After the backward passes of a step: a parameter that got no gradient has one of zeros."""
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
-    def gather(self) -> None:
-        """Give `parameters` the gradients that a backward pass left; a parameter that got none has a gradient of zeros."""
-        if self._one is not None:
-            self._one.grad = torch.cat([_gradient(parameter).flatten() for parameter in self._small])
-        for parameter in self._small:
+    def clear(self) -> None:
+        """Drop all gradients."""
+        for parameter in self.parameters:
             parameter.grad = None
-        for parameter in self._large:
-            parameter.grad = _gradient(parameter)
 
 
-def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+def _move_gradient(parameter: torch.nn.Parameter, one: torch.nn.Parameter, place: slice) -> None:
+    if one.grad is None:
+        one.grad = torch.zeros_like(one)
+    one.grad[place] += parameter.grad.flatten()
+    parameter.grad = None

@@ -269,13 +269,13 @@ def _backward(forward: Forward, trained: Joined, rows: list[TokenRow], state: St
             failed = True
         total, failures = ranks.sum(total, failed)
         if not failures:
-            trained.gather()
+            trained.fill()
             ranks.sum_gradients(trained.parameters)
             for parameter in trained.parameters:
                 parameter.grad /= count  # last, in float32: in 16 bits the gradients of one token among thousands could vanish
             return total / count
         forward.forget()
-        forward.model.zero_grad(set_to_none=True)
+        trained.clear()
         if forward.device.type == "cuda":
             torch.cuda.empty_cache()
         longest = max(len(row.ids) for row in rows)
