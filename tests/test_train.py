@@ -73,6 +73,14 @@ def test_the_base_is_held_in_nf4_with_double_quantization(base):
     assert all("lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
+def test_codes_to_be_spread_over_gpus_are_not_stored_as_16_bit_numbers(base):
+    """A GPU's copies of those keep numbers, and not the bits of what is none (bitsandbytes' issue 1945)."""
+    from bitsandbytes.nn import Linear4bit
+
+    model = load_with_adapter(base, Train(), CPU, sharded=True)
+    assert {module.weight.dtype for module in model.modules() if isinstance(module, Linear4bit)} == {torch.float32}
+
+
 def test_gradients_do_not_depend_on_how_a_batch_is_cut(base):
     rows, gradients = make_rows(8), []
     for budget in (16, 10_000):

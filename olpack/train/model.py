@@ -30,7 +30,8 @@ def load_with_adapter(base: Base, settings: Train, device: torch.device, *, shar
     """Load the base, frozen, and put a fresh adapter on it (the model still answers as the base does).
 
     Args:
-        sharded: its layers will be spread over several GPUs, for which 4-bit weights are stored as the compute dtype.
+        sharded: its layers will be spread over several GPUs, for which 4-bit weights are stored as float32. FSDP2 of older versions of torch takes
+            no integers, and 16-bit numbers are copied on a GPU in a way that makes all NaNs the same one: codes that look like one are lost.
 
     Returns:
         a peft.PeftModel in training mode; what is trained is float32. Its `olpack_start` is what the adapter began with, its `olpack_held` how
@@ -79,7 +80,7 @@ def _load(base: Base, settings: Train, device: torch.device, *, sharded: bool):
         if kind in ("nf4", "fp4"):
             quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=dtype,
                                               bnb_4bit_use_double_quant=settings.double_quantization,
-                                              bnb_4bit_quant_storage=dtype if sharded else torch.uint8)  # fmt: skip
+                                              bnb_4bit_quant_storage=torch.float32 if sharded else torch.uint8)  # fmt: skip
         elif kind == "int8":
             quantization = BitsAndBytesConfig(load_in_8bit=True)
         elif kind in ("hqq4", "hqq8"):

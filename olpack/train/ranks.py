@@ -96,7 +96,7 @@ def shard(model) -> None:
     """Spread the frozen weights of the decoder's layers over all processes.
 
     A layer is gathered before it computes and let go after it. The adapter, embeddings, output layer and norms outside the layers stay whole
-    in each process. Weights in 4 bits must be stored as the compute dtype (`bnb_4bit_quant_storage`).
+    in each process. Weights in 4 bits must be stored as float32 (`bnb_4bit_quant_storage`).
 
     Args:
         model: a peft.PeftModel, the same in each process.
