@@ -47,5 +47,5 @@ class Joined:
 def _move_gradient(parameter: torch.nn.Parameter, one: torch.nn.Parameter, place: slice) -> None:
     if one.grad is None:
         one.grad = torch.zeros_like(one)
-    one.grad[place] += parameter.grad.flatten()
+    one.grad[place].add_(parameter.grad.flatten())
     parameter.grad = None
