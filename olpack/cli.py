@@ -102,6 +102,24 @@ def _server() -> str | None:
 
 
 @app.command()
+def init(
+    name: Name,
+    base: Annotated[str | None, typer.Option("--base", metavar="MODEL", help="A Hub id, a folder, or builtin/tiny-coder.")] = None,
+    train: Annotated[str | None, typer.Option("--train", metavar="ROWS", help="A file or folder of rows, or a data set on the Hub.")] = None,
+    system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System prompt.")] = None,
+) -> None:
+    """Begin a package: write modelfiles/NAME/recipe.yaml, commented."""
+    from olpack.init import write_recipe
+
+    if None in (base, train) and not sys.stdin.isatty():
+        raise OlpackError("A recipe needs a base and training rows.", f"olpack init {name} --base Qwen/Qwen3-0.6B --train chats.jsonl")
+    base = base or typer.prompt("Base model (a Hub id, a folder)", default="builtin/tiny-coder", err=True)
+    train = train or typer.prompt("Training rows (a file, a folder, a Hub id)", err=True)
+    print(write_recipe(name, base, train, system))
+    progress.say(f"next: olpack data check {name}, olpack plan {name}, olpack build {name}")
+
+
+@app.command()
 def build(
     name: Name,
     settings: Set = None,

@@ -1,0 +1,74 @@
+"""`olpack init`: a recipe that says what the defaults say, wherever base and rows lie."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from olpack import recipe
+from olpack.base import BUILTIN, resolve
+from olpack.cli import app
+from olpack.data import load_chats
+from olpack.errors import OlpackError
+from olpack.init import write_recipe
+
+ROWS = Path(__file__).parents[1] / "modelfiles/coding-assistant/eval.jsonl"
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROWS, tmp_path / "chats.jsonl")
+    return tmp_path
+
+
+@pytest.mark.parametrize("system", [None, 'Say "yes": نعم # and no more\nthan: that'])
+def test_the_recipe_holds_the_defaults_and_what_was_said(system):
+    path = write_recipe("support", "builtin/tiny-coder", "chats.jsonl", system)
+    assert path == Path("modelfiles/support/recipe.yaml")
+    found = recipe.load(path)
+    assert found.modelfile.system == system
+    assert found.modelfile.parameters == {"num_ctx": found.data.max_length}
+    plain = recipe.Recipe(base=found.base, data=recipe.Data(train=found.data.train))
+    assert found.model_dump(exclude={"modelfile"}) == plain.model_dump(exclude={"modelfile"})
+    assert len(load_chats(found.folder / found.data.train)) == 104
+
+
+def test_a_base_and_rows_are_named_from_where_the_recipe_is(here):
+    shutil.copytree(BUILTIN / "tiny-coder", here / "models/mine")
+    found = recipe.load(write_recipe("near", "models/mine", "chats.jsonl"))
+    assert resolve(found.base, relative_to=found.folder).config["model_type"] == "qwen3"
+    found = recipe.load(write_recipe("far", str(here / "models/mine"), str(here / "chats.jsonl")))
+    assert (found.base, found.data.train) == (str(here / "models/mine"), str(here / "chats.jsonl"))
+    found = recipe.load(write_recipe("hub", "Qwen/Qwen3-0.6B", "HuggingFaceH4/no_robots"))
+    assert (found.base, found.data.train.hub) == ("Qwen/Qwen3-0.6B", "HuggingFaceH4/no_robots")
+
+
+@pytest.mark.parametrize(("name", "base", "train", "said"), [
+    ("support", "builtin/tiny-coder", "there/are-none.jsonl", "no there/are-none.jsonl here"),
+    ("support", "./nowhere/at/all", "chats.jsonl", "no ./nowhere/at/all here"),
+    ("team/support", "builtin/tiny-coder", "chats.jsonl", "cannot be the name of a package"),
+    ("no good", "builtin/tiny-coder", "chats.jsonl", "no good"),
+])  # fmt: skip
+def test_what_cannot_be_is_said_and_nothing_is_written(name, base, train, said):
+    with pytest.raises(OlpackError, match=said):
+        write_recipe(name, base, train)
+    assert not Path("modelfiles").exists()
+
+
+def test_a_recipe_that_is_there_stays():
+    path = write_recipe("support", "builtin/tiny-coder", "chats.jsonl")
+    path.write_text("mine")
+    with pytest.raises(OlpackError, match="is there already"):
+        write_recipe("support", "builtin/tiny-coder", "chats.jsonl")
+    assert path.read_text() == "mine"
+
+
+def test_without_a_terminal_it_asks_nothing():
+    result = CliRunner().invoke(app, ["init", "support", "--base", "builtin/tiny-coder"])
+    assert isinstance(result.exception, OlpackError) and "--train chats.jsonl" in str(result.exception)
+    result = CliRunner().invoke(app, ["init", "support", "--base", "builtin/tiny-coder", "--train", "chats.jsonl"])
+    assert result.exit_code == 0 and result.stdout == "modelfiles/support/recipe.yaml\n"
