@@ -173,6 +173,24 @@ def test_a_layer_is_computed_again_without_its_last_product_where_gradients_stay
     assert made - (len(products) - made) == (len(model.get_base_model().model.layers) if skips else 0)
 
 
+def test_a_backward_pass_that_fails_leaves_nothing_skipped(tmp_path, monkeypatch):
+    model = with_adapter(Base("tiny", write_model(tmp_path / "model")), Train(rank=4))
+    forward = Forward(model, CPU, checkpointing=True, offload=False)
+    wanted, loss = forward.loss(flatten(ROWS, CPU)).item(), forward.loss(flatten(ROWS, CPU))
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(fused, "_up", raising(torch.OutOfMemoryError))
+        loss.backward()
+    forward.forget()
+    assert forward.loss(flatten(ROWS, CPU)).item() == wanted
+
+
+def raising(error: type[Exception]):
+    def function(*_):
+        raise error
+
+    return function
+
+
 def test_the_input_of_a_layer_is_given_free_when_its_gradients_are_known(tmp_path, monkeypatch):
     alive, seen = weakref.WeakSet(), []
 

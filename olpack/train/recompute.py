@@ -52,6 +52,15 @@ class Recompute:
                     torch.cuda.set_rng_state(state, device)
             yield
 
+    @contextmanager
+    def skipping(self) -> Iterator[None]:
+        """`output_unneeded`, where that is right."""
+        before = output_unneeded.set(self.skips)
+        try:
+            yield
+        finally:
+            output_unneeded.reset(before)
+
     def forget(self) -> None:
         """Of a pass that came to no end."""
         self._waiting.clear()
@@ -123,10 +132,9 @@ class _Layer(torch.autograd.Function):
         ctx.input = None  # the loss holds on to this object until all layers are done, and it would hold the input and its gradient
         rest = [_alone(value) for value in ctx.rest]
         mixed, dtype = ctx.mixed
-        before = output_unneeded.set(ctx.place.skips)
-        with torch.enable_grad(), ctx.place.drawing_from(ctx.random), torch.autocast(hidden.device.type, dtype, enabled=mixed):
+        precision = torch.autocast(hidden.device.type, dtype, enabled=mixed)
+        with torch.enable_grad(), ctx.place.drawing_from(ctx.random), ctx.place.skipping(), precision:
             outputs = ctx.run(hidden, *rest)
-        output_unneeded.reset(before)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         learned = [(output, gradient) for output, gradient in zip(outputs, gradients, strict=True) if gradient is not None and output.requires_grad]
         torch.autograd.backward(*zip(*learned, strict=True))
