@@ -24,6 +24,13 @@ torch.set_num_threads(1)
 TWO = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2"
 
 
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    """Also where there is one: two processes cannot share it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Base:
     folder = tmp_path_factory.mktemp("base")
