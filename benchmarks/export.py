@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
@@ -189,23 +190,24 @@ def quantize(intermediate: Path, out: Path, quant: str) -> Cost:
 
 
 def measure_quantizer(weights: dict[str, int]) -> Cost:
-    """What the quantizing alone of so many weights of each type takes on one core, from one tensor of 8M weights."""
+    """What the quantizing alone of so many weights of each type takes on all cores at once, from 8M weights for each of them."""
     import numpy as np
 
     from olpack.llamacpp import library
 
+    cores = usable_processors()
     values = np.random.default_rng(0).standard_normal((2048, 4096), np.float32) * 0.02
     seconds = 0.0
-    for kind, count in weights.items():
-        if kind == "F32":
-            continue
-        type_ = library.tensor_type(kind)
-        out = np.empty((len(values), library.row_size(type_, values.shape[1])), np.uint8)
-        library.quantize_rows(type_, values[:64], out[:64])
-        began = time.process_time()
-        library.quantize_rows(type_, values, out)
-        seconds += (time.process_time() - began) / values.size * count
-    return Cost(cpu=seconds)
+    with ThreadPoolExecutor(cores) as pool:
+        for kind, count in weights.items():
+            if kind == "F32":
+                continue
+            type_ = library.tensor_type(kind)
+            outs = [np.zeros((len(values), library.row_size(type_, values.shape[1])), np.uint8) for _ in range(cores)]
+            began = time.monotonic()
+            list(pool.map(lambda out, type_=type_: library.quantize_rows(type_, values, out), outs))
+            seconds += (time.monotonic() - began) / (cores * values.size) * count
+    return Cost(wall=seconds)
 
 
 def measure_writing(path: Path, nbytes: int = 2 << 30) -> Cost:
@@ -248,10 +250,10 @@ def table(shape: str, steps: dict[str, Cost], ours: Cost, rounded: Cost, quantiz
         return (f"| {name} | {cost.wall:.1f} s | {cost.cpu:.1f} s | {share:.0%} | {cost.memory / 1e9:.2f} GB | {cost.read / 1e9:.2f} GB | "
                 f"{cost.written / 1e9:.2f} GB |")  # fmt: skip
 
-    quantizing, writing_rate, reading_rate = quantizer.cpu / cores, writes.written / writes.wall, reads.read / reads.wall
+    quantizing, writing_rate, reading_rate = quantizer.wall, writes.written / writes.wall, reads.read / reads.wall
     writing, reading = ours.written / writing_rate, ours.read / reading_rate
     slowest = max(quantizing, writing + reading)
-    pace = sum(ours.weights.values()) * 2 / max(quantizer.cpu, 1e-9) / 1e6
+    pace = sum(ours.weights.values()) * 2 / max(quantizing * cores, 1e-9) / 1e6
     same = ", ".join(f"{quant} {'yes' if total.digests[quant] == rounded.digests[quant] else 'NO'}" for quant in QUANTS)
     return [
         f"{date.today()}: {shape}, {', '.join(QUANTS)}. {machine()}.",
