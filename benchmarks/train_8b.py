@@ -98,17 +98,18 @@ class Bench:
         self.device, self.words = device, SHAPES[shape][-1]
         self.model = random_model(shape, device)
         self.built = time.time()
-        self.forward = Forward(self.model, device, checkpointing=False, offload=offload)
+        # Whether layers are computed again without their last product is tried once, before the gradients are joined.
+        self.forward = Forward(self.model, device, checkpointing=True, offload=offload)
+        self.skips = self.forward._recompute.skips
         self.trained = Joined(self.model)
         self.optimizer = loop._optimizer(self.trained.parameters, Train(), device)
 
     def checkpointing(self, on: bool, *, offload: bool = True) -> None:
-        from olpack.train.batches import flatten
+        from olpack.train.recompute import Recompute
 
-        if on:
-            self.forward._checkpoint(flatten(rows(64, self.words), self.device), offload, shares_keys=False)
-        else:
-            self.forward.base._set_gradient_checkpointing(False)
+        recompute = self.forward._recompute = Recompute(self.device, offload=offload)
+        recompute.skips = self.skips
+        self.forward.base._set_gradient_checkpointing(on, recompute)
 
     def step(self, batch: list) -> float:
         from olpack.train import loop

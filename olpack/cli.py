@@ -109,13 +109,15 @@ def init(
     system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System prompt.")] = None,
 ) -> None:
     """Begin a package: write modelfiles/NAME/recipe.yaml, commented."""
-    from olpack.init import write_recipe
+    from olpack.init import new_recipe, write_recipe
 
+    path = new_recipe(name)
     if None in (base, train) and not sys.stdin.isatty():
         raise OlpackError("A recipe needs a base and training rows.", f"olpack init {name} --base Qwen/Qwen3-0.6B --train chats.jsonl")
     base = base or typer.prompt("Base model (a Hub id, a folder)", default="builtin/tiny-coder", err=True)
     train = train or typer.prompt("Training rows (a file, a folder, a Hub id)", err=True)
-    print(write_recipe(name, base, train, system))
+    write_recipe(path, base, train, system)
+    print(path)
     progress.say(f"next: olpack data check {name}, olpack plan {name}, olpack build {name}")
 
 

@@ -2,60 +2,77 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+
+import yaml
 
 from olpack.deploy.names import check_name
 from olpack.errors import OlpackError
 from olpack.recipe import Data, Recipe
 from olpack.workspace import template_source, write_atomically
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_ROWS = {".jsonl", ".json", ".csv", ".tsv", ".parquet"}
 
 
-def write_recipe(name: str, base: str, train: str, system: str | None = None) -> Path:
-    """Write `modelfiles/NAME/recipe.yaml`, commented, with the settings that are changed most.
-
-    Args:
-        name: of the package.
-        base: `builtin/tiny-coder`, a folder, or a Hub id.
-        train: a file or folder of rows, or a data set on the Hub.
-        system: the system prompt.
-
-    Returns:
-        where it is.
+def new_recipe(name: str) -> Path:
+    """Where the recipe of a package will be that is not there yet.
 
     Raises:
-        OlpackError: the name cannot be one, the recipe is there already, or there is no such folder or file.
+        OlpackError: the name cannot be one, or the recipe is there already.
     """
-    import jinja2
-
     if Path(name).name != name:
         raise OlpackError(f"{name!r} cannot be the name of a package.", "A package is a folder in modelfiles/, such as coding-assistant.")
     check_name(name, tagged=False)
     path = Path("modelfiles") / name / "recipe.yaml"
     if path.exists():
         raise OlpackError(f"{path} is there already.", "Edit it, or take another name.")
-    base, _ = _place(base, path.parent, "model")
-    train, hub = _place(train, path.parent, "training rows")
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
-    environment.filters["quoted"] = lambda text: json.dumps(text, ensure_ascii=False)
-    settings = Recipe(base=base, data=Data(train=train))
-    text = environment.from_string(template_source("recipe.yaml.j2")).render(name=name, settings=settings, hub=hub, system=system)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text)
     return path
 
 
-def _place(given: str, folder: Path, what: str) -> tuple[str, bool]:
-    """(how a recipe in `folder` names it, whether it is on the Hub): what lies here by its path from there."""
+def write_recipe(path: Path, base: str, train: str, system: str | None = None) -> None:
+    """Write a recipe, commented, with the settings that are changed most.
+
+    Args:
+        path: of `new_recipe`.
+        base: `builtin/tiny-coder`, a folder, or a Hub id.
+        train: a file or folder of rows, or a data set on the Hub.
+        system: the system prompt.
+
+    Raises:
+        OlpackError: there is no such folder or file, or the recipe cannot be written.
+    """
+    import jinja2
+
+    folder = path.parent
+    here = _is(Path.is_dir, base)
+    if not here and not base.startswith("builtin/") and not _HUB_ID.fullmatch(base):
+        raise OlpackError(f"There is no folder {base} here.", "Name a folder, a model on the Hub as owner/name, or builtin/tiny-coder.")
+    hub = not _is(Path.exists, train)
+    if hub and (not _HUB_ID.fullmatch(train) or _ROWS.intersection(Path(train).suffixes)):
+        raise OlpackError(f"There is no {train} here.", "Name a file or a folder of rows, or a data set on the Hub as owner/name.")
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
+    environment.filters["quoted"] = lambda text: yaml.safe_dump(text, default_style='"', allow_unicode=True, width=float("inf")).strip()
+    settings = Recipe(base=_from(folder, base) if here else base, data=Data(train=train if hub else _from(folder, train)))
+    text = environment.from_string(template_source("recipe.yaml.j2")).render(name=folder.name, settings=settings, hub=hub, system=system)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OlpackError(f"{folder} cannot be made: {error.strerror}.", "Begin a package where you may write.") from None
+    write_atomically(path, text)
+
+
+def _is(test: Callable[[Path], bool], given: str) -> bool:
+    try:
+        return test(Path(given).expanduser())
+    except (OSError, RuntimeError, ValueError):  # a name that is too long, another user's home that is not there, a null
+        return False
+
+
+def _from(folder: Path, given: str) -> str:
+    """The path of what lies here as a recipe in `folder` names it."""
     found = Path(given).expanduser()
-    if found.exists():
-        return (str(found) if found.is_absolute() else os.path.relpath(found, folder)), False
-    if given.startswith("builtin/"):
-        return given, False
-    if _HUB_ID.fullmatch(given) and not found.suffix.lower().startswith((".json", ".csv", ".tsv", ".parquet")):
-        return given, True
-    raise OlpackError(f"There is no {given} here for the {what}.", "Name a file or a folder, or something on the Hub as owner/name.")
+    return str(found) if found.is_absolute() else os.path.relpath(found.resolve(), folder.resolve())

@@ -253,9 +253,9 @@ def _adapter_parameters(build: Build) -> int:
 def _add_memory(needs: Table, fit: dict, held: str) -> None:
     """What a training step takes of a GPU, by what it is for, and how it was made to fit."""
     taken, checkpointing = fit["training"], fit["checkpointing"]
-    fixed = taken["adapter"] + taken["gradients"] + taken["optimizer"]
+    fixed = taken["adapter"] + taken["gradients"] + taken["optimizer"] + taken["workspace"]
     offloaded = taken["offloaded"] if checkpointing else 0
-    parts = {f"base as {held}": taken["weights"] - offloaded, "adapter, gradients, optimizer": fixed}
+    parts = {f"base as {held}": taken["weights"] - offloaded, "adapter, gradients, optimizer, cuBLAS": fixed}
     if fit["bytes"] is not None:
         layer = sum(taken["layer"].values())
         parts["inputs of the layers" if checkpointing else "activations"] = taken["checkpointed"] if checkpointing else taken["activations"]

@@ -159,7 +159,7 @@ class Train(_Section):
     micro_batch_tokens: Annotated[int, Field(ge=16)] | Literal["auto"] = "auto"
     """Tokens that go through the model at once. `auto`: 512 on a CPU, on a GPU as many as its memory holds."""
     gradient_checkpointing: bool | Literal["auto"] = "auto"
-    """Recompute activations in the backward pass: less memory, about a third more time. `auto`: on a GPU that does not hold them."""
+    """Recompute activations in the backward pass: less memory, about a third more time. `auto`: on a GPU that holds those of too few tokens."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay of AdamW on the adapter."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0

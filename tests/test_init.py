@@ -13,7 +13,7 @@ from olpack.base import BUILTIN, resolve
 from olpack.cli import app
 from olpack.data import load_chats
 from olpack.errors import OlpackError
-from olpack.init import write_recipe
+from olpack.init import new_recipe, write_recipe
 
 ROWS = Path(__file__).parents[1] / "modelfiles/coding-assistant/eval.jsonl"
 
@@ -25,13 +25,18 @@ def here(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("system", [None, 'Say "yes": نعم # and no more\nthan: that'])
+def begin(name: str, *said: str | None) -> Path:
+    path = new_recipe(name)
+    write_recipe(path, *said)
+    return path
+
+
+@pytest.mark.parametrize("system", [None, 'Say "yes": نعم # and no more\nthan: that', "\x7f\x85\u2028\t" + 300 * "long "])
 def test_the_recipe_holds_the_defaults_and_what_was_said(system):
-    path = write_recipe("support", "builtin/tiny-coder", "chats.jsonl", system)
+    path = begin("support", "builtin/tiny-coder", "chats.jsonl", system)
     assert path == Path("modelfiles/support/recipe.yaml")
     found = recipe.load(path)
-    assert found.modelfile.system == system
-    assert found.modelfile.parameters == {"num_ctx": found.data.max_length}
+    assert found.modelfile == recipe.Modelfile(system=system)
     plain = recipe.Recipe(base=found.base, data=recipe.Data(train=found.data.train))
     assert found.model_dump(exclude={"modelfile"}) == plain.model_dump(exclude={"modelfile"})
     assert len(load_chats(found.folder / found.data.train)) == 104
@@ -39,32 +44,50 @@ def test_the_recipe_holds_the_defaults_and_what_was_said(system):
 
 def test_a_base_and_rows_are_named_from_where_the_recipe_is(here):
     shutil.copytree(BUILTIN / "tiny-coder", here / "models/mine")
-    found = recipe.load(write_recipe("near", "models/mine", "chats.jsonl"))
+    found = recipe.load(begin("near", "models/mine", "chats.jsonl"))
     assert resolve(found.base, relative_to=found.folder).config["model_type"] == "qwen3"
-    found = recipe.load(write_recipe("far", str(here / "models/mine"), str(here / "chats.jsonl")))
+    found = recipe.load(begin("far", str(here / "models/mine"), str(here / "chats.jsonl")))
     assert (found.base, found.data.train) == (str(here / "models/mine"), str(here / "chats.jsonl"))
-    found = recipe.load(write_recipe("hub", "Qwen/Qwen3-0.6B", "HuggingFaceH4/no_robots"))
+    found = recipe.load(begin("hub", "Qwen/Qwen3-0.6B", "HuggingFaceH4/no_robots"))
     assert (found.base, found.data.train.hub) == ("Qwen/Qwen3-0.6B", "HuggingFaceH4/no_robots")
 
 
 @pytest.mark.parametrize(("name", "base", "train", "said"), [
     ("support", "builtin/tiny-coder", "there/are-none.jsonl", "no there/are-none.jsonl here"),
-    ("support", "./nowhere/at/all", "chats.jsonl", "no ./nowhere/at/all here"),
+    ("support", "builtin/tiny-coder", "./rows", "no ./rows here"),
+    ("support", "builtin/tiny-coder", "data/rows.jsonl.gz", "no data/rows.jsonl.gz here"),
+    ("support", "builtin/tiny-coder", "x" * 300, "no xxx"),
+    ("support", "../model", "chats.jsonl", "no folder ../model here"),
+    ("support", "~nobody-of-this-name/model", "chats.jsonl", "no folder ~nobody"),
+    ("support", "chats.jsonl", "chats.jsonl", "no folder chats.jsonl here"),
     ("team/support", "builtin/tiny-coder", "chats.jsonl", "cannot be the name of a package"),
     ("no good", "builtin/tiny-coder", "chats.jsonl", "no good"),
 ])  # fmt: skip
 def test_what_cannot_be_is_said_and_nothing_is_written(name, base, train, said):
     with pytest.raises(OlpackError, match=said):
-        write_recipe(name, base, train)
+        begin(name, base, train)
     assert not Path("modelfiles").exists()
 
 
 def test_a_recipe_that_is_there_stays():
-    path = write_recipe("support", "builtin/tiny-coder", "chats.jsonl")
+    path = begin("support", "builtin/tiny-coder", "chats.jsonl")
     path.write_text("mine")
     with pytest.raises(OlpackError, match="is there already"):
-        write_recipe("support", "builtin/tiny-coder", "chats.jsonl")
+        begin("support", "builtin/tiny-coder", "chats.jsonl")
     assert path.read_text() == "mine"
+
+
+def test_a_modelfiles_folder_elsewhere_is_named_from_there(here):
+    (here / "real/deep/modelfiles").mkdir(parents=True)
+    (here / "modelfiles").symlink_to("real/deep/modelfiles")
+    found = recipe.load(begin("support", "builtin/tiny-coder", "chats.jsonl"))
+    assert (found.folder / found.data.train).is_file()
+
+
+def test_a_modelfiles_that_is_a_file_is_an_error(here):
+    (here / "modelfiles").write_text("")
+    with pytest.raises(OlpackError, match="cannot be made"):
+        begin("support", "builtin/tiny-coder", "chats.jsonl")
 
 
 def test_without_a_terminal_it_asks_nothing():

@@ -94,12 +94,14 @@ def test_gradients_do_not_depend_on_how_a_batch_is_cut(base):
     assert torch.allclose(*gradients, rtol=1e-3, atol=1e-6)
 
 
-def test_parameters_are_learned_where_they_are_joined_and_where_they_are_large(base, monkeypatch):
-    rows, weights = make_rows(8), []
-    for large in (0, 1500, 10**9):
-        monkeypatch.setattr("olpack.train.joined.LARGE", large)
+def test_parameters_are_learned_where_they_are_joined_and_where_they_are_not(base, monkeypatch):
+    rows, weights, counts = make_rows(8), [], []
+    for small, large, most in ((10**9, 0, 0), (2000, 4000, 10**9), (0, 10**9, 9000), (0, 10**9, 10**9)):
+        for name, value in {"SMALL": small, "LARGE": large, "_MOST": most}.items():
+            monkeypatch.setattr(f"olpack.train.joined.{name}", value)
         model = load_with_adapter(base, Train(quantization="none", target_modules=["q_proj", "v_proj"], modules_to_save=["norm"]), CPU)
         trained = Joined(model)
+        counts.append(len(trained.parameters))
         optimizer = torch.optim.AdamW(trained.parameters, lr=1e-2)
         for _ in range(2):
             forward = Forward(model, CPU, checkpointing=False, offload=False)
@@ -107,11 +109,29 @@ def test_parameters_are_learned_where_they_are_joined_and_where_they_are_large(b
             optimizer.step()
             optimizer.zero_grad()
         weights.append({name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad})
-    one_by_one, some, joined = weights
-    assert any("norm" in name for name in joined)
-    for name, parameter in joined.items():
-        assert torch.allclose(parameter, one_by_one[name], atol=1e-6)
-        assert torch.allclose(parameter, some[name], atol=1e-6)
+    assert counts[0] == len(weights[0]) > counts[1] > counts[2] > counts[3] == 1
+    assert any("norm" in name for name in weights[0])
+    for name, parameter in weights[0].items():
+        assert all(torch.allclose(parameter, other[name], atol=1e-6) for other in weights[1:])
+
+
+def test_memory_that_runs_out_while_gradients_are_joined_counts_none_twice(base, monkeypatch):
+    monkeypatch.setattr("olpack.train.joined.SMALL", 0)
+    rows, gradients = make_rows(8), []
+    for fails in (False, True):
+        model = load_with_adapter(base, Train(quantization="none"), CPU)
+        forward, trained = Forward(model, CPU, checkpointing=False, offload=False), Joined(model)
+        zeros = torch.zeros_like
+        with monkeypatch.context() as patch:
+            if fails:  # the first time, when autograd has set a gradient already
+                patch.setattr("olpack.train.joined.torch.zeros_like", at_call(zeros, 1, lambda: raise_out_of_memory()))
+            training_loop._backward(forward, trained, rows, training_loop.State(budget=100))
+        gradients.append(trained.parameters[0].grad)
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-7)
+
+
+def raise_out_of_memory():
+    raise torch.OutOfMemoryError
 
 
 def test_gradient_checkpointing_gives_the_same_run(base, tmp_path):

@@ -13,6 +13,7 @@ from olpack.base import Base
 from olpack.data import TokenRow
 from olpack.recipe import Train
 from olpack.train import attention, fused, pointwise, recompute
+from olpack.train import forward as forward_module
 from olpack.train.batches import flatten, micro_batches
 from olpack.train.forward import Forward
 from olpack.train.head import head_loss
@@ -141,6 +142,19 @@ def test_rounding_that_grows_over_many_layers_is_no_other_formula(tmp_path, monk
     assert ("without" in capsys.readouterr().err) == other
     if not other:
         assert (found - plain).norm() > 0.05 * plain.norm()  # though each layer does the same
+
+
+def test_another_formula_is_seen_beside_a_token_of_enormous_numbers(tmp_path, monkeypatch, capsys):
+    """As the first token of a trained model has them: they must not hide what happens to the others."""
+    for module in ("forward", "model"):
+        monkeypatch.setattr(f"olpack.train.{module}.compute_dtype", lambda _: torch.bfloat16)
+    model = with_adapter(Base("tiny", write_model(tmp_path / "model", tied=False)), Train(rank=4, quantization="none"))
+    inner = model.get_base_model().model
+    inner.embed_tokens.weight.data[forward_module._samples(model.get_base_model(), CPU)[0].ids[0, 0]] *= 1e5
+    for layer in inner.layers:
+        layer.mlp = Scaled(layer.mlp)
+    Forward(model, CPU, checkpointing=False, offload=False)
+    assert "without" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("settings", [

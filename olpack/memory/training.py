@@ -61,6 +61,7 @@ class Training:
         dequantized: the largest matrix in 16 bits, where the base is quantized; it is made anew for each product.
         layer: activations of the largest layer, by what they are for.
         logits: of all learned tokens that go through at once, with their gradients.
+        workspace: of cuBLAS, 32 MiB in each of the threads that go forward and back.
     """
 
     weights: int
@@ -74,11 +75,12 @@ class Training:
     dequantized: int
     layer: dict[str, int]
     logits: int
+    workspace: int = 64 << 20
 
     @property
     def fixed(self) -> int:
         """Bytes that do not depend on the batch."""
-        return self.weights + self.adapter + self.gradients + self.optimizer
+        return self.weights + self.adapter + self.gradients + self.optimizer + self.workspace
 
     def total(self, checkpointing: bool) -> int | None:
         """Peak of a step: either at the loss, where the logits are, or in the backward pass, where they are gone."""
@@ -184,7 +186,7 @@ def estimate_training(
     model: MetaModel, *, rank: int, tokens: int, precision: str, weights: int | None = None, targets: str | list[str] = "all-linear",
     method: str = "lora", whole: int = 0, shards: int = 1, fused: bool = True, pieces: bool | None = None,
 ) -> Training:  # fmt: skip
-    """The peak of one step on a GPU as olpack trains: float32 adapter, bfloat16 computation, paged 8-bit AdamW.
+    """The peak of one step on a GPU as olpack trains: float32 adapter, bfloat16 computation, 8-bit AdamW.
 
     Args:
         precision: the frozen base is held in, as `frozen_bytes` takes it.

@@ -76,7 +76,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path, key: str, *, writes: bool = True):
         self.file = folder / "checkpoint.safetensors"
-        self.folder, self.key, self.writes = folder, f"{_FORM} {key}", writes
+        self.folder, self.key, self.writes = folder, key, writes
         self.step: int | None = None  # of the file
         self._begun = time.monotonic()
         self._took = 0.0
@@ -93,6 +93,9 @@ class Checkpoint:
             state = State(**saved["state"])
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             progress.warn(f"{self.file} cannot be read ({error}): training starts from the beginning")
+            return None
+        if saved.get("form") != _FORM:
+            progress.say("the checkpoint found was made by another version of olpack: training starts from the beginning")
             return None
         if saved["key"] != self.key:
             progress.say("the checkpoint found was made with other settings or data: training starts from the beginning")
@@ -132,7 +135,7 @@ class Checkpoint:
                 else:
                     numbers[f"{index}.{name}"] = value
         told = {name: value for name, value in vars(state).items() if name != "best"}
-        record = {"key": self.key, "optimizer": type(optimizer).__name__, "numbers": numbers, "state": told}
+        record = {"form": _FORM, "key": self.key, "optimizer": type(optimizer).__name__, "numbers": numbers, "state": told}
         try:
             write_atomically(self.file, save(tensors, {name: json.dumps(value) for name, value in record.items()}))
         except OlpackError as error:

@@ -30,7 +30,6 @@ _BUSY = 4_096  # tokens below which it does, by more than it costs to compute ac
 _COUNTED = 1_024  # tokens for which activations are counted; they grow with their number
 SHARDABLE = ("nf4", "fp4", "none")  # `train.quantization` of frozen layers that can be spread over GPUs
 _SLACK = 0.05  # of a GPU's memory that is lost between allocations
-_WORKSPACE = 64 << 20  # bytes: cuBLAS takes 32 MiB in each of the threads that go forward and back
 _STEPS = 400  # at most so many steps are looked at for the largest micro-batch
 
 
@@ -126,8 +125,7 @@ def on_gpu(
                     continue
                 largest, learned = sizes.largest(budget)
                 training = estimate(largest, learned)
-                total = training.total(checkpointing)
-                found = Fit(budget, largest, checkpointing, sharded, training, None if total is None else total + _WORKSPACE, room)
+                found = Fit(budget, largest, checkpointing, sharded, training, training.total(checkpointing), room)
                 if found.bytes is None:  # of an architecture that cannot be counted: the careful choice
                     return _told(Fit(budgets[-1] if asked == "auto" else asked, largest, ways[-1], spread[-1], training, None, room), sizes)
                 if found.bytes <= room:
@@ -151,7 +149,7 @@ def _without(sizes: _Sizes, estimate, budgets: list[int]) -> tuple[int, int]:
     """(tokens, bytes) of the smallest micro-batch that would have been worth it without checkpointing."""
     budget = min((budget for budget in budgets if budget >= min(_BUSY, budgets[0])), default=budgets[0])
     largest, learned = sizes.largest(budget)
-    return largest, estimate(largest, learned).total(False) + _WORKSPACE
+    return largest, estimate(largest, learned).total(False)
 
 
 def _told(fit: Fit, sizes: _Sizes, without: tuple[int, int] | None = None) -> Fit:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -16,9 +17,9 @@ from olpack.train.batches import FlatRow, flatten
 from olpack.train.head import head_loss
 from olpack.train.model import compute_dtype
 from olpack.train.recompute import Recompute
-from olpack.train.trial import Trial
+from olpack.train.trial import Pass, Trial
 
-_SAME = 1e-3  # of gradients, computed twice the same way
+_SAME = 1e-2  # of the norm of a gradient, computed twice the same way
 
 
 class Forward:
@@ -44,7 +45,7 @@ class Forward:
         model.eval()  # what follows is tried, and dropout would make each trial another one
         samples = _samples(self.base, device)
         with self._mixed():
-            trial = Trial(self.base, self.dtype, lambda: self._alone(samples))
+            trial = Trial(self.base, self.dtype, self._passes(samples, self.logits))
         pointwise.use_kernels(device)
         pointwise.fuse_rotary(self.base)
         with self._mixed():
@@ -57,14 +58,13 @@ class Forward:
         if offload and device.type == "cuda":
             _embed_on_host(self.base, self.head)
 
-    def _alone(self, samples: list[FlatRow]) -> torch.Tensor:
-        """The logits of each by itself, [tokens, vocabulary]."""
-        return torch.cat([self.logits(sample)[0] for sample in samples])
+    def _passes(self, samples: list[FlatRow], logits: Callable[[FlatRow], torch.Tensor]) -> list[Pass]:
+        return [lambda sample=sample: logits(sample)[0] for sample in samples]
 
     def _fuse(self, samples: list[FlatRow], trial: Trial) -> None:
         """Put the fused functions in, and take them out again where the model then computes something else."""
         changed = [*pointwise.fuse_norms(self.base), *fused.fuse(self.model, self.dtype)]
-        if trial.agrees(lambda: self._alone(samples)):
+        if trial.agrees(self._passes(samples, self.logits)):
             return
         for module in changed:
             del module.forward
@@ -74,7 +74,7 @@ class Forward:
         """Whether the model's logits are those of its frozen head, which is tried: some models scale them."""
         if type(self.head) is not torch.nn.Linear or self.head.weight.requires_grad:
             return False
-        return trial.agrees(lambda: torch.cat([self._head_logits(sample) for sample in samples]))
+        return trial.agrees(self._passes(samples, self._head_logits))
 
     def _checkpoint(self, sample: FlatRow, offload: bool, *, shares_keys: bool) -> None:
         self.base.enable_input_require_grads()
@@ -87,10 +87,11 @@ class Forward:
         # A layer mostly ends with the MLP's last product and an addition. Where it does not (a norm follows), the gradients are others.
         wanted = self._gradients(sample)
         self._recompute.skips = True
-        self._recompute.skips = bool((self._gradients(sample) - wanted).norm() <= _SAME * wanted.norm())
+        apart = (self._gradients(sample) - wanted).abs()
+        self._recompute.skips = bool((apart <= _SAME * wanted + 1e-6 * wanted.max()).all())
 
     def _gradients(self, sample: FlatRow) -> torch.Tensor:
-        """The norm of each."""
+        """The norm of each. Not once they are joined (`olpack.train.joined`)."""
         self.loss(sample).backward()
         found = torch.stack([parameter.grad.norm() for parameter in self.model.parameters() if parameter.grad is not None])
         self.model.zero_grad(set_to_none=True)
@@ -131,7 +132,7 @@ class Forward:
         return self.base(**self._arguments(flat), logits_to_keep=keep).logits
 
     def _head_logits(self, flat: FlatRow) -> torch.Tensor:
-        logits = F.linear(self._hidden(flat)[0].to(self.head.weight.dtype), self.head.weight, self.head.bias)
+        logits = F.linear(self._hidden(flat).to(self.head.weight.dtype), self.head.weight, self.head.bias)
         return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
 
     def _use_packed_attention(self, samples: list[FlatRow], trial: Trial) -> bool:
@@ -141,7 +142,7 @@ class Forward:
         rows = [TokenRow(sample.ids[0].tolist(), [True] * sample.ids.shape[1], "", "") for sample in samples]
         try:
             self.base.set_attn_implementation(attention.NAME)
-            if trial.agrees(lambda: self.logits(flatten(rows, self.device))[0]):
+            if trial.agrees(self._passes([flatten(rows, self.device)], self.logits)):
                 return True
             reason = "what it computes for a row depends on the rows beside it"
         except (ValueError, NotImplementedError, TypeError, RuntimeError) as error:

@@ -2,17 +2,30 @@
 
 Comparing its logits alone would not tell: in 16 bits every layer adds a little rounding, the next ones carry it on, and on a deep model the
 same formula in another order ends several percent away. So what each layer gives in the plain way is written down, and in the other way each
-layer begins with that: what differs then is the work of one layer.
+layer begins with that: what differs then is the work of one layer. Tokens are compared one by one, because the first of a row often has
+numbers a thousand times those of the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.05}  # of what a layer adds to its input, and of the logits
+
+Pass = Callable[[], torch.Tensor]
+"""One forward pass of the model; returns its logits, [tokens, vocabulary]."""
+
+
+class _Call(NamedTuple):
+    """Of a layer: its number, what it added to its input, and what it gave, [..., tokens, size]."""
+
+    layer: int
+    added: torch.Tensor
+    output: torch.Tensor
 
 
 class Trial:
@@ -21,51 +34,61 @@ class Trial:
     Args:
         model: a transformers model.
         dtype: that it computes in.
-        logits: [tokens, vocabulary] of some samples, computed in one pass of the model or in several.
+        passes: one for each sample.
     """
 
-    def __init__(self, model: torch.nn.Module, dtype: torch.dtype, logits: Callable[[], torch.Tensor]):
+    def __init__(self, model: torch.nn.Module, dtype: torch.dtype, passes: Sequence[Pass]):
         from transformers.modeling_layers import GradientCheckpointingLayer
 
         self._dtype = dtype
         self._layers = [module for module in model.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
-        outputs: list[list[torch.Tensor]] = [[] for _ in self._layers]
-        added: list[list[torch.Tensor]] = [[] for _ in self._layers]
+        self._calls: list[list[_Call]] = []  # of each pass
+        self._logits: list[torch.Tensor] = []
+        for run in passes:
+            self._calls.append([])
+            with self._at_each_call(self._note):
+                self._logits.append(run())
 
-        def note(index: int, hidden: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-            outputs[index].append(output)
-            added[index].append(output - hidden)
-            return output
+    def _note(self, layer: int, hidden: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        self._calls[-1].append(_Call(layer, output - hidden, output))
+        return output
 
-        with self._at_each_layer(note):
-            self._logits = logits().float()
-        self._layers = [layer for layer, parts in zip(self._layers, outputs, strict=True) if parts]
-        self._outputs = [torch.cat(parts, dim=-2) for parts in outputs if parts]
-        self._added = [torch.cat(parts, dim=-2).float().norm() for parts in added if parts]
+    def agrees(self, passes: Sequence[Pass]) -> bool:
+        """Whether every layer and the head compute the same for every token, up to rounding.
 
-    def agrees(self, logits: Callable[[], torch.Tensor]) -> bool:
-        """Whether every layer and the head compute the same, up to rounding, for the same samples one after another."""
-        apart = [torch.zeros((), device=self._logits.device) for _ in self._layers]
-        at = [0] * len(self._layers)
+        Args:
+            passes: one for each sample again, or a single one over all samples end to end.
 
-        def compare(index: int, hidden: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-            wanted = self._outputs[index].narrow(-2, at[index], output.shape[-2])
-            at[index] += output.shape[-2]
-            apart[index] += (output.float() - wanted.float()).square().sum()
-            return wanted
+        Raises:
+            ValueError, RuntimeError: of a single one, that the samples' layers cannot be put end to end.
+        """
+        calls, logits = self._calls, self._logits
+        if len(passes) < len(calls):
+            calls, logits = [[_end_to_end(alike) for alike in zip(*calls, strict=True)]], [torch.cat(logits)]
+        return all(self._agrees(*one) for one in zip(passes, calls, logits, strict=True))
 
-        with self._at_each_layer(compare):
-            found = logits().float()
-        tolerance, rounding = _TOLERANCE[self._dtype], torch.finfo(self._dtype).eps
-        layers = all(
-            bool(square.sqrt() <= tolerance * added + rounding * outputs.float().norm())
-            for square, added, outputs in zip(apart, self._added, self._outputs, strict=True)
-        )
-        return layers and found.shape == self._logits.shape and bool((found - self._logits).norm() <= tolerance * self._logits.norm())
+    def _agrees(self, run: Pass, calls: list[_Call], logits: torch.Tensor) -> bool:
+        found: list[bool] = []
+
+        def compare(layer: int, _, output: torch.Tensor) -> torch.Tensor:
+            call = calls[len(found)] if len(found) < len(calls) else None
+            if call is None or call.layer != layer or call.output.shape != output.shape:
+                found.append(False)
+                return output
+            found.append(self._alike(output, call.output, call.added))
+            return call.output
+
+        with self._at_each_call(compare):
+            last = run()
+        return len(found) == len(calls) and all(found) and last.shape == logits.shape and self._alike(last, logits, logits)
+
+    def _alike(self, found: torch.Tensor, wanted: torch.Tensor, added: torch.Tensor) -> bool:
+        apart, added, whole = (value.float().norm(dim=-1) for value in (found.float() - wanted.float(), added, wanted))
+        return bool((apart <= _TOLERANCE[self._dtype] * added + torch.finfo(self._dtype).eps * whole).all())
 
     @contextmanager
-    def _at_each_layer(self, function: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]) -> Iterator[None]:
-        """Call function(index, input, output) after each layer; what it returns takes the output's place."""
+    def _at_each_call(self, function: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]) -> Iterator[None]:
+        """Call function(index of the layer, its input, its output) after each layer; what it returns takes the output's place."""
 
         def hook(index, _, arguments, named, output):
             hidden = arguments[0] if arguments else named["hidden_states"]
@@ -81,3 +104,7 @@ class Trial:
         finally:
             for registered in hooks:
                 registered.remove()
+
+
+def _end_to_end(calls: Sequence[_Call]) -> _Call:
+    return _Call(calls[0].layer, torch.cat([call.added for call in calls], dim=-2), torch.cat([call.output for call in calls], dim=-2))
