@@ -131,7 +131,7 @@ def table(work: Path, seconds: dict[str, float], watch: Watch, wall: float) -> l
     peak = max(disk for _, disk in watch.stages.values())
     memory = max(memory for memory, _ in watch.stages.values())
     return [*lines, f"| together | {wall:.1f} | {memory / 1e9:.2f} | {peak / 1e9:.2f} |", "",
-            f"The outputs, four quants and the adapter, are {outputs / 1e9:.2f} GB: the disk held {peak / outputs:.2f} times that at most."]  # fmt: skip
+            f"The outputs, four quants and the adapter, are {outputs / 1e9:.2f} GB; the disk held {peak / outputs:.2f} times that."]  # fmt: skip
 
 
 def main() -> None:
