@@ -10,7 +10,6 @@ reached, OLPACK_LLAMA_CPP names llama.cpp's converter.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from page import command_line, measured_here, publish
+from page import command_line, environment, measured_here, publish
 from random_model import REPOSITORY, write_base
 
 HIDDEN, INTERMEDIATE, ROWS = 4096, 14336, 128256  # of Llama 3 8B
@@ -93,10 +92,9 @@ def make_package(work: Path, layers: int) -> None:
 def build(work: Path) -> tuple[dict[str, float], Watch]:
     """({stage: seconds}, peaks) of `olpack build`."""
     command = [sys.executable, "-m", "olpack", "build", NAME, "--no-deploy", "--json"]
-    packages = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     seconds: dict[str, float] = {}
     with (work / "outcome.json").open("w") as outcome:
-        process = subprocess.Popen(command, cwd=work, stdout=outcome, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": packages})
+        process = subprocess.Popen(command, cwd=work, stdout=outcome, stderr=subprocess.PIPE, text=True, env=environment())
         watch, over = Watch(psutil.Process(process.pid), work / "build"), threading.Event()
         sampling = threading.Thread(target=watch.run, args=(over,))
         sampling.start()

@@ -30,7 +30,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from page import command_line, publish  # noqa: E402 — beside this file
+from page import command_line, environment, publish  # noqa: E402 — beside this file
 from random_model import write_adapter, write_base  # noqa: E402
 
 from olpack.llamacpp.cores import usable_processors  # noqa: E402
@@ -101,11 +101,10 @@ class Cost:
 
 def run(code: str, *arguments: object) -> Cost:
     """Run a piece of Python in a process of its own, from the repository, and say what it and its children took."""
-    packages = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryFile("w+") as log:
         began = time.monotonic()
         child = subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=log,
-                                 env={**os.environ, "PYTHONPATH": packages})  # fmt: skip
+                                 env=environment())  # fmt: skip
         _, status, used = os.wait4(child.pid, 0)
         wall = time.monotonic() - began
         child.returncode = os.waitstatus_to_exitcode(status)

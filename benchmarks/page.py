@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,3 +35,9 @@ def publish(lines: Iterable[str], output: Path) -> None:
     text = "\n".join(lines).rstrip("\n") + "\n"
     print(text)
     output.write_text(text, encoding="utf-8")
+
+
+def environment() -> dict[str, str]:
+    """Of a process that is to use the olpack of this repository."""
+    packages = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": packages}

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import yaml
 
+from olpack.data.records import SUFFIXES
 from olpack.deploy.names import check_name
 from olpack.errors import OlpackError
 from olpack.recipe import Data, Recipe
-from olpack.workspace import template_source, write_atomically
+from olpack.workspace import check_package, render_text, template_source, write_atomically
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_ROWS = {".jsonl", ".json", ".csv", ".tsv", ".parquet"}
 
 
 def new_recipe(name: str) -> Path:
@@ -24,8 +24,7 @@ def new_recipe(name: str) -> Path:
     Raises:
         OlpackError: the name cannot be one, or the recipe is there already.
     """
-    if Path(name).name != name:
-        raise OlpackError(f"{name!r} cannot be the name of a package.", "A package is a folder in modelfiles/, such as coding-assistant.")
+    check_package(name)
     check_name(name, tagged=False)
     path = Path("modelfiles") / name / "recipe.yaml"
     if path.exists():
@@ -45,24 +44,25 @@ def write_recipe(path: Path, base: str, train: str, system: str | None = None) -
     Raises:
         OlpackError: there is no such folder or file, or the recipe cannot be written.
     """
-    import jinja2
-
     folder = path.parent
     here = _is(Path.is_dir, base)
     if not here and not base.startswith("builtin/") and not _HUB_ID.fullmatch(base):
         raise OlpackError(f"There is no folder {base} here.", "Name a folder, a model on the Hub as owner/name, or builtin/tiny-coder.")
     hub = not _is(Path.exists, train)
-    if hub and (not _HUB_ID.fullmatch(train) or _ROWS.intersection(Path(train).suffixes)):
+    if hub and (not _HUB_ID.fullmatch(train) or set(SUFFIXES).intersection(Path(train).suffixes)):
         raise OlpackError(f"There is no {train} here.", "Name a file or a folder of rows, or a data set on the Hub as owner/name.")
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
-    environment.filters["quoted"] = lambda text: yaml.safe_dump(text, default_style='"', allow_unicode=True, width=float("inf")).strip()
     settings = Recipe(base=_from(folder, base) if here else base, data=Data(train=train if hub else _from(folder, train)))
-    text = environment.from_string(template_source("recipe.yaml.j2")).render(name=folder.name, settings=settings, hub=hub, system=system)
+    text = render_text(template_source("recipe.yaml.j2"), "recipe.yaml.j2", "The recipe's template", filters={"quoted": _quoted},
+                       name=folder.name, settings=settings, hub=hub, system=system)  # fmt: skip
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OlpackError(f"{folder} cannot be made: {error.strerror}.", "Begin a package where you may write.") from None
     write_atomically(path, text)
+
+
+def _quoted(text: str) -> str:
+    return yaml.safe_dump(text, default_style='"', allow_unicode=True, width=float("inf")).strip()
 
 
 def _is(test: Callable[[Path], bool], given: str) -> bool:

@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,10 +46,15 @@ def recipe_path(name: str) -> Path:
         path = root / name / "recipe.yaml"
         if path.is_file():
             return path
-    if Path(name).name != name:
-        raise OlpackError(f"{name!r} is not the name of a package.", "A package is a folder in modelfiles/, such as coding-assistant.")
+    check_package(name)
     known = ", ".join(packages()) or "none"
     raise OlpackError(f"There is no modelfiles/{name}/recipe.yaml here, and olpack ships none of that name.", f"Packages: {known}.")
+
+
+def check_package(name: str) -> None:
+    """Raises OlpackError where a name is no single folder."""
+    if Path(name).name != name:
+        raise OlpackError(f"{name!r} cannot be the name of a package.", "A package is a folder in modelfiles/, such as coding-assistant.")
 
 
 def packages() -> list[str]:
@@ -66,6 +71,29 @@ def template_source(name: str) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise OlpackError(f"{path} is not UTF-8 (byte {error.start}).", "Save it as UTF-8.") from None
+
+
+def render_text(source: str, file: str, what: str, *, filters: Mapping[str, Callable] = {}, **values: Any) -> str:
+    """What a template makes of some values; nothing in them is escaped.
+
+    Args:
+        source: of `template_source`.
+        file: its name, and `what` it is of, for the errors.
+        filters: by their names in the template.
+
+    Raises:
+        OlpackError: the template does not compile, or names something that is not there.
+    """
+    import jinja2
+
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
+    environment.filters |= filters
+    try:
+        return environment.from_string(source).render(values)
+    except jinja2.TemplateSyntaxError as error:
+        raise OlpackError(f"{what} has an error in line {error.lineno}: {error.message}.", f"Mend it, or remove your templates/{file}.") from None
+    except jinja2.TemplateError as error:
+        raise OlpackError(f"{what} fails: {error}.", f"Mend it, or remove your templates/{file} to use the one that ships.") from None
 
 
 @dataclass(frozen=True)

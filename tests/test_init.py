@@ -90,6 +90,14 @@ def test_a_modelfiles_that_is_a_file_is_an_error(here):
         begin("support", "builtin/tiny-coder", "chats.jsonl")
 
 
+def test_an_own_template_that_is_wrong_is_an_error_with_its_line(here):
+    (here / "templates").mkdir()
+    (here / "templates/recipe.yaml.j2").write_text("base: x\n{% if %}")
+    with pytest.raises(OlpackError, match=r"The recipe's template has an error in line 2.*templates/recipe\.yaml\.j2"):
+        begin("support", "builtin/tiny-coder", "chats.jsonl")
+    assert not Path("modelfiles").exists()
+
+
 def test_without_a_terminal_it_asks_nothing():
     result = CliRunner().invoke(app, ["init", "support", "--base", "builtin/tiny-coder"])
     assert isinstance(result.exception, OlpackError) and "--train chats.jsonl" in str(result.exception)

@@ -21,6 +21,7 @@ from olpack.deploy.bundle import beside
 from olpack.deploy.modelfile import Package
 from olpack.deploy.register import QuantFile, check_unsplit
 from olpack.errors import OlpackError
+from olpack.workspace import render_text
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -56,7 +57,6 @@ def hub_card(
     Raises:
         OlpackError: the template does not compile, or names something that is not there.
     """
-    import jinja2
     from huggingface_hub import ModelCardData
 
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not base.startswith(("builtin/", "."))
@@ -72,24 +72,19 @@ def hub_card(
         for file in files
     ]
     first = next((quant for quant in quants if recommended and quant["tag"].lower() == recommended.lower()), quants[0])
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
-    try:
-        return environment.from_string(template_source).render(
-            matter=matter.to_yaml(),
-            repo=repo,
-            name=name,
-            base=base,
-            base_on_hub=bool(on_hub),
-            quants=quants,
-            first=first,
-            recommended=recommended,
-            package=package,
-            table=table,
-        )
-    except jinja2.TemplateError as error:
-        raise OlpackError(
-            f"The model card's template fails: {error}.", "Mend it, or remove your templates/hub_card.md.j2 to use the one that ships."
-        ) from None
+    return render_text(
+        template_source, "hub_card.md.j2", "The model card's template",
+        matter=matter.to_yaml(),
+        repo=repo,
+        name=name,
+        base=base,
+        base_on_hub=bool(on_hub),
+        quants=quants,
+        first=first,
+        recommended=recommended,
+        package=package,
+        table=table,
+    )  # fmt: skip
 
 
 def push_to_hub(

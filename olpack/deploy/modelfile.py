@@ -16,6 +16,7 @@ from pathlib import Path
 
 from olpack.deploy.parameters import PARAMETERS
 from olpack.errors import OlpackError
+from olpack.workspace import render_text
 
 COMMANDS = ("from", "adapter", "template", "system", "parameter", "message", "license", "renderer", "parser", "requires", "draft")
 ROLES = ("system", "user", "assistant")
@@ -67,34 +68,21 @@ def render(package: Package, gguf_path: Path | str, template_source: str, adapte
     Raises:
         OlpackError: the template does not compile, or names something that is not there.
     """
-    import jinja2
-
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
-    environment.filters["quoted"] = quoted
-    try:
-        return environment.from_string(template_source).render(
-            gguf=str(gguf_path),
-            adapter=None if adapter_path is None else str(adapter_path),
-            system=package.system,
-            template=package.template,
-            license=package.license,
-            messages=package.messages,
-            parameters=[
-                (name, item)
-                for name, value in package.parameters.items()
-                for item in (value if isinstance(value, (list, tuple)) else [value])
-            ],
-            problems=unrepresentable(package),
-        )
-    except jinja2.TemplateSyntaxError as error:
-        raise OlpackError(
-            f"The Modelfile template has an error in line {error.lineno}: {error.message}.",
-            "Mend it, or remove your templates/Modelfile.j2.",
-        ) from None
-    except jinja2.TemplateError as error:
-        raise OlpackError(
-            f"The Modelfile template fails: {error}.", "Mend it, or remove your templates/Modelfile.j2 to use the one that ships."
-        ) from None
+    return render_text(
+        template_source, "Modelfile.j2", "The Modelfile template", filters={"quoted": quoted},
+        gguf=str(gguf_path),
+        adapter=None if adapter_path is None else str(adapter_path),
+        system=package.system,
+        template=package.template,
+        license=package.license,
+        messages=package.messages,
+        parameters=[
+            (name, item)
+            for name, value in package.parameters.items()
+            for item in (value if isinstance(value, (list, tuple)) else [value])
+        ],
+        problems=unrepresentable(package),
+    )  # fmt: skip
 
 
 def quoted(value: object) -> str:

@@ -45,7 +45,7 @@ class Forward:
         model.eval()  # what follows is tried, and dropout would make each trial another one
         samples = _samples(self.base, device)
         with self._mixed():
-            trial = Trial(self.base, self.dtype, self._passes(samples, self.logits))
+            trial = Trial(self.base, self.dtype, _passes(samples, self.logits))
         pointwise.use_kernels(device)
         pointwise.fuse_rotary(self.base)
         with self._mixed():
@@ -58,13 +58,10 @@ class Forward:
         if offload and device.type == "cuda":
             _embed_on_host(self.base, self.head)
 
-    def _passes(self, samples: list[FlatRow], logits: Callable[[FlatRow], torch.Tensor]) -> list[Pass]:
-        return [lambda sample=sample: logits(sample)[0] for sample in samples]
-
     def _fuse(self, samples: list[FlatRow], trial: Trial) -> None:
         """Put the fused functions in, and take them out again where the model then computes something else."""
         changed = [*pointwise.fuse_norms(self.base), *fused.fuse(self.model, self.dtype)]
-        if trial.agrees(self._passes(samples, self.logits)):
+        if trial.agrees(_passes(samples, self.logits)):
             return
         for module in changed:
             del module.forward
@@ -74,7 +71,7 @@ class Forward:
         """Whether the model's logits are those of its frozen head, which is tried: some models scale them."""
         if type(self.head) is not torch.nn.Linear or self.head.weight.requires_grad:
             return False
-        return trial.agrees(self._passes(samples, self._head_logits))
+        return trial.agrees(_passes(samples, self._head_logits))
 
     def _checkpoint(self, sample: FlatRow, offload: bool, *, shares_keys: bool) -> None:
         self.base.enable_input_require_grads()
@@ -142,7 +139,7 @@ class Forward:
         rows = [TokenRow(sample.ids[0].tolist(), [True] * sample.ids.shape[1], "", "") for sample in samples]
         try:
             self.base.set_attn_implementation(attention.NAME)
-            if trial.agrees(self._passes([flatten(rows, self.device)], self.logits)):
+            if trial.agrees(_passes([flatten(rows, self.device)], self.logits)):
                 return True
             reason = "what it computes for a row depends on the rows beside it"
         except (ValueError, NotImplementedError, TypeError, RuntimeError) as error:
@@ -150,6 +147,10 @@ class Forward:
         self.base.set_attn_implementation(before)
         progress.warn(f"{type(self.base).__name__} cannot learn several rows at once ({reason}), so it learns them one by one")
         return False
+
+
+def _passes(samples: list[FlatRow], logits: Callable[[FlatRow], torch.Tensor]) -> list[Pass]:
+    return [lambda sample=sample: logits(sample)[0] for sample in samples]
 
 
 def _samples(base, device: torch.device) -> list[FlatRow]:
