@@ -59,6 +59,10 @@ def texts(tokenizer, count: int) -> list[str]:
 
 def run_olpack(folder: Path, checkpointing: bool, profile: bool) -> dict:
     import torch
+
+    from olpack.train.pointwise import compile_kernels
+
+    compile_kernels(json.loads((folder / "config.json").read_text()), RANK)
     from transformers import AutoTokenizer
 
     from olpack.base import Base
@@ -75,7 +79,7 @@ def run_olpack(folder: Path, checkpointing: bool, profile: bool) -> dict:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = load_with_adapter(Base("random", folder), settings, device)
     loaded = time.time()
-    forward = Forward(model, device, checkpointing=checkpointing, offload=checkpointing)
+    forward = Forward(model, device, checkpointing=checkpointing, offload=checkpointing, keep=checkpointing)
     trained = Joined(model)
     optimizer = loop._optimizer(trained.parameters, settings, device)
     rows = [TokenRow(ids, [True] * len(ids), "", "") for ids in tokenizer(texts(tokenizer, 40 * (STEPS + 2)))["input_ids"]]

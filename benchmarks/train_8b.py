@@ -104,10 +104,10 @@ class Bench:
         self.trained = Joined(self.model)
         self.optimizer = loop._optimizer(self.trained.parameters, Train(), device)
 
-    def checkpointing(self, on: bool, *, offload: bool = True) -> None:
+    def checkpointing(self, on: bool, *, offload: bool = True, keep: bool = False) -> None:
         from olpack.train.recompute import Recompute
 
-        recompute = self.forward._recompute = Recompute(self.device, offload=offload)
+        recompute = self.forward._recompute = Recompute(self.device, offload=offload, keep=keep)
         recompute.skips = self.skips
         self.forward.base._set_gradient_checkpointing(on, recompute)
 
@@ -121,9 +121,9 @@ class Bench:
         self.optimizer.zero_grad(set_to_none=True)
         return loss
 
-    def measure(self, tokens: int, steps: int, longest: int = 2048) -> tuple[float, float]:
+    def measure(self, tokens: int, steps: int) -> tuple[float, float]:
         """(tokens per second of the median step, peak GiB), the first step not counted."""
-        batches = [rows(tokens, self.words, seed, longest) for seed in range(steps + 1)]
+        batches = [rows(tokens, self.words, seed) for seed in range(steps + 1)]
         seconds = []
         for number, batch in enumerate(batches):
             if number == 1:
@@ -246,8 +246,8 @@ def main() -> None:
     weights = layers * (2 * hidden**2 * (1 + key_heads / heads) + 3 * hidden * middle) + words * hidden
     bench: list[Bench] = []
 
-    def speed(label: str, tokens: int, steps: int, passes: int, longest: int = 2048) -> list[str]:
-        found, peak = bench[0].measure(tokens, steps, longest)
+    def speed(label: str, tokens: int, steps: int, passes: int) -> list[str]:
+        found, peak = bench[0].measure(tokens, steps)
         return [f"| {label} | {tokens:,} | {found:,.0f} | {found * passes * weights / rate:.0%} | {peak:.2f} |"]
 
     def build() -> list[str]:
@@ -260,9 +260,9 @@ def main() -> None:
                 f"{time.time() - started:.1f} s.", "",
                 "| olpack | tokens a step | tokens/s | of the limit | peak GiB |", "| --- | ---: | ---: | ---: | ---: |"]  # fmt: skip
 
-    def with_checkpointing(label: str, tokens: int, steps: int, *, offload: bool = True, longest: int = 2048) -> list[str]:
-        bench[0].checkpointing(True, offload=offload)
-        return speed(label, tokens, steps, 6, longest)
+    def with_checkpointing(label: str, tokens: int, steps: int, *, offload: bool = True, keep: bool = False) -> list[str]:
+        bench[0].checkpointing(True, offload=offload, keep=keep)
+        return speed(label, tokens, steps, 6)
 
     def without(tokens: int, steps: int) -> list[str]:
         bench[0].checkpointing(False)
@@ -279,12 +279,13 @@ def main() -> None:
         return []
 
     def smallest() -> list[str]:
-        from olpack.train.forward import _embed_on_host
-
-        _embed_on_host(bench[0].forward.base, bench[0].forward.head)
+        bench[0].forward._embed_on_host(with_head=False)
         bench[0].optimizer.zero_grad(set_to_none=True)
         free()
-        return with_checkpointing("checkpointing, offloaded, input embeddings in host memory too", 2048, 2)
+        found = with_checkpointing("checkpointing, offloaded, input embeddings in host memory too", 2048, 4)
+        bench[0].forward._embed_on_host(with_head=True)
+        free()
+        return found + with_checkpointing("checkpointing, offloaded, embeddings and output layer in host memory too", 2048, 4)
 
     def large() -> list[str]:
         bench.clear()
@@ -299,12 +300,13 @@ def main() -> None:
 
     part("build", build)
     part("no checkpointing", lambda: without(16384, 5))
-    part("checkpointing", lambda: with_checkpointing("checkpointing, offloaded", 16384, 4))
+    part("checkpointing", lambda: with_checkpointing("checkpointing, offloaded, attention kept", 16384, 4, keep=True))
+    part("checkpointing, nothing kept", lambda: with_checkpointing("checkpointing, offloaded", 16384, 4))
     part("profile", profile)
     part("same losses", lambda: print(*same_losses(device)) or [])
     for tokens in (2048, 4096, 8192):
         part("memory", partial(without, tokens, 2))
-        part("memory, checkpointing", partial(with_checkpointing, "checkpointing, offloaded", tokens, 2))
+        part("memory, checkpointing", partial(with_checkpointing, "checkpointing, offloaded, attention kept", tokens, 2, keep=True))
     for tokens in (2048, 16384):
         part("not offloaded", partial(with_checkpointing, "checkpointing", tokens, 2, offload=False))
     part("smallest", smallest)

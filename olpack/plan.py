@@ -225,7 +225,7 @@ def _fit(build: Build, rows: list[TokenRow], device: torch.device, vram: float |
     gpus = asked.gpus if asked.gpus != "all" else max(1, torch.cuda.device_count())
     room = fit.free_room(device) if vram is None else fit.card_room(vram)
     whole = whole_parameters(build.base, asked)
-    return fit.on_gpu(build.meta_model, rows, asked, room, stored=fit.stored_bytes(build.base), whole=whole, gpus=gpus)
+    return fit.on_gpu(build.meta_model, rows, asked, room, host=fit.host_room(), stored=fit.stored_bytes(build.base), whole=whole, gpus=gpus)
 
 
 def _matmul_rate() -> float:
@@ -254,15 +254,22 @@ def _add_memory(needs: Table, fit: dict, held: str) -> None:
     """What a training step takes of a GPU, by what it is for, and how it was made to fit."""
     taken, checkpointing = fit["training"], fit["checkpointing"]
     fixed = taken["adapter"] + taken["gradients"] + taken["optimizer"] + taken["workspace"]
-    offloaded = taken["offloaded"] if checkpointing else 0
+    offloaded = (taken["offloaded"] if checkpointing else 0) + (taken["head"] if fit["head_waits"] else 0)
     parts = {f"base as {held}": taken["weights"] - offloaded, "adapter, gradients, optimizer, cuBLAS": fixed}
     if fit["bytes"] is not None:
         layer = sum(taken["layer"].values())
-        parts["inputs of the layers" if checkpointing else "activations"] = taken["checkpointed"] if checkpointing else taken["activations"]
+        if fit["keeps"]:
+            parts["inputs of the layers, attention's results"] = taken["checkpointed"] + taken["results"]
+        else:
+            parts["inputs of the layers" if checkpointing else "activations"] = taken["checkpointed"] if checkpointing else taken["activations"]
         backward = taken["working"] + taken["dequantized"] + (layer if checkpointing else 0)
-        parts[f"the larger of logits ({progress.quantity(taken['logits'], 'B')}) and one layer's backward pass"] = max(taken["logits"], backward)
+        at_loss = taken["logits"] + (taken["head"] if fit["head_waits"] else 0)
+        what = "output layer and logits" if fit["head_waits"] else "logits"
+        parts[f"the larger of {what} ({progress.quantity(at_loss, 'B')}) and one layer's backward pass"] = max(at_loss, backward)
     needs.add_row("GPU memory", "; ".join(f"{name} {progress.quantity(size, 'B')}" for name, size in parts.items()))
     needs.add_row("", fit["said"])
+    if fit["keeps"]:
+        needs.add_row("pinned host memory", f"inputs of the layers, attention's results {progress.quantity(taken['host'], 'B')} for each GPU")
 
 
 def write_plan(build: Build) -> None:

@@ -121,11 +121,13 @@ def test_memory_that_runs_out_while_gradients_are_joined_counts_none_twice(base,
     for fails in (False, True):
         model = load_with_adapter(base, Train(quantization="none"), CPU)
         forward, trained = Forward(model, CPU, checkpointing=False, offload=False), Joined(model)
-        zeros = torch.zeros_like
+        state = training_loop.State(budget=2 * max(len(row.ids) for row in rows))
         with monkeypatch.context() as patch:
-            if fails:  # the first time, when autograd has set a gradient already
-                patch.setattr("olpack.train.joined.torch.zeros_like", at_call(zeros, 1, lambda: raise_out_of_memory()))
-            training_loop._backward(forward, trained, rows, training_loop.State(budget=100))
+            if fails:  # in the second micro-batch, when there are gradients already
+                patch.setattr(training_loop, "flatten", at_call(training_loop.flatten, 2, lambda: raise_out_of_memory()))
+            budget = state.budget
+            training_loop._backward(forward, trained, rows, state)
+            assert (state.budget < budget) == fails
         gradients.append(trained.parameters[0].grad)
     assert torch.allclose(*gradients, rtol=1e-4, atol=1e-7)
 

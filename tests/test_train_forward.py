@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from gated import gated_mlp
 from tiny_models import write_model
 
 from olpack.base import Base
@@ -42,21 +43,21 @@ def random_row(length: int) -> TokenRow:
 ROWS = [random_row(length) for length in (30, 17, 41)]
 
 
-def with_adapter(base: Base, settings: Train):
+def with_adapter(base: Base, settings: Train, device: torch.device = CPU):
     """A model whose B is not zero, so that the adapter matters."""
-    model = load_with_adapter(base, settings, CPU)
+    model = load_with_adapter(base, settings, device)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
+            parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator).to(device)
     return model
 
 
 def plain_loss(model, row: TokenRow) -> torch.Tensor:
     """As peft and transformers compute it, with nothing of ours."""
-    logits = model(input_ids=torch.tensor([row.ids]), use_cache=False).logits[0]
-    learned = torch.tensor(row.learned)[1:]
-    return F.cross_entropy(logits[:-1][learned], torch.tensor(row.ids)[1:][learned], reduction="sum")
+    ids, learned = (torch.tensor(values, device=model.device) for values in (row.ids, row.learned))
+    logits = model(input_ids=ids[None], use_cache=False).logits[0]
+    return F.cross_entropy(logits[:-1][learned[1:]], ids[1:][learned[1:]], reduction="sum")
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
@@ -72,9 +73,9 @@ def test_loss_and_gradients_are_those_of_the_plain_way(tmp_path, kind, quantizat
     plain = with_adapter(base, train)
     wanted = sum(plain_loss(plain, row) for row in ROWS)
     wanted.backward()
-    for checkpointing in (False, True):
+    for checkpointing, keep in ((False, False), (True, False), (True, True)):
         model = with_adapter(base, train)
-        forward = Forward(model, CPU, checkpointing=checkpointing, offload=checkpointing)
+        forward = Forward(model, CPU, checkpointing=checkpointing, offload=checkpointing, keep=keep)
         assert forward.packs
         loss = forward.loss(flatten(ROWS, CPU))
         loss.backward()
@@ -208,10 +209,10 @@ def raising(error: type[Exception]):
 def test_the_input_of_a_layer_is_given_free_when_its_gradients_are_known(tmp_path, monkeypatch):
     alive, seen = weakref.WeakSet(), []
 
-    class Watched(recompute._Input):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            alive.add(self._here)
+    class Watched(recompute._Kept):
+        def __init__(self, hidden, *rest):
+            super().__init__(hidden, *rest)
+            alive.add(hidden)
 
     def take(self, wanted, take=recompute.Recompute.take):
         seen.append(len(alive))
@@ -219,7 +220,7 @@ def test_the_input_of_a_layer_is_given_free_when_its_gradients_are_known(tmp_pat
 
     model = with_adapter(Base("tiny", write_model(tmp_path / "model", num_hidden_layers=4)), Train(rank=4))
     forward = Forward(model, CPU, checkpointing=True, offload=False)
-    monkeypatch.setattr(recompute, "_Input", Watched)
+    monkeypatch.setattr(recompute, "_Kept", Watched)
     monkeypatch.setattr(recompute.Recompute, "take", take)
     loss = forward.loss(flatten(ROWS, CPU))  # which holds on to the graph
     loss.backward()
@@ -307,7 +308,7 @@ def test_the_loss_of_the_head_in_pieces(monkeypatch, softcap):
     first, second = (hidden.clone().requires_grad_() for _ in range(2))
     logits = head(first)
     wanted = F.cross_entropy(torch.tanh(logits / softcap) * softcap if softcap else logits, targets, reduction="sum")
-    found = head_loss(second, head, targets, softcap)
+    found = head_loss(second, head.weight, head.bias, targets, softcap)
     (3 * wanted).backward()
     (3 * found).backward()
     assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
@@ -328,15 +329,13 @@ def test_the_norm_and_its_gradient(offset):
 @pytest.mark.parametrize("function", [F.silu, lambda x: F.gelu(x, approximate="tanh")])
 def test_the_gates_and_their_gradients(function):
     torch.manual_seed(0)
-    gate, up, dy = torch.randn(3, 6, 8).unbind(0)
-    first, second = gate.clone().requires_grad_(), up.clone().requires_grad_()
-    wanted = function(first) * second
-    of_gate, of_up = torch.autograd.grad(wanted, (first, second), dy)
+    gated, upped, dmiddle = torch.randn(3, 6, 8).unbind(0)
+    adapters = pointwise.LowRank(torch.randn(6, 4), torch.randn(8, 2), torch.randn(8, 2), torch.randn(2, 8))
+    wanted, gradients = gated_mlp(function, gated, upped, dmiddle, adapters, dlow := torch.randn(6, 2))
     kernel = pointwise.gate_of(function)
-    torch.testing.assert_close(kernel.product(gate, up), wanted.detach())
-    kernel.gradients(dy, gate, up)
-    for found, expected in ((dy, wanted.detach()), (gate, of_gate), (up, of_up)):
-        torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(kernel.product(gated, upped, adapters), wanted)
+    found = kernel.gradients(dmiddle, gated, upped, adapters, dlow)
+    torch.testing.assert_close((gated, upped, *found), gradients)
 
 
 def test_another_activation_is_left_alone():

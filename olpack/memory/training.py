@@ -20,9 +20,9 @@ NF4_CODES = 0.5
 NF4_SCALES = 1 / 64 + 4 / (64 * 256)
 HQQ_SCALES = (2 + 2) / 64  # a scale and a zero point in 16 bits for 64 weights
 # Bytes a logit, where all are made at once: 16 bits as the model makes them, float32 log-probabilities, and in the backward pass two float32
-# gradients. Made a piece at a time: 16 bits, and a gradient in as many.
-_LOGIT, _PIECE_LOGIT = 2 + 4 + 4 + 4, 2 + 2
-_LAYER_INPUTS = 3  # of checkpointed layers that are on the GPU at once: the one in use, and one on its way in each direction
+# gradients. Made a piece at a time: 16 bits, whose place the gradient takes.
+_LOGIT, _PIECE_LOGIT = 2 + 4 + 4 + 4, 2
+_LAYERS_KEPT = 3  # checkpointed layers whose inputs are on the GPU at once: the one in use, and one on its way in each direction
 # Bytes an adapter's weight: float32, its gradient, and two moments in 8 bits with a float32 scale for 256 of each.
 _ADAPTER, _GRADIENT, _MOMENTS_8BIT, _MOMENTS_32BIT = 4, 4, 2 + 2 * 4 / 256, 8
 
@@ -36,13 +36,15 @@ class Activations:
 
     Attributes:
         layers: of each repeating layer, by what it is for; see `layer_terms`.
-        inputs: of checkpointed layers, what lies on the GPU at once.
+        inputs: of the checkpointed layers.
+        kept: of the same layers, what need not be computed again: attention's results and the products after them.
         outside: of all that is no repeating layer.
         working: what the backward pass of one layer needs for a moment beside what it kept.
     """
 
     layers: tuple[dict[str, int], ...]
     inputs: int
+    kept: int
     outside: int
     working: int
 
@@ -56,7 +58,10 @@ class Training:
         adapter, gradients, optimizer: of the adapter.
         activations: kept from forward to backward pass without gradient checkpointing; None where they cannot be counted.
         checkpointed: kept with it.
+        results: more that may be kept with it, so that it is not computed again (`olpack.train.recompute.once`).
+        host: of those results and the layers' inputs, what waits in host memory.
         offloaded: of the weights, what lies in host memory with checkpointing: embeddings that are no output layer.
+        head: of the weights, the output layer, where it may wait in host memory but for the loss; else 0.
         working: what the backward pass of one layer needs for a moment; with checkpointing, that layer's activations come on top.
         dequantized: the largest matrix in 16 bits, where the base is quantized; it is made anew for each product.
         layer: activations of the largest layer, by what they are for.
@@ -70,7 +75,10 @@ class Training:
     optimizer: int
     activations: int | None
     checkpointed: int | None
+    results: int
+    host: int
     offloaded: int
+    head: int
     working: int
     dequantized: int
     layer: dict[str, int]
@@ -82,14 +90,24 @@ class Training:
         """Bytes that do not depend on the batch."""
         return self.weights + self.adapter + self.gradients + self.optimizer + self.workspace
 
-    def total(self, checkpointing: bool) -> int | None:
-        """Peak of a step: either at the loss, where the logits are, or in the backward pass, where they are gone."""
+    def total(self, checkpointing: bool, *, keeps: bool = False, head_waits: bool = False) -> int | None:
+        """Peak of a step: either at the loss, where the logits are, or in the backward pass, where they are gone.
+
+        Args:
+            keeps: also `results`; head_waits: the output layer is there at the loss only. Both with checkpointing.
+        """
         if self.activations is None:
             return None
         backward = self.working + self.dequantized
-        if checkpointing:
-            return self.fixed - self.offloaded + self.checkpointed + max(self.logits, sum(self.layer.values()) + backward)
-        return self.fixed + self.activations + max(self.logits, backward)
+        if not checkpointing:
+            return self.fixed + self.activations + max(self.logits, backward)
+        backward += sum(self.layer.values()) - (self.head if head_waits else 0)
+        return self.fixed - self.offloaded + self.checkpointed + (self.results if keeps else 0) + max(self.logits, backward)
+
+    def keeps_within(self, room: int, host: int, *, head_waits: bool = False) -> bool:
+        """Whether there are `results`, and room for them on the GPU and in host memory."""
+        total = self.total(True, keeps=True, head_waits=head_waits)
+        return self.results > 0 and total is not None and total <= room and self.host <= host
 
     def scaled(self, factor: float, logits: int) -> Training:
         """The same step with `factor` times as many tokens at once, and so many bytes of logits."""
@@ -97,7 +115,8 @@ class Training:
             return None if size is None else round(size * factor)
 
         return replace(
-            self, activations=times(self.activations), checkpointed=times(self.checkpointed), working=times(self.working),
+            self, activations=times(self.activations), checkpointed=times(self.checkpointed), results=times(self.results), host=times(self.host),
+            working=times(self.working),
             layer={name: times(size) for name, size in self.layer.items()}, logits=logits,
         )  # fmt: skip
 
@@ -173,13 +192,13 @@ def logits_bytes(shape: Shape, learned: int, pieces: bool = True) -> int:
     """What the loss of so many learned tokens takes at its peak.
 
     Args:
-        pieces: some of the logits at a time (`olpack.train.head`), with the hidden states and their gradient, else all at once.
+        pieces: some of the logits at a time (`olpack.train.head`), with the hidden states, else all at once.
     """
     if not pieces:
         return learned * shape.vocabulary * _LOGIT
-    from olpack.train.head import PIECE
+    from olpack.train.head import tokens_at_once
 
-    return min(learned * shape.vocabulary, PIECE) * _PIECE_LOGIT + learned * shape.hidden * (2 + 2)
+    return min(learned, tokens_at_once(learned, shape.vocabulary)) * shape.vocabulary * _PIECE_LOGIT + learned * shape.hidden * 2
 
 
 def estimate_training(
@@ -211,19 +230,37 @@ def estimate_training(
         whole = 2 * (model.parameters.embedding + model.parameters.head)
         layers = weights - whole
         weights = round(whole + layers / shards + 2 * layers / model.shape.layers)
+
+    def of_layers(size: int, layers: int) -> int:
+        """Of what all layers keep, what so many do."""
+        return size * min(layers, model.shape.layers) // model.shape.layers if fused else size
+
     return Training(
         weights=weights,
         adapter=adapter * _ADAPTER,
         gradients=adapter * _GRADIENT,
         optimizer=round(adapter * _MOMENTS_8BIT),
         activations=sum(sum(layer.values()) for layer in found.layers) + found.outside if found else None,
-        checkpointed=found.inputs + found.outside if found else None,
+        checkpointed=of_layers(found.inputs, _LAYERS_KEPT) + found.outside if found else None,
+        results=of_layers(found.kept, 1) if found else 0,  # of the next layer: those of the one in use are among its activations
+        host=found.inputs + found.kept if found else 0,
         offloaded=2 * model.parameters.embedding if pieces and model.parameters.head else 0,
+        head=2 * _waiting_head(model) if pieces else 0,
         working=found.working if found else 0,
         dequantized=dequantized,
         layer=max(found.layers, key=lambda layer: sum(layer.values()), default={}) if found else {},
         logits=logits_bytes(model.shape, tokens, pieces),
     )
+
+
+def _waiting_head(model: MetaModel) -> int:
+    """Weights of an output layer that may wait in host memory. Where it is the embedding as well, that must be plain to be looked up there."""
+    import torch
+
+    parameters = model.parameters
+    if parameters.head:
+        return parameters.head
+    return parameters.embedding if type(model.module.get_input_embeddings()) is torch.nn.Embedding else 0
 
 
 class _Ledger:
@@ -310,11 +347,15 @@ def activations(model: MetaModel, tokens: int, targets: str | list[str] = "all-l
     for name, shape in adapted.items():
         linears[owners.get(name, -1)][name.rsplit(".", 1)[-1]] = shape
     outside, *within = (layer_terms(ledger.kept[index], ledger.norms[index], linears[index], tokens, fused) for index in range(-1, len(layers)))
+    inputs, kept = len(layers) * 2 * tokens * model.shape.hidden, 0
     if fused:  # the product of the MLP, and the gradients before and behind it, at 16 bits
-        working, inputs = tokens * 2 * (widest + 2 * model.shape.hidden), min(len(layers), _LAYER_INPUTS) * 2 * tokens * model.shape.hidden
+        working = tokens * 2 * (widest + 2 * model.shape.hidden)
+        # Attention's result with a number a head in float32, and what the layer behind it makes of it.
+        sums = 4 * model.shape.heads
+        kept = sum(tokens * (2 * sum(found["o_proj"]) + sums) for index, found in linears.items() if index >= 0 and "o_proj" in found)
     else:  # gradients of the widest activation on their way back, and the float32 copy that an adapter's input goes through
-        working, inputs = tokens * widest * (2 + 2 + 4), len(layers) * 2 * tokens * model.shape.hidden
-    return Activations(tuple(within), inputs, sum(outside.values()), working)
+        working = tokens * widest * (2 + 2 + 4)
+    return Activations(tuple(within), inputs, kept, sum(outside.values()), working)
 
 
 def _names(model: MetaModel, layer) -> list[str]:

@@ -73,6 +73,9 @@ def train(base: Base, rows: list[TokenRow], eval_rows: list[TokenRow], settings:
     if words is not None:
         job = {"base": base, "rows": rows, "eval_rows": eval_rows, "settings": settings, "out": out, "checkpoint": checkpoint, "key": key}
         return run_launched(words, job)
-    from olpack.train.loop import run
+    from olpack.train.pointwise import compile_kernels
+
+    compile_kernels(base.config, settings.rank)
+    from olpack.train.loop import run  # takes seconds, most of them for transformers and peft
 
     return run(base, rows, eval_rows, settings, out=out, checkpoint=checkpoint, key=key)

@@ -7,11 +7,12 @@ Registered with transformers under `NAME`; every model whose attention goes thro
 from __future__ import annotations
 
 import functools
-import inspect
 import itertools
 
 import torch
 import torch.nn.functional as F
+
+from olpack.train.recompute import once
 
 NAME = "olpack_packed"
 
@@ -51,7 +52,7 @@ def packed_attention(
     query, key, value = (states.transpose(1, 2)[0] for states in (query, key, value))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if softcap is None and has_kernel(query):
-        mixed = _kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, -1 if sliding_window is None else sliding_window - 1)
+        mixed = _Flash.apply(query, key, value, cu_seq_lens_q, max_length_q, scaling, -1 if sliding_window is None else sliding_window - 1)
     else:
         bounds = cu_seq_lens_q.tolist()
         samples = [(query[start:end], key[start:end], value[start:end]) for start, end in itertools.pairwise(bounds)]
@@ -63,23 +64,37 @@ def has_kernel(states: torch.Tensor) -> bool:
     """Whether torch's variable-length flash attention takes these states [tokens, heads, size]."""
     if not states.is_cuda or states.dtype not in (torch.bfloat16, torch.float16) or states.shape[-1] > 256 or states.shape[-1] % 8:
         return False
-    return _kernel_function() is not None and torch.cuda.get_device_capability(states.device) >= (8, 0)
+    return _works(states.device, states.dtype)
 
 
 @functools.cache
-def _kernel_function():
+def _works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether it runs there, forward and back."""
+    states, bounds = torch.ones(2, 1, 8, device=device, dtype=dtype, requires_grad=True), torch.tensor([0, 2], dtype=torch.int32, device=device)
     try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:  # torch before 2.10
-        return None
-    return varlen_attn
+        with torch.enable_grad():
+            _Flash.apply(states, states, states, bounds, 2, 1.0, -1).sum().backward()
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError):  # a torch without it, or with another form of it; an older GPU
+        return False
+    return True
 
 
-def _kernel(query, key, value, bounds: torch.Tensor, longest: int, scaling: float, left: int) -> torch.Tensor:
-    function = _kernel_function()
-    # Before torch 2.12 there is no such argument, and fewer key heads than query heads are taken as they are.
-    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(function).parameters and query.shape[1] != key.shape[1] else {}
-    return function(query, key, value, bounds, bounds, longest, longest, scale=scaling, window_size=(left, 0), **grouped)
+class _Flash(torch.autograd.Function):
+    """Variable-length flash attention, whose result is not computed again with checkpointing. `torch.nn.attention.varlen` has the same, without
+    a way to give it the result."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, bounds, longest, scaling, left):
+        ctx.bounds = bounds, bounds, longest, longest, 0.0, left == -1
+        ctx.window = {"scale": scaling, "window_size_left": left, "window_size_right": 0}
+        mixed, sums = once(lambda: torch.ops.aten._flash_attention_forward(query, key, value, *ctx.bounds, False, **ctx.window)[:2])
+        ctx.save_for_backward(query, key, value, mixed, sums)
+        return mixed
+
+    @staticmethod
+    def backward(ctx, gradient):
+        unused = torch.zeros(2, dtype=torch.uint64, device=gradient.device)  # of dropout
+        return *torch.ops.aten._flash_attention_backward(gradient, *ctx.saved_tensors, *ctx.bounds, unused, unused, **ctx.window), *[None] * 4
 
 
 def _one(query, key, value, scaling: float, window: int | None, softcap: float | None) -> torch.Tensor:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from olpack.memory.machine import GPU_MARGIN
 from olpack.packing import quantization_of
 from olpack.progress import quantity
@@ -30,6 +32,7 @@ _BUSY = 4_096  # tokens below which it does, by more than it costs to compute ac
 _COUNTED = 1_024  # tokens for which activations are counted; they grow with their number
 SHARDABLE = ("nf4", "fp4", "none")  # `train.quantization` of frozen layers that can be spread over GPUs
 _SLACK = 0.05  # of a GPU's memory that is lost between allocations
+_HOST_SHARE = 0.25  # of the host's free memory: it is pinned, and nothing else can have it meanwhile
 _STEPS = 400  # at most so many steps are looked at for the largest micro-batch
 
 
@@ -42,6 +45,8 @@ class Fit:
         largest: of the micro-batch that takes most, among the rows that there are.
         checkpointing: whether activations are computed again in the backward pass.
         sharded: whether the frozen layers are spread over all GPUs.
+        keeps: whether attention's results wait in host memory too, so that they are not computed again.
+        head_waits: whether the output layer is in host memory but for the loss.
         training: the estimate, by what memory is for; None on a CPU.
         bytes: of GPU memory at the peak, estimated; None where that cannot be said.
         room: bytes to be had; None on a CPU.
@@ -52,6 +57,8 @@ class Fit:
     largest: int
     checkpointing: bool
     sharded: bool = False
+    keeps: bool = False
+    head_waits: bool = False
     training: Training | None = None
     bytes: int | None = None
     room: int | None = None
@@ -70,7 +77,7 @@ def choose(base: Base, rows: Sequence[TokenRow], settings: Train, device: torch.
     from olpack.train.methods import whole_parameters
 
     model, whole = MetaModel(base.config, base.label), whole_parameters(base, settings)
-    return on_gpu(model, rows, settings, free_room(device), stored=stored_bytes(base), whole=whole, gpus=gpus)
+    return on_gpu(model, rows, settings, free_room(device), host=host_room(), stored=stored_bytes(base), whole=whole, gpus=gpus)
 
 
 def stored_bytes(base: Base) -> int | None:
@@ -93,18 +100,25 @@ def free_room(device: torch.device) -> int:
     return round(torch.cuda.mem_get_info(device)[0] * (1 - _SLACK))
 
 
+def host_room() -> int:
+    """Bytes of host memory that a run may fill with what waits for the backward pass."""
+    return round(psutil.virtual_memory().available * _HOST_SHARE)
+
+
 def card_room(gib: float) -> int:
     """Bytes that a run may have of a card of so many GiB: the driver's context takes some."""
     return max(0, round((gib * (1 << 30) - GPU_MARGIN) * (1 - _SLACK)))
 
 
 def on_gpu(
-    model: MetaModel, rows: Sequence[TokenRow], settings: Train, room: int, *, stored: int | None = None, whole: int = 0, gpus: int = 1
-) -> Fit:
+    model: MetaModel, rows: Sequence[TokenRow], settings: Train, room: int, *, host: int = 0, stored: int | None = None, whole: int = 0,
+    gpus: int = 1,
+) -> Fit:  # fmt: skip
     """The fastest choice that fits into `room` bytes of each GPU; what the recipe sets is left as it is.
 
     Args:
         model: the base without data.
+        host: bytes of host memory that attention's results may wait in.
         rows: that are learned, of which the longest and the largest micro-batch decide.
         stored: bytes of a base that comes quantized, as `stored_bytes` counts them.
         whole: weights of modules that are trained as a whole.
@@ -116,19 +130,26 @@ def on_gpu(
     ways = [False, True] if settings.gradient_checkpointing == "auto" else [settings.gradient_checkpointing]
     can_spread = gpus > 1 and stored is None and settings.quantization in SHARDABLE
     spread = {"none": [False], "full": [gpus > 1], "auto": [False, True] if can_spread else [False]}[settings.sharding]
+    busy = min(_BUSY, budgets[0]) if asked == "auto" else 0
     found = None
     for sharded in spread:
         estimate = _estimator(model, settings, stored, whole, gpus if sharded else 1)
-        for checkpointing in ways:
+        smallest = estimate(*sizes.largest(budgets[-1]))
+        if smallest.total(True) is None:  # an architecture that cannot be counted: the careful choice
+            tokens, (largest, _) = budgets[-1] if asked == "auto" else asked, sizes.largest(budgets[0])
+            return _told(Fit(tokens, largest, ways[-1], spread[-1], training=smallest, room=room), sizes)
+        waits = [False, True] if ways[-1] and smallest.head else [False]
+        for checkpointing, head_waits in [(way, False) for way in ways] + [(True, True)] * (len(waits) - 1):
+            slower = (not checkpointing and len(ways) > 1) or (not head_waits and len(waits) > 1)  # with few tokens than what comes after
             for budget in budgets:
-                if not checkpointing and len(ways) > 1 and asked == "auto" and budget < min(_BUSY, budgets[0]):
+                if slower and budget < busy:
                     continue
                 largest, learned = sizes.largest(budget)
                 training = estimate(largest, learned)
-                found = Fit(budget, largest, checkpointing, sharded, training, training.total(checkpointing), room)
-                if found.bytes is None:  # of an architecture that cannot be counted: the careful choice
-                    return _told(Fit(budgets[-1] if asked == "auto" else asked, largest, ways[-1], spread[-1], training, None, room), sizes)
-                if found.bytes <= room:
+                keeps = checkpointing and training.keeps_within(room, host // gpus, head_waits=head_waits)
+                total = training.total(checkpointing, keeps=keeps, head_waits=head_waits)
+                found = Fit(budget, largest, checkpointing, sharded, keeps, head_waits, training, total, room)
+                if total <= room:
                     return _told(found, sizes, _without(sizes, estimate, budgets) if checkpointing and len(ways) > 1 else None)
     return _told(found, sizes)
 
@@ -153,7 +174,10 @@ def _without(sizes: _Sizes, estimate, budgets: list[int]) -> tuple[int, int]:
 
 
 def _told(fit: Fit, sizes: _Sizes, without: tuple[int, int] | None = None) -> Fit:
-    how = f"{'with' if fit.checkpointing else 'without'} gradient checkpointing{', the base spread over all GPUs' if fit.sharded else ''}"
+    how = f"{'with' if fit.checkpointing else 'without'} gradient checkpointing"
+    how += ", attention's results kept" if fit.keeps else ""
+    how += ", the output layer in host memory but for the loss" if fit.head_waits else ""
+    how += ", the base spread over all GPUs" if fit.sharded else ""
     said = f"micro-batches of at most {fit.largest:,} tokens {how}"
     if fit.bytes is None:
         said += ": what this architecture keeps for the backward pass cannot be counted beforehand"

@@ -30,12 +30,14 @@ class Forward:
         device: where it is.
         checkpointing: compute activations again in the backward pass.
         offload: with it, keep the layers' inputs in host memory, and the input embeddings there, too, where they are no part of the head.
+        keep: with it, keep attention's results as well.
+        head_waits: keep the output layer in host memory, too, but for the moment of each loss; where nothing else needs it.
 
     Attributes:
         packs: whether samples can be put end to end. False for a model whose attention is its own: then a flat row must hold one sample.
     """
 
-    def __init__(self, model, device: torch.device, *, checkpointing: bool, offload: bool):
+    def __init__(self, model, device: torch.device, *, checkpointing: bool, offload: bool, keep: bool = False, head_waits: bool = False):
         self.model, self.device, self.dtype = model, device, compute_dtype(device)
         self.base = model.get_base_model()
         text = self.base.config.get_text_config()
@@ -54,9 +56,9 @@ class Forward:
             self._head_alone = self._head_is_all(samples, trial)
         model.train(trained)
         if checkpointing:
-            self._checkpoint(samples[0], offload, shares_keys=bool(getattr(text, "num_kv_shared_layers", 0)))
+            self._checkpoint(samples[0], offload, keep, shares_keys=bool(getattr(text, "num_kv_shared_layers", 0)))
         if offload and device.type == "cuda":
-            _embed_on_host(self.base, self.head)
+            self._embed_on_host(with_head=head_waits and self._head_alone)
 
     def _fuse(self, samples: list[FlatRow], trial: Trial) -> None:
         """Put the fused functions in, and take them out again where the model then computes something else."""
@@ -73,13 +75,13 @@ class Forward:
             return False
         return trial.agrees(_passes(samples, self._head_logits))
 
-    def _checkpoint(self, sample: FlatRow, offload: bool, *, shares_keys: bool) -> None:
+    def _checkpoint(self, sample: FlatRow, offload: bool, keep: bool, *, shares_keys: bool) -> None:
         self.base.enable_input_require_grads()
         if shares_keys:  # a layer's gradients also come by way of other layers, which only torch's own way knows
             self.base._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))
             return
         drops = not self.packs or any(isinstance(module, torch.nn.Dropout) and module.p for module in self.model.modules())
-        self._recompute = Recompute(self.device, offload=offload, random=drops)
+        self._recompute = Recompute(self.device, offload=offload, keep=keep, random=drops)
         self.base._set_gradient_checkpointing(True, self._recompute)
         # A layer mostly ends with the MLP's last product and an addition. Where it does not (a norm follows), the gradients are others.
         wanted = self._gradients(sample)
@@ -107,7 +109,9 @@ class Forward:
         """Negative log-probability summed over the learned tokens, float32, in nats."""
         with self._mixed():
             if self._head_alone:
-                return head_loss(self._hidden(flat)[0, flat.before], self.head, flat.targets, self.softcap)
+                hidden = self._hidden(flat)[0, flat.before]
+                weight = self.head.weight.to(self.device, non_blocking=True)  # it may wait in host memory
+                return head_loss(hidden, weight, self.head.bias, flat.targets, self.softcap)
             logits = self.logits(flat, flat.before)
         return F.cross_entropy(logits[0].float(), flat.targets, reduction="sum")
 
@@ -132,6 +136,20 @@ class Forward:
         logits = F.linear(self._hidden(flat).to(self.head.weight.dtype), self.head.weight, self.head.bias)
         return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
 
+    def _embed_on_host(self, *, with_head: bool) -> None:
+        """Keep the input embeddings in host memory; a step looks up a few of their rows only. Not where they are the head's, too, unless that
+        waits there as well."""
+        embeddings, device = self.base.get_input_embeddings(), self.device
+        plain = type(embeddings) is torch.nn.Embedding and not embeddings.weight.requires_grad
+        shared = self.head is not None and self.head.weight is embeddings.weight
+        if with_head and (plain or not shared):
+            _to_host(self.head.weight)
+        elif shared:
+            return
+        if plain:
+            _to_host(embeddings.weight)
+            embeddings.forward = lambda ids: F.embedding(ids.cpu(), embeddings.weight).to(device, non_blocking=True)
+
     def _use_packed_attention(self, samples: list[FlatRow], trial: Trial) -> bool:
         """Put the attention over flat rows in, and see that two samples in one row come out as each alone does."""
         attention.register()
@@ -149,6 +167,11 @@ class Forward:
         return False
 
 
+def _to_host(weight: torch.nn.Parameter) -> None:
+    if weight.device.type != "cpu":  # a matrix may be both embedding and head
+        weight.data = weight.data.cpu().pin_memory()
+
+
 def _passes(samples: list[FlatRow], logits: Callable[[FlatRow], torch.Tensor]) -> list[Pass]:
     return [lambda sample=sample: logits(sample)[0] for sample in samples]
 
@@ -158,14 +181,3 @@ def _samples(base, device: torch.device) -> list[FlatRow]:
     words = base.get_input_embeddings().num_embeddings
     rows = [TokenRow([(7 * index + length) % words for index in range(length)], [True] * length, "", "") for length in (9, 5)]
     return [flatten([row], device) for row in rows]
-
-
-def _embed_on_host(base, head: torch.nn.Module | None) -> None:
-    """Keep the input embeddings in host memory; a step looks up a few of their rows only."""
-    embeddings = base.get_input_embeddings()
-    weight = embeddings.weight
-    if weight.requires_grad or (head is not None and head.weight is weight) or type(embeddings) is not torch.nn.Embedding:
-        return
-    device = weight.device
-    embeddings.weight.data = weight.data.cpu().pin_memory()
-    embeddings.forward = lambda ids: F.embedding(ids.cpu(), embeddings.weight).to(device, non_blocking=True)

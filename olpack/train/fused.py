@@ -12,15 +12,17 @@ Weights in 4 bits are dequantized for each product, never kept. Adapters stay in
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
 from olpack.train import pointwise
-from olpack.train.recompute import output_unneeded
+from olpack.train.recompute import once, output_unneeded
 
 GROUPS = (("q_proj", "k_proj", "v_proj"),)  # of an attention: one input
+KEPT = "o_proj"  # whose product, after attention's result, may be kept (`olpack.train.recompute.once`)
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,10 @@ def fuse(model: torch.nn.Module, dtype: torch.dtype) -> list[torch.nn.Module]:
                 _fuse_group(layers, [found[layer] for layer in layers], dtype)
                 done |= set(layers)
                 changed += layers
-    for module in found.keys() - done:
-        _fuse_group([module], [found[module]], dtype)
-        changed.append(module)
+    for name, module in model.named_modules():
+        if module in found.keys() - done:
+            _fuse_group([module], [found[module]], dtype, kept=name.endswith(KEPT))
+            changed.append(module)
     return changed
 
 
@@ -102,7 +105,12 @@ def _frozen_weight(base: torch.nn.Module) -> Callable[[torch.dtype], torch.Tenso
         from bitsandbytes.functional import dequantize_4bit
 
         state = base.weight.quant_state  # which a weight that is spread over several GPUs no longer has
-        return lambda dtype: dequantize_4bit(base.weight.data, state).to(dtype)
+
+        def dense(dtype: torch.dtype) -> torch.Tensor:
+            kernels = pointwise.kernels_for(base.weight) if state.dtype == dtype else None
+            return (kernels.dequantize_4bit if kernels else dequantize_4bit)(base.weight.data, state).to(dtype)
+
+        return dense
     if type(base) is torch.nn.Linear and base.weight.is_floating_point() and not base.weight.requires_grad:
         return lambda dtype: base.weight.to(dtype)
     return None
@@ -119,18 +127,18 @@ def _fuse_mlp(module: torch.nn.Module, found: dict, dtype: torch.dtype) -> None:
     module.forward = lambda x: _GatedMlp.apply(x.to(dtype), gate, layers, *_adapters(layers))
 
 
-def _fuse_group(modules: list, layers: list[Layer], dtype: torch.dtype) -> None:
+def _fuse_group(modules: list, layers: list[Layer], dtype: torch.dtype, *, kept: bool = False) -> None:
     """The first of the layers that is called with an input computes all of them; the others take what it left for them."""
     layers = tuple(layers)
     if len(layers) == 1:
-        modules[0].forward = lambda x, *_, **__: _Group.apply(x.to(dtype), layers, *_adapters(layers))[0]
+        modules[0].forward = lambda x, *_, **__: _Group.apply(x.to(dtype), layers, kept, *_adapters(layers))[0]
         return
     waiting: dict[int, torch.Tensor] = {}
     of: list[torch.Tensor] = []  # the input that they belong to
 
     def forward(x: torch.Tensor, index: int) -> torch.Tensor:
         if index not in waiting or of[0] is not x:
-            waiting.update(enumerate(_Group.apply(x.to(dtype), layers, *_adapters(layers))))
+            waiting.update(enumerate(_Group.apply(x.to(dtype), layers, kept, *_adapters(layers))))
             of[:] = [x]
         found = waiting.pop(index)
         if not waiting:
@@ -145,7 +153,7 @@ def _adapters(layers: tuple[Layer, ...]) -> list[torch.nn.Parameter]:
     return [parameter for layer in layers for parameter in (layer.a, layer.b)]
 
 
-def _down(x: torch.Tensor, layers: tuple[Layer, ...]) -> torch.Tensor:
+def _down(x: torch.Tensor, layers: Sequence[Layer]) -> torch.Tensor:
     """h = x·Aᵀ of all layers, [tokens, ranks]."""
     return x @ torch.cat([layer.a for layer in layers]).to(x.dtype).T
 
@@ -164,9 +172,13 @@ def _gradients(
     dys: list[torch.Tensor], x: torch.Tensor, h: torch.Tensor, layers: tuple[Layer, ...], dh: torch.Tensor
 ) -> list[torch.Tensor]:
     """[dA_1, dB_1, dA_2, …] in float32."""
-    das = (dh.T @ x).float().split([layer.rank for layer in layers])
-    dbs = [(dy.T @ part).float().mul_(layer.scaling) for dy, part, layer in zip(dys, _h_of(h, layers), layers, strict=True)]
-    return [gradient for pair in zip(das, dbs, strict=True) for gradient in pair]
+    of_b = [(dy.T @ part).float().mul_(layer.scaling) for dy, part, layer in zip(dys, _h_of(h, layers), layers, strict=True)]
+    return list(chain.from_iterable(zip(_gradients_of_a(x, dh, layers), of_b, strict=True)))
+
+
+def _gradients_of_a(x: torch.Tensor, dh: torch.Tensor, layers: Sequence[Layer]) -> Sequence[torch.Tensor]:
+    """dA of each, float32."""
+    return (dh.T @ x).float().split([layer.rank for layer in layers])
 
 
 def _to_h(dys: list[torch.Tensor], layers: tuple[Layer, ...]) -> torch.Tensor:
@@ -174,7 +186,7 @@ def _to_h(dys: list[torch.Tensor], layers: tuple[Layer, ...]) -> torch.Tensor:
     return torch.cat([dy @ layer.scaled_b(dy.dtype) for dy, layer in zip(dys, layers, strict=True)], dim=1)
 
 
-def _to_x(dys: list[torch.Tensor], dh: torch.Tensor, layers: tuple[Layer, ...]) -> torch.Tensor:
+def _to_x(dys: list[torch.Tensor], dh: torch.Tensor, layers: Sequence[Layer]) -> torch.Tensor:
     """dx, [tokens, in]; each large product adds to what is there."""
     dx = dh @ torch.cat([layer.a for layer in layers]).to(dh.dtype)
     for dy, layer in zip(dys, layers, strict=True):
@@ -186,12 +198,16 @@ class _Group(torch.autograd.Function):
     """Layers with one input: x [..., in] -> one [..., out] for each."""
 
     @staticmethod
-    def forward(ctx, x, layers, *adapters):
+    def forward(ctx, x, layers, kept, *adapters):
         flat = x.flatten(0, -2)
         h = _down(flat, layers)
         ctx.save_for_backward(flat, h)
         ctx.layers, ctx.shape = layers, x.shape
-        return tuple(_up(flat, part, layer).unflatten(0, x.shape[:-1]) for part, layer in zip(_h_of(h, layers), layers, strict=True))
+
+        def products() -> tuple[torch.Tensor, ...]:
+            return tuple(_up(flat, part, layer) for part, layer in zip(_h_of(h, layers), layers, strict=True))
+
+        return tuple(product.unflatten(0, x.shape[:-1]) for product in (once(products) if kept else products()))
 
     @staticmethod
     def backward(ctx, *gradients):
@@ -199,38 +215,48 @@ class _Group(torch.autograd.Function):
         dys = [gradient.flatten(0, -2) for gradient in gradients]
         dh = _to_h(dys, ctx.layers)
         dx = _to_x(dys, dh, ctx.layers).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        return dx, None, *_gradients(dys, x, h, ctx.layers, dh)
+        return dx, None, None, *_gradients(dys, x, h, ctx.layers, dh)
 
 
 class _GatedMlp(torch.autograd.Function):
-    """down(gate_function(gate(x)) · up(x)). The product of the two is computed again in the backward pass, and every gradient of theirs
-    takes the place of what it is computed from: the MLP is where a layer needs most memory."""
+    """down(f(gate(x)) · up(x)). What the adapters of gate and up add is made where the gate is, and never written to memory; the product of the
+    two is made again in the backward pass, and their gradients take their places: the MLP is where a layer needs most memory."""
 
     @staticmethod
     def forward(ctx, x, gate, layers, *adapters):
         flat = x.flatten(0, -2)
-        pair, down = layers[:2], layers[2:]
+        *pair, down = layers
         h = _down(flat, pair)
-        gated, upped = (_up(flat, part, layer) for part, layer in zip(_h_of(h, pair), pair, strict=True))
-        middle = gate.product(gated, upped)
-        low = _down(middle, down)
-        ctx.save_for_backward(flat, h, gated, upped, low)
+        gated, upped = (flat @ layer.weight(flat.dtype).T for layer in pair)
         ctx.gate, ctx.layers, ctx.shape = gate, layers, x.shape
+
+        def product() -> tuple[torch.Tensor, torch.Tensor]:
+            return gate.product(gated, upped, _low_rank(h, layers))
+
         if output_unneeded.get():
-            return x.new_zeros(()).expand(*x.shape[:-1], down[0].b.shape[0])
-        return _up(middle, low, down[0]).unflatten(0, x.shape[:-1])
+            (low,) = once(lambda: product()[1:], small=True)
+            y = x.new_zeros(()).expand(*x.shape[:-1], down.b.shape[0])
+        else:
+            middle, low = product()
+            (low,) = once(lambda: (low,), small=True)
+            y = _up(middle, low, down).unflatten(0, x.shape[:-1])
+        ctx.save_for_backward(flat, h, gated, upped, low)
+        return y
 
     @staticmethod
     def backward(ctx, gradient):
         x, h, gated, upped, low = ctx.saved_tensors
-        pair, down = ctx.layers[:2], ctx.layers[2:]
-        dy = [gradient.flatten(0, -2)]
-        dlow = _to_h(dy, down)
-        middle = _to_x(dy, dlow, down)
-        ctx.gate.gradients(middle, gated, upped)  # from here on they are the product, the gradient of gated, and that of upped
-        of_down = _gradients(dy, middle, low, down, dlow)
-        del middle
-        dys = [gated, upped]
-        dh = _to_h(dys, pair)
-        dx = _to_x(dys, dh, pair).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        return dx, None, None, *_gradients(dys, x, h, pair, dh), *of_down
+        *pair, down = ctx.layers
+        dy = gradient.flatten(0, -2)
+        dlow = dy @ down.scaled_b(dy.dtype)
+        found = ctx.gate.gradients(dy @ down.weight(dy.dtype), gated, upped, _low_rank(h, ctx.layers), dlow)
+        dx = _to_x([gated, upped], found.h, pair).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        of_a = _gradients_of_a(x, found.h, pair)
+        of_b = [found.gate_b, found.up_b, (dy.T @ low).float()]
+        of_b = [gradient * layer.scaling for gradient, layer in zip(of_b, ctx.layers, strict=True)]
+        return dx, None, None, *chain.from_iterable(zip([*of_a, found.down_a], of_b, strict=True))
+
+
+def _low_rank(h: torch.Tensor, layers: tuple[Layer, ...]) -> pointwise.LowRank:
+    gate, up, down = layers
+    return pointwise.LowRank(h, gate.scaled_b(h.dtype), up.scaled_b(h.dtype), down.a.to(h.dtype))

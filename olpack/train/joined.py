@@ -9,8 +9,8 @@ _MOST = 2**30  # elements joined into one: bitsandbytes counts them in 32 bits
 
 
 class Joined:
-    """The trained parameters of a model, those between `SMALL` and `LARGE` as views of a joined one, to which their gradients go as soon as
-    they are known: `parameter.grad` of such a one is None after a backward pass.
+    """The trained parameters of a model, those between `SMALL` and `LARGE` as views of a joined one, and so are their gradients: a backward pass
+    adds to them where they lie.
 
     Args:
         model: its trained parameters are float32 and on one device. They stay what they are, but their memory moves.
@@ -21,21 +21,22 @@ class Joined:
 
     def __init__(self, model: torch.nn.Module):
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._views = [parameter for parameter in trained if SMALL <= parameter.numel() <= LARGE]
-        self.parameters = [parameter for parameter in trained if not SMALL <= parameter.numel() <= LARGE]
-        for group in _groups(self._views):
-            self.parameters.append(_join(group))
+        self._alone = [parameter for parameter in trained if not SMALL <= parameter.numel() <= LARGE]
+        self._joined = [_join(group) for group in _groups([parameter for parameter in trained if SMALL <= parameter.numel() <= LARGE])]
+        self.parameters = [*self._alone, *(joined for joined, _ in self._joined)]
+
+    def begin(self) -> None:
+        """Before the backward passes of a step: all gradients are zero, whatever came before."""
+        for parameter in self._alone:
+            parameter.grad = None
+        for joined, gradient in self._joined:
+            joined.grad = gradient.zero_()
 
     def fill(self) -> None:
-        """After the backward passes of a step: a parameter that got no gradient has one of zeros."""
-        for parameter in self.parameters:
+        """After them: a parameter that got no gradient has one of zeros."""
+        for parameter in self._alone:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-
-    def clear(self) -> None:
-        """Drop all gradients, also of a backward pass that came to no end."""
-        for parameter in (*self.parameters, *self._views):
-            parameter.grad = None
 
 
 def _groups(parameters: list[torch.nn.Parameter]) -> list[list[torch.nn.Parameter]]:
@@ -50,19 +51,14 @@ def _groups(parameters: list[torch.nn.Parameter]) -> list[list[torch.nn.Paramete
     return groups
 
 
-def _join(parameters: list[torch.nn.Parameter]) -> torch.nn.Parameter:
+def _join(parameters: list[torch.nn.Parameter]) -> tuple[torch.nn.Parameter, torch.Tensor]:
+    """(the joined parameter, its gradient to be)"""
     joined = torch.nn.Parameter(torch.cat([parameter.data.flatten() for parameter in parameters]))
+    gradient = torch.zeros_like(joined)
     start = 0
     for parameter in parameters:
         place = slice(start, start + parameter.numel())
         parameter.data = joined.data[place].view_as(parameter)
-        parameter.register_post_accumulate_grad_hook(lambda parameter, place=place: _move_gradient(parameter, joined, place))
+        parameter.grad = gradient.data[place].view_as(parameter)
         start = place.stop
-    return joined
-
-
-def _move_gradient(parameter: torch.nn.Parameter, joined: torch.nn.Parameter, place: slice) -> None:
-    if joined.grad is None:
-        joined.grad = torch.zeros_like(joined)
-    joined.grad[place].add_(parameter.grad.flatten())
-    parameter.grad = None
+    return joined, gradient

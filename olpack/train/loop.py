@@ -49,7 +49,7 @@ def run(
         progress.say(fit.said)
     with progress.task(f"loading {base.label} ({settings.quantization})"):
         model = load_with_adapter(base, settings, device, sharded=fit.sharded)
-        forward = Forward(model, device, checkpointing=fit.checkpointing, offload=fit.checkpointing)
+        forward = Forward(model, device, checkpointing=fit.checkpointing, offload=fit.checkpointing, keep=fit.keeps, head_waits=fit.head_waits)
     if fit.sharded:
         shard(model)
         ranks.sharded = True
@@ -255,6 +255,7 @@ def _backward(forward: Forward, trained: Joined, rows: list[TokenRow], state: St
     count = sum(row.learned_count for row in rows)
     while True:
         total, failed = 0.0, False
+        trained.begin()
         try:
             losses = []
             for group, weight in _groups(rows, forward.budget(state.budget), ranks):
@@ -275,7 +276,6 @@ def _backward(forward: Forward, trained: Joined, rows: list[TokenRow], state: St
                 parameter.grad /= count  # last, in float32: in 16 bits the gradients of one token among thousands could vanish
             return total / count
         forward.forget()
-        trained.clear()
         if forward.device.type == "cuda":
             torch.cuda.empty_cache()
         longest = max(len(row.ids) for row in rows)

@@ -1,61 +1,89 @@
-"""What a layer does beside its matrix products, each as one pass over memory: norms, rotary embeddings, gates, the loss of the logits.
+"""What a layer does beside its large matrix products, each as one pass over memory: norms, rotary embeddings, gates, the loss of the logits.
 
-The functions are plain torch. On a GPU `torch.compile` makes one kernel of each; where it cannot (`use_kernels` says so once), they run
-as they stand. Their gradients are written out, because a frozen norm needs none for its weight and a gate can give three results at once.
+The functions are plain torch, and say what is computed. On a GPU those of `olpack.train.kernels` take their place; where these do not work
+(`use_kernels` says so once), the plain ones run as they stand. Their gradients are written out, because a frozen norm needs none for its
+weight and a gate can give several results at once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from olpack import progress
 
-_compiled: dict[Callable, Callable] = {}
+_kernels: ModuleType | None = None  # `olpack.train.kernels`, once it is known to work
+_compiling: threading.Thread | None = None
+
+
+def kernels_for(x: torch.Tensor) -> ModuleType | None:
+    """`olpack.train.kernels`, for a tensor on a GPU where they work."""
+    return _kernels if x.is_cuda else None
 
 
 def _kernel(function: Callable) -> Callable:
-    """The function, or its compiled form once `use_kernels` has made one.
-
-    That is compiled for any number of rows, the first dimension of every argument that has two or more, and for the other dimensions as they
-    are: a kernel that has to divide by sizes it does not know takes several times as long.
-    """
+    """The function, or for tensors that have one the kernel of the same name."""
 
     @functools.wraps(function)
-    def call(*arguments):
-        if function not in _compiled:
-            return function(*arguments)
-        for value in arguments:
-            if isinstance(value, torch.Tensor) and value.dim() > 1:
-                torch._dynamo.maybe_mark_dynamic(value, 0)
-        with torch.autocast("cuda", enabled=False):  # which would be another form, and there may be eight of a function
-            return _compiled[function](*arguments)
+    def call(x: torch.Tensor, *rest):
+        kernels = kernels_for(x)
+        return getattr(kernels, function.__name__)(x, *rest) if kernels else function(x, *rest)
 
     call.plain = function
     return call
 
 
+def compile_kernels(config: Mapping[str, Any], rank: int) -> None:
+    """Begin to compile the kernels for a GPU, beside what else a run begins with. They stay on disk: this is for the first run on a machine.
+
+    Args:
+        config: the base's config.json; rank: of the adapter.
+    """
+    global _compiling
+    text = {**config, **config.get("text_config", {})}
+    if not torch.cuda.is_available() or not {"hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"} <= text.keys():
+        return
+    head = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+    sizes = {"hidden": text["hidden_size"], "middle": text["intermediate_size"], "head": head, "words": text["vocab_size"], "rank": rank}
+
+    def compile_all() -> None:
+        with contextlib.suppress(Exception):  # `use_kernels` says what does not work
+            from olpack.train import kernels
+
+            kernels.compile_for(torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16, **sizes)
+
+    _compiling = threading.Thread(target=compile_all, daemon=True)
+    _compiling.start()
+
+
 def use_kernels(device: torch.device) -> None:
-    """Compile the functions of this module for a GPU, if that works there."""
-    if device.type != "cuda" or _compiled:
+    """Use the kernels on a GPU, if they work there."""
+    global _kernels
+    if device.type != "cuda" or _kernels is not None:
         return
-    kernels = [_norm, _norm_backward, _rotate, _loss, *(kernel for gate in _GATES for kernel in (gate.product, gate.gradients))]
-    compiled = {kernel.plain: torch.compile(kernel.plain, dynamic=False) for kernel in kernels}
+    if _compiling is not None:
+        _compiling.join()
     try:
-        x = torch.randn(4, 8, device=device)
-        compiled[_norm.plain](x, x[0], 1e-6, 0.0)
-    except Exception as error:  # no Triton, no C compiler, a torch that cannot: whatever it is, the plain functions do
-        progress.warn(f"torch.compile does not work here, so training goes without fused kernels: {str(error).splitlines()[0]}")
+        from olpack.train import kernels
+
+        x = torch.ones(2, 16, device=device, dtype=torch.float16)
+        kernels.norm(x, x[0], 1e-6, 0.0)
+    except Exception as error:  # no Triton, no C compiler, a GPU that it does not know: whatever it is, the plain functions do
+        progress.warn(f"Triton does not work here, so training goes without fused kernels: {str(error).strip().splitlines()[0]}")
         return
-    _compiled.update(compiled)
+    _kernels = kernels
 
 
 @_kernel
-def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> tuple[torch.Tensor, torch.Tensor]:
+def norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(x / rms(x) · (offset + weight), 1 / rms(x)) over the last dimension, computed in float32."""
     wide = x.float()
     scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
@@ -63,7 +91,7 @@ def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> t
 
 
 @_kernel
-def _norm_backward(dy: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, offset: float) -> torch.Tensor:
+def norm_backward(dy: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, offset: float) -> torch.Tensor:
     """dx = scale · (g - x̂ · mean(g · x̂)) with g = dy · (offset + weight) and x̂ = x · scale."""
     scaled = x.float() * scale
     gradient = dy.float() * (offset + weight.float())
@@ -76,7 +104,7 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, offset):
         rows = _rows(x)
-        y, scale = _norm(rows, weight, eps, offset)
+        y, scale = norm(rows, weight, eps, offset)
         ctx.save_for_backward(rows, scale, weight)
         ctx.offset = offset
         return y.view(x.shape)
@@ -84,16 +112,16 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         rows, scale, weight = ctx.saved_tensors
-        return _norm_backward(_rows(dy), rows, scale, weight, ctx.offset).view(dy.shape), None, None, None
+        return norm_backward(_rows(dy), rows, scale, weight, ctx.offset).view(dy.shape), None, None, None
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """[rows, size], without its history: a function is compiled once, not once for every number of dimensions and need of gradients."""
-    return x.detach().reshape(-1, x.shape[-1])
+    """[rows, size], one after the other in memory."""
+    return x.detach().reshape(-1, x.shape[-1]).contiguous()
 
 
 def fuse_norms(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Replace the forward pass of every RMS norm that computes what `_norm` does, which is tried. Returns these norms."""
+    """Replace the forward pass of every RMS norm that computes what `norm` does, which is tried. Returns these norms."""
     changed = []
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") and (found := _norm_settings(module)):
@@ -107,7 +135,7 @@ def _norm_forward(weight: torch.Tensor, eps: float, offset: float, x: torch.Tens
 
 
 def _norm_settings(module: torch.nn.Module) -> tuple[float, float] | None:
-    """(eps, offset) with which `_norm` gives what the module does; None where it does something else."""
+    """(eps, offset) with which `norm` gives what the module does; None where it does something else."""
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if weight is None or weight.dim() != 1 or weight.requires_grad or eps is None:
@@ -116,13 +144,13 @@ def _norm_settings(module: torch.nn.Module) -> tuple[float, float] | None:
     with torch.no_grad():
         wanted = module(x)
         for offset in (0.0, 1.0):
-            if torch.allclose(_norm.plain(x, weight, eps, offset)[0], wanted, rtol=0.02, atol=0.02 * wanted.abs().max().item()):
+            if torch.allclose(norm.plain(x, weight, eps, offset)[0], wanted, rtol=0.02, atol=0.02 * wanted.abs().max().item()):
                 return eps, offset
     return None
 
 
 @_kernel
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x · cos + (x₂, x₁) · sin, with x = (x₁, x₂) the halves of the last dimension: x [tokens, heads, size], cos and sin [tokens, size].
     The first half of `sin` is negative."""
     halves = x.float().unflatten(-1, (2, -1))
@@ -147,7 +175,7 @@ class _Rotary(torch.autograd.Function):
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """As the projections leave it in memory: token by token."""
-    return _rotate(x.detach()[0].transpose(0, 1).contiguous(), cos[0], sin[0]).transpose(0, 1)[None]
+    return rotate(x.detach()[0].transpose(0, 1).contiguous(), cos[0], sin[0]).transpose(0, 1)[None]
 
 
 def fuse_rotary(model: torch.nn.Module) -> None:
@@ -175,28 +203,92 @@ def fuse_rotary(model: torch.nn.Module) -> None:
         home.apply_rotary_pos_emb = rotary
 
 
-class _Gate:
-    """A gate of an MLP: f(gate) · up, and its gradients."""
+class LowRank(NamedTuple):
+    """What the adapters of a gated MLP add.
 
-    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor], slope: Callable[[torch.Tensor], torch.Tensor]):
-        self.function = function
+    Attributes:
+        h: [tokens, 2 · rank], the input times the gate's A and times up's.
+        gate_b, up_b: [columns, rank], scaled.
+        down_a: [rank, columns].
+    """
 
-        @_kernel
-        def product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-            return (function(gate.float()) * up.float()).to(gate.dtype)
+    h: torch.Tensor
+    gate_b: torch.Tensor
+    up_b: torch.Tensor
+    down_a: torch.Tensor
 
-        @_kernel
-        def gradients(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> None:
-            slope_of, wide_up, raised = dy.float(), up.float(), function(gate.float())
-            dgate, dup = slope_of * wide_up * slope(gate.float()), slope_of * raised
-            dy.copy_(raised * wide_up)
-            gate.copy_(dgate)
-            up.copy_(dup)
+    @property
+    def halves(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """h of gate and of up."""
+        return self.h[:, : self.gate_b.shape[1]], self.h[:, self.gate_b.shape[1] :]
 
-        self.product = product
-        """(gate, up) -> f(gate) · up"""
-        self.gradients = gradients
-        """(dy, gate, up), of which f(gate) · up, the gradient of gate and that of up take the places"""
+
+class Gradients(NamedTuple):
+    """Of a gated MLP's adapters: of the members of `LowRank`, those of B and A in float32."""
+
+    h: torch.Tensor
+    gate_b: torch.Tensor
+    up_b: torch.Tensor
+    down_a: torch.Tensor
+
+
+class Gate:
+    """A gated MLP between its large products: middle = f(gate) · up, and its gradients.
+
+    Args:
+        name: that the kernels have for it.
+        function, slope: f and its derivative.
+    """
+
+    def __init__(self, name: str, function: Callable[[torch.Tensor], torch.Tensor], slope: Callable[[torch.Tensor], torch.Tensor]):
+        self.name, self.function, self.slope = name, function, slope
+
+    def product(self, gated: torch.Tensor, upped: torch.Tensor, adapters: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
+        """(middle [tokens, columns], middle times down's A [tokens, rank]).
+
+        Args:
+            gated, upped: [tokens, columns], the input times the frozen weights; what the adapters add comes here.
+        """
+        kernels = kernels_for(gated)
+        if kernels and kernels.takes(adapters):
+            return kernels.product(gated, upped, adapters, self.name)
+        of_gate, of_up = adapters.halves
+        gated, upped = torch.addmm(gated, of_gate, adapters.gate_b.T), torch.addmm(upped, of_up, adapters.up_b.T)
+        if kernels:
+            middle, _ = kernels.product(gated, upped, None, self.name)
+        else:
+            middle = (self.function(gated.float()) * upped.float()).to(gated.dtype)
+        return middle, middle @ adapters.down_a.T
+
+    def gradients(self, dmiddle: torch.Tensor, gated: torch.Tensor, upped: torch.Tensor, adapters: LowRank, dlow: torch.Tensor) -> Gradients:
+        """Puts the gradients of gated and upped into their places; what `dmiddle` holds afterwards is of no use.
+
+        Args:
+            dmiddle: [tokens, columns], gradient of the middle by way of the frozen weight of down.
+            gated, upped, adapters: as `product` takes them.
+            dlow: [tokens, rank], gradient of middle times down's A.
+        """
+        kernels, (of_gate, of_up) = kernels_for(gated), adapters.halves
+        if kernels and kernels.takes(adapters):
+            gate_b, up_b, down_a = kernels.gradients(dmiddle, gated, upped, adapters, dlow, self.name)
+        else:
+            gated.addmm_(of_gate, adapters.gate_b.T)
+            upped.addmm_(of_up, adapters.up_b.T)
+            dmiddle.addmm_(dlow, adapters.down_a)
+            if kernels:
+                kernels.gradients(dmiddle, gated, upped, None, None, self.name)
+            else:
+                self._plain_gradients(dmiddle, gated, upped)
+            gate_b, up_b, down_a = ((gradient.T @ low).float() for gradient, low in ((gated, of_gate), (upped, of_up), (dmiddle, dlow)))
+        return Gradients(torch.cat([gated @ adapters.gate_b, upped @ adapters.up_b], dim=1), gate_b, up_b, down_a.T)
+
+    def _plain_gradients(self, dmiddle: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> None:
+        """The middle, the gradient of gate and that of up take the places of dmiddle, gate and up."""
+        wide, wide_up, raised = dmiddle.float(), up.float(), self.function(gate.float())
+        dgate, dup = wide * wide_up * self.slope(gate.float()), wide * raised
+        dmiddle.copy_(raised * wide_up)
+        gate.copy_(dgate)
+        up.copy_(dup)
 
 
 def _silu_slope(x: torch.Tensor) -> torch.Tensor:
@@ -209,12 +301,10 @@ def _gelu_tanh_slope(x: torch.Tensor) -> torch.Tensor:
     return 0.5 * (1 + inner) + 0.5 * x * (1 - inner * inner) * 0.7978845608028654 * (1 + 3 * 0.044715 * x * x)
 
 
-_SILU = _Gate(F.silu, _silu_slope)
-_GELU_TANH = _Gate(functools.partial(F.gelu, approximate="tanh"), _gelu_tanh_slope)
-_GATES = (_SILU, _GELU_TANH)
+_GATES = (Gate("silu", F.silu, _silu_slope), Gate("gelu_tanh", functools.partial(F.gelu, approximate="tanh"), _gelu_tanh_slope))
 
 
-def gate_of(function: Callable | None) -> _Gate | None:
+def gate_of(function: Callable | None) -> Gate | None:
     """The gate of an MLP's activation function, found by trying it; None for another one."""
     if function is None:
         return None
@@ -223,11 +313,17 @@ def gate_of(function: Callable | None) -> _Gate | None:
 
 
 @_kernel
-def _loss(logits: torch.Tensor, targets: torch.Tensor, softcap: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(negative log-probabilities of the targets [tokens, 1] in float32, gradient of their sum for the logits). With a softcap other than 0
-    the logits are first squashed into (-softcap, softcap) by tanh."""
-    wide = logits.float()
-    slope = None
+def loss(logits: torch.Tensor, targets: torch.Tensor, softcap: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of each token and the gradient of their sum.
+
+    Args:
+        logits: [tokens, vocabulary]; targets: int64 [tokens].
+        softcap: of the final logits, as Gemma 2 has it: they are first squashed into (-softcap, softcap) by tanh; 0: they are not.
+
+    Returns:
+        (negative log-probabilities, float32 [tokens] in nats; [tokens, vocabulary] in the logits' dtype, which may have taken their place)
+    """
+    wide, targets, slope = logits.float(), targets[:, None], None
     if softcap:
         squashed = torch.tanh(wide / softcap)
         wide, slope = squashed * softcap, 1 - squashed * squashed
@@ -237,16 +333,3 @@ def _loss(logits: torch.Tensor, targets: torch.Tensor, softcap: float) -> tuple[
     nll = torch.log(total) + highest - wide.gather(-1, targets)
     gradient = powers / total - (torch.arange(logits.shape[-1], device=logits.device) == targets).float()
     return nll[:, 0], (gradient if slope is None else gradient * slope).to(logits.dtype)
-
-
-def loss_of(logits: torch.Tensor, targets: torch.Tensor, softcap: float | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss of each token and the gradient of their sum.
-
-    Args:
-        logits: [tokens, vocabulary]; targets: int64 [tokens].
-        softcap: of the final logits, as Gemma 2 has it, or None.
-
-    Returns:
-        (float32 [tokens] in nats, [tokens, vocabulary] in the logits' dtype)
-    """
-    return _loss(logits, targets[:, None], softcap or 0.0)

@@ -1,6 +1,7 @@
 """Gradient checkpointing: a layer's activations are computed again in the backward pass, from its input, which waits in the host's memory.
 
-The copies to the host and back run beside the computation: a layer of an 8B model takes longer than its input does over PCIe. Which memory
+What is small beside the work that it takes can wait there too, so that it is not computed again (`once`): attention's result and the product
+after it. The copies to the host and back run beside the computation: a layer of an 8B model takes longer than they do over PCIe. Which memory
 may be used again is settled by events between the two streams. (`record_stream` would leave that to the allocator, which then sees nothing
 free while the host runs ahead of the GPU.)
 """
@@ -17,23 +18,37 @@ output_unneeded: ContextVar[bool] = ContextVar("output_unneeded", default=False)
 """Whether a layer is computed for its backward pass only, so that the product which it ends with need not be made."""
 
 
+_notes: ContextVar[Callable | None] = ContextVar("notes", default=None)
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+def once(compute: Callable[[], Tensors], *, small: bool = False) -> Tensors:
+    """What `compute` gives, without history; in a layer that is computed again, what it gave the first time, where that is kept. What is `small`
+    always is, on the GPU."""
+    note = _notes.get()
+    return compute() if note is None else note(compute, small)
+
+
 class Recompute:
     """What transformers calls in place of torch's `checkpoint`: `recompute(run, hidden, *rest)`.
 
     Args:
         device: of the model.
         offload: keep the inputs in pinned host memory (of a GPU's model).
+        keep: keep what `once` computes, too.
         random: the layers draw random numbers (dropout), which must be the same ones again.
 
     Attributes:
         skips: whether `output_unneeded` is set when a layer is computed again. Only for layers whose gradients are the same then.
     """
 
-    def __init__(self, device: torch.device, *, offload: bool, random: bool = False):
+    def __init__(self, device: torch.device, *, offload: bool, keep: bool = False, random: bool = False):
         self._devices = [device] if device.type == "cuda" else []
         self._random = random
         self._stream = torch.cuda.Stream(device) if offload and device.type == "cuda" else None
-        self._waiting: list[_Input] = []
+        self._keep = keep
+        self._waiting: list[_Kept] = []
         self.skips = False
 
     def __call__(self, run: Callable, hidden: torch.Tensor, *rest):
@@ -65,75 +80,122 @@ class Recompute:
         """Of a pass that came to no end."""
         self._waiting.clear()
 
-    def put(self, hidden: torch.Tensor) -> _Input:
-        if self._waiting:
-            self._waiting[-1].release()
-        self._waiting.append(_Input(hidden, self._stream))
+    def put(self, hidden: torch.Tensor) -> _Kept:
+        """What a layer that begins keeps. What the one before it keeps goes to the host meanwhile, and that of the one before leaves the GPU."""
+        for kept in self._waiting[-2:-1]:
+            kept.release()
+        for kept in self._waiting[-1:]:
+            kept.leave()
+        self._waiting.append(_Kept(hidden, self._stream, self._keep))
         return self._waiting[-1]
 
-    def take(self, wanted: _Input) -> torch.Tensor:
-        """The input of a layer, on the GPU again; that of the layer before it begins to come back too."""
+    def take(self, wanted: _Kept) -> torch.Tensor:
+        """The input of a layer, on the GPU again; what the layer before it keeps begins to come back too."""
         while self._waiting.pop() is not wanted:  # of a forward pass that had no backward pass
             pass
-        hidden = wanted.get()
+        wanted.arrive()
         if self._waiting:
             self._waiting[-1].fetch()
-        return hidden
+        return wanted.input()
 
 
-class _Input:
-    """One layer's input: on the GPU, on its way, or in host memory."""
+@contextmanager
+def noting(note: Callable[[Callable[[], Tensors], bool], Tensors] | None) -> Iterator[None]:
+    """With what `once` does meanwhile."""
+    before = _notes.set(note)
+    try:
+        yield
+    finally:
+        _notes.reset(before)
 
-    def __init__(self, hidden: torch.Tensor, stream: torch.cuda.Stream | None):
-        self._here: torch.Tensor | None = hidden
-        self._stream = stream
-        if stream is not None:
-            self._host = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
-            self._copied = self._beside(self._host, hidden)
 
-    def _beside(self, to: torch.Tensor, of: torch.Tensor) -> torch.cuda.Event:
-        """Copy once the computation has come here, beside what it does next."""
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            to.copy_(of, non_blocking=True)
-        return self._stream.record_event()
+class _Kept:
+    """What waits for a layer's backward pass: its input, and what is computed once; all of that with `keep`, otherwise what is small. What is
+    not small may go to the host and come back."""
+
+    def __init__(self, hidden: torch.Tensor, stream: torch.cuda.Stream | None, keep: bool):
+        self._stream, self._keep = stream, keep
+        self._here: list[torch.Tensor | None] = [hidden]
+        self._host: list[torch.Tensor] = []
+        self._copied: torch.cuda.Event | None = None
+        self._notes: list[Tensors | range] = []  # what is small, or places of the other
+
+    def note(self, compute: Callable[[], Tensors], small: bool) -> Tensors:
+        """Compute, and keep that."""
+        found = compute()
+        if small:
+            self._notes.append(found)
+        elif self._keep:
+            self._notes.append(range(len(self._here), len(self._here) + len(found)))
+            self._here += found
+        return found
+
+    def recall(self, compute: Callable[[], Tensors], small: bool) -> Tensors:
+        """What was kept, in the same order."""
+        if not small and not self._keep:
+            return compute()
+        note = self._notes.pop(0)
+        return note if small else tuple(map(self._take, note))
+
+    def input(self) -> torch.Tensor:
+        return self._take(0)
+
+    def _take(self, place: int) -> torch.Tensor:
+        tensor, self._here[place] = self._here[place], None
+        return tensor
+
+    def leave(self) -> None:
+        """Begin to copy to the host."""
+        if self._stream is not None:
+            self._host = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in self._here]
+            self._copied = self._copy(self._host, self._here)
 
     def release(self) -> None:
         """Give the memory on the GPU free; the computation waits until the copy in the host's is whole."""
         if self._stream is not None:
             torch.cuda.current_stream().wait_event(self._copied)
-            self._here = None
+            self._here = []
 
     def fetch(self) -> None:
-        if self._here is None:
-            self._here = torch.empty(self._host.shape, dtype=self._host.dtype, device=self._stream.device)
-            self._copied = self._beside(self._here, self._host)
+        """Begin to copy back."""
+        if not self._here:
+            self._here = [torch.empty(tensor.shape, dtype=tensor.dtype, device=self._stream.device) for tensor in self._host]
+            self._copied = self._copy(self._here, self._host)
 
-    def get(self) -> torch.Tensor:
+    def arrive(self) -> None:
+        """Be back, for what the computation does next."""
         self.fetch()
-        if self._stream is not None:
+        if self._copied is not None:
             torch.cuda.current_stream().wait_event(self._copied)
-        return self._here
+
+    def _copy(self, to: list[torch.Tensor], of: list[torch.Tensor]) -> torch.cuda.Event:
+        """Once the computation has come here, beside what it does next."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for target, source in zip(to, of, strict=True):
+                target.copy_(source, non_blocking=True)
+        return self._stream.record_event()
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, place, run, hidden, *rest):
         ctx.place, ctx.run, ctx.rest = place, run, rest
-        ctx.input = place.put(hidden.detach()) if ctx.needs_input_grad[2] else None
+        ctx.kept = place.put(hidden.detach()) if ctx.needs_input_grad[2] else None
         ctx.random = place.random_state()
         ctx.mixed = torch.is_autocast_enabled(hidden.device.type), torch.get_autocast_dtype(hidden.device.type)
-        with torch.no_grad():
+        with torch.no_grad(), noting(ctx.kept.note if ctx.kept else None):
             return run(hidden, *rest)
 
     @staticmethod
     def backward(ctx, *gradients):
-        hidden = ctx.place.take(ctx.input).requires_grad_()
-        ctx.input = None  # the loss holds on to this object until all layers are done, and it would hold the input and its gradient
+        kept = ctx.kept
+        hidden = ctx.place.take(kept).requires_grad_()
+        ctx.kept = None  # the loss holds on to this object until all layers are done, and it would hold the input and its gradient
         rest = [_alone(value) for value in ctx.rest]
         mixed, dtype = ctx.mixed
         precision = torch.autocast(hidden.device.type, dtype, enabled=mixed)
-        with torch.enable_grad(), ctx.place.drawing_from(ctx.random), ctx.place.skipping(), precision:
+        with torch.enable_grad(), ctx.place.drawing_from(ctx.random), ctx.place.skipping(), noting(kept.recall), precision:
             outputs = ctx.run(hidden, *rest)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         learned = [(output, gradient) for output, gradient in zip(outputs, gradients, strict=True) if gradient is not None and output.requires_grad]

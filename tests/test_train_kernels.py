@@ -1,0 +1,139 @@
+"""The Triton kernels compute what the plain functions do. Without a GPU, Triton's interpreter runs them."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from gated import gated_mlp
+from tiny_models import write_model
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+if DEVICE.type == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+
+from olpack.base import Base  # noqa: E402
+from olpack.recipe import Train  # noqa: E402
+from olpack.train import kernels, pointwise  # noqa: E402
+from olpack.train.batches import flatten  # noqa: E402
+from olpack.train.forward import Forward  # noqa: E402
+
+WIDE = {"rtol": 1e-5, "atol": 1e-5}
+HALF = {"rtol": 4e-3, "atol": 4e-3}  # of float16, which the interpreter multiplies, too
+
+
+def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, dtype=dtype, device=DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, WIDE), (torch.bfloat16, {"rtol": 1e-2, "atol": 1e-2})])
+@pytest.mark.parametrize("size", [16, 40, 4096 + 8])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_the_norm_and_its_gradient(dtype, near, size, offset):
+    x, weight, dy = numbers(7, size, dtype=dtype), numbers(size, dtype=dtype), numbers(7, size, dtype=dtype)
+    wanted = pointwise.norm.plain(x, weight, 1e-6, offset)
+    torch.testing.assert_close(kernels.norm(x, weight, 1e-6, offset), wanted, **near)
+    gradient = pointwise.norm_backward.plain(dy, x, wanted[1], weight, offset)
+    torch.testing.assert_close(kernels.norm_backward(dy, x, wanted[1], weight, offset), gradient, **near)
+
+
+@pytest.mark.parametrize("size", [8, 24, 128])
+def test_the_rotation(size):
+    x, cos, sin = numbers(5, 3, size), numbers(5, size), numbers(5, size)
+    torch.testing.assert_close(kernels.rotate(x, cos, sin), pointwise.rotate.plain(x, cos, sin), **WIDE)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 4.0])
+@pytest.mark.parametrize("words", [300, 9000])
+def test_the_loss_takes_the_logits_place(softcap, words):
+    logits, targets = 5 * numbers(6, words), torch.randint(0, words, (6,), device=DEVICE)
+    losses, gradient = pointwise.loss.plain(logits.clone(), targets, softcap)
+    found, place = kernels.loss(logits, targets, softcap)
+    torch.testing.assert_close((found, place), (losses, gradient), **WIDE)
+    assert place.data_ptr() == logits.data_ptr()
+
+
+FUNCTIONS = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
+
+
+@pytest.mark.parametrize("gate", FUNCTIONS)
+@pytest.mark.parametrize(("tokens", "columns", "rank"), [(70, 200, 5), (33, 130, 16), (5, 300, 40), (200, 64, 64)])
+def test_a_gate_with_its_adapters(gate, tokens, columns, rank):
+    half = torch.float16
+    gated, upped, dmiddle = numbers(3, tokens, columns, dtype=half).unbind(0)
+    of_b = (numbers(columns, rank, dtype=half) / rank**0.5 for _ in range(2))
+    adapters = pointwise.LowRank(numbers(tokens, 2 * rank, dtype=half), *of_b, numbers(rank, columns, dtype=half) / columns**0.5)
+    dlow = numbers(tokens, rank, dtype=half)
+    assert kernels.takes(adapters)
+    wanted, gradients = gated_mlp(FUNCTIONS[gate], gated, upped, dmiddle, adapters, dlow)
+    near_whole(kernels.product(gated, upped, adapters, gate), wanted)
+    of_gate, of_up, of_down = kernels.gradients(dmiddle, gated, upped, adapters, dlow, gate)
+    near_whole((gated, upped, of_gate, of_up, of_down.T), (*gradients[:2], *gradients[3:]))
+
+
+def near_whole(found, wanted) -> None:
+    """Apart by no more than rounding, of the whole tensor: sums of many terms may be near zero."""
+    for one, other in zip(found, wanted, strict=True):
+        assert one.shape == other.shape
+        assert (one.float() - other).norm() <= 2e-3 * other.norm()
+
+
+@pytest.mark.parametrize("gate", FUNCTIONS)
+def test_a_gate_alone(gate):
+    gated, upped, dmiddle = numbers(3, 33, 130).unbind(0)
+    middle, low = kernels.product(gated, upped, None, gate)
+    plain = pointwise.gate_of(FUNCTIONS[gate])
+    torch.testing.assert_close(middle, plain.function(gated) * upped, **WIDE)
+    assert low is None
+    wanted = [value.clone() for value in (dmiddle, gated, upped)]
+    plain._plain_gradients(*wanted)
+    assert kernels.gradients(dmiddle, gated, upped, None, None, gate) is None
+    torch.testing.assert_close([dmiddle, gated, upped], wanted, **WIDE)
+
+
+def test_what_a_kernel_does_not_take():
+    def adapters(rank: int, dtype: torch.dtype) -> pointwise.LowRank:
+        sizes = ((4, 2 * rank), (8, rank), (8, rank), (rank, 8))
+        return pointwise.LowRank(*(torch.empty(*size, dtype=dtype) for size in sizes))
+
+    assert kernels.takes(adapters(kernels.MOST_RANK, torch.bfloat16))
+    assert not kernels.takes(adapters(kernels.MOST_RANK + 1, torch.bfloat16))
+    assert not kernels.takes(adapters(4, torch.float32))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("stored", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the interpreter cuts bfloat16 off instead of rounding it
+def test_4_bits_are_what_bitsandbytes_makes_of_them(kind, nested, stored, dtype):
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    packed, state = quantize_4bit(numbers(96, 128, dtype=dtype), quant_type=kind, compress_statistics=nested, quant_storage=stored)
+    assert torch.equal(kernels.dequantize_4bit(packed, state), dequantize_4bit(packed, state))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_a_model_learns_the_same_with_them(tmp_path, monkeypatch, kind):
+    from test_train_forward import ROWS, SENTENCEPIECE, gradients, plain_loss, with_adapter
+
+    for module in ("forward", "model"):
+        monkeypatch.setattr(f"olpack.train.{module}.compute_dtype", lambda _: torch.float32)
+    base = Base("tiny", write_model(tmp_path / "model", kind, **(SENTENCEPIECE if kind == "gemma2" else {"tied": False})))
+    plain, model = (with_adapter(base, Train(rank=4), DEVICE) for _ in range(2))
+    wanted = sum(plain_loss(plain, row) for row in ROWS)
+    wanted.backward()
+    monkeypatch.setattr(pointwise, "kernels_for", lambda _: kernels)  # also for a CPU's tensors
+    loss = Forward(model, DEVICE, checkpointing=False, offload=False).loss(flatten(ROWS, DEVICE))
+    loss.backward()
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    ours, theirs = gradients(model), gradients(plain)
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        assert (ours[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
