@@ -154,9 +154,34 @@ def test_what_fits_is_the_fastest_that_does(model):
     assert narrow.checkpointing and narrow.tokens == wide.tokens and narrow.bytes == checkpointed.bytes < narrow.room < wide.bytes
     assert f"without it {wide.largest:,} tokens would take" in narrow.said
     tight = fit.on_gpu(model, rows, settings, narrow.bytes - 1)
-    assert tight.checkpointing and tight.tokens < narrow.tokens
+    assert tight.head_waits and tight.tokens == narrow.tokens and tight.bytes < narrow.bytes - 50e6
+    assert not narrow.head_waits and "the output layer in host memory but for the loss" in tight.said
+    tighter = fit.on_gpu(model, rows, settings, tight.bytes - 1)
+    assert tighter.head_waits and tighter.tokens < narrow.tokens
     none = fit.on_gpu(model, rows, settings, 100 << 20)
     assert none.tokens == max(len(row.ids) for row in rows) and "more than the" in none.said
+
+
+def test_an_output_layer_that_embeds_in_a_way_of_its_own_does_not_wait():
+    """Gemma 3's embedding scales what it looks up, with a number on the GPU."""
+    shape = {**SHAPE, "model_type": "gemma3_text", "head_dim": 128, "tie_word_embeddings": True}
+    scaled = fit.on_gpu(MetaModel(shape, "shape"), make_rows(400), Train(batch_size=64), 100 << 20)
+    assert not scaled.head_waits and scaled.training.head == 0
+    shared = fit.on_gpu(MetaModel({**SHAPE, "tie_word_embeddings": True}, "shape"), make_rows(400), Train(batch_size=64), 100 << 20)
+    assert shared.head_waits and shared.training.head == 2 * 2048 * 32000
+
+
+def test_attention_is_kept_where_there_is_room_and_a_long_run(model):
+    rows = make_rows(400)
+    settings = Train(batch_size=64, epochs=40, gradient_checkpointing=True)
+    host = 64 << 30
+    kept = fit.on_gpu(model, rows, settings, 80 << 30, host=host)
+    assert kept.keeps and "attention's results kept" in kept.said
+    without = fit.on_gpu(model, rows, settings, 80 << 30)
+    assert not without.keeps and without.bytes < kept.bytes and without.tokens == kept.tokens
+    assert not fit.on_gpu(model, rows, settings, 80 << 30, host=kept.training.host - 1).keeps
+    assert not fit.on_gpu(model, rows, settings, kept.bytes - 1, host=host).keeps
+    assert not fit.on_gpu(model, rows, settings.model_copy(update={"epochs": 1}), 80 << 30, host=host).keeps
 
 
 def test_what_the_recipe_sets_is_left_as_it_is(model):

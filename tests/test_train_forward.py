@@ -315,6 +315,18 @@ def test_the_loss_of_the_head_in_pieces(monkeypatch, softcap):
     torch.testing.assert_close(second.grad, first.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_output_layer_that_waits_elsewhere_gives_the_same_loss(tmp_path, monkeypatch, tied):
+    model = with_adapter(Base("tiny", write_model(tmp_path / "model", tied=tied)), Train(rank=4))
+    forward = Forward(model, CPU, checkpointing=True, offload=True)
+    wanted, moved = forward.loss(flatten(ROWS, CPU)).item(), []
+    monkeypatch.setattr(forward_module, "_to_host", moved.append)
+    forward._embed_on_host(with_head=True)
+    base = model.get_base_model()
+    assert {id(weight) for weight in moved} == {id(base.lm_head.weight), id(base.model.embed_tokens.weight)}
+    assert forward.loss(flatten(ROWS, CPU)).item() == wanted
+
+
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_the_norm_and_its_gradient(offset):
     torch.manual_seed(0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -137,3 +139,36 @@ def test_a_model_learns_the_same_with_them(tmp_path, monkeypatch, kind):
     assert ours.keys() == theirs.keys()
     for name, gradient in theirs.items():
         assert (ours[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
+
+
+COMPILED = """
+import sys
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class Driver:  # of a GPU that is not here
+    get_current_target = lambda self: GPUTarget("cuda", int(sys.argv[1]), 32)
+    get_current_device = lambda self: 0
+    get_current_stream = lambda self, device: 0
+    get_active_torch_device = lambda self: torch.device("cpu")
+
+driver.set_active(Driver())
+from olpack.train import kernels
+kernels.compile_for(torch.bfloat16, hidden=4096, middle=14336, head=128, words=128256, rank=int(sys.argv[2]))
+for name in sorted(name for name in dir(kernels) if name.endswith("_kernel")):
+    for compiled in getattr(kernels, name).device_caches[0][0].values():
+        print(name, compiled.metadata.shared)
+"""
+SHARED = 99 << 10  # bytes of shared memory that a program may have on the smallest of these GPUs
+
+
+@pytest.mark.parametrize(("capability", "rank"), [(86, 64), (90, 16), (120, 32)])
+def test_the_kernels_are_compiled_for_a_gpu(tmp_path, capability, rank):
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([sys.executable, "-c", COMPILED, str(capability), str(rank)], capture_output=True, text=True, env=environment)
+    shared = dict(line.split() for line in done.stdout.splitlines())
+    assert shared.keys() == {"_adapted_gradients_kernel", "_adapted_product_kernel", "_dequantize_kernel", "_loss_kernel",
+                             "_norm_backward_kernel", "_norm_kernel", "_rotate_kernel"}, done.stderr  # fmt: skip
+    assert all(int(size) <= SHARED for size in shared.values())

@@ -192,13 +192,13 @@ def logits_bytes(shape: Shape, learned: int, pieces: bool = True) -> int:
     """What the loss of so many learned tokens takes at its peak.
 
     Args:
-        pieces: some of the logits at a time (`olpack.train.head`), with the hidden states, else all at once.
+        pieces: some of the logits at a time (`olpack.train.head`), with the hidden states and those they were taken from, else all at once.
     """
     if not pieces:
         return learned * shape.vocabulary * _LOGIT
     from olpack.train.head import tokens_at_once
 
-    return min(learned, tokens_at_once(learned, shape.vocabulary)) * shape.vocabulary * _PIECE_LOGIT + learned * shape.hidden * 2
+    return min(learned, tokens_at_once(learned, shape.vocabulary)) * shape.vocabulary * _PIECE_LOGIT + learned * shape.hidden * (2 + 2)
 
 
 def estimate_training(
