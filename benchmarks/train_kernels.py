@@ -29,6 +29,12 @@ def numbers(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.randn(*shape, device="cuda", dtype=dtype)
 
 
+def copy_pace() -> float:
+    """Bytes per millisecond that a large copy reads and writes."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    return 2 * source.nbytes / milliseconds(source.clone)
+
+
 def apart(found, wanted) -> float:
     """The largest relative difference of a result."""
     found, wanted = ([value] if isinstance(value, torch.Tensor) else [*value] for value in (found, wanted))
@@ -87,10 +93,9 @@ def main() -> None:
     parser = command_line(__file__, __doc__)
     parser.add_argument("--tokens", type=int, default=16384)
     arguments = parser.parse_args()
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    pace = 2 * source.nbytes / milliseconds(lambda: source.clone())
-    del source
-    lines = [f"{date.today()}, {torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}; {arguments.tokens:,} tokens of "
+    pace = copy_pace()
+    versions = f"torch {torch.__version__}, Triton {triton.__version__}"
+    lines = [f"{date.today()}, {torch.cuda.get_device_name()}, {versions}; {arguments.tokens:,} tokens of "
              f"Llama 3 8B's shape, rank {RANK}; a copy moves {pace / 1e9:.2f} TB/s.", "",
              "| | plain, ms | compiled by torch, ms | kernel, ms | of the copy | apart from plain |",
              "| --- | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip

@@ -269,7 +269,8 @@ def _add_memory(needs: Table, fit: dict, held: str) -> None:
     needs.add_row("GPU memory", "; ".join(f"{name} {progress.quantity(size, 'B')}" for name, size in parts.items()))
     needs.add_row("", fit["said"])
     if fit["keeps"]:
-        needs.add_row("pinned host memory", f"inputs of the layers, attention's results {progress.quantity(taken['host'], 'B')} for each GPU")
+        needs.add_row("pinned host memory", f"inputs of the layers, attention's results {progress.quantity(taken['host'], 'B')} for each GPU, "
+                      "each tensor rounded up to a power of two")
 
 
 def write_plan(build: Build) -> None:

@@ -171,6 +171,19 @@ def test_an_output_layer_that_embeds_in_a_way_of_its_own_does_not_wait():
     assert shared.head_waits and shared.training.head == 2 * 2048 * 32000
 
 
+def test_the_output_layer_stays_where_waiting_gains_nothing():
+    wide = MetaModel({**SHAPE, "vocab_size": 262_144}, "shape")
+    rows, settings = make_rows(400), Train(batch_size=64)
+    found = [fit.on_gpu(wide, rows, settings, room) for room in range(1 << 30, 5 << 30, 64 << 20)]
+    assert any(one.head_waits for one in found)
+    assert all(one.training.total(True) > one.room for one in found if one.head_waits)
+
+
+def test_an_output_layer_with_an_adapter_does_not_wait(model):
+    settings = Train(batch_size=64, target_modules=["q_proj", "lm_head"])
+    assert fit.on_gpu(model, make_rows(400), settings, 100 << 20).training.head == 0
+
+
 def test_attention_is_kept_where_there_is_room_and_a_long_run(model):
     rows = make_rows(400)
     settings = Train(batch_size=64, epochs=40, gradient_checkpointing=True)

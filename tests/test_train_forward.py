@@ -64,6 +64,14 @@ def gradients(model) -> dict[str, torch.Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
+def same_gradients(model, plain, near: float) -> None:
+    """Each apart by no more than that share of its norm."""
+    ours, theirs = gradients(model), gradients(plain)
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        assert (ours[name] - gradient).norm() <= near * gradient.norm(), name
+
+
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_loss_and_gradients_are_those_of_the_plain_way(tmp_path, kind, quantization):
@@ -80,10 +88,7 @@ def test_loss_and_gradients_are_those_of_the_plain_way(tmp_path, kind, quantizat
         loss = forward.loss(flatten(ROWS, CPU))
         loss.backward()
         assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
-        ours, theirs = gradients(model), gradients(plain)
-        assert ours.keys() == theirs.keys()
-        for name, gradient in theirs.items():
-            assert (ours[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
+        same_gradients(model, plain, 1e-4)
 
 
 def test_a_sample_between_others_has_the_logits_that_it_has_alone(tmp_path):
@@ -169,10 +174,7 @@ def test_whatever_is_trained_gets_its_gradients(tmp_path, settings):
     for checkpointing in (False, True):
         model = with_adapter(base, train)
         Forward(model, CPU, checkpointing=checkpointing, offload=checkpointing).loss(flatten(ROWS, CPU)).backward()
-        ours, theirs = gradients(model), gradients(plain)
-        assert ours.keys() == theirs.keys()
-        for name, gradient in theirs.items():
-            assert (ours[name] - gradient).norm() <= 3e-5 * gradient.norm(), name
+        same_gradients(model, plain, 3e-5)
 
 
 @pytest.mark.parametrize("kind, skips", [("llama", True), ("gemma2", False)])  # in Gemma 2 a norm follows the MLP's last product

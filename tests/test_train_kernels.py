@@ -1,4 +1,4 @@
-"""The Triton kernels compute what the plain functions do. Without a GPU, Triton's interpreter runs them."""
+"""The Triton kernels compute what the plain functions do. Without a GPU, Triton's interpreter runs them (`conftest.py` says so)."""
 
 from __future__ import annotations
 
@@ -11,17 +11,15 @@ import torch
 import torch.nn.functional as F
 from gated import gated_mlp
 from tiny_models import write_model
+from triton.runtime.errors import OutOfResources
+
+from olpack.base import Base
+from olpack.recipe import Train
+from olpack.train import kernels, pointwise
+from olpack.train.batches import flatten
+from olpack.train.forward import Forward
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-if DEVICE.type == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
-
-from olpack.base import Base  # noqa: E402
-from olpack.recipe import Train  # noqa: E402
-from olpack.train import kernels, pointwise  # noqa: E402
-from olpack.train.batches import flatten  # noqa: E402
-from olpack.train.forward import Forward  # noqa: E402
-
 WIDE = {"rtol": 1e-5, "atol": 1e-5}
 HALF = {"rtol": 4e-3, "atol": 4e-3}  # of float16, which the interpreter multiplies, too
 
@@ -114,16 +112,17 @@ def test_what_a_kernel_does_not_take():
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("stored", [torch.uint8, torch.float32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the interpreter cuts bfloat16 off instead of rounding it
-def test_4_bits_are_what_bitsandbytes_makes_of_them(kind, nested, stored, dtype):
+@pytest.mark.parametrize("shape", [(96, 128), (50, 48)])  # the last block is not whole
+def test_4_bits_are_what_bitsandbytes_makes_of_them(kind, nested, stored, dtype, shape):
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    packed, state = quantize_4bit(numbers(96, 128, dtype=dtype), quant_type=kind, compress_statistics=nested, quant_storage=stored)
+    packed, state = quantize_4bit(numbers(*shape, dtype=dtype), quant_type=kind, compress_statistics=nested, quant_storage=stored)
     assert torch.equal(kernels.dequantize_4bit(packed, state), dequantize_4bit(packed, state))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 def test_a_model_learns_the_same_with_them(tmp_path, monkeypatch, kind):
-    from test_train_forward import ROWS, SENTENCEPIECE, gradients, plain_loss, with_adapter
+    from test_train_forward import ROWS, SENTENCEPIECE, plain_loss, same_gradients, with_adapter
 
     for module in ("forward", "model"):
         monkeypatch.setattr(f"olpack.train.{module}.compute_dtype", lambda _: torch.float32)
@@ -135,10 +134,27 @@ def test_a_model_learns_the_same_with_them(tmp_path, monkeypatch, kind):
     loss = Forward(model, DEVICE, checkpointing=False, offload=False).loss(flatten(ROWS, DEVICE))
     loss.backward()
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
-    ours, theirs = gradients(model), gradients(plain)
-    assert ours.keys() == theirs.keys()
-    for name, gradient in theirs.items():
-        assert (ours[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
+    same_gradients(model, plain, 1e-4)
+
+
+def test_each_kernel_runs_once_before_it_is_used(monkeypatch):
+    sizes = {"hidden": 40, "middle": 72, "head": 16, "words": 300}
+    kernels.run_once(DEVICE, torch.float16, **sizes, rank=20)
+    monkeypatch.setattr(kernels, "_refused", set())
+
+    def too_large(*_):
+        raise OutOfResources(81920, 65536, "shared memory")
+
+    monkeypatch.setattr(kernels, "gradients", too_large)
+    kernels.run_once(DEVICE, torch.float16, **sizes, rank=20)
+    ranks = {rank: pointwise.LowRank(*(torch.empty(rank, rank, dtype=torch.float16) for _ in range(4))) for rank in (16, 20)}
+    assert kernels.takes(ranks[16]) and not kernels.takes(ranks[20])
+
+
+def test_sizes_that_a_config_has_otherwise_are_usual_ones():
+    assert pointwise._sizes({"hidden_size": 64, "num_attention_heads": [4, 8], "head_dim": None, "intermediate_size": 96}, 8) == {
+        "hidden": 64, "middle": 96, "head": 2, "words": 32000, "rank": 8}  # fmt: skip
+    assert pointwise._sizes({}, 8)["middle"] == 4 * 4096
 
 
 COMPILED = """
@@ -155,7 +171,7 @@ class Driver:  # of a GPU that is not here
 
 driver.set_active(Driver())
 from olpack.train import kernels
-kernels.compile_for(torch.bfloat16, hidden=4096, middle=14336, head=128, words=128256, rank=int(sys.argv[2]))
+list(kernels.compile_for(torch.bfloat16, hidden=4096, middle=14336, head=128, words=128256, rank=int(sys.argv[2])))
 for name in sorted(name for name in dir(kernels) if name.endswith("_kernel")):
     for compiled in getattr(kernels, name).device_caches[0][0].values():
         print(name, compiled.metadata.shared)

@@ -37,7 +37,7 @@ class Activations:
     Attributes:
         layers: of each repeating layer, by what it is for; see `layer_terms`.
         inputs: of the checkpointed layers.
-        kept: of the same layers, what need not be computed again: attention's results and the products after them.
+        kept: of the same layers, what need not be computed again: attention's results (of a fused kernel) and the products after them.
         outside: of all that is no repeating layer.
         working: what the backward pass of one layer needs for a moment beside what it kept.
     """
@@ -59,7 +59,7 @@ class Training:
         activations: kept from forward to backward pass without gradient checkpointing; None where they cannot be counted.
         checkpointed: kept with it.
         results: more that may be kept with it, so that it is not computed again (`olpack.train.recompute.once`).
-        host: of those results and the layers' inputs, what waits in host memory.
+        host: of those results and the layers' inputs, what waits in host memory, before torch rounds each up to a power of two.
         offloaded: of the weights, what lies in host memory with checkpointing: embeddings that are no output layer.
         head: of the weights, the output layer, where it may wait in host memory but for the loss; else 0.
         working: what the backward pass of one layer needs for a moment; with checkpointing, that layer's activations come on top.
@@ -245,7 +245,7 @@ def estimate_training(
         results=of_layers(found.kept, 1) if found else 0,  # of the next layer: those of the one in use are among its activations
         host=found.inputs + found.kept if found else 0,
         offloaded=2 * model.parameters.embedding if pieces and model.parameters.head else 0,
-        head=2 * _waiting_head(model) if pieces else 0,
+        head=2 * _waiting_head(model, targets) if pieces else 0,
         working=found.working if found else 0,
         dequantized=dequantized,
         layer=max(found.layers, key=lambda layer: sum(layer.values()), default={}) if found else {},
@@ -253,11 +253,14 @@ def estimate_training(
     )
 
 
-def _waiting_head(model: MetaModel) -> int:
-    """Weights of an output layer that may wait in host memory. Where it is the embedding as well, that must be plain to be looked up there."""
+def _waiting_head(model: MetaModel, targets: str | list[str]) -> int:
+    """Weights of an output layer that may wait in host memory: a plain one. Where it is the embedding as well, that must be plain to be looked
+    up there."""
     import torch
 
-    parameters = model.parameters
+    parameters, head = model.parameters, model.module.get_output_embeddings()
+    if type(head) is not torch.nn.Linear or any(model.module.get_submodule(name) is head for name in adapter_shapes(model, targets)):
+        return 0
     if parameters.head:
         return parameters.head
     return parameters.embedding if type(model.module.get_input_embeddings()) is torch.nn.Embedding else 0
@@ -352,7 +355,8 @@ def activations(model: MetaModel, tokens: int, targets: str | list[str] = "all-l
         working = tokens * 2 * (widest + 2 * model.shape.hidden)
         # Attention's result with a number a head in float32, and what the layer behind it makes of it.
         sums = 4 * model.shape.heads
-        kept = sum(tokens * (2 * sum(found["o_proj"]) + sums) for index, found in linears.items() if index >= 0 and "o_proj" in found)
+        if not getattr(decoder.config, "num_kv_shared_layers", 0):  # those are checkpointed by torch
+            kept = sum(tokens * (2 * sum(found["o_proj"]) + sums) for index, found in linears.items() if index >= 0 and "o_proj" in found)
     else:  # gradients of the widest activation on their way back, and the float32 copy that an adapter's input goes through
         working = tokens * widest * (2 + 2 + 4)
     return Activations(tuple(within), inputs, kept, sum(outside.values()), working)

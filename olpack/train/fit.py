@@ -1,7 +1,8 @@
 """What goes through the model at once: the fastest choice of micro-batch and gradient checkpointing that fits into a GPU's memory.
 
 Without checkpointing nothing is computed twice, so that is chosen where it holds enough tokens to keep the GPU busy; with it, the largest
-micro-batch that fits. What fits is estimated from the model's shape and from the rows that will be learned.
+micro-batch that fits: in a long run with attention's results kept, and where little would fit otherwise with the output layer in host memory.
+What fits is estimated from the model's shape and from the rows that will be learned.
 """
 
 from __future__ import annotations
@@ -137,16 +138,17 @@ def on_gpu(
         estimate = _estimator(model, settings, stored, whole, gpus if sharded else 1)
         smallest = estimate(*sizes.largest(budgets[-1]))
         if smallest.total(True) is None:  # an architecture that cannot be counted: the careful choice
-            tokens, (largest, _) = budgets[-1] if asked == "auto" else asked, sizes.largest(budgets[0])
+            largest, _ = sizes.largest(tokens := budgets[-1])
             return _told(Fit(tokens, largest, ways[-1], spread[-1], training=smallest, room=room), sizes)
         waits = [False, True] if ways[-1] and smallest.head else [False]
-        for checkpointing, head_waits in [(way, False) for way in ways] + [(True, True)] * (len(waits) - 1):
-            slower = (not checkpointing and len(ways) > 1) or (not head_waits and len(waits) > 1)  # with few tokens than what comes after
+        for checkpointing, may_wait in [(way, False) for way in ways] + [(True, True)] * (len(waits) - 1):
+            slower = (not checkpointing and len(ways) > 1) or (not may_wait and len(waits) > 1)  # with few tokens than what comes after
             for budget in budgets:
                 if slower and budget < busy:
                     continue
                 largest, learned = sizes.largest(budget)
                 training = estimate(largest, learned)
+                head_waits = may_wait and training.total(True) > room
                 worth = checkpointing and sizes.tokens >= _WORTH * largest * gpus
                 keeps = worth and training.keeps_within(room, host // gpus, head_waits=head_waits)
                 total = training.total(checkpointing, keeps=keeps, head_waits=head_waits)

@@ -48,7 +48,7 @@ class Forward:
         samples = _samples(self.base, device)
         with self._mixed():
             trial = Trial(self.base, self.dtype, _passes(samples, self.logits))
-        pointwise.use_kernels(device)
+        pointwise.use_kernels(device, self.dtype, text.to_dict(), model.peft_config["default"].r)
         pointwise.fuse_rotary(self.base)
         with self._mixed():
             self._fuse(samples, trial)
@@ -58,6 +58,8 @@ class Forward:
         if checkpointing:
             self._checkpoint(samples[0], offload, keep, shares_keys=bool(getattr(text, "num_kv_shared_layers", 0)))
         if offload and device.type == "cuda":
+            if head_waits and not self._head_alone:
+                progress.warn("The output layer does more than a product, so it stays on the GPU, and takes more memory than the plan says")
             self._embed_on_host(with_head=head_waits and self._head_alone)
 
     def _fuse(self, samples: list[FlatRow], trial: Trial) -> None:

@@ -76,8 +76,8 @@ def fuse(model: torch.nn.Module, dtype: torch.dtype) -> list[torch.nn.Module]:
                 done |= set(layers)
                 changed += layers
     for name, module in model.named_modules():
-        if module in found.keys() - done:
-            _fuse_group([module], [found[module]], dtype, kept=name.endswith(KEPT))
+        if module in found and module not in done:
+            _fuse_group([module], [found[module]], dtype, kept=name.rpartition(".")[2] == KEPT)
             changed.append(module)
     return changed
 
@@ -250,6 +250,7 @@ class _GatedMlp(torch.autograd.Function):
         dy = gradient.flatten(0, -2)
         dlow = dy @ down.scaled_b(dy.dtype)
         found = ctx.gate.gradients(dy @ down.weight(dy.dtype), gated, upped, _low_rank(h, ctx.layers), dlow)
+        torch.autograd.graph.increment_version((gated, upped))  # so that autograd refuses a second backward pass
         dx = _to_x([gated, upped], found.h, pair).view(ctx.shape) if ctx.needs_input_grad[0] else None
         of_a = _gradients_of_a(x, found.h, pair)
         of_b = [found.gate_b, found.up_b, (dy.T @ low).float()]

@@ -17,8 +17,8 @@ _PIECES = 8  # of few tokens, whose logits would take more memory than the rest 
 
 def tokens_at_once(tokens: int, words: int) -> int:
     """How many tokens' logits are made at once."""
-    step = max(1, PIECE // words)
-    return min(step - step % _TILE, max(_TILE, tokens // _PIECES)) if step > _TILE else step
+    step, few = max(1, PIECE // words), tokens // _PIECES
+    return min(step - step % _TILE, max(_TILE, few - few % _TILE)) if step > _TILE else step
 
 
 class _HeadLoss(torch.autograd.Function):

@@ -1,4 +1,5 @@
-"""The functions of `olpack.train.pointwise` as Triton kernels, for a GPU: same names, same arguments, same results up to rounding.
+"""The functions of `olpack.train.pointwise` as Triton kernels, for a GPU: `norm`, `rotate` and `loss` under the same names, with the same
+arguments and the same results up to rounding, and what `Gate` and a weight in 4 bits come to.
 
 Each makes one pass over the memory that it must read and write. What that gains is in benchmarks/train_kernels.md. Counts of tokens are not
 specialized, so that a kernel is compiled once, and not once for those that 16 divides and once for the others.
@@ -6,21 +7,21 @@ specialized, so that a kernel is compiled once, and not once for those that 16 d
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 
-if TYPE_CHECKING:
-    from olpack.train.pointwise import LowRank
+from olpack.train.pointwise import LowRank
 
 MOST_RANK = 64  # of an adapter whose products a kernel makes beside the gate; of a larger one the sums do not fit into registers
 _ROW = 4096  # elements of a program in kernels that go row by row
 _LOGITS = 4096  # logits that a program reads at once
 _FEW = 1e30  # less than any logit, and its difference to itself is a number
-_BLOCKS = 32  # blocks of a 4-bit weight in a program
+_NUMBERS = 2048  # of a 4-bit weight in a program
 _PROGRAMS, _GRADIENTS_PROGRAMS = 4096, 1024  # into which the work of a large GPU is best cut
+_refused: set[int] = set()  # ranks, padded, that a GPU has no room for
 _FLAT = 1024  # elements of a program in kernels that take them as they come
 
 
@@ -254,7 +255,8 @@ def _adapted_gradients_kernel(
 
 def takes(adapters: LowRank) -> bool:
     """Whether the adapters' products can be made beside the gate: in 16 bits, and up to a rank."""
-    return adapters.h.dtype.itemsize == 2 and adapters.gate_b.shape[1] == adapters.up_b.shape[1] == adapters.down_a.shape[0] <= MOST_RANK
+    rank, *others = adapters.gate_b.shape[1], adapters.up_b.shape[1], adapters.down_a.shape[0]
+    return adapters.h.dtype.itemsize == 2 and others == [rank, rank] and rank <= MOST_RANK and _padded(rank) not in _refused
 
 
 def product(gated: torch.Tensor, upped: torch.Tensor, adapters: LowRank | None, gate: str) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -320,19 +322,20 @@ def _cut(size: int, step: int, others: int, programs: int) -> tuple[int, int]:
 
 @triton.jit(do_not_specialize=["blocks"])
 def _dequantize_kernel(
-    codes, levels, absmax, outer_levels, outer, offset, out, blocks, NESTED: tl.constexpr, OUTER: tl.constexpr, SIZE: tl.constexpr,
+    codes, levels, absmax, outer_levels, outer, offset, out, blocks, numbers, NESTED: tl.constexpr, OUTER: tl.constexpr, SIZE: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)[:, None]
     known = block < blocks
-    half = tl.arange(0, SIZE // 2)[None, :]
-    packed = tl.load(codes + block.to(tl.int64) * (SIZE // 2) + half, mask=known, other=0).to(tl.int32)
+    pair = block.to(tl.int64) * (SIZE // 2) + tl.arange(0, SIZE // 2)[None, :]
+    packed = tl.load(codes + pair, mask=2 * pair < numbers, other=0).to(tl.int32)
     largest = tl.load(absmax + block, mask=known, other=0)
     if NESTED:
         largest = tl.load(outer_levels + largest.to(tl.int32)) * tl.load(outer + block // OUTER, mask=known, other=0.0) + tl.load(offset)
     high, low = tl.load(levels + (packed >> 4)) * largest, tl.load(levels + (packed & 15)) * largest
     values = tl.reshape(tl.join(high, low), (BLOCKS, SIZE))
-    tl.store(out + block.to(tl.int64) * SIZE + tl.arange(0, SIZE)[None, :], values, mask=known)
+    place = block.to(tl.int64) * SIZE + tl.arange(0, SIZE)[None, :]
+    tl.store(out + place, values, mask=place < numbers)
 
 
 def dequantize_4bit(weight: torch.Tensor, state) -> torch.Tensor:
@@ -342,31 +345,60 @@ def dequantize_4bit(weight: torch.Tensor, state) -> torch.Tensor:
         weight: packed, two numbers in a byte, whatever the dtype that it is stored as.
         state: bitsandbytes' `QuantState` of it.
     """
-    codes = weight.view(torch.uint8)
-    out = torch.empty(state.shape, dtype=state.dtype, device=codes.device)
-    blocks, nested = triton.cdiv(out.numel(), state.blocksize), state.nested
+    out = torch.empty(state.shape, dtype=state.dtype, device=weight.device)
+    nested, form = state.nested, _dequantizing(state.blocksize)
     outer = (state.state2.code, state.state2.absmax, state.offset) if nested else (None, None, None)
-    _dequantize_kernel[(triton.cdiv(blocks, _BLOCKS),)](
-        codes, state.code, state.absmax, *outer, out, blocks, NESTED=nested, OUTER=state.state2.blocksize if nested else 0, SIZE=state.blocksize,
-        BLOCKS=_BLOCKS, num_warps=4, enable_fp_fusion=False,
+    blocks = triton.cdiv(out.numel(), state.blocksize)
+    _dequantize_kernel[(triton.cdiv(blocks, form["BLOCKS"]),)](
+        weight.view(torch.uint8), state.code, state.absmax, *outer, out, blocks, out.numel(), NESTED=nested,
+        OUTER=state.state2.blocksize if nested else 0, **form,
     )  # fmt: skip
     return out
 
 
-def compile_for(dtype: torch.dtype, *, hidden: int, middle: int, head: int, words: int, rank: int) -> None:
-    """Compile what a step of a model of this shape runs, as it will be called; a kernel of another form is compiled when it is met.
+def _dequantizing(blocksize: int) -> dict[str, int | bool]:
+    """Of a program. Sums are rounded like bitsandbytes', after each product."""
+    return {"SIZE": blocksize, "BLOCKS": max(1, _NUMBERS // blocksize), "num_warps": 4, "enable_fp_fusion": False}
+
+
+def compile_for(dtype: torch.dtype, *, hidden: int, middle: int, head: int, words: int, rank: int) -> Iterator[None]:
+    """Compile what a step of a model of this shape runs, as it will be called; a kernel of another form is compiled when it is met. Stops after
+    each kernel.
 
     Args:
         hidden, middle, head, words: sizes of a hidden state, of the MLP's middle, of a head, and of the vocabulary.
     """
     wide, count, start = torch.float32, 16, {"grid": (1,)}
-    _norm_kernel.warmup(dtype, dtype, dtype, wide, count, hidden, 1e-6, 0.0, **_rows_of(hidden), **start)
-    _norm_backward_kernel.warmup(dtype, dtype, wide, dtype, dtype, count, hidden, 0.0, **_rows_of(hidden), **start)
-    _rotate_kernel.warmup(dtype, dtype, dtype, dtype, count, count, head // 2, **_rows_of(head // 2), **start)
-    _loss_kernel.warmup(dtype, torch.int64, wide, words, 0.0, CAPPED=False, SIZE=_LOGITS, FEW=_FEW, num_warps=8, **start)
-    levels, forms = (wide, torch.uint8, wide, wide, wide, dtype, count), {"NESTED": True, "OUTER": 256, "SIZE": 64, "BLOCKS": _BLOCKS}
-    _dequantize_kernel.warmup(torch.uint8, *levels, **forms, num_warps=4, enable_fp_fusion=False, **start)
+    yield _norm_kernel.warmup(dtype, dtype, dtype, wide, count, hidden, 1e-6, 0.0, **_rows_of(hidden), **start)
+    yield _norm_backward_kernel.warmup(dtype, dtype, wide, dtype, dtype, count, hidden, 0.0, **_rows_of(hidden), **start)
+    yield _rotate_kernel.warmup(dtype, dtype, dtype, dtype, count, count, head // 2, **_rows_of(head // 2), **start)
+    yield _loss_kernel.warmup(dtype, torch.int64, wide, words, 0.0, CAPPED=False, SIZE=_LOGITS, FEW=_FEW, num_warps=8, **start)
+    levels = (wide, torch.uint8, wide, wide, wide, dtype, count, hidden * middle)
+    yield _dequantize_kernel.warmup(torch.uint8, *levels, NESTED=True, OUTER=256, **_dequantizing(64), **start)
     if rank <= MOST_RANK:
-        low = (dtype, dtype, dtype, dtype)
-        _adapted_product_kernel.warmup(dtype, dtype, *low, dtype, wide, count, middle, rank, middle, GELU=False, **_tile(rank), **start)
-        _adapted_gradients_kernel.warmup(dtype, dtype, dtype, *low, dtype, wide, count, middle, rank, count, GELU=False, **_gradients_tile(rank), **start)
+        pair, low = (dtype, dtype), (dtype, dtype, dtype, dtype)
+        yield _adapted_product_kernel.warmup(*pair, *low, dtype, wide, count, middle, rank, middle, GELU=False, **_tile(rank), **start)
+        of_rank = _gradients_tile(rank)
+        yield _adapted_gradients_kernel.warmup(dtype, *pair, *low, dtype, wide, count, middle, rank, count, GELU=False, **of_rank, **start)
+
+
+def run_once(device: torch.device, dtype: torch.dtype, *, hidden: int, middle: int, head: int, words: int, rank: int) -> None:
+    """Run what `compile_for` compiles, over one token, so that what does not work here is known. A rank that there is no room for is noted.
+
+    Raises:
+        Exception: whatever Triton says.
+    """
+    def ones(*shape: int) -> torch.Tensor:
+        return torch.ones(*shape, dtype=dtype, device=device)
+
+    _, scale = norm(ones(1, hidden), ones(hidden), 1e-6, 0.0)
+    norm_backward(ones(1, hidden), ones(1, hidden), scale, ones(hidden), 0.0)
+    rotate(ones(1, 1, head), ones(1, head), ones(1, head))
+    loss(ones(1, words), torch.zeros(1, dtype=torch.int64, device=device), 0.0)
+    low = LowRank(ones(1, 2 * rank), ones(middle, rank), ones(middle, rank), ones(rank, middle))
+    if takes(low):
+        try:
+            product(ones(1, middle), ones(1, middle), low, "silu")
+            gradients(ones(1, middle), ones(1, middle), ones(1, middle), low, ones(1, rank), "silu")
+        except triton.runtime.errors.OutOfResources:
+            _refused.add(_padded(rank))

@@ -254,7 +254,7 @@ def _backward(forward: Forward, trained: Joined, rows: list[TokenRow], state: St
     """
     count = sum(row.learned_count for row in rows)
     while True:
-        total, failed = 0.0, False
+        total, failed, loss = 0.0, False, None
         trained.begin()
         try:
             losses = []
@@ -275,6 +275,7 @@ def _backward(forward: Forward, trained: Joined, rows: list[TokenRow], state: St
             for parameter in trained.parameters:
                 parameter.grad /= count  # last, in float32: in 16 bits the gradients of one token among thousands could vanish
             return total / count
+        loss = None  # and with it what its backward pass would have needed
         forward.forget()
         if forward.device.type == "cuda":
             torch.cuda.empty_cache()

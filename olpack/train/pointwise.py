@@ -26,7 +26,7 @@ _compiling: threading.Thread | None = None
 
 def kernels_for(x: torch.Tensor) -> ModuleType | None:
     """`olpack.train.kernels`, for a tensor on a GPU where they work."""
-    return _kernels if x.is_cuda else None
+    return _kernels if x.is_cuda and x.numel() else None
 
 
 def _kernel(function: Callable) -> Callable:
@@ -48,24 +48,39 @@ def compile_kernels(config: Mapping[str, Any], rank: int) -> None:
         config: the base's config.json; rank: of the adapter.
     """
     global _compiling
-    text = {**config, **config.get("text_config", {})}
-    if not torch.cuda.is_available() or not {"hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"} <= text.keys():
+    if not torch.cuda.is_available():
         return
-    head = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
-    sizes = {"hidden": text["hidden_size"], "middle": text["intermediate_size"], "head": head, "words": text["vocab_size"], "rank": rank}
 
     def compile_all() -> None:
         with contextlib.suppress(Exception):  # `use_kernels` says what does not work
             from olpack.train import kernels
+            from olpack.train.model import compute_dtype
 
-            kernels.compile_for(torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16, **sizes)
+            for _ in kernels.compile_for(compute_dtype(torch.device("cuda")), **_sizes({**config, **(config.get("text_config") or {})}, rank)):
+                if not threading.main_thread().is_alive():  # the run is over already
+                    return
 
-    _compiling = threading.Thread(target=compile_all, daemon=True)
+    _compiling = threading.Thread(target=compile_all)
     _compiling.start()
 
 
-def use_kernels(device: torch.device) -> None:
-    """Use the kernels on a GPU, if they work there."""
+def _sizes(config: Mapping[str, Any], rank: int) -> dict[str, int]:
+    """What `olpack.train.kernels.compile_for` takes; a usual size where the config has none, or one for each layer."""
+    def size(name: str, usual: int) -> int:
+        return found if isinstance(found := config.get(name), int) else usual
+
+    hidden = size("hidden_size", 4096)
+    head = size("head_dim", hidden // size("num_attention_heads", 32))
+    return {"hidden": hidden, "middle": size("intermediate_size", 4 * hidden), "head": head, "words": size("vocab_size", 32000), "rank": rank}
+
+
+def use_kernels(device: torch.device, dtype: torch.dtype, config: Mapping[str, Any], rank: int) -> None:
+    """Use the kernels on a GPU, if they work there: each is tried.
+
+    Args:
+        dtype: that the model computes in.
+        config: of its text model; rank: of the adapter.
+    """
     global _kernels
     if device.type != "cuda" or _kernels is not None:
         return
@@ -74,10 +89,9 @@ def use_kernels(device: torch.device) -> None:
     try:
         from olpack.train import kernels
 
-        x = torch.ones(2, 16, device=device, dtype=torch.float16)
-        kernels.norm(x, x[0], 1e-6, 0.0)
+        kernels.run_once(device, dtype, **_sizes(config, rank))
     except Exception as error:  # no Triton, no C compiler, a GPU that it does not know: whatever it is, the plain functions do
-        progress.warn(f"Triton does not work here, so training goes without fused kernels: {str(error).strip().splitlines()[0]}")
+        progress.warn(f"Triton does not work here, so training goes without fused kernels: {(str(error).strip() or repr(error)).splitlines()[0]}")
         return
     _kernels = kernels
 
@@ -224,7 +238,7 @@ class LowRank(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of a gated MLP's adapters: of the members of `LowRank`, those of B and A in float32."""
+    """Of a gated MLP's adapters: those of the members of `LowRank` (so of the scaled B), of B and A in float32."""
 
     h: torch.Tensor
     gate_b: torch.Tensor

@@ -1,9 +1,9 @@
 """Gradient checkpointing: a layer's activations are computed again in the backward pass, from its input, which waits in the host's memory.
 
-What is small beside the work that it takes can wait there too, so that it is not computed again (`once`): attention's result and the product
-after it. The copies to the host and back run beside the computation: a layer of an 8B model takes longer than they do over PCIe. Which memory
-may be used again is settled by events between the two streams. (`record_stream` would leave that to the allocator, which then sees nothing
-free while the host runs ahead of the GPU.)
+What takes more work than room can wait there too, so that it is not computed again (`once`): attention's result and the product after it. The
+copies to the host and back run beside the computation: a layer of an 8B model takes longer than they do over PCIe. Which memory may be used
+again is settled by events between the two streams. (`record_stream` would leave that to the allocator, which then sees nothing free while the
+host runs ahead of the GPU.)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ output_unneeded: ContextVar[bool] = ContextVar("output_unneeded", default=False)
 """Whether a layer is computed for its backward pass only, so that the product which it ends with need not be made."""
 
 
-_notes: ContextVar[Callable | None] = ContextVar("notes", default=None)
+_note: ContextVar[Callable | None] = ContextVar("note", default=None)
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -26,7 +26,7 @@ Tensors = tuple[torch.Tensor, ...]
 def once(compute: Callable[[], Tensors], *, small: bool = False) -> Tensors:
     """What `compute` gives, without history; in a layer that is computed again, what it gave the first time, where that is kept. What is `small`
     always is, on the GPU."""
-    note = _notes.get()
+    note = _note.get()
     return compute() if note is None else note(compute, small)
 
 
@@ -78,7 +78,13 @@ class Recompute:
 
     def forget(self) -> None:
         """Of a pass that came to no end."""
-        self._waiting.clear()
+        self._drop(len(self._waiting))
+
+    def _drop(self, count: int) -> None:
+        """The last of those that wait; a copy on its way must not find its memory used for something else."""
+        if count and self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+        del self._waiting[len(self._waiting) - count :]
 
     def put(self, hidden: torch.Tensor) -> _Kept:
         """What a layer that begins keeps. What the one before it keeps goes to the host meanwhile, and that of the one before leaves the GPU."""
@@ -91,8 +97,8 @@ class Recompute:
 
     def take(self, wanted: _Kept) -> torch.Tensor:
         """The input of a layer, on the GPU again; what the layer before it keeps begins to come back too."""
-        while self._waiting.pop() is not wanted:  # of a forward pass that had no backward pass
-            pass
+        self._drop(len(self._waiting) - 1 - self._waiting.index(wanted))  # of a forward pass that had no backward pass
+        self._waiting.pop()
         wanted.arrive()
         if self._waiting:
             self._waiting[-1].fetch()
@@ -102,11 +108,11 @@ class Recompute:
 @contextmanager
 def noting(note: Callable[[Callable[[], Tensors], bool], Tensors] | None) -> Iterator[None]:
     """With what `once` does meanwhile."""
-    before = _notes.set(note)
+    before = _note.set(note)
     try:
         yield
     finally:
-        _notes.reset(before)
+        _note.reset(before)
 
 
 class _Kept:
@@ -118,15 +124,15 @@ class _Kept:
         self._here: list[torch.Tensor | None] = [hidden]
         self._host: list[torch.Tensor] = []
         self._copied: torch.cuda.Event | None = None
-        self._notes: list[Tensors | range] = []  # what is small, or places of the other
+        self._found: list[Tensors | range] = []  # what is small, or places of the other
 
     def note(self, compute: Callable[[], Tensors], small: bool) -> Tensors:
         """Compute, and keep that."""
         found = compute()
         if small:
-            self._notes.append(found)
+            self._found.append(found)
         elif self._keep:
-            self._notes.append(range(len(self._here), len(self._here) + len(found)))
+            self._found.append(range(len(self._here), len(self._here) + len(found)))
             self._here += found
         return found
 
@@ -134,8 +140,8 @@ class _Kept:
         """What was kept, in the same order."""
         if not small and not self._keep:
             return compute()
-        note = self._notes.pop(0)
-        return note if small else tuple(map(self._take, note))
+        found = self._found.pop(0)
+        return found if small else tuple(map(self._take, found))
 
     def input(self) -> torch.Tensor:
         return self._take(0)
