@@ -16,9 +16,10 @@ import triton.language as tl
 from olpack.train.pointwise import LowRank
 
 MOST_RANK = 64  # of an adapter whose products a kernel makes beside the gate; of a larger one the sums do not fit into registers
+_FUSED = {"enable_fp_fusion": True}  # products and sums rounded once; Triton warns that its default will change
 _ROW = 4096  # elements of a program in kernels that go row by row
-_LOGITS = 4096  # logits that a program reads at once
-_FEW = 1e30  # less than any logit, and its difference to itself is a number
+# Logits that a program reads at once; and what, negative, is less than any logit, and its difference to itself a number.
+_LOSS = {"SIZE": 4096, "FEW": 1e30, "num_warps": 8, **_FUSED}
 _NUMBERS = 2048  # of a 4-bit weight in a program
 _PROGRAMS, _GRADIENTS_PROGRAMS = 4096, 1024  # into which the work of a large GPU is best cut
 _refused: set[int] = set()  # ranks, padded, that a GPU has no room for
@@ -28,7 +29,7 @@ _FLAT = 1024  # elements of a program in kernels that take them as they come
 def _rows_of(size: int) -> dict[str, int]:
     """How many rows of so many elements a program takes."""
     padded = triton.next_power_of_2(size)
-    return {"ROWS": max(1, _ROW // padded), "SIZE": padded, "num_warps": 4 if padded <= _ROW else 16}
+    return {"ROWS": max(1, _ROW // padded), "SIZE": padded, "num_warps": 4 if padded <= _ROW else 16, **_FUSED}
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -139,7 +140,7 @@ def _loss_kernel(logits, targets, losses, words, softcap, CAPPED: tl.constexpr, 
 def loss(logits: torch.Tensor, targets: torch.Tensor, softcap: float) -> tuple[torch.Tensor, torch.Tensor]:
     rows, words = logits.shape
     losses = logits.new_empty(rows, dtype=torch.float32)
-    _loss_kernel[(rows,)](logits, targets, losses, words, softcap, CAPPED=bool(softcap), SIZE=_LOGITS, FEW=_FEW, num_warps=8)
+    _loss_kernel[(rows,)](logits, targets, losses, words, softcap, CAPPED=bool(softcap), **_LOSS)
     return losses, logits
 
 
@@ -264,7 +265,7 @@ def product(gated: torch.Tensor, upped: torch.Tensor, adapters: LowRank | None, 
     middle, gelu = torch.empty_like(gated), gate == "gelu_tanh"
     if adapters is None:
         size = gated.numel()
-        _product_kernel[(triton.cdiv(size, _FLAT),)](gated, upped, middle, size, GELU=gelu, SIZE=_FLAT)
+        _product_kernel[(triton.cdiv(size, _FLAT),)](gated, upped, middle, size, GELU=gelu, SIZE=_FLAT, **_FUSED)
         return middle, None
     tokens, columns = gated.shape
     rank = adapters.gate_b.shape[1]
@@ -284,7 +285,7 @@ def gradients(
     gelu = gate == "gelu_tanh"
     if adapters is None:
         size = gated.numel()
-        _gradients_kernel[(triton.cdiv(size, _FLAT),)](dmiddle, gated, upped, size, GELU=gelu, SIZE=_FLAT)
+        _gradients_kernel[(triton.cdiv(size, _FLAT),)](dmiddle, gated, upped, size, GELU=gelu, SIZE=_FLAT, **_FUSED)
         return None
     tokens, columns = gated.shape
     rank = adapters.gate_b.shape[1]
@@ -299,13 +300,13 @@ def gradients(
 def _tile(rank: int) -> dict[str, int]:
     """Of a program. Four warps multiply 64 rows at a time, and more columns would not fit into their registers."""
     padded = _padded(rank)
-    return {"RANK": padded, "TOKENS": 64, "COLUMNS": 64 if padded == 16 else 32, "num_warps": 4, "num_stages": 2}
+    return {"RANK": padded, "TOKENS": 64, "COLUMNS": 64 if padded == 16 else 32, "num_warps": 4, "num_stages": 2, **_FUSED}
 
 
 def _gradients_tile(rank: int) -> dict[str, int]:
     """The same where three sums are held as well: there more columns of few tokens are faster."""
-    padded = _padded(rank)
-    return {"RANK": padded, "TOKENS": 16, "COLUMNS": 128, "num_warps": 4, "num_stages": 1} if padded == 16 else _tile(rank)
+    few = {"TOKENS": 16, "COLUMNS": 128, "num_stages": 1} if _padded(rank) == 16 else {}
+    return {**_tile(rank), **few}
 
 
 def _padded(rank: int) -> int:
@@ -356,7 +357,7 @@ def dequantize_4bit(weight: torch.Tensor, state) -> torch.Tensor:
     return out
 
 
-def _dequantizing(blocksize: int) -> dict[str, int | bool]:
+def _dequantizing(blocksize: int) -> dict[str, int]:
     """Of a program. Sums are rounded like bitsandbytes', after each product."""
     return {"SIZE": blocksize, "BLOCKS": max(1, _NUMBERS // blocksize), "num_warps": 4, "enable_fp_fusion": False}
 
@@ -372,7 +373,7 @@ def compile_for(dtype: torch.dtype, *, hidden: int, middle: int, head: int, word
     yield _norm_kernel.warmup(dtype, dtype, dtype, wide, count, hidden, 1e-6, 0.0, **_rows_of(hidden), **start)
     yield _norm_backward_kernel.warmup(dtype, dtype, wide, dtype, dtype, count, hidden, 0.0, **_rows_of(hidden), **start)
     yield _rotate_kernel.warmup(dtype, dtype, dtype, dtype, count, count, head // 2, **_rows_of(head // 2), **start)
-    yield _loss_kernel.warmup(dtype, torch.int64, wide, words, 0.0, CAPPED=False, SIZE=_LOGITS, FEW=_FEW, num_warps=8, **start)
+    yield _loss_kernel.warmup(dtype, torch.int64, wide, words, 0.0, CAPPED=False, **_LOSS, **start)
     levels = (wide, torch.uint8, wide, wide, wide, dtype, count, hidden * middle)
     yield _dequantize_kernel.warmup(torch.uint8, *levels, NESTED=True, OUTER=256, **_dequantizing(64), **start)
     if rank <= MOST_RANK:

@@ -50,13 +50,17 @@ def compile_kernels(config: Mapping[str, Any], rank: int) -> None:
     global _compiling
     if not torch.cuda.is_available():
         return
+    try:  # here and not in the thread: two that import the same modules find them half made
+        from olpack.train import kernels
+    except ImportError:  # `use_kernels` says so
+        return
+    from olpack.train.model import compute_dtype
+
+    dtype, sizes = compute_dtype(torch.device("cuda")), _sizes({**config, **(config.get("text_config") or {})}, rank)
 
     def compile_all() -> None:
-        with contextlib.suppress(Exception):  # `use_kernels` says what does not work
-            from olpack.train import kernels
-            from olpack.train.model import compute_dtype
-
-            for _ in kernels.compile_for(compute_dtype(torch.device("cuda")), **_sizes({**config, **(config.get("text_config") or {})}, rank)):
+        with contextlib.suppress(Exception):
+            for _ in kernels.compile_for(dtype, **sizes):
                 if not threading.main_thread().is_alive():  # the run is over already
                     return
 
