@@ -140,11 +140,10 @@ def on_gpu(
         if smallest.total(True) is None:  # an architecture that cannot be counted: the careful choice
             largest, _ = sizes.largest(tokens := budgets[-1])
             return _told(Fit(tokens, largest, ways[-1], spread[-1], training=smallest, room=room), sizes)
-        waits = [False, True] if ways[-1] and smallest.head else [False]
-        for checkpointing, may_wait in [(way, False) for way in ways] + [(True, True)] * (len(waits) - 1):
-            slower = (not checkpointing and len(ways) > 1) or (not may_wait and len(waits) > 1)  # with few tokens than what comes after
+        choices = [(way, False) for way in ways] + ([(True, True)] if ways[-1] and smallest.head else [])
+        for checkpointing, may_wait in choices:
             for budget in budgets:
-                if slower and budget < busy:
+                if budget < busy and (checkpointing, may_wait) != choices[-1]:  # with few tokens the next choice is faster
                     continue
                 largest, learned = sizes.largest(budget)
                 training = estimate(largest, learned)
