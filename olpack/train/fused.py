@@ -219,15 +219,18 @@ class _Group(torch.autograd.Function):
 
 
 class _GatedMlp(torch.autograd.Function):
-    """down(f(gate(x)) · up(x)). What the adapters of gate and up add is made where the gate is, and never written to memory; the product of the
-    two is made again in the backward pass, and their gradients take their places: the MLP is where a layer needs most memory."""
+    """down(f(gate(x)) · up(x)). With kernels, what the adapters of gate and up add is made where the gate is, and never written to memory; the
+    product of the two is made again in the backward pass, and their gradients take their places: the MLP is where a layer needs most memory."""
 
     @staticmethod
     def forward(ctx, x, gate, layers, *adapters):
         flat = x.flatten(0, -2)
         *pair, down = layers
         h = _down(flat, pair)
-        gated, upped = (flat @ layer.weight(flat.dtype).T for layer in pair)
+        if gate.adds(_low_rank(h, layers)):
+            gated, upped = (flat @ layer.weight(flat.dtype).T for layer in pair)
+        else:
+            gated, upped = (_up(flat, part, layer) for part, layer in zip(_h_of(h, pair), pair, strict=True))
         ctx.gate, ctx.layers, ctx.shape = gate, layers, x.shape
 
         def product() -> tuple[torch.Tensor, torch.Tensor]:
@@ -247,9 +250,10 @@ class _GatedMlp(torch.autograd.Function):
     def backward(ctx, gradient):
         x, h, gated, upped, low = ctx.saved_tensors
         *pair, down = ctx.layers
-        dy = gradient.flatten(0, -2)
+        adapters, dy = _low_rank(h, ctx.layers), gradient.flatten(0, -2)
         dlow = dy @ down.scaled_b(dy.dtype)
-        found = ctx.gate.gradients(dy @ down.weight(dy.dtype), gated, upped, _low_rank(h, ctx.layers), dlow)
+        dmiddle = dy @ down.weight(dy.dtype) if ctx.gate.adds(adapters) else _to_x([dy], dlow, [down])
+        found = ctx.gate.gradients(dmiddle, gated, upped, adapters, dlow)
         torch.autograd.graph.increment_version((gated, upped))  # so that autograd refuses a second backward pass
         dx = _to_x([gated, upped], found.h, pair).view(ctx.shape) if ctx.needs_input_grad[0] else None
         of_a = _gradients_of_a(x, found.h, pair)

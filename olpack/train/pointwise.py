@@ -261,17 +261,22 @@ class Gate:
     def __init__(self, name: str, function: Callable[[torch.Tensor], torch.Tensor], slope: Callable[[torch.Tensor], torch.Tensor]):
         self.name, self.function, self.slope = name, function, slope
 
+    @staticmethod
+    def adds(adapters: LowRank) -> bool:
+        """Whether what the adapters add is added here, by a kernel. Where there is none, a large product adds to it and saves a pass over memory."""
+        kernels = kernels_for(adapters.h)
+        return kernels is not None and kernels.takes(adapters)
+
     def product(self, gated: torch.Tensor, upped: torch.Tensor, adapters: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
         """(middle [tokens, columns], middle times down's A [tokens, rank]).
 
         Args:
-            gated, upped: [tokens, columns], the input times the frozen weights; what the adapters add comes here.
+            gated, upped: [tokens, columns], the input times the frozen weights; what the adapters add comes here if the gate `adds` it, and is in
+                them already if not.
         """
         kernels = kernels_for(gated)
-        if kernels and kernels.takes(adapters):
+        if self.adds(adapters):
             return kernels.product(gated, upped, adapters, self.name)
-        of_gate, of_up = adapters.halves
-        gated, upped = torch.addmm(gated, of_gate, adapters.gate_b.T), torch.addmm(upped, of_up, adapters.up_b.T)
         if kernels:
             middle, _ = kernels.product(gated, upped, None, self.name)
         else:
@@ -282,17 +287,15 @@ class Gate:
         """Puts the gradients of gated and upped into their places; what `dmiddle` holds afterwards is of no use.
 
         Args:
-            dmiddle: [tokens, columns], gradient of the middle by way of the frozen weight of down.
+            dmiddle: [tokens, columns], gradient of the middle by way of the frozen weight of down; if the gate does not add what the adapters
+                add, by way of its A too.
             gated, upped, adapters: as `product` takes them.
             dlow: [tokens, rank], gradient of middle times down's A.
         """
         kernels, (of_gate, of_up) = kernels_for(gated), adapters.halves
-        if kernels and kernels.takes(adapters):
+        if self.adds(adapters):
             gate_b, up_b, down_a = kernels.gradients(dmiddle, gated, upped, adapters, dlow, self.name)
         else:
-            gated.addmm_(of_gate, adapters.gate_b.T)
-            upped.addmm_(of_up, adapters.up_b.T)
-            dmiddle.addmm_(dlow, adapters.down_a)
             if kernels:
                 kernels.gradients(dmiddle, gated, upped, None, None, self.name)
             else:
