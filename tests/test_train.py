@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import weakref
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,7 @@ def test_it_learns_and_writes_an_adapter_that_peft_loads(base, tmp_path, quantiz
 
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32), tmp_path / "adapter")
     held_out = make_rows(8, seed=9)
-    forward = Forward(model.eval(), CPU, checkpointing=False, offload=False)
+    forward = Forward(model.eval(), CPU, checkpointing=False)
     with torch.no_grad():
         loss = forward.loss(flatten(held_out, CPU)).item() / sum(row.learned_count for row in held_out)
     assert loss == pytest.approx(result.eval_loss_after, rel=1e-4 if quantization == "none" and result.device == "cpu" else 0.1)
@@ -88,7 +89,7 @@ def test_gradients_do_not_depend_on_how_a_batch_is_cut(base):
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(1))
-        forward, trained = Forward(model, CPU, checkpointing=False, offload=False), Joined(model)
+        forward, trained = Forward(model, CPU, checkpointing=False), Joined(model)
         training_loop._backward(forward, trained, rows, training_loop.State(budget=budget))
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in trained.parameters]))
     assert torch.allclose(*gradients, rtol=1e-3, atol=1e-6)
@@ -104,7 +105,7 @@ def test_parameters_are_learned_where_they_are_joined_and_where_they_are_not(bas
         counts.append(len(trained.parameters))
         optimizer = torch.optim.AdamW(trained.parameters, lr=1e-2)
         for _ in range(2):
-            forward = Forward(model, CPU, checkpointing=False, offload=False)
+            forward = Forward(model, CPU, checkpointing=False)
             training_loop._backward(forward, trained, rows, training_loop.State(budget=10_000))
             optimizer.step()
             optimizer.zero_grad()
@@ -120,7 +121,7 @@ def test_memory_that_runs_out_while_gradients_are_joined_counts_none_twice(base,
     rows, gradients = make_rows(8), []
     for fails in (False, True):
         model = load_with_adapter(base, Train(quantization="none"), CPU)
-        forward, trained = Forward(model, CPU, checkpointing=False, offload=False), Joined(model)
+        forward, trained = Forward(model, CPU, checkpointing=False), Joined(model)
         state = training_loop.State(budget=2 * max(len(row.ids) for row in rows))
         with monkeypatch.context() as patch:
             if fails:  # in the second micro-batch, when there are gradients already
@@ -140,6 +141,20 @@ def test_gradient_checkpointing_gives_the_same_run(base, tmp_path):
     for checkpointing in (False, True):
         run(base, tmp_path / str(checkpointing), Train(epochs=1, batch_size=8, gradient_checkpointing=checkpointing))
     assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=1e-4)
+
+
+def test_the_model_is_gone_when_the_gpus_memory_is_given_free(base, tmp_path, monkeypatch):
+    models, alive = [], []
+
+    def load(*given, **named):
+        model = load_with_adapter(*given, **named)
+        models.append(weakref.ref(model.get_base_model()))
+        return model
+
+    monkeypatch.setattr(training_loop, "load_with_adapter", load)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.append(models[0]()))
+    run(base, tmp_path, Train(quantization="none", epochs=1, batch_size=8))
+    assert alive == [None]
 
 
 def test_an_interrupted_run_goes_on_where_it_was(base, tmp_path, monkeypatch):

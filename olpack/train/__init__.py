@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
     from olpack.recipe import Train
 
 __all__ = ["TrainResult", "train"]
+
+# Nothing here is compiled by torch, but bitsandbytes wraps functions for it, and the compiler that is imported then takes 2 of 10 s of imports.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 @dataclass(frozen=True)
@@ -78,4 +83,15 @@ def train(base: Base, rows: list[TokenRow], eval_rows: list[TokenRow], settings:
     compile_kernels(base.config, settings.rank)
     from olpack.train.loop import run  # takes seconds, most of them for transformers and peft
 
-    return run(base, rows, eval_rows, settings, out=out, checkpoint=checkpoint, key=key)
+    try:
+        return run(base, rows, eval_rows, settings, out=out, checkpoint=checkpoint, key=key)
+    finally:
+        _give_free()
+
+
+def _give_free() -> None:
+    """Give the model's memory back to the system: what comes next, llama.cpp or Ollama, needs it on the same GPU."""
+    import torch
+
+    gc.collect()  # a model whose forward passes are replaced refers to itself
+    torch.cuda.empty_cache()
