@@ -103,6 +103,7 @@ def build(work: Path) -> tuple[dict[str, float], Watch]:
             if "stage" in event:
                 seconds[event["stage"]] = event["seconds"]
                 watch.end_stage(event["stage"])
+                print(_row(event["stage"], seconds, watch), file=sys.stderr, flush=True)
             if event.get("event") != "progress":
                 print(event.get("text", line), file=sys.stderr, flush=True)
         over.set()
@@ -110,6 +111,11 @@ def build(work: Path) -> tuple[dict[str, float], Watch]:
     if process.wait():
         raise SystemExit("olpack build failed")
     return seconds, watch
+
+
+def _row(stage: str, seconds: dict[str, float], watch: Watch) -> str:
+    memory, disk = watch.stages[stage]
+    return f"| {stage} | {seconds[stage]:.1f} | {memory / 1e9:.2f} | {disk / 1e9:.2f} |"
 
 
 def table(work: Path, seconds: dict[str, float], watch: Watch, wall: float) -> list[str]:
@@ -123,9 +129,7 @@ def table(work: Path, seconds: dict[str, float], watch: Watch, wall: float) -> l
              f"{trained['steps']} steps at {trained['tokens_per_s']:,.0f} tokens/s, held-out loss {trained['eval_loss_before']:.3f} to "
              f"{trained['eval_loss_after']:.3f}; {where}.", "",
              "| stage | wall time, s | peak RAM, GB | peak disk, GB |", "| --- | ---: | ---: | ---: |"]  # fmt: skip
-    for stage, taken in seconds.items():
-        memory, disk = watch.stages[stage]
-        lines.append(f"| {stage} | {taken:.1f} | {memory / 1e9:.2f} | {disk / 1e9:.2f} |")
+    lines += [_row(stage, seconds, watch) for stage in seconds]
     peak = max(disk for _, disk in watch.stages.values())
     memory = max(memory for memory, _ in watch.stages.values())
     return [*lines, f"| together | {wall:.1f} | {memory / 1e9:.2f} | {peak / 1e9:.2f} |", "",

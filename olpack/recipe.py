@@ -262,6 +262,8 @@ class Compare(_Section):
     """Tokens generated in each timed run."""
     repeats: Annotated[int, Field(ge=1)] = 4
     """Timed runs per figure, in two rounds; the table shows their median, the report their spread."""
+    answer_tokens: Annotated[int, Field(ge=1)] = 256
+    """An answer to a prompt or a task is cut there."""
     clients: list[Annotated[int, Field(ge=1, le=256)]] = Field(default_factory=list)
     """Numbers of clients that ask at once, such as [1, 2, 4, 8]. Only through a server, and only where it is asked for: it takes long."""
     max_loss: Annotated[float, Field(gt=0)] = 0.01

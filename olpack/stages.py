@@ -94,7 +94,8 @@ def compare(build: Build, steps: list[Step]) -> None:
 
     asked, paths, (step,) = build.recipe.compare, build.paths, steps
     settings = MeasureSettings(prompt_lengths=tuple(asked.prompt_tokens), generated_tokens=asked.generated_tokens, repeats=asked.repeats,
-                               clients=tuple(asked.clients), context=build.package.parameters["num_ctx"], tolerance=asked.max_loss,
+                               answer_tokens=asked.answer_tokens, clients=tuple(asked.clients), context=build.package.parameters["num_ctx"],
+                               tolerance=asked.max_loss,
                                suites=tuple(asked.suites), suite_folder=build.suite_folder and str(build.suite_folder), suite_limit=asked.suite_limit)
     _, held_out = build.rows
     client = OllamaClient() if build.server else None
