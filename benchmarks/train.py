@@ -67,19 +67,25 @@ def run_olpack(folder: Path, checkpointing: bool, profile: bool) -> dict:
 
     from olpack.base import Base
     from olpack.data import TokenRow
+    from olpack.memory.shape import MetaModel
+    from olpack.memory.training import estimate_training
     from olpack.recipe import Train
     from olpack.train import loop
     from olpack.train.checkpoint import State
     from olpack.train.forward import Forward
+    from olpack.train.host_memory import HostMemory
     from olpack.train.joined import Joined
     from olpack.train.model import load_with_adapter
 
-    device = torch.device("cuda", 0)
+    device, base, host = torch.device("cuda", 0), Base("random", folder), None
     settings = Train(rank=RANK, alpha=RANK)
+    if checkpointing:
+        estimated = estimate_training(MetaModel(base.config, base.label), rank=RANK, tokens=TOKENS, precision="nf4")
+        host = HostMemory(estimated.host(keeps=True), device)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = load_with_adapter(Base("random", folder), settings, device)
+    model = load_with_adapter(base, settings, device)
     loaded = time.time()
-    forward = Forward(model, device, checkpointing=checkpointing, offload=checkpointing, keep=checkpointing)
+    forward = Forward(model, device, checkpointing=checkpointing, host=host, keep=checkpointing)
     trained = Joined(model)
     optimizer = loop._optimizer(trained.parameters, settings, device)
     rows = [TokenRow(ids, [True] * len(ids), "", "") for ids in tokenizer(texts(tokenizer, 40 * (STEPS + 2)))["input_ids"]]

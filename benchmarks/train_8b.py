@@ -93,13 +93,15 @@ class Bench:
         from olpack.recipe import Train
         from olpack.train import loop
         from olpack.train.forward import Forward
+        from olpack.train.host_memory import HostMemory
         from olpack.train.joined import Joined
 
         self.device, self.words = device, SHAPES[shape][-1]
         self.model = random_model(shape, device)
         self.built = time.time()
         # Whether layers are computed again without their last product is tried once, before the gradients are joined.
-        self.forward = Forward(self.model, device, checkpointing=True, offload=offload)
+        self.host = HostMemory(0, device)  # so that torch locks what is needed
+        self.forward = Forward(self.model, device, checkpointing=True, host=self.host if offload else None)
         self.skips = self.forward._recompute.skips
         self.trained = Joined(self.model)
         self.optimizer = loop._optimizer(self.trained.parameters, Train(), device)
@@ -107,8 +109,8 @@ class Bench:
     def checkpointing(self, on: bool, *, offload: bool = True, keep: bool = False) -> None:
         from olpack.train.recompute import Recompute
 
-        recompute = self.forward._recompute = Recompute(self.device, offload=offload, keep=keep)
-        recompute.skips = self.skips
+        recompute = self.forward._recompute = Recompute(self.device, keep=keep)
+        recompute.skips, recompute.host = self.skips, self.host if offload else None
         self.forward.base._set_gradient_checkpointing(on, recompute)
 
     def step(self, batch: list) -> float:
@@ -162,7 +164,7 @@ def same_losses(device: torch.device, steps: int = 12) -> list[str]:
         torch.manual_seed(0)
         model = random_model("tiny", device)
         adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        forward = None if plain else Forward(model, device, checkpointing=False, offload=False)
+        forward = None if plain else Forward(model, device, checkpointing=False)
         optimizer, found = torch.optim.AdamW(adapter, lr=2e-3), []
         for batch in batches:
             if plain:
@@ -279,11 +281,11 @@ def main() -> None:
         return []
 
     def smallest() -> list[str]:
-        bench[0].forward._embed_on_host(with_head=False)
+        bench[0].forward._embed_on_host(bench[0].host, with_head=False)
         bench[0].optimizer.zero_grad(set_to_none=True)
         free()
         found = with_checkpointing("checkpointing, offloaded, input embeddings in host memory too", 2048, 4)
-        bench[0].forward._embed_on_host(with_head=True)
+        bench[0].forward._embed_on_host(bench[0].host, with_head=True)
         free()
         return found + with_checkpointing("checkpointing, offloaded, embeddings and output layer in host memory too", 2048, 4)
 

@@ -63,7 +63,7 @@ def losses(base: Base, rows: list[TokenRow], device: torch.device, dtype: torch.
     model_of.compute_dtype = lambda _: dtype
     model = model_of.load_with_adapter(base, Train(learning_rate=1e-3), device)
     adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    forward = None if plain else Forward(model, device, checkpointing=False, offload=False)
+    forward = None if plain else Forward(model, device, checkpointing=False)
     optimizer = torch.optim.AdamW(adapter, lr=1e-3)
     found = []
     for batch in schedule(len(rows), 1e9 if not rows else STEPS * BATCH / len(rows), BATCH, 0)[:STEPS]:

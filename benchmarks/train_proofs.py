@@ -75,7 +75,7 @@ def _last(flags: list[bool]) -> int:
 def packed() -> list[str]:
     base, device = resolve("builtin/tiny-coder", relative_to=Path()), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = [row for chat in load_chats(ROWS)[:64] for row in Renderer(base.tokenizer(), base.end_ids()).rows(chat)]
-    forward = Forward(load_with_adapter(base, Train(quantization="none"), device), device, checkpointing=False, offload=False)
+    forward = Forward(load_with_adapter(base, Train(quantization="none"), device), device, checkpointing=False)
     groups, largest, scale = micro_batches(rows, 2048), 0.0, 0.0
     with torch.no_grad():
         for group in groups:

@@ -38,6 +38,7 @@ def measure(base, checkpointing: bool, lengths: list[int], rank: int) -> list[di
     from olpack.train import fit, loop
     from olpack.train.checkpoint import State
     from olpack.train.forward import Forward
+    from olpack.train.host_memory import HostMemory
     from olpack.train.joined import Joined
     from olpack.train.model import load_with_adapter
 
@@ -46,7 +47,7 @@ def measure(base, checkpointing: bool, lengths: list[int], rank: int) -> list[di
     shape = MetaModel(base.config, base.label)
     room = fit.free_room(device)
     model = load_with_adapter(base, settings, device)
-    forward = Forward(model, device, checkpointing=checkpointing, offload=checkpointing)
+    forward = Forward(model, device, checkpointing=checkpointing, host=HostMemory(0, device) if checkpointing else None)
     trained = Joined(model)
     optimizer = loop._optimizer(trained.parameters, settings, device)
     torch.cuda.synchronize()

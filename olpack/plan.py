@@ -252,25 +252,15 @@ def _adapter_parameters(build: Build) -> int:
 
 def _add_memory(needs: Table, fit: dict, held: str) -> None:
     """What a training step takes of a GPU, by what it is for, and how it was made to fit."""
-    taken, checkpointing = fit["training"], fit["checkpointing"]
-    fixed = taken["adapter"] + taken["gradients"] + taken["optimizer"] + taken["workspace"]
-    offloaded = (taken["offloaded"] if checkpointing else 0) + (taken["head"] if fit["head_waits"] else 0)
-    parts = {f"base as {held}": taken["weights"] - offloaded, "adapter, gradients, optimizer, cuBLAS": fixed}
-    if fit["bytes"] is not None:
-        layer = sum(taken["layer"].values())
-        if fit["keeps"]:
-            parts["inputs of the layers, attention's results"] = taken["checkpointed"] + taken["results"]
-        else:
-            parts["inputs of the layers" if checkpointing else "activations"] = taken["checkpointed"] if checkpointing else taken["activations"]
-        backward = taken["working"] + taken["dequantized"] + (layer if checkpointing else 0)
-        at_loss = taken["logits"] + (taken["head"] if fit["head_waits"] else 0)
-        what = "output layer and logits" if fit["head_waits"] else "logits"
-        parts[f"the larger of {what} ({progress.quantity(at_loss, 'B')}) and one layer's backward pass"] = max(at_loss, backward)
-    needs.add_row("GPU memory", "; ".join(f"{name} {progress.quantity(size, 'B')}" for name, size in parts.items()))
+    parts = {name if name != "base" else f"base as {held}": size for name, size in fit["parts"].items()}
+    needs.add_row("GPU memory", _sizes(parts))
     needs.add_row("", fit["said"])
-    if fit["keeps"]:
-        needs.add_row("pinned host memory", f"inputs of the layers, attention's results {progress.quantity(taken['host'], 'B')} for each GPU, "
-                      "each tensor rounded up to a power of two")
+    if fit["host_parts"]:
+        needs.add_row("locked host memory", f"for each GPU: {_sizes(fit['host_parts'])}")
+
+
+def _sizes(parts: dict[str, int]) -> str:
+    return "; ".join(f"{name} {progress.quantity(size, 'B')}" for name, size in parts.items())
 
 
 def write_plan(build: Build) -> None:

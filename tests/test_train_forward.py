@@ -83,7 +83,7 @@ def test_loss_and_gradients_are_those_of_the_plain_way(tmp_path, kind, quantizat
     wanted.backward()
     for checkpointing, keep in ((False, False), (True, False), (True, True)):
         model = with_adapter(base, train)
-        forward = Forward(model, CPU, checkpointing=checkpointing, offload=checkpointing, keep=keep)
+        forward = Forward(model, CPU, checkpointing=checkpointing, keep=keep)
         assert forward.packs
         loss = forward.loss(flatten(ROWS, CPU))
         loss.backward()
@@ -93,7 +93,7 @@ def test_loss_and_gradients_are_those_of_the_plain_way(tmp_path, kind, quantizat
 
 def test_a_sample_between_others_has_the_logits_that_it_has_alone(tmp_path):
     model = with_adapter(Base("tiny", write_model(tmp_path / "model")), Train(rank=4))
-    forward = Forward(model, CPU, checkpointing=False, offload=False)
+    forward = Forward(model, CPU, checkpointing=False)
     with torch.no_grad():
         alone = forward.logits(flatten([ROWS[1]], CPU))[0]
         between = forward.logits(flatten(ROWS, CPU))[0, len(ROWS[0].ids) : len(ROWS[0].ids) + len(ROWS[1].ids)]
@@ -104,7 +104,7 @@ def test_layers_that_are_more_than_lora_stay_as_peft_made_them(tmp_path):
     """Dropout on the adapter's input: the frozen dropout of an evaluation makes the two comparable."""
     base, train = Base("tiny", write_model(tmp_path / "model")), Train(rank=4, dropout=0.1)
     plain, model = with_adapter(base, train).eval(), with_adapter(base, train).eval()
-    forward = Forward(model, CPU, checkpointing=False, offload=False)
+    forward = Forward(model, CPU, checkpointing=False)
     with torch.no_grad():
         assert forward.loss(flatten(ROWS, CPU)).item() == pytest.approx(sum(plain_loss(plain, row) for row in ROWS).item(), rel=1e-5)
 
@@ -126,7 +126,7 @@ def test_a_model_that_computes_otherwise_is_trained_as_it_is(tmp_path, capsys):
     for each in (plain, model):
         for layer in each.get_base_model().model.layers:
             layer.mlp = Scaled(layer.mlp)
-    forward = Forward(model, CPU, checkpointing=False, offload=False)
+    forward = Forward(model, CPU, checkpointing=False)
     assert "without" in capsys.readouterr().err
     assert forward.packs
     assert forward.loss(flatten(ROWS, CPU)).item() == pytest.approx(sum(plain_loss(plain, row) for row in ROWS).item(), rel=1e-5)
@@ -144,7 +144,7 @@ def test_rounding_that_grows_over_many_layers_is_no_other_formula(tmp_path, monk
     ids = torch.tensor([ROWS[0].ids])
     with torch.no_grad():
         plain = model.eval()(input_ids=ids, use_cache=False).logits[0]
-        found = Forward(model, CPU, checkpointing=False, offload=False).logits(flatten(ROWS[:1], CPU))[0]
+        found = Forward(model, CPU, checkpointing=False).logits(flatten(ROWS[:1], CPU))[0]
     assert ("without" in capsys.readouterr().err) == other
     if not other:
         assert (found - plain).norm() > 0.05 * plain.norm()  # though each layer does the same
@@ -159,7 +159,7 @@ def test_another_formula_is_seen_beside_a_token_of_enormous_numbers(tmp_path, mo
     inner.embed_tokens.weight.data[forward_module._samples(model.get_base_model(), CPU)[0].ids[0, 0]] *= 1e5
     for layer in inner.layers:
         layer.mlp = Scaled(layer.mlp)
-    Forward(model, CPU, checkpointing=False, offload=False)
+    Forward(model, CPU, checkpointing=False)
     assert "without" in capsys.readouterr().err
 
 
@@ -173,7 +173,7 @@ def test_whatever_is_trained_gets_its_gradients(tmp_path, settings):
     sum(plain_loss(plain, row) for row in ROWS).backward()
     for checkpointing in (False, True):
         model = with_adapter(base, train)
-        Forward(model, CPU, checkpointing=checkpointing, offload=checkpointing).loss(flatten(ROWS, CPU)).backward()
+        Forward(model, CPU, checkpointing=checkpointing).loss(flatten(ROWS, CPU)).backward()
         same_gradients(model, plain, 3e-5)
 
 
@@ -181,7 +181,7 @@ def test_whatever_is_trained_gets_its_gradients(tmp_path, settings):
 def test_a_layer_is_computed_again_without_its_last_product_where_gradients_stay_the_same(tmp_path, monkeypatch, kind, skips):
     settings = SENTENCEPIECE if kind == "gemma2" else {}
     model = with_adapter(Base("tiny", write_model(tmp_path / "model", kind, **settings)), Train(rank=4))
-    forward = Forward(model, CPU, checkpointing=True, offload=False)
+    forward = Forward(model, CPU, checkpointing=True)
     products = []
     monkeypatch.setattr(fused, "_up", lambda x, h, layer, up=fused._up: products.append(layer) or up(x, h, layer))
     loss = forward.loss(flatten(ROWS, CPU))
@@ -192,7 +192,7 @@ def test_a_layer_is_computed_again_without_its_last_product_where_gradients_stay
 
 def test_a_backward_pass_that_fails_leaves_nothing_skipped(tmp_path, monkeypatch):
     model = with_adapter(Base("tiny", write_model(tmp_path / "model")), Train(rank=4))
-    forward = Forward(model, CPU, checkpointing=True, offload=False)
+    forward = Forward(model, CPU, checkpointing=True)
     wanted, loss = forward.loss(flatten(ROWS, CPU)).item(), forward.loss(flatten(ROWS, CPU))
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
         patch.setattr(fused, "_up", raising(torch.OutOfMemoryError))
@@ -221,7 +221,7 @@ def test_the_input_of_a_layer_is_given_free_when_its_gradients_are_known(tmp_pat
         return take(self, wanted)
 
     model = with_adapter(Base("tiny", write_model(tmp_path / "model", num_hidden_layers=4)), Train(rank=4))
-    forward = Forward(model, CPU, checkpointing=True, offload=False)
+    forward = Forward(model, CPU, checkpointing=True)
     monkeypatch.setattr(recompute, "_Kept", Watched)
     monkeypatch.setattr(recompute.Recompute, "take", take)
     loss = forward.loss(flatten(ROWS, CPU))  # which holds on to the graph
@@ -233,7 +233,7 @@ def test_dropout_is_the_same_when_it_is_computed_again(tmp_path):
     base, found = Base("tiny", write_model(tmp_path / "model")), []
     for checkpointing in (False, True):
         model = with_adapter(base, Train(rank=4, dropout=0.3))
-        forward = Forward(model, CPU, checkpointing=checkpointing, offload=False)
+        forward = Forward(model, CPU, checkpointing=checkpointing)
         torch.manual_seed(5)
         forward.loss(flatten(ROWS, CPU)).backward()
         found.append((gradients(model), torch.rand(1)))
@@ -251,7 +251,7 @@ def test_a_model_whose_attention_mixes_the_samples_learns_row_by_row(tmp_path, m
     attention.register.__wrapped__()
     try:
         model = with_adapter(Base("tiny", write_model(tmp_path / "model")), Train(rank=4))
-        forward = Forward(model, CPU, checkpointing=False, offload=False)
+        forward = Forward(model, CPU, checkpointing=False)
     finally:
         monkeypatch.undo()
         attention.register.__wrapped__()
@@ -320,10 +320,10 @@ def test_the_loss_of_the_head_in_pieces(monkeypatch, softcap):
 @pytest.mark.parametrize("tied", [False, True])
 def test_an_output_layer_that_waits_elsewhere_gives_the_same_loss(tmp_path, monkeypatch, tied):
     model = with_adapter(Base("tiny", write_model(tmp_path / "model", tied=tied)), Train(rank=4))
-    forward = Forward(model, CPU, checkpointing=True, offload=True)
+    forward = Forward(model, CPU, checkpointing=True)
     wanted, moved = forward.loss(flatten(ROWS, CPU)).item(), []
-    monkeypatch.setattr(forward_module, "_to_host", moved.append)
-    forward._embed_on_host(with_head=True)
+    monkeypatch.setattr(forward_module, "_to_host", lambda weight, _: moved.append(weight))
+    forward._embed_on_host(None, with_head=True)
     base = model.get_base_model()
     assert {id(weight) for weight in moved} == {id(base.lm_head.weight), id(base.model.embed_tokens.weight)}
     assert forward.loss(flatten(ROWS, CPU)).item() == wanted
@@ -346,9 +346,11 @@ def test_the_gates_and_their_gradients(function):
     gated, upped, dmiddle = torch.randn(3, 6, 8).unbind(0)
     adapters = pointwise.LowRank(torch.randn(6, 4), torch.randn(8, 2), torch.randn(8, 2), torch.randn(2, 8))
     wanted, gradients = gated_mlp(function, gated, upped, dmiddle, adapters, dlow := torch.randn(6, 2))
-    kernel = pointwise.gate_of(function)
-    torch.testing.assert_close(kernel.product(gated, upped, adapters), wanted)
-    found = kernel.gradients(dmiddle, gated, upped, adapters, dlow)
+    gate, (of_gate, of_up) = pointwise.gate_of(function), adapters.halves
+    assert not gate.adds(adapters)  # on a CPU the large products do
+    gated, upped, dmiddle = gated + of_gate @ adapters.gate_b.T, upped + of_up @ adapters.up_b.T, dmiddle + dlow @ adapters.down_a
+    torch.testing.assert_close(gate.product(gated, upped, adapters), wanted)
+    found = gate.gradients(dmiddle, gated, upped, adapters, dlow)
     torch.testing.assert_close((gated, upped, *found), gradients)
 
 

@@ -131,7 +131,7 @@ def test_a_model_learns_the_same_with_them(tmp_path, monkeypatch, kind):
     wanted = sum(plain_loss(plain, row) for row in ROWS)
     wanted.backward()
     monkeypatch.setattr(pointwise, "kernels_for", lambda _: kernels)  # also for a CPU's tensors
-    loss = Forward(model, DEVICE, checkpointing=False, offload=False).loss(flatten(ROWS, DEVICE))
+    loss = Forward(model, DEVICE, checkpointing=False).loss(flatten(ROWS, DEVICE))
     loss.backward()
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
     same_gradients(model, plain, 1e-4)

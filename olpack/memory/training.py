@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from olpack.errors import OlpackError
 from olpack.memory.shape import MetaModel, Shape, linear_shape
+from olpack.progress import quantity
 
 # Bytes a weight of NF4 with double quantization: half a byte, an 8-bit scale for 64 weights, a float32 scale for 256 of those.
 NF4_CODES = 0.5
@@ -59,7 +60,7 @@ class Training:
         activations: kept from forward to backward pass without gradient checkpointing; None where they cannot be counted.
         checkpointed: kept with it.
         results: more that may be kept with it, so that it is not computed again (`olpack.train.recompute.once`).
-        host: of those results and the layers' inputs, what waits in host memory, before torch rounds each up to a power of two.
+        host_inputs, host_results: of the layers' inputs and of those results, what waits in host memory with checkpointing.
         offloaded: of the weights, what lies in host memory with checkpointing: embeddings that are no output layer.
         head: of the weights, the output layer, where it may wait in host memory but for the loss; else 0.
         working: what the backward pass of one layer needs for a moment; with checkpointing, that layer's activations come on top.
@@ -76,7 +77,8 @@ class Training:
     activations: int | None
     checkpointed: int | None
     results: int
-    host: int
+    host_inputs: int
+    host_results: int
     offloaded: int
     head: int
     working: int
@@ -85,29 +87,49 @@ class Training:
     logits: int
     workspace: int = 64 << 20
 
-    @property
-    def fixed(self) -> int:
-        """Bytes that do not depend on the batch."""
-        return self.weights + self.adapter + self.gradients + self.optimizer + self.workspace
-
-    def total(self, checkpointing: bool, *, keeps: bool = False, head_waits: bool = False) -> int | None:
-        """Peak of a step: either at the loss, where the logits are, or in the backward pass, where they are gone.
+    def parts(self, checkpointing: bool, *, keeps: bool = False, head_waits: bool = False) -> dict[str, int]:
+        """The bytes at the peak of a step, by what they are for. It is either at the loss, where the logits are, or in the backward pass, where
+        they are gone. Activations that cannot be counted are left out.
 
         Args:
             keeps: also `results`; head_waits: the output layer is there at the loss only. Both with checkpointing.
         """
+        head = self.head if head_waits else 0
+        parts = {
+            "base": self.weights - head - (self.offloaded if checkpointing else 0),
+            "adapter, gradients, optimizer, cuBLAS": self.adapter + self.gradients + self.optimizer + self.workspace,
+        }
         if self.activations is None:
-            return None
-        backward = self.working + self.dequantized
+            return parts
         if not checkpointing:
-            return self.fixed + self.activations + max(self.logits, backward)
-        backward += sum(self.layer.values()) - (self.head if head_waits else 0)
-        return self.fixed - self.offloaded + self.checkpointed + (self.results if keeps else 0) + max(self.logits, backward)
+            parts["activations"] = self.activations
+        elif keeps:
+            parts["inputs of the layers, attention's results"] = self.checkpointed + self.results
+        else:
+            parts["inputs of the layers"] = self.checkpointed
+        at_loss, what = self.logits + head, "output layer and logits" if head_waits else "logits"
+        backward = self.working + self.dequantized + (sum(self.layer.values()) if checkpointing else 0)
+        parts[f"the larger of {what} ({quantity(at_loss, 'B')}) and one layer's backward pass"] = max(at_loss, backward)
+        return parts
+
+    def total(self, checkpointing: bool, *, keeps: bool = False, head_waits: bool = False) -> int | None:
+        """All `parts`; None where activations cannot be counted."""
+        return None if self.activations is None else sum(self.parts(checkpointing, keeps=keeps, head_waits=head_waits).values())
+
+    def host_parts(self, *, keeps: bool = False, head_waits: bool = False) -> dict[str, int]:
+        """The bytes of host memory that are filled with checkpointing, by what they are for."""
+        parts = {"inputs of the layers": self.host_inputs, "attention's results": self.host_results if keeps else 0,
+                 "embeddings": self.offloaded, "output layer": self.head if head_waits else 0}  # fmt: skip
+        return {name: size for name, size in parts.items() if size}
+
+    def host(self, *, keeps: bool = False, head_waits: bool = False) -> int:
+        """All `host_parts`."""
+        return sum(self.host_parts(keeps=keeps, head_waits=head_waits).values())
 
     def keeps_within(self, room: int, host: int, *, head_waits: bool = False) -> bool:
         """Whether there are `results`, and room for them on the GPU and in host memory."""
         total = self.total(True, keeps=True, head_waits=head_waits)
-        return self.results > 0 and total is not None and total <= room and self.host <= host
+        return self.results > 0 and total is not None and total <= room and self.host(keeps=True, head_waits=head_waits) <= host
 
     def scaled(self, factor: float, logits: int) -> Training:
         """The same step with `factor` times as many tokens at once, and so many bytes of logits."""
@@ -115,8 +137,8 @@ class Training:
             return None if size is None else round(size * factor)
 
         return replace(
-            self, activations=times(self.activations), checkpointed=times(self.checkpointed), results=times(self.results), host=times(self.host),
-            working=times(self.working),
+            self, activations=times(self.activations), checkpointed=times(self.checkpointed), results=times(self.results),
+            host_inputs=times(self.host_inputs), host_results=times(self.host_results), working=times(self.working),
             layer={name: times(size) for name, size in self.layer.items()}, logits=logits,
         )  # fmt: skip
 
@@ -243,7 +265,8 @@ def estimate_training(
         activations=sum(sum(layer.values()) for layer in found.layers) + found.outside if found else None,
         checkpointed=of_layers(found.inputs, _LAYERS_KEPT) + found.outside if found else None,
         results=of_layers(found.kept, 1) if found else 0,  # of the next layer: those of the one in use are among its activations
-        host=found.inputs + found.kept if found else 0,
+        host_inputs=found.inputs if found else 0,
+        host_results=found.kept if found else 0,
         offloaded=2 * model.parameters.embedding if pieces and model.parameters.head else 0,
         head=2 * _waiting_head(model, targets) if pieces else 0,
         working=found.working if found else 0,

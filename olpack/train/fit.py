@@ -7,8 +7,10 @@ What fits is estimated from the model's shape and from the rows that will be lea
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -28,12 +30,12 @@ if TYPE_CHECKING:
     from olpack.recipe import Train
 
 CPU_TOKENS = 512  # a CPU is fastest where activations stay in its cache
-_MOST = 16_384  # tokens beyond which a GPU gets no faster
+_MOST = 18_432  # tokens; from 16,384 on a GPU gets no faster, and a step of somewhat more should not leave a remainder
 _BUSY = 4_096  # tokens below which it does, by more than it costs to compute activations again (benchmarks/train_8b.md)
 _COUNTED = 1_024  # tokens for which activations are counted; they grow with their number
 SHARDABLE = ("nf4", "fp4", "none")  # `train.quantization` of frozen layers that can be spread over GPUs
 _SLACK = 0.05  # of a GPU's memory that is lost between allocations
-_WORTH = 200  # micro-batches, from which on it pays to pin the memory for attention's results: that takes seconds, and gains 4 % of a step
+_WORTH = 50  # micro-batches, from which on it pays to lock memory for attention's results: 3 s beside the loading, and 4 % of each step gained
 _HOST_SHARE = 0.25  # of the host's free memory: it is pinned, and nothing else can have it meanwhile
 _STEPS = 400  # at most so many steps are looked at for the largest micro-batch
 
@@ -66,9 +68,19 @@ class Fit:
     room: int | None = None
     said: str = ""
 
+    @property
+    def parts(self) -> dict[str, int]:
+        """What `bytes` are for, also where they are not all."""
+        return self.training.parts(self.checkpointing, keeps=self.keeps, head_waits=self.head_waits) if self.training else {}
+
+    @property
+    def host_parts(self) -> dict[str, int]:
+        """Bytes of host memory that are locked for what is not on the GPU all the time, by what they are for."""
+        return self.training.host_parts(keeps=self.keeps, head_waits=self.head_waits) if self.training and self.checkpointing else {}
+
     def as_json(self) -> dict[str, Any]:
         """Plain data, bytes throughout."""
-        return {**asdict(self), "training": asdict(self.training) if self.training else None}
+        return {**asdict(self), "parts": self.parts, "host_parts": self.host_parts}
 
 
 def choose(base: Base, rows: Sequence[TokenRow], settings: Train, device: torch.device, *, gpus: int = 1) -> Fit:
@@ -132,29 +144,31 @@ def on_gpu(
     ways = [False, True] if settings.gradient_checkpointing == "auto" else [settings.gradient_checkpointing]
     can_spread = gpus > 1 and stored is None and settings.quantization in SHARDABLE
     spread = {"none": [False], "full": [gpus > 1], "auto": [False, True] if can_spread else [False]}[settings.sharding]
-    busy = min(_BUSY, budgets[0]) if asked == "auto" else 0
-    found = None
+    busy = min(_BUSY, budgets[-1]) if asked == "auto" else 0
+
+    def using(estimate, sharded: bool, checkpointing: bool, may_wait: bool, budget: int) -> Fit:
+        largest, learned = sizes.largest(budget)
+        training = estimate(largest, learned)
+        head_waits = may_wait and training.total(True) > room
+        worth = checkpointing and sizes.tokens >= _WORTH * largest * gpus
+        keeps = worth and training.keeps_within(room, host // gpus, head_waits=head_waits)
+        total = training.total(checkpointing, keeps=keeps, head_waits=head_waits)
+        return Fit(budget, largest, checkpointing, sharded, keeps, head_waits, training, total, room)
+
     for sharded in spread:
         estimate = _estimator(model, settings, stored, whole, gpus if sharded else 1)
-        smallest = estimate(*sizes.largest(budgets[-1]))
+        smallest = estimate(*sizes.largest(budgets[0]))
         if smallest.total(True) is None:  # an architecture that cannot be counted: the careful choice
-            largest, _ = sizes.largest(tokens := budgets[-1])
+            largest, _ = sizes.largest(tokens := budgets[0])
             return _told(Fit(tokens, largest, ways[-1], spread[-1], training=smallest, room=room), sizes)
         choices = [(way, False) for way in ways] + ([(True, True)] if ways[-1] and smallest.head else [])
         for checkpointing, may_wait in choices:
-            for budget in budgets:
-                if budget < busy and (checkpointing, may_wait) != choices[-1]:  # with few tokens the next choice is faster
-                    continue
-                largest, learned = sizes.largest(budget)
-                training = estimate(largest, learned)
-                head_waits = may_wait and training.total(True) > room
-                worth = checkpointing and sizes.tokens >= _WORTH * largest * gpus
-                keeps = worth and training.keeps_within(room, host // gpus, head_waits=head_waits)
-                total = training.total(checkpointing, keeps=keeps, head_waits=head_waits)
-                found = Fit(budget, largest, checkpointing, sharded, keeps, head_waits, training, total, room)
-                if total <= room:
-                    return _told(found, sizes, _without(sizes, estimate, budgets) if checkpointing and len(ways) > 1 else None)
-    return _told(found, sizes)
+            last = (checkpointing, may_wait) == choices[-1]
+            tried = [budget for budget in budgets if budget >= busy or last]  # with few tokens the next choice is faster
+            fit_of = partial(using, estimate, sharded, checkpointing, may_wait)
+            if within := bisect_right(tried, room, key=lambda budget, fit_of=fit_of: fit_of(budget).bytes):
+                return _told(fit_of(tried[within - 1]), sizes, _without(sizes, estimate, budgets) if checkpointing and len(ways) > 1 else None)
+    return _told(fit_of(budgets[0]), sizes)
 
 
 def _estimator(model: MetaModel, settings: Train, stored: int | None, whole: int, shards: int):
@@ -171,7 +185,7 @@ def _estimator(model: MetaModel, settings: Train, stored: int | None, whole: int
 
 def _without(sizes: _Sizes, estimate, budgets: list[int]) -> tuple[int, int]:
     """(tokens, bytes) of the smallest micro-batch that would have been worth it without checkpointing."""
-    budget = min((budget for budget in budgets if budget >= min(_BUSY, budgets[0])), default=budgets[0])
+    budget = next(budget for budget in budgets if budget >= min(_BUSY, budgets[-1]))
     largest, learned = sizes.largest(budget)
     return largest, estimate(largest, learned).total(False)
 
@@ -215,10 +229,10 @@ class _Sizes:
         self._learned = {id(row): row.learned_count for hand in self._hands for row in hand}
 
     def budgets(self) -> list[int]:
-        """Budgets worth a try, the largest first; each holds the longest row."""
+        """Budgets worth a try, ascending, in steps of an eighth; each holds the longest row."""
         most = max(self.longest, min(_MOST, self.largest(_MOST)[0]))
-        tried = {most, self.longest} | {size for power in range(8, 15) for size in (1 << power, 3 << power - 1) if self.longest < size < most}
-        return sorted(tried, reverse=True)
+        steps = (eighths << power for power in range(5, 12) for eighths in range(8, 16))
+        return sorted({most, self.longest} | {size for size in steps if self.longest < size < most})
 
     def largest(self, budget: int) -> tuple[int, int]:
         """(tokens, learned tokens) of the micro-batch that takes most."""

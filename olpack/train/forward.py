@@ -15,6 +15,7 @@ from olpack.data import TokenRow
 from olpack.train import attention, fused, pointwise
 from olpack.train.batches import FlatRow, flatten
 from olpack.train.head import head_loss
+from olpack.train.host_memory import HostMemory
 from olpack.train.model import compute_dtype
 from olpack.train.recompute import Recompute
 from olpack.train.trial import Pass, Trial
@@ -29,15 +30,17 @@ class Forward:
         model: a peft model in training mode, its frozen parts in the compute dtype.
         device: where it is.
         checkpointing: compute activations again in the backward pass.
-        offload: with it, keep the layers' inputs in host memory, and the input embeddings there, too, where they are no part of the head.
-        keep: with it, keep attention's results as well.
-        head_waits: keep the output layer in host memory, too, but for the moment of each loss; where nothing else needs it.
+        host: with it, where the layers' inputs wait. The input embeddings are in host memory then, too, where they are no part of the head.
+        keep: with checkpointing, keep attention's results as well.
+        head_waits: with `host`, keep the output layer in host memory, too, but for the moment of each loss; where nothing else needs it.
 
     Attributes:
         packs: whether samples can be put end to end. False for a model whose attention is its own: then a flat row must hold one sample.
     """
 
-    def __init__(self, model, device: torch.device, *, checkpointing: bool, offload: bool, keep: bool = False, head_waits: bool = False):
+    def __init__(
+        self, model, device: torch.device, *, checkpointing: bool, host: HostMemory | None = None, keep: bool = False, head_waits: bool = False
+    ):  # fmt: skip
         self.model, self.device, self.dtype = model, device, compute_dtype(device)
         self.base = model.get_base_model()
         text = self.base.config.get_text_config()
@@ -56,11 +59,11 @@ class Forward:
             self._head_alone = self._head_is_all(samples, trial)
         model.train(trained)
         if checkpointing:
-            self._checkpoint(samples[0], offload, keep, shares_keys=bool(getattr(text, "num_kv_shared_layers", 0)))
-        if offload and device.type == "cuda":
+            self._checkpoint(samples[0], host, keep, shares_keys=bool(getattr(text, "num_kv_shared_layers", 0)))
+        if host is not None:
             if head_waits and not self._head_alone:
                 progress.warn("The output layer does more than a product, so it stays on the GPU, and takes more memory than the plan says")
-            self._embed_on_host(with_head=head_waits and self._head_alone)
+            self._embed_on_host(host, with_head=head_waits and self._head_alone)
 
     def _fuse(self, samples: list[FlatRow], trial: Trial) -> None:
         """Put the fused functions in, and take them out again where the model then computes something else."""
@@ -77,19 +80,20 @@ class Forward:
             return False
         return trial.agrees(_passes(samples, self._head_logits))
 
-    def _checkpoint(self, sample: FlatRow, offload: bool, keep: bool, *, shares_keys: bool) -> None:
+    def _checkpoint(self, sample: FlatRow, host: HostMemory | None, keep: bool, *, shares_keys: bool) -> None:
         self.base.enable_input_require_grads()
         if shares_keys:  # a layer's gradients also come by way of other layers, which only torch's own way knows
             self.base._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))
             return
         drops = not self.packs or any(isinstance(module, torch.nn.Dropout) and module.p for module in self.model.modules())
-        self._recompute = Recompute(self.device, offload=offload, keep=keep, random=drops)
+        self._recompute = Recompute(self.device, keep=keep, random=drops)
         self.base._set_gradient_checkpointing(True, self._recompute)
         # A layer mostly ends with the MLP's last product and an addition. Where it does not (a norm follows), the gradients are others.
         wanted = self._gradients(sample)
         self._recompute.skips = True
         apart = (self._gradients(sample) - wanted).abs()
         self._recompute.skips = bool((apart <= _SAME * wanted + 1e-6 * wanted.max()).all())
+        self._recompute.host = host  # which is being made meanwhile
 
     def _gradients(self, sample: FlatRow) -> torch.Tensor:
         """The norm of each. Not once they are joined (`olpack.train.joined`)."""
@@ -138,18 +142,18 @@ class Forward:
         logits = F.linear(self._hidden(flat).to(self.head.weight.dtype), self.head.weight, self.head.bias)
         return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
 
-    def _embed_on_host(self, *, with_head: bool) -> None:
+    def _embed_on_host(self, host: HostMemory, *, with_head: bool) -> None:
         """Keep the input embeddings in host memory; a step looks up a few of their rows only. Not where they are the head's, too, unless that
         waits there as well."""
         embeddings, device = self.base.get_input_embeddings(), self.device
         plain = type(embeddings) is torch.nn.Embedding and not embeddings.weight.requires_grad
         shared = self.head is not None and self.head.weight is embeddings.weight
         if with_head and (plain or not shared):
-            _to_host(self.head.weight)
+            _to_host(self.head.weight, host)
         elif shared:
             return
         if plain:
-            _to_host(embeddings.weight)
+            _to_host(embeddings.weight, host)
             embeddings.forward = lambda ids: F.embedding(ids.cpu(), embeddings.weight).to(device, non_blocking=True)
 
     def _use_packed_attention(self, samples: list[FlatRow], trial: Trial) -> bool:
@@ -169,9 +173,9 @@ class Forward:
         return False
 
 
-def _to_host(weight: torch.nn.Parameter) -> None:
+def _to_host(weight: torch.nn.Parameter, host: HostMemory) -> None:
     if weight.device.type != "cpu":  # a matrix may be both embedding and head
-        weight.data = weight.data.cpu().pin_memory()
+        weight.data = host.take(weight.data).copy_(weight.data)
 
 
 def _passes(samples: list[FlatRow], logits: Callable[[FlatRow], torch.Tensor]) -> list[Pass]:

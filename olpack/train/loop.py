@@ -27,6 +27,7 @@ from olpack.train.batches import flatten, micro_batches, schedule
 from olpack.train.checkpoint import Checkpoint, State, adapter_weights
 from olpack.train.fit import Fit, choose
 from olpack.train.forward import Forward
+from olpack.train.host_memory import HostMemory
 from olpack.train.joined import Joined
 from olpack.train.methods import save_adapter
 from olpack.train.metrics import Metrics
@@ -47,9 +48,10 @@ def run(
     fit = choose(base, rows, settings, device, gpus=ranks.count)
     if fit.said:
         progress.say(fit.said)
+    host = HostMemory(sum(fit.host_parts.values()), device) if fit.checkpointing and device.type == "cuda" else None
     with progress.task(f"loading {base.label} ({settings.quantization})"):
         model = load_with_adapter(base, settings, device, sharded=fit.sharded)
-        forward = Forward(model, device, checkpointing=fit.checkpointing, offload=fit.checkpointing, keep=fit.keeps, head_waits=fit.head_waits)
+        forward = Forward(model, device, checkpointing=fit.checkpointing, host=host, keep=fit.keeps, head_waits=fit.head_waits)
     if fit.sharded:
         shard(model)
         ranks.sharded = True

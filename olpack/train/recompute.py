@@ -14,6 +14,8 @@ from contextvars import ContextVar
 
 import torch
 
+from olpack.train.host_memory import HostMemory
+
 output_unneeded: ContextVar[bool] = ContextVar("output_unneeded", default=False)
 """Whether a layer is computed for its backward pass only, so that the product which it ends with need not be made."""
 
@@ -35,20 +37,20 @@ class Recompute:
 
     Args:
         device: of the model.
-        offload: keep the inputs in pinned host memory (of a GPU's model).
         keep: keep what `once` computes, too.
         random: the layers draw random numbers (dropout), which must be the same ones again.
 
     Attributes:
+        host: where the inputs wait, and what is kept; None: on the GPU.
         skips: whether `output_unneeded` is set when a layer is computed again. Only for layers whose gradients are the same then.
     """
 
-    def __init__(self, device: torch.device, *, offload: bool, keep: bool = False, random: bool = False):
+    def __init__(self, device: torch.device, *, keep: bool = False, random: bool = False):
         self._devices = [device] if device.type == "cuda" else []
         self._random = random
-        self._stream = torch.cuda.Stream(device) if offload and device.type == "cuda" else None
         self._keep = keep
         self._waiting: list[_Kept] = []
+        self.host: HostMemory | None = None
         self.skips = False
 
     def __call__(self, run: Callable, hidden: torch.Tensor, *rest):
@@ -82,9 +84,10 @@ class Recompute:
 
     def _drop(self, count: int) -> None:
         """The last of those that wait; a copy on its way must not find its memory used for something else."""
-        if count and self._stream is not None:
-            torch.cuda.current_stream().wait_stream(self._stream)
-        del self._waiting[len(self._waiting) - count :]
+        if count and self.host is not None:
+            torch.cuda.current_stream().wait_stream(self.host.stream)
+        for _ in range(count):
+            self._waiting.pop().give_back()
 
     def put(self, hidden: torch.Tensor) -> _Kept:
         """What a layer that begins keeps. What the one before it keeps goes to the host meanwhile, and that of the one before leaves the GPU."""
@@ -92,7 +95,7 @@ class Recompute:
             kept.release()
         for kept in self._waiting[-1:]:
             kept.leave()
-        self._waiting.append(_Kept(hidden, self._stream, self._keep))
+        self._waiting.append(_Kept(hidden, self.host, self._keep))
         return self._waiting[-1]
 
     def take(self, wanted: _Kept) -> torch.Tensor:
@@ -100,6 +103,7 @@ class Recompute:
         self._drop(len(self._waiting) - 1 - self._waiting.index(wanted))  # of a forward pass that had no backward pass
         self._waiting.pop()
         wanted.arrive()
+        wanted.give_back()
         if self._waiting:
             self._waiting[-1].fetch()
         return wanted.input()
@@ -119,10 +123,11 @@ class _Kept:
     """What waits for a layer's backward pass: its input, and what is computed once; all of that with `keep`, otherwise what is small. What is
     not small may go to the host and come back."""
 
-    def __init__(self, hidden: torch.Tensor, stream: torch.cuda.Stream | None, keep: bool):
-        self._stream, self._keep = stream, keep
+    def __init__(self, hidden: torch.Tensor, host: HostMemory | None, keep: bool):
+        self._host, self._keep = host, keep
         self._here: list[torch.Tensor | None] = [hidden]
-        self._host: list[torch.Tensor] = []
+        self._there: list[torch.Tensor] = []
+        self._given: int | None = None  # of the host's memory, before this went there
         self._copied: torch.cuda.Event | None = None
         self._found: list[Tensors | range] = []  # what is small, or places of the other
 
@@ -152,21 +157,22 @@ class _Kept:
 
     def leave(self) -> None:
         """Begin to copy to the host."""
-        if self._stream is not None:
-            self._host = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in self._here]
-            self._copied = self._copy(self._host, self._here)
+        if self._host is not None:
+            self._given = self._host.given
+            self._there = [self._host.take(tensor) for tensor in self._here]
+            self._copied = self._copy(self._there, self._here)
 
     def release(self) -> None:
         """Give the memory on the GPU free; the computation waits until the copy in the host's is whole."""
-        if self._stream is not None:
+        if self._host is not None:
             torch.cuda.current_stream().wait_event(self._copied)
             self._here = []
 
     def fetch(self) -> None:
         """Begin to copy back."""
         if not self._here:
-            self._here = [torch.empty(tensor.shape, dtype=tensor.dtype, device=self._stream.device) for tensor in self._host]
-            self._copied = self._copy(self._here, self._host)
+            self._here = [torch.empty(tensor.shape, dtype=tensor.dtype, device=self._host.stream.device) for tensor in self._there]
+            self._copied = self._copy(self._here, self._there)
 
     def arrive(self) -> None:
         """Be back, for what the computation does next."""
@@ -174,13 +180,19 @@ class _Kept:
         if self._copied is not None:
             torch.cuda.current_stream().wait_event(self._copied)
 
+    def give_back(self) -> None:
+        """The place in the host's memory, of whichever went there last."""
+        if self._given is not None:
+            self._host.give_back(self._given)
+
     def _copy(self, to: list[torch.Tensor], of: list[torch.Tensor]) -> torch.cuda.Event:
         """Once the computation has come here, beside what it does next."""
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
+        stream = self._host.stream
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             for target, source in zip(to, of, strict=True):
                 target.copy_(source, non_blocking=True)
-        return self._stream.record_event()
+        return stream.record_event()
 
 
 class _Layer(torch.autograd.Function):

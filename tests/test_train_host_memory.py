@@ -1,0 +1,143 @@
+"""What waits in host memory during a step: where it is put, and that the same is learned.
+
+The copies, which a GPU makes meanwhile, are made at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import threading
+
+import pytest
+import torch
+from test_train_forward import ROWS, same_gradients, with_adapter
+from tiny_models import write_model
+
+from olpack.base import Base
+from olpack.memory.shape import MetaModel
+from olpack.memory.training import estimate_training
+from olpack.recipe import Train
+from olpack.train import host_memory
+from olpack.train.batches import flatten
+from olpack.train.forward import Forward
+from olpack.train.host_memory import HostMemory
+
+CPU = torch.device("cpu")
+
+
+class Stream:
+    """Of copies that are done when they are asked for."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def wait_stream(self, _) -> None:
+        pass
+
+    def wait_event(self, _) -> None:
+        pass
+
+    def record_event(self) -> None:
+        return None
+
+
+class Runtime:
+    """CUDA's, as far as it locks memory."""
+
+    def __init__(self):
+        self.locked: dict[int, int] = {}
+        self.by_torch: list[torch.Tensor] = []
+        self.answer = 0
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        if self.answer == 0:
+            self.locked[address] = size
+        return self.answer
+
+    def cudaHostUnregister(self, address: int) -> None:
+        del self.locked[address]
+
+
+@pytest.fixture
+def runtime(monkeypatch) -> Runtime:
+    runtime = Runtime()
+
+    def check(code: int) -> None:
+        if code:
+            raise RuntimeError("CUDA error: out of memory")
+
+    for name, value in {
+        "Stream": Stream, "current_stream": lambda: Stream(CPU), "stream": contextlib.nullcontext, "device": contextlib.nullcontext,
+        "synchronize": lambda _: None, "cudart": lambda: runtime, "check_error": check,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(host_memory, "_locked_by_torch", lambda like: runtime.by_torch.append(torch.empty_like(like)) or runtime.by_torch[-1])
+    return runtime
+
+
+def test_memory_is_given_out_and_taken_back_like_a_stack(runtime):
+    host = HostMemory(4096, CPU)
+    first, second = host.take(torch.empty(3, 5)), host.take(torch.empty(2, 100, dtype=torch.float16))
+    (address,) = runtime.locked
+    assert runtime.locked == {address: 4096} and (first.shape, first.dtype) == ((3, 5), torch.float32)
+    assert (first.data_ptr(), second.data_ptr()) == (address, address + 512)
+    before = host.given
+    third = host.take(torch.empty(1000, dtype=torch.int8))
+    host.give_back(before)
+    assert host.take(torch.empty(7)).data_ptr() == third.data_ptr() == address + before
+    large = host.take(torch.empty(4096, dtype=torch.int8))  # no place for it
+    assert runtime.by_torch[0] is large and host.given == before + 512
+    del host
+    gc.collect()
+    assert not runtime.locked
+    assert first.fill_(1.0).sum() == 15  # which is still there
+
+
+@pytest.mark.parametrize("size", [0, 1 << 20])
+def test_where_the_system_locks_no_memory_torch_is_asked(runtime, size):
+    runtime.answer = 2
+    found = HostMemory(size, CPU).take(torch.empty(10))
+    assert found is runtime.by_torch[0] and found.shape == (10,)
+    assert not runtime.locked
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_same_is_learned_and_the_estimate_holds_all_of_it(tmp_path, monkeypatch, runtime, keep):
+    base = Base("tiny", write_model(tmp_path / "model", num_hidden_layers=4))
+    plain, model = (with_adapter(base, Train(rank=4)) for _ in range(2))
+    Forward(plain, CPU, checkpointing=False).loss(flatten(ROWS, CPU)).backward()
+    most, taken, take = [], [], HostMemory.take
+    tokens = sum(len(row.ids) for row in ROWS)
+    size = 2 * estimate_training(MetaModel(base.config, "tiny"), rank=4, tokens=tokens, precision="nf4").host(keeps=keep)  # for float32
+    host = HostMemory(size, CPU)
+
+    def watched(self, like: torch.Tensor) -> torch.Tensor:
+        found = take(self, like)
+        most.append(self.given)
+        taken.append(found)
+        return found
+
+    monkeypatch.setattr(HostMemory, "take", watched)
+    forward = Forward(model, CPU, checkpointing=True, host=host, keep=keep)
+    assert not taken  # trials do not wait until the memory is there
+    forward.loss(flatten(ROWS, CPU))  # a pass that comes to no end
+    forward.forget()
+    forward.loss(flatten(ROWS, CPU)).backward()
+    same_gradients(model, plain, 1e-5)
+    assert taken and not runtime.by_torch
+    assert host.given == 0 and 0.4 * size < max(most) <= size
+
+
+def test_an_end_while_the_memory_is_being_locked_leaves_nothing_locked(runtime, monkeypatch):
+    go, register = threading.Event(), runtime.cudaHostRegister
+    monkeypatch.setattr(runtime, "cudaHostRegister", lambda *asked: go.wait(10) and register(*asked))
+    host = HostMemory(4096, CPU)
+    locking = host._locking
+    del host
+    gc.collect()
+    go.set()
+    locking.join()
+    del locking
+    gc.collect()
+    assert not runtime.locked
