@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from olpack.recipe import Train
 
 CPU_TOKENS = 512  # a CPU is fastest where activations stay in its cache
-_MOST = 18_432  # tokens; from 16,384 on a GPU gets no faster, and a step of somewhat more should not leave a remainder
+_MOST = 16_384  # tokens beyond which a GPU gets no faster (benchmarks/multi_gpu.md)
 _BUSY = 4_096  # tokens below which it does, by more than it costs to compute activations again (benchmarks/train_8b.md)
 _COUNTED = 1_024  # tokens for which activations are counted; they grow with their number
 SHARDABLE = ("nf4", "fp4", "none")  # `train.quantization` of frozen layers that can be spread over GPUs
