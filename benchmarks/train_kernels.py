@@ -8,6 +8,7 @@ copy reaches on the card. Needs a GPU; writes benchmarks/train_kernels.md.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from datetime import date
 
@@ -18,6 +19,7 @@ from page import command_line, publish
 
 from olpack.train import kernels, pointwise
 
+os.environ["TORCHDYNAMO_DISABLE"] = "0"  # which olpack sets: here torch's compiler is a peer
 HIDDEN, MIDDLE, HEADS, WORDS, RANK = 4096, 14336, 32, 128256, 16
 
 
@@ -56,7 +58,7 @@ def cases(tokens: int) -> dict[str, tuple[Callable, Callable, int]]:
     row, wide = 2 * tokens * HIDDEN, 2 * tokens * MIDDLE
 
     def products() -> tuple[torch.Tensor, ...]:
-        """The way without a kernel: the adapters' products added to the others in memory, then the gate."""
+        """In passes of their own: the adapters' products added to the others in memory, then the gate."""
         of_gate, of_up = adapters.halves
         middle = F.silu(torch.addmm(gated, of_gate, adapters.gate_b.T)) * torch.addmm(upped, of_up, adapters.up_b.T)
         return middle, middle @ adapters.down_a.T

@@ -97,7 +97,8 @@ def main() -> None:
     for row in found:
         taken, planned = row["planned"].training, row["planned"]
         kept = taken.checkpointed if row["checkpointing"] else taken.activations
-        parts = (taken.weights, taken.fixed - taken.weights, kept, sum(taken.layer.values()), taken.logits, planned.bytes, row["measured"])
+        fixed = taken.adapter + taken.gradients + taken.optimizer + taken.workspace
+        parts = (taken.weights, fixed, kept, sum(taken.layer.values()), taken.logits, planned.bytes, row["measured"])
         cells = " | ".join(f"{size / GIB:.2f}" for size in parts)
         lines.append(f"| {row['tokens']:,} | {'yes' if row['checkpointing'] else 'no'} | {cells} | {planned.bytes / row['measured'] - 1:+.1%} |")
     terms = ", ".join(f"{name} {size / GIB:.3f}" for name, size in found[-1]["planned"].training.layer.items())

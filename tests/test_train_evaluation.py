@@ -17,10 +17,12 @@ from olpack.base import Base
 from olpack.data import TokenRow
 from olpack.errors import OlpackError
 from olpack.memory.shape import MetaModel
+from olpack.memory.training import estimate_training
 from olpack.recipe import Train
 from olpack.train import TrainResult, fit, loop, train
 from olpack.train.forward import Forward
 from olpack.train.loop import evaluation_interval
+from olpack.train.ranks import ALONE, Ranks
 
 torch.set_num_threads(1)
 STEEP = Train(quantization="none", epochs=6, batch_size=8, learning_rate=2e-2, eval_every=1, schedule="constant", warmup=0)
@@ -195,6 +197,30 @@ def test_attention_is_kept_where_there_is_room_and_a_long_run(model):
     assert not fit.on_gpu(model, rows, settings, 80 << 30, host=sum(kept.host_parts.values()) - 1).keeps
     assert not fit.on_gpu(model, rows, settings, kept.bytes - 1, host=host).keeps
     assert not fit.on_gpu(model, rows, settings.model_copy(update={"epochs": 1}), 80 << 30, host=host).keeps
+
+
+def test_inputs_that_torch_checkpoints_are_on_the_gpu():
+    """Layers that share keys go through torch's own checkpoint."""
+    shared = MetaModel({**SHAPE, "model_type": "gemma3n_text", "head_dim": 128, "num_kv_shared_layers": 4, "num_hidden_layers": 10}, "shape")
+    found = estimate_training(shared, rank=4, tokens=1024, precision="nf4")
+    assert not found.host_inputs and not found.host_results
+    assert found.checkpointed >= 10 * 2 * 1024 * 2048
+
+
+def test_several_processes_choose_by_the_one_that_has_least(base, monkeypatch):
+    class Accelerator:
+        """Of two processes, whose other one has 100 MiB on its GPU."""
+
+        num_processes, process_index, device = 2, 0, torch.device("cpu")
+
+        def reduce(self, number: torch.Tensor, reduction: str) -> torch.Tensor:
+            assert reduction == "max"
+            return torch.maximum(number, torch.tensor(-(100 << 20)))
+
+    monkeypatch.setattr(fit, "free_room", lambda _: 80 << 30)
+    chosen = fit.choose(base, make_rows(40), Train(), torch.device("cuda"), Ranks(Accelerator()))
+    assert chosen.room == 100 << 20
+    assert fit.choose(base, make_rows(40), Train(), torch.device("cuda"), ALONE).room == 80 << 30
 
 
 def test_what_the_recipe_sets_is_left_as_it_is(model):

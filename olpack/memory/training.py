@@ -38,6 +38,7 @@ class Activations:
     Attributes:
         layers: of each repeating layer, by what it is for; see `layer_terms`.
         inputs: of the checkpointed layers.
+        waits: whether these inputs wait in host memory: not of layers that share keys, which torch checkpoints in its own way.
         kept: of the same layers, what need not be computed again: attention's results (of a fused kernel) and the products after them.
         outside: of all that is no repeating layer.
         working: what the backward pass of one layer needs for a moment beside what it kept.
@@ -45,6 +46,7 @@ class Activations:
 
     layers: tuple[dict[str, int], ...]
     inputs: int
+    waits: bool
     kept: int
     outside: int
     working: int
@@ -263,9 +265,9 @@ def estimate_training(
         gradients=adapter * _GRADIENT,
         optimizer=round(adapter * _MOMENTS_8BIT),
         activations=sum(sum(layer.values()) for layer in found.layers) + found.outside if found else None,
-        checkpointed=of_layers(found.inputs, _LAYERS_KEPT) + found.outside if found else None,
+        checkpointed=(of_layers(found.inputs, _LAYERS_KEPT) if found.waits else found.inputs) + found.outside if found else None,
         results=of_layers(found.kept, 1) if found else 0,  # of the next layer: those of the one in use are among its activations
-        host_inputs=found.inputs if found else 0,
+        host_inputs=found.inputs if found and found.waits else 0,
         host_results=found.kept if found else 0,
         offloaded=2 * model.parameters.embedding if pieces and model.parameters.head else 0,
         head=2 * _waiting_head(model, targets) if pieces else 0,
@@ -374,15 +376,16 @@ def activations(model: MetaModel, tokens: int, targets: str | list[str] = "all-l
         linears[owners.get(name, -1)][name.rsplit(".", 1)[-1]] = shape
     outside, *within = (layer_terms(ledger.kept[index], ledger.norms[index], linears[index], tokens, fused) for index in range(-1, len(layers)))
     inputs, kept = len(layers) * 2 * tokens * model.shape.hidden, 0
+    waits = not getattr(decoder.config, "num_kv_shared_layers", 0)
     if fused:  # the product of the MLP, and the gradients before and behind it, at 16 bits
         working = tokens * 2 * (widest + 2 * model.shape.hidden)
         # Attention's result with a number a head in float32, and what the layer behind it makes of it.
         sums = 4 * model.shape.heads
-        if not getattr(decoder.config, "num_kv_shared_layers", 0):  # those are checkpointed by torch
+        if waits:
             kept = sum(tokens * (2 * sum(found["o_proj"]) + sums) for index, found in linears.items() if index >= 0 and "o_proj" in found)
     else:  # gradients of the widest activation on their way back, and the float32 copy that an adapter's input goes through
         working = tokens * widest * (2 + 2 + 4)
-    return Activations(tuple(within), inputs, kept, sum(outside.values()), working)
+    return Activations(tuple(within), inputs, waits, kept, sum(outside.values()), working)
 
 
 def _names(model: MetaModel, layer) -> list[str]:

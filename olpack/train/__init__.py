@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["TrainResult", "train"]
 
-# Nothing here is compiled by torch, but bitsandbytes wraps functions for it, and the compiler that is imported then takes 2 of 10 s of imports.
+# Nothing in this process or its workers is compiled by torch, but bitsandbytes wraps functions for it, and the compiler that is imported then
+# takes 2 of 10 s of imports.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
@@ -83,10 +84,9 @@ def train(base: Base, rows: list[TokenRow], eval_rows: list[TokenRow], settings:
     compile_kernels(base.config, settings.rank)
     from olpack.train.loop import run  # takes seconds, most of them for transformers and peft
 
-    try:
-        return run(base, rows, eval_rows, settings, out=out, checkpoint=checkpoint, key=key)
-    finally:
-        _give_free()
+    result = run(base, rows, eval_rows, settings, out=out, checkpoint=checkpoint, key=key)
+    _give_free()
+    return result
 
 
 def _give_free() -> None:

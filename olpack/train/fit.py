@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from olpack.memory.shape import MetaModel
     from olpack.memory.training import Training
     from olpack.recipe import Train
+    from olpack.train.ranks import Ranks
 
 CPU_TOKENS = 512  # a CPU is fastest where activations stay in its cache
 _MOST = 16_384  # tokens beyond which a GPU gets no faster (benchmarks/multi_gpu.md)
@@ -36,7 +37,7 @@ _COUNTED = 1_024  # tokens for which activations are counted; they grow with the
 SHARDABLE = ("nf4", "fp4", "none")  # `train.quantization` of frozen layers that can be spread over GPUs
 _SLACK = 0.05  # of a GPU's memory that is lost between allocations
 _WORTH = 50  # micro-batches, from which on it pays to lock memory for attention's results: 3 s beside the loading, and 4 % of each step gained
-_HOST_SHARE = 0.25  # of the host's free memory: it is pinned, and nothing else can have it meanwhile
+_HOST_SHARE = 0.25  # of the host's free memory: it is locked, and nothing else can have it meanwhile
 _STEPS = 400  # at most so many steps are looked at for the largest micro-batch
 
 
@@ -76,22 +77,26 @@ class Fit:
     @property
     def host_parts(self) -> dict[str, int]:
         """Bytes of host memory that are locked for what is not on the GPU all the time, by what they are for."""
-        return self.training.host_parts(keeps=self.keeps, head_waits=self.head_waits) if self.training and self.checkpointing else {}
+        if self.bytes is None or not self.checkpointing:
+            return {}
+        return self.training.host_parts(keeps=self.keeps, head_waits=self.head_waits)
 
     def as_json(self) -> dict[str, Any]:
         """Plain data, bytes throughout."""
         return {**asdict(self), "parts": self.parts, "host_parts": self.host_parts}
 
 
-def choose(base: Base, rows: Sequence[TokenRow], settings: Train, device: torch.device, *, gpus: int = 1) -> Fit:
-    """For the device that a run is about to begin on, with what is free there now."""
+def choose(base: Base, rows: Sequence[TokenRow], settings: Train, device: torch.device, ranks: Ranks) -> Fit:
+    """For the device that a run is about to begin on, with what is free there now: of several processes, where that is least, so that all choose
+    the same."""
     if device.type == "cpu":
-        return on_cpu(settings, sharded=gpus > 1 and settings.sharding == "full")
+        return on_cpu(settings, sharded=ranks.count > 1 and settings.sharding == "full")
     from olpack.memory.shape import MetaModel
     from olpack.train.methods import whole_parameters
 
     model, whole = MetaModel(base.config, base.label), whole_parameters(base, settings)
-    return on_gpu(model, rows, settings, free_room(device), host=host_room(), stored=stored_bytes(base), whole=whole, gpus=gpus)
+    room, host = ranks.smallest(free_room(device)), ranks.smallest(host_room())
+    return on_gpu(model, rows, settings, room, host=host, stored=stored_bytes(base), whole=whole, gpus=ranks.count)
 
 
 def stored_bytes(base: Base) -> int | None:
@@ -115,7 +120,7 @@ def free_room(device: torch.device) -> int:
 
 
 def host_room() -> int:
-    """Bytes of host memory that a run may fill with what waits for the backward pass."""
+    """Bytes of host memory that a run may lock if it need not."""
     return round(psutil.virtual_memory().available * _HOST_SHARE)
 
 
@@ -132,7 +137,7 @@ def on_gpu(
 
     Args:
         model: the base without data.
-        host: bytes of host memory that attention's results may wait in.
+        host: bytes of host memory that may be locked, all GPUs together, for attention's results to be kept.
         rows: that are learned, of which the longest and the largest micro-batch decide.
         stored: bytes of a base that comes quantized, as `stored_bytes` counts them.
         whole: weights of modules that are trained as a whole.
@@ -235,7 +240,6 @@ class _Sizes:
         return sorted({most, self.longest} | {size for size in steps if self.longest < size < most})
 
     def largest(self, budget: int) -> tuple[int, int]:
-        """(tokens, learned tokens) of the micro-batch that takes most."""
-        sizes = ((sum(len(row.ids) for row in group), sum(self._learned[id(row)] for row in group))
-                 for hand in self._hands for group in micro_batches(hand, budget))  # fmt: skip
-        return max(sizes)
+        """The most tokens of a micro-batch, and the most learned tokens of one."""
+        groups = [group for hand in self._hands for group in micro_batches(hand, budget)]
+        return max(sum(len(row.ids) for row in group) for group in groups), max(sum(self._learned[id(row)] for row in group) for group in groups)

@@ -227,14 +227,15 @@ class _GatedMlp(torch.autograd.Function):
         flat = x.flatten(0, -2)
         *pair, down = layers
         h = _down(flat, pair)
-        if gate.adds(_low_rank(h, layers)):
+        low_rank = _low_rank(h, layers)
+        if gate.adds(low_rank):
             gated, upped = (flat @ layer.weight(flat.dtype).T for layer in pair)
         else:
             gated, upped = (_up(flat, part, layer) for part, layer in zip(_h_of(h, pair), pair, strict=True))
         ctx.gate, ctx.layers, ctx.shape = gate, layers, x.shape
 
         def product() -> tuple[torch.Tensor, torch.Tensor]:
-            return gate.product(gated, upped, _low_rank(h, layers))
+            return gate.product(gated, upped, low_rank)
 
         if output_unneeded.get():
             (low,) = once(lambda: product()[1:], small=True)

@@ -45,7 +45,7 @@ def run(
 ) -> TrainResult:
     """See `olpack.train.train`. Of several processes that run it together, the first writes and prints."""
     device = ranks.device or pick_device()
-    fit = choose(base, rows, settings, device, gpus=ranks.count)
+    fit = choose(base, rows, settings, device, ranks)
     if fit.said:
         progress.say(fit.said)
     host = HostMemory(sum(fit.host_parts.values()), device) if fit.checkpointing and device.type == "cuda" else None

@@ -51,6 +51,10 @@ class Ranks:
             return number
         return int(self._accelerator.reduce(torch.tensor(number, device=self.device), reduction="max"))
 
+    def smallest(self, number: int) -> int:
+        """The smallest that any process has."""
+        return -self.largest(-number)
+
     def any(self, flag: bool) -> bool:
         """Whether some process says so."""
         return flag if self._accelerator is None else self.sum(flag)[0] > 0
