@@ -274,7 +274,7 @@ def describe(build: Build, estimated: Estimate | None = None) -> dict:
     steps = [{"stage": step.stage, "step": step.unit, "stale": step.reason or None} for step in build.steps()]
     places = {"base": str(build.base.path), "build": str(build.paths.root), "server": build.server}
     plan = {"name": build.recipe.name, **places, "settings": settings, "steps": steps}
-    return plan | ({"estimate": asdict(estimated)} if estimated else {})
+    return plan | ({"estimate": asdict(estimated) | {"fit": estimated.fit.as_json()}} if estimated else {})
 
 
 def print_plan(plan: dict) -> None:

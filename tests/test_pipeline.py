@@ -117,6 +117,16 @@ def test_what_only_the_machine_decides_trains_nothing(workspace):
     assert code == 0 and "up to date" in said
 
 
+def test_the_plan_says_what_a_gpu_and_the_host_hold(workspace: Path) -> None:
+    asked = ("plan", "oracle", "--vram", "24", "--set", "train.gradient_checkpointing=true")
+    fit = json.loads(olpack(workspace, *asked, "--json")[1])["estimate"]["fit"]
+    assert sum(fit["parts"].values()) == fit["bytes"] < fit["room"]
+    assert fit["host_parts"]["inputs of the layers"] > 0
+    code, printed, _ = olpack(workspace, *asked)
+    assert code == 0 and "GPU memory" in printed and "base as nf4" in printed
+    assert "locked host memory  for each GPU: inputs of the layers" in printed
+
+
 def test_a_lost_adapter_is_trained_again_and_all_after_it(workspace):
     (workspace / "build/oracle/adapter/adapter_model.safetensors").unlink()
     _, printed, _ = olpack(workspace, "plan", "oracle", "--json")
