@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,5 +96,6 @@ def _give_free() -> None:
 
     gc.collect()  # a model whose forward passes are replaced refers to itself
     if torch.cuda.is_initialized():
-        torch._C._cuda_clearCublasWorkspaces()  # 64 MB that lie in the midst of GBs, which could not be given back with them there
+        with suppress(AttributeError):  # it has no public name
+            torch._C._cuda_clearCublasWorkspaces()  # 64 MB that lie in the midst of GBs, which could not be given back with them there
     torch.cuda.empty_cache()
