@@ -96,8 +96,7 @@ def main() -> None:
     ]  # fmt: skip
     for row in found:
         taken, planned = row["planned"].training, row["planned"]
-        kept = taken.checkpointed if row["checkpointing"] else taken.activations
-        fixed = taken.adapter + taken.gradients + taken.optimizer + taken.workspace
+        _, fixed, kept, _ = planned.parts.values()
         parts = (taken.weights, fixed, kept, sum(taken.layer.values()), taken.logits, planned.bytes, row["measured"])
         cells = " | ".join(f"{size / GIB:.2f}" for size in parts)
         lines.append(f"| {row['tokens']:,} | {'yes' if row['checkpointing'] else 'no'} | {cells} | {planned.bytes / row['measured'] - 1:+.1%} |")

@@ -7,8 +7,8 @@ What fits is estimated from the model's shape and from the rows that will be lea
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -171,9 +171,15 @@ def on_gpu(
             last = (checkpointing, may_wait) == choices[-1]
             tried = [budget for budget in budgets if budget >= busy or last]  # with few tokens the next choice is faster
             fit_of = partial(using, estimate, sharded, checkpointing, may_wait)
-            if within := bisect_right(tried, room, key=lambda budget, fit_of=fit_of: fit_of(budget).bytes):
-                return _told(fit_of(tried[within - 1]), sizes, _without(sizes, estimate, budgets) if checkpointing and len(ways) > 1 else None)
+            if found := _largest_that_fits(tried, fit_of):
+                return _told(found, sizes, _without(sizes, estimate, budgets) if checkpointing and len(ways) > 1 else None)
     return _told(fit_of(budgets[0]), sizes)
+
+
+def _largest_that_fits(budgets: list[int], fit_of: Callable[[int], Fit]) -> Fit | None:
+    """Of the last of the ascending budgets whose bytes are within the room; None where those of the first are not."""
+    within = bisect_left(budgets, True, key=lambda budget: (fit := fit_of(budget)).bytes > fit.room)
+    return fit_of(budgets[within - 1]) if within else None
 
 
 def _estimator(model: MetaModel, settings: Train, stored: int | None, whole: int, shards: int):
