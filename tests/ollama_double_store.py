@@ -211,13 +211,14 @@ class Store:
             yield from self._from_files(body["files"], layers, said)
         else:
             raise Refused(400, "neither 'from' or 'files' was specified")
-        if body.get("adapters"):  # as Ollama's source has it (server/create.go); no adapter is in the recording
+        if body.get("adapters"):
             [(_, digest)] = body["adapters"].items()
             yield "parsing GGUF"
             if not self.blob(digest).exists() or self.facts(digest).metadata.get("general.type") != "adapter":
                 raise Refused(400, "unknown type")
             # It joins the layers that are there, those of a `from` too, and is not rewritten.
             layers.append({"mediaType": IMAGE + "adapter", "digest": digest, "size": self.blob(digest).stat().st_size})
+            said[digest] = f"using existing layer {digest}"
         self._set_fields(body, layers, said)
         yield from (said[layer["digest"]] for layer in layers if layer["digest"] in said)
         facts = self.facts(next(layer["digest"] for layer in layers if layer["mediaType"] == IMAGE + "model"))
