@@ -72,6 +72,7 @@ class Faults:
     not_json: bool = False  # a proxy's page in place of answers
     drop_parameter: str | None = None  # a server that does not keep what it was told
     create_error: str | None = None  # what creates end with after their first line, inside 200
+    cut_prompts_to: int | None = None  # tokens that it keeps of a longer prompt, without a word
     push_error: str | None = None  # what a registry answers to the first blob
     break_pushes: int = 0  # that many pushes end before the manifest, with the connection cut
 
@@ -369,12 +370,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _run(self, body: dict, manifest: dict, prompt: str, part: Callable[[str], dict]) -> None:
         double, store = self.double, self.double.store
         head = {"model": body["model"], "created_at": _now()}
-        if body.get("_debug_render_only") and not double.faults.no_debug_render:
-            empty = {"response": ""} if "response" in part("") else {"message": {"role": "", "content": ""}}
-            return self._send(200, {**head, **empty, "done": False, "_debug_info": {"rendered_template": prompt}})
         options = self._options(body, manifest)
         digest = store.model_layer(manifest["layers"])["digest"]
         self._load(body, manifest, digest, options["num_ctx"])
+        if body.get("_debug_render_only") and not double.faults.no_debug_render:
+            empty = {"response": ""} if "response" in part("") else {"message": {"role": "", "content": ""}}
+            return self._send(200, {**head, **empty, "done": False, "_debug_info": {"rendered_template": prompt}})
         answer = double.answer(prompt)
         limit = options["num_predict"] if options["num_predict"] > 0 else 10 * options["num_ctx"]
         pieces = answer.pieces if answer.ends else list(itertools.islice(itertools.cycle(answer.pieces), limit + 1))
@@ -385,6 +386,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._send(200, {**head, **part("".join(shown)), "done": False})
             return self._stream({**head, **part(piece), "done": False} for piece in shown)
         ids = answer.prompt_tokens if answer.prompt_tokens is not None else double.tokenize(digest, prompt)
+        ids = ids[: double.faults.cut_prompts_to]
         made = len(pieces) + (not cut)  # the token that ends the turn counts
         last = {"done": True, "done_reason": "length" if cut else "stop"}
         if "response" in part("") and not body.get("raw"):

@@ -111,6 +111,7 @@ class Store:
     def __init__(self, root: Path):
         self.root = root
         self.known = [CHATML]
+        self.refuses_adapters = False  # as Ollama 0.34.1 and newer; in which words is not recorded
         self.primed: dict[str, Facts] = {}
         self.lock = threading.RLock()
         self._facts: dict[str, Facts] = {}
@@ -212,6 +213,8 @@ class Store:
         else:
             raise Refused(400, "neither 'from' or 'files' was specified")
         if body.get("adapters"):
+            if self.refuses_adapters:
+                raise Refused(400, "adapters are not supported")
             [(_, digest)] = body["adapters"].items()
             yield "parsing GGUF"
             if not self.blob(digest).exists() or self.facts(digest).metadata.get("general.type") != "adapter":
@@ -290,10 +293,8 @@ class Store:
         for text in [given] if isinstance(given, str) else given:
             add("license", text.encode(), replacing=False)  # a licence joins those that are inherited
         given = {**self.params(layers), **(body.get("parameters") or {})}
-        # All numbers are floats to the server, and written without a point where they have no fraction.
-        parameters = {key: int(value) if isinstance(value, float) and value.is_integer() else value for key, value in given.items()}
-        if parameters:
-            add("params", encoded(parameters))
+        if given:
+            add("params", encoded_parameters(given))
         if body.get("messages"):
             add("messages", encoded([{"role": turn["role"], "content": turn["content"]} for turn in body["messages"]]))
 
@@ -487,7 +488,7 @@ def read_gguf(path: Path) -> Facts:
     tensors = [{"name": one.name, "type": one.tensor_type.name, "shape": [int(size) for size in one.shape]} for one in reader.tensors]
 
     def token(key: str) -> str:
-        number = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        number = metadata.get(f"tokenizer.ggml.{key}_token_id", 11)  # llama.cpp's own choice for byte-level vocabularies
         return raw["tokenizer.ggml.tokens"].contents(int(number)) if number is not None and "tokenizer.ggml.tokens" in raw else ""
 
     return Facts(
@@ -503,6 +504,33 @@ def encoded(value: object) -> bytes:
     for char in "<>&\u2028\u2029":
         text = text.replace(char, f"\\u{ord(char):04x}")
     return text.encode() + b"\n"
+
+
+def encoded_parameters(given: dict) -> bytes:
+    """All numbers are float64 to the server, written by Go: without a point where they have no fraction, with an exponent below 1e-6 and from 1e21."""
+    marks = {}
+
+    def marked(value: object) -> object:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return value
+        digits = repr(float(value)).lower()
+        if "e" not in digits and digits.endswith(".0"):
+            digits = digits[:-2]
+        if "e" in digits or digits in ("0", "-0"):
+            mantissa, _, exponent = digits.partition("e")
+            small = not 1e-6 <= abs(value) < 1e21 and value != 0
+            plain = f"{float(value):.30f}".rstrip("0").rstrip(".") if abs(value) >= 1 else f"{float(value):.{-int(exponent or 0) + len(mantissa)}f}"
+            if small:
+                digits = f"{mantissa}e{exponent[0]}{exponent[1:].lstrip('0')}"
+            elif value:
+                digits = plain.rstrip("0") if "." in plain else plain
+        marks[f'"number {len(marks)}"'] = digits
+        return f"number {len(marks) - 1}"
+
+    text = encoded({key: marked(value) for key, value in given.items()}).decode()
+    for mark, digits in marks.items():
+        text = text.replace(mark, digits)
+    return text.encode()
 
 
 def all_layers(manifest: dict) -> list[dict]:

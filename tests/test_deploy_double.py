@@ -117,7 +117,7 @@ def _prime_second(double: OllamaDouble) -> None:
         return _as_answer(SECOND[5 if tuned["system"] in prompt else 6]["response"]["body"][0])
 
     first, last = SECOND[13]["response"]["body"][:4], SECOND[13]["response"]["body"][-1]
-    chatted = Answer([line["message"]["content"] for line in first] + ["1", "0"] * 98 + ["0"], prompt_tokens=[*range(last["prompt_eval_count"])])
+    chatted = Answer([line["message"]["content"] for line in first] + ["0", "1"] * 97 + ["0"] * 3, prompt_tokens=[*range(last["prompt_eval_count"])])
     double.answer = answer
 
 
