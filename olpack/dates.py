@@ -7,9 +7,11 @@ in that, and shall differ in nothing else.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 
-FUNCTION = "strftime_now"
+_FUNCTION = "strftime_now"
 
 # What stands for a date in a marked text: characters for private use, around the format that was asked for.
 _BEGIN, _END = "\ue0f0", "\ue0f1"
@@ -21,12 +23,31 @@ _OF_THE_DAY = "HIMSfpXcTRsr"
 
 def is_dated(chat_template: object) -> bool:
     """Whether a chat template asks for the time."""
-    return FUNCTION in str(chat_template)
+    return _FUNCTION in str(chat_template)
 
 
-def marked() -> Mapping[str, object]:
-    """Template variables with which a conversation is rendered with a mark in place of each date."""
-    return {FUNCTION: lambda form: f"{_BEGIN}{form}{_END}"}
+@contextmanager
+def written_by(strftime: Callable[[str], str] | None) -> Iterator[None]:
+    """Within it, `apply_chat_template` writes what `strftime` makes of a format; None: the time of the rendering.
+
+    transformers takes only plain data as template variables, so the clock that its `strftime_now` reads is another one meanwhile.
+    """
+    if strftime is None:
+        yield
+        return
+    from transformers.utils import chat_template_utils
+
+    before = chat_template_utils.datetime
+    chat_template_utils.datetime = SimpleNamespace(now=lambda: SimpleNamespace(strftime=strftime))
+    try:
+        yield
+    finally:
+        chat_template_utils.datetime = before
+
+
+def mark(form: str) -> str:
+    """What stands in place of a date of that format, to be compared by `same_but_for_dates`."""
+    return f"{_BEGIN}{form}{_END}"
 
 
 def same_but_for_dates(text: str, served: str) -> bool:

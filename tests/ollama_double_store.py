@@ -12,6 +12,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 
 import jinja2
@@ -508,28 +509,23 @@ def encoded(value: object) -> bytes:
 
 def encoded_parameters(given: dict) -> bytes:
     """All numbers are float64 to the server, written by Go: without a point where they have no fraction, with an exponent below 1e-6 and from 1e21."""
-    marks = {}
+    numbers: list[str] = []
 
     def marked(value: object) -> object:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return value
-        digits = repr(float(value)).lower()
-        if "e" not in digits and digits.endswith(".0"):
-            digits = digits[:-2]
-        if "e" in digits or digits in ("0", "-0"):
-            mantissa, _, exponent = digits.partition("e")
-            small = not 1e-6 <= abs(value) < 1e21 and value != 0
-            plain = f"{float(value):.30f}".rstrip("0").rstrip(".") if abs(value) >= 1 else f"{float(value):.{-int(exponent or 0) + len(mantissa)}f}"
-            if small:
-                digits = f"{mantissa}e{exponent[0]}{exponent[1:].lstrip('0')}"
-            elif value:
-                digits = plain.rstrip("0") if "." in plain else plain
-        marks[f'"number {len(marks)}"'] = digits
-        return f"number {len(marks) - 1}"
+        number = repr(float(value))
+        if value and not 1e-6 <= abs(value) < 1e21:
+            mantissa, _, exponent = number.partition("e")
+            numbers.append(f"{mantissa.removesuffix('.0')}e{exponent[0]}{exponent[1:].lstrip('0')}")
+        else:
+            plain = format(Decimal(number), "f")
+            numbers.append(plain.rstrip("0").removesuffix(".") if "." in plain else plain)
+        return f"number {len(numbers) - 1}"
 
     text = encoded({key: marked(value) for key, value in given.items()}).decode()
-    for mark, digits in marks.items():
-        text = text.replace(mark, digits)
+    for place, number in enumerate(numbers):
+        text = text.replace(f'"number {place}"', number)
     return text.encode()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from oracle import CHAT, make_workspace, olpack, write_base
 
 from olpack.deploy.client import OllamaClient
 from olpack.doctor import examine
+from olpack.pipeline import Build
+from olpack.recipe import load
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +24,9 @@ def exported(tmp_path_factory) -> Path:
     make_workspace(root, write_base(root / "model"))
     recipe = root / "modelfiles/oracle/recipe.yaml"
     recipe.write_text(recipe.read_text().replace("epochs: 12", "epochs: 1"))
+    turns = [{"role": "user", "content": "What is it? " * 8}, {"role": "assistant", "content": "forty-two"}]
+    rows = root / "modelfiles/oracle/eval.jsonl"
+    rows.write_text(rows.read_text() + json.dumps({"messages": turns}) + "\n")
     shutil.copytree(root / "modelfiles/oracle", root / "modelfiles/prophet")
     other = root / "modelfiles/prophet/recipe.yaml"
     other.write_text(other.read_text() + "package: adapter\n")
@@ -90,9 +96,6 @@ def test_a_loop_is_told_from_a_long_answer(workspace, ollama_double, answer, war
 
 
 def test_long_requests_are_compared_and_a_cut_prompt_fails(workspace, ollama_double):
-    turns = [{"role": "user", "content": "What is it? " * 12}, {"role": "assistant", "content": "forty-two"}]
-    rows = workspace / "modelfiles/oracle/eval.jsonl"
-    rows.write_text(rows.read_text() + json.dumps({"messages": turns}) + "\n")
     ollama_double.faults.cut_prompts_to = 128 // 2 + 2
     _, _, said = olpack(workspace, "plan", "oracle", server=ollama_double.url)
     assert "eval.jsonl:5 of" in said and "more than half of num_ctx 128" in said, said
@@ -169,8 +172,7 @@ def test_the_list_names_the_quants_of_an_adapter_package(workspace):
 
 
 def test_a_date_in_the_template(workspace, ollama_double, monkeypatch):
-    path = workspace / "dated"
-    shutil.copytree(workspace.parent / "workspace/model", path) if (workspace / "model").is_dir() else None
+    path = workspace / "model"
     settings = json.loads((path / "tokenizer_config.json").read_text())
     dated = "{{ 'Today: ' + strftime_now('%d %b %Y %H:%M:%S') + '\\n' }}" + CHAT
     (path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": dated}))
@@ -183,10 +185,10 @@ def test_a_date_in_the_template(workspace, ollama_double, monkeypatch):
             assert "so one date is trained" in " ".join(said.split()), said
     trained = json.loads((workspace / "build/oracle/stages/train.json").read_text())["result"]["rendered_at"]
 
-    class Tomorrow(__import__("datetime").datetime):
+    class Tomorrow(datetime):
         @classmethod
         def now(cls, tz=None):
-            return super().now(tz) + __import__("datetime").timedelta(days=1)
+            return super().now(tz) + timedelta(days=1)
 
     monkeypatch.setattr("olpack.pipeline.datetime", Tomorrow)
     monkeypatch.setattr("ollama_double_store.datetime.datetime", Tomorrow)
@@ -195,8 +197,5 @@ def test_a_date_in_the_template(workspace, ollama_double, monkeypatch):
     assert olpack(workspace, "deploy", "oracle", "--check", server=ollama_double.url)[0] == 0
     _, printed, _ = olpack(workspace, "plan", "oracle", "--json", server=ollama_double.url)
     assert {step["step"] for step in json.loads(printed)["steps"] if step["stale"]} <= {"modelfiles", "compare"}
-    from olpack import recipe as recipes
-    from olpack.pipeline import Build
-
-    [first, *_] = Build(recipes.load(recipe), out=workspace / "build").rows[0]
-    assert f"{__import__('datetime').datetime.fromisoformat(trained):%d %b %Y %H:%M:%S}" in first.text
+    [first, *_] = Build(load(recipe), out=workspace / "build").rows[0]
+    assert f"{datetime.fromisoformat(trained):%d %b %Y %H:%M:%S}" in first.text

@@ -17,7 +17,7 @@ from itertools import islice, pairwise
 from typing import TYPE_CHECKING
 
 from olpack.data.rows import Chat, Learn, TokenRow
-from olpack.dates import FUNCTION
+from olpack.dates import written_by
 from olpack.errors import OlpackError
 
 if TYPE_CHECKING:
@@ -62,8 +62,8 @@ class Renderer:
 
     def text(self, messages: list[dict], *, ask: bool = False, tools: list[dict] | None = None) -> str:
         """The conversation as the template writes it; with `ask`, up to where the assistant's answer begins."""
-        at = {FUNCTION: self.moment.strftime} if self.moment else {}
-        return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=ask, **at)
+        with written_by(self.moment and self.moment.strftime):
+            return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=ask)
 
     def prompt(self, messages: list[dict]) -> list[int]:
         """Token ids of a conversation that waits for the assistant's answer."""
