@@ -179,8 +179,8 @@ def check_identity(
         tokenizer: the one trained with, or its folder: its chat template unprotected, as training rendered with it.
         conversations: some from the data, beside the hard ones. An assistant's turn at the end is left off.
         variables: template variables that training set.
-        tokens: whose token ids are compared, too, which takes one generated token for each: of all conversations, or, where only texts around
-            them changed since, of the first one and the longest of the data.
+        tokens: whose prompts by /api/generate and whose token ids are compared, too, the latter with one generated token for each: of all
+            conversations, or, where only texts around them changed since, of the first one and the longest of the data.
 
     Raises:
         OlpackError: no such model, a tokenizer that does not load or has no chat template, a template that refuses a conversation of the
@@ -255,7 +255,7 @@ class _Check:
         same = self._compare(label, "chat", expected, served)
         # With messages of the model's own, a system prompt stands before them by /api/generate and after them by /api/chat.
         plain = None if tools or (self.shown.messages and turns[0]["role"] == "system") else _plain(turns)
-        if plain is not None:
+        if plain is not None and (self.tokens is None or label in self.tokens):
             system, prompt = plain
             extra = {"system": system} if system else {}
             same &= self._compare(label, "generate", expected, self.client.render_generate(self.model, prompt, **extra))
