@@ -142,7 +142,8 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
     if stages & {"train", "deploy"}:
         from olpack.deploy_stage import check_server, length_warnings
 
-        for warning in length_warnings(build, build.rows[1]):
+        # Reading every row takes longer than registering a changed system prompt does: it is done where rows are needed anyway.
+        for warning in length_warnings(build, build.rows[1] if stages & {"train", "export", "compare"} else []):
             progress.warn(warning)
         if moment := build.renderer.moment:
             progress.warn(f"The base's chat template writes the date. All rows are rendered at {moment:%Y-%m-%d %H:%M:%S}, so one date is trained, "

@@ -15,6 +15,7 @@ from olpack.deploy.client import OllamaClient
 from olpack.doctor import examine
 from olpack.pipeline import Build
 from olpack.recipe import load
+from olpack.stages import _prompts_said
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,7 @@ def test_another_server_version_is_asked_all_of_it(workspace, ollama_double):
     (Answer([f"{number} " for number in range(500)]), None),
     (Answer(["forty-two"]), None),
 ], ids=["one token", "two tokens", "a long answer", "an answer"])  # fmt: skip
-def test_a_loop_is_told_from_a_long_answer(workspace, ollama_double, answer, warned):
+def test_a_loop_is_distinguished_from_a_long_answer(workspace, ollama_double, answer, warned):
     ollama_double.answer = lambda prompt: answer
     code, _, said = olpack(workspace, "deploy", "oracle", server=ollama_double.url)
     assert code == 0, said
@@ -98,7 +99,7 @@ def test_a_loop_is_told_from_a_long_answer(workspace, ollama_double, answer, war
 def test_long_requests_are_compared_and_a_cut_prompt_fails(workspace, ollama_double):
     ollama_double.faults.cut_prompts_to = 128 // 2 + 2
     _, _, said = olpack(workspace, "plan", "oracle", server=ollama_double.url)
-    assert "eval.jsonl:5 of" in said and "more than half of num_ctx 128" in said, said
+    assert "eval.jsonl:5 of" in said and "longer than half of num_ctx 128" in said, said
     code, _, said = olpack(workspace, "deploy", "oracle", server=ollama_double.url)
     assert code == 1 and "cut to 66 of " in said and "row 4 of the data" in said and "num_ctx" in said, said
     ollama_double.faults.cut_prompts_to = None
@@ -114,6 +115,35 @@ def test_an_answer_without_an_end_is_warned_of(workspace):
         words = ["--set", f"modelfile.parameters.num_predict={value}"] if value else []
         code, _, said = olpack(workspace, "plan", "oracle", *words)
         assert code == 0 and (unlimited in " ".join(said.split())) is warned, said
+
+
+def test_a_difference_in_a_made_up_conversation_is_recorded_and_ends_nothing(workspace, ollama_double):
+    counted = ollama_double.tokenize
+    ollama_double.tokenize = lambda digest, text: counted(digest, text) + [0] * 2 * ("مساعد" in text)
+    code, _, said = olpack(workspace, "deploy", "oracle", server=ollama_double.url)
+    assert code == 0 and "conversations that are made up" in said and "Arabic, by its tokens" in said, said
+    result = json.loads((workspace / "build/oracle/stages/deploy.json").read_text())["result"]
+    assert "1 difference in made-up conversations" in result["identity"] and "Arabic" in result["identity_warnings"][0]
+    assert "Arabic" in _prompts_said(Build(load(workspace / "modelfiles/oracle/recipe.yaml"), out=workspace / "build"))
+    ollama_double.tokenize = lambda digest, text: counted(digest, text) + [0] * 2 * ("What is 100" in text)
+    code, _, said = olpack(workspace, "deploy", "oracle", "--set", "modelfile.parameters.num_ctx=120", server=ollama_double.url)
+    assert code == 0, said  # the same vocabulary was compared with that row before
+    code, _, said = olpack(workspace, "deploy", "oracle", "--check", "--set", "modelfile.parameters.num_ctx=120", server=ollama_double.url)
+    assert code == 1 and "row 1 of the data, by its tokens: the same text becomes other tokens" in said, said
+
+
+def test_only_exports_whose_files_change_have_another_key(workspace):
+    recipe, settings = workspace / "modelfiles/oracle/recipe.yaml", workspace / "model/tokenizer_config.json"
+    recipe.write_text(f"base: {workspace / 'model'}\n" + recipe.read_text().partition("\n")[2])
+    keys = {}
+    for template in (CHAT, "{{ bos_token }}" + CHAT, "{{ eos_token }}" + CHAT):
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": template}))
+        build = Build(load(recipe), out=workspace / "build")
+        keys[template] = build.inputs("export", "Q8_0").get("pinned in the chat template")
+        assert build.base.absent_tokens == (keys[template] or [])
+    assert list(keys.values()) == [None, ["bos_token"], None]
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"bos_token": "<|im_start|>", "chat_template": "{{ bos_token }}" + CHAT}))
+    assert Build(load(recipe), out=workspace / "build").base.absent_tokens == []
 
 
 # -- servers that create no models with adapters -------------------------------------------------------------------------------------------

@@ -131,7 +131,7 @@ class Identity:
     def summary(self) -> str:
         """One line: "prompt identical: 42/42 (1 conversation refused by the template)"."""
         notes = [f"{len(self.refused)} of the hard conversations refused by the template itself"] if self.refused else []
-        notes += [f"{len(self.made_up)} differences in made-up conversations"] if self.made_up else []
+        notes += [f"{len(self.made_up)} difference{'s' * (len(self.made_up) > 1)} in made-up conversations"] if self.made_up else []
         notes += ["tools, which the data does not use, are written otherwise"] if self.untrained else []
         same = self.compared - len(self.differences) - len(self.untrained)
         return f"prompt identical: {same}/{self.compared}" + (f" ({'; '.join(notes)})" if notes else "")

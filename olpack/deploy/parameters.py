@@ -133,12 +133,12 @@ def prompt_warnings(prompts: Mapping[str, int], num_ctx: int) -> list[str]:
     above = [(place, count) for place, count in longest if count >= num_ctx]
     half = [(place, count) for place, count in longest if num_ctx // 2 < count < num_ctx]
     return [
-        *([f"{_rows(above)} not leave room for an answer in num_ctx {num_ctx}: the server cuts such prompts."] if above else []),
-        *([f"{_rows(half)} take more than half of num_ctx {num_ctx}, where some servers cut prompts without a word; deploy checks the longest."]
+        *([f"{_rows(above)} as long as num_ctx {num_ctx} or longer: the server cuts such prompts."] if above else []),
+        *([f"{_rows(half)} longer than half of num_ctx {num_ctx}, where some servers cut prompts without a word; deploy checks the longest."]
           if half else []),
     ]  # fmt: skip
 
 
 def _rows(found: list[tuple[str, int]]) -> str:
     named = ", ".join(f"{place} of {count} tokens" for place, count in found[:3]) + (", …" if len(found) > 3 else "")
-    return f"The prompts of {len(found)} held-out rows ({named}) do" if len(found) > 1 else f"The prompt of a held-out row ({named}) does"
+    return f"The prompts of {len(found)} held-out rows ({named}) are" if len(found) > 1 else f"The prompt of a held-out row ({named}) is"
