@@ -9,12 +9,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from olpack import __version__
 from olpack.errors import OlpackError
 from olpack.progress import quantity
 from olpack.workspace import free_bytes
+
+if TYPE_CHECKING:
+    from olpack.deploy.client import OllamaClient
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "llama-cpp-python", "gguf", "ollama", "jinja2", "typer")
 
@@ -120,7 +123,7 @@ def _k_quants() -> Finding:
 
 
 def _server() -> Finding:
-    from olpack.deploy.client import OllamaClient
+    from olpack.deploy.client import OllamaClient, creates_adapters
 
     try:
         client = OllamaClient()
@@ -130,7 +133,18 @@ def _server() -> Finding:
     if found is None:
         return Finding("Ollama", "missing", f"no server answers at {client.url}: olpack works, nothing is served",
                        "Install it from https://ollama.com/download and start it with `ollama serve`, or set OLLAMA_HOST.")
+    if not creates_adapters(found):
+        return _tried("Ollama", lambda: f"{client.require()} at {client.url}; it creates no models with adapters (`package: adapter`), {_store(client)}")
     return _tried("Ollama", lambda: f"{client.require()} at {client.url}")
+
+
+def _store(client: OllamaClient) -> str:
+    from olpack.deploy.store import store_of
+
+    try:
+        return f"which are written into its store {store_of(client)}"
+    except OlpackError as error:
+        return f"and {error.problem}: use `package: merged`"
 
 
 def _disk() -> Finding:

@@ -12,12 +12,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from olpack import progress
 from olpack.base import Base, resolve
+from olpack.dates import is_dated
 from olpack.errors import OlpackError
 from olpack.quants import gains_by_importance, overridable, quant_type
 from olpack.recipe import Recipe
@@ -140,7 +142,14 @@ class Build:
         """Chats to token rows, with the base's tokenizer and chat template."""
         from olpack.data import Renderer
 
-        return Renderer(self.base.tokenizer(), self.base.end_ids(), self.recipe.data.learn)
+        tokenizer = self.base.tokenizer()
+        return Renderer(tokenizer, self.base.end_ids(), self.recipe.data.learn, self._moment if is_dated(tokenizer.chat_template) else None)
+
+    @property
+    def _moment(self) -> datetime:
+        """When the rows of this build are rendered: always when its first training began, so that a later day changes no row."""
+        recorded = self.result("train").get("rendered_at")
+        return datetime.fromisoformat(recorded) if recorded else datetime.now().replace(microsecond=0)
 
     @cached_property
     def rows(self) -> tuple[list[TokenRow], list[TokenRow]]:
@@ -211,6 +220,8 @@ class Build:
             if stage == "sensitivity":
                 return made | trained | {"tokens": SENSITIVITY_TOKENS, "importance": self._importance_key}
             made |= {"quant": quant, "name": self.paths.home(f"export-{quant}").name}
+            if quant != ADAPTER and (absent := self.base.absent_tokens):
+                made["pinned in the chat template"] = absent
             if self.paths.base and quant != ADAPTER:
                 return made | {"base": self.base.digest}
             return made | trained | self._choices(quant)

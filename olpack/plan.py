@@ -139,10 +139,17 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
             from olpack.memory.training import adapter_shapes
 
             check_adapter(build.base.path, adapter_shapes(build.meta_model, build.recipe.train.target_modules))
-    if "deploy" in stages:
-        from olpack.deploy.client import OllamaClient
+    if stages & {"train", "deploy"}:
+        from olpack.deploy_stage import check_server, length_warnings
 
-        OllamaClient().require()
+        # Reading every row takes longer than registering a changed system prompt does: it is done where rows are needed anyway.
+        for warning in length_warnings(build, build.rows[1] if stages & {"train", "export", "compare"} else []):
+            progress.warn(warning)
+        if moment := build.renderer.moment:
+            progress.warn(f"The base's chat template writes the date. All rows are rendered at {moment:%Y-%m-%d %H:%M:%S}, so one date is trained, "
+                          "and the server writes that of each day.")
+        if "deploy" in stages:
+            check_server(build)
     return exported
 
 

@@ -17,9 +17,12 @@ from itertools import islice, pairwise
 from typing import TYPE_CHECKING
 
 from olpack.data.rows import Chat, Learn, TokenRow
+from olpack.dates import written_by
 from olpack.errors import OlpackError
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from transformers import PreTrainedTokenizerFast
 
 _AT_ONCE = 256  # chats that are tokenized together
@@ -41,9 +44,10 @@ class Renderer:
         tokenizer: a fast tokenizer with a chat template.
         end_ids: ids that can end an assistant's turn, in addition to the tokenizer's special tokens.
         learn: every assistant's turn, or the last one of each chat.
+        moment: the time that a chat template which writes it is given; None: the time of each rendering.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, end_ids: list[int] | None = None, learn: Learn = "all"):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, end_ids: list[int] | None = None, learn: Learn = "all", moment: datetime | None = None):
         if not tokenizer.is_fast:
             raise OlpackError("The base has only a slow tokenizer, which cannot say where its tokens stand in the text.",
                               "Save it as a fast one: a tokenizer.json beside the weights.")
@@ -52,12 +56,14 @@ class Renderer:
                               "Take the instruct version of the base, or add a chat_template.jinja to its folder.")
         self.tokenizer = tokenizer
         self.learn = learn
+        self.moment = moment
         special = (number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
         self.end_ids = {tokenizer.eos_token_id, *(end_ids or []), *special} - {None}
 
     def text(self, messages: list[dict], *, ask: bool = False, tools: list[dict] | None = None) -> str:
         """The conversation as the template writes it; with `ask`, up to where the assistant's answer begins."""
-        return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=ask)
+        with written_by(self.moment and self.moment.strftime):
+            return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=ask)
 
     def prompt(self, messages: list[dict]) -> list[int]:
         """Token ids of a conversation that waits for the assistant's answer."""
