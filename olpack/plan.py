@@ -80,7 +80,7 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
     Raises:
         OlpackError: the first thing that stands in the way, with its remedy.
     """
-    from olpack.stages import questions
+    from olpack.stages import measure_settings, questions
 
     stages = {step.stage for step in stale}
     exported = None
@@ -106,6 +106,8 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
                               "Set `modelfile.parameters.stop` to the text that ends a turn.")
     if stages & {"deploy", "compare"} and not questions(build):
         raise OlpackError("No held-out row opens with a request, so there is nothing to ask the quants.", "Give them prompts as `compare.prompts`.")
+    if "compare" in stages:
+        measure_settings(build)
     if "compare" in stages and (own := {task.expected: task for task in build.tasks if task.check == "function"}):
         from olpack.compare.scores import load_function
 

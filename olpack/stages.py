@@ -18,6 +18,7 @@ from olpack.quants import quant_type
 from olpack.workspace import file_digest, template_source, value_digest, write_atomically
 
 if TYPE_CHECKING:
+    from olpack.compare import MeasureSettings
     from olpack.pipeline import Build, Step
 
 _ANSWERED = 3  # held-out requests that every quant answers where the recipe has no prompts
@@ -67,16 +68,13 @@ def modelfiles(build: Build, steps: list[Step]) -> None:
 
 def compare(build: Build, steps: list[Step]) -> None:
     """Measure every quant, recommend one, write `results.json` and the report, and point `:latest` to the recommended tag."""
-    from olpack.compare import MeasureSettings, measure
+    from olpack.compare import measure
     from olpack.compare.outputs import write_outputs
     from olpack.deploy.client import OllamaClient
     from olpack.deploy.register import point_latest
 
     asked, paths, (step,) = build.recipe.compare, build.paths, steps
-    settings = MeasureSettings(prompt_lengths=tuple(asked.prompt_tokens), generated_tokens=asked.generated_tokens, repeats=asked.repeats,
-                               answer_tokens=asked.answer_tokens, clients=tuple(asked.clients), context=build.package.parameters["num_ctx"],
-                               tolerance=asked.max_loss,
-                               suites=tuple(asked.suites), suite_folder=build.suite_folder and str(build.suite_folder), suite_limit=asked.suite_limit)
+    settings = measure_settings(build)
     _, held_out = build.rows
     client = OllamaClient() if build.server else None
     results = measure(quant_files(build), held_out[: asked.eval_rows], questions(build), settings, client, build.recipe.name,
@@ -86,8 +84,11 @@ def compare(build: Build, steps: list[Step]) -> None:
     outputs = write_outputs(results, paths.compare, template_source("report.html.j2"), paths.adapter / "metrics.jsonl", identity)
     best = results.recommendation
     if client and best:
-        point_latest(client, build.recipe.name, best.tag)
-    outcome, again = {"recommended": best.tag if best else None}, f"`olpack compare {build.recipe.name}` tries again and keeps what was measured"
+        if all(quant.loss for quant in results.quants):
+            point_latest(client, build.recipe.name, best.tag)
+        else:
+            progress.warn(f"{build.recipe.name}:latest stays what it was: not every quant could be compared.")
+    outcome, again = {"recommended": best.tag if best else None, "served": client is not None}, f"`olpack compare {build.recipe.name}` tries again and keeps what was measured"
     if failed := [quant.quant for quant in results.quants if any(flag.code == "failed" for flag in quant.flags)]:
         progress.warn(f"{', '.join(failed)} could not be measured; {again}")
     if results.flags:
@@ -97,6 +98,21 @@ def compare(build: Build, steps: list[Step]) -> None:
         build.remember(step, outcome)
         return
     build.finish(step, outputs, outcome)
+
+
+def measure_settings(build: Build) -> MeasureSettings:
+    """How the recipe has its quants measured.
+
+    Raises:
+        OlpackError: its settings leave no room for a prompt in the context.
+    """
+    from olpack.compare import MeasureSettings
+
+    asked = build.recipe.compare
+    return MeasureSettings(prompt_lengths=tuple(asked.prompt_tokens), generated_tokens=asked.generated_tokens, repeats=asked.repeats,
+                           answer_tokens=asked.answer_tokens, clients=tuple(asked.clients), context=build.package.parameters["num_ctx"],
+                           tolerance=asked.max_loss,
+                           suites=tuple(asked.suites), suite_folder=build.suite_folder and str(build.suite_folder), suite_limit=asked.suite_limit)
 
 
 def _prompts_said(build: Build) -> str | None:
@@ -150,7 +166,8 @@ def quant_files(build: Build) -> list:
         adapter = build.paths.gguf(ADAPTER) if build.paths.base else None
         size = made["size"] + (build.result(f"export-{ADAPTER}")["size"] if adapter else 0)
         types = made["types"] if quant.budget else {}
-        files.append(QuantFile(quant.name, quant.tag, build.paths.gguf(quant.name), size, made["bits_per_weight"], made["sha256"], adapter, types))
+        files.append(QuantFile(quant.name, quant.tag, build.paths.gguf(quant.name), size, made["bits_per_weight"], made["sha256"], adapter, types,
+                               made["types"]))  # fmt: skip
     return files
 
 

@@ -207,9 +207,13 @@ class OllamaClient:
             yield from self._typed.chat(model, messages, options=options, stream=True, **fields)
 
     def unload(self, model: str) -> None:
-        """Free the memory that a model takes."""
+        """Free the memory that a model takes. One that was removed while it was loaded answers 404, and is as good as unloaded."""
         with self._failures(f"unloading {model}"):
-            self._typed.generate(model, keep_alive=0)
+            try:
+                self._typed.generate(model, keep_alive=0)
+            except ollama.ResponseError as error:
+                if error.status_code != 404:
+                    raise
 
     def render_chat(self, model: str, messages: Sequence[Mapping], **fields: object) -> str:
         """The exact prompt that the server makes of a conversation, its own system prompt and messages included. The model is loaded for
