@@ -114,7 +114,7 @@ def test_a_socks_proxy_for_a_server_elsewhere_is_one_sentence(monkeypatch: pytes
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("ALL_PROXY", "socks5h://127.0.0.1:9")
     monkeypatch.setitem(sys.modules, "socksio", None)  # as where it is not installed
-    with pytest.raises(OlpackError, match=r"ollama.invalid:11434 would be called through a SOCKS proxy \(ALL_PROXY=socks5h://127.0.0.1:9\)") as caught:
+    with pytest.raises(OlpackError, match=r"ollama.invalid:11434 would be called through a SOCKS proxy \(ALL_PROXY=socks5h") as caught:
         OllamaClient("ollama.invalid")
     assert "pip install socksio" in caught.value.remedy and "NO_PROXY" in caught.value.remedy
     monkeypatch.setenv("NO_PROXY", "ollama.invalid")
