@@ -336,3 +336,9 @@ def test_the_requests_are_utf_8_json(ollama_double: OllamaDouble, client: Ollama
     _create(client, gguf, system="أنت")
     request = ollama_double.requests[-1]
     assert request.sent == len(json.dumps(request.body, ensure_ascii=False).encode())
+
+
+def test_an_error_that_is_json_and_no_object(ollama_double: OllamaDouble, client: OllamaClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ollama_double._Handler._tags", lambda handler, _body: handler._send(404, "404", "text/plain"))
+    with pytest.raises(OlpackError, match="answered with something that is not Ollama's while listing its models"):
+        client.tags()
