@@ -54,7 +54,7 @@ def _adapter_store(build: Build, client: OllamaClient, version: str):
         return store_of(client)
     except OlpackError as error:
         raise OlpackError(
-            f"{_no_adapters(client)}. They can be written into its model store, but {error.problem}.",
+            f"{_no_adapters(client)}. They can be written into its model store, but {error.problem.rstrip('.')}.",
             f"Set `package: merged` in the recipe, or build with --no-deploy and run `olpack deploy {build.recipe.name} --store DIR` where the "
             f"server keeps its models. {error.remedy}",
         ) from None

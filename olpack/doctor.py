@@ -134,7 +134,8 @@ def _server() -> Finding:
         return Finding("Ollama", "missing", f"no server answers at {client.url}: olpack works, nothing is served",
                        "Install it from https://ollama.com/download and start it with `ollama serve`, or set OLLAMA_HOST.")
     if not creates_adapters(found):
-        return _tried("Ollama", lambda: f"{client.require()} at {client.url}; it creates no models with adapters (`package: adapter`), {_store(client)}")
+        without = f"it creates no models with adapters (`package: adapter`), {_store(client)}"
+        return _tried("Ollama", lambda: f"{client.require()} at {client.url}; {without}")
     return _tried("Ollama", lambda: f"{client.require()} at {client.url}")
 
 

@@ -508,7 +508,7 @@ def encoded(value: object) -> bytes:
 
 
 def encoded_parameters(given: dict) -> bytes:
-    """All numbers are float64 to the server, written by Go: without a point where they have no fraction, with an exponent below 1e-6 and from 1e21."""
+    """All numbers are float64 to the server, written by Go: no point where there is no fraction, an exponent below 1e-6 and from 1e21 on."""
     numbers: list[str] = []
 
     def marked(value: object) -> object:

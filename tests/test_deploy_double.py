@@ -99,7 +99,8 @@ def _prime_second(double: OllamaDouble) -> None:
     tuned = next(one["request"]["json"] for one in SECOND if (one["request"]["json"] or {}).get("adapters"))
     base, [adapter] = SECOND[0]["request"]["json"]["files"]["base.gguf"], tuned["adapters"].values()
     double.store.primed = {base: Facts(shown["model_info"], shown["tensors"], shown["template"]), adapter: Facts({"general.type": "adapter"})}
-    listed = {model["name"]: model["size"] for one in SECOND if one["request"]["path"] == "/api/tags" for model in one["response"]["body"][0]["models"]}
+    tags = next(one["response"]["body"][0]["models"] for one in SECOND if one["request"]["path"] == "/api/tags")
+    listed = {model["name"]: model["size"] for model in tags}
     texts = len(tuned["system"].encode()) + len(encoded(tuned["parameters"]))
     sizes = {base: listed["rec-base:latest"] - _CONFIG_BYTES, adapter: listed["rec-tuned:latest"] - listed["rec-base:latest"] - texts}
     for digest, size in sizes.items():

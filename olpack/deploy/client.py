@@ -381,7 +381,8 @@ class OllamaClient:
     def _failures(self, doing: str) -> Iterator[None]:
         try:
             yield
-        except (httpx.HTTPError, httpx.StreamError, ollama.ResponseError, ConnectionError, ValueError) as error:
+        except (httpx.HTTPError, httpx.StreamError, ollama.ResponseError, ConnectionError, ValueError, AttributeError) as error:
+            # The last is what the package raises for an error whose JSON is no object.
             raise self._explained(error, doing) from error
 
     def _absent(self) -> OlpackError:
