@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
 from olpack import progress
@@ -170,30 +171,40 @@ class ServedSpeed:
     def _running(self, model: str) -> ProcessResponse.Model:
         """What /api/ps says of a loaded model. Ollama matches names without regard to case."""
         for entry in self._client.ps():
-            if same(entry.model, model):
+            if self._is(entry, model):
                 return entry
         raise OlpackError(f"The server unloaded {model} while it was measured.", "Is memory short, or does somebody else use the server?")
 
     def _unload(self, model: str) -> bool:
         """Have the server unload a model, where it is loaded; True when it is not any more. Models of others stay."""
         loaded = self._client.ps()
-        self._warn_of_others([entry.model for entry in loaded])
-        if not any(same(entry.model, model) for entry in loaded):
+        self._warn_of_others(loaded)
+        if not any(self._is(entry, model) for entry in loaded):
             return True
         self._client.unload(model)
         deadline = time.monotonic() + _UNLOAD_S
-        while any(same(entry.model, model) for entry in self._client.ps()):
+        while any(self._is(entry, model) for entry in self._client.ps()):
             if time.monotonic() > deadline:
                 problem = f"The server still holds {model}, {_UNLOAD_S:.0f} s after it was asked to unload it."
                 raise OlpackError(problem, "If somebody else is using it, wait; else run `ollama stop`.")
             time.sleep(0.05)
         return True
 
-    def _warn_of_others(self, loaded: Sequence[str]) -> None:
-        others = {model for model in loaded if not any(same(model, ours) for ours in self._models)} - self._foreign
+    def _is(self, loaded: ProcessResponse.Model, model: str) -> bool:
+        """Whether what is loaded is this model, perhaps under another of its names, such as `:latest`."""
+        return same(loaded.model, model) or (loaded.digest is not None and loaded.digest == self._digests.get(model.casefold()))
+
+    @cached_property
+    def _digests(self) -> dict[str, str]:
+        return {tag.model.casefold(): tag.digest for tag in self._client.tags()}
+
+    def _warn_of_others(self, loaded: Sequence[ProcessResponse.Model]) -> None:
+        others = {entry.model for entry in loaded if not any(self._is(entry, ours) for ours in self._models)} - self._foreign
         if others:
             self._foreign |= others
-            progress.warn(f"The server also runs {', '.join(sorted(others))}, which stay loaded: they take memory, and speeds suffer where they are used.")
+            stay = "stays" if len(others) == 1 else "stay"
+            progress.warn(f"The server also runs {', '.join(sorted(others))}, which {stay} loaded: memory is short by that, and speeds come out lower "
+                          "where somebody uses it.")  # fmt: skip
 
 
 @dataclass(frozen=True)
