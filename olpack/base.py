@@ -75,13 +75,17 @@ class Base:
         """Licence named in the model card's front matter, such as "apache-2.0"."""
         import yaml
 
+        from olpack import bounded_yaml
+
         card = self.path / "README.md"
         text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
         if not text.startswith("---\n") or "\n---" not in text[4:]:
             return None
+        front = text[4 : text.index("\n---", 4)]
         try:
-            matter = yaml.safe_load(text[4 : text.index("\n---", 4)])
-        except yaml.YAMLError:
+            bounded_yaml.check(front, str(card))
+            matter = yaml.load(front, bounded_yaml.Loader)
+        except (OlpackError, yaml.YAMLError):  # a card that cannot be read names no licence
             return None
         value = matter.get("license") if isinstance(matter, dict) else None
         return value if isinstance(value, str) else None
