@@ -83,13 +83,16 @@ def _nf4() -> str:
     import bitsandbytes.functional as quantizer
     import torch
 
+    from olpack.four_bits import check_kernel
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    weight = torch.randn(64, 64, device=device)
+    replaced = ", by olpack's own formula for rows of broken blocks, which bitsandbytes gets wrong here" if check_kernel() and device == "cpu" else ""
+    weight = torch.randn(50, 48, device=device)
     packed, state = quantizer.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     error = (quantizer.dequantize_4bit(packed, state) - weight).abs().mean().item()
     if not error < 0.2:
         raise OlpackError(f"bitsandbytes loses {error:.2f} per weight in NF4 on {device}; 0.08 is usual.", "Install bitsandbytes again.")
-    return f"NF4 round trip on {device}, mean error {error:.3f}"
+    return f"NF4 round trip on {device}, mean error {error:.3f}{replaced}"
 
 
 def _llama_cpp() -> str:
