@@ -19,11 +19,11 @@ from olpack.export.converter import SourceModel, open_model
 from olpack.export.folder import check_tokenizer_files, read_config, read_tensor_headers
 from olpack.export.gguf_source import open_gguf
 from olpack.export.importance import ColumnWeights, column_weights
-from olpack.export.job import LATER, ExportPlan, partial_path, remove_partial
+from olpack.export.job import LATER, ExportPlan, TokenText, partial_path, remove_partial
 from olpack.export.plan import FilePlan, hollow_file, plan_files
 from olpack.export.quantized import dequantized_headers
 from olpack.export.split import part_names, split_plan
-from olpack.export.verify import verify_file, verify_model
+from olpack.export.verify import settle_pretokenizer, token_differences, verify_file, verify_model
 from olpack.export.write import write_files
 from olpack.llamacpp.cores import usable_processors
 from olpack.quants import quant_type
@@ -33,10 +33,11 @@ Report = Callable[[int, int], None]
 
 def check(
     source: str, quants: list[str], adapter: str | None, name: str | None, out: str | None, importance: str | None,
-    tensor_types: dict[str, str], report: Report,
+    tensor_types: dict[str, str], texts: list[dict], report: Report,
 ) -> dict:  # fmt: skip
     """`olpack.export.check_export`, over the pipe. Returns the fields of an `ExportPlan`."""
     model, plans, _, warnings = _prepare(Path(source), quants, adapter, importance, tensor_types, name=name)
+    differences = token_differences(model, [TokenText(**text) for text in texts], report) if texts else []
     if out is not None:
         check_space([Path(out, plan.quant.name) for plan in plans], plans)
     context = model.key(f"{model.architecture}.context_length")
@@ -47,6 +48,7 @@ def check(
         parameters=model.parameters,
         sizes={plan.quant.name: plan.size for plan in plans},
         warnings=warnings,
+        differences=differences,
     ))  # fmt: skip
 
 
@@ -129,6 +131,7 @@ def _prepare(
     if importance is not None:
         weights = ColumnWeights(None, {}) if importance == LATER else column_weights(Path(importance), model.tensors)
     losses = read_sensitivity(Path(sensitivity)) if sensitivity is not None else {}
+    settle_pretokenizer(source, model)
     with hollow_file(model) as hollow:
         plans = plan_files(model, hollow, types, importance=weights, tensor_types=tensor_types, losses=losses)
         warnings = verify_model(source, hollow)
