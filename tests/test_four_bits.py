@@ -32,6 +32,8 @@ def _zeros(kernel, packed, scales, block, kind, shape, dtype):
 @pytest.fixture(params=["as it is", _neighbour, _zeros])
 def kernel(request):
     """The library's kernel on this machine, and two damaged ones in its place. Nothing of it stays."""
+    import bitsandbytes  # noqa: F401, which would register its own over a damaged one
+
     four_bits.check_kernel.cache_clear()
     damaged = None
     if request.param != "as it is":
