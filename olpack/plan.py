@@ -349,7 +349,7 @@ def print_plan(plan: dict) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(soft_wrap=False, markup=False)  # a path or a reason may hold what reads like markup
+    console = Console(soft_wrap=False, markup=False, emoji=False)  # a path or a reason may hold what reads like markup
     found = plan["estimate"]
     counts = f"  {found['parameters'] / 1e6:,.1f} M parameters, builds into {plan['build']}"
     console.print(Text.assemble((plan["name"], "bold"), counts), highlight=False)

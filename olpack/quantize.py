@@ -86,4 +86,4 @@ def print_files(files: Sequence[ExportedFile]) -> None:
         paths = [part.path for part in file.parts] or [file.path]
         shown = [str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path) for path in paths]
         table.add_row(file.quant, quantity(file.size, "B"), f"{file.bits_per_weight:.2f}", "\n".join(shown))
-    Console().print(table, highlight=False)
+    Console(markup=False, emoji=False).print(table, highlight=False)
