@@ -33,7 +33,7 @@ def model(tmp_path_factory) -> SourceModel:
     return SourceModel("qwen3", {}, keys)
 
 
-@pytest.mark.parametrize("wrong", ["smollm", "gpt-2", "llama-bpe", "deepseek-coder"])
+@pytest.mark.parametrize("wrong", ["smollm", "gpt-2", "deepseek-coder", "deepseek-v3"])
 def test_the_pre_tokenizer_that_splits_as_the_tokenizer_does_is_taken(model, wrong):
     """The converter's hash covers one text, and tokenizers that split otherwise can share it."""
     value = model.keys["tokenizer.ggml.pre"]
