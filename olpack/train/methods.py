@@ -69,6 +69,17 @@ def target_names(meta: MetaModel, asked: str | list[str]) -> list[str]:
                       f"It has {', '.join(known)}; `all-linear` takes all but the output layer.")
 
 
+def experts_left_out(base: Base, settings: Train) -> str | None:
+    """A sentence where the base holds most of its weights as stacked experts, which no linear layer is, so that no adapter is on them."""
+    meta = MetaModel(base.config, base.label)
+    counts = meta.parameters
+    if not counts.experts:
+        return None
+    names = sorted({_last(name) for name in target_names(meta, settings.target_modules)})
+    return (f"The adapter is on {', '.join(names)}. The experts of {base.label}, {counts.experts / counts.text:.0%} of its weights, stay as they are: "
+            "transformers holds them as stacks, which are no linear layers.")
+
+
 def whole_names(meta: MetaModel, settings: Train, quantized: bool) -> list[str]:
     """Full names of the modules that are trained as a whole. Where embedding and output layer are one matrix, it is named once, as the embedding.
     `quantized` says that the linear layers are held so.
