@@ -125,6 +125,7 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
     if "train" in stages:
         from olpack.train.checks import check_training
         from olpack.train.launch import launcher
+        from olpack.train.methods import experts_left_out
         from olpack.train.metrics import check_trackers
         from olpack.train.model import pick_device
 
@@ -132,6 +133,8 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
             progress.warn(f"config.json of {build.base.label} says that the weights are quantized by bitsandbytes, and none of them is: they are taken "
                           "as they are.")
         check_training(build.base, build.recipe.train, on_gpu=pick_device().type == "cuda")
+        if left_out := experts_left_out(build.base, build.recipe.train):
+            progress.warn(left_out)
         launcher(build.recipe.train)
         check_trackers(build.recipe.train.trackers)
         need = _adapter_parameters(build) * 4 * _CHECKPOINTS + (sum(exported.sizes.values()) if exported else 0)

@@ -114,3 +114,20 @@ def test_sizes_are_read_as_people_write_them(text, size):
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(OlpackError, match="is no size"):
         bytes_of(text)
+
+
+def test_quants_that_fall_back_or_agree_are_named(tmp_path):
+    """ggml-org/llama.cpp#28474: rows of 64 fit no K-quant."""
+    narrow = write_model(tmp_path / "narrow", hidden_size=64, intermediate_size=160, num_attention_heads=2, num_key_value_heads=1, head_dim=32)
+    code, printed, said = olpack(tmp_path, narrow, "--quant", "Q4_K_S", "--quant", "Q4_K_M", "--quant", "Q8_0", "--json")
+    assert code == 0, said
+    said = " ".join(said.split())
+    assert "Q4_K_M does not fit this model's shapes everywhere:" in said
+    types = {row["quant"]: row["types"] for row in json.loads(printed)}
+    assert (types["Q4_K_S"] == types["Q4_K_M"]) == ("Q4_K_S and Q4_K_M have the same type for every tensor of this model" in said)
+    assert not any("Q8_0 does not fit" in warning for warning in json.loads(printed)[0]["warnings"])
+
+
+def test_nothing_is_said_where_every_type_fits(model, tmp_path):
+    code, _, said = olpack(tmp_path, model, "--quant", "Q4_K_M", "--quant", "Q8_0")
+    assert code == 0 and "does not fit" not in said and "same type" not in said

@@ -46,6 +46,7 @@ class ExportedFile:
         parts: its files in order, where it was split; empty for a single file.
         types: how many matrices of each kind have which type: {"attn_v": {"q6_K": 8, "q8_0": 2}}. Kinds in the order of the file.
         needs_importance: whether it can be made with an importance matrix only.
+        warnings: of the export that wrote it, as in `ExportPlan`.
     """
 
     quant: str
@@ -58,6 +59,7 @@ class ExportedFile:
     parts: list[ExportedPart] = field(default_factory=list)
     types: dict[str, dict[str, int]] = field(default_factory=dict)
     needs_importance: bool = False
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
