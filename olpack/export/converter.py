@@ -177,7 +177,7 @@ def open_model(
                 "Take the tokenizer files from the model's publisher.",
             ) from error
     writer = model.gguf_writer
-    _mark_special(source, writer)
+    _mark_special(tokenizer or source, writer)
     _check_vocabulary(source, writer)
     set_keys(writer, chat_template, end_of_turn, metadata or {})
     tensors = {}
