@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from olpack.errors import OlpackError
+from olpack.export.folder import TOKENIZERS, read_tensor_headers, refuse_adapter
 from olpack.workspace import PACKAGE, folder_fingerprint
 
 BUILTIN = PACKAGE / "assets"
@@ -32,8 +33,19 @@ class Base:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The model's config.json."""
-        return _json(self.path / "config.json")
+        """The model's config.json, without a quantization that its weights do not have (see `leftover_quantization`)."""
+        config = _json(self.path / "config.json")
+        if self.leftover_quantization:
+            config.pop("quantization_config")
+        return config
+
+    @cached_property
+    def leftover_quantization(self) -> bool:
+        """Whether config.json says bitsandbytes and no tensor is packed so, as after `merge_and_unload` of a QLoRA model."""
+        settings = _json(self.path / "config.json").get("quantization_config")
+        if not isinstance(settings, dict) or settings.get("quant_method") != "bitsandbytes" or not any(self.path.glob("*.safetensors")):
+            return False
+        return not any(name.endswith((".absmax", ".SCB")) for name in read_tensor_headers(self.path))
 
     @cached_property
     def digest(self) -> str:
@@ -42,9 +54,21 @@ class Base:
 
     @property
     def context_length(self) -> int:
-        """Longest sequence in tokens that the model was made for; 4096 where its configuration does not say."""
+        """Longest sequence in tokens that the model was made for; 4096 where neither its configuration nor transformers' default for it says."""
+        names = ("max_position_embeddings", "n_positions", "max_sequence_length")
         text = self.config.get("text_config", self.config)
-        return int(next((text[key] for key in ("max_position_embeddings", "n_positions", "max_sequence_length") if text.get(key)), 4096))
+        return int(next((text[key] for key in names if text.get(key)), None) or self._default(names) or 4096)
+
+    def _default(self, names: Iterable[str]) -> int | None:
+        """The first of these settings in transformers' configuration of the model, which fills in what config.json leaves out."""
+        from transformers import AutoConfig
+
+        plain = {key: value for key, value in self.config.items() if key not in ("quantization_config", "auto_map")}
+        try:
+            full = AutoConfig.for_model(**plain).get_text_config(decoder=True)
+        except (ValueError, KeyError, TypeError, AttributeError):  # an architecture that transformers does not know; `MetaModel` says so
+            return None
+        return next((value for name in names if (value := getattr(full, name, None))), None)
 
     @cached_property
     def license(self) -> str | None:
@@ -113,12 +137,13 @@ def resolve(label: str, *, relative_to: Path, revision: str | None = None, weigh
 
 def _checked(path: Path, weights: bool = True) -> Path:
     if not (path / "config.json").is_file():
+        refuse_adapter(path)
         raise OlpackError(f"{path} is no model folder: it has no config.json.", "It needs config.json, a tokenizer and safetensors weights.")
     if weights and not any(path.glob("*.safetensors")):
         pickled = any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth"))
         kind = "only pickled weights, which can run code when loaded" if pickled else "no weights"
         raise OlpackError(f"{path} has {kind}.", "olpack reads safetensors: save the model with save_pretrained(..., safe_serialization=True).")
-    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not any((path / name).is_file() for name in TOKENIZERS):
         raise OlpackError(f"{path} has no tokenizer.", "Copy tokenizer.json and tokenizer_config.json of the model into it.")
     return path
 

@@ -121,6 +121,9 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
         from olpack.train.metrics import check_trackers
         from olpack.train.model import pick_device
 
+        if build.base.leftover_quantization:
+            progress.warn(f"config.json of {build.base.label} says that the weights are quantized by bitsandbytes, and none of them is: they are taken "
+                          "as they are.")
         check_training(build.base, build.recipe.train, on_gpu=pick_device().type == "cuda")
         launcher(build.recipe.train)
         check_trackers(build.recipe.train.trackers)
@@ -161,7 +164,7 @@ def _temporary_bytes(build: Build, parameters: int) -> int:
 
     if not build.recipe.compare.reference:
         return 0
-    vocabulary = build.base.config.get("text_config", build.base.config)["vocab_size"]
+    vocabulary = build.meta_model.shape.vocabulary
     positions = sum(row.learned_count for row in build.rows[1][: build.recipe.compare.eval_rows])
     return 2 * parameters + min(LOGITS_BYTES, 4 * vocabulary * positions)
 

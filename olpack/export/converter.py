@@ -6,12 +6,14 @@ Runs in the worker process only, because it imports the converter's own `gguf` p
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import math
 import os
+import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import numpy as np
 from olpack.errors import OlpackError
 from olpack.export import pretokenizer
 from olpack.export.adapter import Adapter
+from olpack.export.folder import read_tensor_headers
 from olpack.export.quantized import dequantize_bitsandbytes, dequantize_packed
 
 FLOATS = ("F32", "F16", "BF16")  # types of GGUF tensors that can be quantized
@@ -151,6 +154,7 @@ def open_model(
             model.prepare_tensors()
         except (ValueError, NotImplementedError, KeyError, AssertionError) as error:
             raise _refused(source, error) from error
+        model.set_gguf_parameters = _named_settings(model.set_gguf_parameters, source)
         try:
             model.prepare_metadata(vocab_only=False)
         except OlpackError:
@@ -166,6 +170,7 @@ def open_model(
                 "Take the tokenizer files from the model's publisher.",
             ) from error
     writer = model.gguf_writer
+    _mark_special(source, writer)
     _check_vocabulary(source, writer)
     set_keys(writer, chat_template, end_of_turn, metadata or {})
     tensors = {}
@@ -197,12 +202,60 @@ def _construct(source: Path, name: str | None) -> Any:
             f"llama.cpp's converter does not know {what}, so '{source}' cannot become a GGUF.",
             "Take a base of an architecture that llama.cpp runs: Llama, Qwen, Gemma, Mistral, Phi and about 150 more.",
         ) from error
+    if model_class.supports_mtp_export:
+        # Set for each model, because the classes live as long as the process. The weights decide: config.json goes on promising a head that
+        # transformers does not save.
+        model_class.no_mtp = not _predicts_ahead(read_tensor_headers(source), hparams)
     try:
         model = model_class(source, gguf.LlamaFileType.MOSTLY_BF16, source / "unused.gguf", model_name=name)
     except (ValueError, KeyError, TypeError, AssertionError, ImportError) as error:
         raise _refused(source, error) from error
     _recognize_pretokenizer(model, source)
     return model
+
+
+def _predicts_ahead(names: Iterable[str], hparams: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint holds layers for multi-token prediction: under names of their own, or numbered after the last layer."""
+    layers = hparams.get("num_hidden_layers") or (hparams.get("text_config") or {}).get("num_hidden_layers")
+    for name in names:
+        if re.search(r"(^|\.)mtp\.", name):
+            return True
+        number = re.search(r"^(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d+)\.", name)
+        if layers and number and int(number[1]) >= layers:
+            return True
+    return False
+
+
+def _named_settings(read: Callable[[], None], source: Path) -> Callable[[], None]:
+    """`set_gguf_parameters`, whose failures are those of config.json and not of the tokenizer that is read beside it."""
+
+    def set_gguf_parameters() -> None:
+        try:
+            read()
+        except KeyError as error:
+            raise OlpackError(
+                f"llama.cpp's converter misses {error} in '{source / 'config.json'}'.", "Add it as the model's publisher has it, or take another base."
+            ) from error
+        except (ValueError, NotImplementedError, AssertionError, TypeError, AttributeError) as error:
+            raise _refused(source, error) from error
+
+    return set_gguf_parameters
+
+
+def _mark_special(source: Path, writer: Any) -> None:
+    """Give the tokens that tokenizer.json adds to its vocabulary the type of such: control tokens where it calls them special, else user-defined.
+
+    The converter looks for them in tokenizer_config.json, where transformers 5 no longer writes them, and llama.cpp reads a token without that
+    type as plain text.
+    """
+    import gguf
+
+    path, types = source / "tokenizer.json", writer.kv_data[0].get(gguf.Keys.Tokenizer.TOKEN_TYPE)
+    if types is None or not path.is_file():
+        return
+    for token in json.loads(path.read_text(encoding="utf-8")).get("added_tokens") or []:
+        if token["id"] < len(types.value) and types.value[token["id"]] in (gguf.TokenType.NORMAL, gguf.TokenType.UNUSED):
+            types.value[token["id"]] = int(gguf.TokenType.CONTROL if token.get("special") else gguf.TokenType.USER_DEFINED)
 
 
 def _set_empty_vocabulary(model: Any) -> None:
@@ -294,11 +347,15 @@ def _check_vocabulary(source: Path, writer: Any) -> None:
         )
     if len(set(tokens.value)) != len(tokens.value):
         twice, _ = Counter(tokens.value).most_common(1)[0]
-        twice = twice.decode("utf-8", "replace") if isinstance(twice, bytes) else twice  # as the converter keeps those of SentencePiece
         raise OlpackError(
-            f"The tokenizer in '{source}' has the token {twice!r} twice, which llama.cpp refuses.",
+            f"The tokenizer in '{source}' has the token {_text(twice)!r} twice, which llama.cpp refuses.",
             "Take the tokenizer files from the model's publisher.",
         )
+
+
+def _text(token: str | bytes) -> str:
+    """A token as text: of SentencePiece vocabularies the converter keeps bytes."""
+    return token.decode("utf-8", "replace") if isinstance(token, bytes) else token
 
 
 def set_keys(writer: Any, chat_template: str | None, end_of_turn: str | None, metadata: Mapping[str, str]) -> None:
@@ -308,7 +365,7 @@ def set_keys(writer: Any, chat_template: str | None, end_of_turn: str | None, me
     if chat_template is not None:
         writer.add_chat_template(chat_template)
     if end_of_turn is not None:
-        tokens = writer.kv_data[0][gguf.Keys.Tokenizer.LIST].value
+        tokens = [_text(token) for token in writer.kv_data[0][gguf.Keys.Tokenizer.LIST].value]
         if end_of_turn not in tokens:
             raise OlpackError(
                 f"The chat template ends a turn with '{end_of_turn}', which is no token of the tokenizer.",
@@ -328,7 +385,7 @@ def _check_name(keys: Mapping[str, Any]) -> None:
     alike = next((part for part in PHI3_NAMES if part in name.lower()), None)
     if alike is None or not tokens:
         return
-    known = {token.decode("utf-8", "replace") if isinstance(token, bytes) else token for token in tokens}
+    known = set(map(_text, tokens))
     if lacking := next((token for token in _PHI3_TOKENS if token not in known), None):
         raise OlpackError(
             f"llama.cpp takes a model with '{alike}' in its name for a Phi-3, and could not load '{name}', whose vocabulary has no '{lacking}'.",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from olpack.errors import OlpackError
 
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model")
 _BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}  # others: one byte or less
 
 
@@ -38,6 +38,7 @@ def read_config(source: Path) -> dict:
         raise OlpackError(f"There is no model folder '{source}'.", "Name a folder with config.json, a tokenizer and safetensors.")
     path = source / "config.json"
     if not path.is_file():
+        refuse_adapter(source)
         ggufs = sorted(source.glob("*.gguf"))
         if ggufs:
             raise OlpackError(
@@ -55,11 +56,26 @@ def read_config(source: Path) -> dict:
     return config
 
 
+def refuse_adapter(source: Path) -> None:
+    """Raises OlpackError if the folder holds an adapter, naming the base that it was trained on."""
+    path = source / "adapter_config.json"
+    if not path.is_file():
+        return
+    try:
+        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError):
+        base = None
+    raise OlpackError(
+        f"'{source}' is an adapter, no model; its base is {base or 'not named in adapter_config.json'}.",
+        f"Name {base or 'the base'} as the model, and this folder with --adapter.",
+    )
+
+
 def check_tokenizer_files(source: Path) -> None:
     """Raises OlpackError if the folder holds no tokenizer."""
-    if not any((source / name).is_file() for name in _TOKENIZERS):
+    if not any((source / name).is_file() for name in TOKENIZERS):
         raise OlpackError(
-            f"'{source}' has no tokenizer (no {' or '.join(_TOKENIZERS[:2])}).",
+            f"'{source}' has no tokenizer (no {' or '.join(TOKENIZERS[:2])}).",
             "Put the tokenizer of the base model there; AutoTokenizer.save_pretrained writes it.",
         )
 

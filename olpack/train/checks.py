@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from olpack.base import Base
@@ -12,6 +13,7 @@ from olpack.packing import HQQ_GROUP, layout_of, quantization_of
 from olpack.recipe import Train
 from olpack.train.fit import SHARDABLE
 
+_TOWERS = re.compile("vision|visual|audio|projector|embed_vision")  # of models that see or hear: not trained, and not exported
 _BITSANDBYTES = "bitsandbytes"
 _TAKE_ORIGINAL = "Take the original model in 16 bits as base; `train.quantization` holds it in 4 or 8 bits."
 
@@ -74,6 +76,7 @@ def check_training(base: Base, settings: Train, *, on_gpu: bool) -> None:
 
     meta = MetaModel(base.config, base.label)
     adapter_config(base, settings)
+    _refuse_lacking(base, meta)
     if quantization_of(base.config):
         _check_quantized(base, settings, on_gpu)
     elif settings.quantization in ("hqq4", "hqq8"):
@@ -92,6 +95,24 @@ def check_training(base: Base, settings: Train, *, on_gpu: bool) -> None:
             if settings.rank > min(shape):
                 raise OlpackError(f"`train.initialization: {begins}` takes {settings.rank} singular values, and '{name}' has {min(shape)}.",
                                   f"Lower `train.rank` to {min(shape)} or less.")
+
+
+def _refuse_lacking(base: Base, meta: MetaModel) -> None:
+    """Raises OlpackError for a weight of the text model that the checkpoint lacks: transformers would fill it with random numbers."""
+    from olpack.export.folder import read_tensor_headers
+    from olpack.export.quantized import dequantized_headers
+
+    ends = set()
+    for name in dequantized_headers(base.path, base.config, read_tensor_headers(base.path)):
+        parts = name.split(".")
+        ends |= {".".join(parts[at:]) for at in range(len(parts))}  # checkpoints differ in what they put before a layer's name
+    lacking = [name for name in meta.checkpoint() if name.removeprefix("model.") not in ends and not _TOWERS.search(name)]
+    if lacking:
+        more = f" and {len(lacking) - 1} more weights" if len(lacking) > 1 else ""
+        tied = "lm_head.weight" in lacking
+        raise OlpackError(f"{base.label} has no '{lacking[0]}'{more}: training would begin with random numbers there.",
+                          "Set `tie_word_embeddings` to true in config.json if the model has no output layer of its own, else fetch the model again."
+                          if tied else "Fetch the model again, or take another base.")
 
 
 def _check_quantized(base: Base, settings: Train, on_gpu: bool) -> None:

@@ -76,6 +76,8 @@ def _load(base: Base, settings: Train, device: torch.device, *, sharded: bool):
 
     dtype, kind, quantization = compute_dtype(device), settings.quantization, None
     config = AutoConfig.from_pretrained(base.path, local_files_only=True)
+    if base.leftover_quantization:
+        del config.quantization_config
     if not use_packed(config, base, dtype) and not quantization_of(base.config):
         if kind in ("nf4", "fp4"):
             quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=dtype,
