@@ -3,8 +3,8 @@
     python benchmarks/tiny_coder.py                             # one data-centre GPU, under ten minutes
     python benchmarks/tiny_coder.py --smoke --out /tmp/coder    # two CPU cores, about a minute; figures mean nothing
 
-A Qwen3 of 16 M parameters learns the source of CPython's standard library (the running interpreter's, or `--stdlib DIR`), but for
-the modules that `held_out` of modelfiles/coding-assistant/make_data.py keeps for evaluation. tiny_coder_corpus.py says how it is read.
+A Qwen3 of 16 M parameters learns the source of CPython's standard library (the running interpreter's, or `--stdlib DIR`) and small
+generated functions with their docstrings; modules and combinations that are kept for evaluation are left out. tiny_coder_corpus.py says how.
 Prints the table that ends up in the model card.
 """
 
@@ -29,9 +29,23 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-# The corpus puts the repository and make_data.py's folder on the path.
-from make_data import Module, documented_functions, held_out, library_modules
-from tiny_coder_corpus import CONTEXT, END_OF_TEXT, ROOT, SHORT, VOCABULARY, epoch_of, functions_of, parses, save_tokenizer, train_tokenizer
+# The corpus puts the repository on the path.
+from tiny_coder_corpus import (
+    CONTEXT,
+    END_OF_TEXT,
+    ROOT,
+    SHORT,
+    VOCABULARY,
+    Module,
+    documented_functions,
+    epoch_of,
+    functions_of,
+    held_out_module,
+    library_modules,
+    parses,
+    save_tokenizer,
+    train_tokenizer,
+)
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
@@ -54,11 +68,12 @@ class Settings:
     dropout: float = 0.15
     warmup: float = 0.02  # share of the run
     completions: int = 200
+    generated: int = 100_000  # small functions with a docstring in each pass (exercises.py)
     readers: int = 4  # processes that prepare the passes
     seed: int = 1
 
 
-SMOKE = Settings(epochs=1, minutes=0.5, window=512, batch=1, completions=4, readers=1)
+SMOKE = Settings(epochs=1, minutes=0.5, window=512, batch=1, completions=4, generated=200, readers=1)
 
 
 # Model
@@ -158,7 +173,7 @@ def train(settings: Settings, modules: list[Module], tokenizer: Tokenizer, held:
         library = [module.text for module in modules if not module.is_test]
         functions = list(chain.from_iterable(pool.map(functions_of, library, chunksize=20)))
         seeds = [settings.seed * 1000 + epoch for epoch in range(settings.epochs)]
-        coming = [pool.submit(epoch_of, modules, functions, tokenizer, settings.window, per_step, seed) for seed in seeds]
+        coming = [pool.submit(epoch_of, modules, functions, settings.generated, tokenizer, settings.window, per_step, seed) for seed in seeds]
         for parts in (1, SHORT) if device == "cuda" else ():  # compile for both shapes before the clock of the schedule runs
             backward(np.zeros((settings.batch * parts, settings.window // parts + 1), dtype=np.int32))
             optimizer.zero_grad(set_to_none=True)
@@ -248,7 +263,7 @@ def measure(folder: Path, settings: Settings, tokenizer: Tokenizer, held: list[M
     nats, bits = held_out_loss(model, tokenizer, texts, settings.window, device)
     _, untrained = held_out_loss(make_model(settings.seed).to(device), tokenizer, texts, settings.window, device)
     torch.manual_seed(settings.seed)
-    names = [function.source.partition(":")[2] for module in held for function in documented_functions(module)]
+    names = [name for module in held for name in documented_functions(module)]
     sampled = complete(model, loaded, ["def "] * settings.completions, True, device)
     greedy = complete(model, loaded, [f"def {name}(" for name in sorted(set(names))[: settings.completions]], False, device)
     return {
@@ -316,8 +331,8 @@ def main() -> None:
     progress.use("auto")
 
     modules = list(library_modules(args.stdlib))
-    held = [module for module in modules if not module.is_test and held_out(module.name)]
-    trained_on = [module for module in modules if module.is_test or not held_out(module.name)]
+    held = [module for module in modules if not module.is_test and held_out_module(module.name)]
+    trained_on = [module for module in modules if module.is_test or not held_out_module(module.name)]
     library = [module.text for module in trained_on if not module.is_test]
     tests = [module.text for module in trained_on if module.is_test]
     held_texts = [module.text for module in held]

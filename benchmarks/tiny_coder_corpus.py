@@ -1,16 +1,19 @@
-"""What `builtin/tiny-coder` reads: its tokenizer, and the standard library cut into documents, chats and batches.
+"""What `builtin/tiny-coder` reads: its tokenizer, the standard library cut into documents, chats and batches, and small generated functions.
 
-Which modules are left out is decided by `held_out` in modelfiles/coding-assistant/make_data.py alone.
+`held_out_module` decides which modules are left out, and `held_out` of modelfiles/coding-assistant/make_data.py which of the generated ones.
 """
 
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import random
 import re
 import sys
 import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -20,7 +23,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "modelfiles" / "coding-assistant")]
 
-from make_data import Module, without_docstring  # noqa: E402
+from exercises import Exercise  # noqa: E402
+from make_data import exercises  # noqa: E402
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VOCABULARY, CONTEXT = 8192, 2048
@@ -41,6 +45,70 @@ CHAT_TEMPLATE = (
     "{{- '<|im_start|>assistant\\n' -}}\n"
     "{%- endif -%}"
 )
+
+# Tables and generated settings: text that looks like Python and teaches none.
+_NOT_CODE = {"site-packages", "__pycache__", "encodings", "pydoc_data"}
+_TESTS = {"test", "tests", "idle_test"}
+
+
+# The standard library
+
+
+@dataclass(frozen=True)
+class Module:
+    """One source file of the library. `name` is dotted ("email.utils"); `is_test` says that it tests others."""
+
+    name: str
+    text: str
+    is_test: bool
+
+
+def held_out_module(module: str) -> bool:
+    """Whether a module (dotted name) is kept for evaluation: about one in ten, whatever the version of Python."""
+    return int.from_bytes(hashlib.sha256(f"held out: {module}".encode()).digest()[:8], "big") % 10 == 0
+
+
+def library_modules(stdlib: Path) -> Iterator[Module]:
+    """The library's source files in the order of their paths; tables, and files that are not UTF-8 (tests of decoders), left out."""
+    for path in sorted(stdlib.rglob("*.py")):
+        parts = path.relative_to(stdlib).with_suffix("").parts
+        if _NOT_CODE.intersection(parts) or parts[0].startswith(("_sysconfigdata", "config-")):
+            continue
+        try:
+            text = path.read_bytes().decode("utf-8")
+        except UnicodeDecodeError:
+            continue
+        name = ".".join(parts).removesuffix(".__init__")
+        yield Module(name, text.replace("\r\n", "\n"), bool(_TESTS.intersection(parts)))
+
+
+def documented_functions(module: Module) -> list[str]:
+    """Names of a module's own public functions that have a docstring."""
+    try:
+        tree = ast.parse(module.text)
+    except SyntaxError:
+        return []  # files that test the parser
+    return [node.name for node in tree.body
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and ast.get_docstring(node)]  # fmt: skip
+
+
+def without_docstring(node: ast.FunctionDef, lines: list[str]) -> str | None:
+    """The definition's source without its docstring; None where lines cannot simply be taken out."""
+    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+    docstring = node.body[0]
+    after = lines[docstring.end_lineno : node.end_lineno]
+    while after and not after[0].strip():
+        del after[0]
+    code = textwrap.dedent("\n".join(lines[first - 1 : docstring.lineno - 1] + after)).rstrip()
+    try:
+        (parsed,) = ast.parse(code).body
+    except (SyntaxError, ValueError):
+        return None
+    alike = isinstance(parsed, ast.FunctionDef) and [ast.unparse(line) for line in parsed.body] == [ast.unparse(line) for line in node.body[1:]]
+    return code if alike else None
+
+
+# Tokenizer
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
@@ -97,9 +165,30 @@ def as_chat(text: str, rng: random.Random) -> str:
     part = "".join(lines[start : start + length]).rstrip("\n")
     cut = rng.randint(len(part) // 4, len(part) * 3 // 4)
     cut = part.rfind("\n", 0, cut) + 1 if rng.random() < 0.7 else cut
+    return continued(part[:cut], part[cut:], rng)
+
+
+def as_document(exercise: Exercise, rng: random.Random) -> str:
+    """A generated function as a file has it, what it does in the docstring or in a comment; or as a chat that continues it after the docstring."""
+    verb, _, rest = exercise.wanted.partition(" ")
+    if verb == "whether":
+        does = f"Tell {exercise.wanted}."
+    elif exercise.verbal:
+        does = f"{verb.removesuffix('s').capitalize()} {rest}."
+    else:
+        does = f"Return {exercise.wanted}."
+    head, _, body = exercise.code.partition("\n")
+    draw = rng.random()
+    if draw < 0.2:
+        return f"# {does}\n{exercise.code}\n"
+    described = f'{head}\n    """{does}"""\n'
+    return f"{described}{body}\n" if draw < 0.5 else continued(described, body, rng)
+
+
+def continued(given: str, rest: str, rng: random.Random) -> str:
+    """A chat: the user gives the beginning of a program, the assistant goes on and ends the turn."""
     system = f"{TURN_START}system\nYou continue Python programs.{TURN_END}\n" if rng.random() < 0.5 else ""
-    asked = f"{TURN_START}user\nContinue this code:\n{part[:cut]}{TURN_END}\n"
-    return f"{system}{asked}{TURN_START}assistant\n{part[cut:]}{TURN_END}\n"
+    return f"{system}{TURN_START}user\nContinue this code:\n{given}{TURN_END}\n{TURN_START}assistant\n{rest}{TURN_END}\n"
 
 
 def parses(text: str) -> bool:
@@ -125,12 +214,13 @@ def functions_of(text: str) -> list[str]:
 
 
 def epoch_of(
-    modules: list[Module], functions: list[str], tokenizer: Tokenizer, window: int, tokens: int, seed: int
+    modules: list[Module], functions: list[str], generated: int, tokenizer: Tokenizer, window: int, tokens: int, seed: int
 ) -> list[np.ndarray]:
     """The batches of one pass, in random order: token ids, int32 (rows, length + 1), `tokens` of them learned.
 
     Two kinds of rows, never mixed in a batch: long ones, of `window`, hold whole files, one after another; short ones begin with a
-    document, a function or a chat, as a prompt does. A tenth of all documents are chats. Every pass draws other tests, cuts and chats.
+    document, a function or a chat, as a prompt does. A tenth of the library's documents are chats. Every pass draws other tests, cuts and chats,
+    and other `generated` functions, none of a combination that is held out.
     """
     rng = random.Random(seed)
     library = [module.text for module in modules if not module.is_test and len(module.text) > 200]
@@ -145,6 +235,7 @@ def epoch_of(
         else:
             short.append(in_pieces(text, rng) if draw > 0.85 else [text])
     short += [[as_chat(text, rng)] for text in rng.choices(files, k=(len(long) + len(short)) // 9)]
+    short += [[as_document(exercise, rng)] for _, exercise in exercises(False, generated, f"pass {seed}", set())]
     rng.shuffle(short)
 
     end = tokenizer.token_to_id(END_OF_TEXT)

@@ -75,13 +75,17 @@ class Base:
         """Licence named in the model card's front matter, such as "apache-2.0"."""
         import yaml
 
+        from olpack import bounded_yaml
+
         card = self.path / "README.md"
         text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
         if not text.startswith("---\n") or "\n---" not in text[4:]:
             return None
+        front = text[4 : text.index("\n---", 4)]
         try:
-            matter = yaml.safe_load(text[4 : text.index("\n---", 4)])
-        except yaml.YAMLError:
+            bounded_yaml.check(front, str(card))
+            matter = yaml.load(front, bounded_yaml.Loader)
+        except (OlpackError, yaml.YAMLError):  # a card that cannot be read names no licence
             return None
         value = matter.get("license") if isinstance(matter, dict) else None
         return value if isinstance(value, str) else None
@@ -91,6 +95,19 @@ class Base:
         path = self.path / "generation_config.json"
         ids = _json(path).get("eos_token_id", []) if path.is_file() else []
         return ids if isinstance(ids, list) else [ids]
+
+    @cached_property
+    def absent_tokens(self) -> list[str]:
+        """Of the begin- and the end-of-sequence token, those that the chat template prints and the tokenizer has not: "bos_token", "eos_token"."""
+        from olpack.deploy.chat_template import printed_tokens
+
+        found = [_json(path) for name in ("tokenizer_config.json", "special_tokens_map.json") if (path := self.path / name).is_file()]
+        own = self.path / "chat_template.jinja"
+        template = own.read_text(encoding="utf-8") if own.is_file() else json.dumps([one.get("chat_template") for one in found])
+        if not (open_ones := [name for name in printed_tokens(template) if not any(one.get(name) for one in found)]):
+            return []
+        tokenizer = self.tokenizer()  # its class can have a default
+        return [name for name in open_ones if getattr(tokenizer, name) is None and name in printed_tokens(str(tokenizer.chat_template))]
 
     def tokenizer(self):
         """The base's tokenizer, from its folder and without any network.

@@ -8,6 +8,8 @@ import os
 import shlex
 import sys
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -139,12 +141,12 @@ def build(
     _run(_build_of(name, settings, quant, out, as_json, deploy=not no_deploy), only, as_json, deploy=not no_deploy)
 
 
-def _run(build: Build, only: str | None, as_json: bool, deploy: bool = True) -> None:
+def _run(build: Build, only: str | None, as_json: bool, deploy: bool = True, changes: Callable[[], dict[str, Any]] = dict) -> None:
     done = build.run(only)
     if not done:
         progress.say(f"{build.recipe.name} is up to date: nothing to do in {only or 'any stage'}")
     if as_json:
-        _print_json(_outcome(build, done))
+        _print_json(_outcome(build, done) | changes())
     elif only in (None, "compare"):
         _closing(build, deploy)
     else:
@@ -232,7 +234,7 @@ def quantize(
     adapter: Annotated[Path | None, typer.Option("--adapter", metavar="DIR", help="A LoRA adapter to merge on the way.")] = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the files go; by default the working folder.", show_default=False)] = Path(),
     name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Files are NAME-QUANT.gguf; by default the source's name.")] = None,
-    split: Annotated[str | None, typer.Option("--split", metavar="SIZE", help="Write parts of at most SIZE, such as 4GB (not for Ollama).")] = None,
+    split: Annotated[str | None, typer.Option("--split", metavar="SIZE", help="Parts of at most SIZE, 4GB (deploy, older Ollama: one file).")] = None,
     importance: Annotated[Path | None, typer.Option("--importance", metavar="FILE", help="An importance matrix in llama.cpp's GGUF form.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -302,8 +304,8 @@ def compare(
         more = [f"compare.suites={json.dumps(suite)}"] if suite else []
         more += [f"compare.clients={json.dumps(clients)}"] if clients else []
         asked = _build_of(names[0], [*(settings or []), *more], quant, out, as_json)
-        _run(asked, "compare", as_json)
         folder = asked.paths.compare
+        _run(asked, "compare", as_json, changes=partial(_changes, earlier, folder))
     else:
         if settings or quant or suite:
             raise typer.BadParameter(f"only a package has these, and {' '.join(names)} is none.", param_hint="--set, --quant, --suite")
@@ -312,7 +314,7 @@ def compare(
         folder = out or Path("build/side-by-side")
         results = compare_models(names, prompt or [], prompts, clients or [], folder)
         if as_json:
-            print(results.model_dump_json(indent=1))
+            _print_json(results.model_dump(mode="json") | _changes(earlier, folder))
         else:
             from olpack.compare import print_table
 
@@ -324,6 +326,18 @@ def compare(
 
         print()
         print_changes(changes(earlier, read_results(folder / "results.json")), earlier)
+
+
+def _changes(earlier: Any, folder: Path) -> dict[str, Any]:
+    """What got better or worse since an earlier comparison, for JSON; empty where none is named."""
+    if earlier is None:
+        return {}
+    from dataclasses import asdict
+
+    from olpack.compare import read_results
+    from olpack.compare.against import changes
+
+    return {"against": earlier.created, "changes": [asdict(change) for change in changes(earlier, read_results(folder / "results.json"))]}
 
 
 def _earlier_results(path: Path | None) -> Any:

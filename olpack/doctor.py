@@ -9,12 +9,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from olpack import __version__
 from olpack.errors import OlpackError
 from olpack.progress import quantity
 from olpack.workspace import free_bytes
+
+if TYPE_CHECKING:
+    from olpack.deploy.client import OllamaClient
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "llama-cpp-python", "gguf", "ollama", "jinja2", "typer")
 
@@ -80,13 +83,16 @@ def _nf4() -> str:
     import bitsandbytes.functional as quantizer
     import torch
 
+    from olpack.four_bits import check_kernel
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    weight = torch.randn(64, 64, device=device)
+    replaced = ", by olpack's own formula for rows of broken blocks, which bitsandbytes gets wrong here" if check_kernel() and device == "cpu" else ""
+    weight = torch.randn(50, 48, device=device)
     packed, state = quantizer.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     error = (quantizer.dequantize_4bit(packed, state) - weight).abs().mean().item()
     if not error < 0.2:
         raise OlpackError(f"bitsandbytes loses {error:.2f} per weight in NF4 on {device}; 0.08 is usual.", "Install bitsandbytes again.")
-    return f"NF4 round trip on {device}, mean error {error:.3f}"
+    return f"NF4 round trip on {device}, mean error {error:.3f}{replaced}"
 
 
 def _llama_cpp() -> str:
@@ -120,7 +126,7 @@ def _k_quants() -> Finding:
 
 
 def _server() -> Finding:
-    from olpack.deploy.client import OllamaClient
+    from olpack.deploy.client import OllamaClient, creates_adapters
 
     try:
         client = OllamaClient()
@@ -130,7 +136,19 @@ def _server() -> Finding:
     if found is None:
         return Finding("Ollama", "missing", f"no server answers at {client.url}: olpack works, nothing is served",
                        "Install it from https://ollama.com/download and start it with `ollama serve`, or set OLLAMA_HOST.")
+    if not creates_adapters(found):
+        without = f"it creates no models with adapters (`package: adapter`), {_store(client)}"
+        return _tried("Ollama", lambda: f"{client.require()} at {client.url}; {without}")
     return _tried("Ollama", lambda: f"{client.require()} at {client.url}")
+
+
+def _store(client: OllamaClient) -> str:
+    from olpack.deploy.store import store_of
+
+    try:
+        return f"which are written into its store {store_of(client)}"
+    except OlpackError as error:
+        return f"and {error.problem}: use `package: merged`"
 
 
 def _disk() -> Finding:

@@ -43,6 +43,9 @@ class Held:
 def _in_4_bits(held: Held, weight: torch.Tensor) -> torch.Tensor:
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
+    from olpack.four_bits import check_kernel
+
+    check_kernel()
     return dequantize_4bit(*quantize_4bit(weight.contiguous(), quant_type=held.kind, compress_statistics=held.double_quantization))
 
 

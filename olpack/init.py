@@ -15,6 +15,9 @@ from olpack.errors import OlpackError
 from olpack.recipe import Data, Recipe
 from olpack.workspace import check_package, render_text, template_source, write_atomically
 
+PARAMETERS = {"num_predict": 1024, "repeat_penalty": 1.05}
+"""What a new recipe serves with: an answer that comes to repeat itself is made less likely, and ends."""
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -53,7 +56,7 @@ def write_recipe(path: Path, base: str, train: str, system: str | None = None) -
         raise OlpackError(f"There is no {train} here.", "Name a file or a folder of rows, or a data set on the Hub as owner/name.")
     settings = Recipe(base=_from(folder, base) if here else base, data=Data(train=train if hub else _from(folder, train)))
     text = render_text(template_source("recipe.yaml.j2"), "recipe.yaml.j2", "The recipe's template", filters={"quoted": _quoted},
-                       name=folder.name, settings=settings, hub=hub, system=system)  # fmt: skip
+                       name=folder.name, settings=settings, hub=hub, system=system, parameters=PARAMETERS)  # fmt: skip
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from olpack.errors import OlpackError
 from olpack.workspace import BuildPaths, packages, recipe_path, shipped
 
 
@@ -23,6 +24,7 @@ def _row(name: str, paths: BuildPaths, tags: list[str] | None) -> dict[str, Any]
     quants = {}
     for file in sorted((paths.root / "gguf").glob(f"{name}-*.gguf"), key=lambda file: file.stat().st_size):
         quants[file.stem.removeprefix(f"{name}-")] = file.stat().st_size
+    quants |= _named_by_modelfiles(paths)
     try:
         recommended = json.loads(paths.stage("compare").read_text(encoding="utf-8"))["result"]["recommended"]
     except (OSError, ValueError, KeyError):
@@ -36,6 +38,22 @@ def _row(name: str, paths: BuildPaths, tags: list[str] | None) -> dict[str, Any]
         "recommended": recommended,
         "registered": None if tags is None else [tag for tag in tags if tag.lower().startswith(f"{name.lower()}:")],
     }
+
+
+def _named_by_modelfiles(paths: BuildPaths) -> dict[str, int]:
+    """The base's quants that an adapter package is served with, which lie in the base's own folder; by quant, in bytes."""
+    from olpack.deploy.modelfile import parse
+
+    found = {}
+    for path in paths.root.glob("modelfiles/*.Modelfile"):
+        try:
+            read = parse(path.read_text(encoding="utf-8"))
+            file = (path.parent / read.source).resolve()
+            if read.adapter and file.is_file():
+                found[file.stem.removeprefix(f"{file.parent.parent.name}-")] = file.stat().st_size
+        except (OSError, ValueError, OlpackError):
+            continue
+    return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
 def print_packages(rows: list[dict[str, Any]]) -> None:

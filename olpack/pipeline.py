@@ -12,12 +12,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from olpack import progress
 from olpack.base import Base, resolve
+from olpack.dates import is_dated
 from olpack.errors import OlpackError
 from olpack.quants import gains_by_importance, overridable, quant_type
 from olpack.recipe import Recipe
@@ -140,7 +142,14 @@ class Build:
         """Chats to token rows, with the base's tokenizer and chat template."""
         from olpack.data import Renderer
 
-        return Renderer(self.base.tokenizer(), self.base.end_ids(), self.recipe.data.learn)
+        tokenizer = self.base.tokenizer()
+        return Renderer(tokenizer, self.base.end_ids(), self.recipe.data.learn, self._moment if is_dated(tokenizer.chat_template) else None)
+
+    @property
+    def _moment(self) -> datetime:
+        """When the rows of this build are rendered: always when its first training began, so that a later day changes no row."""
+        recorded = self.result("train").get("rendered_at")
+        return datetime.fromisoformat(recorded) if recorded else datetime.now().replace(microsecond=0)
 
     @cached_property
     def rows(self) -> tuple[list[TokenRow], list[TokenRow]]:
@@ -211,15 +220,17 @@ class Build:
             if stage == "sensitivity":
                 return made | trained | {"tokens": SENSITIVITY_TOKENS, "importance": self._importance_key}
             made |= {"quant": quant, "name": self.paths.home(f"export-{quant}").name}
+            if quant != ADAPTER and (absent := self.base.absent_tokens):
+                made["pinned in the chat template"] = absent
             if self.paths.base and quant != ADAPTER:
                 return made | {"base": self.base.digest}
             return made | trained | self._choices(quant)
         served = self._settings("modelfile") | {"quants": self.recipe.quants} | ({"package": "adapter"} if self.paths.base else {})
         if stage == "modelfiles":
             return made | served | {"num_ctx": self.package.parameters["num_ctx"], "templates/Modelfile.j2": template_source("Modelfile.j2")}
-        files = {"files": {name: value_digest(self.inputs("export", name)) for name in self._exported}, "server": self.server}
+        files = {"files": {name: value_digest(self.inputs("export", name)) for name in self._exported}}
         if stage == "deploy":
-            return made | served | files
+            return made | served | files | {"server": self.server}
         asked = {name: self.package.parameters.get(name) for name in _OF_THE_SPEED} | {"modelfile.system": self.recipe.modelfile.system}
         if self.tasks:
             asked["compare.tasks"] = value_digest([[task.messages, task.check, [str(part) for part in task.expected]] for task in self.tasks])
@@ -335,11 +346,28 @@ class Build:
         record = self._record(unit)
         if record is None:
             return Step(stage, unit, inputs, "not made yet")
-        changed = [name for name in inputs | record["inputs"] if inputs.get(name) != record["inputs"].get(name)]
+        before = record["inputs"]
+        if not before:  # `remember` wrote it
+            return Step(stage, unit, inputs, "begun and not finished", record["result"])
+        served = record["result"].get("served", bool(before.get("server")))
+        if stage == "compare":  # earlier versions had the server's address here: figures taken through a server hold while it is down
+            before = {name: value for name, value in before.items() if name != "server"}
+        if stage == "deploy" and self._registers_all(inputs, before):
+            inputs = before
+        changed = [name for name in inputs | before if inputs.get(name) != before.get(name)]
         reason = f"{', '.join(changed)} changed" if changed else self._damage(record, self.paths.home(unit).root)
+        if stage == "compare" and not reason and self.server and not served:
+            reason = "speed was measured without the server that answers now"
         if stage == "deploy" and not reason:
             reason = self._unregistered(record["result"]["registered"])
         return Step(stage, unit, inputs, reason, record["result"])
+
+    @staticmethod
+    def _registers_all(inputs: dict[str, Any], before: dict[str, Any]) -> bool:
+        """Whether a deploy that was asked for is a part of the one that is done: the same but for fewer quants, as `--quant` asks for."""
+        files, done = inputs["files"], before.get("files") or {}
+        same = all(inputs.get(name) == before.get(name) for name in inputs.keys() | before.keys() if name not in ("quants", "files"))
+        return same and all(done.get(name) == key for name, key in files.items()) and set(inputs["quants"]) <= set(before.get("quants") or [])
 
     def result(self, unit: str) -> dict[str, Any]:
         """What the last run of a step left to know, whether it still holds or not; empty before the first."""

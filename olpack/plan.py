@@ -80,7 +80,7 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
     Raises:
         OlpackError: the first thing that stands in the way, with its remedy.
     """
-    from olpack.stages import questions
+    from olpack.stages import measure_settings, questions
 
     stages = {step.stage for step in stale}
     exported = None
@@ -106,6 +106,9 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
                               "Set `modelfile.parameters.stop` to the text that ends a turn.")
     if stages & {"deploy", "compare"} and not questions(build):
         raise OlpackError("No held-out row opens with a request, so there is nothing to ask the quants.", "Give them prompts as `compare.prompts`.")
+        _check_served(build)
+    if "compare" in stages:
+        measure_settings(build)
     if "compare" in stages and (own := {task.expected: task for task in build.tasks if task.check == "function"}):
         from olpack.compare.scores import load_function
 
@@ -142,11 +145,32 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
             from olpack.memory.training import adapter_shapes
 
             check_adapter(build.base.path, adapter_shapes(build.meta_model, build.recipe.train.target_modules))
-    if "deploy" in stages:
-        from olpack.deploy.client import OllamaClient
+    if stages & {"train", "deploy"}:
+        from olpack.deploy_stage import check_server, length_warnings
 
-        OllamaClient().require()
+        # Reading every row takes longer than registering a changed system prompt does: it is done where rows are needed anyway.
+        for warning in length_warnings(build, build.rows[1] if stages & {"train", "export", "compare"} else []):
+            progress.warn(warning)
+        if moment := build.renderer.moment:
+            progress.warn(f"The base's chat template writes the date. All rows are rendered at {moment:%Y-%m-%d %H:%M:%S}, so one date is trained, "
+                          "and the server writes that of each day.")
+        if "deploy" in stages:
+            check_server(build)
     return exported
+
+
+def _check_served(build: Build) -> None:
+    """Render what every request begins with: the Modelfile's system prompt and messages before a question."""
+    package = build.package
+    start = ([{"role": "system", "content": package.system}] if package.system else []) + list(package.messages)
+    try:
+        build.renderer.text([*start, {"role": "user", "content": "Hello."}], ask=True)
+    except Exception as error:  # a template raises whatever its author wrote
+        what = " and ".join(name for name, given in (("modelfile.system", package.system), ("modelfile.messages", package.messages)) if given)
+        raise OlpackError(
+            f"The base's chat template refuses what each request would begin with{f' ({what})' if what else ''}: {' '.join(str(error).split())}.",
+            "Leave it out of the recipe, or take a base whose template accepts it.",
+        ) from None
 
 
 def _for_a_while(build: Build, stale: list[Step]) -> list[str]:

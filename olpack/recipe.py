@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -27,6 +26,7 @@ from pydantic import (
     model_validator,
 )  # fmt: skip
 
+from olpack import bounded_yaml
 from olpack.data.rows import Form as _Form
 from olpack.deploy.names import check_name
 from olpack.deploy.parameters import check_parameters
@@ -410,25 +410,23 @@ def _checked(document: dict[str, Any], overrides: list[str] | None, name: str, p
     return recipe
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML with 1.2's numbers: `2e-4` is a float, as its author means it."""
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+_MOST_CHARACTERS, _MOST_VALUES, _DEEPEST = 1 << 20, 100_000, 50  # of YAML with its aliases written out; far beyond what anyone writes by hand
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(bounded_yaml.MOST_CHARACTERS + 1)
     except FileNotFoundError:
         raise OlpackError(f"There is no {path}.") from None
     except UnicodeDecodeError as error:
         raise OlpackError(f"{path} is not UTF-8 (byte {error.start}).", "Save it as UTF-8.") from None
     try:
-        node = yaml.compose(text, _Loader)
+        bounded_yaml.check(text, str(path))
+        node = yaml.compose(text, bounded_yaml.Loader)
         lines: dict[str, int] = {}
         _lines_of(node, "", lines, path)
-        document = yaml.load(text, _Loader)
+        document = yaml.load(text, bounded_yaml.Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
@@ -458,17 +456,28 @@ def _apply_override(document: dict[str, Any], override: str) -> str:
     if not equals or not key:
         raise OlpackError(f"--set {override!r} is not of the form key=value.", "For example: --set train.epochs=3")
     try:
-        value = yaml.load(text, _Loader)
+        bounded_yaml.check(text, f"--set {_shortened(key)}")
+        value = yaml.load(text, bounded_yaml.Loader)
     except yaml.YAMLError:
         value = text
     place = document
     *parents, last = key.split(".")
+    if len(parents) >= bounded_yaml.MOST_LEVELS:
+        raise OlpackError(f"--set {_shortened(key)}: no setting lies that deep.", "For example: --set train.epochs=3")
     for parent in parents:
-        place = place.setdefault(parent, {})
+        if place.get(parent) is None:  # `train:` with nothing below it is a section in which nothing is set
+            place[parent] = {}
+        place = place[parent]
+        if isinstance(place, list):
+            raise OlpackError(f"--set {key}: '{parent}' is a list, whose values have no names.", f"Set the whole list: --set {parent}=[…]")
         if not isinstance(place, dict):
             raise OlpackError(f"--set {key}: '{parent}' is a single value, it has no settings inside.")
     place[last] = value
     return key
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def _sentence(item: dict[str, Any], path: Path, lines: dict[str, int], origins: dict[str, str]) -> str:
@@ -489,7 +498,7 @@ def _sentence(item: dict[str, Any], path: Path, lines: dict[str, int], origins: 
     if item["type"] == "missing":
         return f"{place}: '{key}' is missing. {_description(fields)}".strip()
     message = item["msg"].removeprefix("Value error, ").rstrip(".")
-    got = "" if item["type"] == "value_error" else f", not {item['input']!r}"
+    got = "" if item["type"] == "value_error" else f", not {_shortened(repr(item['input']))}"
     subject = f"'{key}': " if key else ""
     return f"{place}: {subject}{message}{got}."
 

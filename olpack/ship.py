@@ -8,7 +8,7 @@ from typing import Any
 from olpack import progress
 from olpack.errors import OlpackError
 from olpack.pipeline import Build
-from olpack.stages import questions, recommended, registered, registrable
+from olpack.stages import recommended, registered, registrable
 
 
 def _exported(build: Build) -> list:
@@ -42,8 +42,8 @@ def check(build: Build) -> list[str]:
         OlpackError: a tag is not registered, says something else than the recipe, or a prompt differs.
     """
     from olpack.deploy.client import OllamaClient
-    from olpack.deploy.identity import check_identity
     from olpack.deploy.register import drift
+    from olpack.deploy_stage import check_prompts, conversations
 
     client, lines = OllamaClient(), []
     client.require()
@@ -54,9 +54,7 @@ def check(build: Build) -> list[str]:
             raise OlpackError(f"The Ollama server at {client.url} has no {model}.", f"Run `olpack deploy {build.recipe.name}`.")
         if told := drift(shown, file, build.package):
             raise OlpackError(f"{model} is not as the recipe says: {'; '.join(told)}.", f"Run `olpack deploy {build.recipe.name}` to set it right.")
-        identity = check_identity(client, model, build.renderer.tokenizer, questions(build))
-        identity.require()
-        lines.append(f"{model}  {identity.summary()}")
+        lines.append(f"{model}  {check_prompts(build, client, file.tag, conversations(build)).summary()}")
     return lines
 
 

@@ -73,7 +73,8 @@ def _read(path: Path) -> tuple[list[list[dict]], list[Task]]:
             return [], load_tasks(path)
         return [request for chat in load_chats(path) if (request := request_of(chat.messages))][:_ANSWERED], []
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        with path.open(encoding="utf-8-sig") as file:  # its lines end at line breaks alone, not at U+2028 and the like
+            lines = [line.strip() for line in file]
     except UnicodeDecodeError as error:
         raise OlpackError(f"{path} is not UTF-8 (byte {error.start}).", "Save it as UTF-8.") from None
     except OSError as error:

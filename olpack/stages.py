@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from olpack import progress
+from olpack.deploy_stage import deploy as deploy
 from olpack.errors import OlpackError
 from olpack.export_stage import export as export
 from olpack.export_stage import said_of_a_file, write_quants
@@ -17,6 +18,7 @@ from olpack.quants import quant_type
 from olpack.workspace import file_digest, template_source, value_digest, write_atomically
 
 if TYPE_CHECKING:
+    from olpack.compare import MeasureSettings
     from olpack.pipeline import Build, Step
 
 _ANSWERED = 3  # held-out requests that every quant answers where the recipe has no prompts
@@ -28,7 +30,10 @@ def train(build: Build, steps: list[Step]) -> None:
 
     (step,) = steps
     rows, held_out = build.rows
-    paths = build.paths
+    paths, moment = build.paths, build.renderer.moment
+    dated = {"rendered_at": moment.isoformat()} if moment else {}
+    if moment and "rendered_at" not in step.result:  # before training, so that one that goes on tomorrow has the same rows
+        build.remember(step, {**step.result, **dated})
     result = run(build.base, rows, held_out, build.recipe.train, out=paths.adapter, checkpoint=paths.checkpoint, key=step.key)
     kept = "" if result.kept_step == result.steps else f", step {result.kept_step} kept"
     progress.say(f"eval loss {result.eval_loss_before:.3f} -> {result.eval_loss_after:.3f} in {result.steps} steps{kept} "
@@ -37,7 +42,7 @@ def train(build: Build, steps: list[Step]) -> None:
         progress.say(f"GPU memory: {progress.quantity(result.peak_gpu_bytes, 'B')} at the peak, "
                      f"{progress.quantity(result.estimated_gpu_bytes, 'B')} estimated")  # fmt: skip
     outputs = sorted(path for path in paths.adapter.iterdir() if path.is_file())
-    build.finish(step, outputs, {**asdict(result), "adapter_digest": file_digest(paths.adapter / "adapter_model.safetensors")})
+    build.finish(step, outputs, {**asdict(result), "adapter_digest": file_digest(paths.adapter / "adapter_model.safetensors"), **dated})
 
 
 def modelfiles(build: Build, steps: list[Step]) -> None:
@@ -56,58 +61,34 @@ def modelfiles(build: Build, steps: list[Step]) -> None:
             raise OlpackError(f"The rendered Modelfile does not say what the recipe does: {'; '.join(lost)}", "Mend templates/Modelfile.j2.")
         write_atomically(path, text)
         outputs.append(path)
+    if build.paths.base:
+        progress.say("the Modelfiles name an ADAPTER, which `ollama create` refuses from Ollama 0.34.1 on; there, `olpack deploy` registers them")
     build.finish(steps[0], outputs, {"from": str(outputs[0])})
-
-
-def deploy(build: Build, steps: list[Step]) -> None:
-    """Register every quant with the server, prove that the prompt is the trained one, and have each tag answer once."""
-    from olpack.deploy.client import OllamaClient
-    from olpack.deploy.identity import check_identity
-    from olpack.deploy.register import register
-    from olpack.deploy.smoke import smoke
-
-    client, (step,) = OllamaClient(), steps
-    client.require()
-    known = {record.model: record for record in registered(build)}
-    for file in registrable(build):
-        (record,) = register(client, build.recipe.name, [file], build.package, before=list(known.values()))
-        known[record.model] = record
-        # Written down after each tag: what is on the server must be known, to be removed or left alone, should the next one fail.
-        build.remember(step, {"registered": [asdict(record) for record in known.values()]})
-    models, conversations = [f"{build.recipe.name}:{quant.tag}" for quant in build.quants], questions(build)
-    identity = check_identity(client, models[0], build.renderer.tokenizer, conversations)
-    identity.require()
-    progress.say(identity.summary())
-    for model in models:
-        answered = smoke(client, model, conversations[0])
-        if not answered.stopped:
-            progress.warn(f"{model} was cut after {answered.tokens} tokens: it may not know when to stop")
-    build.finish(step, [], {"registered": [asdict(record) for record in known.values()], "identity": identity.summary()})
 
 
 def compare(build: Build, steps: list[Step]) -> None:
     """Measure every quant, recommend one, write `results.json` and the report, and point `:latest` to the recommended tag."""
-    from olpack.compare import MeasureSettings, measure
+    from olpack.compare import measure
     from olpack.compare.outputs import write_outputs
     from olpack.deploy.client import OllamaClient
     from olpack.deploy.register import point_latest
 
     asked, paths, (step,) = build.recipe.compare, build.paths, steps
-    settings = MeasureSettings(prompt_lengths=tuple(asked.prompt_tokens), generated_tokens=asked.generated_tokens, repeats=asked.repeats,
-                               answer_tokens=asked.answer_tokens, clients=tuple(asked.clients), context=build.package.parameters["num_ctx"],
-                               tolerance=asked.max_loss,
-                               suites=tuple(asked.suites), suite_folder=build.suite_folder and str(build.suite_folder), suite_limit=asked.suite_limit)
+    settings = measure_settings(build)
     _, held_out = build.rows
     client = OllamaClient() if build.server else None
     results = measure(quant_files(build), held_out[: asked.eval_rows], questions(build), settings, client, build.recipe.name,
                       cache=paths.compare / "measured", yardstick=_yardstick(build) if asked.reference else None, tasks=build.tasks,
                       examples=_examples(build))
-    identity = build.result("deploy").get("identity") if build.server else None
+    identity = _prompts_said(build) if build.server else None
     outputs = write_outputs(results, paths.compare, template_source("report.html.j2"), paths.adapter / "metrics.jsonl", identity)
     best = results.recommendation
     if client and best:
-        point_latest(client, build.recipe.name, best.tag)
-    outcome, again = {"recommended": best.tag if best else None}, f"`olpack compare {build.recipe.name}` tries again and keeps what was measured"
+        if all(quant.loss for quant in results.quants):
+            point_latest(client, build.recipe.name, best.tag)
+        else:
+            progress.warn(f"{build.recipe.name}:latest stays what it was: not every quant could be compared.")
+    outcome, again = {"recommended": best.tag if best else None, "served": client is not None}, f"`olpack compare {build.recipe.name}` tries again and keeps what was measured"
     if failed := [quant.quant for quant in results.quants if any(flag.code == "failed" for flag in quant.flags)]:
         progress.warn(f"{', '.join(failed)} could not be measured; {again}")
     if results.flags:
@@ -117,6 +98,27 @@ def compare(build: Build, steps: list[Step]) -> None:
         build.remember(step, outcome)
         return
     build.finish(step, outputs, outcome)
+
+
+def measure_settings(build: Build) -> MeasureSettings:
+    """How the recipe has its quants measured.
+
+    Raises:
+        OlpackError: its settings leave no room for a prompt in the context.
+    """
+    from olpack.compare import MeasureSettings
+
+    asked = build.recipe.compare
+    return MeasureSettings(prompt_lengths=tuple(asked.prompt_tokens), generated_tokens=asked.generated_tokens, repeats=asked.repeats,
+                           answer_tokens=asked.answer_tokens, clients=tuple(asked.clients), context=build.package.parameters["num_ctx"],
+                           tolerance=asked.max_loss,
+                           suites=tuple(asked.suites), suite_folder=build.suite_folder and str(build.suite_folder), suite_limit=asked.suite_limit)
+
+
+def _prompts_said(build: Build) -> str | None:
+    """What the last deploy found of the prompts, with what differs in made-up conversations."""
+    found = build.result("deploy")
+    return " ".join([found["identity"] + ".", *found.get("identity_warnings", [])]).removesuffix(".") if "identity" in found else None
 
 
 def _yardstick(build: Build):
@@ -164,7 +166,8 @@ def quant_files(build: Build) -> list:
         adapter = build.paths.gguf(ADAPTER) if build.paths.base else None
         size = made["size"] + (build.result(f"export-{ADAPTER}")["size"] if adapter else 0)
         types = made["types"] if quant.budget else {}
-        files.append(QuantFile(quant.name, quant.tag, build.paths.gguf(quant.name), size, made["bits_per_weight"], made["sha256"], adapter, types))
+        files.append(QuantFile(quant.name, quant.tag, build.paths.gguf(quant.name), size, made["bits_per_weight"], made["sha256"], adapter, types,
+                               made["types"]))  # fmt: skip
     return files
 
 
@@ -185,11 +188,16 @@ def registered(build: Build) -> list:
 def questions(build: Build) -> list[list[dict]]:
     """Conversations that every quant answers: the recipe's prompts under its system prompt, or the first held-out requests as they are."""
     if not build.recipe.compare.prompts:
-        from olpack.data import request_of
-
-        return [request for chat in _held_out(build) if (request := request_of(chat.messages))][:_ANSWERED]
+        return held_out_requests(build)[:_ANSWERED]
     system = [{"role": "system", "content": build.recipe.modelfile.system}] if build.recipe.modelfile.system else []
     return [[*system, {"role": "user", "content": prompt}] for prompt in build.recipe.compare.prompts]
+
+
+def held_out_requests(build: Build) -> list[list[dict]]:
+    """What the held-out chats open with, up to the first answer; those that open otherwise are left out."""
+    from olpack.data import request_of
+
+    return [request for chat in _held_out(build) if (request := request_of(chat.messages))]
 
 
 def _examples(build: Build) -> list[tuple[str, str]]:

@@ -76,7 +76,7 @@ def _embedded(name: str, tag: str, out: Path | None) -> Answer:
     from olpack.stages import recommended
     from olpack.workspace import recipe_path
 
-    build = Build(recipe.load(recipe_path(name)), out)
+    build = Build(recipe.load(recipe_path(name)), out, weights=False)
     quant = quant_type(tag or recommended(build))
     path = build.paths.gguf(quant.name)
     if not path.is_file():

@@ -88,7 +88,8 @@ def load_tasks(path: Path, system: str | None = None) -> list[Task]:
         OlpackError: the file is missing, not UTF-8 or empty, or has lines that are no tasks: each named by its number.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        with path.open(encoding="utf-8-sig") as file:  # its lines end at line breaks alone, not at U+2028 and the like
+            lines = list(file)
     except UnicodeDecodeError as error:
         raise OlpackError(f"{path} is not UTF-8 (byte {error.start}).", "Save it as UTF-8.") from None
     except OSError as error:

@@ -18,9 +18,11 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,15 @@ from olpack.errors import OlpackError
 
 PACKAGE = Path(__file__).parent
 CHUNK = 1 << 20
+_SAME_TIME_NS = 20_000_000  # two writes that are closer may leave a file with the same times
+_digests: dict[tuple[int, ...], str] = {}  # of files as they are, by what a write changes
+
+# What transformers, the tokenizer or llama.cpp's converter reads of a model, and what such a folder has besides when it comes from the Hub.
+_MODEL_FILES = (
+    "config.json", "*_config.json", "model*.safetensors", "adapter_model*.safetensors", "*.safetensors.index.json", "tokenizer.json", "*.model",
+    "*.model.v*", "tekken.json", "vocab.*", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.json", "*.jinja",
+    "configuration.json", "params.json", "LICENSE*",
+)  # fmt: skip
 
 
 def shipped(kind: str) -> Path:
@@ -229,9 +240,17 @@ def locked(root: Path) -> Iterator[None]:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, as 64 hexadecimal digits."""
+    """SHA-256 of a file, as 64 hexadecimal digits. A process reads a file once, as long as nothing writes to it."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        found = os.fstat(file.fileno())
+        state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        if state not in _digests:
+            settled = time.time_ns() - found.st_ctime_ns > _SAME_TIME_NS
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if not settled:
+                return digest
+            _digests[state] = digest
+        return _digests[state]
 
 
 def value_digest(value: Any) -> str:
@@ -242,14 +261,13 @@ def value_digest(value: Any) -> str:
 def folder_fingerprint(folder: Path) -> str:
     """Identity of a model folder in well under a second, whatever its size.
 
+    A file that is no part of a model, such as notes or a GGUF made from it, does not count.
     Files up to 16 MiB are read whole; of a larger one (weights) the size, both ends and 64 slices of 4 KiB spread evenly.
     Every step of training moves almost every weight, so two models that differ are told apart; a flipped bit is not,
     and need not be: it is a key, not a checksum.
     """
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if not path.is_file() or path.name.startswith(".") or path.suffix.lower() == ".md":
-            continue
+    for path in _model_files(folder):
         size = path.stat().st_size
         digest.update(f"{path.name}\0{size}\0".encode())
         with path.open("rb") as file:
@@ -263,6 +281,14 @@ def folder_fingerprint(folder: Path) -> str:
             file.seek(size - CHUNK)
             digest.update(file.read(CHUNK))
     return digest.hexdigest()
+
+
+def _model_files(folder: Path) -> Iterator[Path]:
+    listed = "".join(path.read_text(encoding="utf-8", errors="replace") for path in sorted(folder.glob("*.safetensors.index.json")))
+    for path in sorted(folder.iterdir()):
+        known = any(fnmatchcase(path.name, pattern) for pattern in _MODEL_FILES) or (path.suffix == ".safetensors" and f'"{path.name}"' in listed)
+        if known and path.is_file() and not path.name.startswith(".") and path.suffix.lower() != ".md":
+            yield path
 
 
 def free_bytes(path: Path) -> int:

@@ -3,8 +3,8 @@
     with OllamaDouble(tmp_path) as double:
         client = OllamaClient(double.url)
 
-It behaves as the recording in tests/data/ollama/transcript.jsonl does (tests/test_deploy_double.py replays it). What a model answers is
-canned; the prompt it answers to is rendered for real, from the chat template of the GGUF that was uploaded, and its tokens are counted with
+It behaves as the recordings tests/data/ollama/transcript*.jsonl do (tests/test_deploy_double.py replays them). What a model answers is
+canned, `double.answer = lambda prompt: LOOP` for a model that loops; the prompt it answers to is rendered for real, from the chat template of the GGUF that was uploaded, and its tokens are counted with
 llama.cpp's tokenizer.
 
 Faults are switched on by setting the attributes of `double.faults`.
@@ -13,6 +13,7 @@ Faults are switched on by setting the attributes of `double.faults`.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 import socket
@@ -29,6 +30,7 @@ from ollama_double_store import TYPES, Refused, Store, short
 
 CANNED = "Here it is:\n\ndef answer():\n    return 42\n"
 _PIECES = re.compile(r"\S+\s*|\s+")
+_SAME_AT_MOST = 31  # the server shows a token and 30 repetitions of it; at the next one it ends the answer without a word
 
 
 @dataclass
@@ -46,9 +48,13 @@ class Answer:
     """What the model says to a prompt, token by token."""
 
     pieces: list[str]
-    ends: bool = True  # False: it would go on for ever, repeating the last piece
+    ends: bool = True  # False: it goes on for ever, saying its pieces again and again
     prompt_tokens: list[int] | None = None
     logprobs: list[dict] | None = None
+
+
+LOOP = Answer(["0"], ends=False)
+"""One token for ever: the server breaks it off. Several pieces with `ends=False` make a loop that it does not see."""
 
 
 @dataclass
@@ -66,6 +72,7 @@ class Faults:
     not_json: bool = False  # a proxy's page in place of answers
     drop_parameter: str | None = None  # a server that does not keep what it was told
     create_error: str | None = None  # what creates end with after their first line, inside 200
+    cut_prompts_to: int | None = None  # tokens that it keeps of a longer prompt, without a word
     push_error: str | None = None  # what a registry answers to the first blob
     break_pushes: int = 0  # that many pushes end before the manifest, with the connection cut
 
@@ -218,7 +225,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, {"models": self.double.store.listed()})
 
     def _ps(self, _body: dict) -> None:
-        self._send(200, {"models": list(self.double.loaded.values())})
+        self._send(200, {"models": [{key: value for key, value in row.items() if key != "weights"} for row in self.double.loaded.values()]})
 
     def _show(self, body: dict) -> None:
         found = self.double.store.find(body["model"])
@@ -363,18 +370,23 @@ class _Handler(BaseHTTPRequestHandler):
     def _run(self, body: dict, manifest: dict, prompt: str, part: Callable[[str], dict]) -> None:
         double, store = self.double, self.double.store
         head = {"model": body["model"], "created_at": _now()}
-        if body.get("_debug_render_only") and not double.faults.no_debug_render:
-            empty = {"response": ""} if "response" in part("") else {"message": {"role": "", "content": ""}}
-            return self._send(200, {**head, **empty, "done": False, "_debug_info": {"rendered_template": prompt}})
         options = self._options(body, manifest)
         digest = store.model_layer(manifest["layers"])["digest"]
         self._load(body, manifest, digest, options["num_ctx"])
+        if body.get("_debug_render_only") and not double.faults.no_debug_render:
+            empty = {"response": ""} if "response" in part("") else {"message": {"role": "", "content": ""}}
+            return self._send(200, {**head, **empty, "done": False, "_debug_info": {"rendered_template": prompt}})
         answer = double.answer(prompt)
-        limit = options["num_predict"] if options["num_predict"] > 0 else 64
-        pieces = answer.pieces if answer.ends else (answer.pieces + answer.pieces[-1:] * limit)
+        limit = options["num_predict"] if options["num_predict"] > 0 else 10 * options["num_ctx"]
+        pieces = answer.pieces if answer.ends else list(itertools.islice(itertools.cycle(answer.pieces), limit + 1))
         cut = len(pieces) > limit
         pieces = pieces[:limit]
+        if (shown := _before_a_loop(pieces)) is not None:
+            if body.get("stream") is False:
+                return self._send(200, {**head, **part("".join(shown)), "done": False})
+            return self._stream({**head, **part(piece), "done": False} for piece in shown)
         ids = answer.prompt_tokens if answer.prompt_tokens is not None else double.tokenize(digest, prompt)
+        ids = ids[: double.faults.cut_prompts_to]
         made = len(pieces) + (not cut)  # the token that ends the turn counts
         last = {"done": True, "done_reason": "length" if cut else "stop"}
         if "response" in part("") and not body.get("raw"):
@@ -397,8 +409,11 @@ class _Handler(BaseHTTPRequestHandler):
         store = self.double.store
         name, _ = store.find(body["model"])
         row = next(row for row in store.listed() if row["name"] == short(name))
-        size = store.blob(digest).stat().st_size
+        size = sum(store.blob(layer["digest"]).stat().st_size for layer in manifest["layers"] if layer["mediaType"].endswith(("model", "adapter")))
+        # The server keeps one process for a file of weights: a tag with the same ones, and another adapter or system prompt, takes its place.
+        self.double.loaded = {key: row for key, row in self.double.loaded.items() if key == body["model"] or row["weights"] != digest}
         self.double.loaded[body["model"]] = {
+            "weights": digest,
             "name": row["name"],
             "model": row["name"],
             "size": size + 1500 * context,
@@ -408,6 +423,16 @@ class _Handler(BaseHTTPRequestHandler):
             "size_vram": 0,
             "context_length": context,
         }
+
+
+def _before_a_loop(pieces: list[str]) -> list[str] | None:
+    """What the server shows of an answer that comes to repeat one token too often (blanks around it do not count); None for any other."""
+    last, same = None, 0
+    for number, piece in enumerate(pieces):
+        last, same = piece.strip(), same + 1 if piece.strip() == last else 1
+        if same > _SAME_AT_MOST:
+            return pieces[:number]
+    return None
 
 
 def _failing(lines: Iterator[dict], error: str) -> Iterator[dict]:

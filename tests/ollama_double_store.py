@@ -12,6 +12,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 
 import jinja2
@@ -111,6 +112,7 @@ class Store:
     def __init__(self, root: Path):
         self.root = root
         self.known = [CHATML]
+        self.refuses_adapters = False  # as Ollama 0.34.1 and newer; in which words is not recorded
         self.primed: dict[str, Facts] = {}
         self.lock = threading.RLock()
         self._facts: dict[str, Facts] = {}
@@ -211,13 +213,16 @@ class Store:
             yield from self._from_files(body["files"], layers, said)
         else:
             raise Refused(400, "neither 'from' or 'files' was specified")
-        if body.get("adapters"):  # as Ollama's source has it (server/create.go); no adapter is in the recording
+        if body.get("adapters"):
+            if self.refuses_adapters:
+                raise Refused(400, "adapters are not supported")
             [(_, digest)] = body["adapters"].items()
             yield "parsing GGUF"
             if not self.blob(digest).exists() or self.facts(digest).metadata.get("general.type") != "adapter":
                 raise Refused(400, "unknown type")
             # It joins the layers that are there, those of a `from` too, and is not rewritten.
             layers.append({"mediaType": IMAGE + "adapter", "digest": digest, "size": self.blob(digest).stat().st_size})
+            said[digest] = f"using existing layer {digest}"
         self._set_fields(body, layers, said)
         yield from (said[layer["digest"]] for layer in layers if layer["digest"] in said)
         facts = self.facts(next(layer["digest"] for layer in layers if layer["mediaType"] == IMAGE + "model"))
@@ -289,10 +294,8 @@ class Store:
         for text in [given] if isinstance(given, str) else given:
             add("license", text.encode(), replacing=False)  # a licence joins those that are inherited
         given = {**self.params(layers), **(body.get("parameters") or {})}
-        # All numbers are floats to the server, and written without a point where they have no fraction.
-        parameters = {key: int(value) if isinstance(value, float) and value.is_integer() else value for key, value in given.items()}
-        if parameters:
-            add("params", encoded(parameters))
+        if given:
+            add("params", encoded_parameters(given))
         if body.get("messages"):
             add("messages", encoded([{"role": turn["role"], "content": turn["content"]} for turn in body["messages"]]))
 
@@ -486,7 +489,7 @@ def read_gguf(path: Path) -> Facts:
     tensors = [{"name": one.name, "type": one.tensor_type.name, "shape": [int(size) for size in one.shape]} for one in reader.tensors]
 
     def token(key: str) -> str:
-        number = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        number = metadata.get(f"tokenizer.ggml.{key}_token_id", 11)  # llama.cpp's own choice for byte-level vocabularies
         return raw["tokenizer.ggml.tokens"].contents(int(number)) if number is not None and "tokenizer.ggml.tokens" in raw else ""
 
     return Facts(
@@ -502,6 +505,28 @@ def encoded(value: object) -> bytes:
     for char in "<>&\u2028\u2029":
         text = text.replace(char, f"\\u{ord(char):04x}")
     return text.encode() + b"\n"
+
+
+def encoded_parameters(given: dict) -> bytes:
+    """All numbers are float64 to the server, written by Go: no point where there is no fraction, an exponent below 1e-6 and from 1e21 on."""
+    numbers: list[str] = []
+
+    def marked(value: object) -> object:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return value
+        number = repr(float(value))
+        if value and not 1e-6 <= abs(value) < 1e21:
+            mantissa, _, exponent = number.partition("e")
+            numbers.append(f"{mantissa.removesuffix('.0')}e{exponent[0]}{exponent[1:].lstrip('0')}")
+        else:
+            plain = format(Decimal(number), "f")
+            numbers.append(plain.rstrip("0").removesuffix(".") if "." in plain else plain)
+        return f"number {len(numbers) - 1}"
+
+    text = encoded({key: marked(value) for key, value in given.items()}).decode()
+    for place, number in enumerate(numbers):
+        text = text.replace(f'"number {place}"', number)
+    return text.encode()
 
 
 def all_layers(manifest: dict) -> list[dict]:

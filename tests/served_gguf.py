@@ -29,7 +29,7 @@ def tokenizer() -> Tokenizer:
     return made
 
 
-def write(path: Path, chat_template: str | None, file_type: int = 15, filling: float = 0.0, add_bos: bool = False) -> str:
+def write(path: Path, chat_template: str | None, file_type: int = 15, filling: float = 0.0, add_bos: bool = False, bos: bool = True) -> str:
     """A GGUF of about 150 kB. Returns its SHA-256 as 64 hexadecimal digits."""
     writer = gguf.GGUFWriter(path, "qwen2")
     writer.add_context_length(2048)
@@ -44,7 +44,8 @@ def write(path: Path, chat_template: str | None, file_type: int = 15, filling: f
     writer.add_token_types([3 if piece in SPECIAL else 1 for piece, _ in pieces])
     writer.add_token_merges(["d e"])
     writer.add_eos_token_id(2)
-    writer.add_bos_token_id(3)
+    if bos:
+        writer.add_bos_token_id(3)
     writer.add_add_bos_token(add_bos)
     if chat_template is not None:
         writer.add_chat_template(chat_template)

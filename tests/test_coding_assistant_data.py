@@ -1,54 +1,107 @@
-"""The shipped chats: whole, parseable, short, and honestly apart."""
+"""The shipped chats: generated again byte for byte, right by execution, short, and honestly apart."""
 
 from __future__ import annotations
 
 import ast
 import json
+import random
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from olpack.compare import sandbox
+from olpack.recipe import load
+
 FOLDER = Path(__file__).parent.parent / "modelfiles" / "coding-assistant"
 sys.path.insert(0, str(FOLDER))
 
+import exercises  # noqa: E402
 import make_data  # noqa: E402
 
-ROWS = {name: [json.loads(line) for line in (FOLDER / f"{name}.jsonl").read_text("utf-8").splitlines()] for name in ("train", "eval")}
+ROWS = {name: [json.loads(line) for line in (FOLDER / f"{name}.jsonl").read_text("utf-8").splitlines()] for name in ("train", "eval", "tasks")}
 
 
-def without_name(code: str) -> str:
-    """Arguments and body of a definition, normalised: the same for a copy under another name."""
-    (node,) = ast.parse(code).body
-    return "\n".join([ast.unparse(node.args), *map(ast.unparse, node.body)])
+def test_the_script_makes_the_shipped_files(tmp_path: Path) -> None:
+    # Another hash seed: the order of a set must not show in the files.
+    subprocess.run([sys.executable, FOLDER / "make_data.py", "--out", tmp_path], check=True, capture_output=True, env={"PYTHONHASHSEED": "5"})
+    for name in ("train.jsonl", "eval.jsonl", "tasks.jsonl"):
+        assert (tmp_path / name).read_bytes() == (FOLDER / name).read_bytes(), name
 
 
-@pytest.mark.parametrize(("name", "least"), [("train", 600), ("eval", 100)])
-def test_every_row_is_a_request_and_one_function(name: str, least: int) -> None:
-    assert len(ROWS[name]) >= least
-    systems = 0
-    for row in ROWS[name]:
+def test_every_row_is_a_request_and_one_function() -> None:
+    answers = Counter()
+    for row in ROWS["train"] + ROWS["eval"]:
         *system, user, assistant = row["messages"]
-        systems += len(system)
         assert [turn["role"] for turn in row["messages"]] == ["system"] * len(system) + ["user", "assistant"]
         assert all(turn["content"] == make_data.SYSTEM for turn in system)
-        module, function = row["source"].split(":")
+        if assistant["content"] == make_data.SCOPE:
+            answers["beyond"] += 1
+            continue
         (node,) = ast.parse(assistant["content"]).body
-        assert isinstance(node, ast.FunctionDef) and node.name == function and ast.get_docstring(node) is None
-        assert f"`{function}(" in user["content"] and module
-    assert 0.4 < systems / len(ROWS[name]) < 0.6
+        assert isinstance(node, ast.FunctionDef)
+        answers["named" if f"{node.name}(" in user["content"] else "unnamed"] += 1
+    assert answers["beyond"] == len(ROWS["train"]) / make_data.BEYOND
+    assert answers["unnamed"] < 0.1 * answers["named"]
 
 
-def test_no_function_is_in_both() -> None:
-    train, held = ({without_name(row["messages"][-1]["content"]) for row in rows} for rows in ROWS.values())
-    assert not train & held
-    assert len(train) == len(ROWS["train"]) and len(held) == len(ROWS["eval"])
+def test_held_out_combinations_are_never_trained() -> None:
+    known: set[str] = set()
+    apart = {exercise.combination for _, exercise in make_data.exercises(True, make_data.HELD_OUT_ROWS, "held out", known)}
+    trained = {exercise.combination for _, exercise in make_data.exercises(False, make_data.TRAIN_ROWS, "train", known)}
+    assert not apart & trained
+    # Each part of a held-out combination is trained in others, else nothing could be composed.
+    parts = {(combination[0], part) for combination in trained for part in combination[1:]}
+    assert not [combination for combination in apart for part in combination[1:] if (combination[0], part) not in parts]
 
 
-def test_modules_are_on_their_side_of_the_rule() -> None:
-    assert not any(make_data.held_out(row["source"].split(":")[0]) for row in ROWS["train"])
-    assert all(make_data.held_out(row["source"].split(":")[0]) for row in ROWS["eval"])
+def test_no_request_of_recipe_or_tasks_is_trained() -> None:
+    trained = {row["messages"][-2]["content"] for row in ROWS["train"]}
+    assert not trained & {row["prompt"] for row in ROWS["tasks"]}
+    assert not trained & set(load(FOLDER / "recipe.yaml").compare.prompts[:4])
+
+
+def test_the_held_out_answers_pass_their_tasks() -> None:
+    assert len(ROWS["eval"]) == len(ROWS["tasks"]) == 200
+    pairs = list(zip(ROWS["eval"], ROWS["tasks"], strict=True))
+    for row, task in pairs:
+        assert row["messages"][-2]["content"] == task["prompt"] and len(task["python_asserts"]) >= 2
+    code = "\n".join(f"def run{number}():\n" + "\n".join(f"    {line}" for text in (row["messages"][-1]["content"], *task["python_asserts"])
+                     for line in text.split("\n")) + f"\nrun{number}()" for number, (row, task) in enumerate(pairs))  # fmt: skip
+    assert sandbox.holds(code, [])
+    assert not sandbox.holds(code + "\nassert run0() is not None", [])
+
+
+@pytest.mark.parametrize("kind", exercises.KINDS)
+def test_code_of_every_kind_does_what_its_words_say(kind: str) -> None:
+    """The values that asserts compare with come from the parts' functions, not from the code."""
+    rng = random.Random(kind)
+    sound = [make_data._sound(exercises.KINDS[kind](rng)) for _ in range(300)]
+    assert sum(sound) >= 285  # a parameter can have the name of a loop's variable: such a draw is thrown away
+
+
+def test_a_wrong_function_is_thrown_away() -> None:
+    exercise = exercises.Exercise(("numbers",), "f(n)", "n plus one", "def f(n):\n    return n + 2", ("assert f(1) == 2", "assert f(2) == 3"))
+    assert not make_data._sound(exercise)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "verbal", "asked"),
+    [
+        ("the sum of the numbers", False, ("returns the sum of the numbers", "gives me the sum", "return the sum", "computes the sum", "gives the sum")),
+        ("whether a number is even", False, ("whether a number is even", "if a number is even")),
+        ("keeps a value in bounds", True, ("keeps a value in bounds", "keep a value in bounds")),
+    ],
+)
+def test_requests_are_english(wanted: str, verbal: bool, asked: tuple[str, ...]) -> None:
+    rng = random.Random(0)
+    exercise = exercises.Exercise((), "name(x)", wanted, "", (), verbal=verbal)
+    for _ in range(40):
+        words = make_data.request(exercise, rng)
+        assert "name(x)" in words and any(part in words for part in asked), words
+        assert any(part in make_data.unnamed_request(exercise, rng) for part in asked)
 
 
 def test_rows_fit_a_cpu_run() -> None:
@@ -56,50 +109,4 @@ def test_rows_fit_a_cpu_run() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(FOLDER.parent.parent / "olpack" / "assets" / "tiny-coder")
     lengths = [len(tokenizer.encode(tokenizer.apply_chat_template(row["messages"], tokenize=False))) for row in ROWS["train"]]
-    assert max(lengths) <= 300 and sum(lengths) <= 110_000
-
-
-def library(folder: Path) -> Path:
-    """A library of two modules, one of them held out, and a test that holds a copy of one held-out function."""
-    names = [f"module{number}" for number in range(100)]
-    apart = next(name for name in names if make_data.held_out(name))
-    learned = next(name for name in names if not make_data.held_out(name))
-    (folder / "test").mkdir(parents=True)
-    (folder / f"{learned}.py").write_text('def double(x):\n    """Return the number times two. More."""\n\n    # why\n    return 2 * x\n')
-    secret = 'def secret(a, b):\n    """Compare two numbers in a way of its own."""\n    return a - b > 7\n'
-    copied = 'def copied(a):\n    """Return the number plus one, as its test does."""\n    return a + 1\n'
-    (folder / f"{apart}.py").write_text(secret + copied)
-    (folder / "test" / "test_copied.py").write_text("class Test:\n    def other_name(a):\n        return a + 1\n")
-    (folder / "test" / "bad_latin1.py").write_bytes(b"# \xe9\n")
-    return folder
-
-
-def test_the_script_keeps_copies_out_and_repeats_itself(tmp_path: Path) -> None:
-    stdlib, outs = library(tmp_path / "lib"), [tmp_path / "one", tmp_path / "two"]
-    for out in outs:
-        out.mkdir()
-        subprocess.run([sys.executable, FOLDER / "make_data.py", "--stdlib", stdlib, "--out", out], check=True, capture_output=True)
-    (train,) = map(json.loads, (outs[0] / "train.jsonl").read_text("utf-8").splitlines())
-    (held,) = map(json.loads, (outs[0] / "eval.jsonl").read_text("utf-8").splitlines())
-    assert train["messages"][-1]["content"] == "def double(x):\n    # why\n    return 2 * x"
-    assert "number times two" in train["messages"][-2]["content"]
-    assert held["source"].endswith(":secret")
-    for name in ("train.jsonl", "eval.jsonl"):
-        assert (outs[0] / name).read_bytes() == (outs[1] / name).read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("summary", "asked"),
-    [
-        ("Return the answer", "returns the answer|should return the answer|Return the answer: write"),
-        ("Copies one file", "copies one file|should copy one file|Copy one file: write"),
-        ("Searches for a name", "searches for a name|should search for a name|Search for a name: write"),
-        ("A helper of another", "A helper of another"),
-    ],
-)
-def test_requests_are_english(summary: str, asked: str) -> None:
-    import re
-
-    for number in range(20):
-        function = make_data.Function(f"module:name{number}", "name(x)", summary, "", "")
-        assert re.search(asked, make_data.request(function)) and "`name(x)`" in make_data.request(function)
+    assert max(lengths) <= 300 and sum(lengths) <= 175_000

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import subprocess
+import os
 import hashlib
 import json
 from pathlib import Path
@@ -38,6 +41,12 @@ def _create(client: OllamaClient, gguf: Path, model: str = "coder:q4_K_M", **fie
         (None, "http://127.0.0.1:11434"),
         ("", "http://127.0.0.1:11434"),
         ("1.2.3.4", "http://1.2.3.4:11434"),
+        ("[::]:8080", "http://[::1]:8080"),
+        ("::", "http://[::1]:11434"),
+        ("0.0.0.0:8080/ollama/", "http://127.0.0.1:8080/ollama"),
+        (":11434/", "http://127.0.0.1:11434"),
+        ("https://0.0.0.0/v1", "https://127.0.0.1:443/v1"),
+        (" '127.0.0.1:1234' ", "http://127.0.0.1:1234"),
         (":56789", "http://127.0.0.1:56789"),
         ("0.0.0.0", "http://127.0.0.1:11434"),
         ("0.0.0.0:8080", "http://127.0.0.1:8080"),
@@ -82,6 +91,34 @@ def test_a_proxy_is_asked_for_what_is_elsewhere(ollama_double: OllamaDouble, mon
     monkeypatch.setenv("http_proxy", ollama_double.url)
     OllamaClient("http://ollama.invalid:11434").version()
     assert ollama_double.requests[-1].path == "http://ollama.invalid:11434/api/version"
+
+
+@pytest.mark.parametrize("proxy", ["socks5h://127.0.0.1:9", "SOCKS5://127.0.0.1:9", "socks4://u:p@127.0.0.1:9"])
+@pytest.mark.parametrize("name", ["ALL_PROXY", "all_proxy", "HTTP_PROXY", "https_proxy"])
+def test_a_socks_proxy_does_not_stop_what_is_here(ollama_double: OllamaDouble, monkeypatch: pytest.MonkeyPatch, name: str, proxy: str) -> None:
+    """ollama/ollama-python#424: importing the package makes a client that reads the environment."""
+    monkeypatch.setenv(name, proxy)
+    for host in (ollama_double.url, ollama_double.url.replace("127.0.0.1", "localhost"), ollama_double.url.replace("127.0.0.1", "0.0.0.0")):
+        assert OllamaClient(host).require() == "0.33.0-rc2"
+
+
+def test_the_package_is_imported_under_a_socks_proxy(ollama_double: OllamaDouble) -> None:
+    environment = os.environ | {"ALL_PROXY": "socks5h://127.0.0.1:9", "OLLAMA_HOST": ollama_double.url}
+    script = "import os; from olpack.deploy.client import OllamaClient; print(OllamaClient().require(), os.environ['ALL_PROXY'])"
+    child = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert child.stdout.split() == ["0.33.0-rc2", "socks5h://127.0.0.1:9"], child.stderr
+
+
+def test_a_socks_proxy_for_a_server_elsewhere_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ALL_PROXY", "socks5h://127.0.0.1:9")
+    monkeypatch.setitem(sys.modules, "socksio", None)  # as where it is not installed
+    with pytest.raises(OlpackError, match=r"ollama.invalid:11434 would be called through a SOCKS proxy \(ALL_PROXY=socks5h") as caught:
+        OllamaClient("ollama.invalid")
+    assert "pip install socksio" in caught.value.remedy and "NO_PROXY" in caught.value.remedy
+    monkeypatch.setenv("NO_PROXY", "ollama.invalid")
+    assert OllamaClient("ollama.invalid").version() is None
 
 
 def test_no_server(ollama_double: OllamaDouble, client: OllamaClient) -> None:
@@ -299,3 +336,9 @@ def test_the_requests_are_utf_8_json(ollama_double: OllamaDouble, client: Ollama
     _create(client, gguf, system="أنت")
     request = ollama_double.requests[-1]
     assert request.sent == len(json.dumps(request.body, ensure_ascii=False).encode())
+
+
+def test_an_error_that_is_json_and_no_object(ollama_double: OllamaDouble, client: OllamaClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ollama_double._Handler._tags", lambda handler, _body: handler._send(404, "404", "text/plain"))
+    with pytest.raises(OlpackError, match="answered with something that is not Ollama's while listing its models"):
+        client.tags()

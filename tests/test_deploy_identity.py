@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import served_gguf
 from ollama_double import OllamaDouble
-from ollama_double_store import CHATML
+from ollama_double_store import CHATML, KnownTemplate
 from transformers import PreTrainedTokenizerFast
 
 from olpack.deploy import Package, pins_for, protect
@@ -180,3 +180,73 @@ def test_a_folder_with_nothing_to_compare_with(client: OllamaClient, tmp_path: P
         check_identity(client, MODEL, tmp_path / "bare")
     with pytest.raises(OlpackError, match="refuses every conversation: nothing of coder:q4_K_M was compared. It says: never"):
         check_identity(client, MODEL, _tokenizer("{{ raise_exception('never') }}"))
+
+
+# -- differences that decide, and those that do not ----------------------------------------------------------------------------------------
+
+GO_TEMPLATE = (
+    '{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n{{ end }}{{ range .Messages }}{{ if eq .Role "user" }}<|im_start|>user'
+    '{{ .Content }}<|im_end|>\n<|im_start|>assistant\n{{ else if eq .Role "assistant" }}{{ .Content }}<|im_end|>\n{{ end }}{{ end }}'
+)
+ROW = [{"role": "user", "content": "From the data."}]
+
+
+def _go_rendered(turns: list[dict], after_user: str) -> str:
+    """As Go's text/template would execute the template above, with what it writes after "user"."""
+    text = f"<|im_start|>system\n{turns[0]['content']}<|im_end|>\n" if turns[0]["role"] == "system" and turns[0]["content"] else ""
+    for turn in turns:
+        if turn["role"] == "user":
+            text += f"<|im_start|>user{after_user}{turn['content']}<|im_end|>\n<|im_start|>assistant\n"
+        elif turn["role"] == "assistant":
+            text += f"{turn['content']}<|im_end|>\n"
+    return text
+
+
+@pytest.mark.parametrize("after_user", ["\n", ""], ids=["as trained", "a line break too few"])
+def test_a_go_template_is_compared_with_the_trained_one(
+    ollama_double: OllamaDouble, client: OllamaClient, tmp_path: Path, after_user: str
+) -> None:
+    go = GO_TEMPLATE.replace(">user{{", f">user{after_user}{{{{")
+    known = KnownTemplate("recipe", "x" * 4000, go, (), lambda turns: _go_rendered(turns, after_user))
+    ollama_double.store.known.append(known)
+    _serve(client, tmp_path, protect(CHATML.jinja, {}), Package(template=go, parameters=PARAMETERS))
+    identity = check_identity(client, MODEL, _tokenizer(CHATML.jinja), [ROW])
+    if after_user:
+        identity.require()
+        assert {one.conversation for one in identity.made_up} == {"empty system"}
+        assert "1/" not in identity.summary() and "empty system, by /api/chat" in identity.warnings()[0]
+        return
+    with pytest.raises(OlpackError, match="is not served with the prompt that was trained") as caught:
+        identity.require()
+    assert "row 1 of the data, by /api/chat: the server runs a Go template" in caught.value.problem
+    assert "-<|im_start|>user\\n" in caught.value.problem and "+<|im_start|>userFrom the data.<|im_end|>\\n" in caught.value.problem
+    assert "modelfile.template" in caught.value.remedy
+
+
+def test_a_difference_in_a_made_up_conversation_is_a_warning(client: OllamaClient, tmp_path: Path) -> None:
+    served = CHATML.jinja.replace("message['content']", "message['content'] | trim")
+    _serve(client, tmp_path, protect(served, {}))
+    identity = check_identity(client, MODEL, _tokenizer(CHATML.jinja), [ROW])
+    identity.require()
+    assert not identity.identical and "differences in made-up conversations" in identity.summary()
+    [warning] = identity.warnings()
+    assert "whitespace at both ends, by /api/chat: whitespace was trimmed" in warning and "made up and not of the data" in warning
+    with pytest.raises(OlpackError, match="row 1 of the data"):
+        check_identity(client, MODEL, _tokenizer(CHATML.jinja), [[{"role": "user", "content": " indented"}]]).require()
+    with pytest.raises(OlpackError, match="whitespace at both ends"):  # without any data the made-up ones decide
+        check_identity(client, MODEL, _tokenizer(CHATML.jinja)).require()
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_a_tokenizer_without_a_begin_of_sequence_token(client: OllamaClient, tmp_path: Path, pinned: bool) -> None:
+    """The engine takes token 11 where the vocabulary names none; training rendered nothing."""
+    template = "{{ bos_token }}" + CHATML.jinja
+    pins = pins_for(template, {}, ["bos_token"] if pinned else [])
+    assert pins == ({"bos_token": ""} if pinned else {}) and pins_for(CHATML.jinja, {}, ["bos_token", "eos_token"]) == {}
+    digest = served_gguf.write(tmp_path / "coder.gguf", protect(template, pins), bos=False)
+    register(client, "coder", [QuantFile("q4_K_M", tmp_path / "coder.gguf", digest)], PACKAGE)
+    trained = PreTrainedTokenizerFast(tokenizer_object=served_gguf.tokenizer(), eos_token="<|im_end|>")
+    trained.chat_template = template
+    identity = check_identity(client, MODEL, trained, [ROW])
+    assert identity.identical is pinned
+    assert pinned or identity.differences[0].served.startswith("(<|im_start|>")  # its token 11

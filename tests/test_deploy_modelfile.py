@@ -186,3 +186,19 @@ def test_a_broken_template_is_one_sentence(template: str, said: str) -> None:
     with pytest.raises(OlpackError, match="Modelfile template") as caught:
         render(Package(), "m.gguf", template)
     assert said in caught.value.problem
+
+
+TRIPLE = 'Call it """raw""" text, "quoted" at its end: """x"'
+WAYS = [TRIPLE, '"""', '"" "', 'a\n"""b"""\nc "', '"one" and "two"', '"""\n"""']
+
+
+@pytest.mark.parametrize("text", WAYS)
+def test_three_quotes_in_any_field_come_back_or_are_named(text: str) -> None:
+    """ollama/ollama#5715, #6103: nothing of a text is lost or taken for the end of its quotes without a word."""
+    package = Package(system=text, parameters={"num_ctx": 64, "stop": [text, "\n\n"]}, messages=({"role": "user", "content": text},))
+    told = unrepresentable(package)
+    assert len(told) in (0, 3)  # all three fields, or none
+    if not told:
+        read = parse(render(package, "m.gguf", SHIPPED))
+        assert not differences(read, package)
+        assert read.package.system == read.package.parameters["stop"][0] == read.package.messages[0]["content"] == text

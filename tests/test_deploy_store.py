@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import served_gguf
 from ollama_double import OllamaDouble
-from ollama_double_store import CHATML, encoded
+from ollama_double_store import CHATML, encoded, encoded_parameters
 from transformers import PreTrainedTokenizerFast
 
 from olpack.deploy import Package, protect
@@ -309,3 +309,16 @@ def test_where_a_server_keeps_its_models(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert models_folder() == tmp_path
     monkeypatch.delenv("OLLAMA_MODELS")
     assert models_folder() == Path.home() / ".ollama/models"
+
+
+@pytest.mark.parametrize(("number", "written"), [
+    (5e-05, "0.00005"), (1e-06, "0.000001"), (9.5e-07, "9.5e-7"), (1e-07, "1e-7"), (1.5e-10, "1.5e-10"), (-5e-05, "-0.00005"), (0.1, "0.1"),
+    (1.0, "1"), (0.0, "0"), (-0.0, "-0"), (0, "0"), (42, "42"), (-1, "-1"), (1e16, "10000000000000000"), (123456789012345680000.0, "123456789012345680000"),
+    (1e21, "1e+21"), (10**21, "1e+21"), (1.25e22, "1.25e+22"), (2**53 + 1, "9007199254740992"), (1 / 3, "0.3333333333333333"), (1.7e308, "1.7e+308"),
+    (5e-324, "5e-324"), (True, "true"),
+])  # fmt: skip
+def test_numbers_are_written_as_go_writes_them(ollama_double: OllamaDouble, number: float, written: str) -> None:
+    """By encoding/json: a float64 has an exponent below 1e-6 and from 1e21 on, without a zero before it. The double has a rule of its own."""
+    _, blobs = compose("sha256:" + "0" * 64, 1, Header({}, {}), Package(parameters={"x": number, "stop": ["1e-05"]}))
+    assert f'{{"stop":["1e-05"],"x":{written}}}\n'.encode() in blobs.values()
+    assert encoded_parameters({"x": number, "stop": ["1e-05"]}) == f'{{"stop":["1e-05"],"x":{written}}}\n'.encode()

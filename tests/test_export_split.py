@@ -97,6 +97,6 @@ def test_what_a_killed_split_export_left_is_removed_by_the_next(model, tmp_path)
 ], ids=["server", "bundle", "hub"])  # fmt: skip
 def test_ollama_is_not_given_a_part(give, tmp_path):
     part = QuantFile("q8_0", tmp_path / "model-q8_0-00001-of-00002.gguf")
-    with pytest.raises(OlpackError, match=r"one part of a GGUF in several files, and Ollama takes a model from one\. Export it unsplit"):
+    with pytest.raises(OlpackError, match=r"one part of a GGUF in several files, and a tag is registered from one\. Export it unsplit"):
         give([part], Package(parameters={"num_ctx": 128}), tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,7 @@ from olpack.base import BUILTIN, resolve
 from olpack.cli import app
 from olpack.data import load_chats
 from olpack.errors import OlpackError
-from olpack.init import new_recipe, write_recipe
+from olpack.init import PARAMETERS, new_recipe, write_recipe
 
 ROWS = Path(__file__).parents[1] / "modelfiles/coding-assistant/eval.jsonl"
 
@@ -36,7 +36,7 @@ def test_the_recipe_holds_the_defaults_and_what_was_said(system):
     path = begin("support", "builtin/tiny-coder", "chats.jsonl", system)
     assert path == Path("modelfiles/support/recipe.yaml")
     found = recipe.load(path)
-    assert found.modelfile == recipe.Modelfile(system=system)
+    assert found.modelfile == recipe.Modelfile(system=system, parameters=PARAMETERS)
     plain = recipe.Recipe(base=found.base, data=recipe.Data(train=found.data.train))
     assert found.model_dump(exclude={"modelfile"}) == plain.model_dump(exclude={"modelfile"})
     assert len(load_chats(found.folder / found.data.train)) == 104

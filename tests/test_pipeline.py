@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
 import subprocess
@@ -223,6 +224,22 @@ def test_a_file_that_was_lost_is_made_again(workspace):
     assert code == 0
     assert json.loads(printed)["done"] == ["export-Q8_0"]
     assert path.read_bytes() == whole
+
+
+def test_a_copy_with_new_times_reads_each_file_once(workspace, monkeypatch):
+    read, plain = [], hashlib.file_digest
+
+    def digest(file, kind):
+        read.append(file.name)
+        return plain(file, kind)
+
+    for path in (workspace / "build/oracle").rglob("*"):
+        path.touch()
+    monkeypatch.setattr("olpack.workspace.hashlib.file_digest", digest)
+    code, printed, _ = olpack(workspace, "build", "oracle", "--json")
+    assert code == 0 and json.loads(printed)["done"] == []
+    made = [name for name in read if name.endswith((".gguf", ".safetensors"))]
+    assert len(made) == len(set(made)) == 3
 
 
 def done(workspace: Path, *settings: str) -> list[str]:

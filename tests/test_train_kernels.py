@@ -113,11 +113,12 @@ def test_what_a_kernel_does_not_take():
 @pytest.mark.parametrize("stored", [torch.uint8, torch.float32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the interpreter cuts bfloat16 off instead of rounding it
 @pytest.mark.parametrize("shape", [(96, 128), (50, 48)])  # the last block is not whole
-def test_4_bits_are_what_bitsandbytes_makes_of_them(kind, nested, stored, dtype, shape):
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+def test_4_bits_are_what_the_formula_makes_of_them(kind, nested, stored, dtype, shape):
+    from bitsandbytes.functional import quantize_4bit
+    from four_bits_reference import dequantized
 
     packed, state = quantize_4bit(numbers(*shape, dtype=dtype), quant_type=kind, compress_statistics=nested, quant_storage=stored)
-    assert torch.equal(kernels.dequantize_4bit(packed, state), dequantize_4bit(packed, state))
+    assert torch.equal(kernels.dequantize_4bit(packed, state), dequantized(packed, state))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])

@@ -1,237 +1,175 @@
-"""Make train.jsonl and eval.jsonl: chats that ask for a function in words and answer with its source.
+"""Make train.jsonl, eval.jsonl and tasks.jsonl: requests for a small Python function in words, and the function.
 
-    python modelfiles/coding-assistant/make_data.py            # the standard library of the running interpreter
-    python modelfiles/coding-assistant/make_data.py --stdlib /usr/lib/python3.11
+    python modelfiles/coding-assistant/make_data.py
 
-The functions and their docstrings come from CPython's standard library, © Python Software Foundation and others, used and passed on under
-the PSF licence, version 2 (LICENSE-PYTHON.txt beside this file). The same library gives the same bytes.
-
-`held_out` is the one rule that says which modules are kept for evaluation. `benchmarks/tiny_coder.py` imports it, so the base model
-that ships with olpack was never trained on a function of eval.jsonl: `choose` also drops every function of a held-out module
-that stands, under any name, somewhere in the other modules or in their tests.
+exercises.py composes the functions of parts, and each is run against its asserts before it is written. What a combination of parts asks for
+is either trained or held out (`held_out`), whatever its names, constants and words: eval.jsonl and tasks.jsonl ask for combinations that
+train.jsonl never shows. The same version of this folder gives the same bytes.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import hashlib
 import json
-import re
+import random
 import sys
-import sysconfig
-import textwrap
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
+from exercises import KINDS, Exercise, verified
+
 SYSTEM = "You are a coding assistant. Answer with Python code."
-TRAIN_ROWS, EVAL_ROWS = 680, 110
-MAX_PER_MODULE = 30  # no module may set the tone alone
-MAX_ANSWER_CHARS = 520  # with the request about 200 tokens at most: a CPU trains on all rows in minutes
-MAX_SUMMARY_CHARS = 140
+TRAIN_ROWS, HELD_OUT_ROWS = 2000, 200
+HELD_OUT = 6  # one combination in so many
+NAME_ONLY = 0.06  # share of requests that give nothing but a name that says all
+UNNAMED = 12  # one training row in so many asks for a function without naming it
+BEYOND = 20  # one training row in so many asks for something else, and is answered with what the assistant can do
+SCOPE = "I write small Python functions on numbers, texts, lists and dicts. Please ask me for one of these."
 
-# Tables and generated settings: text that looks like Python and teaches none.
-_NOT_CODE = {"site-packages", "__pycache__", "encodings", "pydoc_data"}
-_TESTS = {"test", "tests", "idle_test"}
-_VERBS = frozenset(
-    """add append apply assert build call change check clear close compare compile compute concatenate convert copy count create cut decide
-    decode decorate delete determine discard display divide dump encode ensure escape evaluate examine execute expand extract fetch fill
-    filter find fix flatten flush format generate get give guess handle ignore import increment indicate initialize insert install invoke
-    iterate join list load locate look make map match merge move multiply normalize open parse perform pick place prepare print process
-    produce provide put query quote raise read rebuild recognize record register release remove rename render repeat replace report reset
-    resolve restore retrieve return reverse rotate round run save scan search select send serialize set show skip sort split start step
-    stop store strip substitute subtract swap switch take test transform translate truncate try turn unescape unpack unquote update use
-    validate verify wait walk warn wrap write yield""".split()
+_RETURNS = (
+    "Write a Python function `{sig}` that returns {wanted}.",
+    "Write a function {sig} that returns {wanted}.",
+    "I need a Python function `{sig}` that gives me {wanted}.",
+    "Implement `{sig}` in Python. It should return {wanted}.",
+    "Please write the function `{sig}`: it returns {wanted}.",
+    "How would you write `{sig}` in Python, so that it returns {wanted}?",
+    "Write `{sig}` in Python: return {wanted}.",
+    "Can you write a Python function `{sig}` which computes {wanted}?",
+    "Define a function `{sig}` that gives {wanted}.",
 )
+_TELLS = (
+    "Write a Python function `{sig}` that tells whether {wanted}.",
+    "Write a function {sig} that checks whether {wanted}.",
+    "I need a Python function `{sig}` that tells me whether {wanted}.",
+    "Implement `{sig}` in Python. It should return whether {wanted}.",
+    "Please write the function `{sig}`: it returns True if {wanted}.",
+    "How would you write `{sig}` in Python, so that it tells whether {wanted}?",
+    "Can you write a Python function `{sig}` which checks if {wanted}?",
+    "Define a function `{sig}` that returns True if {wanted}, else False.",
+)
+_DOES = (
+    "Write a Python function `{sig}` that {wanted}.",
+    "Write a function {sig} that {wanted}.",
+    "I need a Python function `{sig}` that {wanted}.",
+    "Implement `{sig}` in Python. It should {to}.",
+    "Please write `{sig}`, a function that {wanted}.",
+    "How would you write `{sig}` in Python, so that it {wanted}?",
+    "Write `{sig}` in Python: {to}.",
+    "Can you write a Python function `{sig}` which {wanted}?",
+)
+_UNNAMED = (
+    "Write a Python function that {wanted}.", "I need a function that {wanted}.", "write a function that {wanted}", "How do I write a function that {wanted}?",
+    "Give me Python code that {wanted}.",
+)  # fmt: skip
+_OTHER = (
+    ("What is the capital of {}?", ("France", "Spain", "Japan", "Egypt", "Brazil", "Kenya", "Norway", "Chile", "India", "Peru")),
+    ("Who {}?", ("are you", "wrote Hamlet", "invented the radio", "is the president", "won the world cup", "painted the Mona Lisa")),
+    ("Tell me {}.", ("a joke", "a story", "about cats", "something about history", "the weather", "the news", "who you are", "what time it is")),
+    ("Write a {}.", ("poem", "letter to my boss", "short story about the sea", "song", "recipe for bread", "birthday card", "novel", "review")),
+    ("Write a Python class {}.", ("Queue", "Person", "Account", "Tree", "Matrix", "Logger", "Point", "Graph", "Car", "Node")),
+    ("Write a Python program that {}.", ("downloads a web page", "sends an email", "plays chess", "opens a window", "reads a PDF file", "draws a circle",
+                                         "talks to a database", "renames files", "trains a neural network", "prints the news")),
+    ("Write a {} program.", ("Java", "Rust", "C", "JavaScript", "Go", "Haskell", "shell", "Perl")),
+    ("Translate '{}' into German.", ("good morning", "I am hungry", "the sky is blue", "where is the station", "thank you")),
+    ("How do I {}?", ("cook rice", "learn to swim", "fix my bike", "install Linux", "lose weight", "get to Rome", "make friends", "write a book")),
+    ("Explain {}.", ("gravity", "recursion", "inflation", "how engines work", "the French revolution", "quantum computers", "photosynthesis")),
+    ("{}", ("Hello", "Hi there!", "Good morning.", "Thanks!", "How are you?", "ok", "Why?", "test", "Help me, please.", "What can you do?", "?", "yes")),
+    ("{}", ("Bonjour, comment allez-vous ?", "Wie geht es dir?", "Hola, ¿qué tal?", "Ciao, come stai?", "ما هي عاصمة فرنسا؟", "مرحبا", "كيف حالك؟",
+            "اكتب قصة قصيرة", "Привет, как дела?", "Напиши стихотворение", "你好", "今天天气怎么样?", "こんにちは", "元気ですか?", "안녕하세요", "Bom dia!")),
+)  # fmt: skip
+_NAMED = ("Write a Python function {sig}.", "Write a Python function `{sig}`.", "Implement `{sig}` in Python.", "Please write the function `{sig}`.")
 
 
-@dataclass(frozen=True)
-class Module:
-    """One source file of the library. `name` is dotted ("email.utils"); `is_test` says that it tests others."""
-
-    name: str
-    text: str
-    is_test: bool
+def held_out(combination: tuple[str, ...]) -> bool:
+    """Whether a combination of parts is kept for evaluation."""
+    return int(hashlib.sha256(" ".join(combination).encode()).hexdigest(), 16) % HELD_OUT == 0
 
 
-@dataclass(frozen=True)
-class Function:
-    """One documented function.
+def request(exercise: Exercise, rng: random.Random) -> str:
+    """The user's words for an exercise."""
+    if exercise.telling and rng.random() < NAME_ONLY:
+        return rng.choice(_NAMED).format(sig=exercise.signature)
+    wanted = exercise.wanted
+    if wanted.startswith("whether "):
+        return rng.choice(_TELLS).format(sig=exercise.signature, wanted=wanted.removeprefix("whether "))
+    verb, _, rest = wanted.partition(" ")
+    return rng.choice(_DOES if exercise.verbal else _RETURNS).format(sig=exercise.signature, wanted=wanted, to=f"{verb.removesuffix('s')} {rest}")
 
-    Attributes:
-        source: module and name, "textwrap:dedent".
-        signature: name and arguments as written, "dedent(text)".
-        summary: the first sentence of the docstring, without its full stop.
-        code: the whole definition without the docstring.
-        key: the normalised definition, docstring and name left out: equal keys are the same function.
+
+def unnamed_request(exercise: Exercise, rng: random.Random) -> str:
+    """The user's words for an exercise where they leave its name to the assistant."""
+    verb = "" if exercise.verbal else "tells " if exercise.wanted.startswith("whether ") else "returns "
+    return rng.choice(_UNNAMED).format(wanted=verb + exercise.wanted)
+
+
+def other_requests() -> list[str]:
+    """Requests for what the assistant is not for."""
+    return [words.format(what) for words, whats in _OTHER for what in whats]
+
+
+def exercises(apart: bool, count: int, seed: str, known: set[str]) -> Iterator[tuple[str, Exercise]]:
+    """`count` requests with their exercises, all kinds as often; none in words that are in `known`, to which each is added.
+
+    Args:
+        apart: of held-out combinations, else of the others.
     """
-
-    source: str
-    signature: str
-    summary: str
-    code: str
-    key: str
-
-    @property
-    def module(self) -> str:
-        return self.source.partition(":")[0]
-
-
-def _draw(text: str, choices: int) -> int:
-    """A number below `choices` that depends on `text` alone."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % choices
+    rng = random.Random(seed)
+    kinds = list(KINDS.values())
+    made = 0
+    while made < count:
+        exercise = kinds[made % len(kinds)](rng)
+        words = request(exercise, rng)
+        if held_out(exercise.combination) == apart and words not in known and _sound(exercise):
+            known.add(words)
+            made += 1
+            yield words, exercise
 
 
-def held_out(module: str) -> bool:
-    """Whether a module (dotted name) is kept for evaluation: about one in ten, whatever the version of Python."""
-    return _draw(f"held out: {module}", 10) == 0
-
-
-def library_modules(stdlib: Path) -> Iterator[Module]:
-    """The library's source files in the order of their paths; tables, and files that are not UTF-8 (tests of decoders), left out."""
-    for path in sorted(stdlib.rglob("*.py")):
-        parts = path.relative_to(stdlib).with_suffix("").parts
-        if _NOT_CODE.intersection(parts) or parts[0].startswith(("_sysconfigdata", "config-")):
-            continue
-        try:
-            text = path.read_bytes().decode("utf-8")
-        except UnicodeDecodeError:
-            continue
-        name = ".".join(parts).removesuffix(".__init__")
-        yield Module(name, text.replace("\r\n", "\n"), bool(_TESTS.intersection(parts)))
-
-
-def _body(node: ast.FunctionDef) -> list[ast.stmt]:
-    return node.body[1:] if ast.get_docstring(node, clean=False) is not None else node.body
-
-
-def _outline(node: ast.FunctionDef) -> tuple:
-    """What equal functions surely share, at a hundredth of the price of `_key`."""
-    return tuple(argument.arg for argument in node.args.args), tuple(type(statement).__name__ for statement in _body(node))
-
-
-def _key(node: ast.FunctionDef) -> str:
-    return "\n".join([ast.unparse(node.args), *map(ast.unparse, _body(node))])
-
-
-def _summary(docstring: str) -> str | None:
-    """The first sentence of a docstring; None where there is no usable one."""
-    for paragraph in docstring.split("\n\n")[:2]:
-        text = " ".join(paragraph.split())
-        if re.match(r"\w+\(", text):  # the old habit of repeating the signature: "capwords(s [,sep]) -> string"
-            continue
-        sentence = re.split(r"(?<=[^.\s][^.])\.(?:\s|$)", text, maxsplit=1)[0].rstrip(".:")
-        fits = 15 <= len(sentence) <= MAX_SUMMARY_CHARS and sentence.isascii() and " " in sentence
-        return sentence if fits and sentence[0].isalpha() and not re.search(r">>>|\b(XXX|TODO)\b", sentence) else None
-    return None
-
-
-def without_docstring(node: ast.FunctionDef, lines: list[str]) -> str | None:
-    """The definition's source without its docstring; None where lines cannot simply be taken out."""
-    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-    docstring = node.body[0]
-    after = lines[docstring.end_lineno : node.end_lineno]
-    while after and not after[0].strip():
-        del after[0]
-    code = textwrap.dedent("\n".join(lines[first - 1 : docstring.lineno - 1] + after)).rstrip()
+def _sound(exercise: Exercise) -> bool:
+    """Whether the code does what it should: a parameter can have the name of a loop's variable."""
     try:
-        (parsed,) = ast.parse(code).body
-    except (SyntaxError, ValueError):
-        return None
-    return code if isinstance(parsed, ast.FunctionDef) and _key(parsed) == _key(node) else None
+        return verified(exercise)
+    except (AssertionError, TypeError, RecursionError):
+        return False
 
 
-def documented_functions(module: Module) -> Iterator[Function]:
-    """The module's own public functions that have a docstring, a body worth learning and a moderate length."""
-    try:
-        tree = ast.parse(module.text)
-    except SyntaxError:
-        return  # files that test the parser
-    lines = module.text.split("\n")
-    for node in tree.body:
-        if not isinstance(node, ast.FunctionDef) or node.name.startswith("_") or not (docstring := ast.get_docstring(node)):
-            continue
-        summary, body = _summary(docstring), _body(node)
-        if summary is None or not body or isinstance(body[0], (ast.Pass, ast.Raise)):
-            continue
-        code = without_docstring(node, lines)
-        signature = f"{node.name}({ast.unparse(node.args)})"
-        if code and code.isascii() and len(code) <= MAX_ANSWER_CHARS and len(signature) <= 90:
-            yield Function(f"{module.name}:{node.name}", signature, summary, code, _key(node))
+def training_rows(count: int, known: set[str]) -> list[tuple[str, str]]:
+    """Requests and answers of train.jsonl, in order."""
+    rng, others = random.Random("train"), other_requests()
+    rng.shuffle(others)
+    rows = []
+    for number, (words, exercise) in enumerate(exercises(False, count, "train", known)):
+        if number % BEYOND == 0:
+            rows.append((others[number // BEYOND % len(others)], SCOPE))
+        elif number % UNNAMED == 1:
+            rows.append((unnamed_request(exercise, rng), exercise.code))
+        else:
+            rows.append((words, exercise.code))
+    return rows
 
 
-def request(function: Function) -> str:
-    """The user's words: one of several ways to ask for the function, chosen by its name."""
-    signature, said = f"`{function.signature}`", function.summary
-    first, _, rest = said.partition(" ")
-    verb = first.lower()
-    stem = verb if verb in _VERBS else next((stem for stem in (verb[:-1], verb[:-2], verb[:-3] + "y") if stem in _VERBS), None)
-    if stem is None:
-        ways = [
-            f"Write a Python function {signature}. {said}.",
-            f"Implement {signature} in Python. Its purpose: {said}.",
-            f"Please write the function {signature}: {said}.",
-        ]
-    else:
-        ending = "ies" if re.search(r"[^aeiou]y$", stem) else "es" if re.search(r"(s|x|z|ch|sh)$", stem) else "s"
-        does = (stem[:-1] if ending == "ies" else stem) + ending + " " + rest
-        ways = [
-            f"Write a Python function {signature} that {does}.",
-            f"I need a Python function {signature} that {does}.",
-            f"Implement {signature} in Python. It should {stem} {rest}.",
-            f"Please write {signature}, a function that {does}.",
-            f"How would you write {signature} in Python, so that it {does}?",
-            f"{stem.capitalize()} {rest}: write {signature}.",
-        ]
-    return ways[_draw(f"request: {function.source}", len(ways))]
-
-
-def row(function: Function) -> dict:
-    """The chat for one function; about half of the chats open with the system prompt."""
-    messages = [{"role": "user", "content": request(function)}, {"role": "assistant", "content": function.code}]
-    if _draw(f"system: {function.source}", 2):
-        messages.insert(0, {"role": "system", "content": SYSTEM})
-    return {"messages": messages, "source": function.source}
-
-
-def _drawn(functions: Iterable[Function], count: int) -> list[Function]:
-    """`count` functions in an order that only their names decide, no key twice, few per module."""
-    chosen: dict[str, Function] = {}
-    per_module: Counter[str] = Counter()
-    for function in sorted(functions, key=lambda function: hashlib.sha256(function.source.encode()).digest()):
-        if function.key not in chosen and per_module[function.module] < MAX_PER_MODULE and len(chosen) < count:
-            chosen[function.key] = function
-            per_module[function.module] += 1
-    return list(chosen.values())
-
-
-def choose(modules: list[Module]) -> tuple[list[Function], list[Function]]:
-    """The functions of train.jsonl and of eval.jsonl. What a held-out module shares with any other file is in neither."""
-    trained_on = [module for module in modules if module.is_test or not held_out(module.name)]
-    apart = [function for module in modules if not module.is_test and held_out(module.name) for function in documented_functions(module)]
-    outlines = {_outline(ast.parse(function.code).body[0]) for function in apart}
-    seen = set()
-    for module in trained_on:
-        try:
-            nodes = ast.walk(ast.parse(module.text))
-        except SyntaxError:
-            continue
-        seen.update(_key(node) for node in nodes if isinstance(node, ast.FunctionDef) and _outline(node) in outlines)
-    train = _drawn((function for module in trained_on if not module.is_test for function in documented_functions(module)), TRAIN_ROWS)
-    return train, _drawn((function for function in apart if function.key not in seen), EVAL_ROWS)
+def _row(words: str, answer: str, system: bool) -> dict:
+    messages = [{"role": "user", "content": words}, {"role": "assistant", "content": answer}]
+    return {"messages": [{"role": "system", "content": SYSTEM}, *messages] if system else messages}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make train.jsonl and eval.jsonl from the standard library.")
-    parser.add_argument("--stdlib", type=Path, default=Path(sysconfig.get_path("stdlib")), help="the library's folder")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="where the two files go")
+    parser = argparse.ArgumentParser(description="Make train.jsonl, eval.jsonl and tasks.jsonl.")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="where the files go")
+    parser.add_argument("--rows", type=int, default=TRAIN_ROWS, help="rows of train.jsonl")
     args = parser.parse_args()
-    for name, functions in zip(("train.jsonl", "eval.jsonl"), choose(list(library_modules(args.stdlib))), strict=True):
-        target = args.out / name
-        target.write_text("".join(json.dumps(row(function)) + "\n" for function in functions), encoding="utf-8", newline="\n")
-        print(f"{target}: {len(functions)} chats", file=sys.stderr)
+    known: set[str] = set()
+    apart = list(exercises(True, HELD_OUT_ROWS, "held out", known))
+    files = {
+        # Three in four open with the system prompt that the package is served with; the others are asked without one.
+        "train.jsonl": [_row(*row, system=number % 4 != 3) for number, row in enumerate(training_rows(args.rows, known))],
+        "eval.jsonl": [_row(words, exercise.code, system=True) for words, exercise in apart],
+        "tasks.jsonl": [{"prompt": words, "python_asserts": list(exercise.asserts)} for words, exercise in apart],
+    }
+    for name, rows in files.items():
+        (args.out / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8", newline="\n")
+        print(f"{args.out / name}: {len(rows)} rows", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from olpack.compare.language import Scripts
 from olpack.compare.perplexity import paired_loss
 from olpack.compare.results import Flag, QuantResult
 
-_SAID = {"empty": "empty", "looping": "in a loop", "endless": "not finished at the limit", "script": "in another script than expected"}
+_SAID = {"empty": "empty", "looping": "in a loop", "endless": "not finished at the limit", "script": "in another script than expected",
+         "reasoning": "not scored: cut before the reasoning ended"}  # fmt: skip
 _ERRORS = 3  # standard errors: chance alone passes them once in 740 pairs, and a comparison of five files has ten pairs
 
 
@@ -21,6 +22,25 @@ def flag_answers(result: QuantResult, prompts: Sequence[list[dict]], scripts: Sc
     for code, said in _SAID.items():
         if count := sum(code in answer.flags for answer in answers):
             result.flags.append(Flag(code=code, text=f"{count} of {len(answers)} answers {said}", serious=False))
+    tasks = result.task_answers or []
+    if count := sum("reasoning" in answer.flags for answer in tasks):
+        text = f"{count} of {len(tasks)} tasks are not scored: the answer was cut before its reasoning ended (`compare.answer_tokens`)"
+        result.flags.append(Flag(code="reasoning", text=text, serious=False))
+
+
+def flag_same_types(quants: Sequence[QuantResult], types: Mapping[str, Mapping[str, Mapping[str, int]]]) -> None:
+    """Flag files that hold the same types as an earlier one: rows that suit no K-quant fall back, and then two names mean one file.
+
+    Args:
+        types: by quant, how many matrices of each kind have which type; empty where nobody knows.
+    """
+    seen: list[QuantResult] = []
+    for quant in quants:
+        if own := types.get(quant.quant):
+            first = next((other.quant for other in seen if types[other.quant] == own), None)
+            seen.append(quant)
+            if first:
+                quant.flags.append(Flag(code="same_types", text=f"its tensors have the same types as those of {first}", serious=False))
 
 
 def flag_neighbours(quants: Sequence[QuantResult], learned_tokens: Sequence[int]) -> None:

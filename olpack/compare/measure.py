@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from olpack import progress
 from olpack.compare import keys, speed
 from olpack.compare.cache import Cache
-from olpack.compare.flags import flag_answers, flag_neighbours
+from olpack.compare.flags import flag_answers, flag_neighbours, flag_same_types
 from olpack.compare.job import Job, RowJob, SuitesJob
 from olpack.compare.language import Scripts
 from olpack.compare.machine import describe_machine
@@ -74,7 +74,7 @@ def measure(
     job = _job(embedded, rows, settings, machine.busy)
     described = _describe_rows(rows) if rows else None
     yardstick = yardstick if rows else None
-    timed_by = f"Ollama {server_version}, {server.url}" if server else f"{embedded}, {job.threads} threads"
+    timed_by = f"Ollama {server_version}" if server else f"{embedded}, {job.threads} threads"
     depends = keys.of_speed(timed_by, machine.cpu, settings) | keys.of_answers(embedded, prompts, tasks, settings)
     depends |= keys.of_suites(embedded, settings)
     if described:
@@ -105,6 +105,7 @@ def measure(
         quants.append(result := quant_result(units, figures, failed, **_identity(file)))
         _flag_rows(result, described)
         flag_answers(result, prompts, scripts)
+    flag_same_types(quants, {file.quant: file.tensors for file in files})
     results = gather(name, machine, settings, prompts, tasks, quants, problems)
     results.rows, results.reference, results.base = described, held.reference, held.base
     results.flags = [Flag(code="reference", text=str(problem), serious=False) for problem in held.problems]

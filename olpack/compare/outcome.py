@@ -28,8 +28,8 @@ def quant_result(units: Units, speed: Speed | None, problems: Sequence[OlpackErr
         task_answers=units.answers("tasks"),
         scores=units.get("scores", Scores),
         suites=[SuiteScore.model_validate(score) for score in scores],
-        # The same crash ends every measurement: it is told once.
-        flags=[Flag(code="failed", text=text, serious=True) for text in dict.fromkeys(str(error) for error in problems)],
+        # The same crash ends every measurement: one flag is enough. A file whose quality is known can be recommended without its speed.
+        flags=[Flag(code="failed", text=text, serious="perplexity" not in units.found) for text in dict.fromkeys(str(error) for error in problems)],
     )
 
 

@@ -34,7 +34,18 @@ def recommend(results: Results, tolerance: float = 0.01) -> Recommendation | Non
         chosen = min(accepted, key=lambda quant: (quant.size_bytes, quant.loss.relative))
     else:  # the best file itself is flagged
         chosen = min(sound, key=lambda quant: quant.loss.relative)
-    return Recommendation(quant=chosen.quant, tag=chosen.tag, reason=_reason(chosen, results.quants, sound, tolerance), tolerance=tolerance)
+    reason = " ".join([_reason(chosen, results.quants, sound, tolerance), *_gaps(results.quants)])
+    return Recommendation(quant=chosen.quant, tag=chosen.tag, reason=reason, tolerance=tolerance)
+
+
+def _gaps(quants: list[QuantResult]) -> list[str]:
+    """What was not measured, and so had no part in the choice; one sentence for each kind of figure."""
+    unscored = [quant.quant for quant in quants if quant.loss is None]
+    untimed = [quant.quant for quant in quants if quant.speed is None]
+    said = [f"Not compared, because the perplexity is missing: {', '.join(unscored)}."] if unscored else []
+    if untimed:
+        said.append(f"This rests on size and perplexity: the speed of {', '.join(untimed)} was not measured.")
+    return said
 
 
 def _reason(chosen: QuantResult, quants: list[QuantResult], sound: list[QuantResult], tolerance: float) -> str:

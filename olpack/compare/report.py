@@ -220,8 +220,8 @@ def _tasks(results: Results) -> Tasks | None:
     alike = [[quant.scores.values[row.number - 1] for quant in scored] for row in rows]
     return Tasks(
         rows=rows if len(rows) <= _ALL_TASKS else [row for row in rows if row.differ],
-        solved=sum(min(values) == 1 for values in alike),
-        failed=sum(max(values) == 0 for values in alike),
+        solved=sum(all(value == 1 for value in values) for values in alike),
+        failed=sum(all(value == 0 for value in values) for values in alike),
         unfolded=sum(row.differ for row in rows) <= _UNFOLDED,
     )
 

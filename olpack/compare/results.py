@@ -116,7 +116,10 @@ class Answer(_Record):
     text: str
     finish: Literal["stop", "length"] = Field(description='"length": it was still going at the limit')
     tokens: int
-    flags: list[Literal["empty", "looping", "endless", "script"]] = Field([], description='"script": in another script than expected')
+    flags: list[Literal["empty", "looping", "endless", "script", "reasoning"]] = Field(
+        [], description='"script": in another script than expected; "reasoning": cut before its reasoning ended, so there is no answer to score'
+    )
+    reasoning: str = Field("", description="what the model wrote before its answer, between the marks of its chat template")
 
 
 class CheckScore(_Record):
@@ -135,7 +138,9 @@ class Scores(_Record):
     mean: float
     standard_error: float | None = Field(description="null with fewer than two tasks, and where all scored the same")
     checks: list[CheckScore]
-    values: list[float] = Field(description="one per task, in the order of `Results.tasks`")
+    values: list[float | None] = Field(
+        description="one per task, in the order of `Results.tasks`; null where the answer was cut before its reasoning ended: it is not in `count`"
+    )
 
 
 class SuiteScore(_Record):
@@ -160,7 +165,7 @@ class TaskAsked(_Record):
 class Flag(_Record):
     """Something that a person should know before choosing this quant."""
 
-    code: Literal["failed", "broken", "tokenizer", "empty", "looping", "endless", "script", "neighbours", "reference"]
+    code: Literal["failed", "broken", "tokenizer", "empty", "looping", "endless", "script", "reasoning", "same_types", "neighbours", "reference"]
     text: str
     serious: bool = Field(description="a quant with a serious flag is never recommended")
 

@@ -26,7 +26,7 @@ class PromptRun(BaseModel):
 
 
 class SpeedRound(BaseModel):
-    """What one visit to one model measured. Discarded calls are not in it."""
+    """What one visit to one model measured. Discarded calls are not in it; `problems` say why a figure is missing."""
 
     context: int
     load_cold_s: float | None = None
@@ -34,8 +34,9 @@ class SpeedRound(BaseModel):
     prompts: list[PromptRun]
     generation_tokens_per_s: list[float]
     joules_per_token: list[float] = []
-    memory_bytes: int
+    memory_bytes: int | None
     gpu_memory_bytes: int | None = None
+    problems: list[str] = []
 
 
 def visits(count: int) -> list[tuple[int, int]]:
@@ -60,17 +61,18 @@ def put_together(rounds: Sequence[SpeedRound], *, engine: str, threads: int | No
             first_token_s=Spread.of([run.first_token_s for run in same]),
         ))  # fmt: skip
     rates = [rate for one in rounds for rate in one.generation_tokens_per_s]
+    loads = [load for one in rounds for load in one.loads_s]
     joules = [value for one in rounds for value in one.joules_per_token]
     return Speed(
         engine=engine,
         context=rounds[0].context,
         threads=threads,
         load_cold_s=rounds[0].load_cold_s,
-        load_warm_s=Spread.of([load for one in rounds for load in one.loads_s]),
+        load_warm_s=Spread.of(loads) if loads else None,
         prompt=prompt,
         generation_tokens_per_s=Spread.of(rates) if rates else None,
         generated_tokens=generated_tokens,
         joules_per_token=Spread.of(joules) if joules else None,
-        peak_memory_bytes=max(one.memory_bytes for one in rounds),
+        peak_memory_bytes=max((one.memory_bytes for one in rounds if one.memory_bytes is not None), default=None),
         gpu_memory_bytes=max((one.gpu_memory_bytes for one in rounds if one.gpu_memory_bytes is not None), default=None),
     )

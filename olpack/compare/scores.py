@@ -8,40 +8,55 @@ import inspect
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
+from types import ModuleType
 
 from olpack import progress
 from olpack.compare import sandbox
 from olpack.compare.results import CheckScore, Scores
 from olpack.compare.units import Units
 from olpack.errors import OlpackError
+from olpack.llamacpp.cores import usable_cores
 from olpack.tasks import CHECKS, Task
+from olpack.workspace import file_digest
 
 _FENCE = re.compile(r"^```[^\n]*\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE)
 
 
-def score_answers(tasks: Sequence[Task], answers: Sequence[str], name: str) -> Scores:
+def score_answers(tasks: Sequence[Task], answers: Sequence[str | None], name: str) -> Scores | None:
     """Check every answer.
 
     Args:
-        tasks, answers: of the same length; at least one.
+        tasks, answers: of the same length; None for an answer that was cut before it began, which is not scored.
         name: whose answers they are, for the progress shown.
+
+    Returns:
+        None where there is no answer to score.
 
     Raises:
         OlpackError: a user's function raised, or returned no share.
     """
-    values = []
-    with progress.task(f"checking {name}", len(tasks), "answers") as shown:
-        for task, answer in zip(tasks, answers, strict=True):
-            values.append(score(task, answer))
+    # A user's functions run in this thread, one after the other; what waits for a process of its own can wait beside others.
+    with progress.task(f"checking {name}", len(tasks), "answers") as shown, ThreadPoolExecutor(usable_cores()) as pool:
+        pairs = list(zip(tasks, answers, strict=True))
+        running = [None if answer is None or task.check == "function" else pool.submit(score, task, answer) for task, answer in pairs]
+        values: list[float | None] = []
+        for (task, answer), future in zip(pairs, running, strict=True):
+            values.append(future.result() if future else None if answer is None else score(task, answer))
             shown.advance()
     checks = []
     for check in CHECKS:
-        if part := [value for task, value in zip(tasks, values, strict=True) if task.check == check]:
+        if part := [value for task, value in zip(tasks, values, strict=True) if task.check == check and value is not None]:
             checks.append(CheckScore(check=check, count=len(part), mean=fmean(part), standard_error=standard_error(part)))
-    return Scores(count=len(values), mean=fmean(values), standard_error=standard_error(values), checks=checks, values=values)
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    return Scores(count=len(known), mean=fmean(known), standard_error=standard_error(known), checks=checks, values=values)
 
 
 def check_answers(tasks: Sequence[Task], units: Units, name: str) -> None:
@@ -51,8 +66,9 @@ def check_answers(tasks: Sequence[Task], units: Units, name: str) -> None:
         OlpackError: as `score_answers`.
     """
     if "tasks" in units.found and "scores" not in units.found:
-        answers = [answer["text"] for answer in units.found["tasks"]["answers"]]
-        units.add("scores", score_answers(tasks, answers, name).model_dump(mode="json"))
+        answers = [None if "reasoning" in answer["flags"] else answer["text"] for answer in units.found["tasks"]["answers"]]
+        if scores := score_answers(tasks, answers, name):
+            units.add("scores", scores.model_dump(mode="json"))
 
 
 def standard_error(values: Sequence[float]) -> float | None:
@@ -102,15 +118,27 @@ def load_function(task: Task) -> Callable[..., object]:
         OlpackError: its file does not run, or has no such function.
     """
     path, name = task.expected
-    spec = importlib.util.spec_from_file_location(f"olpack_task_{Path(path).stem}", path)
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        module = _module(path, file_digest(path))
     except Exception as error:
-        raise OlpackError(f"{path}, which {task.source} names, does not run: {type(error).__name__}: {error}.", "Mend it.") from None
+        raise OlpackError(f"{path}, which {task.source} names, does not run: {type(error).__name__}: {error}.", "Fix it.") from None
     if not callable(function := getattr(module, name, None)):
         raise OlpackError(f"{path}, which {task.source} names, has no function `{name}`.", "Define it there.")
     return function
+
+
+@cache
+def _module(path: Path, digest: str) -> ModuleType:
+    """The module of a file, run once for as long as its content stays the same."""
+    spec = importlib.util.spec_from_file_location(f"olpack_task_{path.stem}_{digest[:12]}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and the like look their module up there while it runs
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[spec.name]
+        raise
+    return module
 
 
 def _own(task: Task, answer: str) -> float:

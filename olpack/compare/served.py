@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 
 from olpack import progress
 from olpack.compare import keys, speed
-from olpack.compare.answers import flags_of
+from olpack.compare.answers import answer_of
 from olpack.compare.cache import Cache
 from olpack.compare.flags import flag_answers
 from olpack.compare.language import Scripts
 from olpack.compare.machine import describe_machine
 from olpack.compare.outcome import gather, quant_result
-from olpack.compare.results import Answer, Results
+from olpack.compare.results import Results
 from olpack.compare.scores import check_answers
 from olpack.compare.settings import MeasureSettings
 from olpack.compare.units import Units
@@ -59,7 +59,7 @@ def compare_served(
     listed = [_find(client, model) for model in models]
     version, names = client.version(), [model.model for model in listed]
     machine = describe_machine(version)
-    engine = f"Ollama {version}, {client.url}"
+    engine = f"Ollama {version}"  # not its address: what is kept holds for the same server under another name
     depends = keys.of_speed(engine, machine.cpu, settings) | keys.of_answers(engine, prompts, tasks, settings)
     store = Cache(cache)
     known = [
@@ -101,8 +101,9 @@ def _answer(
         with progress.task(f"asking {model}: {unit}", len(conversations), "answers") as shown:
             for messages in conversations:
                 said = client.chat(model, messages, options)
-                text, finish = said.message.content or "", "stop" if said.done_reason == "stop" else "length"
-                answer = Answer(text=text, finish=finish, tokens=said.eval_count or 0, flags=flags_of(text, finish))
+                # Without `done`, the server broke off an answer that repeats one token.
+                answer = answer_of(said.message.content or "", "stop" if said.done_reason == "stop" else "length", said.eval_count or 0,
+                                   reasoning=said.message.thinking or "", broken_off=not said.done)
                 answers.append(answer.model_dump(mode="json"))
                 shown.advance()
     except OlpackError as error:

@@ -6,6 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from olpack.errors import OlpackError
+
+_SHORTEST_PROMPT = 16  # tokens
+
 
 @dataclass(frozen=True)
 class QuantFile:
@@ -20,6 +24,7 @@ class QuantFile:
         sha256: of the file, as hexadecimal digits; None: it is read and hashed.
         adapter: a LoRA GGUF that is applied to it; None: there is none.
         types: of a budget, how many matrices of each kind have which type: {"attn_v": {"q6_K": 8}}. Empty for a mix of llama.cpp's.
+        tensors: the same of any quant; empty where nobody knows.
     """
 
     quant: str
@@ -30,6 +35,7 @@ class QuantFile:
     sha256: str | None = None
     adapter: Path | None = None
     types: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    tensors: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,3 +67,10 @@ class MeasureSettings:
     suites: tuple[str, ...] = ()
     suite_folder: str | None = None
     suite_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.context < self.generated_tokens + _SHORTEST_PROMPT:
+            raise OlpackError(
+                f"num_ctx {self.context} leaves no room for a prompt beside the {self.generated_tokens} tokens that a timed run generates.",
+                f"Set num_ctx to {self.generated_tokens + _SHORTEST_PROMPT} or more, or `compare.generated_tokens` lower.",
+            )

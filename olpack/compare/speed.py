@@ -27,14 +27,15 @@ class Visit(Protocol):
 
 
 def measure_speeds(known: Sequence[Units], visit: Visit, repeats: int) -> list[list[OlpackError]]:
-    """Visit every model in every round, as far as the rounds are not known yet. A model that failed is not visited again.
+    """Visit every model in every round, as far as the rounds are not known yet. A model of which a round gave nothing is not visited again.
 
     Returns:
         what went wrong, for each model.
     """
     problems: list[list[OlpackError]] = [[] for _ in known]
     for number, index in visits(len(known)):
-        if UNITS[number] not in known[index].found and not problems[index]:
+        gave_nothing = problems[index] and not any(unit in known[index].found for unit in UNITS)
+        if UNITS[number] not in known[index].found and not gave_nothing:
             problems[index] += visit(index, number, repeats_of(number, repeats))
     return problems
 
@@ -54,15 +55,16 @@ def embedded(files: Sequence[QuantFile], known: Sequence[Units], job: Job, setti
 
 def served(server: OllamaClient, models: Sequence[str], known: Sequence[Units], settings: MeasureSettings) -> Visit:
     """Visits through a server."""
-    measured = ServedSpeed(server, settings)
+    measured = ServedSpeed(server, models, settings)
 
     def visit(index: int, round: int, repeats: int) -> list[OlpackError]:
-        units, model = known[index], models[index]
+        units, model, problems = known[index], models[index], []
         steps = Steps(f"measuring {model}")
         try:
             for step in measured.round(model, repeats, first=round == 0):
                 if isinstance(step, SpeedRound):
-                    units.add(UNITS[round], step.model_dump(mode="json"))
+                    problems += [OlpackError(problem) for problem in step.problems]
+                    units.add(UNITS[round], step.model_dump(mode="json"), keep=not problems)  # else the next comparison tries again
                 else:
                     steps.show("speed", *step)
             if round == ROUNDS - 1 and settings.clients and CONCURRENCY not in units.found:
@@ -72,19 +74,19 @@ def served(server: OllamaClient, models: Sequence[str], known: Sequence[Units], 
                     else:
                         steps.show(CONCURRENCY, *step)
         except OlpackError as error:
-            return [error]
+            problems.append(error)
         finally:
             steps.close()
-        return []
+        return problems
 
     return visit
 
 
 def speed_of(units: Units, *, engine: str, threads: int | None, generated_tokens: int) -> Speed | None:
-    """The rounds of a model put together; None where one is missing."""
-    if not all(unit in units.found for unit in UNITS):
+    """The rounds of a model put together, as far as there are any; None where there is none."""
+    rounds = [SpeedRound.model_validate(units.found[unit]) for unit in UNITS if unit in units.found]
+    if not rounds:
         return None
-    rounds = [SpeedRound.model_validate(units.found[unit]) for unit in UNITS]
     speed = put_together(rounds, engine=engine, threads=threads, generated_tokens=generated_tokens)
     clients = units.found.get(CONCURRENCY, {"clients": []})["clients"]
     return speed.model_copy(update={"concurrency": [Concurrency.model_validate(one) for one in clients]})

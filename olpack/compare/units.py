@@ -57,10 +57,10 @@ class Units:
         """The same of a unit of answers."""
         return [Answer.model_validate(answer) for answer in self.found[unit]["answers"]] if unit in self.found else None
 
-    def add(self, unit: str, data: dict) -> None:
-        """Take in what was measured, and keep it if it has a key."""
+    def add(self, unit: str, data: dict, keep: bool = True) -> None:
+        """Take in what was measured, and keep it if it has a key; not if it is incomplete."""
         self.found[unit] = data
-        if unit in self._keys:
+        if keep and unit in self._keys:
             self._cache.keep(self._tag, unit, self._keys[unit], data)
 
 

@@ -28,12 +28,12 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from olpack.compare.answers import flags_of
+from olpack.compare.answers import answer_of
 from olpack.compare.divergence import LogitsWriter, open_logits, summarize
 from olpack.compare.energy import joules
 from olpack.compare.job import Job
 from olpack.compare.perplexity import perplexity
-from olpack.compare.results import Answer, Perplexity
+from olpack.compare.results import Perplexity
 from olpack.compare.rounds import PromptRun, SpeedRound
 from olpack.compare.units import suite_unit
 from olpack.errors import OlpackError
@@ -190,9 +190,9 @@ def measure_answers(job: Job, unit: str) -> Steps:
     with Engine(job.path, job.context, job.untimed_threads, adapter=job.adapter) as engine:
         for done, messages in enumerate(conversations, 1):
             generation = engine.generate(messages, job.answer_tokens, Sampling(temperature=0))
-            text = "".join(generation)
-            flags = flags_of(text, generation.finish)
-            answers.append(Answer(text=text, finish=generation.finish, tokens=generation.tokens, flags=flags).model_dump(mode="json"))
+            text = "".join(generation)  # finish and tokens are final only now
+            answer = answer_of(text, generation.finish, generation.tokens, prompt=engine.chat_prompt(messages))
+            answers.append(answer.model_dump(mode="json"))
             yield done, len(conversations)
     yield {unit: {"answers": answers}}
 

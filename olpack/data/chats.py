@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
@@ -44,7 +45,8 @@ def refuse(problems: list[str], remedy: str) -> NoReturn:
 def split(chats: list[Chat], share: float) -> tuple[list[Chat], list[Chat]]:
     """Set a share of the chats apart for evaluation, each by the hash of its own content.
 
-    A chat stays on its side when others are added, and equal chats are always on the same side, whatever file or form they come in.
+    A chat stays on its side when others are added, and equal chats are always on the same side, whatever file or form they come in. Of rows
+    so few that chance leaves one side empty, the one with the lowest hash is held out.
 
     Returns:
         (train, eval), both in the order given.
@@ -52,7 +54,20 @@ def split(chats: list[Chat], share: float) -> tuple[list[Chat], list[Chat]]:
     sides: tuple[list[Chat], list[Chat]] = ([], [])
     for chat in chats:
         sides[int(chat.digest[:8], 16) / 2**32 < share].append(chat)
+    if share and not all(sides) and len({chat.digest for chat in chats}) > 1:
+        lowest = min(chat.digest for chat in chats)
+        sides = [chat for chat in chats if chat.digest != lowest], [chat for chat in chats if chat.digest == lowest]
     return sides
+
+
+def unread_keys(chats: Iterable[Chat]) -> list[str]:
+    """One sentence for each file with keys or columns that are not read: which, and in how many rows."""
+    files: dict[str, Counter[str]] = {}
+    for chat in chats:
+        if chat.unread:
+            files.setdefault(chat.source.rpartition(":")[0], Counter()).update(chat.unread)
+    return [f"{name}: not read: " + ", ".join(f"{key} ({count:,} row{'s' * (count != 1)})" for key, count in keys.items())
+            for name, keys in files.items()]  # fmt: skip
 
 
 def times(chat: Chat) -> int:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from olpack import progress
-from olpack.data.chats import leaks, split, times
+from olpack.data.chats import leaks, split, times, unread_keys
 from olpack.data.render import Renderer
 from olpack.data.rows import Chat, Problem
 from olpack.data.sources import Source
@@ -24,7 +24,7 @@ class Finding:
     Attributes:
         place: "train.jsonl:17".
         kind: "unreadable", "form", "empty answer", "nothing to learn", "half a character", "template", "too long", "leakage", "too few rows";
-            or of the warnings "duplicate", "other answer", "special token".
+            or of the warnings "duplicate", "other answer", "special token", "not read".
         text: a sentence.
         fails: whether a build refuses it.
     """
@@ -127,6 +127,8 @@ def check_data(train: Sequence[Source], held_out: Sequence[Source], renderer: Re
     for chat, twin in leaks(chats, apart):
         findings.append(Finding(chat.source, "leakage", f"It is held out, and also in the training data ({twin.source}).", True))
     findings += _repeated(chats, apart)
+    findings += [Finding(sentence.partition(":")[0], "not read", f"Keys that the form of the rows does not read: {sentence.partition('not read: ')[2]}.", False)
+                 for sentence in unread_keys([*chats, *apart])]  # fmt: skip
     report = Report(findings, Side(), Side(), max_length)
     with progress.task("reading the data", total=len(learned) + len(apart), unit="rows") as task:
         for side, some in ((report.train, learned), (report.held_out, apart)):

@@ -16,6 +16,7 @@ from typing import Any
 from olpack.data.rows import Form
 
 ROLES = ("system", "user", "assistant", "tool")
+_SAME_ROLE = {"developer": "system"}  # as newer interfaces call it
 KEYS: dict[Form, tuple[str, ...]] = {  # what a row of each form has at least; a row with the keys of two is of the first
     "chat": ("messages",),
     "sharegpt": ("conversations",),
@@ -45,6 +46,20 @@ def form_of(row: Any) -> Form | None:
     if form == "chat" and isinstance(row["messages"], list) and row["messages"] and _says_from(row["messages"][0]):
         return "sharegpt"
     return form
+
+
+_READ: dict[Form, tuple[str, ...]] = {  # all that is read of a row
+    "chat": ("messages", "tools"),
+    "sharegpt": ("conversations", "messages", "system", "tools"),
+    "completion": ("prompt", "completion", "tools"),
+    "alpaca": ("instruction", "input", "output", "system", "history", "tools"),
+    "text": ("text",),
+}
+
+
+def unread(form: Form, row: dict) -> tuple[str, ...]:
+    """Keys of a row that its form does not read, where they say something."""
+    return tuple(str(key) for key, value in row.items() if key not in _READ[form] and value not in (None, "", [], {}))
 
 
 def to_chat(form: Form, row: Any) -> dict[str, Any]:
@@ -116,14 +131,29 @@ def _alpaca(row: dict) -> tuple[list, int]:
         raise RowError("`output` is empty", "empty answer")
     if row.get("input") not in (None, ""):
         asked = f"{asked}\n\n{_text(row, 'input')}"
-    return [*_system(row), {"role": "user", "content": asked}, {"role": "assistant", "content": answer}], 0
+    return [*_system(row), *_history(row), {"role": "user", "content": asked}, {"role": "assistant", "content": answer}], 0
+
+
+def _history(row: dict) -> list[dict]:
+    """Earlier turns of an Alpaca row: pairs of a question and its answer. A table's cell holds them as JSON."""
+    pairs = row.get("history")
+    if isinstance(pairs, str):
+        pairs = _parsed(pairs, "`history` is no JSON") if pairs.strip() else None
+    if pairs in (None, []):
+        return []
+    if not isinstance(pairs, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+        raise RowError("`history` is no list of [question, answer] pairs")
+    return [{"role": role, "content": text} for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True)]
 
 
 def _message(message: Any, number: int) -> dict:
     """One message, checked: text (or tool calls) from a role that is known. Keys without a value are dropped."""
-    if not isinstance(message, dict) or message.get("role") not in ROLES:
+    role = message.get("role") if isinstance(message, dict) else None
+    if not isinstance(role, str) or _SAME_ROLE.get(role, role) not in ROLES:
         raise RowError(f"message {number} has no role of {', '.join(ROLES)}")
-    message = {key: value for key, value in message.items() if value is not None}
+    message = {key: value for key, value in message.items() if value is not None} | {"role": _SAME_ROLE.get(role, role)}
+    if isinstance(message.get("content"), list):
+        message["content"] = _joined(message["content"], number)
     calls = message.pop("tool_calls", None)
     if calls:
         if message["role"] != "assistant":
@@ -135,6 +165,20 @@ def _message(message: Any, number: int) -> dict:
     if message["role"] == "assistant" and not calls and not message["content"].strip():
         raise RowError(f"message {number}, the assistant's, is empty", "empty answer")
     return message
+
+
+def _joined(parts: list, number: int) -> str:
+    """The text of a message that comes in parts, as interfaces for pictures write it."""
+    texts = []
+    for part in parts:
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        text = part.get("text") if isinstance(part, dict) else part
+        if kind != "text":
+            raise RowError(f"message {number} has a part of the type {kind!r}: only text is trained", "not text")
+        if not isinstance(text, str):
+            raise RowError(f"message {number} has a part without text as `text`")
+        texts.append(text)
+    return "".join(texts)
 
 
 def _tool_calls(calls: Any, number: int) -> Iterator[dict]:

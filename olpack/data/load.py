@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from olpack import progress
-from olpack.data.chats import leaks, load_chats, refuse, split, times
+from olpack.data.chats import leaks, load_chats, refuse, split, times, unread_keys
 from olpack.data.render import Renderer
 from olpack.data.rows import Chat, TokenRow
 from olpack.data.sources import Source
@@ -43,6 +43,8 @@ def load_rows(
                           "Remove it from one of the files.")
     if not (learned := [chat for chat in chats if times(chat)]):
         raise OlpackError(f"{', '.join(map(_name, train))} has no row left at this weight.", "Raise `weight`.")
+    for sentence in unread_keys([*chats, *apart]):
+        progress.say(sentence)
     with progress.task("reading the data", total=len(learned) + len(apart), unit="rows") as task:
         made = _rendered([*learned, *apart], renderer, task)
     _refuse_long([row for rows in made for row in rows], max_length)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -54,7 +55,7 @@ def read_records(path: Path) -> Iterator[Record]:
         if suffix == ".parquet":
             yield from _parquet(path)
             return
-        raw = path.read_bytes()
+        raw = _as_utf8(path.read_bytes())
     except FileNotFoundError:
         raise OlpackError(f"There is no {path}.", "The recipe's `data` names files relative to the recipe.") from None
     except OSError as error:
@@ -65,6 +66,14 @@ def read_records(path: Path) -> Iterator[Record]:
         yield from _text_records(raw, _json)
     else:
         yield from _json_lines(raw)
+
+
+def _as_utf8(raw: bytes) -> bytes:
+    """The bytes of a file, in UTF-8 where a byte order mark says UTF-16, as Excel's "Unicode text" does. One that is cut stays as it is."""
+    try:
+        return raw.decode("utf-16").encode() if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else raw
+    except UnicodeError:
+        return raw
 
 
 def _json_lines(raw: bytes) -> Iterator[Record]:
@@ -192,7 +201,7 @@ def _expect(text: str, at: int, mark: str) -> int:
 
 def _csv(text: str, delimiter: str) -> Iterator[Record]:
     """Rows below a header. A line break inside quotes belongs to its field, and stays as it is."""
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(2**31 - 1)  # the most that every system takes
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     begins = 1

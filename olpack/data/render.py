@@ -9,6 +9,7 @@ rows. Each ends with one answer, after exactly what the server sends when it ask
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -17,11 +18,15 @@ from itertools import islice, pairwise
 from typing import TYPE_CHECKING
 
 from olpack.data.rows import Chat, Learn, TokenRow
+from olpack.dates import written_by
 from olpack.errors import OlpackError
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from transformers import PreTrainedTokenizerFast
 
+_REASONING = ("reasoning_content", "reasoning", "thinking")  # names of one field of a message
 _AT_ONCE = 256  # chats that are tokenized together
 
 
@@ -41,9 +46,10 @@ class Renderer:
         tokenizer: a fast tokenizer with a chat template.
         end_ids: ids that can end an assistant's turn, in addition to the tokenizer's special tokens.
         learn: every assistant's turn, or the last one of each chat.
+        moment: the time that a chat template which writes it is given; None: the time of each rendering.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, end_ids: list[int] | None = None, learn: Learn = "all"):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, end_ids: list[int] | None = None, learn: Learn = "all", moment: datetime | None = None):
         if not tokenizer.is_fast:
             raise OlpackError("The base has only a slow tokenizer, which cannot say where its tokens stand in the text.",
                               "Save it as a fast one: a tokenizer.json beside the weights.")
@@ -52,12 +58,14 @@ class Renderer:
                               "Take the instruct version of the base, or add a chat_template.jinja to its folder.")
         self.tokenizer = tokenizer
         self.learn = learn
+        self.moment = moment
         special = (number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
         self.end_ids = {tokenizer.eos_token_id, *(end_ids or []), *special} - {None}
 
     def text(self, messages: list[dict], *, ask: bool = False, tools: list[dict] | None = None) -> str:
         """The conversation as the template writes it; with `ask`, up to where the assistant's answer begins."""
-        return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=ask)
+        with written_by(self.moment and self.moment.strftime):
+            return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=ask)
 
     def prompt(self, messages: list[dict]) -> list[int]:
         """Token ids of a conversation that waits for the assistant's answer."""
@@ -127,12 +135,12 @@ class Renderer:
 
     def _turns(self, chat: Chat) -> list[_Written]:
         """From the last turn to the first: each goes into the row behind it, if that begins just as the turn was served."""
-        messages, tools = chat.messages, chat.tools
+        messages, tools = self._with_opened_reasoning(chat), chat.tools
         turns = [index for index in range(max(chat.context, 1), len(messages)) if _is_learned(messages[index])]
         rows: list[_Written] = []
         for index in reversed(turns[-1:] if self.learn == "last" else turns):
-            until = self.text(messages[: index + 1], tools=tools)
-            span = self._begin(messages[:index], tools, until), len(until)
+            begin, until = self._served(messages[:index], tools, self.text(messages[: index + 1], tools=tools))
+            span = begin, len(until)
             self._refuse_dropped(messages[index], tools, until, span[0])
             if not rows or not rows[-1].text.startswith(until):
                 rows.append(_Written(until))
@@ -142,22 +150,50 @@ class Renderer:
                               "Give the assistant something to answer, or remove the row.")
         return rows[::-1]
 
-    def _begin(self, messages: list[dict], tools: list[dict] | None, answered: str) -> int:
-        """The character of a conversation at which its last turn, the assistant's, begins."""
+    def _with_opened_reasoning(self, chat: Chat) -> list[dict]:
+        """The messages, those that hold only the mark that closes the reasoning with the one that opens it.
+
+        Where the generation prompt opens it, what a model writes has no such mark. Templates look for both.
+        """
+        if not any(message["role"] == "assistant" and "</" in message["content"] for message in chat.messages):
+            return chat.messages
+        first = next(index for index, message in enumerate(chat.messages) if message["role"] == "assistant")
+        asked = self.text(chat.messages[:first], ask=True, tools=chat.tools) if first else ""
+        opened = re.search(r"<(\w+)>\s*\Z", asked)
+        if not opened:
+            return chat.messages
+        begin, end = f"<{opened[1]}>", f"</{opened[1]}>"
+        return [
+            {**message, "content": opened[0] + message["content"]}
+            if message["role"] == "assistant" and end in message["content"] and begin not in message["content"] and not any(message.get(name) for name in _REASONING)
+            else message
+            for message in chat.messages
+        ]
+
+    def _served(self, messages: list[dict], tools: list[dict] | None, answered: str) -> tuple[int, str]:
+        """Where the last turn of a conversation, the assistant's, begins, and the conversation as it stands once that turn was served."""
         asked = self.text(messages, ask=True, tools=tools)
         if answered.startswith(asked):
-            return len(asked)
-        # A generation prompt can say more than the turn itself does (an empty thinking block): learn from where they part, or from where any
-        # answer begins, if this one happens to begin with the same letters as that block.
-        header = _shared(*(self.text([*messages, {"role": "assistant", "content": letter}], tools=tools) for letter in "ab"))
+            return len(asked), answered
+        # A generation prompt can say more than the turn itself does (an empty thinking block). Where no turn says it, the answer is trained
+        # behind it, as it is served. Where this turn says a part of it, target tokens begin where they part, or where any answer begins, if
+        # this one happens to begin with the same letters as that block.
+        plain = [self.text([*messages, {"role": "assistant", "content": letter}], tools=tools) for letter in "ab"]
+        header = _shared(*plain)
+        if asked.startswith(answered[:header]) and plain[0][header:].startswith("a") and len(asked) > header and asked[header:] not in answered:
+            return len(asked), asked + answered[header:]
         before, begin = self.text(messages, tools=tools), min(_shared(asked, answered), header)
         if begin < max(_shared(before, asked), _shared(before, answered)):
             raise OlpackError("the base's chat template writes the turns before an answer otherwise once it is given, so training would not see "
-                              "what is served.", "Take a base with another chat template, or mend its chat_template.jinja.")
-        return begin
+                              "what is served.", "Take a base with another chat template, or fix its chat_template.jinja.")
+        return begin, answered
 
     def _refuse_dropped(self, message: dict, tools: list[dict] | None, text: str, begin: int) -> None:
-        """Templates that know no tools leave them out without a word."""
+        """Templates that know no tools, or no reasoning, leave them out without a word."""
+        reasoning = next((message[name] for name in _REASONING if message.get(name)), None)
+        if isinstance(reasoning, str) and reasoning.strip() not in text[begin:]:
+            raise OlpackError("the base's chat template does not write the reasoning of an answer, so the model would not see it.",
+                              "Take a base whose template knows reasoning, write it into the answer, or remove the field.")
         for what, names, place in (
             ("`tools` of a row", [tool["function"]["name"] for tool in tools or []], 0),
             ("tool calls of an answer", [call["function"]["name"] for call in message.get("tool_calls", [])], begin),

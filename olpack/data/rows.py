@@ -26,6 +26,7 @@ class Chat:
         text: a plain text, which is learned from end to end.
         form: that of its file.
         weight: how often it is seen in an epoch.
+        unread: keys of its row that say something and that the form does not read.
     """
 
     messages: list[dict]
@@ -35,6 +36,7 @@ class Chat:
     text: str | None = None
     form: Form = "chat"
     weight: float = 1.0
+    unread: tuple[str, ...] = ()
 
     @cached_property
     def digest(self) -> str:

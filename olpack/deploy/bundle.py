@@ -97,12 +97,14 @@ def _readme(name: str, files: Sequence[QuantFile], modelfiles: Sequence[Path]) -
     chosen = modelfiles[0].name if modelfiles else "Modelfile"
     tag = chosen.removesuffix(".Modelfile")
     tags = ", ".join(file.tag for file in files)
+    beside = "The Modelfiles name an ADAPTER, which `ollama create` refuses from Ollama 0.34.1 on.\n" if any(file.adapter for file in files) else ""
     return (
         f"{name} for Ollama, made with olpack. Quants: {tags}.\n"
         f"Check the files:  sha256sum -c {_SUMS}\n"
         f"Register one:     ollama create {name}:{tag} -f {chosen}\n"
         f"Talk to it:       ollama run {name}:{tag}\n"
         "Each other quant is registered the same way, with its own Modelfile.\n"
+        f"{beside}"
     )
 
 

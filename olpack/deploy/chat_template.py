@@ -8,7 +8,7 @@ training did not (`enable_thinking`, dates): the template's first statements set
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from enum import Enum
 from pathlib import Path
 
@@ -27,6 +27,9 @@ UNDEFINED = Undefined.UNDEFINED
 SERVER_VARIABLES = ("enable_thinking", "thinking", "date_string", "datetime")
 """What the server sets while rendering, whatever the model was trained with."""
 
+SPECIAL_TOKENS = ("bos_token", "eos_token")
+"""Texts that the server takes from the GGUF's vocabulary: from token 11 where it names none, which training rendered as nothing."""
+
 # An undefined name gives the undefined value; a name that nobody sets must be used for it.
 _NEVER_SET = "olpack_never_set"
 
@@ -37,15 +40,21 @@ _COMMENT = (
 )
 
 
-def pins_for(chat_template: str, trained: Mapping[str, object]) -> dict[str, object]:
+def printed_tokens(chat_template: str) -> list[str]:
+    """The special tokens that a template reads, by the names of their variables."""
+    return [name for name in SPECIAL_TOKENS if re.search(rf"\b{name}\b", chat_template)]
+
+
+def pins_for(chat_template: str, trained: Mapping[str, object], absent: Collection[str] = ()) -> dict[str, object]:
     """The variables to pin in front of a template: those it was trained under, and those that the server would set and training did not.
 
     Args:
         chat_template: the Jinja that training rendered with.
         trained: the template variables that training set, `{"enable_thinking": False}`.
+        absent: which of SPECIAL_TOKENS the tokenizer has not: they are pinned to no text where the template reads them.
     """
     named = [name for name in SERVER_VARIABLES if re.search(rf"\b{name}\b", chat_template)]
-    return {name: UNDEFINED for name in named} | dict(trained)
+    return {name: UNDEFINED for name in named} | {name: "" for name in printed_tokens(chat_template) if name in absent} | dict(trained)
 
 
 def protect(chat_template: str, pins: Mapping[str, object]) -> str:

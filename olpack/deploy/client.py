@@ -12,22 +12,28 @@ import ipaddress
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import proxy_bypass
 
 import httpx
-import ollama
 
 from olpack import progress
+from olpack.deploy.proxies import socks_proxies, without_socks
 from olpack.deploy.shown import Shown, read_shown
 from olpack.errors import OlpackError
+
+with without_socks():  # importing it makes a client, which a SOCKS proxy in the environment would stop
+    import ollama
 
 OLDEST = (0, 30)
 """The first version that runs every GGUF in llama.cpp's own server, as all that is known here about rendering assumes."""
 
+_NO_ADAPTERS = (0, 34, 1)
 _CHUNK = 1 << 20
 _TRIES = 4
 _NO_SPACE = re.compile(r"no space left|not enough space|disk quota", re.IGNORECASE)
@@ -71,6 +77,12 @@ def _is_here(url: str) -> bool:
         return name == "localhost"
 
 
+def creates_adapters(version: str) -> bool:
+    """Whether a server of that version registers models with an adapter. From 0.34.1 on it only serves those that are there."""
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+    return numbers < _NO_ADAPTERS
+
+
 class OllamaClient:
     """One server.
 
@@ -91,13 +103,26 @@ class OllamaClient:
         here = _is_here(self.url)
         settings = {
             "timeout": httpx.Timeout(answer_within_s, connect=1.0 if here else 10.0),
-            "trust_env": not here,  # a proxy is for what is elsewhere; `ollama` goes to its own machine directly, too
+            # A proxy is for what is elsewhere; `ollama` goes to its own machine directly, too.
+            "trust_env": not here and not proxy_bypass(urlsplit(self.url).hostname or ""),
             "verify": httpx.create_ssl_context(),  # with SSL_CERT_FILE, which is for this machine as well
             "follow_redirects": True,
         }
         key = os.environ.get("OLLAMA_API_KEY")
-        self._typed = ollama.Client(self.url, **settings)
-        self._http = httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {key}"} if key else {}, **settings)
+        try:
+            self._typed = ollama.Client(self.url, **settings)
+            self._http = httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {key}"} if key else {}, **settings)
+        except ImportError:
+            named = ", ".join(f"{name}={value}" for name, value in socks_proxies().items())
+            raise OlpackError(
+                f"{self.url} would be called through a SOCKS proxy ({named}), which needs the package socksio.",
+                f"Run `{sys.executable} -m pip install socksio`, or name the server's host in NO_PROXY.",
+            ) from None
+
+    @property
+    def here(self) -> bool:
+        """Whether the server runs on this machine."""
+        return _is_here(self.url)
 
     # -- the server ------------------------------------------------------------------------------------------------------------------------
 
@@ -182,9 +207,13 @@ class OllamaClient:
             yield from self._typed.chat(model, messages, options=options, stream=True, **fields)
 
     def unload(self, model: str) -> None:
-        """Free the memory that a model takes."""
+        """Free the memory that a model takes. One that was removed while it was loaded answers 404, and is as good as unloaded."""
         with self._failures(f"unloading {model}"):
-            self._typed.generate(model, keep_alive=0)
+            try:
+                self._typed.generate(model, keep_alive=0)
+            except ollama.ResponseError as error:
+                if error.status_code != 404:
+                    raise
 
     def render_chat(self, model: str, messages: Sequence[Mapping], **fields: object) -> str:
         """The exact prompt that the server makes of a conversation, its own system prompt and messages included. The model is loaded for
@@ -352,7 +381,8 @@ class OllamaClient:
     def _failures(self, doing: str) -> Iterator[None]:
         try:
             yield
-        except (httpx.HTTPError, httpx.StreamError, ollama.ResponseError, ConnectionError, ValueError) as error:
+        except (httpx.HTTPError, httpx.StreamError, ollama.ResponseError, ConnectionError, ValueError, AttributeError) as error:
+            # The last is what the package raises for an error whose JSON is no object.
             raise self._explained(error, doing) from error
 
     def _absent(self) -> OlpackError:

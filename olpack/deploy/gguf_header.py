@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,6 +13,7 @@ from olpack.errors import OlpackError
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}  # GGUF's type: its format
 _STRING, _ARRAY = 8, 9
+_LENGTH = struct.Struct("<Q")
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,20 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """The header of a GGUF file.
+    """The header of a GGUF file. One that has the size and the time of an earlier reading is not read again.
 
     Raises:
         OlpackError: the file is not there, is no GGUF, or ends within its header.
     """
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        raise OlpackError(f"{path} does not exist.", "Make it with 'olpack export'.") from None
+    return _read(path.resolve(), found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+@lru_cache(maxsize=64)
+def _read(path: Path, _size: int, _modified: int, _inode: int) -> Header:
     try:
         with path.open("rb") as file:
             magic, version, tensors, count = struct.unpack("<4sIQQ", file.read(24))
@@ -53,8 +64,6 @@ def read_header(path: Path) -> Header:
             return Header(metadata, dict(_tensor(file) for _ in range(tensors)))
     except (struct.error, ValueError, KeyError):
         raise OlpackError(f"{path} is no whole GGUF file.", "Make it again with 'olpack export'.") from None
-    except FileNotFoundError:
-        raise OlpackError(f"{path} does not exist.", "Make it with 'olpack export'.") from None
 
 
 def _number(file: BinaryIO, form: str) -> int | float | bool:
@@ -73,9 +82,23 @@ def _skip_list(file: BinaryIO) -> None:
     kind, count = _number(file, "<I"), _number(file, "<Q")
     if kind in _SCALARS:
         file.seek(struct.calcsize(_SCALARS[kind]) * count, 1)
+    elif kind == _STRING:
+        _skip_texts(file, count)
     else:
         for _ in range(count):
-            _skip_list(file) if kind == _ARRAY else file.seek(_number(file, "<Q"), 1)
+            _skip_list(file)
+
+
+def _skip_texts(file: BinaryIO, count: int) -> None:
+    """A vocabulary has some 100,000 texts: their lengths are read out of large pieces of the file."""
+    begin, at, piece = file.tell(), 0, b""
+    for _ in range(count):
+        if at + 8 > len(piece):
+            begin += at
+            file.seek(begin)
+            at, piece = 0, file.read(1 << 20)
+        at += 8 + _LENGTH.unpack_from(piece, at)[0]
+    file.seek(begin + at)
 
 
 def _tensor(file: BinaryIO) -> tuple[str, tuple[tuple[int, ...], int]]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from olpack import progress
+from olpack import dates, progress
 from olpack.base import Base
 from olpack.deploy.client import OllamaClient
 from olpack.deploy.shown import Shown
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 _DATE = re.compile(r"\d{1,2} \w{3,9} \d{4}|\w{3,9} \d{1,2},? \d{4}|\d{4}-\d\d-\d\d")
 
 Via = Literal["chat", "generate", "tokens"]
+
+_GO = "the server runs a Go template, not the chat template that was trained"
 
 _PYTHON = 'Explain:\n\ndef f():\n    """Return 1.\n\n    >>> f()\n    1\n    """\n    return 1\n'
 
@@ -107,6 +109,7 @@ class Identity:
         differences: those that failed.
         untrained: differences with tools in the prompt, where the data has none: worth telling, not a reason to fail.
         refused: labels of conversations that the chat template itself does not accept, with its reason. They cannot have been trained on.
+        rows: conversations of the data that were compared.
     """
 
     model: str
@@ -114,31 +117,50 @@ class Identity:
     differences: tuple[Difference, ...] = ()
     untrained: tuple[Difference, ...] = ()
     refused: dict[str, str] = field(default_factory=dict)
+    rows: int = 0
 
     @property
     def identical(self) -> bool:
         return not self.differences
 
+    @property
+    def made_up(self) -> tuple[Difference, ...]:
+        """The differences in hard conversations, which are nobody's data. Without any data, they are all there is, and decide."""
+        return tuple(one for one in self.differences if one.conversation in HARD) if self.rows else ()
+
     def summary(self) -> str:
         """One line: "prompt identical: 42/42 (1 conversation refused by the template)"."""
         notes = [f"{len(self.refused)} of the hard conversations refused by the template itself"] if self.refused else []
+        notes += [f"{len(self.made_up)} difference{'s' * (len(self.made_up) > 1)} in made-up conversations"] if self.made_up else []
         notes += ["tools, which the data does not use, are written otherwise"] if self.untrained else []
         same = self.compared - len(self.differences) - len(self.untrained)
         return f"prompt identical: {same}/{self.compared}" + (f" ({'; '.join(notes)})" if notes else "")
 
+    def warnings(self) -> list[str]:
+        """What differs in made-up conversations, with its text; empty where nothing does."""
+        if not self.made_up:
+            return []
+        return [f"{self.model} is served with other prompts than training would make, in conversations that are made up and not of the data "
+                f"({self.summary()}):\n{_listed(self.made_up)}"]  # fmt: skip
+
     def require(self) -> None:
-        """Pass only what is identical.
+        """Pass what is identical in the user's own data, or in the hard conversations where there is none.
 
         Raises:
-            OlpackError: with every difference, readable.
+            OlpackError: with the first differences, readable.
         """
-        if self.differences:
-            told = "\n".join(difference.text() for difference in self.differences[:4])
-            more = f"\n… and {len(self.differences) - 4} more" if len(self.differences) > 4 else ""
-            raise OlpackError(
-                f"{self.model} is not served with the prompt that was trained ({self.summary()}):\n{told}{more}\n",
-                "Export and deploy again. If it stays, the chat template reads what only a server sets: pin that in it.",
-            )
+        if own := [one for one in self.differences if one not in self.made_up]:
+            remedy = "Export and deploy again. If it stays, the chat template reads what only a server sets: pin that in it."
+            if any(one.cause == _GO for one in own):
+                remedy = "Leave modelfile.template out of the recipe, so that the trained template is served, or correct it."
+            elif any(one.cause.startswith("cut to ") for one in own):
+                remedy = "Set a larger modelfile.parameters.num_ctx."
+            raise OlpackError(f"{self.model} is not served with the prompt that was trained ({self.summary()}):\n{_listed(own)}\n", remedy)
+
+
+def _listed(differences: Sequence[Difference]) -> str:
+    more = f"\n… and {len(differences) - 4} more" if len(differences) > 4 else ""
+    return "\n".join(one.text() for one in differences[:4]) + more
 
 
 def check_identity(
@@ -147,7 +169,7 @@ def check_identity(
     tokenizer: PreTrainedTokenizerBase | Path,
     conversations: Sequence[Sequence[Mapping]] = (),
     variables: Mapping[str, Any] | None = None,
-    tokens: bool = True,
+    tokens: Literal["all", "few"] = "all",
 ) -> Identity:
     """Compare the prompts of a registered tag with the tokenizer's.
 
@@ -157,7 +179,8 @@ def check_identity(
         tokenizer: the one trained with, or its folder: its chat template unprotected, as training rendered with it.
         conversations: some from the data, beside the hard ones. An assistant's turn at the end is left off.
         variables: template variables that training set.
-        tokens: compare token ids, too. Takes one generated token for each conversation.
+        tokens: whose prompts by /api/generate and whose token ids are compared, too, the latter with one generated token for each: of all
+            conversations, or, where only texts around them changed since, of the first one and the longest of the data.
 
     Raises:
         OlpackError: no such model, a tokenizer that does not load or has no chat template, a template that refuses a conversation of the
@@ -173,8 +196,9 @@ def check_identity(
     shown = client.show(model)
     if shown is None:
         raise OlpackError(f"The Ollama server at {client.url} has no {model}.", "Register it with 'olpack deploy'.")
-    check = _Check(client, model, shown, tokenizer, dict(variables or {}), tokens)
     named = {f"row {number} of the data": _question(list(turns)) for number, turns in enumerate(conversations, 1)}
+    longest = max(named, key=lambda label: sum(len(turn.get("content") or "") for turn in named[label]), default="")
+    check = _Check(client, model, shown, tokenizer, dict(variables or {}), None if tokens == "all" else {next(iter(HARD)), longest})
     with progress.task(f"comparing prompts of {model}", len(HARD) + len(named) + 1, "conversations") as task:
         for label, turns in {**HARD, **named}.items():
             check.conversation(label, turns)
@@ -191,7 +215,7 @@ def check_identity(
         raise OlpackError(f"The chat template refuses every conversation: nothing of {model} was compared.", f"It says: {reason}")
     uses_tools = any(turn["role"] == "tool" or turn.get("tool_calls") for turns in named.values() for turn in turns)
     untrained = () if uses_tools else tuple(difference for difference in check.differences if difference.conversation == _WITH_TOOL)
-    return Identity(model, check.compared, tuple(one for one in check.differences if one not in untrained), untrained, check.refused)
+    return Identity(model, check.compared, tuple(one for one in check.differences if one not in untrained), untrained, check.refused, len(named))
 
 
 def _question(turns: list[Mapping]) -> list[dict]:
@@ -209,7 +233,7 @@ class _Check:
     shown: Shown
     tokenizer: PreTrainedTokenizerBase
     variables: dict[str, Any]
-    tokens: bool
+    tokens: set[str] | None  # labels of the conversations whose tokens are compared; None: all
     compared: int = 0
     differences: list[Difference] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
@@ -217,21 +241,28 @@ class _Check:
     def conversation(self, label: str, turns: list[dict], tools: list[dict] | None = None) -> None:
         """Compare one conversation in every way that it allows."""
         seen = self._as_the_server_sees(turns)
+        dated = dates.is_dated(self.tokenizer.chat_template)
         try:
-            expected = self.tokenizer.apply_chat_template(seen, tools=tools, tokenize=False, add_generation_prompt=True, **self.variables)
+            with dates.written_by(dates.mark if dated else None):
+                expected = self.tokenizer.apply_chat_template(
+                    seen, tools=tools, tokenize=False, add_generation_prompt=True, **self.variables
+                )
         except Exception as error:  # templates refuse what they do not know with exceptions of their own
             self.refused[label] = " ".join(str(error).split())
             return
         extra = {"tools": tools} if tools else {}
-        same = self._compare(label, "chat", expected, self.client.render_chat(self.model, turns, **extra))
+        served = self.client.render_chat(self.model, turns, **extra)
+        same = self._compare(label, "chat", expected, served)
         # With messages of the model's own, a system prompt stands before them by /api/generate and after them by /api/chat.
         plain = None if tools or (self.shown.messages and turns[0]["role"] == "system") else _plain(turns)
-        if plain is not None:
+        if plain is not None and (self.tokens is None or label in self.tokens):
             system, prompt = plain
             extra = {"system": system} if system else {}
             same &= self._compare(label, "generate", expected, self.client.render_generate(self.model, prompt, **extra))
-        if same and self.tokens:
-            self._compare_tokens(label, expected, turns, plain, tools)
+        if same and (self.tokens is None or label in self.tokens) and not dates.times_of_day(expected):
+            bos = self.tokenizer.bos_token or ""
+            text = (bos if expected.startswith(bos) and not served.startswith(bos) else "") + served if dated else expected
+            self._compare_tokens(label, text, turns, plain, tools)
 
     def _as_the_server_sees(self, turns: list[dict]) -> list[dict]:
         """The model's own system prompt and messages go before what is asked, as the server puts them."""
@@ -246,6 +277,8 @@ class _Check:
         bos = self.tokenizer.bos_token or ""
         if served in (expected, expected.removeprefix(bos)):
             return True
+        if dates.same_but_for_dates(expected, served) or dates.same_but_for_dates(expected.removeprefix(bos), served):
+            return True
         self.differences.append(Difference(label, via, expected, served, _cause(expected, served, bos, self.shown)))
         return False
 
@@ -255,6 +288,7 @@ class _Check:
         self.compared += 1
         ids = list(self.tokenizer(expected, add_special_tokens=False)["input_ids"])
         one = {"num_predict": 1, "temperature": 0}
+        context = int(self.shown.parameters.get("num_ctx", 0))
         if plain is not None:
             system, prompt = plain
             answer = self.client.generate(self.model, prompt, options=one, **({"system": system} if system else {}))
@@ -264,8 +298,11 @@ class _Check:
             found = []
         count = answer.prompt_eval_count or 0
         if count != len(ids) or (found and found != ids):
-            doubled = count == len(ids) + 1
-            told = "the begin-of-sequence token is there twice" if doubled else "the same text becomes other tokens"
+            told = "the same text becomes other tokens"
+            if count == len(ids) + 1:
+                told = "the begin-of-sequence token is there twice"
+            elif count < len(ids) and len(ids) > context // 2:
+                told = f"cut to {count} of {len(ids)} tokens, with num_ctx {context}"
             self.differences.append(Difference(label, "tokens", f"{len(ids)} tokens: {ids[:24]}", f"{count} tokens: {found[:24]}", told))
 
 
@@ -280,12 +317,12 @@ def _plain(turns: list[dict]) -> tuple[str, str] | None:
 def _cause(expected: str, served: str, bos: str, shown: Shown) -> str:
     if bos and served == bos + expected:
         return "the begin-of-sequence text is there twice"
+    if "{{" in (shown.template or "") and ("range .Messages" in shown.template or ".Prompt" in shown.template):
+        return _GO
     if "".join(expected.split()) == "".join(served.split()):
         return "whitespace was trimmed or added by the server"
     if served.count("<think>") != expected.count("<think>"):
         return "thinking is switched on in one and off in the other; set enable_thinking at the top of the base's chat_template.jinja"
-    if "{{" in (shown.template or "") and ("range .Messages" in shown.template or ".Prompt" in shown.template):
-        return "the server runs a Go template, not the chat template that was trained"
     if _DATE.sub("", expected) == _DATE.sub("", served):
         return "the date differs; set date_string at the top of the base's chat_template.jinja"
     return ""

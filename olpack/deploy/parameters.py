@@ -100,3 +100,45 @@ def context_warnings(num_ctx: int, trained: int | None = None, longest: int | No
     if trained is not None and num_ctx > trained:
         warnings.append(f"num_ctx {num_ctx} is more than the {trained} tokens of the longest row trained on: beyond them only the base has learned.")
     return warnings
+
+
+_WITHOUT_END = 10
+"""So many times `num_ctx` an answer gets long on a server, where `num_predict` sets no end."""
+
+
+def answer_warnings(parameters: Mapping[str, object]) -> list[str]:
+    """What to tell the user about the length of answers, one sentence each.
+
+    Args:
+        parameters: of the package, with `num_ctx` among them.
+    """
+    if parameters.get("num_predict", -1) >= 0:
+        return []
+    tokens = _WITHOUT_END * parameters["num_ctx"]
+    penalty = "" if parameters.get("repeat_penalty", 1) > 1 else " and repeat_penalty, such as 1.1,"
+    return [
+        f"modelfile.parameters sets no num_predict: an answer that comes to repeat itself goes on for {tokens:,} tokens on a server. "
+        f"Set num_predict, such as 1024,{penalty} in the recipe."
+    ]
+
+
+def prompt_warnings(prompts: Mapping[str, int], num_ctx: int) -> list[str]:
+    """What to tell the user about held-out rows whose prompts a server would cut, one sentence each.
+
+    Args:
+        prompts: tokens before the last answer of each row, by the row's place, "eval.jsonl:3".
+        num_ctx: tokens that the server keeps.
+    """
+    longest = sorted(prompts.items(), key=lambda item: -item[1])
+    above = [(place, count) for place, count in longest if count >= num_ctx]
+    half = [(place, count) for place, count in longest if num_ctx // 2 < count < num_ctx]
+    return [
+        *([f"{_rows(above)} as long as num_ctx {num_ctx} or longer: the server cuts such prompts."] if above else []),
+        *([f"{_rows(half)} longer than half of num_ctx {num_ctx}, where some servers cut prompts without a word; deploy checks the longest."]
+          if half else []),
+    ]  # fmt: skip
+
+
+def _rows(found: list[tuple[str, int]]) -> str:
+    named = ", ".join(f"{place} of {count} tokens" for place, count in found[:3]) + (", …" if len(found) > 3 else "")
+    return f"The prompts of {len(found)} held-out rows ({named}) are" if len(found) > 1 else f"The prompt of a held-out row ({named}) is"

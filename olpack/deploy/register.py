@@ -123,10 +123,10 @@ def check_request(name: str, files: Sequence[QuantFile], package: Package, lates
 
 
 def check_unsplit(files: Sequence[QuantFile]) -> None:
-    """Refuse a GGUF of which a file is only a part: Ollama loads none such, whether it gets it from a server, an archive or the Hub."""
+    """Refuse a GGUF of which a file is only a part: a tag is made from one file here, and servers before 0.34 know no other way."""
     for file in files:
         if re.search(r"-\d{5}-of-\d{5}\.gguf$", file.path.name):
-            raise OlpackError(f"'{file.path}' is one part of a GGUF in several files, and Ollama takes a model from one.", "Export it unsplit.")
+            raise OlpackError(f"'{file.path}' is one part of a GGUF in several files, and a tag is registered from one.", "Export it unsplit.")
 
 
 def _register_one(client: OllamaClient, model: str, file: QuantFile, package: Package, earlier: Registered | None) -> Registered:

@@ -14,18 +14,20 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Literal
 
 from olpack import progress
-from olpack.deploy.client import blob_digest
+from olpack.deploy.client import OllamaClient, blob_digest
 from olpack.deploy.gguf_header import Header, read_header
 from olpack.deploy.modelfile import Package
-from olpack.deploy.names import DEFAULT_HOST, DEFAULT_NAMESPACE, Name, parse_name
-from olpack.deploy.register import QuantFile, check_request
+from olpack.deploy.names import DEFAULT_HOST, DEFAULT_NAMESPACE, Name, canonical, parse_name
+from olpack.deploy.register import QuantFile, Registered, check_request, drift
 from olpack.errors import OlpackError
 from olpack.quants import QUANT_TYPES
 
@@ -117,7 +119,7 @@ def compose(
         blobs[digest] = content
         return {"mediaType": kind, "digest": digest, "size": len(content)}
 
-    parameters = {key: _plain(value) for key, value in sorted(package.parameters.items())}
+    parameters = {key: _as_go(value) for key, value in sorted(package.parameters.items())}
     messages = [{"role": turn["role"].lower(), "content": turn["content"]} for turn in package.messages]
     contents = {
         "template": (package.template or "").encode(),
@@ -151,17 +153,101 @@ def _human(count: int) -> str:
     return str(count)
 
 
-def _plain(value: object) -> object:
-    """A parameter as Go's JSON has it: tuples are lists, and a whole number has no point."""
-    if isinstance(value, tuple):
-        return list(value)
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+def _as_go(value: object) -> object:
+    """A parameter as the server has it: tuples are lists, and every number is a float64."""
+    if isinstance(value, (list, tuple)):
+        return [_as_go(item) for item in value]
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _go_json(value: object) -> bytes:
     """JSON as Go's encoder writes it: no spaces, what HTML minds escaped, a line end after it."""
-    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    text = _go_text(value)
     return "".join(f"\\u{ord(char):04x}" if char in "<>&\u2028\u2029" else char for char in text).encode() + b"\n"
+
+
+def _go_text(value: object) -> str:
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{_go_text(key)}:{_go_text(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_go_text, value)) + "]"
+    return _go_float(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
+
+
+def _go_float(value: float) -> str:
+    """A float64 as Go's encoding/json writes it: the fewest digits that read back as it, no point where there is no fraction, and an exponent,
+    without a zero before it, only below 1e-6 and from 1e21 on."""
+    sign, digits, exponent = Decimal(repr(value)).normalize().as_tuple()
+    if value == 0:
+        return "-0" if sign else "0"
+    if 1e-6 <= abs(value) < 1e21:
+        return f"{Decimal(repr(value)).normalize():f}"
+    first, rest = str(digits[0]), "".join(map(str, digits[1:]))
+    return f"{'-' * sign}{first}{'.' * bool(rest)}{rest}e{exponent + len(rest):+d}"
+
+
+# -- beside a server that runs -------------------------------------------------------------------------------------------------------------
+
+
+def store_of(client: OllamaClient) -> Path:
+    """The folder in which a server that runs on this machine keeps its models, where it may be written.
+
+    It is the server's if it holds the very manifests that the server lists.
+
+    Raises:
+        OlpackError: the server is elsewhere, its folder is not found, or cannot be written. The problem is the reason alone.
+    """
+    if not client.here:
+        raise OlpackError(f"the server at {client.url} runs on another machine", "Run olpack there.")
+    remedy = "Set OLLAMA_MODELS to the folder that the server has it set to."
+    listed = {canonical(tag.model): tag.digest for tag in client.tags()}
+    places = [place for place in dict.fromkeys([models_folder(), *_OF_SERVICES]) if (place / "blobs").is_dir()]
+    found = [place for place in places if _manifests(place) == listed]
+    if not found:
+        looked = ", ".join(map(str, dict.fromkeys([models_folder(), *_OF_SERVICES])))
+        raise OlpackError(f"no folder with the models of the server at {client.url} is found ({looked})", remedy)
+    store = found[0]
+    if not all(os.access(folder, os.W_OK) for folder in (store, store / "blobs", *(one for one in [store / "manifests"] if one.exists()))):
+        raise OlpackError(f"its model store {store} cannot be written by this user", "Run olpack as the user whose store it is, or as root.")
+    return store
+
+
+_OF_SERVICES = (Path("/usr/share/ollama/.ollama/models"), Path("/var/lib/ollama/.ollama/models"), Path("/var/lib/ollama/models"))
+
+
+def _manifests(store: Path) -> dict[str, str]:
+    found = {}
+    for path in store.glob("manifests/*/*/*/*"):
+        host, namespace, model, tag = path.relative_to(store / "manifests").parts
+        with suppress(OSError):
+            found[canonical(f"{host}/{namespace}/{model}:{tag}")] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def place(client: OllamaClient, store: Path, name: str, file: QuantFile, package: Package) -> Registered:
+    """One tag written into the store of a server that runs, and read back from that server.
+
+    Args:
+        client: of the server.
+        store: as `store_of` gives it.
+        name: of the package, without a tag.
+        file, package: as for `write_store`.
+
+    Raises:
+        OlpackError: it cannot be written, or the server does not have it afterwards as it was written.
+    """
+    started = time.monotonic()
+    there = {canonical(tag.model) for tag in client.tags()}
+    [made] = write_store(store, name, [file], package)
+    listed = next((tag for tag in client.tags() if canonical(tag.model) == canonical(made.model)), None)
+    shown = client.show(made.model)
+    if listed is None or listed.digest != made.digest or shown is None:
+        raise OlpackError(f"{made.model} was written into {store}, and the server at {client.url} does not have it.",
+                          "Set OLLAMA_MODELS to the folder that the server has it set to.")
+    if told := drift(shown, file, package):
+        raise OlpackError(f"The server reads {made.model} otherwise than it was written: {'; '.join(told)}.", "Use `package: merged` in the recipe.")
+    done = "unchanged" if made.done == "unchanged" else "updated" if canonical(made.model) in there else "created"
+    return Registered(listed.model, listed.digest, made.blob, made.blob, 0, round(time.monotonic() - started, 3), done)
 
 
 # -- writing -------------------------------------------------------------------------------------------------------------------------------

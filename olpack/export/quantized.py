@@ -284,6 +284,9 @@ def dequantize_bitsandbytes(model: Any) -> None:
 def _from_4_bits(packed: Any, names: tuple[str, ...], parts: tuple[Any, ...]) -> Any:
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
+    from olpack.four_bits import check_kernel
+
+    check_kernel()
     state = QuantState.from_dict(dict(zip(names, parts, strict=True)), device=packed.device)
     return dequantize_4bit(packed, state).float()
 

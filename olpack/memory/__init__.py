@@ -70,7 +70,7 @@ def advise(
         from olpack.workspace import recipe_path
 
         overrides = [f"quants=[{', '.join(quants)}]"] if quants else []
-        build = Build(recipe.load(recipe_path(models[0]), overrides), out)
+        build = Build(recipe.load(recipe_path(models[0]), overrides), out, weights=False)
         return recommend_build(build, machine, _setting(context or build.package.parameters["num_ctx"], kv_type), max_loss)
     subject = typical(params) if params else find(models[0])
     return recommend_model(subject, _quants(quants, CHOICE), machine, _setting(context, kv_type), max_loss)

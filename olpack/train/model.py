@@ -72,8 +72,10 @@ def _load(base: Base, settings: Train, device: torch.device, *, sharded: bool):
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
+    from olpack.four_bits import check_kernel
     from olpack.train.frozen import FrozenConfig, use_packed
 
+    check_kernel()
     dtype, kind, quantization = compute_dtype(device), settings.quantization, None
     config = AutoConfig.from_pretrained(base.path, local_files_only=True)
     if base.leftover_quantization:

@@ -1,0 +1,227 @@
+"""What a server or a model does wrong costs one figure, not the comparison: loops, deleted and foreign models, reasoning that does not end."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import served_gguf
+from ollama_double import LOOP, Answer, OllamaDouble
+from ollama_double_store import CHATML
+from oracle import olpack
+
+from olpack.compare import MeasureSettings, read_results
+from olpack.compare.answers import answer_of
+from olpack.compare.flags import flag_answers, flag_same_types
+from olpack.compare.language import Scripts
+from olpack.compare.recommend import recommend, set_losses
+from olpack.compare.results import Perplexity, QuantResult
+from olpack.compare.scores import load_function, score_answers
+from olpack.compare.served import compare_served
+from olpack.deploy import protect
+from olpack.deploy.client import OllamaClient, blob_digest
+from olpack.errors import OlpackError
+from olpack.tasks import load_tasks, parse_task
+
+SETTINGS = MeasureSettings(prompt_lengths=(48,), generated_tokens=40, repeats=2, context=512, threads=1, answer_tokens=48)
+PROMPTS = [[{"role": "user", "content": "Write add."}]]
+
+
+@pytest.fixture
+def client(ollama_double: OllamaDouble, tmp_path: Path) -> OllamaClient:
+    client = OllamaClient(ollama_double.url)
+    for filling, model in enumerate(("mine:q8_0", "theirs:latest")):
+        served_gguf.write(path := tmp_path / f"{filling}.gguf", protect(CHATML.jinja, {}), filling=filling)
+        client.upload(path, digest := blob_digest(path))
+        client.create({"model": model, "files": {"m.gguf": digest}, "parameters": {"num_ctx": 512}})
+    return client
+
+
+def test_another_prompt_is_drawn_where_a_model_repeats_itself(client, ollama_double):
+    usual, asked = ollama_double.answer, []
+
+    def answer(prompt: str):
+        asked.append(prompt)
+        return LOOP if len(asked) % 3 == 0 else usual(prompt)
+
+    ollama_double.answer = answer
+    (quant,) = compare_served(client, ["mine:q8_0"], [], SETTINGS).quants
+    assert quant.flags == [] and len(quant.speed.generation_tokens_per_s.values) == 2 and len(quant.speed.prompt[0].tokens_per_s.values) == 2
+
+
+def test_a_model_that_only_repeats_itself_loses_one_figure(client, ollama_double):
+    ollama_double.answer = lambda prompt: LOOP
+    (quant,) = compare_served(client, ["mine:q8_0"], PROMPTS, SETTINGS).quants
+    assert quant.speed.generation_tokens_per_s is None and len(quant.speed.prompt[0].tokens_per_s.values) == 2
+    (answer,) = quant.answers
+    assert answer.flags == ["looping"] and answer.finish == "length"
+    assert {flag.code for flag in quant.flags} == {"failed", "looping"}
+    assert "repeats one token" in next(flag.text for flag in quant.flags if flag.code == "failed")
+
+
+def test_a_model_deleted_while_it_is_loaded_counts_as_unloaded(client, ollama_double):
+    client.generate("mine:q8_0", "hi")
+    client.delete("mine:q8_0")
+    client.unload("mine:q8_0")
+    with pytest.raises(OlpackError, match="refused"):
+        client.generate("mine:q8_0", "hi")
+
+
+def test_models_of_others_stay_loaded(client, ollama_double, capsys):
+    client.generate("theirs:latest", "hi")
+    compare_served(client, ["mine:q8_0"], [], SETTINGS)
+    assert list(ollama_double.loaded) == ["theirs:latest"]
+    assert capsys.readouterr().err.count("The server also runs theirs:latest, which stays loaded") == 1
+
+
+def test_an_incomplete_round_is_tried_again(client, ollama_double, tmp_path):
+    ollama_double.answer, usual = (lambda prompt: LOOP), ollama_double.answer
+    compare_served(client, ["mine:q8_0"], [], SETTINGS, cache=tmp_path / "cache")
+    ollama_double.answer = usual
+    (quant,) = compare_served(client, ["mine:q8_0"], [], SETTINGS, cache=tmp_path / "cache").quants
+    assert quant.speed.generation_tokens_per_s is not None and quant.flags == []
+
+
+def test_kept_figures_hold_under_another_address_of_the_server(client, ollama_double, tmp_path):
+    compare_served(client, ["mine:q8_0"], PROMPTS, SETTINGS, cache=tmp_path / "cache")
+    ollama_double.requests.clear()
+    compare_served(OllamaClient(ollama_double.url.replace("127.0.0.1", "localhost")), ["mine:q8_0"], PROMPTS, SETTINGS, cache=tmp_path / "cache")
+    assert ollama_double.count("POST", "/api/generate") == ollama_double.count("POST", "/api/chat") == 0
+
+
+def test_a_context_without_room_for_a_prompt_is_refused():
+    with pytest.raises(OlpackError, match=r"num_ctx 64 leaves no room for a prompt beside the 64 tokens") as error:
+        dataclasses.replace(SETTINGS, context=64, generated_tokens=64)
+    assert "Set num_ctx to 80 or more" in error.value.remedy
+
+
+# Reasoning
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt", "finish", "expected"),
+    [
+        ("<think>\n2 and 2\n</think>\n\n4", "", "stop", ("4", "\n2 and 2\n", [])),
+        ("2 and 2\n</think>\n\n4", "…assistant\n<think>\n", "stop", ("4", "2 and 2\n", [])),
+        ("2 and 2 and", "…assistant\n<think>\n", "length", ("", "2 and 2 and", ["reasoning"])),
+        ("<think>so", "", "length", ("", "so", ["reasoning"])),
+        ("[THINK]a[/THINK]b", "", "stop", ("b", "a", [])),
+        ("4", "", "stop", ("4", "", [])),
+        ("  4", "", "stop", ("  4", "", [])),
+        ("", "", "stop", ("", "", ["empty"])),
+        ("<think>never mind</think>", "", "stop", ("", "never mind", ["empty"])),
+    ],
+)
+def test_reasoning_is_set_apart(text, prompt, finish, expected):
+    answer = answer_of(text, finish, 3, prompt=prompt)
+    assert (answer.text, answer.reasoning, answer.flags) == expected
+
+
+def test_a_task_is_scored_on_what_follows_the_reasoning():
+    tasks = [parse_task({"prompt": "2+2?", "exact": "4"}), parse_task({"prompt": "3+3?", "exact": "6"}), parse_task({"prompt": "5?", "exact": "5"})]
+    scores = score_answers(tasks, ["4", None, "6"], "mine")
+    assert (scores.values, scores.count, scores.mean) == ([1.0, None, 0.0], 2, 0.5)
+    assert score_answers(tasks, [None] * 3, "mine") is None
+
+
+def test_unfinished_reasoning_is_flagged_and_not_scored(client, ollama_double, tmp_path):
+    (tmp_path / "t.jsonl").write_text(json.dumps({"prompt": "2+2?", "contains": "4"}) + "\n")
+    ollama_double.answer = lambda prompt: Answer(["<think>", *(" 4 is what two and two might well be".split(" ")) * 8])
+    (quant,) = compare_served(client, ["mine:q8_0"], [], dataclasses.replace(SETTINGS, answer_tokens=8), load_tasks(tmp_path / "t.jsonl")).quants
+    assert quant.scores is None
+    assert any(flag.code == "reasoning" and "1 of 1 tasks are not scored" in flag.text for flag in quant.flags)
+
+
+def test_a_server_may_set_the_reasoning_apart_itself():
+    assert answer_of("", "length", 8, reasoning="hm").flags == ["reasoning"]
+    assert answer_of("4", "stop", 8, reasoning="hm").text == "4"
+
+
+# What a recommendation rests on
+
+
+def quant(name: str, size: int, nll: float | None) -> QuantResult:
+    score = None if nll is None else Perplexity(value=2.0, standard_error=0.1, row_nll=[nll, nll], same_tokens_rows=2)
+    return QuantResult(quant=name, tag=name.lower(), file=f"{name}.gguf", sha256="0", size_bytes=size, perplexity=score)
+
+
+def test_the_reason_names_what_was_not_measured():
+    from olpack.compare.results import Machine, Results
+
+    quants = [quant("Q4_0", 1, None), quant("Q4_K_M", 2, 10.0), quant("Q8_0", 3, 10.0)]
+    set_losses(quants, [10, 10])
+    machine = Machine(cpu="", cores=1, memory_bytes=1, system="", busy=0, versions={})
+    advice = recommend(Results(name="x", created="", machine=machine, settings={}, quants=quants))
+    assert advice.quant == "Q4_K_M"
+    assert "Not compared, because the perplexity is missing: Q4_0." in advice.reason
+    assert "rests on size and perplexity: the speed of Q4_0, Q4_K_M, Q8_0 was not measured" in advice.reason
+
+
+def test_a_file_without_its_speed_can_be_recommended(tmp_path, ollama_double):
+    from olpack.compare.outcome import quant_result
+    from olpack.compare.units import Cache, Units
+
+    units = Units(Cache(None), "q", {})
+    units.found["perplexity"] = quant("Q4_0", 1, 1.0).perplexity.model_dump()
+    whole = quant_result(units, None, [OlpackError("no answer")], quant="Q4_0", tag="q4_0", file="f", sha256="0", size_bytes=1)
+    assert [flag.serious for flag in whole.flags] == [False]
+    del units.found["perplexity"]
+    assert quant_result(units, None, [OlpackError("no answer")], quant="Q4_0", tag="q4_0", file="f", sha256="0", size_bytes=1).flags[0].serious
+
+
+def test_two_quants_of_the_same_types_are_named():
+    quants = [quant("Q4_0", 1, 1.0), quant("Q4_K_M", 2, 1.0), quant("Q8_0", 3, 1.0)]
+    flag_same_types(quants, {"Q4_0": {"attn_q": {"q8_0": 2}}, "Q4_K_M": {"attn_q": {"q8_0": 2}}, "Q8_0": {}})
+    assert [[flag.text for flag in one.flags] for one in quants] == [[], ["its tensors have the same types as those of Q4_0"], []]
+    flag_answers(quants[0], [], Scripts(()))
+
+
+# Files of the user
+
+
+def test_lines_end_at_line_breaks_alone(tmp_path):
+    path = tmp_path / "tasks.jsonl"
+    path.write_text(json.dumps({"prompt": "one\u2028two\x0cthree\u0085four", "exact": "x"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    (task,) = load_tasks(path)
+    assert task.messages[-1]["content"] == "one\u2028two\x0cthree\u0085four"
+    from olpack.side_by_side import _read
+
+    (tmp_path / "prompts.txt").write_text("one\u2028two\nthree\x0cfour\r\n", encoding="utf-8")
+    assert [turns[-1]["content"] for turns in _read(tmp_path / "prompts.txt")[0]] == ["one\u2028two", "three\x0cfour"]
+
+
+def test_a_check_module_may_define_dataclasses_and_runs_once(tmp_path):
+    log = tmp_path / "ran.txt"
+    code = f'''from __future__ import annotations
+from dataclasses import dataclass
+open({str(log)!r}, "a").write("x")
+
+@dataclass
+class Found:
+    value: float
+
+def check(answer):
+    return Found(1.0 if "4" in answer else 0.0).value
+'''
+    (tmp_path / "checks.py").write_text(code)
+    task = parse_task({"prompt": "2+2?", "function": "checks.py:check"}, "task 1", tmp_path)
+    assert score_answers([task] * 3, ["4", "5", "4"], "mine").values == [1.0, 0.0, 1.0]
+    assert log.read_text() == "x"
+    (tmp_path / "checks.py").write_text(code.replace("1.0 if", "0.5 if"))
+    assert load_function(task)("4") == 0.5  # a changed file is read again
+
+
+def test_changes_are_in_the_json_too(client, ollama_double, tmp_path):
+    words = ["compare", "mine:q8_0", "--prompt", "Write h.", "--out", "side"]
+    assert olpack(tmp_path, *words, server=ollama_double.url)[0] == 0
+    earlier = tmp_path / "old.json"
+    earlier.write_bytes((tmp_path / "side/results.json").read_bytes())
+    code, printed, said = olpack(tmp_path, *words, "--against", "old.json", "--json", server=ollama_double.url)
+    assert code == 0, said
+    found = json.loads(printed)
+    assert found["against"] == read_results(earlier).created and {change["verdict"] for change in found["changes"]} <= {"better", "worse", "same"}
+    assert found["changes"] and found["quants"]
+
+

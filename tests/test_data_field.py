@@ -1,0 +1,177 @@
+"""Rows as people have them: parts, history, reasoning, generation prompts that say more than a turn, files of Excel, columns that nobody reads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from olpack.base import BUILTIN, Base
+from olpack.data import Renderer, load_chats, split
+from olpack.data.chats import unread_keys
+from olpack.data.forms import RowError, to_chat
+from olpack.errors import OlpackError
+
+TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+CHATML = TURNS + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+EMPTY_THOUGHT = TURNS + "{% if add_generation_prompt %}<|im_start|>assistant\n<|channel>thought\n<channel|>{% endif %}"
+OPENS = TURNS + "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+SPLITS = (
+    "{% for m in messages %}{% set c = m.content %}{% set r = m.reasoning_content or '' %}"
+    "{% if m.role == 'assistant' and '<think>' in c and '</think>' in c %}{% set r = c.split('</think>')[0].split('<think>')[-1].strip() %}"
+    "{% set c = c.split('</think>')[-1].lstrip() %}{% endif %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n{{ r }}\n</think>\n\n{% endif %}{{ c }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+
+
+def renderer(tmp_path: Path, template: str) -> Renderer:
+    shutil.copytree(BUILTIN / "tiny-coder", tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+    (tmp_path / "base/chat_template.jinja").write_text(template)
+    base = Base("base", tmp_path / "base")
+    return Renderer(base.tokenizer(), base.end_ids())
+
+
+def chats(tmp_path: Path, *rows, name: str = "d.jsonl"):
+    (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return load_chats(tmp_path / name)
+
+
+def turns(*contents: str, **last) -> dict:
+    messages = [{"role": ("user", "assistant")[at % 2], "content": content} for at, content in enumerate(contents)]
+    messages[-1] |= last
+    return {"messages": messages}
+
+
+def target(row, renderer: Renderer) -> str:
+    """The target tokens of a row as text."""
+    return renderer.tokenizer.decode([token for token, is_target in zip(row.ids, row.learned, strict=True) if is_target])
+
+
+# Generation prompts and reasoning
+
+
+@pytest.mark.parametrize("template", [EMPTY_THOUGHT, OPENS, CHATML])
+def test_an_answer_stands_behind_what_the_server_sends(tmp_path, template):
+    made = renderer(tmp_path, template)
+    (chat,) = chats(tmp_path, turns("2+2?", "It is 4.", "And 3+3?", "It is 6."))
+    rows = made.rows(chat)
+    served = [made.text(chat.messages[:1], ask=True), made.text(chat.messages[:3], ask=True)]
+    assert len(rows) == (1 if template == CHATML else 2)
+    for prompt, row, answer in zip(served[-len(rows) :], rows, ["It is 4.", "It is 6."][-len(rows) :], strict=True):
+        assert row.text.startswith(prompt + answer) and target(row, made).endswith(f"{answer}<|im_end|>")
+        asked = made.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        assert row.ids[: len(asked)] == asked
+
+
+def test_an_answer_that_begins_like_the_thought_is_trained_whole(tmp_path):
+    made = renderer(tmp_path, EMPTY_THOUGHT)
+    (chat,) = chats(tmp_path, turns("Say it.", "<|channel>"))
+    (row,) = made.rows(chat)
+    assert row.text.endswith("assistant\n<|channel>thought\n<channel|><|channel><|im_end|>\n") and target(row, made) == "<|channel><|im_end|>"
+
+
+@pytest.mark.parametrize("template", [SPLITS, OPENS])
+def test_an_answer_that_only_closes_its_reasoning(tmp_path, template):
+    made = renderer(tmp_path, template)
+    (chat,) = chats(tmp_path, turns("2+2?", "2 and 2 is 4.\n</think>\n\nThe answer is 4."))
+    (row,) = made.rows(chat)
+    assert target(row, made) == "2 and 2 is 4.\n</think>\n\nThe answer is 4.<|im_end|>"
+    assert row.text.count("<think>") == row.text.count("</think>") == 1
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_that_the_template_leaves_out_is_refused(tmp_path, name):
+    made = renderer(tmp_path, CHATML)
+    (chat,) = chats(tmp_path, turns("2+2?", "4", **{name: "2 and 2 is 4"}))
+    with pytest.raises(OlpackError, match=r"d.jsonl:1: the base's chat template does not write the reasoning of an answer"):
+        made.rows(chat)
+    (row,) = renderer(tmp_path, SPLITS).rows(chats(tmp_path, turns("2+2?", "4", reasoning_content="2 and 2 is 4"))[0])
+    assert "2 and 2 is 4" in row.text
+
+
+# Forms
+
+
+def test_history_makes_earlier_turns():
+    row = {"instruction": "And in Celsius?", "input": "", "output": "41.", "system": "Brief.", "history": [["How hot in F?", "106."]]}
+    expected = [("system", "Brief."), ("user", "How hot in F?"), ("assistant", "106."), ("user", "And in Celsius?"), ("assistant", "41.")]
+    assert [(turn["role"], turn["content"]) for turn in to_chat("alpaca", row)["messages"]] == expected
+    assert to_chat("alpaca", row | {"history": json.dumps(row["history"])}) == to_chat("alpaca", row)
+    assert len(to_chat("alpaca", row | {"history": []})["messages"]) == 3
+    with pytest.raises(RowError, match="list of"):
+        to_chat("alpaca", row | {"history": ["one"]})
+
+
+def test_text_in_parts_is_one_text():
+    parts = [{"type": "text", "text": "2+2?"}, {"type": "text", "text": " Quick."}, "!"]
+    messages = [{"role": "developer", "content": [{"type": "text", "text": "Brief."}]}, {"role": "user", "content": parts},
+                {"role": "assistant", "content": [{"type": "text", "text": "4"}]}]  # fmt: skip
+    found = to_chat("chat", {"messages": messages})["messages"]
+    assert [(turn["role"], turn["content"]) for turn in found] == [("system", "Brief."), ("user", "2+2? Quick.!"), ("assistant", "4")]
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [({"type": "image_url", "image_url": {"url": "x"}}, "'image_url': only text is trained"), ({"type": "text"}, "without text"), (7, "without text"),
+     ({"type": "input_audio"}, "'input_audio'")],
+)  # fmt: skip
+def test_parts_that_are_no_text_are_refused(part, said):
+    with pytest.raises(RowError, match=said):
+        to_chat("chat", {"messages": [{"role": "user", "content": [part]}, {"role": "assistant", "content": "4"}]})
+
+
+def test_what_is_not_read_is_named_once_a_file(tmp_path, capsys):
+    rows = [{"prompt": "2+2?", "completion": "4", "category": "sums", "note": ""}, {"prompt": "3+3?", "completion": "6", "category": "sums", "id": 7}]
+    found = chats(tmp_path, *rows) + chats(tmp_path, {"text": "plain"}, name="t.jsonl")
+    assert unread_keys(found) == ["d.jsonl: not read: category (2 rows), id (1 row)"]
+
+
+def test_of_few_rows_one_is_held_out(tmp_path):
+    found = chats(tmp_path, *(turns(f"{n}+{n}?", str(2 * n)) for n in range(3)))
+    train, apart = split(found, 0.05)
+    assert (len(train), len(apart)) == (2, 1)
+    assert split(found[::-1], 0.05)[1] == apart
+    assert split(found, 0) == (found, []) and split(found[:1], 0.05)[1] == []
+    many = chats(tmp_path, *(turns(f"{n}+{n}?", str(2 * n)) for n in range(300)))
+    assert [chat for chat in many if int(chat.digest[:8], 16) / 2**32 < 0.05] == split(many, 0.05)[1]
+
+
+# Files
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-8-sig", "utf-8"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv", ".json"])
+def test_a_byte_order_mark_says_what_the_file_is(tmp_path, encoding, suffix):
+    between = "\t" if suffix == ".tsv" else ","
+    text = {".jsonl": '{"prompt": "naïve?", "completion": "نعم"}\r\n', ".json": '[{"prompt": "naïve?", "completion": "نعم"}]'}.get(
+        suffix, f"prompt{between}completion\r\nnaïve?{between}نعم\r\n"
+    )
+    raw = text.encode(encoding)
+    (tmp_path / f"d{suffix}").write_bytes(b"\xff\xfe" + raw if encoding == "utf-16-le" else raw)
+    (chat,) = load_chats(tmp_path / f"d{suffix}")
+    assert [turn["content"] for turn in chat.messages] == ["naïve?", "نعم"]
+
+
+def test_lines_separators_and_long_cells(tmp_path):
+    text = "one\u2028two\u0085three"
+    (tmp_path / "u.jsonl").write_text(json.dumps({"prompt": text, "completion": "x"}, ensure_ascii=False) + "\nnot json\n", encoding="utf-8")
+    with pytest.raises(OlpackError, match=r"u.jsonl, line 2: not JSON"):
+        load_chats(tmp_path / "u.jsonl")
+    (tmp_path / "long.csv").write_text(f"prompt,completion\n{'a ' * 100_000},null\nq,NA\nq2,007\n")
+    assert [chat.messages[1]["content"] for chat in load_chats(tmp_path / "long.csv")] == ["null", "NA", "007"]
+
+
+def test_tools_padded_with_null_keep_their_own_keys(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    def row(name: str, key: str) -> dict:
+        tool = {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {key: {"type": "string"}}}}}
+        return {**turns("Do it.", "Done."), "tools": [tool]}
+
+    parquet.write_table(pa.Table.from_pylist([row("one", "a"), row("two", "b")]), tmp_path / "t.parquet")
+    found = load_chats(tmp_path / "t.parquet")
+    assert [list(chat.tools[0]["function"]["parameters"]["properties"]) for chat in found] == [["a"], ["b"]]
