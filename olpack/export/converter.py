@@ -250,17 +250,19 @@ def _named_settings(read: Callable[[], None], source: Path) -> Callable[[], None
 
 
 def _mark_special(source: Path, writer: Any) -> None:
-    """Give the tokens that tokenizer.json calls special the type of one: the converter looks for them in tokenizer_config.json, where transformers 5
-    no longer writes them, and llama.cpp reads a token without that type as plain text."""
+    """Give the tokens that tokenizer.json adds to its vocabulary the type of such: control tokens where it calls them special, else user-defined.
+
+    The converter looks for them in tokenizer_config.json, where transformers 5 no longer writes them, and llama.cpp reads a token without that
+    type as plain text.
+    """
     import gguf
 
     path, types = source / "tokenizer.json", writer.kv_data[0].get(gguf.Keys.Tokenizer.TOKEN_TYPE)
     if types is None or not path.is_file():
         return
     for token in json.loads(path.read_text(encoding="utf-8")).get("added_tokens") or []:
-        number = token["id"]
-        if token.get("special") and number < len(types.value) and types.value[number] in (gguf.TokenType.NORMAL, gguf.TokenType.UNUSED):
-            types.value[number] = int(gguf.TokenType.CONTROL)
+        if token["id"] < len(types.value) and types.value[token["id"]] in (gguf.TokenType.NORMAL, gguf.TokenType.UNUSED):
+            types.value[token["id"]] = int(gguf.TokenType.CONTROL if token.get("special") else gguf.TokenType.USER_DEFINED)
 
 
 def _set_empty_vocabulary(model: Any) -> None:
