@@ -124,6 +124,7 @@ def grown(base: Path, folder: Path, rows: int, **settings: object) -> tuple[torc
 
 GROWN = {
     "untied": (False, {"modules_to_save": ["embed_tokens", "lm_head"]}),
+    "untied, and a layer as a whole": (False, {"modules_to_save": ["embed_tokens", "lm_head", "o_proj"]}),
     "untied, not trained": (False, {}),
     "untied, single tokens": (False, {"trainable_token_indices": [510, 512]}),
     "untied, LoRA on both": (False, {"target_modules": ["v_proj", "embed_tokens", "lm_head"]}),

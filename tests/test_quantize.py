@@ -119,13 +119,13 @@ def test_what_is_no_size_is_refused(text):
 def test_quants_that_fall_back_or_agree_are_named(tmp_path):
     """ggml-org/llama.cpp#28474: rows of 64 fit no K-quant."""
     narrow = write_model(tmp_path / "narrow", hidden_size=64, intermediate_size=160, num_attention_heads=2, num_key_value_heads=1, head_dim=32)
-    code, printed, said = olpack(tmp_path, narrow, "--quant", "Q4_K_S", "--quant", "Q4_K_M", "--quant", "Q8_0", "--json")
+    code, printed, said = olpack(tmp_path, narrow, "--quant", "Q4_K_M", "--quant", "Q6_K", "--quant", "Q8_0", "--json")
     assert code == 0, said
-    said = " ".join(said.split())
-    assert "Q4_K_M does not fit this model's shapes everywhere:" in said
-    types = {row["quant"]: row["types"] for row in json.loads(printed)}
-    assert (types["Q4_K_S"] == types["Q4_K_M"]) == ("Q4_K_S and Q4_K_M have the same type for every tensor of this model" in said)
-    assert not any("Q8_0 does not fit" in warning for warning in json.loads(printed)[0]["warnings"])
+    assert "Q4_K_M does not fit this model's shapes everywhere:" in " ".join(said.split())
+    assert "Q6_K and Q8_0 have the same type for every tensor of this model: one of them is enough." in " ".join(said.split())
+    by_quant = {row["quant"]: row for row in json.loads(printed)}
+    assert by_quant["Q6_K"]["types"] == by_quant["Q8_0"]["types"] != by_quant["Q4_K_M"]["types"]
+    assert not any(warning.startswith("Q8_0") for warning in by_quant["Q8_0"]["warnings"])
 
 
 def test_nothing_is_said_where_every_type_fits(model, tmp_path):

@@ -45,8 +45,8 @@ def test_a_name_is_still_a_name(base, asked):
 
 
 @pytest.mark.parametrize(("asked", "reason"), [
-    (r"model\.layers\.9\..*", "is the expression 'model\\.layers\\.9\\..*', which matches the full name of no linear layer of tiny. Full names are like "
-                              "'model.layers.0.self_attn.q_proj', and all of one must match"),
+    (r"model\.layers\.9\..*", "is the expression 'model\\.layers\\.9\\..*', which matches the full name of no linear layer of tiny. Full names are "
+                              "like 'model.layers.0.self_attn.q_proj', and all of one must match"),
     (r"(q|v)_proj", "matches the full name of no linear layer of tiny"),  # matches an end, which peft does not take
     (r"model.layers.(q_proj", "which is neither the name of a layer nor a regular expression"),
     ("q_porj", "`train.target_modules` names 'q_porj', which is no linear layer"),

@@ -102,7 +102,7 @@ class Adapter:
 
     def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of a changed tensor, from that of the base's."""
-        return (self.vocabulary, *shape[1:]) if self.vocabulary and name in self.replaced and len(shape) == 2 else tuple(shape)
+        return (self.vocabulary, *shape[1:]) if self.vocabulary and name.endswith((*_EMBEDDINGS, _HEAD)) else tuple(shape)
 
     def apply(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """The changed tensor in float32.
@@ -275,8 +275,8 @@ class _Reader:
             asked = next((rows for place, rows in asked.items() if f".{module}".endswith(f".{place}")), next(iter(asked.values()), None))
         name, shape = self._names.find(f"{module}.weight"), self._header[key].shape
         if not isinstance(asked, list) or not all(type(row) is int for row in asked) or (len(asked),) != shape[:1]:
-            raise OlpackError(f"The adapter '{self._folder}' holds {shape[0]} trained tokens of '{module}', and its configuration does not name as many.",
-                              "It was not saved completely: save it again.")
+            raise OlpackError(f"The adapter '{self._folder}' holds {shape[0]} trained tokens of '{module}', and its configuration does not name as "
+                              "many.", "It was not saved completely: save it again.")
         rows, *columns = self._shape(name)
         _expect_shape(self._folder, key, shape[1:], tuple(columns))
         if wrong := [row for row in asked if not 0 <= row < rows]:
@@ -336,8 +336,8 @@ class _Reader:
         rows = {name: self._shape(name)[0] for name in names}
         if len(set(rows.values())) > 1:
             (one, count), (other, too) = sorted(rows.items(), key=lambda item: item[0] not in self.replaced)[:2]
-            raise OlpackError(f"The adapter '{self._folder}' has {count:,} rows for '{one}', because its vocabulary was resized, and '{other}' has {too:,}.",
-                              "Save it with save_pretrained(…, save_embedding_layers=True), which saves both.")
+            raise OlpackError(f"The adapter '{self._folder}' has {count:,} rows for '{one}', because its vocabulary was resized, and '{other}' has "
+                              f"{too:,}.", "Save it with save_pretrained(…, save_embedding_layers=True), which saves both.")
         found = next(iter(rows.values()), None)
         return found if names and found != self._base[self._names.embedding].shape[0] else None
 
@@ -432,7 +432,8 @@ def _parse(key: str, folder: Path) -> tuple[str, str]:
         return key, "shared"
     if "_orig_mod." in key:
         raise OlpackError(f"The adapter '{folder}' holds '{key}': it was saved from a model that torch.compile had wrapped, and peft finds no module "
-                          "of such a name.", "Save it from the model itself (model._orig_mod.save_pretrained), or take '_orig_mod.' out of the names.")
+                          "of such a name.",
+                          "Save it from the model itself (model._orig_mod.save_pretrained), or take '_orig_mod.' out of the names.")
     if not key.startswith(_PREFIX):
         raise OlpackError(f"The adapter '{folder}' holds '{key}', a name that peft does not give.", "Save it with peft's save_pretrained.")
     name = key
@@ -528,4 +529,5 @@ class BaseNames:
         if name.endswith(".bias"):
             raise OlpackError(f"The adapter trained the bias '{name}' (bias: all or lora_only), and the base has none there.",
                               "Name the base that it was trained on, or train with bias: none.")
-        raise OlpackError(f"The adapter is for another base: it changes '{name}', which the base does not have.", "Name the base that it was trained on.")
+        raise OlpackError(f"The adapter is for another base: it changes '{name}', which the base does not have.",
+                          "Name the base that it was trained on.")

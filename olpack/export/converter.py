@@ -317,7 +317,8 @@ def _merge(model: Any, adapter: Adapter) -> None:
                 same = type(model).filter_tensors((adapter.untied[name], lambda: None))
                 if kept is None or same is None:
                     raise OlpackError(
-                        f"The adapter changes embedding and output layer differently, and llama.cpp knows {model.hf_arch} with one matrix for both only.",
+                        f"The adapter changes embedding and output layer differently, and llama.cpp knows {model.hf_arch} "
+                        "with one matrix for both only.",
                         "Train with ensure_weight_tying: true in peft's configuration, or without the two.",
                     )
                 stored[kept[0]] = stored[same[0]]

@@ -40,8 +40,8 @@ def grown_tokenizer(folder: Path, source: Path, adapter: Adapter, base: Mapping[
     if max(more) < rows:
         return folder, None
     token = more[max(more)]
-    return None, (f"The tokenizer beside the adapter '{folder}' has {len(more):,} tokens that the base's lacks ({token!r}), and the adapter no rows for "
-                  "them: the file gets the base's tokenizer.")  # fmt: skip
+    return None, (f"The tokenizer beside the adapter '{folder}' has {len(more):,} tokens that the base's lacks ({token!r}), and the adapter "
+                  "no rows for them: the file gets the base's tokenizer.")  # fmt: skip
 
 
 def _tokens(path: Path) -> dict[int, str]:

@@ -76,8 +76,8 @@ def experts_left_out(base: Base, settings: Train) -> str | None:
     if not counts.experts:
         return None
     names = sorted({_last(name) for name in target_names(meta, settings.target_modules)})
-    return (f"The adapter is on {', '.join(names)}. The experts of {base.label}, {counts.experts / counts.text:.0%} of its weights, stay as they are: "
-            "transformers holds them as stacks, which are no linear layers.")
+    return (f"The adapter is on {', '.join(names)}. The experts of {base.label}, {counts.experts / counts.text:.0%} of its weights, stay as they "
+            "are: transformers holds them as stacks, which are no linear layers.")
 
 
 def whole_names(meta: MetaModel, settings: Train, quantized: bool) -> list[str]:
