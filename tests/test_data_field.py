@@ -53,14 +53,15 @@ def target(row, renderer: Renderer) -> str:
 # Generation prompts and reasoning
 
 
-@pytest.mark.parametrize("template", [EMPTY_THOUGHT, OPENS, CHATML])
-def test_an_answer_stands_behind_what_the_server_sends(tmp_path, template):
+@pytest.mark.parametrize(("template", "between"), [(EMPTY_THOUGHT, ""), (OPENS, "\n</think>\n\n"), (CHATML, "")])
+def test_an_answer_stands_behind_what_the_server_sends(tmp_path, template, between):
     made = renderer(tmp_path, template)
     (chat,) = chats(tmp_path, turns("2+2?", "It is 4.", "And 3+3?", "It is 6."))
     rows = made.rows(chat)
     served = [made.text(chat.messages[:1], ask=True), made.text(chat.messages[:3], ask=True)]
     assert len(rows) == (1 if template == CHATML else 2)
     for prompt, row, answer in zip(served[-len(rows) :], rows, ["It is 4.", "It is 6."][-len(rows) :], strict=True):
+        answer = between + answer  # a block that the generation prompt leaves open is closed before the answer
         assert row.text.startswith(prompt + answer) and target(row, made).endswith(f"{answer}<|im_end|>")
         asked = made.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         assert row.ids[: len(asked)] == asked
