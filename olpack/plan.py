@@ -109,7 +109,7 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
                               "Set `modelfile.parameters.stop` to the text that ends a turn.")
     if stages & {"deploy", "compare"} and not questions(build):
         raise OlpackError("No held-out row opens with a request, so there is nothing to ask the quants.", "Give them prompts as `compare.prompts`.")
-    if stages & {"train", "deploy", "compare"}:
+    if stages & {"train", "modelfiles", "deploy", "compare"}:
         _check_served(build)
     if "compare" in stages:
         measure_settings(build)
@@ -203,15 +203,19 @@ def _judge_tokens(build: Build, differences: list[TokenDifference]) -> None:
 def _check_served(build: Build) -> None:
     """Render what every request begins with: the Modelfile's system prompt and messages before a question."""
     package = build.package
+    if package.template:  # the server renders with this one, and the base's is not asked
+        return
     start = ([{"role": "system", "content": package.system}] if package.system else []) + list(package.messages)
+    what = " and ".join(name for name, given in (("modelfile.system", package.system), ("modelfile.messages", package.messages)) if given)
     try:
-        build.renderer.text([*start, {"role": "user", "content": "Hello."}], ask=True)
+        asked = build.renderer.text([*start, {"role": "user", "content": "Hello."}], ask=True)
     except Exception as error:  # a template raises whatever its author wrote
-        what = " and ".join(name for name, given in (("modelfile.system", package.system), ("modelfile.messages", package.messages)) if given)
         raise OlpackError(
             f"The base's chat template refuses what each request would begin with{f' ({what})' if what else ''}: {' '.join(str(error).split())}.",
             "Leave it out of the recipe, or take a base whose template accepts it.",
         ) from None
+    if any(message["content"].strip() not in asked for message in start):
+        progress.warn(f"The base's chat template does not write all of what each request would begin with ({what}), so the model never sees it.")
 
 
 def _for_a_while(build: Build, stale: list[Step]) -> list[str]:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from olpack.base import BUILTIN, Base
-from olpack.data import Renderer, load_chats, split
+from olpack.data import Renderer, Source, load_chats, load_rows, split
 from olpack.data.chats import unread_keys
+from olpack.data.check import check_data
 from olpack.data.forms import RowError, to_chat
 from olpack.errors import OlpackError
 
@@ -53,14 +54,15 @@ def target(row, renderer: Renderer) -> str:
 # Generation prompts and reasoning
 
 
-@pytest.mark.parametrize("template", [EMPTY_THOUGHT, OPENS, CHATML])
-def test_an_answer_stands_behind_what_the_server_sends(tmp_path, template):
+@pytest.mark.parametrize(("template", "between"), [(EMPTY_THOUGHT, ""), (OPENS, "\n</think>\n\n"), (CHATML, "")])
+def test_an_answer_stands_behind_what_the_server_sends(tmp_path, template, between):
     made = renderer(tmp_path, template)
     (chat,) = chats(tmp_path, turns("2+2?", "It is 4.", "And 3+3?", "It is 6."))
     rows = made.rows(chat)
     served = [made.text(chat.messages[:1], ask=True), made.text(chat.messages[:3], ask=True)]
     assert len(rows) == (1 if template == CHATML else 2)
     for prompt, row, answer in zip(served[-len(rows) :], rows, ["It is 4.", "It is 6."][-len(rows) :], strict=True):
+        answer = between + answer  # a block that the generation prompt leaves open is closed before the answer
         assert row.text.startswith(prompt + answer) and target(row, made).endswith(f"{answer}<|im_end|>")
         asked = made.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         assert row.ids[: len(asked)] == asked
@@ -127,6 +129,38 @@ def test_what_is_not_read_is_named_once_a_file(tmp_path, capsys):
     rows = [{"prompt": "2+2?", "completion": "4", "category": "sums", "note": ""}, {"prompt": "3+3?", "completion": "6", "category": "sums", "id": 7}]
     found = chats(tmp_path, *rows) + chats(tmp_path, {"text": "plain"}, name="t.jsonl")
     assert unread_keys(found) == ["d.jsonl: not read: category (2 rows), id (1 row)"]
+
+
+def test_what_is_not_read_inside_of_messages_is_named_by_its_path(tmp_path):
+    part = {"type": "text", "text": "4", "cache_control": {"type": "ephemeral"}}
+    function = {"name": "f", "arguments": {}, "strict": True}
+    call = {"role": "assistant", "tool_calls": [{"id": "1", "index": 0, "type": "function", "function": function}]}
+    row = turns("2+2?", [part], weight=1, timestamp="2026", name="", loss=float("nan"))
+    row["messages"] = [row["messages"][0] | {"id": "m1"}, call, row["messages"][1]]
+    from_table = {"conversations": [{"from": "human", "value": "q", "lang": "en"}, {"from": "gpt", "value": "a", "lang": "en"}]}
+    found = chats(tmp_path, row) + chats(tmp_path, from_table, name="s.jsonl")
+    inside = ["messages.content.cache_control", "messages.timestamp", "messages.tool_calls.function.strict", "messages.tool_calls.id"]
+    assert sorted(found[0].unread) == ["messages.content.cache_control", "messages.id", "messages.timestamp", "messages.tool_calls.function.strict",
+                                       "messages.tool_calls.id", "messages.tool_calls.index"]  # fmt: skip
+    first, second = unread_keys(found, "{{ m.index }} {{ m.identity }}")
+    assert all(f"{key} (1 row)" in first for key in inside) and "index" not in first
+    assert second == "s.jsonl: not read: messages.lang (1 row)"
+    columns = tmp_path / "c.csv"
+    columns.write_text("prompt,completion,,Unnamed: 0,empty\nq,a,x,0,\n")
+    assert unread_keys(load_chats(columns)) == ["c.csv: not read: (no name) (1 row), Unnamed: 0 (1 row)"]
+
+
+def test_what_is_not_read_is_in_the_check_and_in_the_plan(tmp_path, capsys):
+    made = renderer(tmp_path, CHATML)
+    rows = [{**turns(f"q{n}", f"a{n}"), "category": "sums"} for n in range(24)]
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = check_data([Source(path)], [], made, max_length=64, eval_share=0.1)
+    assert [(finding.place, finding.kind, finding.text, finding.fails) for finding in report.findings] == [
+        ("d.jsonl", "not read", "Keys that are not read: category (24 rows).", False)
+    ]
+    load_rows([path], [], made, max_length=64, eval_share=0.1)
+    assert capsys.readouterr().err.count("d.jsonl: not read: category (24 rows)") == 1
 
 
 def test_of_few_rows_one_is_held_out(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -60,12 +61,18 @@ def split(chats: list[Chat], share: float) -> tuple[list[Chat], list[Chat]]:
     return sides
 
 
-def unread_keys(chats: Iterable[Chat]) -> list[str]:
-    """One sentence for each file with keys or columns that are not read: which, and in how many rows."""
+def unread_keys(chats: Iterable[Chat], template: str = "") -> list[str]:
+    """One sentence for each file with keys or columns that are not read: which, and in how many rows.
+
+    Args:
+        chats: of any files.
+        template: the chat template; keys of messages and tool calls whose names stand in it are read by it.
+    """
     files: dict[str, Counter[str]] = {}
+    words = set(re.findall(r"\w+", template))
     for chat in chats:
-        if chat.unread:
-            files.setdefault(chat.source.rpartition(":")[0], Counter()).update(chat.unread)
+        if unread := [key for key in chat.unread if not (key.startswith("messages.") and key.rpartition(".")[2] in words)]:
+            files.setdefault(chat.source.rpartition(":")[0], Counter()).update(unread)
     return [f"{name}: not read: " + ", ".join(f"{key} ({count:,} row{'s' * (count != 1)})" for key, count in keys.items())
             for name, keys in files.items()]  # fmt: skip
 

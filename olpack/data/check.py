@@ -127,8 +127,9 @@ def check_data(train: Sequence[Source], held_out: Sequence[Source], renderer: Re
     for chat, twin in leaks(chats, apart):
         findings.append(Finding(chat.source, "leakage", f"It is held out, and also in the training data ({twin.source}).", True))
     findings += _repeated(chats, apart)
-    findings += [Finding(sentence.partition(":")[0], "not read", f"Keys that the form of the rows does not read: {sentence.partition('not read: ')[2]}.", False)
-                 for sentence in unread_keys([*chats, *apart])]  # fmt: skip
+    for sentence in unread_keys([*chats, *apart], str(renderer.tokenizer.chat_template)):
+        name, _, keys = sentence.partition(": not read: ")
+        findings.append(Finding(name, "not read", f"Keys that are not read: {keys}.", False))
     report = Report(findings, Side(), Side(), max_length)
     with progress.task("reading the data", total=len(learned) + len(apart), unit="rows") as task:
         for side, some in ((report.train, learned), (report.held_out, apart)):

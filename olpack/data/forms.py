@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from olpack.data.rows import Form
@@ -48,6 +48,7 @@ def form_of(row: Any) -> Form | None:
     return form
 
 
+_READ_OF_A_MESSAGE = ("role", "content", "tool_calls", "weight", "reasoning_content", "reasoning", "thinking")
 _READ: dict[Form, tuple[str, ...]] = {  # all that is read of a row
     "chat": ("messages", "tools"),
     "sharegpt": ("conversations", "messages", "system", "tools"),
@@ -57,13 +58,33 @@ _READ: dict[Form, tuple[str, ...]] = {  # all that is read of a row
 }
 
 
-def unread(form: Form, row: dict) -> tuple[str, ...]:
-    """Keys of a row that its form does not read, where they say something."""
-    return tuple(str(key) for key, value in row.items() if key not in _READ[form] and value not in (None, "", [], {}))
+def _unread(form: Form, row: dict, messages: list[dict]) -> tuple[str, ...]:
+    """Keys of a row that say something and that its form does not read, by their path: "category", "messages.content.cache_control".
+
+    Those of a message that olpack has no use for are among them: the chat template gets them, and may read them.
+    """
+    read = [key for key in _READ[form] if key != "messages" or form != "sharegpt" or row.get("conversations") is None]
+    found = _said(row, read)
+    for message in messages:
+        found += _said(message, _READ_OF_A_MESSAGE, "messages.")
+        if isinstance(message.get("content"), list):
+            for part in message["content"]:
+                found += _said(part, ("type", "text"), "messages.content.")
+        calls = message.get("tool_calls")
+        for call in (json.loads(calls) if isinstance(calls, str) else calls) or []:
+            found += _said(call, ("type", "function") if "function" in call else ("type", "name", "arguments"), "messages.tool_calls.")
+            found += _said(call.get("function"), ("name", "arguments"), "messages.tool_calls.function.")
+    return tuple(dict.fromkeys(found))
+
+
+def _said(value: Any, read: Iterable[str], path: str = "") -> list[str]:
+    """The other keys of an object that hold something; a column may have no name."""
+    rest = value.items() if isinstance(value, dict) else ()
+    return [f"{path}{key}" or "(no name)" for key, held in rest if key not in read and held not in (None, "", [], {}) and held == held]
 
 
 def to_chat(form: Form, row: Any) -> dict[str, Any]:
-    """What a row says, as arguments of `Chat`: `messages`, `tools`, `context`, `text`.
+    """What a row says, as arguments of `Chat`: `messages`, `tools`, `context`, `text`, `unread`.
 
     Raises:
         RowError: it does not fit the form, or is no example.
@@ -74,12 +95,12 @@ def to_chat(form: Form, row: Any) -> dict[str, Any]:
         text = _text(row, "text")
         if not text.strip():
             raise RowError("`text` is empty", "empty answer")
-        return {"messages": [], "text": _whole(text, "`text`")}
+        return {"messages": [], "text": _whole(text, "`text`"), "unread": _unread(form, row, [])}
     messages, context = {"chat": _chat, "sharegpt": _sharegpt, "completion": _completion, "alpaca": _alpaca}[form](row)
     checked = [_message(message, number) for number, message in enumerate(messages, 1)]
     if not any(message["role"] == "assistant" for message in checked[context:]):
         raise RowError("there is no assistant's turn, so nothing to learn", "nothing to learn")
-    return {"messages": checked, "tools": _tools(row), "context": context}
+    return {"messages": checked, "tools": _tools(row), "context": context, "unread": _unread(form, row, messages)}
 
 
 def _chat(row: dict) -> tuple[list, int]:

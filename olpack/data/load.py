@@ -43,7 +43,7 @@ def load_rows(
                           "Remove it from one of the files.")
     if not (learned := [chat for chat in chats if times(chat)]):
         raise OlpackError(f"{', '.join(map(_name, train))} has no row left at this weight.", "Raise `weight`.")
-    for sentence in unread_keys([*chats, *apart]):
+    for sentence in unread_keys([*chats, *apart], str(renderer.tokenizer.chat_template)):
         progress.say(sentence)
     with progress.task("reading the data", total=len(learned) + len(apart), unit="rows") as task:
         made = _rendered([*learned, *apart], renderer, task)

@@ -27,6 +27,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _REASONING = ("reasoning_content", "reasoning", "thinking")  # names of one field of a message
+_PROBE = "olpack"  # stands for reasoning, to see where a template writes it
+_PAIRS = (  # marks that open a block at the end of a generation prompt, and what closes it
+    (r"<(\w[\w:.-]*)>", r"</\1>"),
+    (r"\[([A-Z_]+)\]", r"[/\1]"),
+    (r"<\|(START|BEGIN)_(\w+)\|>", r"<|END_\2|>"),
+    (r"<\|(\w+)_(start|begin)\|>", r"<|\1_end|>"),
+    (r"<\|(\w+)>[a-z]*", r"<\1|>"),
+)
+_BLOCK = re.compile(r"<(think|thinking|thought|reasoning)>(.*?)</\1>", re.DOTALL)
 _AT_ONCE = 256  # chats that are tokenized together
 
 
@@ -135,11 +144,11 @@ class Renderer:
 
     def _turns(self, chat: Chat) -> list[_Written]:
         """From the last turn to the first: each goes into the row behind it, if that begins just as the turn was served."""
-        messages, tools = self._with_opened_reasoning(chat), chat.tools
+        messages, tools = self._with_marks(chat), chat.tools
         turns = [index for index in range(max(chat.context, 1), len(messages)) if _is_learned(messages[index])]
         rows: list[_Written] = []
         for index in reversed(turns[-1:] if self.learn == "last" else turns):
-            begin, until = self._served(messages[:index], tools, self.text(messages[: index + 1], tools=tools))
+            begin, until = self._served(messages[:index], messages[index], tools)
             span = begin, len(until)
             self._refuse_dropped(messages[index], tools, until, span[0])
             if not rows or not rows[-1].text.startswith(until):
@@ -150,50 +159,77 @@ class Renderer:
                               "Give the assistant something to answer, or remove the row.")
         return rows[::-1]
 
-    def _with_opened_reasoning(self, chat: Chat) -> list[dict]:
-        """The messages, those that hold only the mark that closes the reasoning with the one that opens it.
+    def _with_marks(self, chat: Chat) -> list[dict]:
+        """The messages, those that hold reasoning in their text in the way that the template takes it.
 
-        Where the generation prompt opens it, what a model writes has no such mark. Templates look for both.
+        Where the generation prompt opens the reasoning, what a model writes has no mark that opens it. Some templates look for both marks, and
+        some for a field of the message.
         """
-        if not any(message["role"] == "assistant" and "</" in message["content"] for message in chat.messages):
-            return chat.messages
-        first = next(index for index, message in enumerate(chat.messages) if message["role"] == "assistant")
-        asked = self.text(chat.messages[:first], ask=True, tools=chat.tools) if first else ""
-        opened = re.search(r"<(\w+)>\s*\Z", asked)
-        if not opened:
-            return chat.messages
-        begin, end = f"<{opened[1]}>", f"</{opened[1]}>"
-        return [
-            {**message, "content": opened[0] + message["content"]}
-            if message["role"] == "assistant" and end in message["content"] and begin not in message["content"] and not any(message.get(name) for name in _REASONING)
-            else message
-            for message in chat.messages
-        ]
+        messages = list(chat.messages)
+        for index, message in enumerate(messages):
+            if index and message["role"] == "assistant" and re.search(r"</|\[/|\|>", message["content"]) and not _reasoning(message):
+                messages[index] = self._with_mark(messages[:index], message, chat.tools)
+        return messages
 
-    def _served(self, messages: list[dict], tools: list[dict] | None, answered: str) -> tuple[int, str]:
-        """Where the last turn of a conversation, the assistant's, begins, and the conversation as it stands once that turn was served."""
-        asked = self.text(messages, ask=True, tools=tools)
-        if answered.startswith(asked):
-            return len(asked), answered
-        # A generation prompt can say more than the turn itself does (an empty thinking block). Where no turn says it, the answer is trained
-        # behind it, as it is served. Where this turn says a part of it, target tokens begin where they part, or where any answer begins, if
-        # this one happens to begin with the same letters as that block.
+    def _with_mark(self, messages: list[dict], message: dict, tools: list[dict] | None) -> dict:
+        """One answer so written that the template puts it behind the generation prompt, with no mark twice; itself where that is not found."""
+        asked, content = self.text(messages, ask=True, tools=tools), message["content"]
+        opened = _opened(asked)
+        if not opened or opened.end not in content:
+            return message
+        reasoning, _, answer = content.partition(opened.end)
+        restored = [] if opened.begin in reasoning else [{**message, "content": opened.text + content}]
+        parted = {**message, "content": answer.lstrip("\n"), "reasoning_content": reasoning.rpartition(opened.begin)[2].strip("\n")}
+        for other in (message, *restored, parted):
+            whole = self.text([*messages, other], tools=tools)
+            behind = whole[len(asked) :]
+            if whole.startswith(asked) and behind.count(opened.end) == content.count(opened.end) and opened.begin not in behind:
+                return other
+        return message
+
+    def _served(self, messages: list[dict], message: dict, tools: list[dict] | None) -> tuple[int, str]:
+        """Where an answer begins, and the conversation as it stands once the answer was served: what the server sends, and the answer behind it.
+
+        Args:
+            messages: those before the answer.
+            message: the answer.
+        """
+        asked, whole = self.text(messages, ask=True, tools=tools), self.text([*messages, message], tools=tools)
+        if whole.startswith(asked):
+            return len(asked), whole
+        # The generation prompt says more than the turn itself does, such as an empty thinking block. The turn is put together from both.
         plain = [self.text([*messages, {"role": "assistant", "content": letter}], tools=tools) for letter in "ab"]
         header = _shared(*plain)
-        if asked.startswith(answered[:header]) and plain[0][header:].startswith("a") and len(asked) > header and asked[header:] not in answered:
-            return len(asked), asked + answered[header:]
-        before, begin = self.text(messages, tools=tools), min(_shared(asked, answered), header)
-        if begin < max(_shared(before, asked), _shared(before, answered)):
+        before, part = self.text(messages, tools=tools), min(_shared(asked, whole), header)
+        if part < max(_shared(before, asked), _shared(before, whole)):
             raise OlpackError("the base's chat template writes the turns before an answer otherwise once it is given, so training would not see "
                               "what is served.", "Take a base with another chat template, or fix its chat_template.jinja.")
-        return begin, answered
+        ending = plain[0][header + 1 :] if plain[0][header:].startswith("a") else None
+        as_plain = whole.startswith(plain[0][:header])
+        opened, reasoning, content = _opened(asked), _reasoning(message), message["content"]
+        inside = opened is not None and opened.end in content
+        if not reasoning and not inside and (empty := self._without_reasoning(messages, message, tools, asked)):
+            return len(asked), empty
+        if inside and ending is not None and not message.get("tool_calls"):
+            head, _, rest = content.partition(opened.begin)
+            said = content if opened.end in head or not rest else rest.removeprefix(opened.text.removeprefix(opened.begin))
+            return len(asked), asked + said + ending
+        if opened and ending is not None and as_plain:
+            return len(asked), f"{asked}{reasoning}\n{opened.end}\n\n{whole[header:]}"
+        return len(asked), asked + _beyond(asked, whole, part, header if as_plain else None)
+
+    def _without_reasoning(self, messages: list[dict], message: dict, tools: list[dict] | None, asked: str) -> str | None:
+        """The conversation with an answer whose reasoning is empty, from what the template writes around reasoning; None where it writes none."""
+        whole = self.text([*messages, {**message, "reasoning_content": _PROBE}], tools=tools)
+        behind = whole[len(asked) :]
+        return asked + behind.replace(_PROBE, "", 1) if whole.startswith(asked) and behind.lstrip().startswith(_PROBE) else None
 
     def _refuse_dropped(self, message: dict, tools: list[dict] | None, text: str, begin: int) -> None:
         """Templates that know no tools, or no reasoning, leave them out without a word."""
-        reasoning = next((message[name] for name in _REASONING if message.get(name)), None)
-        if isinstance(reasoning, str) and reasoning.strip() not in text[begin:]:
+        written = [_reasoning(message), *(block[2] for block in _BLOCK.finditer(message["content"]))]
+        if any(reasoning.strip() not in text[begin:] for reasoning in written):
             raise OlpackError("the base's chat template does not write the reasoning of an answer, so the model would not see it.",
-                              "Take a base whose template knows reasoning, write it into the answer, or remove the field.")
+                              "Take a base whose template knows reasoning, write it as plain text, or remove it.")
         for what, names, place in (
             ("`tools` of a row", [tool["function"]["name"] for tool in tools or []], 0),
             ("tool calls of an answer", [call["function"]["name"] for call in message.get("tool_calls", [])], begin),
@@ -241,6 +277,45 @@ def _begins_within(start: int, offsets: list[tuple[int, int]], ends: list[int]) 
     """Whether a character stands inside of a token, and not at its beginning."""
     at = bisect_right(ends, start)
     return at < len(offsets) and offsets[at][0] < start
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A block that a generation prompt leaves open: its mark, the same with the white space behind it, and the mark that closes it."""
+
+    begin: str
+    text: str
+    end: str
+
+
+def _opened(asked: str) -> _Opened | None:
+    """The block that is open at the end of a generation prompt, None where it ends with no mark."""
+    for begin, end in _PAIRS:
+        if found := re.search(rf"({begin})\s*\Z", asked):
+            return _Opened(found[1], found[0], re.sub(begin, end, found[1]))
+    return None
+
+
+def _beyond(asked: str, whole: str, part: int, header: int | None) -> str:
+    """What an answered conversation has beyond a generation prompt that parts from it.
+
+    Args:
+        part: where they part.
+        header: where the answer's own text begins; None where the template writes its reasoning before it.
+    """
+    part = re.search(r"([<\[][^<>\[\]\s]*)?\Z", asked[:part]).start()  # no mark is cut in two
+    if header is None:
+        mark = _opened(asked[:part])
+        return whole[part - len(mark.text) if mark and mark.end in asked[part:] else part :]
+    lead = whole[part:header]
+    twice = max(size for size in range(len(lead) + 1) if asked.endswith(lead[:size]))
+    return lead[twice:] + whole[header:]
+
+
+def _reasoning(message: dict) -> str:
+    """The reasoning that stands in a field of its own, "" where there is none."""
+    found = next((message[name] for name in _REASONING if message.get(name)), "")
+    return found if isinstance(found, str) else ""
 
 
 def _is_learned(message: dict) -> bool:

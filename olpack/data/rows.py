@@ -26,7 +26,7 @@ class Chat:
         text: a plain text, which is learned from end to end.
         form: that of its file.
         weight: how often it is seen in an epoch.
-        unread: keys of its row that say something and that the form does not read.
+        unread: keys of its row that say something and that the form does not read, by their path; of a message also those for the template.
     """
 
     messages: list[dict]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
-from olpack.data.forms import KEYS, RowError, form_of, to_chat, unread
+from olpack.data.forms import KEYS, RowError, form_of, to_chat
 from olpack.data.hub import HubSet
 from olpack.data.records import SUFFIXES, TOO_DEEP, Record, counts_rows, read_records, without_nulls
 from olpack.data.rows import Chat, Form, Problem
@@ -80,7 +80,7 @@ class Source:
             except RecursionError:
                 yield Problem(source, place, TOO_DEEP, "unreadable")
             else:
-                yield Chat(source=source, form=form, weight=self.weight, unread=unread(form, record.value), **said)
+                yield Chat(source=source, form=form, weight=self.weight, **said)
 
 
 def _files(place: Path) -> list[Path]:
