@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import shutil
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -28,7 +29,8 @@ def compared(tmp_path_factory) -> tuple[Path, Path]:
     root, store = tmp_path_factory.mktemp("state"), tmp_path_factory.mktemp("store")
     make_workspace(root, write_base(root / "model"))
     path = root / "modelfiles/oracle/recipe.yaml"
-    path.write_text(path.read_text().replace("epochs: 12", "epochs: 1").replace("repeats: 1}", "repeats: 1, answer_tokens: 8, reference: false}"))
+    changed = {"epochs: 12": "epochs: 1, quantization: none", "repeats: 1}": "repeats: 1, answer_tokens: 8, reference: false}"}
+    path.write_text(functools.reduce(lambda text, pair: text.replace(*pair), changed.items(), path.read_text()))
     with OllamaDouble(store) as double:
         code, _, said = olpack(root, "build", "oracle", server=double.url)
     assert code == 0, said
@@ -61,6 +63,14 @@ def stale(workspace: Path, server: str | None = None) -> str:
     return Build(load(workspace / "modelfiles/oracle/recipe.yaml"), workspace / "build", server=server).step("compare").reason
 
 
+def test_the_loss_of_the_file_is_that_of_training(workspace):
+    """Chat marks in the rows are tokens and not text (ggml-org/llama.cpp#27371): what was trained is what is scored."""
+    trained = json.loads((workspace / "build/oracle/stages/train.json").read_text())["result"]["eval_loss_after"]
+    found = results_of(workspace)
+    scored = next(quant.perplexity for quant in found.quants if quant.quant == "Q8_0")
+    assert math.log(scored.value) == pytest.approx(trained, abs=0.01) and scored.same_tokens_rows == found.rows.count
+
+
 def test_figures_taken_through_a_server_hold_while_it_is_down(workspace, server):
     path = workspace / "build/oracle/compare/results.json"
     before = path.read_bytes()
@@ -86,7 +96,7 @@ def test_the_hub_gets_the_table_of_figures_taken_through_a_server(workspace, mon
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)  # the stand-in speaks the older way
     with HubDouble() as hub:
         api = huggingface_hub.HfApi(endpoint=hub.url, token="hf_test")
-        monkeypatch.setattr("olpack.deploy.hub.push_to_hub", partial(push_to_hub, api=api))
+        monkeypatch.setattr("olpack.deploy.hub.push_to_hub", functools.partial(push_to_hub, api=api))
         code, _, said = olpack(workspace, "push", "oracle", "--hub", "me/oracle")
         assert code == 0, said
         card = hub.files["me/oracle"]["README.md"].decode()
