@@ -18,7 +18,7 @@ from olpack.quants import quant_type
 from olpack.workspace import file_digest, template_source, value_digest, write_atomically
 
 if TYPE_CHECKING:
-    from olpack.compare import MeasureSettings
+    from olpack.compare import MeasureSettings, Results
     from olpack.pipeline import Build, Step
 
 _ANSWERED = 3  # held-out requests that every quant answers where the recipe has no prompts
@@ -82,22 +82,34 @@ def compare(build: Build, steps: list[Step]) -> None:
                       examples=_examples(build))
     identity = _prompts_said(build) if build.server else None
     outputs = write_outputs(results, paths.compare, template_source("report.html.j2"), paths.adapter / "metrics.jsonl", identity)
-    best = results.recommendation
+    best, unmoved = results.recommendation, False
     if client and best:
-        if all(quant.loss for quant in results.quants):
-            point_latest(client, build.recipe.name, best.tag)
-        else:
-            progress.warn(f"{build.recipe.name}:latest stays what it was: not every quant could be compared.")
-    outcome, again = {"recommended": best.tag if best else None, "served": client is not None}, f"`olpack compare {build.recipe.name}` tries again and keeps what was measured"
+        try:
+            if left_out := _not_compared(build, results):
+                progress.warn(f"{build.recipe.name}:latest stays what it was: {', '.join(left_out)} could not be compared.")
+            else:
+                point_latest(client, build.recipe.name, best.tag)
+        except OlpackError as error:  # what was measured is worth showing all the same
+            unmoved = True
+            progress.warn(f"{build.recipe.name}:latest stays what it was: {error}")
+    outcome = {"recommended": best.tag if best else None, "served": client is not None}
+    again = f"`olpack compare {build.recipe.name}` tries again and keeps what was measured"
     if failed := [quant.quant for quant in results.quants if any(flag.code == "failed" for flag in quant.flags)]:
-        progress.warn(f"{', '.join(failed)} could not be measured; {again}")
+        progress.warn(f"some figures of {', '.join(failed)} could not be measured; {again}")
     if results.flags:
         progress.warn(f"{' '.join(flag.text for flag in results.flags)} So not all that the quants are held against is known; "
                       f"{again}, with `--set compare.reference=false` it does without")
-    if failed or results.flags:
+    if failed or results.flags or unmoved:
         build.remember(step, outcome)
         return
     build.finish(step, outputs, outcome)
+
+
+def _not_compared(build: Build, results: Results) -> list[str]:
+    """Quants that the server has of this package and that the comparison says nothing of: one that failed, or one that `--quant` left out."""
+    compared = {quant.quant for quant in results.quants if quant.loss}
+    there = [*build.step("deploy").inputs["quants"], *(quant.quant for quant in results.quants)]
+    return [quant for quant in dict.fromkeys(there) if quant not in compared]
 
 
 def measure_settings(build: Build) -> MeasureSettings:

@@ -19,7 +19,7 @@ from olpack.compare.language import Scripts
 from olpack.compare.recommend import recommend, set_losses
 from olpack.compare.results import Perplexity, QuantResult
 from olpack.compare.scores import load_function, score_answers
-from olpack.compare.served import compare_served
+from olpack.compare.served import compare_served, settings_for
 from olpack.deploy import protect
 from olpack.deploy.client import OllamaClient, blob_digest
 from olpack.errors import OlpackError
@@ -74,6 +74,22 @@ def test_models_of_others_stay_loaded(client, ollama_double, capsys):
     compare_served(client, ["mine:q8_0"], [], SETTINGS)
     assert list(ollama_double.loaded) == ["theirs:latest"]
     assert capsys.readouterr().err.count("The server also runs theirs:latest, which stays loaded") == 1
+
+
+def test_the_results_name_models_of_others(client, ollama_double):
+    client.generate("theirs:latest", "hi")
+    (quant,) = compare_served(client, ["mine:q8_0"], [], SETTINGS).quants
+    assert quant.speed.others == ["theirs:latest"]
+    assert [(flag.code, flag.serious, flag.text) for flag in quant.flags] == [
+        ("shared", False, "while its speed was measured, the server also kept theirs:latest loaded")
+    ]
+    assert compare_served(client, ["mine:q8_0", "theirs:latest"], [], SETTINGS).quants[0].flags == []
+
+
+def test_a_model_with_a_short_context_is_measured_with_fewer_tokens(client):
+    client.create({"model": "brief:latest", "from": "mine:q8_0", "parameters": {"num_ctx": 64}})
+    settings = settings_for(client, ["mine:q8_0", "brief:latest"], MeasureSettings())
+    assert (settings.context, settings.generated_tokens) == (64, 32)
 
 
 def test_an_incomplete_round_is_tried_again(client, ollama_double, tmp_path):

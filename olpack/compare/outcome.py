@@ -18,6 +18,11 @@ from olpack.tasks import Task
 def quant_result(units: Units, speed: Speed | None, problems: Sequence[OlpackError], **identity: Any) -> QuantResult:
     """One file or model: what is known of it, what went wrong as flags, and `identity`, which are fields of `QuantResult`."""
     scores = [score for unit, data in units.found.items() if unit.startswith(suite_unit("")) for score in data["scores"]]
+    # The same crash ends every measurement: one flag is enough. A file whose quality is known can be recommended without its speed.
+    flags = [Flag(code="failed", text=text, serious="perplexity" not in units.found) for text in dict.fromkeys(str(error) for error in problems)]
+    if speed and speed.others:
+        text = f"while its speed was measured, the server also kept {', '.join(speed.others)} loaded"
+        flags.append(Flag(code="shared", text=text, serious=False))
     return QuantResult(
         **identity,
         speed=speed,
@@ -28,8 +33,7 @@ def quant_result(units: Units, speed: Speed | None, problems: Sequence[OlpackErr
         task_answers=units.answers("tasks"),
         scores=units.get("scores", Scores),
         suites=[SuiteScore.model_validate(score) for score in scores],
-        # The same crash ends every measurement: one flag is enough. A file whose quality is known can be recommended without its speed.
-        flags=[Flag(code="failed", text=text, serious="perplexity" not in units.found) for text in dict.fromkeys(str(error) for error in problems)],
+        flags=flags,
     )
 
 

@@ -75,6 +75,7 @@ class Speed(_Record):
         "(weights, KV cache, compute buffers; not what lies on a GPU). Through a server: what /api/ps calls size",
     )
     gpu_memory_bytes: int | None = Field(None, description="through a server: what /api/ps calls size_vram; embedded: null")
+    others: list[str] = Field([], description="through a server: models beside the measured ones that it kept loaded meanwhile")
 
 
 class Perplexity(_Record):
@@ -165,7 +166,7 @@ class TaskAsked(_Record):
 class Flag(_Record):
     """Something that a person should know before choosing this quant."""
 
-    code: Literal["failed", "broken", "tokenizer", "empty", "looping", "endless", "script", "reasoning", "same_types", "neighbours", "reference"]
+    code: Literal["failed", "broken", "tokenizer", "empty", "looping", "endless", "script", "reasoning", "same_types", "shared", "neighbours", "reference"]
     text: str
     serious: bool = Field(description="a quant with a serious flag is never recommended")
 

@@ -37,6 +37,7 @@ class SpeedRound(BaseModel):
     memory_bytes: int | None
     gpu_memory_bytes: int | None = None
     problems: list[str] = []
+    others: list[str] = []  # models of others that the server ran meanwhile
 
 
 def visits(count: int) -> list[tuple[int, int]]:
@@ -75,4 +76,5 @@ def put_together(rounds: Sequence[SpeedRound], *, engine: str, threads: int | No
         joules_per_token=Spread.of(joules) if joules else None,
         peak_memory_bytes=max((one.memory_bytes for one in rounds if one.memory_bytes is not None), default=None),
         gpu_memory_bytes=max((one.gpu_memory_bytes for one in rounds if one.gpu_memory_bytes is not None), default=None),
+        others=sorted({model for one in rounds for model in one.others}),
     )

@@ -121,6 +121,7 @@ def _identity(model: ListResponse.Model) -> dict:
 
 
 def settings_for(client: OllamaClient, models: Sequence[str], settings: MeasureSettings) -> MeasureSettings:
-    """The settings with a context that every model has: the smallest `num_ctx` they are registered with, 4,096 where none says."""
-    contexts = [shown.parameters.get("num_ctx", 4096) for model in models if (shown := client.show(model))]
-    return replace(settings, context=min(contexts, default=4096))
+    """The settings with a context that every model has: the smallest `num_ctx` they are registered with, 4,096 where none says. In a short one
+    fewer tokens are generated, so that a prompt has its place."""
+    context = min((shown.parameters.get("num_ctx", 4096) for model in models if (shown := client.show(model))), default=4096)
+    return replace(settings, context=context, generated_tokens=min(settings.generated_tokens, context // 2))

@@ -54,6 +54,7 @@ class ServedSpeed:
         self._client, self._models, self._settings = client, models, settings
         self._words = _Words()
         self._foreign: set[str] = set()  # models of others that a warning has named
+        self._others: set[str] = set()  # those that were loaded in this round
 
     def round(self, model: str, repeats: int, first: bool) -> Iterator[tuple[int, int] | SpeedRound]:
         """Visit a model: (done, total) any number of times, then the round.
@@ -68,7 +69,7 @@ class ServedSpeed:
         Raises:
             OlpackError: the server does not run the model at all.
         """
-        settings = self._settings
+        settings, self._others = self._settings, set()
         lengths, problems = dict.fromkeys(min(length, settings.context - settings.generated_tokens) for length in settings.prompt_lengths), []
         done, total = 0, _LOADS + first + (len(lengths) + 1) * (repeats + 1)
         for one in self._models:
@@ -111,7 +112,7 @@ class ServedSpeed:
         yield SpeedRound(
             context=context, loads_s=loads[first:] if counts_loads else [], prompts=prompts, generation_tokens_per_s=rates,
             joules_per_token=energies if running and running.size_vram else [], memory_bytes=running and running.size,
-            gpu_memory_bytes=running and running.size_vram, problems=list(dict.fromkeys(problems)),
+            gpu_memory_bytes=running and running.size_vram, problems=list(dict.fromkeys(problems)), others=sorted(self._others),
         )  # fmt: skip
 
     @staticmethod
@@ -199,8 +200,9 @@ class ServedSpeed:
         return {tag.model.casefold(): tag.digest for tag in self._client.tags()}
 
     def _warn_of_others(self, loaded: Sequence[ProcessResponse.Model]) -> None:
-        others = {entry.model for entry in loaded if not any(self._is(entry, ours) for ours in self._models)} - self._foreign
-        if others:
+        found = {entry.model for entry in loaded if not any(self._is(entry, ours) for ours in self._models)}
+        self._others |= found
+        if others := found - self._foreign:
             self._foreign |= others
             stay = "stays" if len(others) == 1 else "stay"
             progress.warn(f"The server also runs {', '.join(sorted(others))}, which {stay} loaded: memory is short by that, and speeds come out lower "

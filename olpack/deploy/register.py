@@ -256,6 +256,8 @@ def _short(value: object) -> str:
 def point_latest(client: OllamaClient, name: str, tag: str) -> None:
     digests = {canonical(listed.model): listed.digest for listed in client.tags()}
     source, latest = f"{name}:{tag}", f"{name}:latest"
+    if canonical(source) not in digests:
+        raise OlpackError(f"The Ollama server at {client.url} has no {source} any more.", f"Run `olpack deploy {name}`.")
     if digests.get(canonical(latest)) != digests[canonical(source)]:
         client.copy(source, latest)
         progress.say(f"{latest} is {source}")
