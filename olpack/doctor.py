@@ -159,11 +159,12 @@ def print_findings(findings: list[Finding]) -> None:
     """The findings as a table; remedies below it."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    console = Console()
+    console = Console(markup=False, emoji=False)
     table = Table(box=None, pad_edge=False, show_header=False)
-    marks = {"ready": "[green]✓[/]", "missing": "[yellow]–[/]", "broken": "[red]✗[/]"}
+    marks = {"ready": Text("✓", "green"), "missing": Text("–", "yellow"), "broken": Text("✗", "red")}
     for finding in findings:
-        remedy = f"\n[dim]{finding.remedy}[/]" if finding.remedy else ""
-        table.add_row(marks[finding.state], finding.part, finding.detail + remedy)
+        remedy = [(f"\n{finding.remedy}", "dim")] if finding.remedy else []
+        table.add_row(marks[finding.state], finding.part, Text.assemble(finding.detail, *remedy))
     console.print(table, highlight=False)

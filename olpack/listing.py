@@ -72,7 +72,7 @@ def print_packages(rows: list[dict[str, Any]]) -> None:
         registered = "no server" if row["registered"] is None else "\n".join(row["registered"]) or "–"
         recipe = "ships with olpack" if row["shipped"] else row["recipe"]
         table.add_row(row["name"], recipe, "yes" if row["trained"] else "no", built, row["recommended"] or "–", registered)
-    Console().print(table, highlight=False)
+    Console(markup=False, emoji=False).print(table, highlight=False)
 
 
 def print_facts(facts: dict[str, Any]) -> None:
@@ -101,4 +101,4 @@ def print_facts(facts: dict[str, Any]) -> None:
         table.add_row("prompt", facts["prompt"])
     for unit, reason in facts["stale"].items():
         table.add_row("stale", f"{unit}: {reason}")
-    Console().print(table, highlight=False, markup=False)
+    Console(markup=False, emoji=False).print(table, highlight=False, markup=False)

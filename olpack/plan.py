@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from olpack import progress
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from olpack.data import TokenRow
-    from olpack.export import ExportPlan
+    from olpack.export import ExportPlan, TokenDifference, TokenText
     from olpack.pipeline import Build, Step
     from olpack.train.fit import Fit
 
@@ -96,9 +97,11 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
         exported = check_export(
             build.base.path, quants + _for_a_while(build, stale), name=build.model_name, out=build.paths.gguf(quants[0]).parent,
             importance="later" if importance == build.paths.importance else importance, tensor_types=build.recipe.export.tensor_types,
+            texts=_texts(build),
         )  # fmt: skip
         for warning in exported.warnings:
             progress.warn(warning)
+        _judge_tokens(build, exported.differences)
     if stages & {"train", "export", "compare"}:
         rows, _ = build.rows
         if build.renderer.end_of_turn() is None and "stop" not in build.package.parameters:
@@ -122,6 +125,7 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
     if "train" in stages:
         from olpack.train.checks import check_training
         from olpack.train.launch import launcher
+        from olpack.train.methods import experts_left_out
         from olpack.train.metrics import check_trackers
         from olpack.train.model import pick_device
 
@@ -129,6 +133,8 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
             progress.warn(f"config.json of {build.base.label} says that the weights are quantized by bitsandbytes, and none of them is: they are taken "
                           "as they are.")
         check_training(build.base, build.recipe.train, on_gpu=pick_device().type == "cuda")
+        if left_out := experts_left_out(build.base, build.recipe.train):
+            progress.warn(left_out)
         launcher(build.recipe.train)
         check_trackers(build.recipe.train.trackers)
         need = _adapter_parameters(build) * 4 * _CHECKPOINTS + (sum(exported.sizes.values()) if exported else 0)
@@ -158,6 +164,40 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
         if "deploy" in stages:
             check_server(build)
     return exported
+
+
+_MADE_UP = "the conversation with "  # before the label of one that olpack made up
+
+
+def _texts(build: Build) -> list[TokenText]:
+    """All rows as training tokenizes them, and the conversations that templates and servers get wrong."""
+    from olpack.deploy.identity import HARD
+    from olpack.export import TokenText
+
+    renderer, rows = build.renderer, [row for side in build.rows for row in side]
+    texts = [TokenText(row.source, [row.text[start:end] for start, end in pairwise([0, *row.cuts, len(row.text)])], list(row.ids)) for row in rows]
+    for label, conversation in HARD.items():
+        try:
+            text = renderer.text(conversation, ask=True)
+        except Exception:  # a conversation that the template refuses cannot be served either
+            continue
+        texts.append(TokenText(f"{_MADE_UP}{label}", [text], renderer.tokens(text)[0]))
+    return texts
+
+
+def _judge_tokens(build: Build, differences: list[TokenDifference]) -> None:
+    """Refuse to train on rows that llama.cpp would read as other tokens; warn of made-up conversations that it would.
+
+    Raises:
+        OlpackError: with the first of the rows.
+    """
+    for found in sorted(differences, key=lambda found: found.source.startswith(_MADE_UP)):
+        trained, read, before = (" ".join(map(repr, build.renderer.tokenizer.convert_ids_to_tokens(ids))) for ids in (found.trained, found.read, found.before))
+        text = f"llama.cpp reads {found.source} as other tokens than training does: {read} in place of {trained}, after {before or 'nothing'}"
+        if not found.source.startswith(_MADE_UP):
+            raise OlpackError(f"{text}. None of its pre-tokenizers splits the rows as the base's tokenizer does.",
+                              "Take the tokenizer files from the model's publisher, or another base.")
+        progress.warn(f"{text}.")
 
 
 def _check_served(build: Build) -> None:
@@ -316,7 +356,7 @@ def print_plan(plan: dict) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(soft_wrap=False, markup=False)  # a path or a reason may hold what reads like markup
+    console = Console(soft_wrap=False, markup=False, emoji=False)  # a path or a reason may hold what reads like markup
     found = plan["estimate"]
     counts = f"  {found['parameters'] / 1e6:,.1f} M parameters, builds into {plan['build']}"
     console.print(Text.assemble((plan["name"], "bold"), counts), highlight=False)

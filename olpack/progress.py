@@ -179,8 +179,8 @@ def _make_bars():
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    return Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(),
-                    TextColumn("{task.fields[note]}"), console=Console(stderr=True), transient=True)
+    return Progress(TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(),
+                    TextColumn("{task.fields[note]}", markup=False), console=Console(stderr=True, markup=False, emoji=False), transient=True)
 
 
 def quantity(amount: float, unit: str = "") -> str:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from olpack import progress
 from olpack.errors import OlpackError
 from olpack.export import ExportedFile, Target, export
 from olpack.quants import bytes_of, quant_type
@@ -46,7 +47,10 @@ def quantize(
     targets = [Target(quant, out / f"{file_name}-{quant}.gguf") for quant in names]
     if path.is_file() and path.resolve() in (target.path.resolve() for target in targets):
         raise OlpackError(f"'{source}' would be replaced by what is made from it.", "Give another folder with --out, or another --name.")
-    return export(path, targets, adapter=adapter, name=title, split=limit, importance=importance)
+    files = export(path, targets, adapter=adapter, name=title, split=limit, importance=importance)
+    for warning in files[0].warnings if files else ():
+        progress.warn(warning)
+    return files
 
 
 def _find(source: str) -> tuple[Path, str]:
@@ -86,4 +90,4 @@ def print_files(files: Sequence[ExportedFile]) -> None:
         paths = [part.path for part in file.parts] or [file.path]
         shown = [str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path) for path in paths]
         table.add_row(file.quant, quantity(file.size, "B"), f"{file.bits_per_weight:.2f}", "\n".join(shown))
-    Console().print(table, highlight=False)
+    Console(markup=False, emoji=False).print(table, highlight=False)

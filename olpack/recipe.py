@@ -143,7 +143,8 @@ class Train(_Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input."""
     target_modules: str | list[str] = "all-linear"
-    """Layers that get an adapter: `all-linear` (every linear layer of the text model but the output head) or a list of names."""
+    """Layers that get an adapter: `all-linear` (every linear layer of the text model but the output head), a list of names, or a regular
+    expression for full names, all of which it must match, as in peft."""
     modules_to_save: list[str] = Field(default_factory=list)
     """Modules that are trained as a whole besides and replaced in the export, such as embed_tokens, lm_head or norm."""
     epochs: Annotated[float, Field(gt=0)] = 2

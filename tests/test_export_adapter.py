@@ -104,7 +104,7 @@ def refused(base: Path, adapter: Path) -> str:
     ({"lora_bias": True}, "uses biases in its B matrices (lora_bias)"),
     ({"init_lora_weights": "pissa_niter_4"}, "began as 'pissa_niter_4', which also changes the base's weights"),
     ({"r": 16}, "has rank 4, and its configuration says 16"),
-    ({"trainable_token_indices": [1, 2]}, "uses single trained tokens"),
+    ({"trainable_token_indices": [1, 2]}, "names single trained tokens, and its file holds none"),
 ])  # fmt: skip
 def test_an_adapter_that_is_more_than_a_product_is_refused(base, adapter, settings, reason):
     change_config(adapter, **settings)
@@ -118,11 +118,6 @@ def test_an_adapter_for_another_base_is_refused(base, tmp_path):
     deeper = write_model(tmp_path / "deeper", num_hidden_layers=3)
     message = refused(base, write_adapter(tmp_path / "deep", deeper, target_modules=["q_proj"]))
     assert "it changes 'model.layers.2.self_attn.q_proj.weight', which the base does not have" in message
-
-
-def test_a_change_of_a_tied_matrix_is_refused(base, tmp_path):
-    adapter = write_adapter(tmp_path / "adapter", base, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
-    assert "uses one matrix as embedding and as output layer" in refused(base, adapter)
 
 
 def test_a_vera_without_its_shared_matrices_is_refused(base, tmp_path):

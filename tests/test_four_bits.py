@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from four_bits_reference import dequantized
@@ -30,6 +32,8 @@ def _zeros(kernel, packed, scales, block, kind, shape, dtype):
 @pytest.fixture(params=["as it is", _neighbour, _zeros])
 def kernel(request):
     """The library's kernel on this machine, and two damaged ones in its place. Nothing of it stays."""
+    import bitsandbytes  # noqa: F401, which would register its own over a damaged one
+
     four_bits.check_kernel.cache_clear()
     damaged = None
     if request.param != "as it is":
@@ -95,3 +99,10 @@ def test_a_kernel_that_is_right_stays(kernel):
         right.impl("dequantize_4bit", four_bits.dequantize, "CPU")
         assert four_bits.check_kernel() is None
         right._destroy()
+
+
+def test_bitsandbytes_asks_for_no_package_and_may_say_all_else(caplog):
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please make sure you already `pip install kernels`", "no")
+    logger.warning("another one")
+    assert [record.getMessage() for record in caplog.records] == ["another one"]

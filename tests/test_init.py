@@ -39,7 +39,7 @@ def test_the_recipe_holds_the_defaults_and_what_was_said(system):
     assert found.modelfile == recipe.Modelfile(system=system, parameters=PARAMETERS)
     plain = recipe.Recipe(base=found.base, data=recipe.Data(train=found.data.train))
     assert found.model_dump(exclude={"modelfile"}) == plain.model_dump(exclude={"modelfile"})
-    assert len(load_chats(found.folder / found.data.train)) == 104
+    assert len(load_chats(found.folder / found.data.train)) == len(ROWS.read_text("utf-8").splitlines())
 
 
 def test_a_base_and_rows_are_named_from_where_the_recipe_is(here):

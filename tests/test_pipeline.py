@@ -405,6 +405,46 @@ def test_a_server_gets_every_quant_and_latest(workspace, ollama_double):
     assert json.loads(printed)["done"] == ["deploy"]
 
 
+def test_figures_taken_through_a_server_hold_while_it_is_down(workspace, ollama_double):
+    code, _, said = olpack(workspace, "build", "oracle", server=ollama_double.url)
+    assert code == 0, said
+    results = (workspace / "build/oracle/compare/results.json").read_bytes()
+    assert "Ollama" in json.loads(results)["quants"][0]["speed"]["engine"]
+    code, printed, said = olpack(workspace, "build", "oracle", "--json")  # the server is down now
+    assert code == 0 and json.loads(printed)["done"] == [], said
+    assert (workspace / "build/oracle/compare/results.json").read_bytes() == results
+    # A record of an earlier version has the server's address among the inputs, and holds as well.
+    path = workspace / "build/oracle/stages/compare.json"
+    record = json.loads(path.read_text())
+    del record["result"]["served"]
+    path.write_text(json.dumps(record | {"inputs": record["inputs"] | {"server": "http://somewhere:11434"}}))
+    assert json.loads(olpack(workspace, "build", "oracle", "--json")[1])["done"] == []
+    # One quant of a package that is deployed whole can be compared by itself.
+    code, printed, said = olpack(workspace, "compare", "oracle", "--quant", "Q8_0", "--json", server=ollama_double.url)
+    assert code == 0 and json.loads(printed)["done"] == ["compare"], said
+
+
+def test_a_comparison_that_was_begun_is_called_so(workspace):
+    path = workspace / "build/oracle/stages/compare.json"
+    path.write_text(json.dumps({"inputs": {}, "outputs": {}, "result": {"recommended": "q8_0"}}))
+    assert build_of(workspace).step("compare").reason == "begun and not finished"
+
+
+def test_a_context_without_room_is_refused_before_any_work(workspace):
+    code, _, said = olpack(workspace, "plan", "oracle", "--set", "modelfile.parameters.num_ctx=32", "--set", "compare.generated_tokens=32")
+    assert code == 1 and "num_ctx 32 leaves no room for a prompt beside the 32 tokens" in " ".join(said.split())
+
+
+def test_what_needs_no_weights_fetches_none(workspace, monkeypatch):
+    from olpack import base, memory
+
+    asked = []
+    monkeypatch.setattr("olpack.pipeline.resolve", lambda label, **said: asked.append(said["weights"]) or base.resolve(label, **said))
+    monkeypatch.chdir(workspace)
+    memory.advise(["oracle"], None, 8.0, 16.0, None, "f16", None, None, None)
+    assert asked == [False]
+
+
 def test_what_is_done_with_a_finished_build(workspace, ollama_double, monkeypatch):
     code, printed, _ = olpack(workspace, "show", "oracle", "--json")
     assert code == 0 and set(json.loads(printed)["files"]) == {"Q4_K_M", "Q8_0"}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from gguf import GGUFReader
-from tiny_models import converter, write_adapter, write_model, write_sentencepiece, write_vision_model
+from tiny_models import converter, write_adapter, write_fast_sentencepiece, write_model, write_sentencepiece, write_vision_model
 
 from olpack.base import Base, resolve
 from olpack.errors import OlpackError
@@ -31,26 +31,45 @@ def edit(path: Path, **settings: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
 
 
-def test_a_sentencepiece_vocabulary_has_its_end_of_turn(copy, tmp_path):
-    write_sentencepiece(copy)
-    (file,) = converter().export(copy, [Target("Q8_0", tmp_path / "a.gguf")], end_of_turn="</s>")
-    assert GGUFReader(file.path).fields["tokenizer.ggml.eot_token_id"].contents() == 2
+def sentencepiece_model(folder: Path, kind: str, special: list[str], begin: str, files: list[str], **trainer: object) -> Path:
+    """A model whose tokenizer is in the files named."""
+    write_sentencepiece(folder.parent / "tokenizer", **trainer)
+    size = write_fast_sentencepiece(folder.parent / "tokenizer", special, begin)
+    write_model(folder, kind, vocab_size=size)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    for name in (*files, "tokenizer_config.json"):
+        shutil.copy(folder.parent / "tokenizer" / name, folder)
+    return folder
 
 
-def test_tokens_that_tokenizer_json_calls_special_are_control_tokens(copy, tmp_path):
-    write_sentencepiece(copy)
-    edit_me = copy / "tokenizer.json"
-    edit_me.write_text(json.dumps({"model": {"type": "BPE"}, "added_tokens": [{"id": 300, "content": "x", "special": True}]}))
-    from olpack.export.converter import _mark_special
+@pytest.mark.parametrize("files", [["tokenizer.json"], ["tokenizer.model"], ["tokenizer.json", "tokenizer.model"]])
+def test_a_sentencepiece_vocabulary_has_its_end_of_turn(tmp_path, files):
+    """ggml-org/llama.cpp#14715 and the like: the token's text is compared with text, not with the bytes that the converter keeps."""
+    source = sentencepiece_model(tmp_path / "model", "llama", ["<unk>", "<s>", "</s>"], "<s>", files)
+    (file,) = converter().export(source, [Target("Q8_0", tmp_path / "a.gguf")], end_of_turn="</s>")
+    fields = GGUFReader(file.path).fields
+    ends = [fields[key].contents() for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if key in fields]
+    assert 2 in ends
+    with pytest.raises(OlpackError, match="ends a turn with '<|no|>', which is no token"):
+        converter().export(source, [Target("Q8_0", tmp_path / "b.gguf")], end_of_turn="<|no|>")
 
-    class Types:
-        value = [1] * 400  # noqa: RUF012
 
-    class Writer:
-        kv_data = ({"tokenizer.ggml.token_type": Types},)
-
-    _mark_special(copy, Writer)
-    assert [number for number, kind in enumerate(Types.value) if kind != 1] == [300] and Types.value[300] == 3
+def test_tokens_that_tokenizer_json_calls_special_are_control_tokens(tmp_path):
+    """unslothai/unsloth#5070: Gemma's marks of a turn lie within its SentencePiece table."""
+    marks = ["<start_of_turn>", "<end_of_turn>"]
+    source = sentencepiece_model(
+        tmp_path / "model", "gemma3_text", ["<pad>", "<eos>", "<bos>", "<unk>", *marks], "<bos>", ["tokenizer.json", "tokenizer.model"],
+        pad_id=0, eos_id=1, bos_id=2, unk_id=3, pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>", user_defined_symbols=[*marks, "<own>"],
+        add_dummy_prefix=False, remove_extra_whitespaces=False,
+    )  # fmt: skip
+    fast = json.loads((source / "tokenizer.json").read_text())
+    own = {"id": 6, "content": "<own>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    edit(source / "tokenizer.json", added_tokens=[*fast["added_tokens"], own])
+    (file,) = converter().export(source, [Target("Q8_0", tmp_path / "a.gguf")], end_of_turn=marks[1])
+    fields = GGUFReader(file.path).fields
+    assert fields["tokenizer.ggml.token_type"].contents()[:7] == [3, 3, 3, 2, 3, 3, 4]
+    assert fields["tokenizer.ggml.eot_token_id"].contents() == 5
 
 
 @pytest.mark.parametrize("promised", [0, 1])

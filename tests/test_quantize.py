@@ -114,3 +114,20 @@ def test_sizes_are_read_as_people_write_them(text, size):
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(OlpackError, match="is no size"):
         bytes_of(text)
+
+
+def test_quants_that_fall_back_or_agree_are_named(tmp_path):
+    """ggml-org/llama.cpp#28474: rows of 64 fit no K-quant."""
+    narrow = write_model(tmp_path / "narrow", hidden_size=64, intermediate_size=160, num_attention_heads=2, num_key_value_heads=1, head_dim=32)
+    code, printed, said = olpack(tmp_path, narrow, "--quant", "Q4_K_M", "--quant", "Q6_K", "--quant", "Q8_0", "--json")
+    assert code == 0, said
+    assert "Q4_K_M does not fit this model's shapes everywhere:" in " ".join(said.split())
+    assert "Q6_K and Q8_0 have the same type for every tensor of this model: one of them is enough." in " ".join(said.split())
+    by_quant = {row["quant"]: row for row in json.loads(printed)}
+    assert by_quant["Q6_K"]["types"] == by_quant["Q8_0"]["types"] != by_quant["Q4_K_M"]["types"]
+    assert not any(warning.startswith("Q8_0") for warning in by_quant["Q8_0"]["warnings"])
+
+
+def test_nothing_is_said_where_every_type_fits(model, tmp_path):
+    code, _, said = olpack(tmp_path, model, "--quant", "Q4_K_M", "--quant", "Q8_0")
+    assert code == 0 and "does not fit" not in said and "same type" not in said

@@ -104,7 +104,8 @@ def test_the_dequantized_merge_is_what_was_trained_and_the_original_is_not(base,
 
 
 @pytest.mark.parametrize("settings", [{"method": "rslora"}, {"method": "dora"}, {"method": "vera"}, {"initialization": "pissa"},
-                                      {"initialization": "pissa", "method": "rslora"}, {"modules_to_save": ["embed_tokens", "norm"]}],
+                                      {"initialization": "pissa", "method": "rslora"}, {"modules_to_save": ["embed_tokens", "norm"]},
+                                      {"modules_to_save": ["embed_tokens", "lm_head"]}],
                          ids=lambda settings: "-".join(map(str, settings.values())))  # fmt: skip
 def test_on_an_unquantized_base_there_is_one_merge(base, tmp_path, settings):
     model = as_if_trained(base, Train(quantization="none", rank=8, **settings), tmp_path / "adapter")

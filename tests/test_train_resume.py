@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_models import write_model
 from train_child import child
 
@@ -72,3 +74,12 @@ def test_a_checkpoint_that_cannot_be_read_is_said_and_left_aside(tmp_path, capsy
     saved.file.write_bytes(b"half a file")
     assert saved.load(None, None) is None
     assert "cannot be read" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_version_is_named_so(tmp_path, capsys):
+    saved = Checkpoint(tmp_path, "k")
+    record = {"form": 3, "key": "k", "state": {"step": 1, "a field of later": 2}}
+    save_file({"adapter.a": torch.zeros(1)}, saved.file, {name: json.dumps(value) for name, value in record.items()})
+    assert saved.load(None, None) is None
+    printed = capsys.readouterr().err
+    assert "made by another version of olpack" in printed and "cannot be read" not in printed

@@ -129,10 +129,15 @@ def converter() -> Converter:
     return started
 
 
-def write_sentencepiece(folder: Path, vocabulary: int = 400) -> None:
-    """A SentencePiece vocabulary in place of the byte-level one, as Gemma, Mistral and Phi-3 have it."""
+def write_sentencepiece(folder: Path, vocabulary: int = 400, **trainer: object) -> None:
+    """A SentencePiece vocabulary in place of the byte-level one, as Gemma, Mistral and Phi-3 have it.
+
+    Args:
+        trainer: further settings of SentencePiece's trainer.
+    """
     import sentencepiece
 
+    folder.mkdir(exist_ok=True)
     for file in folder.glob("tokenizer*"):
         file.unlink()
     corpus = folder / "corpus.txt"
@@ -144,12 +149,9 @@ def write_sentencepiece(folder: Path, vocabulary: int = 400) -> None:
         model_type="bpe",
         byte_fallback=True,
         character_coverage=1.0,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,
         hard_vocab_limit=False,
         minloglevel=2,
+        **{"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1, **trainer},
     )
     corpus.unlink()
     (folder / "tokenizer.vocab").unlink()
@@ -162,3 +164,22 @@ def write_sentencepiece(folder: Path, vocabulary: int = 400) -> None:
         "chat_template": CHAT_TEMPLATE,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def write_fast_sentencepiece(folder: Path, special: list[str], begin: str = "<s>") -> int:
+    """The tokenizer.json that belongs to a folder's tokenizer.model, with `special` as special tokens. Returns the number of its tokens."""
+    import sentencepiece
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    vocabulary = {pieces.id_to_piece(number): number for number in range(pieces.get_piece_size())}
+    pairs = [(number, piece[:at], piece[at:]) for piece, number in vocabulary.items() for at in range(1, len(piece))]
+    merges = [pair for _, *pair in sorted(pairs) if vocabulary.keys() >= set(pair)]
+    tokenizer = Tokenizer(models.BPE(vocabulary, [tuple(pair) for pair in merges], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    spaces = [normalizers.Replace(" ", "▁")]
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), *spaces] if begin == "<s>" else spaces)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, vocabulary[begin])])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return len(vocabulary)

@@ -59,7 +59,7 @@ def print_changes(found: list[Change], old: Results) -> None:
 
     from olpack.compare.table import plain
 
-    console = Console()
+    console = Console(markup=False, emoji=False)
     told = [change for change in found if change.verdict != "same"]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for title, justify in (("quant", "left"), ("figure", "left"), ("before", "right"), ("after", "right"), ("change", "right"), ("", "left")):

@@ -55,7 +55,7 @@ def events(job: Job) -> Iterator[dict]:
 
 
 def _death(path: Path, code: int, errors: str) -> OlpackError:
-    if code == -signal.SIGKILL:
+    if code < 0 and code == -getattr(signal, "SIGKILL", 0):
         return OlpackError(
             f"The process that measured {path.name} was killed from outside, most likely because memory ran out.",
             "Close what else runs, or load with a shorter context (num_ctx).",

@@ -211,6 +211,7 @@ class BaseResult(_Record):
     quant: str = Field(description='"Q8_0"')
     perplexity: Perplexity | None = None
     divergence: Divergence | None = Field(None, description="from the unquantized fine-tune")
+    task_answers: list[Answer] | None = Field(None, description="one per task, in the order of `Results.tasks`")
     scores: Scores | None = None
 
 

@@ -19,7 +19,7 @@ def print_table(results: Results, console: Console | None = None) -> None:
 
     The tables fit 80 columns and hold the medians of the repeats.
     """
-    console = console or Console()
+    console = console or Console(markup=False, emoji=False)
     chosen = results.recommendation.tag if results.recommendation else None
     # Quality has a table of its own where there is more of it than the perplexity.
     compared = results.reference is not None or any(quant.divergence or quant.scores for quant in results.quants)

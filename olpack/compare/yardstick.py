@@ -113,6 +113,7 @@ def hold(yardstick: Yardstick, job: Job, depends: dict[str, dict], cache: Cache,
             quant=yardstick.base_quant,
             perplexity=base.get("perplexity", Perplexity),
             divergence=base.get("divergence", Divergence),
+            task_answers=base.answers("tasks"),
             scores=base.get("scores", Scores),
         )
     return held

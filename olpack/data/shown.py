@@ -19,7 +19,7 @@ def print_report(report: Report) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     for finding in report.findings:
         style = None if finding.fails else "yellow"
         console.print(Text(f"{finding.place}: {'' if finding.fails else 'warning: '}{finding.text}", style=style or ""), soft_wrap=True)
@@ -73,7 +73,7 @@ def print_row(row: TokenRow, renderer: Renderer, title: str) -> None:
     """
     from rich.console import Console
 
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     colours = console.is_terminal and not console.no_color
     counts = f"{len(row.ids):,} tokens, {row.learned_count:,} learned ({row.learned_count / len(row.ids):.0%})"
     legend = "learned in green, special tokens in magenta" if colours else f"what is learned stands in {BEGIN} {END}"

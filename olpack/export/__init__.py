@@ -15,9 +15,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from olpack.export.job import ExportedFile, ExportedPart, ExportPlan, Target
+from olpack.export.job import ExportedFile, ExportedPart, ExportPlan, Target, TokenDifference, TokenText
 
-__all__ = ["ExportPlan", "ExportedFile", "ExportedPart", "Target", "check_export", "collect_importance", "export", "measure_sensitivity"]
+__all__ = [
+    "ExportPlan",
+    "ExportedFile",
+    "ExportedPart",
+    "Target",
+    "TokenDifference",
+    "TokenText",
+    "check_export",
+    "collect_importance",
+    "export",
+    "measure_sensitivity",
+]
 
 
 def check_export(
@@ -29,6 +40,7 @@ def check_export(
     out: Path | None = None,
     importance: Path | Literal["later"] | None = None,
     tensor_types: Mapping[str, str] = {},
+    texts: Sequence[TokenText] = (),
 ) -> ExportPlan:
     """Find whatever would fail in an export, before anything is trained. Takes seconds and writes nothing.
 
@@ -40,6 +52,7 @@ def check_export(
         out: folder that the files will go to; its free space is checked when given.
         importance: as for `export`; "later" where it will be collected on this very model.
         tensor_types: as for `export`.
+        texts: what training tokenizes; llama.cpp's tokens of each are compared with training's.
 
     Raises:
         OlpackError: no model folder, no tokenizer, pickle weights only, a truncated or missing safetensors file, an architecture
@@ -51,7 +64,8 @@ def check_export(
     from olpack.export.client import worker
 
     with worker() as converter:
-        return converter.check(source, quants, adapter=adapter, name=name, out=out, importance=importance, tensor_types=tensor_types)
+        return converter.check(source, quants, adapter=adapter, name=name, out=out, importance=importance, tensor_types=tensor_types,
+                               texts=texts)  # fmt: skip
 
 
 def export(

@@ -12,11 +12,14 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import regex
+
 from olpack.errors import OlpackError
+from olpack.export.experts import Stack, find_stacks
 from olpack.export.folder import TensorHeader, read_safetensors_header
 from olpack.held import Held
 
@@ -26,13 +29,15 @@ if TYPE_CHECKING:
 _PREFIX = "base_model.model."
 _NORMS = "lora_magnitude_vector"
 _VECTORS = ("vera_lambda_b", "vera_lambda_d")
+_HEAD = "lm_head.weight"
+_PATTERN_SECONDS = 2  # for one comparison of a name with a pattern of an adapter's configuration
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
+_TOKENS = "trainable_tokens_delta"
 _SHARED = ("base_model.vera_A", "base_model.vera_B")
 
 # Settings of peft under which W + scale * B @ A is not what was trained, and what they mean.
 _REFUSED = {
     "lora_bias": "biases in its B matrices", "layer_replication": "repeated layers",
-    "target_parameters": "bare parameters as targets", "trainable_token_indices": "single trained tokens",
     "alora_invocation_tokens": "an activation by tokens (aLoRA)", "use_qalora": "QALoRA", "use_bdlora": "block-diagonal LoRA",
     "arrow_config": "Arrow routing", "kasa_config": "KaSA", "monteclora_config": "MonteCLoRA",
 }  # fmt: skip
@@ -52,6 +57,7 @@ class LowRank:
     transposed: bool  # the base stores this weight as [in, out]
     magnitude: str | None = None  # the name of DoRA's norms, [out]
     vectors: tuple[str, str] | None = None  # the names of VeRA's vectors, [out] and [rank]
+    stack: Stack | None = None  # A and B are of all experts of a layer
 
     def factors(self, file: Any, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
         """B [rows, rank] and A [rank, columns] in float32, from the open safetensors. Cloned, because the last bit of a product depends on how
@@ -74,6 +80,10 @@ class Adapter:
         low_rank: weights that get an addition.
         replaced: tensors that were trained as a whole (`modules_to_save`, biases), by the name in the adapter's file.
         held: how training held the base, where the adapter is to be added to that; with the weights that were held so.
+        tokens: rows of an embedding or output layer that were trained by themselves, as (name in the file, row numbers); they replace the base's.
+        untied: the output layer that the base has not, because it uses its embedding as such, to the embedding's name: training made two
+            matrices of the one.
+        vocabulary: rows of the embedding where training changed their number.
     """
 
     file: Path
@@ -81,18 +91,25 @@ class Adapter:
     replaced: dict[str, str]
     held: Held | None = None
     held_weights: frozenset[str] = frozenset()
+    tokens: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    untied: dict[str, str] = field(default_factory=dict)
+    vocabulary: int | None = None
 
     @property
     def tensors(self) -> set[str]:
-        """The base's tensors that are changed."""
-        return {*self.low_rank, *self.replaced, *self.held_weights}
+        """The base's tensors that are changed, and an output layer that it has not."""
+        return {*self.low_rank, *self.replaced, *self.tokens, *self.untied, *self.held_weights}
+
+    def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a changed tensor, from that of the base's."""
+        return (self.vocabulary, *shape[1:]) if self.vocabulary and name.endswith((*_EMBEDDINGS, _HEAD)) else tuple(shape)
 
     def apply(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """The changed tensor in float32.
 
         Args:
             name: of the tensor in the base, one of `tensors`.
-            weight: the base's values, any floating dtype.
+            weight: the base's values, any floating dtype; for one of `untied` those of the embedding.
         """
         import torch
         from safetensors import safe_open
@@ -100,9 +117,15 @@ class Adapter:
         with safe_open(str(self.file), framework="pt") as file:
             if name in self.replaced:  # for a targeted embedding peft saves the base's matrix too
                 weight = file.get_tensor(self.replaced[name])
+            if name in self.tokens:
+                key, rows = self.tokens[name]
+                return weight.to(torch.float32).index_copy(0, torch.tensor(rows), file.get_tensor(key).to(torch.float32))
             if name not in self.low_rank:
                 return self.held.round_trip(weight) if name in self.held_weights else weight.to(torch.float32)
             change = self.low_rank[name]
+            if change.stack is not None:
+                b, a = (file.get_tensor(key).to(torch.float32) for key in (change.b, change.a))
+                return change.stack.delta(b, a).mul_(change.scale).add_(weight)
             rows, columns = weight.shape[::-1] if change.transposed else weight.shape
             b, a = change.factors(file, rows, columns)
             norms = file.get_tensor(change.magnitude).to(torch.float32) if change.magnitude else None
@@ -130,13 +153,14 @@ class Adapter:
         return self.held.round_trip(weight), b[:, :rank].contiguous(), a[:rank]
 
 
-def read_adapter(folder: Path, base: Mapping[str, TensorHeader], *, dequantized: bool = False) -> Adapter:
+def read_adapter(folder: Path, base: Mapping[str, TensorHeader], *, dequantized: bool = False, tied: bool = False) -> Adapter:
     """Read an adapter's configuration and header, and find the base's tensor for each of its own.
 
     Args:
         folder: holds adapter_config.json and adapter_model.safetensors.
         base: the base's tensors by their names in its checkpoint, those of a quantized one as `dequantized_headers` gives them.
         dequantized: add to the weights as training held them, which `settings.json` beside the adapter tells.
+        tied: the base's configuration says that one matrix is embedding and output layer; a base without an output layer is so in any case.
 
     Raises:
         OlpackError: no LoRA adapter, a kind that cannot be merged this way, or one for another base.
@@ -144,61 +168,189 @@ def read_adapter(folder: Path, base: Mapping[str, TensorHeader], *, dequantized:
     config = _read_config(folder)
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
+        if (folder / "adapters.safetensors").is_file():
+            raise _of_mlx(folder)
         raise OlpackError(
             f"'{folder}' has no adapter_model.safetensors.", "Save the adapter with save_pretrained (safetensors, not pickle)."
         )
     header = read_safetensors_header(file)
-    names = BaseNames(base, config)
+    names = BaseNames(base)
+    reader = _Reader(folder, config, header, base, names)
+    # Matrices that were trained as a whole come first, because an addition to one has its shape.
+    parsed = [(key, *_parse(key, folder)) for key in sorted(header)]
+    for key, module, kind in sorted(parsed, key=lambda one: one[2] != "whole"):
+        reader.take(key, module, kind)
+    low_rank, replaced, tokens = reader.low_rank, reader.replaced, reader.tokens
+    if not low_rank and not replaced and not tokens:
+        raise OlpackError(f"The adapter '{folder}' changes nothing: its file holds no tensors.", "Train it again.")
+    if config.get("trainable_token_indices") and not tokens:
+        raise OlpackError(f"The configuration of the adapter '{folder}' names single trained tokens, and its file holds none.",
+                          "It was not saved completely: save it again.")
+    untied = reader.untie(file) if tied or names.headless else {}
+    adapter = Adapter(file, low_rank, replaced, tokens=tokens, untied=untied, vocabulary=reader.vocabulary(untied))
+    if not dequantized:
+        return adapter
+    held = read_held(folder)
+    return replace(adapter, held=held, held_weights=frozenset(names.find(f"{module}.weight") for module in held.modules))
 
-    low_rank: dict[str, LowRank] = {}
-    replaced: dict[str, str] = {}
-    for key, found in sorted(header.items()):
-        module, kind = _parse(key, folder)
+
+class _Reader:
+    """What the tensors of one adapter's file change, taken one after the other."""
+
+    def __init__(self, folder: Path, config: dict, header: Mapping[str, TensorHeader], base: Mapping[str, TensorHeader], names: BaseNames):
+        self._folder, self._config, self._header, self._base, self._names = folder, config, header, base, names
+        self.low_rank: dict[str, LowRank] = {}
+        self.replaced: dict[str, str] = {}
+        self.tokens: dict[str, tuple[str, tuple[int, ...]]] = {}
+
+    def take(self, key: str, module: str, kind: str) -> None:
+        """Note what a tensor of the file does. `module` and `kind` are as `_parse` gives them."""
+        folder, header, names, found = self._folder, self._header, self._names, self._header[key]
         if kind == "whole":
-            name = names.find(module.replace(".modules_to_save.", ".").replace(".base_layer.", "."))
-            _expect_shape(folder, key, found.shape, base[name].shape)
-            replaced[name] = key
+            self._take_whole(key, module)
+        elif kind == _TOKENS:
+            self._take_tokens(key, module)
         elif kind.endswith("A"):
             other = key.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
             if other not in header:
                 raise OlpackError(f"The adapter '{folder}' has '{key}' and no '{other}'.", "It was not saved completely: save it again.")
+            if self._config.get("target_parameters") and names.get(f"{module}.weight") is None:
+                self._take_stack(key, other, module)
+                return
             name = names.find(f"{module}.weight")
-            transposed = kind == "lora_embedding_A" or bool(config.get("fan_in_fan_out"))
+            transposed = kind == "lora_embedding_A" or bool(self._config.get("fan_in_fan_out"))
             product = (header[other].shape[0], found.shape[-1])
-            _expect_shape(folder, key, product[::-1] if transposed else product, base[name].shape)
-            magnitude = next((norms for norms in (f"{_PREFIX}{module}.{_NORMS}", f"{_PREFIX}{module}.{_NORMS}.weight") if norms in header), None)
-            if (magnitude is not None) != bool(config.get("use_dora")):
+            _expect_shape(folder, key, product[::-1] if transposed else product, self._shape(name))
+            stem = key.partition(".lora_")[0]
+            magnitude = next((norms for norms in (f"{stem}.{_NORMS}", f"{stem}.{_NORMS}.weight") if norms in header), None)
+            if (magnitude is not None) != bool(self._config.get("use_dora")):
                 raise OlpackError(
                     f"The adapter '{folder}' {'has' if magnitude else 'lacks'} the norms of DoRA for '{module}', and its configuration says "
-                    f"use_dora: {json.dumps(bool(config.get('use_dora')))}.", "It was not saved completely: save it again."
+                    f"use_dora: {json.dumps(bool(self._config.get('use_dora')))}.", "It was not saved completely: save it again."
                 )  # fmt: skip
             if magnitude is not None:
-                _expect_shape(folder, magnitude, header[magnitude].shape, base[name].shape[1:] if transposed else base[name].shape[:1])
-            low_rank[name] = LowRank(key, other, _scale(config, module, rank=found.shape[0]), transposed, magnitude)
+                shape = self._shape(name)
+                _expect_shape(folder, magnitude, header[magnitude].shape, shape[1:] if transposed else shape[:1])
+            self.low_rank[name] = LowRank(key, other, _scale(folder, self._config, module, rank=found.shape[0]), transposed, magnitude)
         elif kind == _VECTORS[0]:
             vectors = key, key.replace(*_VECTORS)
             if lost := [part for part in (*_SHARED, vectors[1]) if part not in header]:
                 raise OlpackError(f"The adapter '{folder}' has '{key}' and no '{lost[0]}'.",
                                   "Save it with save_projection: true in its configuration.")
             name = names.find(f"{module}.weight")
-            transposed, (a, b) = bool(config.get("fan_in_fan_out")), _SHARED
-            rows, columns = base[name].shape[::-1] if transposed else base[name].shape
+            transposed, (a, b) = bool(self._config.get("fan_in_fan_out")), _SHARED
+            rows, columns = self._shape(name)[::-1] if transposed else self._shape(name)
             if header[key].shape != (rows,) or header[b].shape[0] < rows or header[a].shape[1] < columns:
                 _expect_shape(folder, key, (header[key].shape[0], header[a].shape[1]), (rows, columns))
-            low_rank[name] = LowRank(a, b, 1.0, transposed, vectors=vectors)
+            self.low_rank[name] = LowRank(a, b, 1.0, transposed, vectors=vectors)
         elif kind in (_VECTORS[1], "shared"):
             pass  # read with the vector of the rows
         elif kind == _NORMS:
-            if not any(header.keys() & {f"{_PREFIX}{module}.{a}" for a in ("lora_A.weight", "lora_embedding_A")}):
+            stem = key.partition(_NORMS)[0]
+            if not header.keys() & {f"{stem}lora_A.weight", f"{stem}lora_embedding_A"}:
                 raise OlpackError(f"The adapter '{folder}' has '{key}' without its A matrix.", "It was not saved completely: save it again.")
         elif key.replace("lora_B", "lora_A").replace("lora_embedding_B", "lora_embedding_A") not in header:
             raise OlpackError(f"The adapter '{folder}' has '{key}' without its A matrix.", "It was not saved completely: save it again.")
-    if not low_rank and not replaced:
-        raise OlpackError(f"The adapter '{folder}' changes nothing: its file holds no tensors.", "Train it again.")
-    if not dequantized:
-        return Adapter(file, low_rank, replaced)
-    held = read_held(folder)
-    return Adapter(file, low_rank, replaced, held, frozenset(names.find(f"{module}.weight") for module in held.modules))
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor before low-rank additions."""
+        if name in self.replaced:
+            return self._header[self.replaced[name]].shape
+        return self._base[name if name in self._base else self._names.embedding].shape
+
+    def _take_whole(self, key: str, tensor: str) -> None:
+        if ".original_module." in tensor:  # the matrix before training, which peft saves beside the trained one of a resized vocabulary
+            return
+        tensor = re.sub(r"\.(modules_to_save|token_adapter|base_layer)(?=\.)", "", tensor)
+        name = self._names.find(tensor)
+        shape, wanted = self._header[key].shape, self._shape(name)
+        if name not in self._names.vocabularies or shape[1:] != wanted[1:]:
+            _expect_shape(self._folder, key, shape, wanted)
+        if name not in self.replaced or ".modules_to_save." in key:
+            self.replaced[name] = key
+
+    def _take_tokens(self, key: str, module: str) -> None:
+        asked = self._config.get("trainable_token_indices") or self._config.get("token_indices")
+        if isinstance(asked, dict):
+            asked = next((rows for place, rows in asked.items() if f".{module}".endswith(f".{place}")), next(iter(asked.values()), None))
+        name, shape = self._names.find(f"{module}.weight"), self._header[key].shape
+        if not isinstance(asked, list) or not all(type(row) is int for row in asked) or (len(asked),) != shape[:1]:
+            raise OlpackError(f"The adapter '{self._folder}' holds {shape[0]} trained tokens of '{module}', and its configuration does not name as "
+                              "many.", "It was not saved completely: save it again.")
+        rows, *columns = self._shape(name)
+        _expect_shape(self._folder, key, shape[1:], tuple(columns))
+        if wrong := [row for row in asked if not 0 <= row < rows]:
+            raise OlpackError(f"The adapter '{self._folder}' trained token {wrong[0]}, and the base's embedding has {rows:,} rows.",
+                              "Save it with save_embedding_layers=True, or name the base whose embedding was resized.")
+        self.tokens[name] = key, tuple(asked)
+
+    def _take_stack(self, a: str, b: str, module: str) -> None:
+        shapes = {name: header.shape for name, header in self._base.items()}
+        for name, parameter, rank, stack in find_stacks(self._folder, self._config, module, self._header[a].shape, self._header[b].shape,
+                                                        shapes, self._names.get):
+            self.low_rank[name] = LowRank(a, b, _scale(self._folder, self._config, parameter, rank=rank), transposed=False, stack=stack)
+
+    # -- one matrix as embedding and as output layer ------------------------------------------------------------------------------------------
+
+    def untie(self, file: Path) -> dict[str, str]:
+        """The output layer that training made a matrix of its own, to the embedding's name; none where both are still one.
+
+        peft gives each module its own copy, so what was trained of one leaves the other as it was. Both are one still where it saved one change
+        twice (`ensure_weight_tying`, a resized vocabulary), and where single tokens of the embedding were trained.
+        """
+        embedding, head = self._names.embedding, self._names.head
+        changes = self.low_rank, self.replaced, self.tokens
+        here, there = ([change.get(name) for change in changes] for name in (embedding, head))
+        if not any(here) and not any(there):
+            return {}
+        if here[2] and there != [None] * 3 and not there[2]:
+            raise OlpackError(f"The adapter '{self._folder}' trained single tokens of the embedding and '{head}' otherwise, and the base uses one "
+                              "matrix for both, which peft cannot compute.", "Train one of the two.")
+        only_tokens = here[2] and not here[0] and not any(there)
+        kept = not any(there) and bool(self._config.get("ensure_weight_tying"))
+        if only_tokens or kept or (any(here) and any(there) and self._same(file, here, there)):
+            for change, mine in zip(changes, here, strict=True):
+                change.pop(head, None)
+                if head in self._base and mine:
+                    change[head] = mine
+            return {}
+        return {} if head in self._base else {head: embedding}
+
+    def _same(self, file: Path, here: list, there: list) -> bool:
+        from safetensors import safe_open
+
+        if [bool(change) for change in here] != [bool(change) for change in there]:
+            return False
+        with safe_open(str(file), framework="pt") as opened:
+            (low, whole, tokens), (low_too, whole_too, tokens_too) = here, there
+            if low and not (low.scale == low_too.scale and low.transposed and not low_too.transposed and _equal(opened, low.a, low_too.b, turned=True)
+                            and _equal(opened, low.b, low_too.a, turned=True)):
+                return False
+            if tokens and (tokens[1] != tokens_too[1] or not _equal(opened, tokens[0], tokens_too[0])):
+                return False
+            return not whole or _equal(opened, whole, whole_too)
+
+    def vocabulary(self, untied: Mapping[str, str]) -> int | None:
+        """Rows of the embedding where they are not as many as the base's."""
+        names = [name for name in self._names.vocabularies if name in self._base or name in untied]
+        rows = {name: self._shape(name)[0] for name in names}
+        if len(set(rows.values())) > 1:
+            (one, count), (other, too) = sorted(rows.items(), key=lambda item: item[0] not in self.replaced)[:2]
+            raise OlpackError(f"The adapter '{self._folder}' has {count:,} rows for '{one}', because its vocabulary was resized, and '{other}' has "
+                              f"{too:,}.", "Save it with save_pretrained(…, save_embedding_layers=True), which saves both.")
+        found = next(iter(rows.values()), None)
+        return found if names and found != self._base[self._names.embedding].shape[0] else None
+
+
+def _equal(file: Any, one: str, other: str, *, turned: bool = False) -> bool:
+    import torch
+
+    if turned:
+        return torch.equal(file.get_tensor(one).T, file.get_tensor(other))
+    one, other = file.get_slice(one), file.get_slice(other)
+    if one.get_shape() != other.get_shape() or one.get_dtype() != other.get_dtype():
+        return False
+    return all(torch.equal(one[first : first + 4096], other[first : first + 4096]) for first in range(0, one.get_shape()[0], 4096))
 
 
 def read_held(folder: Path) -> Held:
@@ -222,10 +374,14 @@ def _read_config(folder: Path) -> dict:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         kind = config.get("peft_type")
-    except (ValueError, AttributeError) as error:
-        raise OlpackError(f"'{path}' is no valid adapter configuration: {error}.", "Save the adapter again.") from error
-    if kind not in ("LORA", "VERA"):
+    except (ValueError, AttributeError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise OlpackError(f"'{path}' is no valid adapter configuration: {reason}.", "Save the adapter again.") from error
+    if kind is None and "fine_tune_type" in config:
+        raise _of_mlx(folder)
+    if kind not in ("LORA", "VERA", "TRAINABLE_TOKENS"):
         raise OlpackError(f"The adapter '{folder}' is of the kind {kind}, and only LoRA and VeRA can be merged.", "Train a LoRA adapter.")
+    _check_numbers(path, config)
     for setting, meaning in _REFUSED.items():
         if config.get(setting):
             raise OlpackError(
@@ -241,13 +397,50 @@ def _read_config(folder: Path) -> dict:
     return config
 
 
+def _of_mlx(folder: Path) -> OlpackError:
+    return OlpackError(f"The adapter '{folder}' is one of MLX, whose matrices have other names and sides than peft's.",
+                       "Merge it with mlx_lm.fuse, and name the merged folder as the model.")
+
+
+def _check_numbers(path: Path, config: dict) -> None:
+    """Raises OlpackError where a rank or an alpha is none, or a pattern for them cannot be a pattern."""
+
+    def number(value: object) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+    def refuse(what: str) -> None:
+        raise OlpackError(f"'{path}' is no valid adapter configuration: {what}.", "Save the adapter again.")
+
+    if config["peft_type"] == "LORA" and not number(config.get("lora_alpha")):
+        refuse(f"its lora_alpha is {json.dumps(config['lora_alpha'])} and no number" if "lora_alpha" in config else "it has no lora_alpha")
+    if config.get("r") is not None and not (type(config["r"]) is int and config["r"] > 0):
+        refuse(f"its rank r is {json.dumps(config['r'])}")
+    for setting in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(setting) or {}
+        if not isinstance(patterns, dict) or not all(map(number, patterns.values())):
+            refuse(f"its {setting} is no table of patterns and numbers")
+        for pattern in patterns:
+            try:
+                regex.compile(pattern)
+            except (regex.error, RecursionError) as error:
+                refuse(f"'{pattern}' in its {setting} is no regular expression ({error})")
+
+
 def _parse(key: str, folder: Path) -> tuple[str, str]:
     """(module, "lora_A"), or (tensor, "whole") for one that was trained as a whole."""
     if key in _SHARED:
         return key, "shared"
+    if "_orig_mod." in key:
+        raise OlpackError(f"The adapter '{folder}' holds '{key}': it was saved from a model that torch.compile had wrapped, and peft finds no module "
+                          "of such a name.",
+                          "Save it from the model itself (model._orig_mod.save_pretrained), or take '_orig_mod.' out of the names.")
     if not key.startswith(_PREFIX):
         raise OlpackError(f"The adapter '{folder}' holds '{key}', a name that peft does not give.", "Save it with peft's save_pretrained.")
-    name = key.removeprefix(_PREFIX)
+    name = key
+    while name.startswith(_PREFIX):  # a model that was wrapped twice has the prefix twice
+        name = name.removeprefix(_PREFIX)
+    if match := re.fullmatch(rf"(.+?)(?:\.token_adapter)?\.{_TOKENS}", name):
+        return match[1], _TOKENS
     match = re.fullmatch(rf"(.+)\.(lora_[AB])\.weight|(.+)\.(lora_embedding_[AB])|(.+)\.({_NORMS})(?:\.weight)?", name)
     if match:
         module, kind = (found for found in match.groups() if found)
@@ -270,12 +463,19 @@ def _expect_shape(folder: Path, key: str, got: tuple[int, ...], wanted: tuple[in
         )
 
 
-def _scale(config: dict, module: str, rank: int) -> float:
+def _scale(folder: Path, config: dict, module: str, rank: int) -> float:
     def setting(patterns: dict, default: float) -> float:
         # peft's rule: a pattern is a regular expression for the end of the module's name, the first that fits counts.
-        return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)), default)
+        for pattern, value in patterns.items():
+            try:
+                if regex.match(rf"(.*\.)?({pattern})$", module, timeout=_PATTERN_SECONDS):
+                    return value
+            except TimeoutError:
+                raise OlpackError(f"The pattern '{pattern}' in the configuration of the adapter '{folder}' takes more than {_PATTERN_SECONDS} s to "
+                                  f"compare with '{module}'.", "Write it without nested repetitions.") from None
+        return default
 
-    named = setting(config.get("rank_pattern") or {}, config.get("r", rank))
+    named = setting(config.get("rank_pattern") or {}, config.get("r") or rank)
     if named != rank:
         raise OlpackError(f"The adapter's '{module}' has rank {rank}, and its configuration says {named}.", "Save the adapter again.")
     alpha = setting(config.get("alpha_pattern") or {}, config["lora_alpha"])
@@ -287,39 +487,47 @@ class BaseNames:
 
     The two differ for models that a checkpoint nests otherwise than the class does ("language_model.model.layers…" and
     "model.language_model.layers…"), so containers of that kind are left out of the comparison where the plain name is not found.
+
+    Attributes:
+        embedding: the base's name of its input embedding, None where it has no usual one.
+        head: the name of its output layer, also where it has none (`headless`) because it uses the embedding as such.
     """
 
     _CONTAINERS = ("model", "language_model", "transformer")
 
-    def __init__(self, base: Mapping[str, TensorHeader], config: dict):
+    def __init__(self, base: Mapping[str, TensorHeader]):
         self._base = base
         self._short: dict[str, str] = {}
         for name in base:
             self._short[self._shorten(name)] = name
-        self._shared = "lm_head" not in {name.split(".")[-2] for name in base if "." in name}
-        self._kept_shared = bool(config.get("ensure_weight_tying"))
+        self.embedding = next((name for name in base if name.endswith(_EMBEDDINGS)), None)
+        self.headless = self.embedding is not None and "lm_head" not in {name.split(".")[-2] for name in base if "." in name}
+        self.head = self._short.get(_HEAD, _HEAD)
+
+    @property
+    def vocabularies(self) -> tuple[str, ...]:
+        """The tensors that have a row for each token."""
+        return () if self.embedding is None else (self.embedding, self.head)
 
     def _shorten(self, name: str) -> str:
         return ".".join(part for part in name.split(".") if part not in self._CONTAINERS)
 
+    def get(self, name: str) -> str | None:
+        """The base's name of a tensor, None where it has no such tensor. An output layer that is the embedding has the name `head`."""
+        found = name if name in self._base else self._short.get(self._shorten(name))
+        return self.head if found is None and self.headless and self._shorten(name) == _HEAD else found
+
     def find(self, name: str) -> str:
-        """The base's name of a tensor.
+        """As `get`.
 
         Raises:
-            OlpackError: the base has no such tensor, or it is the shared embedding and the adapter does not say that it keeps it shared.
+            OlpackError: the base has no such tensor.
         """
-        module = name.rpartition(".")[0].rpartition(".")[2]
-        if self._shared and self._kept_shared and module == "lm_head":  # peft saves the shared matrix under both names
-            name = next((known for known in self._base if known.endswith(_EMBEDDINGS)), name)
-        if self._shared and not self._kept_shared and module in ("lm_head", "embed_tokens", "wte"):
-            raise OlpackError(
-                f"The adapter changes '{module}', and the base uses one matrix as embedding and as output layer.",
-                f"Train without '{module}', or with ensure_weight_tying: true in peft's configuration.",
-            )
-        found = name if name in self._base else self._short.get(self._shorten(name))
-        if found is None:
-            raise OlpackError(
-                f"The adapter is for another base: it changes '{name}', which the base does not have.",
-                "Name the base that it was trained on.",
-            )
-        return found
+        found = self.get(name)
+        if found is not None:
+            return found
+        if name.endswith(".bias"):
+            raise OlpackError(f"The adapter trained the bias '{name}' (bias: all or lora_only), and the base has none there.",
+                              "Name the base that it was trained on, or train with bias: none.")
+        raise OlpackError(f"The adapter is for another base: it changes '{name}', which the base does not have.",
+                          "Name the base that it was trained on.")

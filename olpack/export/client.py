@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ import psutil
 import olpack
 from olpack import progress
 from olpack.errors import OlpackError
-from olpack.export.job import LATER, ExportedFile, ExportedPart, ExportPlan, Target, partial_path, remove_partial
+from olpack.export.job import LATER, ExportedFile, ExportedPart, ExportPlan, Target, TokenDifference, TokenText, partial_path, remove_partial
 from olpack.llamacpp.library import INSTALL
 from olpack.llamacpp.source import converter_source
 from olpack.quants import check_tensor_types, quant_type
@@ -64,14 +65,16 @@ class Converter:
 
     def check(
         self, source: Path, quants: Sequence[str], *, adapter: Path | None = None, name: str | None = None, out: Path | None = None,
-        importance: Path | Literal["later"] | None = None, tensor_types: Mapping[str, str] = {},
+        importance: Path | Literal["later"] | None = None, tensor_types: Mapping[str, str] = {}, texts: Sequence[TokenText] = (),
     ) -> ExportPlan:  # fmt: skip
         """As `olpack.export.check_export`."""
         names = [quant_type(name).name for name in quants]
-        return ExportPlan(**self._do(
-            "checking the model", do="check", source=_text(source), quants=names, adapter=_text(adapter), name=name, out=_text(out),
+        found = self._do(
+            "checking the model", "texts", do="check", source=_text(source), quants=names, adapter=_text(adapter), name=name, out=_text(out),
             importance=importance if importance == LATER else _text(importance), tensor_types=check_tensor_types(tensor_types),
-        ))  # fmt: skip
+            texts=[asdict(text) for text in texts],
+        )  # fmt: skip
+        return ExportPlan(**{**found, "differences": [TokenDifference(**one) for one in found["differences"]]})
 
     def export(
         self, source: Path, targets: Sequence[Target], *, adapter: Path | None = None, name: str | None = None,

@@ -11,9 +11,12 @@ import logging
 import math
 import os
 import re
+import shutil
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,7 @@ import numpy as np
 from olpack.errors import OlpackError
 from olpack.export import pretokenizer
 from olpack.export.adapter import Adapter
-from olpack.export.folder import read_tensor_headers
+from olpack.export.folder import TOKENIZER_FILES, read_tensor_headers
 from olpack.export.quantized import dequantize_bitsandbytes, dequantize_packed
 
 FLOATS = ("F32", "F16", "BF16")  # types of GGUF tensors that can be quantized
@@ -129,18 +132,20 @@ def open_model(
     end_of_turn: str | None = None,
     metadata: Mapping[str, str] | None = None,
     vocabulary: bool = True,
+    tokenizer: Path | None = None,
 ) -> SourceModel:
     """Open a model folder with llama.cpp's converter. Reads configuration, tokenizer and tensor headers; no weight is loaded.
 
     The arguments are those of `olpack.export.export`, and `vocabulary`: False where the folder has no tokenizer and only shapes are
-    asked for. llama.cpp loads such a model, but can turn no text into tokens with it.
+    asked for. llama.cpp loads such a model, but can turn no text into tokens with it. `tokenizer`: a folder whose tokenizer takes the place of
+    the model's own, because the adapter's vocabulary is another.
 
     Raises:
         OlpackError: what the converter does not know or refuses, in its words where they say more.
     """
     import torch
 
-    with torch.inference_mode():
+    with torch.inference_mode(), ExitStack() as scratch:
         model = _construct(source, name)
         origins = _record_origins(model)
         method = (model.hparams.get("quantization_config") or {}).get("quant_method")
@@ -148,6 +153,8 @@ def open_model(
             model.dequant_model = lambda: own(model)
         if adapter is not None:
             _merge(model, adapter)
+        if tokenizer is not None:
+            _replace_tokenizer(model, tokenizer, Path(scratch.enter_context(tempfile.TemporaryDirectory(prefix="olpack-"))))
         if not vocabulary:
             model.set_vocab = lambda: _set_empty_vocabulary(model)
         try:
@@ -170,7 +177,7 @@ def open_model(
                 "Take the tokenizer files from the model's publisher.",
             ) from error
     writer = model.gguf_writer
-    _mark_special(source, writer)
+    _mark_special(tokenizer or source, writer)
     _check_vocabulary(source, writer)
     set_keys(writer, chat_template, end_of_turn, metadata or {})
     tensors = {}
@@ -243,17 +250,19 @@ def _named_settings(read: Callable[[], None], source: Path) -> Callable[[], None
 
 
 def _mark_special(source: Path, writer: Any) -> None:
-    """Give the tokens that tokenizer.json calls special the type of one: the converter looks for them in tokenizer_config.json, where transformers 5
-    no longer writes them, and llama.cpp reads a token without that type as plain text."""
+    """Give the tokens that tokenizer.json adds to its vocabulary the type of such: control tokens where it calls them special, else user-defined.
+
+    The converter looks for them in tokenizer_config.json, where transformers 5 no longer writes them, and llama.cpp reads a token without that
+    type as plain text.
+    """
     import gguf
 
     path, types = source / "tokenizer.json", writer.kv_data[0].get(gguf.Keys.Tokenizer.TOKEN_TYPE)
     if types is None or not path.is_file():
         return
     for token in json.loads(path.read_text(encoding="utf-8")).get("added_tokens") or []:
-        number = token["id"]
-        if token.get("special") and number < len(types.value) and types.value[number] in (gguf.TokenType.NORMAL, gguf.TokenType.UNUSED):
-            types.value[number] = int(gguf.TokenType.CONTROL)
+        if token["id"] < len(types.value) and types.value[token["id"]] in (gguf.TokenType.NORMAL, gguf.TokenType.UNUSED):
+            types.value[token["id"]] = int(gguf.TokenType.CONTROL if token.get("special") else gguf.TokenType.USER_DEFINED)
 
 
 def _set_empty_vocabulary(model: Any) -> None:
@@ -294,25 +303,57 @@ def _merge(model: Any, adapter: Adapter) -> None:
     from conversion import LazyTorchTensor
 
     dequantize = model.dequant_model
+    if adapter.untied:
+        model.hparams["tie_word_embeddings"] = False  # else some architectures leave the output layer out
+    if adapter.vocabulary:
+        model.hparams["vocab_size"] = adapter.vocabulary
 
     def dequantize_then_merge() -> None:
         dequantize()
+        stored = dict(model.model_tensors)
         for name in sorted(adapter.tensors):
             kept = type(model).filter_tensors((name, lambda: None))
+            if name in adapter.untied:
+                same = type(model).filter_tensors((adapter.untied[name], lambda: None))
+                if kept is None or same is None:
+                    raise OlpackError(
+                        f"The adapter changes embedding and output layer differently, and llama.cpp knows {model.hf_arch} "
+                        "with one matrix for both only.",
+                        "Train with ensure_weight_tying: true in peft's configuration, or without the two.",
+                    )
+                stored[kept[0]] = stored[same[0]]
+                model.model_tensors = {kept[0]: stored[kept[0]], **model.model_tensors}  # in front, as sorted names have it
             if kept is None or kept[0] not in model.model_tensors:
                 raise OlpackError(
                     f"The adapter changes '{name}', which is not part of the text model that llama.cpp runs.",
                     "Train an adapter for the language model's layers only.",
                 )
 
-            def load(base: Callable[[], Any] = model.model_tensors[kept[0]], name: str = name) -> Any:
+            def load(base: Callable[[], Any] = stored[kept[0]], name: str = name) -> Any:
                 weight = base()
-                meta = LazyTorchTensor.meta_with_dtype_and_shape(torch.float32, tuple(weight.shape))
+                meta = LazyTorchTensor.meta_with_dtype_and_shape(torch.float32, adapter.shape(name, tuple(weight.shape)))
                 return LazyTorchTensor(meta=meta, args=(weight,), func=lambda eager: adapter.apply(name, eager))
 
             model.model_tensors[kept[0]] = load
 
     model.dequant_model = dequantize_then_merge
+
+
+def _replace_tokenizer(model: Any, tokenizer: Path, scratch: Path) -> None:
+    """Have the converter read the tokenizer of another folder, with the model's own settings beside it."""
+    for folder, wanted in ((Path(model.dir_model), False), (tokenizer, True)):
+        for file in folder.iterdir():
+            if file.is_file() and (file.name in TOKENIZER_FILES if wanted else file.suffix == ".json" and file.name not in TOKENIZER_FILES):
+                shutil.copyfile(file, scratch / file.name)
+    if not (scratch / "chat_template.jinja").is_file() and (own := Path(model.dir_model) / "chat_template.jinja").is_file():
+        shutil.copyfile(own, scratch / own.name)
+    dequantize = model.dequant_model
+
+    def dequantize_then_replace() -> None:
+        dequantize()
+        model.dir_model = scratch  # no weight is read by this name from here on
+
+    model.dequant_model = dequantize_then_replace
 
 
 def _loader(tensor: Any, type_name: str) -> Callable[[], np.ndarray]:

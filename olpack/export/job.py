@@ -46,6 +46,7 @@ class ExportedFile:
         parts: its files in order, where it was split; empty for a single file.
         types: how many matrices of each kind have which type: {"attn_v": {"q6_K": 8, "q8_0": 2}}. Kinds in the order of the file.
         needs_importance: whether it can be made with an importance matrix only.
+        warnings: of the export that wrote it, as in `ExportPlan`.
     """
 
     quant: str
@@ -58,6 +59,38 @@ class ExportedFile:
     parts: list[ExportedPart] = field(default_factory=list)
     types: dict[str, dict[str, int]] = field(default_factory=dict)
     needs_importance: bool = False
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class TokenText:
+    """A text with the token ids that training sees for it.
+
+    Attributes:
+        source: where it stands, "train.jsonl:17".
+        pieces: the text, cut where no token reaches over.
+        ids: of all pieces, special tokens included.
+    """
+
+    source: str
+    pieces: list[str]
+    ids: list[int]
+
+
+@dataclass(frozen=True)
+class TokenDifference:
+    """Where llama.cpp reads a text as other tokens than training does.
+
+    Attributes:
+        source: of the text.
+        before: the ids just before the difference, which are the same.
+        trained, read: the next few ids of training, and of llama.cpp.
+    """
+
+    source: str
+    before: list[int]
+    trained: list[int]
+    read: list[int]
 
 
 @dataclass(frozen=True)
@@ -72,6 +105,7 @@ class ExportPlan:
         sizes: exact bytes of each file, by the quant type's name.
         warnings: what the user should know and need not mend, one sentence each: tensors for which llama.cpp falls back
             to another type, a base that is trained in a lower precision.
+        differences: texts that llama.cpp reads as other tokens than training, of those that were given.
     """
 
     architecture: str
@@ -80,6 +114,7 @@ class ExportPlan:
     parameters: int
     sizes: dict[str, int]
     warnings: list[str] = field(default_factory=list)
+    differences: list[TokenDifference] = field(default_factory=list)
 
 
 def partial_path(path: Path, pid: int) -> Path:

@@ -44,6 +44,11 @@ def export_adapter(base: Path, adapter: Path, out: Path) -> tuple[int, str]:
     """
     config = read_config(base)
     change = read_adapter(adapter, dequantized_headers(base, config, read_tensor_headers(base)))
+    if change.tokens or change.untied or any(product.stack for product in change.low_rank.values()):
+        raise OlpackError(
+            f"The adapter '{adapter}' changes tokens, experts or an output layer that is the base's embedding, and llama.cpp's adapters cannot.",
+            "Set `package: merged`.",
+        )
     if change.replaced:
         raise OlpackError(
             f"The adapter '{adapter}' replaces '{sorted(change.replaced)[0]}' as a whole, and llama.cpp's adapters only add to weights.",

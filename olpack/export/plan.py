@@ -96,6 +96,19 @@ def hollow_file(model: SourceModel) -> Iterator[Path]:
         yield path
 
 
+@contextmanager
+def vocabulary_file(model: SourceModel, pre_tokenizer: str | None = None) -> Iterator[Path]:
+    """A GGUF of a model's keys alone: enough for its vocabulary.
+
+    Args:
+        pre_tokenizer: llama.cpp's name of one, in place of the model's.
+    """
+    with tempfile.TemporaryDirectory(prefix="olpack-") as scratch:
+        path = Path(scratch) / "vocabulary.gguf"
+        path.write_bytes(_header(model, [], ftype=None, more={} if pre_tokenizer is None else {"tokenizer.ggml.pre": pre_tokenizer}))
+        yield path
+
+
 def plan_files(
     model: SourceModel, hollow: Path, quants: Sequence[QuantType], *, importance: ColumnWeights | None = None,
     tensor_types: Mapping[str, str] = {}, losses: Mapping[str, MatrixLoss] = {},
@@ -261,7 +274,7 @@ def _header(model: SourceModel, tensors: Sequence[tuple[str, int, int]], ftype: 
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_file_type(ftype)
     for key, value in more.items():
-        writer.remove_key(key)
+        writer.kv_data[0].pop(key, None)
         writer.add_uint32(key, value) if isinstance(value, int) else writer.add_string(key, value)
     for name, type_, nbytes in tensors:
         writer.add_tensor_info(name, _trimmed(model.tensors[name].shape), "float32", nbytes, gguf.GGMLQuantizationType(type_))

@@ -46,6 +46,10 @@ _SPELLINGS = {
 }
 
 
+NAMES = tuple(dict.fromkeys(_KNOWN.values()))
+"""llama.cpp's names of all pre-tokenizers that are known here."""
+
+
 def recognize(source: Path) -> str:
     """llama.cpp's name of the pre-tokenizer that splits text as `source`/tokenizer.json does.
 

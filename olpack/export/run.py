@@ -14,16 +14,17 @@ import numpy as np
 from olpack import progress
 from olpack.errors import OlpackError
 from olpack.export.adapter import read_adapter
+from olpack.export.grown import grown_tokenizer
 from olpack.export.budget import read_sensitivity
 from olpack.export.converter import SourceModel, open_model
 from olpack.export.folder import check_tokenizer_files, read_config, read_tensor_headers
 from olpack.export.gguf_source import open_gguf
 from olpack.export.importance import ColumnWeights, column_weights
-from olpack.export.job import LATER, ExportPlan, partial_path, remove_partial
+from olpack.export.job import LATER, ExportPlan, TokenText, partial_path, remove_partial
 from olpack.export.plan import FilePlan, hollow_file, plan_files
 from olpack.export.quantized import dequantized_headers
 from olpack.export.split import part_names, split_plan
-from olpack.export.verify import verify_file, verify_model
+from olpack.export.verify import settle_pretokenizer, token_differences, verify_file, verify_model
 from olpack.export.write import write_files
 from olpack.llamacpp.cores import usable_processors
 from olpack.quants import quant_type
@@ -33,10 +34,11 @@ Report = Callable[[int, int], None]
 
 def check(
     source: str, quants: list[str], adapter: str | None, name: str | None, out: str | None, importance: str | None,
-    tensor_types: dict[str, str], report: Report,
+    tensor_types: dict[str, str], texts: list[dict], report: Report,
 ) -> dict:  # fmt: skip
     """`olpack.export.check_export`, over the pipe. Returns the fields of an `ExportPlan`."""
     model, plans, _, warnings = _prepare(Path(source), quants, adapter, importance, tensor_types, name=name)
+    differences = token_differences(model, [TokenText(**text) for text in texts], report) if texts else []
     if out is not None:
         check_space([Path(out, plan.quant.name) for plan in plans], plans)
     context = model.key(f"{model.architecture}.context_length")
@@ -47,6 +49,7 @@ def check(
         parameters=model.parameters,
         sizes={plan.quant.name: plan.size for plan in plans},
         warnings=warnings,
+        differences=differences,
     ))  # fmt: skip
 
 
@@ -57,7 +60,7 @@ def export(
 ) -> list[dict]:  # fmt: skip
     """`olpack.export.export`, over the pipe. Returns the fields of one `ExportedFile` for each target."""
     started = time.monotonic()
-    model, plans, weights, _ = _prepare(
+    model, plans, weights, warnings = _prepare(
         Path(source), [quant for quant, _ in targets], adapter, importance, tensor_types, sensitivity,
         merge_base, name=name, chat_template=chat_template, end_of_turn=end_of_turn, metadata=metadata,
     )  # fmt: skip
@@ -86,7 +89,7 @@ def export(
         exported.append({
             "quant": plan.quant.name, "path": str(file.paths[0]), "size": file.size, "sha256": found[0], "parameters": parameters,
             "bits_per_weight": 8 * plan.data_size / parameters, "seconds": seconds, "parts": parts if len(parts) > 1 else [],
-            "types": plan.types, "needs_importance": plan.needs_importance,
+            "types": plan.types, "needs_importance": plan.needs_importance, "warnings": warnings,
         })  # fmt: skip
     return exported
 
@@ -124,18 +127,30 @@ def _prepare(
 ) -> tuple[SourceModel, list[FilePlan], dict[str, np.ndarray], list[str]]:  # fmt: skip
     """Everything up to the first weight: (model, one plan per quant, weights of the columns by tensor, warnings)."""
     types = [quant_type(name) for name in quants]
-    model = _open_file(source, adapter, settings) if source.is_file() else _open_folder(source, adapter, merge_base, settings)
+    warnings: list[str] = []
+    tokenizer = source
+    if source.is_file():
+        model = _open_file(source, adapter, settings)
+    else:
+        model, tokenizer = _open_folder(source, adapter, merge_base, settings, warnings)
     weights = None
     if importance is not None:
         weights = ColumnWeights(None, {}) if importance == LATER else column_weights(Path(importance), model.tensors)
     losses = read_sensitivity(Path(sensitivity)) if sensitivity is not None else {}
+    settle_pretokenizer(source, model)
     with hollow_file(model) as hollow:
         plans = plan_files(model, hollow, types, importance=weights, tensor_types=tensor_types, losses=losses)
-        warnings = verify_model(source, hollow)
+        warnings += verify_model(tokenizer, hollow)
     for plan in plans:
         if plan.fallbacks:
             more = f", and {len(plan.fallbacks) - 1} more tensors" if len(plan.fallbacks) > 1 else ""
             warnings.append(f"{plan.quant.name} does not fit this model's shapes everywhere: {plan.fallbacks[0]}{more}.")
+    alike: dict[tuple, list[str]] = {}
+    for plan in plans:
+        alike.setdefault(tuple(plan.tensors), []).append(plan.quant.name)
+    for names in alike.values():
+        if len(names) > 1:
+            warnings.append(f"{' and '.join(names)} have the same type for every tensor of this model: one of them is enough.")
     if weights is None or weights.by_tensor is None:
         return model, plans, {}, warnings
     if unweighted := list(dict.fromkeys(name for plan in plans for name in plan.unweighted)):
@@ -147,12 +162,19 @@ def _prepare(
     return model, plans, weights.by_tensor, warnings
 
 
-def _open_folder(source: Path, adapter: str | None, merge_base: str, settings: dict) -> SourceModel:
+def _open_folder(source: Path, adapter: str | None, merge_base: str, settings: dict, warnings: list[str]) -> tuple[SourceModel, Path]:
+    """(the model, the folder of its tokenizer)."""
     config = read_config(source)
     check_tokenizer_files(source)
     headers = dequantized_headers(source, config, read_tensor_headers(source))
-    change = read_adapter(Path(adapter), headers, dequantized=merge_base == "dequantized") if adapter is not None else None
-    return open_model(source, adapter=change, **settings)
+    if adapter is None:
+        return open_model(source, **settings), source
+    tied = config.get("text_config", config).get("tie_word_embeddings", config.get("tie_word_embeddings")) is True
+    change = read_adapter(Path(adapter), headers, dequantized=merge_base == "dequantized", tied=tied)
+    tokenizer, warning = grown_tokenizer(Path(adapter), source, change, headers)
+    if warning:
+        warnings.append(warning)
+    return open_model(source, adapter=change, tokenizer=tokenizer, **settings), tokenizer or source
 
 
 def _open_file(source: Path, adapter: str | None, settings: dict) -> SourceModel:

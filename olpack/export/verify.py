@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from olpack.errors import OlpackError
-from olpack.export.converter import PHI3_NAMES
-from olpack.export.plan import FilePlan
+from olpack.export.converter import PHI3_NAMES, SourceModel
+from olpack.export.job import TokenDifference, TokenText
+from olpack.export.plan import FilePlan, vocabulary_file
+from olpack.export.pretokenizer import NAMES, recognize
 from olpack.llamacpp.vocabulary import Vocabulary
 
 # Code, contractions in both cases, runs of spaces and of digits, and some scripts: where pre-tokenizers differ.
@@ -20,7 +23,49 @@ _SAMPLE = """def is_prime(n: int) -> bool:
 
 
 I'LL say we've DON'T; email@example.com, 3.14159 + 10_000 = x²? «Naïve café» — Привет, мир! 你好，世界 こんにちは 안녕하세요 🙂🎉
+rows = [
+    1,
+    22,
+\t333]  # and 4444
 """
+_AROUND = 4  # tokens shown on both sides of a difference
+
+
+def settle_pretokenizer(source: Path, model: SourceModel) -> None:
+    """Have a model's header name the pre-tokenizer that splits text as its tokenizer.json does.
+
+    The converter goes by a hash of one text's tokens, which tokenizers that split otherwise can share. Its choice stays where it splits the sample
+    right, or where no other does; then a warning of `verify_model` says so.
+    """
+    path, key = source / "tokenizer.json", model.keys.get("tokenizer.ggml.pre")
+    if key is None or not path.is_file():
+        return
+    from tokenizers import Tokenizer
+
+    expected = Tokenizer.from_file(str(path)).encode(_SAMPLE, add_special_tokens=False).ids
+    try:
+        recognized = [recognize(source)]
+    except OlpackError:
+        recognized = []
+    for name in dict.fromkeys([key.value, *recognized, *NAMES]):
+        with vocabulary_file(model, name) as file, Vocabulary(file) as vocabulary:
+            if vocabulary.tokenize(_SAMPLE) == expected:
+                model.keys["tokenizer.ggml.pre"] = replace(key, value=name)
+                return
+
+
+def token_differences(model: SourceModel, texts: Sequence[TokenText], report: Callable[[int, int], None]) -> list[TokenDifference]:
+    """Where llama.cpp's tokens of texts are not training's; one entry for each text that differs."""
+    found = []
+    with vocabulary_file(model) as file, Vocabulary(file) as vocabulary:
+        for text in texts:
+            read = [token for piece in text.pieces for token in vocabulary.tokenize(piece)]
+            if read != text.ids:
+                pairs = enumerate(zip(read, text.ids, strict=False))
+                at = next((index for index, (one, other) in pairs if one != other), min(len(read), len(text.ids)))
+                found.append(TokenDifference(text.source, text.ids[max(0, at - _AROUND) : at], text.ids[at : at + _AROUND], read[at : at + _AROUND]))
+            report(1, len(texts))
+    return found
 
 
 def verify_model(source: Path, gguf: Path) -> list[str]:

@@ -8,6 +8,7 @@ queries, keys, values and its result, never the square of the length; layers wit
 from __future__ import annotations
 
 import contextlib
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -167,14 +168,27 @@ def frozen_bytes(model: MetaModel, precision: str, rest_bytes: int = 2) -> tuple
 
 
 def adapter_shapes(model: MetaModel, targets: str | list[str] = "all-linear") -> dict[str, tuple[int, int]]:
-    """(rows, columns) of the linear layers of the text model that get an adapter: all but the output layer, or those of the given names."""
+    """(rows, columns) of the linear layers of the text model that get an adapter: all but the output layer, those of the given names, or those
+    whose full names a regular expression matches, as peft takes a `target_modules` that is a text.
+
+    Raises:
+        OlpackError: a text that is neither a name nor a regular expression.
+    """
     text = {id(module) for module in model.module.get_decoder().modules()}
     named = [targets] if isinstance(targets, str) else targets
     if named != ["all-linear"] and not model.shape.tied:
         text.add(id(model.module.get_output_embeddings()))
-    return {name: shape for name, module in model.module.named_modules()
-            if (shape := linear_shape(module)) and id(module) in text
-            and (named == ["all-linear"] or any(f".{name}".endswith(f".{target}") for target in named))}  # fmt: skip
+    layers = {name: shape for name, module in model.module.named_modules() if (shape := linear_shape(module)) and id(module) in text}
+    if named == ["all-linear"]:
+        return layers
+    found = {name: shape for name, shape in layers.items() if any(f".{name}".endswith(f".{target}") for target in named)}
+    if found or not isinstance(targets, str):
+        return found
+    try:
+        return {name: shape for name, shape in layers.items() if re.fullmatch(targets, name)}
+    except (re.error, RecursionError) as error:
+        raise OlpackError(f"`train.target_modules` is '{targets}', which is neither the name of a layer nor a regular expression ({error}).",
+                          "Give a list of names, `all-linear`, or an expression for full names.") from error
 
 
 def adapter_parameters(model: MetaModel, rank: int, targets: str | list[str] = "all-linear", method: str = "lora") -> int:

@@ -90,11 +90,11 @@ class Checkpoint:
             with safe_open(self.file, "pt") as file:
                 saved = {name: json.loads(text) for name, text in file.metadata().items()}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 — no mapping
-            state = State(**saved["state"])
+            state = State(**saved["state"]) if saved.get("form") == _FORM else None
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             progress.warn(f"{self.file} cannot be read ({error}): training starts from the beginning")
             return None
-        if saved.get("form") != _FORM:
+        if state is None:
             progress.say("the checkpoint found was made by another version of olpack: training starts from the beginning")
             return None
         if saved["key"] != self.key:

@@ -135,7 +135,7 @@ def _end(process: subprocess.Popen) -> None:
 
 def _death(code: int, crash: str, log: str) -> OlpackError:
     said = (crash.strip().splitlines() or [line for line in log.splitlines() if "Error" in line] or ["it said nothing"])[-1].strip()
-    killed = "Signal 9 (SIGKILL)" in log or code == -signal.SIGKILL
+    killed = "Signal 9 (SIGKILL)" in log or (code < 0 and code == -getattr(signal, "SIGKILL", 0))
     error = OlpackError(
         "A training process was killed from outside, most likely because memory ran out." if killed else f"A training process failed: {said}",
         "The same command goes on from the last checkpoint.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,6 +52,8 @@ def target_names(meta: MetaModel, asked: str | list[str]) -> list[str]:
         OlpackError: a name that no linear layer of the text model has, each with those that there are.
     """
     found = list(adapter_shapes(meta, asked))
+    if isinstance(asked, str) and found:  # a name, or a regular expression for full names
+        return found
     known = sorted({_last(name) for name in adapter_shapes(meta, "all-linear")} | (set() if meta.shape.tied else {_head(meta)}))
     wrong = [name for name in ([asked] if isinstance(asked, str) else asked) if name != "all-linear" and name not in map(_last, found)]
     if not wrong and found:
@@ -58,8 +61,23 @@ def target_names(meta: MetaModel, asked: str | list[str]) -> list[str]:
     if wrong and wrong[0] == _head(meta):
         raise OlpackError(f"`train.target_modules` names '{wrong[0]}', and {meta.label} uses one matrix as embedding and as output layer.",
                           f"Train it as a whole with `train.modules_to_save: [{wrong[0]}]`, or leave it out.")
+    if isinstance(asked, str) and re.search(r"[\\*+?()\[\]|^$]", asked):
+        layer = next(iter(adapter_shapes(meta, "all-linear")), "")
+        raise OlpackError(f"`train.target_modules` is the expression '{asked}', which matches the full name of no linear layer of {meta.label}.",
+                          f"Full names are like '{layer}', and all of one must match; it has {', '.join(known)}.")
     raise OlpackError(f"`train.target_modules` names '{(wrong or [asked])[0]}', which is no linear layer of the text model of {meta.label}.",
                       f"It has {', '.join(known)}; `all-linear` takes all but the output layer.")
+
+
+def experts_left_out(base: Base, settings: Train) -> str | None:
+    """A sentence where the base holds most of its weights as stacked experts, which no linear layer is, so that no adapter is on them."""
+    meta = MetaModel(base.config, base.label)
+    counts = meta.parameters
+    if not counts.experts:
+        return None
+    names = sorted({_last(name) for name in target_names(meta, settings.target_modules)})
+    return (f"The adapter is on {', '.join(names)}. The experts of {base.label}, {counts.experts / counts.text:.0%} of its weights, stay as they "
+            "are: transformers holds them as stacks, which are no linear layers.")
 
 
 def whole_names(meta: MetaModel, settings: Train, quantized: bool) -> list[str]:
@@ -186,7 +204,7 @@ class _Originals:
 
     def __init__(self, base: Base):
         self._headers = read_tensor_headers(base.path)
-        self._names = BaseNames(self._headers, {})
+        self._names = BaseNames(self._headers)
         self._open: dict[Path, object] = {}
 
     def __enter__(self) -> _Originals:
