@@ -64,6 +64,14 @@ def test_it_learns_and_writes_an_adapter_that_peft_loads(base, tmp_path, quantiz
     assert loss == pytest.approx(result.eval_loss_after, rel=1e-4 if quantization == "none" and result.device == "cpu" else 0.1)
 
 
+def test_fewer_rows_than_a_batch_are_one_step_that_trains(base, tmp_path):
+    from safetensors.torch import load_file
+
+    assert run(base, tmp_path, Train(quantization="none", epochs=1, batch_size=64), make_rows(3)).steps == 1
+    second = [weight for name, weight in load_file(tmp_path / "adapter/adapter_model.safetensors").items() if "lora_B" in name]
+    assert len(second) == 14 and all(weight.any() for weight in second)
+
+
 def test_the_base_is_held_in_nf4_with_double_quantization(base):
     from bitsandbytes.nn import Linear4bit
 
