@@ -176,17 +176,23 @@ def test_of_few_rows_one_is_held_out(tmp_path):
 # Files
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-8-sig", "utf-8"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be", "utf-8-sig", "utf-8"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv", ".json"])
-def test_a_byte_order_mark_says_what_the_file_is(tmp_path, encoding, suffix):
+def test_what_a_file_begins_with_says_its_encoding(tmp_path, encoding, mark, suffix):
     between = "\t" if suffix == ".tsv" else ","
     text = {".jsonl": '{"prompt": "naïve?", "completion": "نعم"}\r\n', ".json": '[{"prompt": "naïve?", "completion": "نعم"}]'}.get(
         suffix, f"prompt{between}completion\r\nnaïve?{between}نعم\r\n"
     )
-    raw = text.encode(encoding)
-    (tmp_path / f"d{suffix}").write_bytes(b"\xff\xfe" + raw if encoding == "utf-16-le" else raw)
+    (tmp_path / f"d{suffix}").write_bytes((text if encoding in ("utf-16", "utf-32", "utf-8-sig") else mark + text).encode(encoding))
     (chat,) = load_chats(tmp_path / f"d{suffix}")
     assert [turn["content"] for turn in chat.messages] == ["naïve?", "نعم"]
+
+
+def test_a_file_of_two_bytes_a_character_that_is_cut_is_one_sentence(tmp_path):
+    (tmp_path / "d.jsonl").write_bytes('{"text": "نعم"}\n'.encode("utf-16")[:-1])
+    with pytest.raises(OlpackError, match=r"d.jsonl begins as UTF-16 and cannot be read as that at byte 33\. Save it again as UTF-8\."):
+        load_chats(tmp_path / "d.jsonl")
 
 
 def test_lines_separators_and_long_cells(tmp_path):
@@ -196,6 +202,44 @@ def test_lines_separators_and_long_cells(tmp_path):
         load_chats(tmp_path / "u.jsonl")
     (tmp_path / "long.csv").write_text(f"prompt,completion\n{'a ' * 100_000},null\nq,NA\nq2,007\n")
     assert [chat.messages[1]["content"] for chat in load_chats(tmp_path / "long.csv")] == ["null", "NA", "007"]
+
+
+def test_columns_that_hold_what_others_read_as_nothing_or_numbers_stay_text(tmp_path):
+    (tmp_path / "a.csv").write_bytes("prompt,completion\r\na,null\r\nb,NA\r\nc,None\r\nd,007\r\ne,1e3\r\nf,true\r\n".encode("utf-8-sig"))
+    assert [chat.messages[1]["content"] for chat in load_chats(tmp_path / "a.csv")] == ["null", "NA", "None", "007", "1e3", "true"]
+    (tmp_path / "b.csv").write_bytes("prompt;completion\r\na;b\r\n".encode("utf-8-sig"))
+    with pytest.raises(OlpackError, match="separated by semicolons, and not by commas"):
+        load_chats(tmp_path / "b.csv")
+
+
+def test_a_field_may_be_long_on_every_system(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("csv.field_size_limit", asked.append)
+    (tmp_path / "a.csv").write_text("prompt,completion\na,b\n")
+    load_chats(tmp_path / "a.csv")
+    assert asked == [2**31 - 1]  # a C long has 32 bits on Windows
+
+
+def test_what_a_template_wants_of_a_tool_call_is_named_in_its_words(tmp_path):
+    nine = "{% for m in messages %}{% for c in m.tool_calls %}{% if c.id | length != 9 %}{{ raise_exception('Tool call IDs should be nine long!') }}"
+    made = renderer(tmp_path, nine + "{% endif %}{{ c.function.name }}{% endfor %}{% endfor %}" + CHATML)
+
+    def row(name: str) -> dict:
+        call = {"id": name, "type": "function", "function": {"name": "f", "arguments": "{}"}}
+        return {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [call]}]}
+
+    _, long = chats(tmp_path, row("abcdefghi"), row("call_AbCdEfGhIj"))
+    with pytest.raises(OlpackError, match=r"d.jsonl:2: the base's chat template refuses this conversation: Tool call IDs should be nine long!"):
+        made.rows(long)
+
+
+def test_a_row_that_is_longer_than_allowed_and_one_of_half_a_character_are_named(tmp_path):
+    made = renderer(tmp_path, CHATML)
+    (tmp_path / "d.jsonl").write_text(json.dumps(turns("q", "a")) + "\n" + json.dumps(turns("word " * 200, "a")) + "\n")
+    with pytest.raises(OlpackError, match=r"1 row is longer than 64 tokens; d.jsonl:2 has"):
+        load_rows([tmp_path / "d.jsonl"], [], made, max_length=64, eval_share=0.5)
+    with pytest.raises(OlpackError, match=r"line 1: message 2 has half a character"):
+        chats(tmp_path, turns("q", "ok \ud83d end"))
 
 
 def test_tools_padded_with_null_keep_their_own_keys(tmp_path):

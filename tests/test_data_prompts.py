@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 
 from olpack.base import BUILTIN, Base
-from olpack.data import Chat, Renderer
+from olpack.data import Chat, Renderer, Source, load_rows
+from olpack.data.check import check_data
 from olpack.errors import OlpackError
 
 TURN = "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -16,17 +18,24 @@ ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 THINK = "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 NO_THINK = "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
 CUT = "{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"  # what DeepSeek-R1's templates do: no turn has reasoning
-FIELD = "{% if m.role == 'assistant' %}{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>{% else %}</think>{% endif %}{% endif %}"
+FIELD = (
+    "{% if m.role == 'assistant' %}{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>"
+    "{% else %}</think>{% endif %}{% endif %}"
+)
 MARKS = (
     TURN + "{% if m.role == 'assistant' %}{% if m.reasoning_content %}<|START_THINKING|>{{ m.reasoning_content }}<|END_THINKING|>{% endif %}"
     "<|START_TEXT|>{{ m.content }}<|END_TEXT|>{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<|START_THINKING|>{% endif %}"
 )
 LEAD = TURN + END + "{% if add_generation_prompt %}<|im_start|>assistant\nMy steps:\n{% endif %}"
-CLOSED = TURN + "{% if m.role == 'assistant' %}</think>{% endif %}" + END + "{% if add_generation_prompt %}<|im_start|>assistant\n<think></think>{% endif %}"
+CLOSED = (
+    TURN + "{% if m.role == 'assistant' %}</think>{% endif %}" + END
+    + "{% if add_generation_prompt %}<|im_start|>assistant\n<think></think>{% endif %}"
+)  # fmt: skip
 QWEN3 = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% set c = m.content %}{% set r = m.reasoning_content or '' %}"
-    "{% if '</think>' in c %}{% set r = c.split('</think>')[0].split('<think>')[-1].strip() %}{% set c = c.split('</think>')[-1].lstrip() %}{% endif %}"
+    "{% if '</think>' in c %}{% set r = c.split('</think>')[0].split('<think>')[-1].strip() %}"
+    "{% set c = c.split('</think>')[-1].lstrip() %}{% endif %}"
     "{% if m.role == 'assistant' and loop.last %}<think>\n{{ r }}\n</think>\n\n{% endif %}{{ c }}<|im_end|>\n{% endfor %}"
 )
 INLINE = "<think>\nSo 4.\n</think>\n\nIt is 4."
@@ -100,3 +109,24 @@ def test_earlier_answers_that_only_close_their_reasoning_are_given_to_the_templa
     messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": ORPHAN}, question, {"role": "assistant", "content": ORPHAN}]
     first, second = renderer.rows(Chat(messages, "x:1"))
     assert first.text.count("</think>") == second.text.count("</think>") == 1 and "assistant\nIt is 4.<|im_end|>" in second.text
+
+
+@pytest.mark.parametrize(
+    ("template", "answer", "said"),
+    [
+        (TURN + END + ASK, ORPHAN, "Its target tokens hold </think> more often than reasoning is opened."),
+        (TURN + END + THINK, f"Well.\n</think>{ORPHAN}", "Its target tokens hold </think> more often than reasoning is opened."),
+        (TURN + END + NO_THINK, INLINE, "The generation prompt ends with </think>, and the answer opens reasoning behind it."),
+        (TURN + END + ASK, INLINE, None), (TURN + CUT + THINK, INLINE, None), (QWEN3 + THINK, ORPHAN, None), (TURN + END + NO_THINK, "4", None),
+    ],
+)  # fmt: skip
+def test_marks_that_do_not_fit_are_a_warning(tiny, tmp_path, capsys, template, answer, said):
+    rows = [{"messages": [{"role": "user", "content": f"{n}+{n}?"}, {"role": "assistant", "content": answer}]} for n in range(3)]
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    renderer = with_template(tiny, template)
+    report = check_data([Source(path)], [], renderer, max_length=64, eval_share=0.1)
+    assert not report.fails and [finding.text for finding in report.findings] == [said] * 3 * bool(said)
+    load_rows([path], [], renderer, max_length=64, eval_share=0.1)
+    printed = capsys.readouterr().err
+    assert (f"{said} This is so of 3 rows" in " ".join(printed.split())) if said else "more often" not in printed and "behind it" not in printed

@@ -11,6 +11,7 @@ from typing import Any
 
 from olpack import progress
 from olpack.data.chats import leaks, split, times, unread_keys
+from olpack.data.marks import stray_mark
 from olpack.data.render import Renderer
 from olpack.data.rows import Chat, Problem
 from olpack.data.sources import Source
@@ -24,7 +25,7 @@ class Finding:
     Attributes:
         place: "train.jsonl:17".
         kind: "unreadable", "form", "empty answer", "nothing to learn", "half a character", "template", "too long", "leakage", "too few rows";
-            or of the warnings "duplicate", "other answer", "special token", "not read".
+            or of the warnings "duplicate", "other answer", "special token", "reasoning", "not read".
         text: a sentence.
         fails: whether a build refuses it.
     """
@@ -191,6 +192,8 @@ def _render(side: Side, chats: list[Chat], report: Report, renderer: Renderer, t
         if found := next((match for content in contents if (match := special.search(content))), None):
             said = f"Its text holds {found[0]}, which the model reads as a token that steers it."
             report.findings.append(Finding(chat.source, "special token", said, False))
+        if said := next((said for row in rows if (said := stray_mark(row, renderer))), ""):
+            report.findings.append(Finding(chat.source, "reasoning", said, False))
     side.parts = list(parts.values())
 
 

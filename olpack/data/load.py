@@ -7,6 +7,7 @@ from pathlib import Path
 
 from olpack import progress
 from olpack.data.chats import leaks, load_chats, refuse, split, times, unread_keys
+from olpack.data.marks import stray_mark
 from olpack.data.render import Renderer
 from olpack.data.rows import Chat, TokenRow
 from olpack.data.sources import Source
@@ -50,6 +51,9 @@ def load_rows(
     _refuse_long([row for rows in made for row in rows], max_length)
     if parted := sum(len(rows) > 1 for rows in made):
         progress.say(f"{parted:,} of {len(made):,} chats are learned as several rows: the chat template writes earlier turns otherwise than the last")
+    if stray := [row for rows in made for row in rows if stray_mark(row, renderer)]:
+        progress.warn(f"{stray[0].source}: {stray_mark(stray[0], renderer)} This is so of {len(stray):,} {'row' if len(stray) == 1 else 'rows'}; "
+                      "`olpack data check` names all of them.")
     seen = [rows for chat, rows in zip(learned, made, strict=False) for _ in range(times(chat))]
     return [row for rows in seen for row in rows], [row for rows in made[len(learned) :] for row in rows]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import csv
 import io
 import json
@@ -18,6 +17,10 @@ from olpack.errors import OlpackError
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 TOO_DEEP = "nested too deeply"
 _MARKS = {";": "semicolons", ",": "commas", "\t": "tabs", "|": "bars"}  # that fields are separated by, of which olpack reads commas and tabs
+_WIDE = (  # what files of more than a byte a character begin with: a mark of the byte order, or a character that has one byte in UTF-8
+    (rb"\xff\xfe\0\0|\0\0\xfe\xff", "utf-32"), (rb"\xff\xfe|\xfe\xff", "utf-16"),
+    (rb"[^\0]\0\0\0", "utf-32-le"), (rb"\0\0\0[^\0]", "utf-32-be"), (rb"[^\0]\0", "utf-16-le"), (rb"\0[^\0]", "utf-16-be"),
+)  # fmt: skip
 _SPACE = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder()
 
@@ -55,7 +58,7 @@ def read_records(path: Path) -> Iterator[Record]:
         if suffix == ".parquet":
             yield from _parquet(path)
             return
-        raw = _as_utf8(path.read_bytes())
+        raw = _as_utf8(path.read_bytes(), path)
     except FileNotFoundError:
         raise OlpackError(f"There is no {path}.", "The recipe's `data` names files relative to the recipe.") from None
     except OSError as error:
@@ -68,12 +71,20 @@ def read_records(path: Path) -> Iterator[Record]:
         yield from _json_lines(raw)
 
 
-def _as_utf8(raw: bytes) -> bytes:
-    """The bytes of a file, in UTF-8 where a byte order mark says UTF-16, as Excel's "Unicode text" does. One that is cut stays as it is."""
-    try:
-        return raw.decode("utf-16").encode() if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else raw
-    except UnicodeError:
+def _as_utf8(raw: bytes, path: Path) -> bytes:
+    """The bytes of a file, in UTF-8 where it begins as UTF-16 or UTF-32 do, as Excel's "Unicode text" and PowerShell's `>` do.
+
+    Raises:
+        OlpackError: it begins so, and is no such text.
+    """
+    encoding = next((name for begin, name in _WIDE if re.match(begin, raw, re.DOTALL)), None)
+    if encoding is None:
         return raw
+    try:
+        return raw.decode(encoding).encode()
+    except UnicodeError as error:
+        at = f" at byte {error.start + 1}" if isinstance(error, UnicodeDecodeError) else ""
+        raise OlpackError(f"{path} begins as {encoding.upper()} and cannot be read as that{at}.", "Save it again as UTF-8.") from None
 
 
 def _json_lines(raw: bytes) -> Iterator[Record]:

@@ -14,7 +14,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice, pairwise
+from itertools import groupby, islice, pairwise
 from typing import TYPE_CHECKING
 
 from olpack.data.rows import Chat, Learn, TokenRow
@@ -271,6 +271,19 @@ class Renderer:
                     break
             learned[first:last] = [True] * (last - first)
         return TokenRow(ids, learned, text, source, cuts)
+
+
+def pieces(row: TokenRow, renderer: Renderer, by_kind: bool = True) -> Iterator[tuple[str, bool, bool]]:
+    """(text, learned, special) of each run of tokens of one kind; joined, their texts are the row's text."""
+    _, offsets = renderer.tokens(row.text, row.cuts)
+    kinds = [(learned, by_kind and number in renderer.end_ids) for number, learned in zip(row.ids, row.learned, strict=True)]
+    at = 0
+    for kind, run in groupby(zip(kinds, offsets, strict=True), key=lambda pair: pair[0]):
+        *_, (_, (_, end)) = run
+        yield row.text[at:end], *kind
+        at = end
+    if at < len(row.text):
+        yield row.text[at:], False, False
 
 
 def _begins_within(start: int, offsets: list[tuple[int, int]], ends: list[int]) -> bool:

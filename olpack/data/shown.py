@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import groupby
 
 from olpack.data.check import Report, Side, histogram, percentile
-from olpack.data.render import Renderer
+from olpack.data.render import Renderer, pieces
 from olpack.data.rows import TokenRow
 
 BEGIN, END = "⟦", "⟧"  # around what is learned, where there are no colours
@@ -41,7 +40,8 @@ def print_report(report: Report) -> None:
             _print_side(console, title, side, report.max_length)
     failing = sum(finding.fails for finding in report.findings)
     problems = f"{failing:,} {'problem' if failing == 1 else 'problems'} that a build refuses" if failing else "no problem"
-    console.print(f"\n{problems}, {len(report.findings) - failing:,} warnings")
+    warnings = len(report.findings) - failing
+    console.print(f"\n{problems}, {warnings:,} {'warning' if warnings == 1 else 'warnings'}")
 
 
 def _print_side(console, title: str, side: Side, limit: int) -> None:
@@ -97,16 +97,3 @@ def _coloured(row: TokenRow, renderer: Renderer) -> Iterator[str]:
         # Line by line: a colour that goes on over a line break is lost in a pager.
         lines = text.translate(_PICTURES).split("\n")
         yield "\n".join(styles[learned, special].render(line, color_system=ColorSystem.STANDARD) for line in lines)
-
-
-def pieces(row: TokenRow, renderer: Renderer, by_kind: bool = True) -> Iterator[tuple[str, bool, bool]]:
-    """(text, learned, special) of each run of tokens of one kind; joined, their texts are the row's text."""
-    _, offsets = renderer.tokens(row.text, row.cuts)
-    kinds = [(learned, by_kind and number in renderer.end_ids) for number, learned in zip(row.ids, row.learned, strict=True)]
-    at = 0
-    for kind, run in groupby(zip(kinds, offsets, strict=True), key=lambda pair: pair[0]):
-        *_, (_, (_, end)) = run
-        yield row.text[at:end], *kind
-        at = end
-    if at < len(row.text):
-        yield row.text[at:], False, False
