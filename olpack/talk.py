@@ -5,9 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from olpack import progress
 from olpack.errors import OlpackError
+
+if TYPE_CHECKING:
+    from ollama import ChatResponse
 
 Answer = Callable[[list[dict]], Iterator[str]]
 
@@ -65,7 +69,23 @@ def _served(name: str, tag: str) -> Answer | None:
     model = f"{name}:{tag or 'latest'}"
     if not any(same(listed.model, model) for listed in client.tags()):
         return None
-    return lambda messages: (piece.message.content or "" for piece in client.stream_chat(model, messages))
+    return lambda messages: _spoken(client.stream_chat(model, messages))
+
+
+def _spoken(pieces: Iterator[ChatResponse]) -> Iterator[str]:
+    """The text of an answer. Reasoning that the server sets apart goes to stderr, and so does why it broke an answer off."""
+    last, thinking = None, False
+    for last in pieces:
+        if thought := last.message.thinking:
+            print(thought, end="", file=sys.stderr, flush=True)
+        elif thinking:
+            print(file=sys.stderr)
+        thinking = bool(thought)
+        yield last.message.content or ""
+    if thinking:
+        print(file=sys.stderr)
+    if last is not None and not last.done:
+        progress.warn("The server broke off the answer, as it does where a model repeats one token.")
 
 
 def _embedded(name: str, tag: str, out: Path | None) -> Answer:

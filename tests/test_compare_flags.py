@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 from test_compare_results import quant
+from tiny_models import write_model
 
-from olpack.compare.flags import flag_answers, flag_neighbours
+from olpack.compare.flags import flag_answers, flag_neighbours, flag_same_types
 from olpack.compare.language import Scripts, dominant_script
 from olpack.compare.recommend import set_losses
+from olpack.compare.results import QuantResult
 
 ENGLISH = "Please tell me how a list is reversed in Python."
 ARABIC = "من فضلك اشرح لي كيف أعكس ترتيب قائمة في لغة بايثون."
@@ -74,3 +76,14 @@ def test_without_an_error_nothing_is_said_of_neighbours():
     set_losses(quants, [10])
     flag_neighbours(quants, [10])
     assert not any(one.flags for one in quants)
+
+
+def test_quants_that_fall_back_to_the_same_types_are_named(tmp_path):
+    """Rows that are no multiple of 256 take no K-quant (ggml-org/llama.cpp#28474)."""
+    from olpack.export import Target, export
+
+    base = write_model(tmp_path / "model", hidden_size=64, intermediate_size=96, num_attention_heads=2, num_key_value_heads=1, head_dim=32)
+    made = export(base, [Target(quant, tmp_path / f"{quant}.gguf") for quant in ("Q5_K_M", "Q6_K", "Q8_0")])
+    quants = [QuantResult(quant=file.quant, tag=file.quant.lower(), file="", sha256="", size_bytes=file.size) for file in made]
+    flag_same_types(quants, {file.quant: file.types for file in made})
+    assert [[flag.text for flag in quant.flags] for quant in quants] == [[], [], ["its tensors have the same types as those of Q6_K"]]

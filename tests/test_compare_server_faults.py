@@ -17,7 +17,7 @@ from olpack.compare.answers import answer_of
 from olpack.compare.flags import flag_answers, flag_same_types
 from olpack.compare.language import Scripts
 from olpack.compare.recommend import recommend, set_losses
-from olpack.compare.results import Perplexity, QuantResult
+from olpack.compare.results import Perplexity, PromptSpeed, QuantResult, Speed, Spread
 from olpack.compare.scores import load_function, score_answers
 from olpack.compare.served import compare_served, settings_for
 from olpack.deploy import protect
@@ -63,10 +63,27 @@ def test_a_model_that_only_repeats_itself_loses_one_figure(client, ollama_double
 
 def test_a_model_deleted_while_it_is_loaded_counts_as_unloaded(client, ollama_double):
     client.generate("mine:q8_0", "hi")
+    assert client.unload("theirs:latest")
     client.delete("mine:q8_0")
-    client.unload("mine:q8_0")
+    assert not client.unload("mine:q8_0")
     with pytest.raises(OlpackError, match="refused"):
         client.generate("mine:q8_0", "hi")
+
+
+def test_a_measured_model_that_is_deleted_midway_costs_its_own_figures(client, ollama_double):
+    """The server answers 404 to unloading it, and keeps it loaded: nobody waits for that, and the other model's figures are whole."""
+    usual, asked = ollama_double.answer, []
+
+    def answer(prompt: str):
+        asked.append(prompt)
+        if len(asked) == 13:  # in the first visit to the second model
+            ollama_double.store.delete("theirs:latest")
+        return usual(prompt)
+
+    ollama_double.answer = answer
+    mine, theirs = compare_served(client, ["mine:q8_0", "theirs:latest"], [], SETTINGS).quants
+    assert [flag.code for flag in mine.flags] == ["shared"] and len(mine.speed.generation_tokens_per_s.values) == 2
+    assert "failed" in [flag.code for flag in theirs.flags] and not any("still holds" in flag.text for flag in theirs.flags)
 
 
 def test_models_of_others_stay_loaded(client, ollama_double, capsys):
@@ -169,10 +186,15 @@ def test_the_reason_names_what_was_not_measured():
     quants = [quant("Q4_0", 1, None), quant("Q4_K_M", 2, 10.0), quant("Q8_0", 3, 10.0)]
     set_losses(quants, [10, 10])
     machine = Machine(cpu="", cores=1, memory_bytes=1, system="", busy=0, versions={})
-    advice = recommend(Results(name="x", created="", machine=machine, settings={}, quants=quants))
+    advice = recommend(advice_on := Results(name="x", created="", machine=machine, settings={}, quants=quants))
     assert advice.quant == "Q4_K_M"
     assert "Not compared, because the perplexity is missing: Q4_0." in advice.reason
     assert "rests on size and perplexity: the speed of Q4_0, Q4_K_M, Q8_0 was not measured" in advice.reason
+    runs = Spread.of([1.0])
+    for one in quants:
+        one.speed = Speed(engine="", context=1, prompt=[PromptSpeed(prompt_tokens=1, tokens_per_s=runs)], generation_tokens_per_s=runs)
+    quants[1].speed.generation_tokens_per_s = None
+    assert "the speed of Q4_K_M was not measured, or not all of it" in recommend(advice_on).reason
 
 
 def test_a_file_without_its_speed_can_be_recommended(tmp_path, ollama_double):

@@ -41,10 +41,10 @@ def recommend(results: Results, tolerance: float = 0.01) -> Recommendation | Non
 def _gaps(quants: list[QuantResult]) -> list[str]:
     """What was not measured, and so had no part in the choice; one sentence for each kind of figure."""
     unscored = [quant.quant for quant in quants if quant.loss is None]
-    untimed = [quant.quant for quant in quants if quant.speed is None]
+    untimed = [quant.quant for quant in quants if not (quant.speed and quant.speed.generation_tokens_per_s and quant.speed.prompt)]
     said = [f"Not compared, because the perplexity is missing: {', '.join(unscored)}."] if unscored else []
     if untimed:
-        said.append(f"This rests on size and perplexity: the speed of {', '.join(untimed)} was not measured.")
+        said.append(f"This rests on size and perplexity: the speed of {', '.join(untimed)} was not measured, or not all of it.")
     return said
 
 

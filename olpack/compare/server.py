@@ -182,7 +182,9 @@ class ServedSpeed:
         self._warn_of_others(loaded)
         if not any(self._is(entry, model) for entry in loaded):
             return True
-        self._client.unload(model)
+        if not self._client.unload(model):
+            self._others.add(model)  # deleted while it was loaded: it stays until the server's time for it has passed
+            return True
         deadline = time.monotonic() + _UNLOAD_S
         while any(self._is(entry, model) for entry in self._client.ps()):
             if time.monotonic() > deadline:

@@ -206,14 +206,16 @@ class OllamaClient:
         with self._failures(f"running {model}"):
             yield from self._typed.chat(model, messages, options=options, stream=True, **fields)
 
-    def unload(self, model: str) -> None:
-        """Free the memory that a model takes. One that was removed while it was loaded answers 404, and is as good as unloaded."""
+    def unload(self, model: str) -> bool:
+        """Free the memory that a model takes. False where it was removed while it was loaded: the server refuses then, and keeps it for a while."""
         with self._failures(f"unloading {model}"):
             try:
                 self._typed.generate(model, keep_alive=0)
             except ollama.ResponseError as error:
                 if error.status_code != 404:
                     raise
+                return False
+        return True
 
     def render_chat(self, model: str, messages: Sequence[Mapping], **fields: object) -> str:
         """The exact prompt that the server makes of a conversation, its own system prompt and messages included. The model is loaded for
