@@ -234,7 +234,7 @@ def quantize(
     adapter: Annotated[Path | None, typer.Option("--adapter", metavar="DIR", help="A LoRA adapter to merge on the way.")] = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the files go; by default the working folder.", show_default=False)] = Path(),
     name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Files are NAME-QUANT.gguf; by default the source's name.")] = None,
-    split: Annotated[str | None, typer.Option("--split", metavar="SIZE", help="Parts of at most SIZE, 4GB (deploy, older Ollama: one file).")] = None,
+    split: Annotated[str | None, typer.Option("--split", metavar="SIZE", help="Write parts of at most SIZE, such as 4GB; deploy takes one file.")] = None,
     importance: Annotated[Path | None, typer.Option("--importance", metavar="FILE", help="An importance matrix in llama.cpp's GGUF form.")] = None,
     as_json: Json = False,
 ) -> None:
