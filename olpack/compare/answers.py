@@ -5,12 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 from olpack.compare.results import Answer
+from olpack.data.marks import REASONING_MARKS
 
 AnswerFlag = Literal["empty", "looping", "endless"]
-
-# Between which marks published chat templates have a model reason.
-_REASONING = (("<think>", "</think>"), ("<thinking>", "</thinking>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"),
-              ("<|channel>thought", "<channel|>"), ("<|START_THINKING|>", "<|END_THINKING|>"))  # fmt: skip
 
 _LONGEST_PERIOD = 200  # characters of the stretch that repeats
 _LOOP_CHARACTERS = 40  # shorter repetitions are rulers, indentation, a row of zeros
@@ -27,7 +24,7 @@ def answer_of(text: str, finish: Literal["stop", "length"], tokens: int, *, prom
         reasoning: what a server has set apart already.
         broken_off: the server ended the answer because it repeats one token.
     """
-    for begin, end in _REASONING if not reasoning else ():
+    for begin, end in REASONING_MARKS if not reasoning else ():
         opened = text.lstrip().startswith(begin) or prompt.rstrip().endswith(begin)
         if end in text:
             reasoning, _, text = text.rpartition(end)

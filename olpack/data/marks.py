@@ -5,10 +5,11 @@ from __future__ import annotations
 from olpack.data.render import Renderer, pieces
 from olpack.data.rows import TokenRow
 
-_MARKS = (
+REASONING_MARKS = (
     ("<think>", "</think>"), ("<thinking>", "</thinking>"), ("<thought>", "</thought>"), ("<reasoning>", "</reasoning>"), ("[THINK]", "[/THINK]"),
-    ("<seed:think>", "</seed:think>"), ("<|START_THINKING|>", "<|END_THINKING|>"), ("<|channel>", "<channel|>"),
+    ("<seed:think>", "</seed:think>"), ("<|START_THINKING|>", "<|END_THINKING|>"), ("<|channel>thought", "<channel|>"),
 )  # fmt: skip
+"""Between which marks published chat templates have a model reason."""
 
 
 def stray_mark(row: TokenRow, renderer: Renderer) -> str:
@@ -18,7 +19,7 @@ def stray_mark(row: TokenRow, renderer: Renderer) -> str:
         row: as `renderer` made it.
         renderer: with the tokenizer.
     """
-    marks = [(begin, end) for begin, end in _MARKS if end in row.text]
+    marks = [(begin, end) for begin, end in REASONING_MARKS if end in row.text]
     if not marks:
         return ""
     before = ""
