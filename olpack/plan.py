@@ -12,10 +12,10 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from olpack import progress
-from olpack.deploy import context_warnings
+from olpack.deploy import advertised, context_warnings
 from olpack.errors import OlpackError
 from olpack.pipeline import ADAPTER
-from olpack.workspace import free_bytes, write_atomically
+from olpack.workspace import free_bytes, template_source, write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -91,13 +91,14 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
         check_library()
     if stages & {"train", "export"}:
         from olpack.export import check_export
+        from olpack.export_stage import said_of_a_file
 
         quants = [step.inputs["quant"] for step in stale if step.stage == "export" and step.unit != f"export-{ADAPTER}"] or build.recipe.quants
         importance = build.importance_file
         exported = check_export(
-            build.base.path, quants + _for_a_while(build, stale), name=build.model_name, out=build.paths.gguf(quants[0]).parent,
+            build.base.path, quants + _for_a_while(build, stale), out=build.paths.gguf(quants[0]).parent,
             importance="later" if importance == build.paths.importance else importance, tensor_types=build.recipe.export.tensor_types,
-            texts=_texts(build),
+            texts=_texts(build), **said_of_a_file(build),
         )  # fmt: skip
         for warning in exported.warnings:
             progress.warn(warning)
@@ -111,8 +112,15 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
         raise OlpackError("No held-out row opens with a request, so there is nothing to ask the quants.", "Give them prompts as `compare.prompts`.")
     if stages & {"train", "modelfiles", "deploy", "compare"}:
         _check_served(build)
+    if "modelfiles" in stages:
+        from olpack.stages import rendered_modelfiles
+
+        rendered_modelfiles(build)
     if "compare" in stages:
+        from olpack.compare.report import check_template
+
         measure_settings(build)
+        check_template(template_source("report.html.j2"))
     if "compare" in stages and (own := {task.expected: task for task in build.tasks if task.check == "function"}):
         from olpack.compare.scores import load_function
 
@@ -204,6 +212,9 @@ def _check_served(build: Build) -> None:
     """Render what every request begins with: the Modelfile's system prompt and messages before a question."""
     package = build.package
     if package.template:  # the server renders with this one, and the base's is not asked
+        if more := advertised(build.renderer.tokenizer.chat_template) - advertised(package.template):
+            progress.warn(f"The base's chat template supports {' and '.join(sorted(more))} and modelfile.template does not: Ollama then serves the "
+                          "base's template, and deploy fails. Leave modelfile.template out of the recipe.")
         return
     start = ([{"role": "system", "content": package.system}] if package.system else []) + list(package.messages)
     what = " and ".join(name for name, given in (("modelfile.system", package.system), ("modelfile.messages", package.messages)) if given)

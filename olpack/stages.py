@@ -46,24 +46,37 @@ def train(build: Build, steps: list[Step]) -> None:
 
 
 def modelfiles(build: Build, steps: list[Step]) -> None:
-    """Render a Modelfile for each quant, usable with `ollama create -f`."""
-    from olpack.deploy.modelfile import differences, parse, render, unrepresentable
+    """Write a Modelfile for each quant, usable with `ollama create -f`."""
+    from olpack.deploy.modelfile import unrepresentable
 
-    source, outputs = template_source("Modelfile.j2"), []
     for problem in unrepresentable(build.package):
         progress.warn(f"{problem} `olpack deploy` sends it unchanged.")
+    texts = rendered_modelfiles(build)
+    for path, text in texts.items():
+        write_atomically(path, text)
+    if build.paths.base:
+        progress.say("the Modelfiles name an ADAPTER, which `ollama create` refuses from Ollama 0.34.1 on; there, `olpack deploy` registers them")
+    build.finish(steps[0], list(texts), {"from": str(next(iter(texts)))})
+
+
+def rendered_modelfiles(build: Build) -> dict[Path, str]:
+    """The Modelfile of each quant, by its path.
+
+    Raises:
+        OlpackError: the template cannot be rendered, or Ollama would read another package from the result than the recipe describes.
+    """
+    from olpack.deploy.modelfile import differences, parse, render, unrepresentable
+
+    source, texts = template_source("Modelfile.j2"), {}
     for quant in build.quants:
         path = build.paths.modelfile(quant.tag)
         gguf, adapter = (os.path.relpath(file, path.parent) for file in (build.paths.gguf(quant.name), build.paths.gguf(ADAPTER)))
         adapter = adapter if build.paths.base else None
         text = render(build.package, gguf, source, adapter)
         if not unrepresentable(build.package) and (lost := differences(parse(text), build.package, adapter)):
-            raise OlpackError(f"The rendered Modelfile does not say what the recipe does: {'; '.join(lost)}", "Mend templates/Modelfile.j2.")
-        write_atomically(path, text)
-        outputs.append(path)
-    if build.paths.base:
-        progress.say("the Modelfiles name an ADAPTER, which `ollama create` refuses from Ollama 0.34.1 on; there, `olpack deploy` registers them")
-    build.finish(steps[0], outputs, {"from": str(outputs[0])})
+            raise OlpackError(f"The rendered Modelfile differs from the recipe: {'; '.join(lost)}", "Fix templates/Modelfile.j2.")
+        texts[path] = text
+    return texts
 
 
 def compare(build: Build, steps: list[Step]) -> None:

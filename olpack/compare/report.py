@@ -73,7 +73,22 @@ def render_report(results: Results, template: str, metrics: Path | None = None, 
         )
     except jinja2.TemplateError as error:
         problem = f"The report's template does not render: {error}."
-        raise OlpackError(problem, "Mend templates/report.html.j2, or remove it to use the shipped one.") from None
+        raise OlpackError(problem, "Fix templates/report.html.j2, or remove it to use the shipped one.") from None
+
+
+def check_template(template: str) -> None:
+    """Refuse a report's template that does not compile, before anything is measured.
+
+    Raises:
+        OlpackError: with the line.
+    """
+    import jinja2
+
+    try:
+        jinja2.Environment(autoescape=True).parse(template)
+    except jinja2.TemplateSyntaxError as error:
+        problem = f"The report's template has an error in line {error.lineno}: {error.message}."
+        raise OlpackError(problem, "Fix templates/report.html.j2, or remove it to use the shipped one.") from None
 
 
 def write_report(results: Results, path: Path, template: str, metrics: Path | None = None, identity: str | None = None) -> None:

@@ -14,7 +14,7 @@
 What talks to the server is imported from its module, so that checking a recipe loads no HTTP library.
 """
 
-from olpack.deploy.chat_template import UNDEFINED, pins_for, protect, read_chat_template
+from olpack.deploy.chat_template import UNDEFINED, advertised, pins_for, protect, read_chat_template
 from olpack.deploy.modelfile import Package, ParsedModelfile, differences, parse, render, unrepresentable
 from olpack.deploy.names import check_name, same
 from olpack.deploy.parameters import PARAMETERS, check_parameters, context_warnings
@@ -24,6 +24,7 @@ __all__ = [
     "UNDEFINED",
     "Package",
     "ParsedModelfile",
+    "advertised",
     "check_name",
     "check_parameters",
     "context_warnings",

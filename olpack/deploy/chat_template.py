@@ -57,6 +57,15 @@ def pins_for(chat_template: str, trained: Mapping[str, object], absent: Collecti
     return {name: UNDEFINED for name in named} | {name: "" for name in printed_tokens(chat_template) if name in absent} | dict(trained)
 
 
+def advertised(template: str) -> set[str]:
+    """What a Jinja or Go template supports as a server sees it, by words in its text: "tools", "thinking".
+
+    A server runs the Jinja in a GGUF in place of the Go template that it is given where the Jinja supports more.
+    """
+    signs = {"tools": r"tool_call|[Tt]ools", "thinking": r"<think>|\.Thinking"}
+    return {name for name, sign in signs.items() if re.search(sign, template)}
+
+
 def protect(chat_template: str, pins: Mapping[str, object]) -> str:
     """The template to put into the GGUF: a comment, the pinned variables, then the training template, character for character.
 

@@ -11,13 +11,14 @@ neither a crash of the native code nor the memory of the export reaches the call
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Unpack
 
-from olpack.export.job import ExportedFile, ExportedPart, ExportPlan, Target, TokenDifference, TokenText
+from olpack.export.job import ExportedFile, ExportedPart, ExportOptions, ExportPlan, Target, TokenDifference, TokenText
 
 __all__ = [
+    "ExportOptions",
     "ExportPlan",
     "ExportedFile",
     "ExportedPart",
@@ -32,59 +33,32 @@ __all__ = [
 
 
 def check_export(
-    source: Path,
-    quants: Sequence[str],
-    *,
-    adapter: Path | None = None,
-    name: str | None = None,
-    out: Path | None = None,
-    importance: Path | Literal["later"] | None = None,
-    tensor_types: Mapping[str, str] = {},
-    texts: Sequence[TokenText] = (),
+    source: Path, quants: Sequence[str], *, out: Path | None = None, texts: Sequence[TokenText] = (), **options: Unpack[ExportOptions]
 ) -> ExportPlan:
     """Find whatever would fail in an export, before anything is trained. Takes seconds and writes nothing.
 
     Args:
         source: folder of a Hugging Face model (config.json, tokenizer, safetensors), or a GGUF in F16, BF16 or F32.
         quants: quant types, in any case.
-        adapter: folder of a LoRA adapter in peft's format, checked against the base when given. Only with a folder as source.
-        name: as for `export`.
         out: folder that the files will go to; its free space is checked when given.
-        importance: as for `export`; "later" where it will be collected on this very model.
-        tensor_types: as for `export`.
         texts: what training tokenizes; llama.cpp's tokens of each are compared with training's.
+        options: as for `export`.
 
     Raises:
         OlpackError: no model folder, no tokenizer, pickle weights only, a truncated or missing safetensors file, an architecture
             or a pre-tokenizer that llama.cpp does not know, weights quantized in a form that cannot be read, weights of another shape than
-            config.json says or not all of them, a tokenizer larger than the embedding, a name under which llama.cpp would not load the
-            model, an unknown quant type, one that needs an importance matrix and gets none, a matrix for another model, types for tensors
-            that the model does not have, an adapter for another base, too little space.
+            config.json has or not all of them, a tokenizer larger than the embedding, an end of turn that is no token, a name under which
+            llama.cpp would not load the model, text that a header cannot contain, an unknown quant type, one that needs an importance matrix
+            and gets none, a matrix for another model, types for tensors that the model does not have, an adapter for another base, too
+            little space.
     """
     from olpack.export.client import worker
 
     with worker() as converter:
-        return converter.check(source, quants, adapter=adapter, name=name, out=out, importance=importance, tensor_types=tensor_types,
-                               texts=texts)  # fmt: skip
+        return converter.check(source, quants, out=out, texts=texts, **options)
 
 
-def export(
-    source: Path,
-    targets: Sequence[Target],
-    *,
-    adapter: Path | None = None,
-    name: str | None = None,
-    chat_template: str | None = None,
-    end_of_turn: str | None = None,
-    metadata: Mapping[str, str] | None = None,
-    round_to_bf16: bool = False,
-    threads: int | None = None,
-    importance: Path | None = None,
-    tensor_types: Mapping[str, str] = {},
-    sensitivity: Path | None = None,
-    split: int | None = None,
-    merge_base: Literal["original", "dequantized"] = "original",
-) -> list[ExportedFile]:
+def export(source: Path, targets: Sequence[Target], **options: Unpack[ExportOptions]) -> list[ExportedFile]:
     """Write every target in one pass. All of them appear under their names when all are complete, or none does.
 
     Without adapter, name, template and metadata, a file equals byte for byte what llama.cpp's `convert_hf_to_gguf.py --outtype bf16`
@@ -94,23 +68,7 @@ def export(
         source: folder of a Hugging Face model (config.json, tokenizer, safetensors), or a GGUF in F16, BF16 or F32. Weights stored by GPTQ,
             AWQ, HQQ, AQLM, bitsandbytes, compressed-tensors or in fp8 are dequantized first (olpack.export.quantized).
         targets: the files to write, each with another path.
-        adapter: folder of a LoRA or VeRA adapter in peft's format; W + scale * B @ A is computed in float32 for each tensor.
-        name: `general.name` of the files; by default what llama.cpp reads from the model card or the folder's name.
-        chat_template: Jinja, goes into the files unchanged in place of the tokenizer's own.
-        end_of_turn: the token that ends a turn ("<|im_end|>"), recorded as `tokenizer.ggml.eot_token_id` where it is not the
-            eos token. Without it, or where eos says it already, the tokenizer's own settings stand.
-        metadata: further string keys for the header ("olpack.version", "general.license"), replacing those of the same name.
-        round_to_bf16: round every tensor that llama.cpp would store in 16 bits to bfloat16 before it is quantized, as the usual
-            way over a BF16 file does. The default quantizes the exact float32 values.
-        threads: quantizing threads; by default one for each core that this process may use.
-        importance: an importance matrix of this model in llama.cpp's GGUF form, as `collect_importance` and llama-imatrix write it. It is
-            used for every tensor and type that gains by it; a file that gains nothing (Q8_0, F16, BF16, F32) is the same without.
-        tensor_types: regular expression to tensor type ("attn_v": "q6_K"). The first that is found in a tensor's name decides its type, in
-            quantized files; where rows do not fit its blocks, llama.cpp takes another.
-        sensitivity: what `measure_sensitivity` wrote of this model. Targets whose quant is a budget ("4.6bpw", "5GB") need it.
-        split: most bytes of one file. A larger GGUF becomes several, "model-00001-of-00003.gguf" and so on in place of "model.gguf", which
-            llama.cpp loads by the first and Ollama does not take.
-        merge_base: what the adapter is added to: the weights as they are stored, or as olpack held them while it trained the adapter.
+        options: see `ExportOptions`. An adapter needs a folder as source.
 
     Returns:
         One entry per target, in the order of the targets.
@@ -121,11 +79,7 @@ def export(
     from olpack.export.client import worker
 
     with worker() as converter:
-        return converter.export(
-            source, targets, adapter=adapter, name=name, chat_template=chat_template, end_of_turn=end_of_turn,
-            metadata=metadata, round_to_bf16=round_to_bf16, threads=threads, importance=importance, tensor_types=tensor_types,
-            sensitivity=sensitivity, split=split, merge_base=merge_base,
-        )  # fmt: skip
+        return converter.export(source, targets, **options)
 
 
 def collect_importance(gguf: Path, rows: Sequence[Sequence[int]], out: Path, *, dataset: str, threads: int | None = None) -> None:

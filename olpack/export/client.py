@@ -8,18 +8,18 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Unpack
 
 import psutil
 
 import olpack
 from olpack import progress
 from olpack.errors import OlpackError
-from olpack.export.job import LATER, ExportedFile, ExportedPart, ExportPlan, Target, TokenDifference, TokenText, partial_path, remove_partial
+from olpack.export.job import ExportedFile, ExportedPart, ExportOptions, ExportPlan, Target, TokenDifference, TokenText, partial_path, remove_partial
 from olpack.llamacpp.library import INSTALL
 from olpack.llamacpp.source import converter_source
 from olpack.quants import check_tensor_types, quant_type
@@ -64,29 +64,21 @@ class Converter:
         return self._process.poll() is None
 
     def check(
-        self, source: Path, quants: Sequence[str], *, adapter: Path | None = None, name: str | None = None, out: Path | None = None,
-        importance: Path | Literal["later"] | None = None, tensor_types: Mapping[str, str] = {}, texts: Sequence[TokenText] = (),
-    ) -> ExportPlan:  # fmt: skip
+        self, source: Path, quants: Sequence[str], *, out: Path | None = None, texts: Sequence[TokenText] = (), **options: Unpack[ExportOptions]
+    ) -> ExportPlan:
         """As `olpack.export.check_export`."""
-        names = [quant_type(name).name for name in quants]
         found = self._do(
-            "checking the model", "texts", do="check", source=_text(source), quants=names, adapter=_text(adapter), name=name, out=_text(out),
-            importance=importance if importance == LATER else _text(importance), tensor_types=check_tensor_types(tensor_types),
-            texts=[asdict(text) for text in texts],
+            "checking the model", "texts", do="check", source=_text(source), quants=[quant_type(name).name for name in quants], out=_text(out),
+            texts=[asdict(text) for text in texts], options=_as_json(options),
         )  # fmt: skip
         return ExportPlan(**{**found, "differences": [TokenDifference(**one) for one in found["differences"]]})
 
-    def export(
-        self, source: Path, targets: Sequence[Target], *, adapter: Path | None = None, name: str | None = None,
-        chat_template: str | None = None, end_of_turn: str | None = None, metadata: Mapping[str, str] | None = None,
-        round_to_bf16: bool = False, threads: int | None = None, importance: Path | None = None, tensor_types: Mapping[str, str] = {},
-        sensitivity: Path | None = None, split: int | None = None, merge_base: Literal["original", "dequantized"] = "original",
-    ) -> list[ExportedFile]:  # fmt: skip
+    def export(self, source: Path, targets: Sequence[Target], **options: Unpack[ExportOptions]) -> list[ExportedFile]:
         """As `olpack.export.export`."""
         if not targets:
             return []
         wanted = [(quant_type(target.quant).name, target.path.absolute()) for target in targets]
-        if sensitivity is None and (budgets := [target.quant for target in targets if quant_type(target.quant).budget]):
+        if options.get("sensitivity") is None and (budgets := [target.quant for target in targets if quant_type(target.quant).budget]):
             raise OlpackError(f"'{budgets[0]}' is a budget: its types are chosen by what they lose on rows of data.",
                               "Name it among the `quants` of a recipe, and `olpack build` measures that.")
         if len({path for _, path in wanted}) < len(wanted):
@@ -95,11 +87,8 @@ class Converter:
             _make_place(path)
         try:
             files = self._do(
-                f"exporting {', '.join(quant for quant, _ in wanted)}", do="export",
-                source=_text(source), targets=[(quant, str(path)) for quant, path in wanted], adapter=_text(adapter),
-                name=name, chat_template=chat_template, end_of_turn=end_of_turn, metadata=dict(metadata or {}),
-                round_to_bf16=round_to_bf16, threads=threads, importance=_text(importance), tensor_types=check_tensor_types(tensor_types),
-                sensitivity=_text(sensitivity), split=split, merge_base=merge_base,
+                f"exporting {', '.join(quant for quant, _ in wanted)}", do="export", source=_text(source),
+                targets=[(quant, str(path)) for quant, path in wanted], options=_as_json(options),
             )  # fmt: skip
         except BaseException:
             for _, path in wanted:  # the worker removes them itself, unless it was killed
@@ -251,6 +240,14 @@ def _make_place(path: Path) -> None:
 def _exported(fields: dict[str, Any]) -> ExportedFile:
     parts = [ExportedPart(**{**part, "path": Path(part["path"])}) for part in fields["parts"]]
     return ExportedFile(**{**fields, "path": Path(fields["path"]), "parts": parts})
+
+
+def _as_json(options: ExportOptions) -> dict[str, Any]:
+    """Options as the worker's job has them: paths as absolute text, and tensor types under llama.cpp's names."""
+    if unknown := options.keys() - ExportOptions.__annotations__.keys():
+        raise TypeError(f"no export option: {', '.join(sorted(unknown))}")
+    job = {name: _text(value) if isinstance(value, Path) else value for name, value in options.items()}
+    return {**job, "tensor_types": check_tensor_types(options.get("tensor_types") or {})}
 
 
 def _text(path: Path | None) -> str | None:

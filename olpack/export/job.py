@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal, TypedDict
 
 LATER = "later"  # in place of an importance matrix: it will be collected on the model that is checked
 
@@ -62,6 +64,45 @@ class ExportedFile:
     warnings: list[str] = field(default_factory=list)
 
 
+class ExportOptions(TypedDict, total=False):
+    """How files are made of a model: the keyword arguments of `check_export` and `export`, and their form in the worker's job.
+
+    Attributes:
+        adapter: folder of a LoRA or VeRA adapter in peft's format; W + scale * B @ A is computed in float32 for each tensor.
+        merge_base: what the adapter is added to: the weights as they are stored ("original", the default), or as olpack's training dequantized
+            them ("dequantized").
+        name: `general.name` of the files; by default what llama.cpp reads from the model card or the folder's name.
+        chat_template: Jinja, goes into the files unchanged in place of the tokenizer's own.
+        end_of_turn: the token that ends a turn ("<|im_end|>"), recorded as `tokenizer.ggml.eot_token_id` where it is not the
+            eos token. Without it, or where eos is that token already, the tokenizer's own settings stand.
+        metadata: further string keys for the header ("olpack.version", "general.license"), replacing those of the same name.
+        importance: an importance matrix of this model in llama.cpp's GGUF form, as `collect_importance` and llama-imatrix write it. It is
+            used for every tensor and type that gains by it; a file that gains nothing (Q8_0, F16, BF16, F32) is the same without. "later", in a
+            check only: it will be collected on this very model.
+        tensor_types: regular expression to tensor type ("attn_v": "q6_K"). The first that is found in a tensor's name decides its type, in
+            quantized files; where rows do not fit its blocks, llama.cpp takes another.
+        sensitivity: what `measure_sensitivity` wrote of this model. Files whose quant is a budget ("4.6bpw", "5GB") need it.
+        round_to_bf16: round every tensor that llama.cpp would store in 16 bits to bfloat16 before it is quantized, as the usual
+            way over a BF16 file does. The default quantizes the exact float32 values.
+        split: most bytes of one file. A larger GGUF becomes several, "model-00001-of-00003.gguf" and so on in place of "model.gguf", which
+            llama.cpp loads by the first.
+        threads: quantizing threads; by default one for each core that this process may use.
+    """
+
+    adapter: Path | None
+    merge_base: Literal["original", "dequantized"]
+    name: str | None
+    chat_template: str | None
+    end_of_turn: str | None
+    metadata: Mapping[str, str]
+    importance: Path | Literal["later"] | None
+    tensor_types: Mapping[str, str]
+    sensitivity: Path | None
+    round_to_bf16: bool
+    split: int | None
+    threads: int | None
+
+
 @dataclass(frozen=True)
 class TokenText:
     """A text with the token ids that training sees for it.
@@ -103,7 +144,7 @@ class ExportPlan:
         context_length: tokens, from the configuration; None where it does not say.
         parameters: weights in the model.
         sizes: exact bytes of each file, by the quant type's name.
-        warnings: what the user should know and need not mend, one sentence each: tensors for which llama.cpp falls back
+        warnings: what the user should know and need not change, one sentence each: tensors for which llama.cpp falls back
             to another type, a base that is trained in a lower precision.
         differences: texts that llama.cpp reads as other tokens than training, of those that were given.
     """

@@ -20,11 +20,11 @@ from olpack.export.converter import SourceModel, open_model
 from olpack.export.folder import check_tokenizer_files, read_config, read_tensor_headers
 from olpack.export.gguf_source import open_gguf
 from olpack.export.importance import ColumnWeights, column_weights
-from olpack.export.job import LATER, ExportPlan, TokenText, partial_path, remove_partial
+from olpack.export.job import LATER, ExportOptions, ExportPlan, TokenText, partial_path, remove_partial
 from olpack.export.plan import FilePlan, hollow_file, plan_files
 from olpack.export.quantized import dequantized_headers
 from olpack.export.split import part_names, split_plan
-from olpack.export.verify import settle_pretokenizer, token_differences, verify_file, verify_model
+from olpack.export.verify import settle_pretokenizer, token_differences, verify_file, verify_keys, verify_model
 from olpack.export.write import write_files
 from olpack.llamacpp.cores import usable_processors
 from olpack.quants import quant_type
@@ -32,12 +32,9 @@ from olpack.quants import quant_type
 Report = Callable[[int, int], None]
 
 
-def check(
-    source: str, quants: list[str], adapter: str | None, name: str | None, out: str | None, importance: str | None,
-    tensor_types: dict[str, str], texts: list[dict], report: Report,
-) -> dict:  # fmt: skip
+def check(source: str, quants: list[str], out: str | None, texts: list[dict], options: ExportOptions, report: Report) -> dict:
     """`olpack.export.check_export`, over the pipe. Returns the fields of an `ExportPlan`."""
-    model, plans, _, warnings = _prepare(Path(source), quants, adapter, importance, tensor_types, name=name)
+    model, plans, _, warnings = _prepare(Path(source), quants, options)
     differences = token_differences(model, [TokenText(**text) for text in texts], report) if texts else []
     if out is not None:
         check_space([Path(out, plan.quant.name) for plan in plans], plans)
@@ -53,27 +50,20 @@ def check(
     ))  # fmt: skip
 
 
-def export(
-    source: str, targets: list[tuple[str, str]], adapter: str | None, name: str | None, chat_template: str | None, end_of_turn: str | None,
-    metadata: dict[str, str], round_to_bf16: bool, threads: int | None, importance: str | None, tensor_types: dict[str, str],
-    sensitivity: str | None, split: int | None, merge_base: str, report: Report,
-) -> list[dict]:  # fmt: skip
+def export(source: str, targets: list[tuple[str, str]], options: ExportOptions, report: Report) -> list[dict]:
     """`olpack.export.export`, over the pipe. Returns the fields of one `ExportedFile` for each target."""
     started = time.monotonic()
-    model, plans, weights, warnings = _prepare(
-        Path(source), [quant for quant, _ in targets], adapter, importance, tensor_types, sensitivity,
-        merge_base, name=name, chat_template=chat_template, end_of_turn=end_of_turn, metadata=metadata,
-    )  # fmt: skip
+    model, plans, weights, warnings = _prepare(Path(source), [quant for quant, _ in targets], options)
     parameters, keys = model.parameters, dict(model.keys)
-    files = [_Output(Path(path), split_plan(plan, split)) for plan, (_, path) in zip(plans, targets, strict=True)]
+    files = [_Output(Path(path), split_plan(plan, options.get("split"))) for plan, (_, path) in zip(plans, targets, strict=True)]
     check_space([path for file in files for path in file.paths], [part for file in files for part in file.parts])
     total = sum(file.size for file in files)
     try:
         for file in files:
             file.begin()
         digests = write_files(
-            model, [file.partial for file in files], threads=threads or usable_processors(), round_to_bf16=round_to_bf16, importance=weights,
-            advance=lambda count: report(count, total),
+            model, [file.partial for file in files], threads=options.get("threads") or usable_processors(),
+            round_to_bf16=options.get("round_to_bf16", False), importance=weights, advance=lambda count: report(count, total),
         )  # fmt: skip
         for file in files:
             verify_file(file.partial, keys)
@@ -122,25 +112,26 @@ class _Output:
 
 
 def _prepare(
-    source: Path, quants: list[str], adapter: str | None, importance: str | None, tensor_types: dict[str, str], sensitivity: str | None = None,
-    merge_base: str = "original", **settings,
+    source: Path, quants: list[str], options: ExportOptions
 ) -> tuple[SourceModel, list[FilePlan], dict[str, np.ndarray], list[str]]:  # fmt: skip
     """Everything up to the first weight: (model, one plan per quant, weights of the columns by tensor, warnings)."""
     types = [quant_type(name) for name in quants]
     warnings: list[str] = []
     tokenizer = source
+    header = {name: options.get(name) for name in ("name", "chat_template", "end_of_turn", "metadata")}
     if source.is_file():
-        model = _open_file(source, adapter, settings)
+        model = _open_file(source, options, header)
     else:
-        model, tokenizer = _open_folder(source, adapter, merge_base, settings, warnings)
+        model, tokenizer = _open_folder(source, options, header, warnings)
     weights = None
-    if importance is not None:
+    if (importance := options.get("importance")) is not None:
         weights = ColumnWeights(None, {}) if importance == LATER else column_weights(Path(importance), model.tensors)
-    losses = read_sensitivity(Path(sensitivity)) if sensitivity is not None else {}
+    losses = read_sensitivity(Path(sensitivity)) if (sensitivity := options.get("sensitivity")) is not None else {}
     settle_pretokenizer(source, model)
     with hollow_file(model) as hollow:
-        plans = plan_files(model, hollow, types, importance=weights, tensor_types=tensor_types, losses=losses)
+        plans = plan_files(model, hollow, types, importance=weights, tensor_types=options.get("tensor_types", {}), losses=losses)
         warnings += verify_model(tokenizer, hollow)
+        verify_keys(hollow, model.keys)
     for plan in plans:
         if plan.fallbacks:
             more = f", and {len(plan.fallbacks) - 1} more tensors" if len(plan.fallbacks) > 1 else ""
@@ -162,28 +153,28 @@ def _prepare(
     return model, plans, weights.by_tensor, warnings
 
 
-def _open_folder(source: Path, adapter: str | None, merge_base: str, settings: dict, warnings: list[str]) -> tuple[SourceModel, Path]:
+def _open_folder(source: Path, options: ExportOptions, header: dict, warnings: list[str]) -> tuple[SourceModel, Path]:
     """(the model, the folder of its tokenizer)."""
     config = read_config(source)
     check_tokenizer_files(source)
     headers = dequantized_headers(source, config, read_tensor_headers(source))
-    if adapter is None:
-        return open_model(source, **settings), source
+    if (adapter := options.get("adapter")) is None:
+        return open_model(source, **header), source
     tied = config.get("text_config", config).get("tie_word_embeddings", config.get("tie_word_embeddings")) is True
-    change = read_adapter(Path(adapter), headers, dequantized=merge_base == "dequantized", tied=tied)
+    change = read_adapter(Path(adapter), headers, dequantized=options.get("merge_base") == "dequantized", tied=tied)
     tokenizer, warning = grown_tokenizer(Path(adapter), source, change, headers)
     if warning:
         warnings.append(warning)
-    return open_model(source, adapter=change, tokenizer=tokenizer, **settings), tokenizer or source
+    return open_model(source, adapter=change, tokenizer=tokenizer, **header), tokenizer or source
 
 
-def _open_file(source: Path, adapter: str | None, settings: dict) -> SourceModel:
-    if adapter is not None:
+def _open_file(source: Path, options: ExportOptions, header: dict) -> SourceModel:
+    if options.get("adapter") is not None:
         raise OlpackError(
             f"An adapter cannot be merged into the GGUF '{source}', whose tensors have other names than the adapter's.",
             "Name the folder of the model that it was trained on.",
         )
-    return open_gguf(source, **settings)
+    return open_gguf(source, **header)
 
 
 def check_space(paths: list[Path], plans: list[FilePlan]) -> None:

@@ -136,11 +136,25 @@ def verify_file(parts: Sequence[tuple[FilePlan, Path]], keys: Mapping[str, Any])
         if path.stat().st_size != plan.size:
             raise OlpackError(f"'{path}' has {path.stat().st_size:,} bytes instead of {plan.size:,}.", "Check the disk, and export again.")
     quant, first = parts[0][0].quant, parts[0][1]
-    meant = {name: key.value for name, key in keys.items() if isinstance(key.value, str)} | {"general.file_type": str(quant.ftype)}
-    with Vocabulary(first) as vocabulary:
+    verify_keys(first, keys, {"general.file_type": str(quant.ftype)})
+
+
+def verify_keys(gguf: Path, keys: Mapping[str, Any], more: Mapping[str, str] = {}) -> None:
+    """Check that llama.cpp reads every text of a header as it was meant.
+
+    Args:
+        gguf: the file, whose data may be missing.
+        keys: as in `SourceModel.keys`.
+        more: further keys, with the text that llama.cpp gives for each.
+
+    Raises:
+        OlpackError: a text differs.
+    """
+    meant = {name: key.value for name, key in keys.items() if isinstance(key.value, str)} | dict(more)
+    with Vocabulary(gguf) as vocabulary:
         for name, value in meant.items():
             if vocabulary.key(name) != value:
                 raise OlpackError(
-                    f"llama.cpp reads {vocabulary.key(name)!r} as '{name}' of the {quant.name} file, and {value!r} was written.",
-                    "Leave characters out that text cannot hold, such as a null.",
+                    f"llama.cpp reads {vocabulary.key(name)!r} as '{name}', and {value!r} was written.",
+                    "Leave characters out that text cannot contain, such as a null.",
                 )
