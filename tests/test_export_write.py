@@ -27,8 +27,7 @@ def count(type_, rows, *rest):
 library.quantize_rows = count
 source, out, *quants = sys.argv[1:]
 targets = [(quant, str(Path(out, quant))) for quant in quants]
-run.export(source, targets, adapter=None, name=None, chat_template=None, end_of_turn=None, metadata={}, round_to_bf16=False, threads=1,
-           importance=None, tensor_types={}, sensitivity=None, split=None, merge_base="original", report=lambda count, total: None)
+run.export(source, targets, {"threads": 1}, report=lambda count, total: None)
 print(json.dumps(counted))
 """
 
