@@ -20,7 +20,7 @@ from page import command_line, measured_here, publish
 from olpack import recipe
 from olpack.compare.perplexity import ratio
 from olpack.export import Target, export
-from olpack.pipeline import Build
+from olpack.stages.build import Build
 
 MIXES = ("Q2_K", "IQ3_S", "Q3_K_M", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_M")
 BUDGETS = (3.5, 4.5, 5.5)

@@ -20,7 +20,7 @@ from olpack.data import TokenRow
 from olpack.export import Target, collect_importance, export
 from olpack.llamacpp.engine import Engine
 from olpack.llamacpp.logits import kl_divergence, log_softmax
-from olpack.pipeline import Build
+from olpack.stages.build import Build
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 QUANTS = ("Q2_K", "Q3_K_M", "IQ3_S", "IQ4_XS", "Q4_0", "Q4_K_M")

@@ -104,10 +104,10 @@ def measured(path: Path, context: int, outputs: int, mapped: bool) -> dict[str, 
 
 def rows_of(label: str, folder: Path, work: Path) -> list[str]:
     """One row of the table for each quant and context length."""
-    from olpack.base import config_of
     from olpack.export import Target, export
     from olpack.memory.footprint import Setting, plan, read
     from olpack.memory.subject import Subject
+    from olpack.model.base import config_of
 
     files = [Target(quant, work / f"{quant}.gguf") for quant in QUANTS]
     export(folder, files)

@@ -56,7 +56,7 @@ def main() -> None:
     asked = arguments.parse_args()
     progress.use("lines")
 
-    from olpack.base import Base
+    from olpack.model.base import Base
     from olpack.recipe import Train
     from olpack.train import train
 

@@ -116,7 +116,7 @@ def write_adapter(folder: Path, base: Path, rank: int = 16, *, zero: bool = Fals
     import torch
     from safetensors.torch import save_file
 
-    from olpack.export.folder import read_tensor_headers
+    from olpack.model.checkpoint import read_tensor_headers
 
     folder.mkdir(exist_ok=True)
     tensors = {}

@@ -60,22 +60,22 @@ def texts(tokenizer, count: int) -> list[str]:
 def run_olpack(folder: Path, checkpointing: bool, profile: bool) -> dict:
     import torch
 
-    from olpack.train.pointwise import compile_kernels
+    from olpack.train.ops.pointwise import compile_kernels
 
     compile_kernels(json.loads((folder / "config.json").read_text()), RANK)
     from transformers import AutoTokenizer
 
-    from olpack.base import Base
     from olpack.data import TokenRow
-    from olpack.memory.shape import MetaModel
-    from olpack.memory.training import estimate_training
+    from olpack.model.base import Base
+    from olpack.model.shape import MetaModel
     from olpack.recipe import Train
     from olpack.train import loop
     from olpack.train.checkpoint import State
     from olpack.train.forward import Forward
-    from olpack.train.host_memory import HostMemory
-    from olpack.train.joined import Joined
+    from olpack.train.memory import estimate_training
     from olpack.train.model import load_with_adapter
+    from olpack.train.ops.flat_parameters import Joined
+    from olpack.train.ops.pinned import HostMemory
 
     device, base, host = torch.device("cuda", 0), Base("random", folder), None
     settings = Train(rank=RANK, alpha=RANK)

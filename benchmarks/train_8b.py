@@ -93,8 +93,8 @@ class Bench:
         from olpack.recipe import Train
         from olpack.train import loop
         from olpack.train.forward import Forward
-        from olpack.train.host_memory import HostMemory
-        from olpack.train.joined import Joined
+        from olpack.train.ops.flat_parameters import Joined
+        from olpack.train.ops.pinned import HostMemory
 
         self.device, self.words = device, SHAPES[shape][-1]
         self.model = random_model(shape, device)
@@ -107,7 +107,7 @@ class Bench:
         self.optimizer = loop._optimizer(self.trained.parameters, Train(), device)
 
     def checkpointing(self, on: bool, *, offload: bool = True, keep: bool = False) -> None:
-        from olpack.train.recompute import Recompute
+        from olpack.train.ops.checkpointing import Recompute
 
         recompute = self.forward._recompute = Recompute(self.device, keep=keep)
         recompute.skips, recompute.host = self.skips, self.host if offload else None

@@ -1,4 +1,4 @@
-"""What each Triton kernel of olpack/train/kernels.py gains: the plain functions, the same compiled by torch, and the kernel, in one run.
+"""What each Triton kernel of olpack/train/ops/kernels.py gains: the plain functions, the same compiled by torch, and the kernel, in one run.
 
     python benchmarks/train_kernels.py [--tokens 16384]
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import triton
 from page import command_line, publish
 
-from olpack.train import kernels, pointwise
+from olpack.train.ops import kernels, pointwise
 
 os.environ["TORCHDYNAMO_DISABLE"] = "0"  # which olpack sets: here torch's compiler is a peer
 HIDDEN, MIDDLE, HEADS, WORDS, RANK = 4096, 14336, 32, 128256, 16

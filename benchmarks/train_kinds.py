@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 
 from olpack import progress, recipe
-from olpack.base import BUILTIN
 from olpack.compare.machine import describe_machine
 from olpack.llamacpp.engine import Engine, Sampling
-from olpack.pipeline import Build
+from olpack.model.base import BUILTIN
+from olpack.stages.build import Build
 from olpack.train.model import pick_device
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))

@@ -23,8 +23,8 @@ sys.path.insert(0, str(REPOSITORY / "tests"))
 
 from tiny_models import write_model  # noqa: E402 — in tests/
 
-from olpack.base import Base, resolve  # noqa: E402
 from olpack.data import Renderer, TokenRow, load_chats  # noqa: E402
+from olpack.model.base import Base, resolve  # noqa: E402
 from olpack.recipe import Train  # noqa: E402
 from olpack.train import model as model_of  # noqa: E402
 from olpack.train.batches import flatten, micro_batches, schedule  # noqa: E402

@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from tiny_models import write_model  # in tests/
 from train_child import child
 
-from olpack.base import resolve
 from olpack.data import Renderer, load_chats
 from olpack.data.rows import Chat
+from olpack.model.base import resolve
 from olpack.recipe import Train
 from olpack.train.batches import flatten, micro_batches
 from olpack.train.forward import Forward

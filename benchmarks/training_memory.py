@@ -33,19 +33,19 @@ def measure(base, checkpointing: bool, lengths: list[int], rank: int) -> list[di
     import torch
 
     from olpack.data import TokenRow
-    from olpack.memory.shape import MetaModel
+    from olpack.model.shape import MetaModel
     from olpack.recipe import Train
-    from olpack.train import fit, loop
+    from olpack.train import loop, planner
     from olpack.train.checkpoint import State
     from olpack.train.forward import Forward
-    from olpack.train.host_memory import HostMemory
-    from olpack.train.joined import Joined
     from olpack.train.model import load_with_adapter
+    from olpack.train.ops.flat_parameters import Joined
+    from olpack.train.ops.pinned import HostMemory
 
     device, found = torch.device("cuda", 0), []
     settings = Train(rank=rank, batch_size=1, epochs=1, gradient_checkpointing=checkpointing)
     shape = MetaModel(base.config, base.label)
-    room = fit.free_room(device)
+    room = planner.free_room(device)
     model = load_with_adapter(base, settings, device)
     forward = Forward(model, device, checkpointing=checkpointing, host=HostMemory(0, device) if checkpointing else None)
     trained = Joined(model)
@@ -55,7 +55,7 @@ def measure(base, checkpointing: bool, lengths: list[int], rank: int) -> list[di
     for tokens in lengths:
         row = TokenRow([index % 1000 for index in range(tokens)], [True] * tokens, "", "")
         asked = settings.model_copy(update={"micro_batch_tokens": tokens})
-        planned = fit.on_gpu(shape, [row], asked, room)
+        planned = planner.on_gpu(shape, [row], asked, room)
         torch.cuda.reset_peak_memory_stats(device)
         for _ in range(_STEPS):
             loop._backward(forward, trained, [row], State(budget=tokens))
@@ -78,7 +78,7 @@ def main() -> None:
 
     import torch
 
-    from olpack.base import Base
+    from olpack.model.base import Base
 
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "base"

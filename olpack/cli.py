@@ -19,7 +19,7 @@ from olpack import __version__, progress
 from olpack.errors import OlpackError
 
 if TYPE_CHECKING:
-    from olpack.pipeline import Build
+    from olpack.stages.build import Build
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="From a base model and a few hundred examples to quantized assistants that Ollama serves, measured.")
@@ -85,7 +85,7 @@ def options(
 
 def _build_of(name: str, settings: list[str] | None, quant: list[str] | None, out: Path | None, json_lines: bool, deploy: bool = True) -> Build:
     from olpack import recipe
-    from olpack.pipeline import Build
+    from olpack.stages.build import Build
     from olpack.workspace import recipe_path
 
     if json_lines:
@@ -111,7 +111,7 @@ def init(
     system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System prompt.")] = None,
 ) -> None:
     """Begin a package: write modelfiles/NAME/recipe.yaml, commented."""
-    from olpack.init import new_recipe, write_recipe
+    from olpack.commands.init import new_recipe, write_recipe
 
     path = new_recipe(name)
     if None in (base, train) and not sys.stdin.isatty():
@@ -134,7 +134,7 @@ def build(
     as_json: Json = False,
 ) -> None:
     """Do every stage that is stale: train, export, modelfiles, deploy, compare."""
-    from olpack.pipeline import STAGES
+    from olpack.stages.build import STAGES
 
     if only is not None and only not in STAGES:
         raise typer.BadParameter(f"{only} is no stage; they are {', '.join(STAGES)}.", param_hint="--only")
@@ -156,7 +156,7 @@ def _run(build: Build, only: str | None, as_json: bool, deploy: bool = True, cha
 def _closing(build: Build, deploy: bool) -> None:
     """The table, where the report lies, and the line to paste."""
     from olpack.compare import print_table, read_results
-    from olpack.stages import recommended
+    from olpack.stages.work import recommended
 
     print_table(read_results(build.paths.results))
     print(f"\nreport   {build.paths.report}")
@@ -172,7 +172,7 @@ def _closing(build: Build, deploy: bool) -> None:
 
 
 def _outcome(build: Build, done: list) -> dict[str, Any]:
-    from olpack.stages import recommended
+    from olpack.stages.work import recommended
 
     steps = build.steps()
     return {
@@ -195,7 +195,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Print every setting with its origin, the checks, sizes and time, and which stages are stale. Changes nothing."""
-    from olpack.plan import describe, estimate, print_plan
+    from olpack.stages.plan import describe, estimate, print_plan
 
     asked = _build_of(name, settings, quant, out, as_json)
     found = describe(asked, estimate(asked, vram))
@@ -239,8 +239,8 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """Quantize a model in one pass, with no recipe."""
-    from olpack.quantize import print_files, rows
-    from olpack.quantize import quantize as run
+    from olpack.commands.quantize import print_files, rows
+    from olpack.commands.quantize import quantize as run
 
     if as_json:
         progress.use("json")
@@ -262,13 +262,13 @@ def deploy(
     as_json: Json = False,
 ) -> None:
     """Register the quants with the Ollama server, and prove that the prompt it serves is the trained one."""
-    from olpack import ship
+    from olpack.commands import publish
 
     asked = _build_of(name, settings, quant, out, as_json, deploy=store is None)
     if store is not None:
-        _print_lines(ship.store(asked, store), as_json)
+        _print_lines(publish.store(asked, store), as_json)
     elif check:
-        _print_lines(ship.check(asked), as_json)
+        _print_lines(publish.check(asked), as_json)
     else:
         _run(asked, "deploy", as_json)
 
@@ -295,7 +295,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Measure the quants of a package: size, speed, memory, quality; which one to take, and why. Or any models of the server."""
-    from olpack.side_by_side import compare_models, is_package
+    from olpack.commands.compare_models import compare_models, is_package
 
     earlier = _earlier_results(against)
     if is_package(names):
@@ -408,7 +408,7 @@ def run(
     out: Out = None,
 ) -> None:
     """Talk to a package: through the Ollama server if it has it, else with the embedded llama.cpp."""
-    from olpack.talk import talk
+    from olpack.commands.chat import talk
 
     talk(model, prompt, out)
 
@@ -416,10 +416,10 @@ def run(
 @app.command()
 def show(name: Name, out: Out = None, as_json: Json = False) -> None:
     """Show what is known of a build: training, files, recommendation, registered tags, what is stale."""
-    from olpack import ship
-    from olpack.listing import print_facts
+    from olpack.commands import publish
+    from olpack.commands.show import print_facts
 
-    found = ship.facts(_build_of(name, None, None, out, as_json))
+    found = publish.facts(_build_of(name, None, None, out, as_json))
     if as_json:
         _print_json(found)
     else:
@@ -433,9 +433,9 @@ def bundle(
     out: Out = None,
 ) -> None:
     """Make one archive of GGUFs, Modelfiles, digests and report, for `ollama create` elsewhere."""
-    from olpack import ship
+    from olpack.commands import publish
 
-    print(ship.bundle(_build_of(name, None, None, out, False, deploy=False), to))
+    print(publish.bundle(_build_of(name, None, None, out, False, deploy=False), to))
 
 
 @app.command()
@@ -448,12 +448,12 @@ def push(
     out: Out = None,
 ) -> None:
     """Publish a package: through the Ollama server, or to the Hugging Face Hub."""
-    from olpack import ship
+    from olpack.commands import publish
 
     if (namespace is None) == (hub is None):
         raise typer.BadParameter("say where to: either --ollama NAMESPACE or --hub USER/REPO.")
     asked = _build_of(name, None, None, out, False, deploy=hub is None)
-    _print_lines([ship.push_to_hub(asked, hub, private or None)] if hub else ship.push_to_ollama(asked, namespace, insecure), False)
+    _print_lines([publish.push_to_hub(asked, hub, private or None)] if hub else publish.push_to_ollama(asked, namespace, insecure), False)
 
 
 @app.command()
@@ -463,13 +463,13 @@ def remove(
     out: Out = None,
 ) -> None:
     """Remove from the server the tags that olpack made for a package. Files here stay."""
-    from olpack import ship
+    from olpack.commands import publish
 
     asked = _build_of(name, None, None, out, False)
-    if not (models := ship.removable(asked)):
+    if not (models := publish.removable(asked)):
         progress.say(f"the server has no tag that olpack made for {name}")
     elif yes or typer.confirm(f"Remove {', '.join(models)} from the server?", err=True):
-        _print_lines(ship.remove(asked), False)
+        _print_lines(publish.remove(asked), False)
 
 
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at data: what is wrong with it, and how the model sees it.")
@@ -481,7 +481,7 @@ DataBase = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="R
 def _data_of(name: str, base: str | None, settings: list[str] | None, as_json: bool = False) -> Build:
     """A package, or one that is made up of a data file and a base. The base's weights are not needed."""
     from olpack import recipe
-    from olpack.pipeline import Build
+    from olpack.stages.build import Build
     from olpack.workspace import recipe_path
 
     if as_json:
@@ -497,7 +497,7 @@ def _data_of(name: str, base: str | None, settings: list[str] | None, as_json: b
 def data_check(name: DataName, base: DataBase = None, settings: Set = None, as_json: Json = False) -> None:
     """List every problem with its line, and show the rows in figures. Exit code 1 where a build would refuse them."""
     from olpack.data.check import check_data
-    from olpack.data.shown import print_report
+    from olpack.data.show import print_report
 
     asked = _data_of(name, base, settings, as_json)
     report = check_data(asked.sources("train"), asked.sources("eval"), asked.renderer, max_length=asked.longest_row, eval_share=_share(asked, base))
@@ -519,7 +519,7 @@ def data_show(
 ) -> None:
     """Print a row as the model sees it, with what is learned of it marked."""
     from olpack.data.load import nth_row
-    from olpack.data.shown import print_row
+    from olpack.data.show import print_row
 
     asked = _data_of(name, base, settings)
     row = nth_row(number, asked.sources("train"), asked.sources("eval"), asked.renderer, held_out=held_out, eval_share=_share(asked, base))
@@ -534,7 +534,7 @@ def _share(asked: Build, base: str | None) -> float:
 @app.command("list")
 def list_packages(out: Out = None, as_json: Json = False) -> None:
     """List packages, what of each is built, and what the server has."""
-    from olpack.listing import package_rows, print_packages
+    from olpack.commands.show import package_rows, print_packages
 
     rows = package_rows(out or Path("build"))
     if as_json:
@@ -546,7 +546,7 @@ def list_packages(out: Out = None, as_json: Json = False) -> None:
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Say what of this machine is ready, what is not, and the command that mends it."""
-    from olpack.doctor import examine, print_findings
+    from olpack.commands.doctor import examine, print_findings
 
     findings = examine()
     if as_json:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from olpack.train.pointwise import LowRank
+from olpack.train.ops.pointwise import LowRank
 
 
 def gated_mlp(

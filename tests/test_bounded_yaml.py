@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from olpack.base import Base
 from olpack.errors import OlpackError
+from olpack.model.base import Base
 from olpack.recipe import load
 
 GOOD = "base: builtin/tiny-coder\ndata: {train: train.jsonl}\n"

@@ -19,7 +19,7 @@ from olpack.compare import measure
 from olpack.compare.sandbox import holds
 from olpack.compare.scores import load_function, score, standard_error
 from olpack.errors import OlpackError
-from olpack.tasks import load_tasks, parse_task
+from olpack.recipe.tasks import load_tasks, parse_task
 
 FENCED = "Here it is:\n```python\ndef double(number):\n    return 2 * number\n```\nDone."
 ASK = [{"role": "user", "content": "Say 42."}, {"role": "assistant", "content": "42"}]

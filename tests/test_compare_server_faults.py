@@ -23,7 +23,7 @@ from olpack.compare.served import compare_served, settings_for
 from olpack.deploy import protect
 from olpack.deploy.client import OllamaClient, blob_digest
 from olpack.errors import OlpackError
-from olpack.tasks import load_tasks, parse_task
+from olpack.recipe.tasks import load_tasks, parse_task
 
 SETTINGS = MeasureSettings(prompt_lengths=(48,), generated_tokens=40, repeats=2, context=512, threads=1, answer_tokens=48)
 PROMPTS = [[{"role": "user", "content": "Write add."}]]
@@ -224,7 +224,7 @@ def test_lines_end_at_line_breaks_alone(tmp_path):
     path.write_text(json.dumps({"prompt": "one\u2028two\x0cthree\u0085four", "exact": "x"}, ensure_ascii=False) + "\n", encoding="utf-8")
     (task,) = load_tasks(path)
     assert task.messages[-1]["content"] == "one\u2028two\x0cthree\u0085four"
-    from olpack.side_by_side import _read
+    from olpack.commands.compare_models import _read
 
     (tmp_path / "prompts.txt").write_text("one\u2028two\nthree\x0cfour\r\n", encoding="utf-8")
     assert [turns[-1]["content"] for turns in _read(tmp_path / "prompts.txt")[0]] == ["one\u2028two", "three\x0cfour"]

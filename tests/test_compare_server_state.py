@@ -20,8 +20,8 @@ from olpack.compare import read_results
 from olpack.deploy.client import OllamaClient
 from olpack.deploy.register import point_latest
 from olpack.errors import OlpackError
-from olpack.pipeline import Build
 from olpack.recipe import load
+from olpack.stages.build import Build
 
 
 @pytest.fixture(scope="module")

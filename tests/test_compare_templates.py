@@ -10,7 +10,7 @@ import tiny_gguf
 from test_compare_measure import PROMPTS, SETTINGS, quant_file
 
 from olpack.compare import measure, print_table
-from olpack.tasks import parse_task
+from olpack.recipe.tasks import parse_task
 
 THINKS = tiny_gguf.TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
 MARKS = tiny_gguf.TEMPLATE.replace("{{ m.content }}", "{% generation %}{{ m.content }}{% endgeneration %}")  # abetlen/llama-cpp-python#2225

@@ -7,9 +7,9 @@ import json
 
 import pytest
 
-from olpack.base import BUILTIN, Base
 from olpack.data import Chat, Renderer, load_chats, load_rows, split
 from olpack.errors import OlpackError
+from olpack.model.base import BUILTIN, Base
 
 TINY = Base("builtin/tiny-coder", BUILTIN / "tiny-coder")
 

@@ -12,13 +12,13 @@ import pytest
 from oracle import olpack
 
 from olpack import recipe
-from olpack.base import BUILTIN, Base
 from olpack.data import Chat, HubSet, Renderer, load_chats
 from olpack.data.chats import times
 from olpack.data.check import histogram, percentile
-from olpack.data.shown import pieces
+from olpack.data.show import pieces
 from olpack.errors import OlpackError
-from olpack.pipeline import Build
+from olpack.model.base import BUILTIN, Base
+from olpack.stages.build import Build
 
 RECIPE = "base: builtin/tiny-coder\ndata: {train: train.jsonl, eval: eval.jsonl, max_length: 64}\n"
 
@@ -260,7 +260,7 @@ def test_a_plan_prints_names_as_they_are(tmp_path):
 
 
 def test_held_out_texts_and_tool_calls_are_no_questions_and_answers(tmp_path):
-    from olpack.stages import _examples, questions
+    from olpack.stages.work import _examples, questions
 
     call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}
     asked = {"role": "user", "content": "q"}

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from olpack.base import BUILTIN, Base
 from olpack.data import Renderer, Source, load_chats, load_rows, split
 from olpack.data.chats import unread_keys
 from olpack.data.check import check_data
 from olpack.data.forms import RowError, to_chat
 from olpack.errors import OlpackError
+from olpack.model.base import BUILTIN, Base
 
 TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 CHATML = TURNS + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from olpack.base import BUILTIN, Base
 from olpack.data import Chat, Renderer, Source, load_chats, load_rows, split
 from olpack.data.chats import times
 from olpack.errors import OlpackError
+from olpack.model.base import BUILTIN, Base
 
 NASTY = "مرحبا\u200f بالعالم! 👩‍💻 e\u0301\n\tdef f():\n\t\t'''a \"quoted\" docstring'''\r\n  end, semi; [bold]x[/bold] \u202bעברית\u202c"
 ASKED = [{"role": "user", "content": f"Q {NASTY}"}]

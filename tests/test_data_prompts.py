@@ -7,10 +7,10 @@ import json
 
 import pytest
 
-from olpack.base import BUILTIN, Base
 from olpack.data import Chat, Renderer, Source, load_rows
 from olpack.data.check import check_data
 from olpack.errors import OlpackError
+from olpack.model.base import BUILTIN, Base
 
 TURN = "{% for m in messages %}<|im_start|>{{ m.role }}\n"
 END = "{{ m.content }}<|im_end|>\n{% endfor %}"

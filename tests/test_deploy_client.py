@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-import subprocess
-import os
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ import served_gguf
 from ollama_double import Answer, OllamaDouble
 
 from olpack.deploy.client import OllamaClient, blob_digest, server_url
-from olpack.deploy.shown import read_parameters
+from olpack.deploy.model_info import read_parameters
 from olpack.errors import OlpackError
 
 

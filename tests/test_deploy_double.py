@@ -14,7 +14,6 @@ from ollama_double import Answer, OllamaDouble
 from ollama_double_store import CHATML, Facts, encoded
 
 
-
 def _recorded(name: str) -> list[dict]:
     return [json.loads(line) for line in Path(__file__).with_name("data").joinpath("ollama", name).read_text(encoding="utf-8").split("\n") if line]
 

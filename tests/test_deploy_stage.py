@@ -11,11 +11,11 @@ import pytest
 from ollama_double import LOOP, Answer, OllamaDouble
 from oracle import CHAT, make_workspace, olpack, write_base
 
+from olpack.commands.doctor import examine
 from olpack.deploy.client import OllamaClient
-from olpack.doctor import examine
-from olpack.pipeline import Build
 from olpack.recipe import load
-from olpack.stages import _prompts_said
+from olpack.stages.build import Build
+from olpack.stages.work import _prompts_said
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +220,7 @@ def test_a_date_in_the_template(workspace, ollama_double, monkeypatch):
         def now(cls, tz=None):
             return super().now(tz) + timedelta(days=1)
 
-    monkeypatch.setattr("olpack.pipeline.datetime", Tomorrow)
+    monkeypatch.setattr("olpack.stages.build.datetime", Tomorrow)
     monkeypatch.setattr("ollama_double_store.datetime.datetime", Tomorrow)
     code, _, said = olpack(workspace, "deploy", "oracle", server=ollama_double.url)
     assert code == 0 and "prompt identical" in said and "differences" not in said, said

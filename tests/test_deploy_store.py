@@ -18,11 +18,11 @@ from transformers import PreTrainedTokenizerFast
 
 from olpack.deploy import Package, protect
 from olpack.deploy.client import OllamaClient
-from olpack.deploy.gguf_header import Header, read_header
 from olpack.deploy.identity import check_identity
 from olpack.deploy.register import QuantFile, register
 from olpack.deploy.store import compose, models_folder, write_store
 from olpack.errors import OlpackError
+from olpack.model.gguf_header import Header, read_header
 
 TRANSCRIPT = [json.loads(line) for line in Path(__file__).with_name("data").joinpath("ollama/transcript.jsonl").read_text().splitlines()]
 TAGS = {"q4_0": 2, "q4_K_M": 15, "q5_K_M": 17, "q8_0": 7}

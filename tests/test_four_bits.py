@@ -9,12 +9,13 @@ import torch
 from four_bits_reference import dequantized
 from tiny_models import write_model
 
-from olpack import doctor, four_bits
-from olpack.base import Base
-from olpack.held import Held
+from olpack.commands import doctor
+from olpack.model import four_bits
+from olpack.model.base import Base
+from olpack.model.frozen_weights import Held
 from olpack.recipe import Train
-from olpack.train.fused import _frozen_weight
 from olpack.train.model import load_with_adapter
+from olpack.train.ops.low_rank import _frozen_weight
 
 CPU = torch.device("cpu")
 SHAPES = [(96, 128), (50, 48), (33, 96), (7, 33), (2, 2), (300, 70)]

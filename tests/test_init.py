@@ -9,11 +9,11 @@ import pytest
 from typer.testing import CliRunner
 
 from olpack import recipe
-from olpack.base import BUILTIN, resolve
 from olpack.cli import app
+from olpack.commands.init import PARAMETERS, new_recipe, write_recipe
 from olpack.data import load_chats
 from olpack.errors import OlpackError
-from olpack.init import PARAMETERS, new_recipe, write_recipe
+from olpack.model.base import BUILTIN, resolve
 
 ROWS = Path(__file__).parents[1] / "modelfiles/coding-assistant/eval.jsonl"
 

@@ -17,18 +17,18 @@ import pytest
 from rich.console import Console
 from tiny_models import converter, write_model
 
-from olpack.base import config_of
 from olpack.cli import main
 from olpack.errors import OlpackError
 from olpack.export import Target
+from olpack.machine import GIB, Machine
 from olpack.memory import advise, estimate_model
 from olpack.memory.footprint import Footprint, Setting, plan, read
-from olpack.memory.machine import GIB, Machine
 from olpack.memory.recommend import place
-from olpack.memory.shape import MetaModel
 from olpack.memory.subject import Subject, find, typical
 from olpack.memory.table import print_estimate
-from olpack.memory.training import adapter_parameters, estimate_training, frozen_bytes
+from olpack.model.base import config_of
+from olpack.model.shape import MetaModel
+from olpack.train.memory import adapter_parameters, estimate_training, frozen_bytes
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -33,7 +33,7 @@ def test_the_wheel_has_all_that_a_build_needs(unpacked):
 def test_an_installed_olpack_finds_what_ships_with_it(unpacked, tmp_path):
     script = (
         f"import sys; sys.path.insert(0, {str(unpacked)!r})\n"
-        "from olpack import recipe, workspace; from olpack.base import resolve\n"
+        "from olpack import recipe, workspace; from olpack.model.base import resolve\n"
         "path = workspace.recipe_path('coding-assistant'); found = recipe.load(path)\n"
         "print(path); print(resolve(found.base, relative_to=found.folder).path); print(len(workspace.template_source('Modelfile.j2')))"
     )

@@ -16,7 +16,7 @@ from oracle import CHAT, RECIPE, files, make_workspace, olpack, write_base, writ
 from olpack import recipe
 from olpack.deploy.client import OllamaClient
 from olpack.errors import OlpackError
-from olpack.pipeline import Build
+from olpack.stages.build import Build
 
 
 @pytest.fixture(scope="module")
@@ -180,9 +180,9 @@ def test_tasks_are_scored_and_nothing_else_is_measured_again(workspace):
 def test_a_disk_too_small_for_the_reference_is_warned_of_and_stops_nothing(workspace, monkeypatch):
     from olpack.errors import OlpackError
 
-    monkeypatch.setattr("olpack.plan.free_bytes", lambda path: 30_000_000)
+    monkeypatch.setattr("olpack.stages.plan.free_bytes", lambda path: 30_000_000)
     assert "more space than is free, for the unquantized fine-tune" not in olpack(workspace, "plan", "oracle")[2]
-    monkeypatch.setattr("olpack.plan.free_bytes", lambda path: 4_700_000)
+    monkeypatch.setattr("olpack.stages.plan.free_bytes", lambda path: 4_700_000)
     assert "more space than is free, for the unquantized fine-tune" in olpack(workspace, "plan", "oracle")[2]
 
     def full(*_, **__):
@@ -436,10 +436,11 @@ def test_a_context_without_room_is_refused_before_any_work(workspace):
 
 
 def test_what_needs_no_weights_fetches_none(workspace, monkeypatch):
-    from olpack import base, memory
+    from olpack import memory
+    from olpack.model import base
 
     asked = []
-    monkeypatch.setattr("olpack.pipeline.resolve", lambda label, **said: asked.append(said["weights"]) or base.resolve(label, **said))
+    monkeypatch.setattr("olpack.stages.build.resolve", lambda label, **said: asked.append(said["weights"]) or base.resolve(label, **said))
     monkeypatch.chdir(workspace)
     memory.advise(["oracle"], None, 8.0, 16.0, None, "f16", None, None, None)
     assert asked == [False]
@@ -516,7 +517,7 @@ def test_a_row_of_the_training_data_in_eval_is_refused(workspace):
 
 def test_no_space_is_told_before_any_work(workspace, monkeypatch):
     before = files(workspace)
-    monkeypatch.setattr("olpack.plan.free_bytes", lambda path: 1000)
+    monkeypatch.setattr("olpack.stages.plan.free_bytes", lambda path: 1000)
     code, _, said = olpack(workspace, "build", "oracle", "--set", "train.epochs=1")
     assert code == 1 and "are free" in said
     assert files(workspace) == before

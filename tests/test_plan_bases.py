@@ -10,9 +10,9 @@ import pytest
 from gguf import GGUFReader
 from tiny_models import converter, write_adapter, write_fast_sentencepiece, write_model, write_sentencepiece, write_vision_model
 
-from olpack.base import Base, resolve
 from olpack.errors import OlpackError
 from olpack.export import Target
+from olpack.model.base import Base, resolve
 from olpack.recipe import Train
 from olpack.train.checks import check_training
 

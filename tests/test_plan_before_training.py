@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from oracle import olpack
 
-from olpack.base import BUILTIN
+from olpack.model.base import BUILTIN
 
 CHAT = (BUILTIN / "tiny-coder/chat_template.jinja").read_text()
 RECIPE = {"base": "../../base", "data": {"train": "train.jsonl"}, "train": {"rank": 4}, "quants": ["Q8_0"], "compare": {"reference": False}}

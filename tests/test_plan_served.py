@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from oracle import olpack
 
-from olpack.base import BUILTIN
+from olpack.model.base import BUILTIN
 
 TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -11,10 +11,10 @@ import pytest
 from gguf.gguf_writer import GGUFValue
 from oracle import olpack
 
-from olpack.base import BUILTIN
 from olpack.export.converter import SourceModel
 from olpack.export.job import TokenText
 from olpack.export.verify import settle_pretokenizer, token_differences
+from olpack.model.base import BUILTIN
 
 RECIPE = "base: ../../base\ndata: {train: train.jsonl}\ntrain: {rank: 4, quantization: none}\nquants: [Q8_0]\ncompare: {reference: false}\n"
 

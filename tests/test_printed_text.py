@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from olpack import listing, progress
-from olpack.doctor import Finding, print_findings
+from olpack import progress
+from olpack.commands import show
+from olpack.commands.doctor import Finding, print_findings
 
 ODD = "runs[bold]/[/red]x:smile:"
 
@@ -16,7 +17,7 @@ def wide(monkeypatch):
 
 
 def test_a_list_of_packages(capsys):
-    listing.print_packages([{"name": ODD, "recipe": ODD, "shipped": False, "trained": True, "quants": {}, "recommended": None, "registered": [ODD]}])
+    show.print_packages([{"name": ODD, "recipe": ODD, "shipped": False, "trained": True, "quants": {}, "recommended": None, "registered": [ODD]}])
     assert capsys.readouterr().out.count(ODD) == 3
 
 

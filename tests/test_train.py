@@ -12,16 +12,16 @@ import torch
 from tiny_models import write_model
 from train_child import at_call, make_rows
 
-from olpack.base import Base
 from olpack.errors import OlpackError
+from olpack.model.base import Base
 from olpack.recipe import Train
 from olpack.train import loop as training_loop
 from olpack.train import train
 from olpack.train.batches import flatten, micro_batches, schedule
 from olpack.train.forward import Forward
-from olpack.train.joined import Joined
 from olpack.train.loop import learning_rate
 from olpack.train.model import load_with_adapter
+from olpack.train.ops.flat_parameters import Joined
 
 CPU = torch.device("cpu")
 torch.set_num_threads(1)  # matrices this small are slower on two
@@ -107,7 +107,7 @@ def test_parameters_are_learned_where_they_are_joined_and_where_they_are_not(bas
     rows, weights, counts = make_rows(8), [], []
     for small, large, most in ((10**9, 0, 0), (2000, 4000, 10**9), (0, 10**9, 9000), (0, 10**9, 10**9)):
         for name, value in {"SMALL": small, "LARGE": large, "_MOST": most}.items():
-            monkeypatch.setattr(f"olpack.train.joined.{name}", value)
+            monkeypatch.setattr(f"olpack.train.ops.flat_parameters.{name}", value)
         model = load_with_adapter(base, Train(quantization="none", target_modules=["q_proj", "v_proj"], modules_to_save=["norm"]), CPU)
         trained = Joined(model)
         counts.append(len(trained.parameters))
@@ -125,7 +125,7 @@ def test_parameters_are_learned_where_they_are_joined_and_where_they_are_not(bas
 
 
 def test_memory_that_runs_out_while_gradients_are_joined_counts_none_twice(base, monkeypatch):
-    monkeypatch.setattr("olpack.train.joined.SMALL", 0)
+    monkeypatch.setattr("olpack.train.ops.flat_parameters.SMALL", 0)
     rows, gradients = make_rows(8), []
     for fails in (False, True):
         model = load_with_adapter(base, Train(quantization="none"), CPU)

@@ -13,15 +13,15 @@ from safetensors.torch import load_file
 from tiny_models import write_model
 from train_child import make_rows
 
-from olpack.base import Base
 from olpack.data import TokenRow
 from olpack.errors import OlpackError
-from olpack.memory.shape import MetaModel
-from olpack.memory.training import estimate_training
+from olpack.model.base import Base
+from olpack.model.shape import MetaModel
 from olpack.recipe import Train
-from olpack.train import TrainResult, fit, loop, train
+from olpack.train import TrainResult, loop, planner, train
 from olpack.train.forward import Forward
 from olpack.train.loop import evaluation_interval
+from olpack.train.memory import estimate_training
 from olpack.train.ranks import ALONE, Ranks
 
 torch.set_num_threads(1)
@@ -147,56 +147,56 @@ def model() -> MetaModel:
 def test_what_fits_is_the_fastest_that_does(model):
     rows = make_rows(400)
     settings = Train(batch_size=64)
-    wide = fit.on_gpu(model, rows, settings, 80 << 30)
+    wide = planner.on_gpu(model, rows, settings, 80 << 30)
     assert not wide.checkpointing and wide.bytes < wide.room
     assert wide.tokens >= wide.largest  # a whole step at once, and no more
     assert "without gradient checkpointing" in wide.said
-    checkpointed = fit.on_gpu(model, rows, settings.model_copy(update={"gradient_checkpointing": True}), 80 << 30)
-    narrow = fit.on_gpu(model, rows, settings, round(0.5 * (checkpointed.bytes + wide.bytes)))
+    checkpointed = planner.on_gpu(model, rows, settings.model_copy(update={"gradient_checkpointing": True}), 80 << 30)
+    narrow = planner.on_gpu(model, rows, settings, round(0.5 * (checkpointed.bytes + wide.bytes)))
     assert narrow.checkpointing and narrow.tokens == wide.tokens and narrow.bytes == checkpointed.bytes < narrow.room < wide.bytes
     assert f"without it {wide.largest:,} tokens would take" in narrow.said
-    tight = fit.on_gpu(model, rows, settings, narrow.bytes - 1)
+    tight = planner.on_gpu(model, rows, settings, narrow.bytes - 1)
     assert tight.head_waits and tight.tokens == narrow.tokens and tight.bytes < narrow.bytes - 50e6
     assert not narrow.head_waits and "the output layer in host memory but for the loss" in tight.said
-    tighter = fit.on_gpu(model, rows, settings, tight.bytes - 1)
+    tighter = planner.on_gpu(model, rows, settings, tight.bytes - 1)
     assert tighter.head_waits and tighter.tokens < narrow.tokens
-    none = fit.on_gpu(model, rows, settings, 100 << 20)
+    none = planner.on_gpu(model, rows, settings, 100 << 20)
     assert none.tokens == max(len(row.ids) for row in rows) and "more than the" in none.said
 
 
 def test_an_output_layer_that_embeds_in_a_way_of_its_own_does_not_wait():
     """Gemma 3's embedding scales what it looks up, with a number on the GPU."""
     shape = {**SHAPE, "model_type": "gemma3_text", "head_dim": 128, "tie_word_embeddings": True}
-    scaled = fit.on_gpu(MetaModel(shape, "shape"), make_rows(400), Train(batch_size=64), 100 << 20)
+    scaled = planner.on_gpu(MetaModel(shape, "shape"), make_rows(400), Train(batch_size=64), 100 << 20)
     assert not scaled.head_waits and scaled.training.head == 0
-    shared = fit.on_gpu(MetaModel({**SHAPE, "tie_word_embeddings": True}, "shape"), make_rows(400), Train(batch_size=64), 100 << 20)
+    shared = planner.on_gpu(MetaModel({**SHAPE, "tie_word_embeddings": True}, "shape"), make_rows(400), Train(batch_size=64), 100 << 20)
     assert shared.head_waits and shared.training.head == 2 * 2048 * 32000
 
 
 def test_the_output_layer_stays_where_waiting_gains_nothing():
     wide = MetaModel({**SHAPE, "vocab_size": 262_144}, "shape")
     rows, settings = make_rows(400), Train(batch_size=64)
-    found = [fit.on_gpu(wide, rows, settings, room) for room in range(1 << 30, 5 << 30, 64 << 20)]
+    found = [planner.on_gpu(wide, rows, settings, room) for room in range(1 << 30, 5 << 30, 64 << 20)]
     assert any(one.head_waits for one in found)
     assert all(one.training.total(True) > one.room for one in found if one.head_waits)
 
 
 def test_an_output_layer_with_an_adapter_does_not_wait(model):
     settings = Train(batch_size=64, target_modules=["q_proj", "lm_head"])
-    assert fit.on_gpu(model, make_rows(400), settings, 100 << 20).training.head == 0
+    assert planner.on_gpu(model, make_rows(400), settings, 100 << 20).training.head == 0
 
 
 def test_attention_is_kept_where_there_is_room_and_a_long_run(model):
     rows = make_rows(400)
     settings = Train(batch_size=64, epochs=40, gradient_checkpointing=True)
     host = 64 << 30
-    kept = fit.on_gpu(model, rows, settings, 80 << 30, host=host)
+    kept = planner.on_gpu(model, rows, settings, 80 << 30, host=host)
     assert kept.keeps and "attention's results kept" in kept.said
-    without = fit.on_gpu(model, rows, settings, 80 << 30)
+    without = planner.on_gpu(model, rows, settings, 80 << 30)
     assert not without.keeps and without.bytes < kept.bytes and without.tokens == kept.tokens
-    assert not fit.on_gpu(model, rows, settings, 80 << 30, host=sum(kept.host_parts.values()) - 1).keeps
-    assert not fit.on_gpu(model, rows, settings, kept.bytes - 1, host=host).keeps
-    assert not fit.on_gpu(model, rows, settings.model_copy(update={"epochs": 1}), 80 << 30, host=host).keeps
+    assert not planner.on_gpu(model, rows, settings, 80 << 30, host=sum(kept.host_parts.values()) - 1).keeps
+    assert not planner.on_gpu(model, rows, settings, kept.bytes - 1, host=host).keeps
+    assert not planner.on_gpu(model, rows, settings.model_copy(update={"epochs": 1}), 80 << 30, host=host).keeps
 
 
 def test_inputs_that_torch_checkpoints_are_on_the_gpu():
@@ -217,24 +217,24 @@ def test_several_processes_choose_by_the_one_that_has_least(base, monkeypatch):
             assert reduction == "max"
             return torch.maximum(number, torch.tensor(-(100 << 20)))
 
-    monkeypatch.setattr(fit, "free_room", lambda _: 80 << 30)
-    chosen = fit.choose(base, make_rows(40), Train(), torch.device("cuda"), Ranks(Accelerator()))
+    monkeypatch.setattr(planner, "free_room", lambda _: 80 << 30)
+    chosen = planner.choose(base, make_rows(40), Train(), torch.device("cuda"), Ranks(Accelerator()))
     assert chosen.room == 100 << 20
-    assert fit.choose(base, make_rows(40), Train(), torch.device("cuda"), ALONE).room == 80 << 30
+    assert planner.choose(base, make_rows(40), Train(), torch.device("cuda"), ALONE).room == 80 << 30
 
 
 def test_what_the_recipe_sets_is_left_as_it_is(model):
     settings = Train(batch_size=64, micro_batch_tokens=100, gradient_checkpointing=False)
-    found = fit.on_gpu(model, make_rows(400), settings, 1 << 20)
+    found = planner.on_gpu(model, make_rows(400), settings, 1 << 20)
     assert (found.tokens, found.checkpointing) == (100, False)
 
 
 def test_layers_are_spread_where_one_gpu_does_not_hold_them(model):
     rows, settings = make_rows(400), Train(batch_size=64)
-    whole = fit.on_gpu(model, rows, settings.model_copy(update={"sharding": "none"}), 80 << 30, gpus=4)
-    spread = fit.on_gpu(model, rows, settings.model_copy(update={"sharding": "full"}), 80 << 30, gpus=4)
+    whole = planner.on_gpu(model, rows, settings.model_copy(update={"sharding": "none"}), 80 << 30, gpus=4)
+    spread = planner.on_gpu(model, rows, settings.model_copy(update={"sharding": "full"}), 80 << 30, gpus=4)
     assert spread.training.weights < whole.training.weights
-    assert not fit.on_gpu(model, rows, settings, 80 << 30, gpus=4).sharded
+    assert not planner.on_gpu(model, rows, settings, 80 << 30, gpus=4).sharded
     smallest = {"sharding": "none", "micro_batch_tokens": 20, "gradient_checkpointing": True}
-    least = fit.on_gpu(model, rows, settings.model_copy(update=smallest), 0, gpus=4)
-    assert fit.on_gpu(model, rows, settings, least.bytes - (20 << 20), gpus=4).sharded
+    least = planner.on_gpu(model, rows, settings.model_copy(update=smallest), 0, gpus=4)
+    assert planner.on_gpu(model, rows, settings, least.bytes - (20 << 20), gpus=4).sharded

@@ -10,15 +10,16 @@ import torch.nn.functional as F
 from gated import gated_mlp
 from tiny_models import write_model
 
-from olpack.base import Base
 from olpack.data import TokenRow
+from olpack.model.base import Base
 from olpack.recipe import Train
-from olpack.train import attention, fused, pointwise, recompute
 from olpack.train import forward as forward_module
 from olpack.train.batches import flatten, micro_batches
 from olpack.train.forward import Forward
-from olpack.train.head import head_loss
 from olpack.train.model import load_with_adapter
+from olpack.train.ops import attention, low_rank, pointwise
+from olpack.train.ops import checkpointing as recomputation
+from olpack.train.ops.loss import head_loss
 
 CPU = torch.device("cpu")
 SENTENCEPIECE = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
@@ -183,7 +184,7 @@ def test_a_layer_is_computed_again_without_its_last_product_where_gradients_stay
     model = with_adapter(Base("tiny", write_model(tmp_path / "model", kind, **settings)), Train(rank=4))
     forward = Forward(model, CPU, checkpointing=True)
     products = []
-    monkeypatch.setattr(fused, "_up", lambda x, h, layer, up=fused._up: products.append(layer) or up(x, h, layer))
+    monkeypatch.setattr(low_rank, "_up", lambda x, h, layer, up=low_rank._up: products.append(layer) or up(x, h, layer))
     loss = forward.loss(flatten(ROWS, CPU))
     made = len(products)
     loss.backward()
@@ -195,7 +196,7 @@ def test_a_backward_pass_that_fails_leaves_nothing_skipped(tmp_path, monkeypatch
     forward = Forward(model, CPU, checkpointing=True)
     wanted, loss = forward.loss(flatten(ROWS, CPU)).item(), forward.loss(flatten(ROWS, CPU))
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
-        patch.setattr(fused, "_up", raising(torch.OutOfMemoryError))
+        patch.setattr(low_rank, "_up", raising(torch.OutOfMemoryError))
         loss.backward()
     forward.forget()
     assert forward.loss(flatten(ROWS, CPU)).item() == wanted
@@ -211,19 +212,19 @@ def raising(error: type[Exception]):
 def test_the_input_of_a_layer_is_given_free_when_its_gradients_are_known(tmp_path, monkeypatch):
     alive, seen = weakref.WeakSet(), []
 
-    class Watched(recompute._Kept):
+    class Watched(recomputation._Kept):
         def __init__(self, hidden, *rest):
             super().__init__(hidden, *rest)
             alive.add(hidden)
 
-    def take(self, wanted, take=recompute.Recompute.take):
+    def take(self, wanted, take=recomputation.Recompute.take):
         seen.append(len(alive))
         return take(self, wanted)
 
     model = with_adapter(Base("tiny", write_model(tmp_path / "model", num_hidden_layers=4)), Train(rank=4))
     forward = Forward(model, CPU, checkpointing=True)
-    monkeypatch.setattr(recompute, "_Kept", Watched)
-    monkeypatch.setattr(recompute.Recompute, "take", take)
+    monkeypatch.setattr(recomputation, "_Kept", Watched)
+    monkeypatch.setattr(recomputation.Recompute, "take", take)
     loss = forward.loss(flatten(ROWS, CPU))  # which holds on to the graph
     loss.backward()
     assert seen == [4, 3, 2, 1]
@@ -304,7 +305,7 @@ def test_attention_over_flat_rows(window, softcap):
 @pytest.mark.parametrize("softcap", [None, 4.0])
 def test_the_loss_of_the_head_in_pieces(monkeypatch, softcap):
     torch.manual_seed(0)
-    monkeypatch.setattr("olpack.train.head.PIECE", 3 * 50)
+    monkeypatch.setattr("olpack.train.ops.loss.PIECE", 3 * 50)
     head, hidden, targets = torch.nn.Linear(8, 50), torch.randn(10, 8), torch.randint(0, 50, (10,))
     head.requires_grad_(False)
     first, second = (hidden.clone().requires_grad_() for _ in range(2))

@@ -13,8 +13,8 @@ from tiny_models import write_model
 from train_child import at_call, make_rows
 
 from olpack import progress
-from olpack.base import Base
 from olpack.errors import OlpackError
+from olpack.model.base import Base
 from olpack.recipe import Train
 from olpack.train import loop, train
 from olpack.train.launch import launcher, run_launched

@@ -14,14 +14,14 @@ import torch
 from test_train_forward import ROWS, same_gradients, with_adapter
 from tiny_models import write_model
 
-from olpack.base import Base
-from olpack.memory.shape import MetaModel
-from olpack.memory.training import estimate_training
+from olpack.model.base import Base
+from olpack.model.shape import MetaModel
 from olpack.recipe import Train
-from olpack.train import host_memory
 from olpack.train.batches import flatten
 from olpack.train.forward import Forward
-from olpack.train.host_memory import HostMemory
+from olpack.train.memory import estimate_training
+from olpack.train.ops import pinned
+from olpack.train.ops.pinned import HostMemory
 
 CPU = torch.device("cpu")
 
@@ -72,7 +72,7 @@ def runtime(monkeypatch) -> Runtime:
         "synchronize": lambda _: None, "cudart": lambda: runtime, "check_error": check,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(host_memory, "_locked_by_torch", lambda like: runtime.by_torch.append(torch.empty_like(like)) or runtime.by_torch[-1])
+    monkeypatch.setattr(pinned, "_locked_by_torch", lambda like: runtime.by_torch.append(torch.empty_like(like)) or runtime.by_torch[-1])
     return runtime
 
 

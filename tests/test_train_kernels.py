@@ -13,11 +13,11 @@ from gated import gated_mlp
 from tiny_models import write_model
 from triton.runtime.errors import OutOfResources
 
-from olpack.base import Base
+from olpack.model.base import Base
 from olpack.recipe import Train
-from olpack.train import kernels, pointwise
 from olpack.train.batches import flatten
 from olpack.train.forward import Forward
+from olpack.train.ops import kernels, pointwise
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WIDE = {"rtol": 1e-5, "atol": 1e-5}

@@ -16,20 +16,20 @@ from safetensors.torch import load_file, save_file
 from tiny_models import converter, write_model, write_vision_model
 
 from olpack import recipe
-from olpack.base import Base
 from olpack.data import Renderer, TokenRow, load_rows
 from olpack.errors import OlpackError
 from olpack.export import Target
 from olpack.export.adapter import read_adapter
-from olpack.export.folder import read_tensor_headers
 from olpack.llamacpp.engine import Engine, Sampling
-from olpack.packing import dequantize_hqq, quantize_hqq
-from olpack.pipeline import Build
+from olpack.model.base import Base
+from olpack.model.checkpoint import read_tensor_headers
+from olpack.model.packed import dequantize_hqq, quantize_hqq
 from olpack.recipe import Train
+from olpack.stages.build import Build
 from olpack.train import loop, train
+from olpack.train.adapter import save_adapter
 from olpack.train.checks import BASE_KINDS, check_training, merge_table
 from olpack.train.frozen import FrozenLinear
-from olpack.train.methods import save_adapter
 from olpack.train.model import load_with_adapter
 
 CPU = torch.device("cpu")

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from tiny_models import write_model
 
-from olpack.base import Base
 from olpack.errors import OlpackError
-from olpack.memory.shape import MetaModel
+from olpack.model.base import Base
+from olpack.model.shape import MetaModel
 from olpack.recipe import Train
+from olpack.train.adapter import adapter_config, experts_left_out, target_names
 from olpack.train.checks import check_training
-from olpack.train.methods import adapter_config, experts_left_out, target_names
 
 
 @pytest.fixture(scope="module")

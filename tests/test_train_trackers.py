@@ -10,8 +10,8 @@ import torch
 from tiny_models import write_model
 from train_child import make_rows
 
-from olpack.base import Base
 from olpack.errors import OlpackError
+from olpack.model.base import Base
 from olpack.recipe import Train
 from olpack.train import train
 from olpack.train.metrics import check_trackers

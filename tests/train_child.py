@@ -21,9 +21,9 @@ import torch
 import transformers.models.qwen3.modeling_qwen3  # noqa: F401
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig  # noqa: F401
 
-from olpack.base import Base
 from olpack.data import TokenRow
 from olpack.errors import OlpackError
+from olpack.model.base import Base
 from olpack.recipe import Train
 from olpack.train import checkpoint, loop, metrics, train
 

@@ -10,7 +10,7 @@ from olpack.compare.job import LOGITS_BYTES
 from olpack.compare.results import SCHEMA_VERSION, Rows
 from olpack.compare.settings import MeasureSettings
 from olpack.compare.units import suite_unit
-from olpack.tasks import Task, function_files, task_files
+from olpack.recipe.tasks import Task, function_files, task_files
 from olpack.workspace import file_digest
 
 Keys = dict[str, dict]

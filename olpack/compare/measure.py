@@ -26,7 +26,7 @@ from olpack.compare.yardstick import Held, Yardstick, hold, measure_unweighed
 from olpack.data.rows import TokenRow
 from olpack.errors import OlpackError
 from olpack.llamacpp.cores import usable_cores
-from olpack.tasks import Task
+from olpack.recipe.tasks import Task
 from olpack.workspace import file_digest, value_digest
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from olpack.compare.results import Divergence, Flag, Machine, Perplexity, QuantR
 from olpack.compare.settings import MeasureSettings
 from olpack.compare.units import UNWEIGHED, Units, suite_unit
 from olpack.errors import OlpackError
-from olpack.tasks import Task
+from olpack.recipe.tasks import Task
 
 
 def quant_result(units: Units, speed: Speed | None, problems: Sequence[OlpackError], **identity: Any) -> QuantResult:

@@ -22,7 +22,7 @@ from olpack.compare.results import CheckScore, Scores
 from olpack.compare.units import Units
 from olpack.errors import OlpackError
 from olpack.llamacpp.cores import usable_cores
-from olpack.tasks import CHECKS, Task
+from olpack.recipe.tasks import CHECKS, Task
 from olpack.workspace import file_digest
 
 _FENCE = re.compile(r"^```[^\n]*\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ollama import ListResponse
 
     from olpack.deploy.client import OllamaClient
-    from olpack.tasks import Task
+    from olpack.recipe.tasks import Task
 
 
 def compare_served(

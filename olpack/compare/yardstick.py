@@ -21,7 +21,7 @@ from olpack.compare.scores import check_answers
 from olpack.compare.units import UNWEIGHED, Units, run_worker
 from olpack.errors import OlpackError
 from olpack.progress import quantity
-from olpack.tasks import Task
+from olpack.recipe.tasks import Task
 
 REFERENCE_QUANTS = ("F16", "BF16")  # in the order in which they are tried
 

@@ -17,8 +17,8 @@ from functools import cached_property
 from itertools import groupby, islice, pairwise
 from typing import TYPE_CHECKING
 
+from olpack.data.dates import written_by
 from olpack.data.rows import Chat, Learn, TokenRow
-from olpack.dates import written_by
 from olpack.errors import OlpackError
 
 if TYPE_CHECKING:

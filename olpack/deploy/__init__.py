@@ -14,10 +14,10 @@
 What talks to the server is imported from its module, so that checking a recipe loads no HTTP library.
 """
 
-from olpack.deploy.chat_template import UNDEFINED, advertised, pins_for, protect, read_chat_template
 from olpack.deploy.modelfile import Package, ParsedModelfile, differences, parse, render, unrepresentable
 from olpack.deploy.names import check_name, same
 from olpack.deploy.parameters import PARAMETERS, check_parameters, context_warnings
+from olpack.model.chat_template import UNDEFINED, advertised, pins_for, protect, read_chat_template
 
 __all__ = [
     "PARAMETERS",

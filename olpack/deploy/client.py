@@ -23,8 +23,8 @@ from urllib.request import proxy_bypass
 import httpx
 
 from olpack import progress
+from olpack.deploy.model_info import Shown, read_shown
 from olpack.deploy.proxies import socks_proxies, without_socks
-from olpack.deploy.shown import Shown, read_shown
 from olpack.errors import OlpackError
 
 with without_socks():  # importing it makes a client, which a SOCKS proxy in the environment would stop

@@ -18,11 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from olpack import dates, progress
-from olpack.base import Base
+from olpack import progress
+from olpack.data import dates
 from olpack.deploy.client import OllamaClient
-from olpack.deploy.shown import Shown
+from olpack.deploy.model_info import Shown
 from olpack.errors import OlpackError
+from olpack.model.base import Base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Literal
 
 from olpack import progress
-from olpack.deploy.chat_template import read_chat_template
 from olpack.deploy.client import OllamaClient, blob_digest
+from olpack.deploy.model_info import Shown
 from olpack.deploy.modelfile import Package
 from olpack.deploy.names import canonical, check_name, same
 from olpack.deploy.parameters import check_parameters
-from olpack.deploy.shown import Shown
 from olpack.errors import OlpackError
+from olpack.model.chat_template import read_chat_template
 
 Done = Literal["created", "updated", "unchanged"]
 

@@ -24,11 +24,11 @@ from typing import Literal
 
 from olpack import progress
 from olpack.deploy.client import OllamaClient, blob_digest
-from olpack.deploy.gguf_header import Header, read_header
 from olpack.deploy.modelfile import Package
 from olpack.deploy.names import DEFAULT_HOST, DEFAULT_NAMESPACE, Name, canonical, parse_name
 from olpack.deploy.register import QuantFile, Registered, check_request, drift
 from olpack.errors import OlpackError
+from olpack.model.gguf_header import Header, read_header
 from olpack.quants import QUANT_TYPES
 
 _IMAGE = "application/vnd.ollama.image."

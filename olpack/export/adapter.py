@@ -20,8 +20,8 @@ import regex
 
 from olpack.errors import OlpackError
 from olpack.export.experts import Stack, find_stacks
-from olpack.export.folder import TensorHeader, read_safetensors_header
-from olpack.held import Held
+from olpack.model.checkpoint import TensorHeader, read_safetensors_header
+from olpack.model.frozen_weights import Held
 
 if TYPE_CHECKING:
     import torch

@@ -26,8 +26,8 @@ import numpy as np
 from olpack.errors import OlpackError
 from olpack.export import pretokenizer
 from olpack.export.adapter import Adapter
-from olpack.export.folder import TOKENIZER_FILES, read_tensor_headers
 from olpack.export.quantized import dequantize_bitsandbytes, dequantize_packed
+from olpack.model.checkpoint import TOKENIZER_FILES, read_tensor_headers
 
 FLOATS = ("F32", "F16", "BF16")  # types of GGUF tensors that can be quantized
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from olpack.errors import OlpackError
 from olpack.export.adapter import Adapter
-from olpack.export.folder import TOKENIZER_FILES, TensorHeader
+from olpack.model.checkpoint import TOKENIZER_FILES, TensorHeader
 
 
 def grown_tokenizer(folder: Path, source: Path, adapter: Adapter, base: Mapping[str, TensorHeader]) -> tuple[Path | None, str | None]:

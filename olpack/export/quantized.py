@@ -1,7 +1,7 @@
 """Bases that are stored quantized: which of them can be read, and what their tensors are once they are dequantized.
 
 llama.cpp's converter dequantizes GPTQ, fp8, compressed-tensors and some more while it reads them; bitsandbytes does so for what it made,
-and AWQ, HQQ, EETQ and AQLM are unpacked by olpack.packing.
+and AWQ, HQQ, EETQ and AQLM are unpacked by olpack.model.packed.
 An adapter names the weights that it was trained on, which such a checkpoint holds under other names and in other shapes.
 """
 
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from olpack.errors import OlpackError
-from olpack.export.folder import TensorHeader, read_tensor_headers
-from olpack.packing import layout_of, quantization_of
+from olpack.model.checkpoint import TensorHeader, read_tensor_headers
+from olpack.model.packed import layout_of, quantization_of
 
 _ORIGINAL = "Take the original model in 16 bits: an adapter that was trained on this one fits it, too."
 
@@ -219,7 +219,7 @@ def _of_compressed_tensors(source: Path, settings: Mapping[str, Any], stored: Ma
 
 
 def dequantize_packed(model: Any) -> None:
-    """Have each weight that olpack.packing knows load as it dequantizes it, in place of the converter's `dequant_model`.
+    """Have each weight that olpack.model.packed knows load as it dequantizes it, in place of the converter's `dequant_model`.
 
     Args:
         model: of llama.cpp's converter.
@@ -284,7 +284,7 @@ def dequantize_bitsandbytes(model: Any) -> None:
 def _from_4_bits(packed: Any, names: tuple[str, ...], parts: tuple[Any, ...]) -> Any:
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
-    from olpack.four_bits import check_kernel
+    from olpack.model.four_bits import check_kernel
 
     check_kernel()
     state = QuantState.from_dict(dict(zip(names, parts, strict=True)), device=packed.device)

@@ -14,11 +14,10 @@ import numpy as np
 from olpack import progress
 from olpack.errors import OlpackError
 from olpack.export.adapter import read_adapter
-from olpack.export.grown import grown_tokenizer
 from olpack.export.budget import read_sensitivity
 from olpack.export.converter import SourceModel, open_model
-from olpack.export.folder import check_tokenizer_files, read_config, read_tensor_headers
 from olpack.export.gguf_source import open_gguf
+from olpack.export.grown import grown_tokenizer
 from olpack.export.importance import ColumnWeights, column_weights
 from olpack.export.job import LATER, ExportOptions, ExportPlan, TokenText, partial_path, remove_partial
 from olpack.export.plan import FilePlan, hollow_file, plan_files
@@ -27,6 +26,7 @@ from olpack.export.split import part_names, split_plan
 from olpack.export.verify import settle_pretokenizer, token_differences, verify_file, verify_keys, verify_model
 from olpack.export.write import write_files
 from olpack.llamacpp.cores import usable_processors
+from olpack.model.checkpoint import check_tokenizer_files, read_config, read_tensor_headers
 from olpack.quants import quant_type
 
 Report = Callable[[int, int], None]

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 from olpack.errors import OlpackError
 
 if TYPE_CHECKING:
+    from olpack.machine import Machine
     from olpack.memory.estimate import Estimate
     from olpack.memory.footprint import Setting
-    from olpack.memory.machine import Machine
     from olpack.memory.recommend import Advice
     from olpack.memory.subject import Subject
 
@@ -66,7 +66,7 @@ def advise(
         raise OlpackError("More than one model is named.", "Name one package, or several GGUFs.")
     if models and "/" not in models[0] and (models[0] in packages() or not Path(models[0]).exists()):
         from olpack import recipe
-        from olpack.pipeline import Build
+        from olpack.stages.build import Build
         from olpack.workspace import recipe_path
 
         overrides = [f"quants=[{', '.join(quants)}]"] if quants else []
@@ -117,7 +117,7 @@ def _quants(asked: Sequence[str] | None, choice: Sequence[str]) -> list[str]:
 
 
 def _machine(vram: float | None, ram: float | None) -> Machine:
-    from olpack.memory.machine import GIB, Machine, this_machine
+    from olpack.machine import GIB, Machine, this_machine
 
     if vram is None and ram is None:
         return this_machine()

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field
 from olpack.errors import OlpackError
 from olpack.memory.footprint import Footprint, Layout, Setting, plan, read
 from olpack.memory.published import rule_of_thumb
-from olpack.memory.shape import MetaModel, Parameters, Shape
 from olpack.memory.subject import Subject
-from olpack.memory.training import Training, estimate_training, frozen_bytes
+from olpack.model.shape import MetaModel, Parameters, Shape
 from olpack.progress import quantity
+from olpack.train.memory import Training, estimate_training, frozen_bytes
 
 _RULE = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "nf4": 0.5}  # bytes a weight, as tutorials have them
 TITLES = {"float32": "FP32", "bfloat16": "FP16, BF16", "int8": "8-bit", "nf4": "4-bit NF4"}
@@ -91,7 +91,7 @@ def estimate(subject: Subject, quants: Sequence[str], setting: Setting, *, rank:
             not know the architecture, the estimate goes without their figures and a note says why.
     """
     if subject.gguf is not None:
-        from olpack.deploy.gguf_header import read_header
+        from olpack.model.gguf_header import read_header
 
         footprint, layout = read(subject.gguf, setting)
         notes = ["A GGUF is not trained: name the model it was made from for the memory of training and of other precisions."]

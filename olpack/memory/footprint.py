@@ -17,11 +17,11 @@ from typing import Any
 
 import olpack
 from olpack import progress
-from olpack.deploy.gguf_header import read_header
 from olpack.errors import OlpackError
 from olpack.llamacpp.library import INSTALL, row_size
-from olpack.memory.shape import write_hollow_checkpoint
 from olpack.memory.subject import Subject
+from olpack.model.gguf_header import read_header
+from olpack.model.shape import write_hollow_checkpoint
 from olpack.quants import QUANT_TYPES
 
 KV_TYPES = ("f16", "q8_0", "q4_0")

@@ -7,15 +7,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from olpack.machine import Machine
 from olpack.memory.footprint import Footprint, Setting, plan, read
-from olpack.memory.machine import Machine
 from olpack.memory.published import SOURCE, published_loss, rule_of_thumb
 from olpack.memory.subject import Subject
 from olpack.progress import quantity
 
 if TYPE_CHECKING:
     from olpack.compare.results import Results
-    from olpack.pipeline import Build
+    from olpack.stages.build import Build
 
 MAX_LOSS = 0.03  # accepted where the figures are llama.cpp's published ones: Q4_K_M is within it
 
@@ -131,7 +131,7 @@ def recommend_build(build: Build, machine: Machine, setting: Setting, max_loss: 
 
 def recommend_files(paths: Sequence[Path], machine: Machine, setting: Setting, max_loss: float | None) -> Advice:
     """Advice on GGUFs of one model."""
-    from olpack.deploy.gguf_header import read_header
+    from olpack.model.gguf_header import read_header
 
     label = paths[0].name if len(paths) == 1 else f"{len(paths)} files"
     parameters = read_header(paths[0]).parameters

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from olpack.errors import OlpackError
 
 if TYPE_CHECKING:
-    from olpack.memory.shape import MetaModel
+    from olpack.model.shape import MetaModel
 
 # Public shapes, one for each class of size, as their publishers' config.json has them.
 _QWEN3 = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
@@ -60,7 +60,7 @@ class Subject:
     @cached_property
     def model(self) -> MetaModel:
         """The model without data; of a subject with a configuration only."""
-        from olpack.memory.shape import MetaModel
+        from olpack.model.shape import MetaModel
 
         return MetaModel(self.config, self.label)
 
@@ -76,7 +76,7 @@ def find(label: str) -> Subject:
         if not path.is_file():
             raise OlpackError(f"There is no file {label}.", "Name a GGUF that is there.")
         return Subject(path.name, gguf=path)
-    from olpack.base import config_of
+    from olpack.model.base import config_of
 
     return Subject(label, config_of(label))
 

@@ -8,9 +8,9 @@ from rich.table import Table
 from rich.text import Text
 
 from olpack.compare.table import plain
+from olpack.machine import Machine
 from olpack.memory.estimate import TITLES, Estimate
 from olpack.memory.footprint import Setting
-from olpack.memory.machine import Machine
 from olpack.memory.published import rule_of_thumb
 from olpack.memory.recommend import Advice, Candidate
 from olpack.progress import quantity

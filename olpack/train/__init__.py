@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from olpack.base import Base
     from olpack.data import TokenRow
+    from olpack.model.base import Base
     from olpack.recipe import Train
 
 __all__ = ["TrainResult", "train"]
@@ -80,7 +80,7 @@ def train(base: Base, rows: list[TokenRow], eval_rows: list[TokenRow], settings:
     if words is not None:
         job = {"base": base, "rows": rows, "eval_rows": eval_rows, "settings": settings, "out": out, "checkpoint": checkpoint, "key": key}
         return run_launched(words, job)
-    from olpack.train.pointwise import compile_kernels
+    from olpack.train.ops.pointwise import compile_kernels
 
     compile_kernels(base.config, settings.rank)
     from olpack.train.loop import run  # takes seconds, most of them for transformers and peft

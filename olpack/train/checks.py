@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from olpack.base import Base
 from olpack.errors import OlpackError
-from olpack.memory.shape import MetaModel
-from olpack.memory.training import adapter_shapes
-from olpack.packing import HQQ_GROUP, layout_of, quantization_of
+from olpack.model.base import Base
+from olpack.model.packed import HQQ_GROUP, layout_of, quantization_of
+from olpack.model.shape import MetaModel
 from olpack.recipe import Train
-from olpack.train.fit import SHARDABLE
+from olpack.train.memory import adapter_shapes
+from olpack.train.planner import SHARDABLE
 
 _TOWERS = re.compile("vision|visual|audio|projector|embed_vision")  # of models that see or hear: not trained, and not exported
 _BITSANDBYTES = "bitsandbytes"
@@ -72,7 +72,7 @@ def check_training(base: Base, settings: Train, *, on_gpu: bool) -> None:
         OlpackError: a module that the base does not have or that cannot be trained so, a base that cannot be held or read, a method that does
             not go with the way in which the base is held.
     """
-    from olpack.train.methods import adapter_config
+    from olpack.train.adapter import adapter_config
 
     meta = MetaModel(base.config, base.label)
     adapter_config(base, settings)
@@ -99,8 +99,8 @@ def check_training(base: Base, settings: Train, *, on_gpu: bool) -> None:
 
 def _refuse_lacking(base: Base, meta: MetaModel) -> None:
     """Raises OlpackError for a weight of the text model that the checkpoint lacks: transformers would fill it with random numbers."""
-    from olpack.export.folder import read_tensor_headers
     from olpack.export.quantized import dequantized_headers
+    from olpack.model.checkpoint import read_tensor_headers
 
     ends = set()
     for name in dequantized_headers(base.path, base.config, read_tensor_headers(base.path)):
@@ -116,8 +116,8 @@ def _refuse_lacking(base: Base, meta: MetaModel) -> None:
 
 
 def _check_quantized(base: Base, settings: Train, on_gpu: bool) -> None:
-    from olpack.export.folder import read_tensor_headers
     from olpack.export.quantized import dequantized_headers
+    from olpack.model.checkpoint import read_tensor_headers
 
     method = quantization_of(base.config).get("quant_method")
     dequantized_headers(base.path, base.config, read_tensor_headers(base.path))

@@ -12,13 +12,13 @@ from torch.utils.checkpoint import checkpoint
 
 from olpack import progress
 from olpack.data import TokenRow
-from olpack.train import attention, fused, pointwise
 from olpack.train.batches import FlatRow, flatten
-from olpack.train.head import head_loss
-from olpack.train.host_memory import HostMemory
 from olpack.train.model import compute_dtype
-from olpack.train.recompute import Recompute
-from olpack.train.trial import Pass, Trial
+from olpack.train.ops import attention, low_rank, pointwise
+from olpack.train.ops.checkpointing import Recompute
+from olpack.train.ops.equivalence import Pass, Trial
+from olpack.train.ops.loss import head_loss
+from olpack.train.ops.pinned import HostMemory
 
 _SAME = 1e-2  # of the norm of a gradient, computed twice the same way
 
@@ -67,7 +67,7 @@ class Forward:
 
     def _fuse(self, samples: list[FlatRow], trial: Trial) -> None:
         """Put the fused functions in, and take them out again where the model then computes something else."""
-        changed = [*pointwise.fuse_norms(self.base), *fused.fuse(self.model, self.dtype)]
+        changed = [*pointwise.fuse_norms(self.base), *low_rank.fuse(self.model, self.dtype)]
         if trial.agrees(_passes(samples, self.logits)):
             return
         for module in changed:
@@ -96,7 +96,7 @@ class Forward:
         self._recompute.host = host  # which is being made meanwhile
 
     def _gradients(self, sample: FlatRow) -> torch.Tensor:
-        """The norm of each. Not once they are joined (`olpack.train.joined`)."""
+        """The norm of each. Not once they are joined (`olpack.train.ops.flat_parameters`)."""
         self.loss(sample).backward()
         found = torch.stack([parameter.grad.norm() for parameter in self.model.parameters() if parameter.grad is not None])
         self.model.zero_grad(set_to_none=True)

@@ -17,11 +17,11 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from olpack.base import Base
 from olpack.errors import OlpackError
-from olpack.export.folder import TensorHeader, read_tensor_headers
 from olpack.export.quantized import dequantized_headers
-from olpack.packing import Layout, dequantize_hqq, layout_of, quantize_hqq
+from olpack.model.base import Base
+from olpack.model.checkpoint import TensorHeader, read_tensor_headers
+from olpack.model.packed import Layout, dequantize_hqq, layout_of, quantize_hqq
 
 _METHOD = "olpack"  # our name among transformers' quantizers
 

@@ -18,20 +18,20 @@ from peft import set_peft_model_state_dict
 from safetensors import SafetensorError
 
 from olpack import __version__, progress
-from olpack.base import Base
 from olpack.data import TokenRow
 from olpack.errors import OlpackError
+from olpack.model.base import Base
 from olpack.recipe import Train
 from olpack.train import TrainResult
+from olpack.train.adapter import save_adapter
 from olpack.train.batches import flatten, micro_batches, schedule
 from olpack.train.checkpoint import Checkpoint, State, adapter_weights
-from olpack.train.fit import Fit, choose
 from olpack.train.forward import Forward
-from olpack.train.host_memory import HostMemory
-from olpack.train.joined import Joined
-from olpack.train.methods import save_adapter
 from olpack.train.metrics import Metrics
 from olpack.train.model import compute_dtype, load_with_adapter, pick_device
+from olpack.train.ops.flat_parameters import Joined
+from olpack.train.ops.pinned import HostMemory
+from olpack.train.planner import Fit, choose
 from olpack.train.ranks import ALONE, Ranks, deal, shard
 from olpack.workspace import folder_atomically
 

@@ -7,10 +7,10 @@ from logging import ERROR, getLogger
 
 import torch
 
-from olpack.base import Base
 from olpack.errors import OlpackError
-from olpack.held import Held
-from olpack.packing import quantization_of
+from olpack.model.base import Base
+from olpack.model.frozen_weights import Held
+from olpack.model.packed import quantization_of
 from olpack.recipe import Train
 
 
@@ -35,12 +35,12 @@ def load_with_adapter(base: Base, settings: Train, device: torch.device, *, shar
 
     Returns:
         a peft.PeftModel in training mode; what is trained is float32. Its `olpack_start` is what the adapter began with, its `olpack_held` how
-        the base is held (`olpack.held.Held`), None where it is not quantized here.
+        the base is held (`olpack.model.frozen_weights.Held`), None where it is not quantized here.
     """
     from peft import get_peft_model
     from transformers.utils import logging
 
-    from olpack.train.methods import adapter_config, begin
+    from olpack.train.adapter import adapter_config, begin
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -72,7 +72,7 @@ def _load(base: Base, settings: Train, device: torch.device, *, sharded: bool):
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-    from olpack.four_bits import check_kernel
+    from olpack.model.four_bits import check_kernel
     from olpack.train.frozen import FrozenConfig, use_packed
 
     check_kernel()

@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from olpack import progress
-from olpack.deploy_stage import deploy as deploy
 from olpack.errors import OlpackError
-from olpack.export_stage import export as export
-from olpack.export_stage import said_of_a_file, write_quants
-from olpack.pipeline import ADAPTER
 from olpack.quants import quant_type
+from olpack.stages.build import ADAPTER
+from olpack.stages.deploy import deploy as deploy
+from olpack.stages.export import export as export
+from olpack.stages.export import said_of_a_file, write_quants
 from olpack.workspace import file_digest, template_source, value_digest, write_atomically
 
 if TYPE_CHECKING:
     from olpack.compare import MeasureSettings, Results
-    from olpack.pipeline import Build, Step
+    from olpack.stages.build import Build, Step
 
 _ANSWERED = 3  # held-out requests that every quant answers where the recipe has no prompts
 

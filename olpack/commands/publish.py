@@ -7,8 +7,8 @@ from typing import Any
 
 from olpack import progress
 from olpack.errors import OlpackError
-from olpack.pipeline import Build
-from olpack.stages import recommended, registered, registrable
+from olpack.stages.build import Build
+from olpack.stages.work import recommended, registered, registrable
 
 
 def _exported(build: Build) -> list:
@@ -43,7 +43,7 @@ def check(build: Build) -> list[str]:
     """
     from olpack.deploy.client import OllamaClient
     from olpack.deploy.register import drift
-    from olpack.deploy_stage import check_prompts, conversations
+    from olpack.stages.deploy import check_prompts, conversations
 
     client, lines = OllamaClient(), []
     client.require()

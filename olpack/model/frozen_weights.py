@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from olpack.packing import dequantize_hqq, quantize_hqq
+from olpack.model.packed import dequantize_hqq, quantize_hqq
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,7 @@ class Held:
 def _in_4_bits(held: Held, weight: torch.Tensor) -> torch.Tensor:
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    from olpack.four_bits import check_kernel
+    from olpack.model.four_bits import check_kernel
 
     check_kernel()
     return dequantize_4bit(*quantize_4bit(weight.contiguous(), quant_type=held.kind, compress_statistics=held.double_quantization))

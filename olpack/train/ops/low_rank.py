@@ -18,11 +18,11 @@ from itertools import chain
 
 import torch
 
-from olpack.train import pointwise
-from olpack.train.recompute import once, output_unneeded
+from olpack.train.ops import pointwise
+from olpack.train.ops.checkpointing import once, output_unneeded
 
 GROUPS = (("q_proj", "k_proj", "v_proj"),)  # of an attention: one input
-KEPT = "o_proj"  # whose product, after attention's result, may be kept (`olpack.train.recompute.once`)
+KEPT = "o_proj"  # whose product, after attention's result, may be kept (`olpack.train.ops.checkpointing.once`)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from olpack import progress
 from olpack.errors import OlpackError
-from olpack.pipeline import Build, Step
+from olpack.stages.build import Build, Step
 from olpack.workspace import value_digest
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def _before_the_answer(row: TokenRow) -> int:
 
 def conversations(build: Build) -> list[list[dict]]:
     """What prompts are compared on beside the made-up ones: what every quant answers, and the longest held-out requests that the server takes."""
-    from olpack.stages import held_out_requests, questions
+    from olpack.stages.work import held_out_requests, questions
 
     asked, context = questions(build), build.package.parameters["num_ctx"]
     package = build.package
@@ -95,7 +95,7 @@ def deploy(build: Build, steps: list[Step]) -> None:
     from olpack.deploy.client import OllamaClient
     from olpack.deploy.register import register
     from olpack.deploy.store import place
-    from olpack.stages import registered, registrable
+    from olpack.stages.work import registered, registrable
 
     client, (step,) = OllamaClient(), steps
     version = client.require()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from olpack.errors import OlpackError
-from olpack.export.folder import TOKENIZERS, read_tensor_headers, refuse_adapter
+from olpack.model.checkpoint import TOKENIZERS, read_tensor_headers, refuse_adapter
 from olpack.workspace import PACKAGE, folder_fingerprint
 
 BUILTIN = PACKAGE / "assets"
@@ -99,7 +99,7 @@ class Base:
     @cached_property
     def absent_tokens(self) -> list[str]:
         """Of the begin- and the end-of-sequence token, those that the chat template prints and the tokenizer has not: "bos_token", "eos_token"."""
-        from olpack.deploy.chat_template import printed_tokens
+        from olpack.model.chat_template import printed_tokens
 
         found = [_json(path) for name in ("tokenizer_config.json", "special_tokens_map.json") if (path := self.path / name).is_file()]
         own = self.path / "chat_template.jinja"

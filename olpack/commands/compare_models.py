@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from olpack.errors import OlpackError
-from olpack.tasks import CHECKS, Task, load_tasks
+from olpack.recipe.tasks import CHECKS, Task, load_tasks
 from olpack.workspace import packages, template_source
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from contextvars import ContextVar
 
 import torch
 
-from olpack.train.host_memory import HostMemory
+from olpack.train.ops.pinned import HostMemory
 
 output_unneeded: ContextVar[bool] = ContextVar("output_unneeded", default=False)
 """Whether a layer is computed for its backward pass only, so that the product which it ends with need not be made."""

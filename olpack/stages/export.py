@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 from olpack import __version__, progress
 from olpack.errors import OlpackError
-from olpack.pipeline import ADAPTER, IMPORTANCE_TOKENS, SENSITIVITY_TOKENS
 from olpack.quants import quant_type
+from olpack.stages.build import ADAPTER, IMPORTANCE_TOKENS, SENSITIVITY_TOKENS
 from olpack.workspace import value_digest
 
 if TYPE_CHECKING:
     from olpack.data import TokenRow
     from olpack.export import ExportedFile
-    from olpack.pipeline import Build, Step
+    from olpack.stages.build import Build, Step
 
 
 def export(build: Build, steps: list[Step]) -> None:
@@ -82,7 +82,7 @@ def write_quants(build: Build, paths: Mapping[str, Path], importance: Path | Non
 
 def said_of_a_file(build: Build) -> dict:
     """What every GGUF of a build says beside its weights, as arguments of `export`. One that packages share says nothing of either."""
-    from olpack.deploy.chat_template import pins_for, protect
+    from olpack.model.chat_template import pins_for, protect
 
     template, base = build.renderer.tokenizer.chat_template, build.paths.base
     return {
@@ -92,7 +92,7 @@ def said_of_a_file(build: Build) -> dict:
         "end_of_turn": build.renderer.end_of_turn(),
         "metadata": {
             "olpack.version": __version__,
-            "olpack.base": build.recipe.base,
+            "olpack.model.base": build.recipe.base,
             "olpack.base_digest": build.base.digest,
             **({} if base else {"olpack.training": value_digest(build.inputs("train"))}),
             **({"general.license": build.base.license} if build.base.license else {}),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from olpack.train import pointwise
+from olpack.train.ops import pointwise
 
 PIECE = 2**26  # logits of one piece at most
 _TILE = 256  # tokens that a product takes at once on a GPU: a few more would cost as much as so many

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from olpack import progress
 from olpack.deploy import advertised, context_warnings
 from olpack.errors import OlpackError
-from olpack.pipeline import ADAPTER
+from olpack.stages.build import ADAPTER
 from olpack.workspace import free_bytes, template_source, write_atomically
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from olpack.data import TokenRow
     from olpack.export import ExportPlan, TokenDifference, TokenText
-    from olpack.pipeline import Build, Step
-    from olpack.train.fit import Fit
+    from olpack.stages.build import Build, Step
+    from olpack.train.planner import Fit
 
 _CHECKPOINTS = 9  # the adapter; two checkpoints, the one being replaced and the new one, each with adapter, best adapter and two moments
 
@@ -81,7 +81,7 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
     Raises:
         OlpackError: the first thing that stands in the way, with its remedy.
     """
-    from olpack.stages import measure_settings, questions
+    from olpack.stages.work import measure_settings, questions
 
     stages = {step.stage for step in stale}
     exported = None
@@ -91,7 +91,7 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
         check_library()
     if stages & {"train", "export"}:
         from olpack.export import check_export
-        from olpack.export_stage import said_of_a_file
+        from olpack.stages.export import said_of_a_file
 
         quants = [step.inputs["quant"] for step in stale if step.stage == "export" and step.unit != f"export-{ADAPTER}"] or build.recipe.quants
         importance = build.importance_file
@@ -113,7 +113,7 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
     if stages & {"train", "modelfiles", "deploy", "compare"}:
         _check_served(build)
     if "modelfiles" in stages:
-        from olpack.stages import rendered_modelfiles
+        from olpack.stages.work import rendered_modelfiles
 
         rendered_modelfiles(build)
     if "compare" in stages:
@@ -131,9 +131,9 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
 
         check_suites(build.recipe.compare.suites, build.suite_folder)
     if "train" in stages:
+        from olpack.train.adapter import experts_left_out
         from olpack.train.checks import check_training
         from olpack.train.launch import launcher
-        from olpack.train.methods import experts_left_out
         from olpack.train.metrics import check_trackers
         from olpack.train.model import pick_device
 
@@ -157,11 +157,11 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
             progress.warn(warning)
         if build.paths.base:
             from olpack.export.lora import check_adapter
-            from olpack.memory.training import adapter_shapes
+            from olpack.train.memory import adapter_shapes
 
             check_adapter(build.base.path, adapter_shapes(build.meta_model, build.recipe.train.target_modules))
     if stages & {"train", "deploy"}:
-        from olpack.deploy_stage import check_server, length_warnings
+        from olpack.stages.deploy import check_server, length_warnings
 
         # Reading every row takes longer than registering a changed system prompt does: it is done where rows are needed anyway.
         for warning in length_warnings(build, build.rows[1] if stages & {"train", "export", "compare"} else []):
@@ -257,11 +257,11 @@ def estimate(build: Build, vram: float | None = None) -> Estimate:
     """
     import torch
 
-    from olpack.memory.training import frozen_bytes
-    from olpack.packing import quantization_of
+    from olpack.model.packed import quantization_of
     from olpack.train.batches import schedule
-    from olpack.train.fit import stored_bytes
+    from olpack.train.memory import frozen_bytes
     from olpack.train.model import pick_device
+    from olpack.train.planner import stored_bytes
 
     planned = [replace(step, reason="planned") for step in build.steps()]
     exported = check(build, planned)
@@ -299,16 +299,16 @@ def estimate(build: Build, vram: float | None = None) -> Estimate:
 def _fit(build: Build, rows: list[TokenRow], device: torch.device, vram: float | None) -> Fit:
     import torch
 
-    from olpack.train import fit
-    from olpack.train.methods import whole_parameters
+    from olpack.train import planner
+    from olpack.train.adapter import whole_parameters
 
     asked = build.recipe.train
     if vram is None and device.type == "cpu":
-        return fit.on_cpu(asked)
+        return planner.on_cpu(asked)
     gpus = asked.gpus if asked.gpus != "all" else max(1, torch.cuda.device_count())
-    room = fit.free_room(device) if vram is None else fit.card_room(vram)
+    room = planner.free_room(device) if vram is None else planner.card_room(vram)
     whole = whole_parameters(build.base, asked)
-    return fit.on_gpu(build.meta_model, rows, asked, room, host=fit.host_room(), stored=fit.stored_bytes(build.base), whole=whole, gpus=gpus)
+    return planner.on_gpu(build.meta_model, rows, asked, room, host=planner.host_room(), stored=planner.stored_bytes(build.base), whole=whole, gpus=gpus)
 
 
 def _matmul_rate() -> float:
@@ -326,8 +326,8 @@ def _matmul_rate() -> float:
 
 
 def _adapter_parameters(build: Build) -> int:
-    from olpack.memory.training import adapter_parameters
-    from olpack.train.methods import whole_parameters
+    from olpack.train.adapter import whole_parameters
+    from olpack.train.memory import adapter_parameters
 
     asked = build.recipe.train
     return adapter_parameters(build.meta_model, asked.rank, asked.target_modules, asked.method) + whole_parameters(build.base, asked)

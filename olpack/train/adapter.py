@@ -12,15 +12,15 @@ import torch
 from peft import LoraConfig, PeftConfig, VeraConfig
 from peft.utils.integrations import dequantize_module_weight
 
-from olpack.base import Base
 from olpack.errors import OlpackError
 from olpack.export.adapter import BaseNames
-from olpack.export.folder import read_tensor_headers
-from olpack.memory.shape import MetaModel
-from olpack.memory.training import adapter_shapes
-from olpack.packing import quantization_of
+from olpack.model.base import Base
+from olpack.model.checkpoint import read_tensor_headers
+from olpack.model.packed import quantization_of
+from olpack.model.shape import MetaModel
 from olpack.recipe import Train
 from olpack.train.frozen import HqqLinear
+from olpack.train.memory import adapter_shapes
 
 if TYPE_CHECKING:
     from torch import nn

@@ -58,7 +58,7 @@ def _find(source: str) -> tuple[Path, str]:
     path = Path(source).expanduser()
     if path.is_file():
         return path, path.stem
-    from olpack.base import resolve
+    from olpack.model.base import resolve
 
     base = resolve(source, relative_to=Path())
     return base.path, (base.path.resolve().name if path.is_dir() else source.rpartition("/")[2])

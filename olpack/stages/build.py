@@ -18,19 +18,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from olpack import progress
-from olpack.base import Base, resolve
-from olpack.dates import is_dated
+from olpack.data.dates import is_dated
 from olpack.errors import OlpackError
+from olpack.model.base import Base, resolve
 from olpack.quants import gains_by_importance, overridable, quant_type
 from olpack.recipe import Recipe
-from olpack.tasks import function_files, task_files
+from olpack.recipe.tasks import function_files, task_files
 from olpack.workspace import BuildPaths, file_digest, locked, template_source, value_digest, write_atomically
 
 if TYPE_CHECKING:
     from olpack.data import Renderer, Source, TokenRow
     from olpack.deploy import Package
-    from olpack.memory.shape import MetaModel
-    from olpack.tasks import Task
+    from olpack.model.shape import MetaModel
+    from olpack.recipe.tasks import Task
 
 STAGES = ("train", "export", "modelfiles", "deploy", "compare")
 ADAPTER = "adapter"  # beside the names of quants: what the export makes of an adapter that is not merged
@@ -117,7 +117,7 @@ class Build:
     @cached_property
     def meta_model(self) -> MetaModel:
         """The base without data, for counting."""
-        from olpack.memory.shape import MetaModel
+        from olpack.model.shape import MetaModel
 
         return MetaModel(self.base.config, self.base.label)
 
@@ -171,7 +171,7 @@ class Build:
         Raises:
             OlpackError: tasks that are wrong, each with its place.
         """
-        from olpack.tasks import load_tasks, parse_task
+        from olpack.recipe.tasks import load_tasks, parse_task
 
         asked, folder, system = self.recipe.compare.tasks, self.recipe.folder, self.recipe.modelfile.system
         if isinstance(asked, str):
@@ -425,27 +425,27 @@ class Build:
         Raises:
             OlpackError: a check failed (before any work), a stage failed, or a stage that `only` needs is stale.
         """
-        from olpack import stages
+        from olpack.stages import work
 
         stale = [step for step in self.steps() if step.stale]
         if only is not None:
             self._refuse_stale_before(only, stale)
             stale = [step for step in stale if step.stage == only]
         if stale:
-            from olpack.plan import check
+            from olpack.stages.plan import check
 
             check(self, stale)
         with locked(self.paths.root):
             done: list[Step] = []
             if stale:
-                from olpack.plan import write_plan
+                from olpack.stages.plan import write_plan
 
                 write_plan(self)
             for stage in STAGES if only is None else [only]:
                 # Looked at again, because what came before has changed its inputs.
                 if todo := [step for step in self.steps() if step.stale and step.stage == stage]:
                     with self._timed(stage):
-                        getattr(stages, stage)(self, todo)
+                        getattr(work, stage)(self, todo)
                     done += todo
             return done
 

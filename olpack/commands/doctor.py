@@ -83,7 +83,7 @@ def _nf4() -> str:
     import bitsandbytes.functional as quantizer
     import torch
 
-    from olpack.four_bits import check_kernel
+    from olpack.model.four_bits import check_kernel
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     replaced = ", by olpack's own formula for rows of broken blocks, which bitsandbytes gets wrong here" if check_kernel() and device == "cpu" else ""

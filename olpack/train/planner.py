@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from olpack.memory.machine import GPU_MARGIN
-from olpack.packing import quantization_of
+from olpack.machine import GPU_MARGIN
+from olpack.model.packed import quantization_of
 from olpack.progress import quantity
 from olpack.train.batches import micro_batches, schedule
 
 if TYPE_CHECKING:
     import torch
 
-    from olpack.base import Base
     from olpack.data import TokenRow
-    from olpack.memory.shape import MetaModel
-    from olpack.memory.training import Training
+    from olpack.model.base import Base
+    from olpack.model.shape import MetaModel
     from olpack.recipe import Train
+    from olpack.train.memory import Training
     from olpack.train.ranks import Ranks
 
 CPU_TOKENS = 512  # a CPU is fastest where activations stay in its cache
@@ -91,8 +91,8 @@ def choose(base: Base, rows: Sequence[TokenRow], settings: Train, device: torch.
     the same."""
     if device.type == "cpu":
         return on_cpu(settings, sharded=ranks.count > 1 and settings.sharding == "full")
-    from olpack.memory.shape import MetaModel
-    from olpack.train.methods import whole_parameters
+    from olpack.model.shape import MetaModel
+    from olpack.train.adapter import whole_parameters
 
     model, whole = MetaModel(base.config, base.label), whole_parameters(base, settings)
     room, host = ranks.smallest(free_room(device)), ranks.smallest(host_room())
@@ -183,9 +183,9 @@ def _largest_that_fits(budgets: list[int], fit_of: Callable[[int], Fit]) -> Fit 
 
 
 def _estimator(model: MetaModel, settings: Train, stored: int | None, whole: int, shards: int):
-    from olpack.memory.training import estimate_training, logits_bytes
+    from olpack.train.memory import estimate_training, logits_bytes
 
-    # What `olpack.train.fused` takes; the rest goes through peft's layers.
+    # What `olpack.train.ops.low_rank` takes; the rest goes through peft's layers.
     fused = settings.dropout == 0 and settings.method in ("lora", "rslora") and (stored is not None or settings.quantization != "int8")
     counted = estimate_training(
         model, rank=settings.rank, tokens=_COUNTED, precision="bfloat16" if settings.quantization == "none" else settings.quantization,

@@ -1,17 +1,10 @@
-"""What a user writes: `modelfiles/NAME/recipe.yaml`, one schema, unknown keys refused, every field documented.
-
-    recipe = load(folder / "recipe.yaml", overrides=["train.epochs=3"])
-    recipe.train.rank, recipe.origin("train.rank")      # 16, "recipe.yaml:5" or "--set" or "default"
-"""
+"""The keys of `recipe.yaml`: one pydantic model, unknown keys refused, every field documented."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -21,18 +14,15 @@ from pydantic import (
     Field,
     PrivateAttr,
     Tag,
-    ValidationError,
     field_validator,
     model_validator,
 )  # fmt: skip
 
-from olpack import bounded_yaml
 from olpack.data.rows import Form as _Form
-from olpack.deploy.names import check_name
 from olpack.deploy.parameters import check_parameters
 from olpack.errors import OlpackError
 from olpack.quants import check_tensor_types, quant_type
-from olpack.tasks import parse_task
+from olpack.recipe.tasks import parse_task
 
 
 class _Section(BaseModel):
@@ -251,7 +241,7 @@ class Compare(_Section):
     """Prompts answered by every quant, side by side in the report. None given: the first three held-out requests."""
     tasks: _Tasks = Field(default_factory=list)
     """Prompts with a check each (exact, contains, regex, json, python, python_asserts, function), on which every quant is scored:
-    a list, or a JSONL file relative to the recipe. `olpack/tasks.py` says what each check takes."""
+    a list, or a JSONL file relative to the recipe. `olpack/recipe/tasks.py` says what each check takes."""
     suites: list[str] = Field(default_factory=list)
     """Tasks of lm-evaluation-harness (mmlu, gsm8k, …) to run on every quant: by its names, or by those of YAML files in the recipe's
     folder `suites`. Needs `pip install 'olpack[harness]'`."""
@@ -370,163 +360,6 @@ class Recipe(_Section):
     def settings(self) -> dict[str, Any]:
         """Every setting as dotted key and value, in the schema's order."""
         return dict(_flatten(self.model_dump(), ""))
-
-
-def load(path: Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe and check it.
-
-    Args:
-        path: the `recipe.yaml`; the package is called like its folder.
-        overrides: "train.epochs=3", values in YAML's notation, each replacing what the file says.
-
-    Raises:
-        OlpackError: every problem of the file, each with its line.
-    """
-    name = path.parent.resolve().name
-    check_name(name, tagged=False)
-    document, lines = _read_yaml(path)
-    origins = {key: f"{path.name}:{line}" for key, line in lines.items()}
-    return _checked(document, overrides, name, path, lines, origins)
-
-
-def of_data(file: Path, base: str, overrides: list[str] | None = None) -> Recipe:
-    """A recipe of nothing but a data file and a base, to look at the data with.
-
-    Raises:
-        OlpackError: an override is wrong.
-    """
-    return _checked({"base": base, "data": {"train": str(file)}}, overrides, file.stem, Path("recipe.yaml"), {}, {})
-
-
-def _checked(document: dict[str, Any], overrides: list[str] | None, name: str, path: Path, lines: dict[str, int], origins: dict[str, str]) -> Recipe:
-    for override in overrides or []:
-        key = _apply_override(document, override)
-        origins[key] = "--set"
-    try:
-        recipe = Recipe.model_validate(document)
-    except ValidationError as error:
-        problems = [_sentence(item, path, lines, origins) for item in error.errors()]
-        raise OlpackError("\n".join(problems)) from None
-    recipe._name, recipe._folder, recipe._origins = name, path.parent, origins
-    return recipe
-
-
-_MOST_CHARACTERS, _MOST_VALUES, _DEEPEST = 1 << 20, 100_000, 50  # of YAML with its aliases written out; far beyond what anyone writes by hand
-
-
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(bounded_yaml.MOST_CHARACTERS + 1)
-    except FileNotFoundError:
-        raise OlpackError(f"There is no {path}.") from None
-    except UnicodeDecodeError as error:
-        raise OlpackError(f"{path} is not UTF-8 (byte {error.start}).", "Save it as UTF-8.") from None
-    try:
-        bounded_yaml.check(text, str(path))
-        node = yaml.compose(text, bounded_yaml.Loader)
-        lines: dict[str, int] = {}
-        _lines_of(node, "", lines, path)
-        document = yaml.load(text, bounded_yaml.Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}" if mark else ""
-        raise OlpackError(f"{path}{place}: {getattr(error, 'problem', None) or error}.", "It must be valid YAML.") from None
-    if not isinstance(document, dict):
-        raise OlpackError(f"{path} must hold settings such as `base: builtin/tiny-coder`.")
-    return document, lines
-
-
-def _lines_of(node: yaml.Node | None, prefix: str, lines: dict[str, int], path: Path) -> None:
-    if isinstance(node, yaml.SequenceNode):
-        for number, item in enumerate(node.value):
-            lines[f"{prefix}{number}"] = item.start_mark.line + 1
-            _lines_of(item, f"{prefix}{number}.", lines, path)
-    if not isinstance(node, yaml.MappingNode):
-        return
-    for key, value in node.value:
-        name = f"{prefix}{key.value}"
-        if name in lines:
-            raise OlpackError(f"{path}, line {key.start_mark.line + 1}: '{name}' is given twice.", "Keep one of them.")
-        lines[name] = key.start_mark.line + 1
-        _lines_of(value, f"{name}.", lines, path)
-
-
-def _apply_override(document: dict[str, Any], override: str) -> str:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise OlpackError(f"--set {override!r} is not of the form key=value.", "For example: --set train.epochs=3")
-    try:
-        bounded_yaml.check(text, f"--set {_shortened(key)}")
-        value = yaml.load(text, bounded_yaml.Loader)
-    except yaml.YAMLError:
-        value = text
-    place = document
-    *parents, last = key.split(".")
-    if len(parents) >= bounded_yaml.MOST_LEVELS:
-        raise OlpackError(f"--set {_shortened(key)}: no setting lies that deep.", "For example: --set train.epochs=3")
-    for parent in parents:
-        if place.get(parent) is None:  # `train:` with nothing below it is a section in which nothing is set
-            place[parent] = {}
-        place = place[parent]
-        if isinstance(place, list):
-            raise OlpackError(f"--set {key}: '{parent}' is a list, whose values have no names.", f"Set the whole list: --set {parent}=[…]")
-        if not isinstance(place, dict):
-            raise OlpackError(f"--set {key}: '{parent}' is a single value, it has no settings inside.")
-    place[last] = value
-    return key
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 200 else f"{text[:200]}…"
-
-
-def _sentence(item: dict[str, Any], path: Path, lines: dict[str, int], origins: dict[str, str]) -> str:
-    """One of pydantic's errors as a sentence with its place, and what may have been meant."""
-    parts = [str(part) for part in item["loc"]]
-    fields = [part for part in parts if part not in ("constrained-int", "constrained-float", "int", "float", "bool", "str", "source")]
-    fields = [part for part in fields if not part.startswith(("literal[", "list["))]
-    key = ".".join(fields)
-    known = next((".".join(fields[:n]) for n in range(len(fields), 0, -1) if ".".join(fields[:n]) in origins), "")
-    if origins.get(known) == "--set":
-        place = f"--set {known}"
-    else:
-        place = f"{path}, line {lines[known]}" if known in lines else str(path)
-    if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(fields[-1], _keys_of(fields[:-1]), n=1, cutoff=0.5)
-        hint = f"Did you mean '{near[0]}'?" if near else f"Known here: {', '.join(_keys_of(fields[:-1]))}."
-        return f"{place}: unknown key '{key}'. {hint}"
-    if item["type"] == "missing":
-        return f"{place}: '{key}' is missing. {_description(fields)}".strip()
-    message = item["msg"].removeprefix("Value error, ").rstrip(".")
-    got = "" if item["type"] == "value_error" else f", not {_shortened(repr(item['input']))}"
-    subject = f"'{key}': " if key else ""
-    return f"{place}: {subject}{message}{got}."
-
-
-def _section(fields: list[str]) -> type[BaseModel]:
-    model: type[BaseModel] = Recipe
-    for field in fields:
-        if field in model.model_fields:
-            model = next(_sections(model.model_fields[field].annotation), model)
-    return model
-
-
-def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The sections that a field can hold, also inside of a list or a union."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for inner in get_args(annotation):
-        yield from _sections(inner)
-
-
-def _keys_of(fields: list[str]) -> list[str]:
-    return list(_section(fields).model_fields)
-
-
-def _description(fields: list[str]) -> str:
-    field = _section(fields[:-1]).model_fields.get(fields[-1])
-    return f"It says: {field.description}" if field is not None and field.description else ""
 
 
 def _flatten(value: dict[str, Any], prefix: str):

@@ -1,4 +1,4 @@
-"""The functions of `olpack.train.pointwise` as Triton kernels, for a GPU: `norm`, `rotate` and `loss` under the same names, with the same
+"""The functions of `olpack.train.ops.pointwise` as Triton kernels, for a GPU: `norm`, `rotate` and `loss` under the same names, with the same
 arguments and the same results up to rounding, and what `Gate` and a weight in 4 bits come to.
 
 Each makes one pass over the memory that it must read and write. What that gains is in benchmarks/train_kernels.md. Counts of tokens are not
@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from olpack.train.pointwise import LowRank
+from olpack.train.ops.pointwise import LowRank
 
 MOST_RANK = 64  # of an adapter whose products a kernel makes beside the gate; of a larger one the sums do not fit into registers
 _FUSED = {"enable_fp_fusion": True}  # products and sums rounded once; Triton warns that its default will change

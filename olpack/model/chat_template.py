@@ -12,8 +12,8 @@ from collections.abc import Collection, Mapping
 from enum import Enum
 from pathlib import Path
 
-from olpack.deploy.gguf_header import read_header
 from olpack.errors import OlpackError
+from olpack.model.gguf_header import read_header
 
 
 class Undefined(Enum):

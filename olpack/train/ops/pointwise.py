@@ -1,6 +1,6 @@
 """What a layer does beside its large matrix products, each as one pass over memory: norms, rotary embeddings, gates, the loss of the logits.
 
-The functions are plain torch, and say what is computed. On a GPU those of `olpack.train.kernels` take their place; where these do not work
+The functions are plain torch, and say what is computed. On a GPU those of `olpack.train.ops.kernels` take their place; where these do not work
 (`use_kernels` says so once), the plain ones run as they stand. Their gradients are written out, because a frozen norm needs none for its
 weight and a gate can give several results at once.
 """
@@ -20,12 +20,12 @@ import torch.nn.functional as F
 
 from olpack import progress
 
-_kernels: ModuleType | None = None  # `olpack.train.kernels`, once it is known to work
+_kernels: ModuleType | None = None  # `olpack.train.ops.kernels`, once it is known to work
 _compiling: threading.Thread | None = None
 
 
 def kernels_for(x: torch.Tensor) -> ModuleType | None:
-    """`olpack.train.kernels`, for a tensor on a GPU where they work."""
+    """`olpack.train.ops.kernels`, for a tensor on a GPU where they work."""
     return _kernels if x.is_cuda and x.numel() else None
 
 
@@ -51,7 +51,7 @@ def compile_kernels(config: Mapping[str, Any], rank: int) -> None:
     if not torch.cuda.is_available():
         return
     try:  # here and not in the thread: two that import the same modules find them half made
-        from olpack.train import kernels
+        from olpack.train.ops import kernels
     except ImportError:  # `use_kernels` says so
         return
     from olpack.train.model import compute_dtype
@@ -69,7 +69,7 @@ def compile_kernels(config: Mapping[str, Any], rank: int) -> None:
 
 
 def _sizes(config: Mapping[str, Any], rank: int) -> dict[str, int]:
-    """What `olpack.train.kernels.compile_for` takes; a usual size where the config has none, or one for each layer."""
+    """What `olpack.train.ops.kernels.compile_for` takes; a usual size where the config has none, or one for each layer."""
     def size(name: str, usual: int) -> int:
         return found if isinstance(found := config.get(name), int) else usual
 
@@ -91,7 +91,7 @@ def use_kernels(device: torch.device, dtype: torch.dtype, config: Mapping[str, A
     if _compiling is not None:
         _compiling.join()
     try:
-        from olpack.train import kernels
+        from olpack.train.ops import kernels
 
         kernels.run_once(device, dtype, **_sizes(config, rank))
     except Exception as error:  # no Triton, no C compiler, a GPU that it does not know: whatever it is, the plain functions do

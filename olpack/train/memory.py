@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from olpack.errors import OlpackError
-from olpack.memory.shape import MetaModel, Shape, linear_shape
+from olpack.model.shape import MetaModel, Shape, linear_shape
 from olpack.progress import quantity
 
 # Bytes a weight of NF4 with double quantization: half a byte, an 8-bit scale for 64 weights, a float32 scale for 256 of those.
@@ -62,7 +62,7 @@ class Training:
         adapter, gradients, optimizer: of the adapter.
         activations: kept from forward to backward pass without gradient checkpointing; None where they cannot be counted.
         checkpointed: kept with it.
-        results: more that may be kept with it, so that it is not computed again (`olpack.train.recompute.once`).
+        results: more that may be kept with it, so that it is not computed again (`olpack.train.ops.checkpointing.once`).
         host_inputs, host_results: of the layers' inputs and of those results, what waits in host memory with checkpointing.
         offloaded: of the weights, what lies in host memory with checkpointing: embeddings that are no output layer.
         head: of the weights, the output layer, where it may wait in host memory but for the loss; else 0.
@@ -208,7 +208,7 @@ def layer_terms(kept: Mapping[str, int], norms: int, linears: Mapping[str, tuple
         norms: bytes that the norms' inputs take.
         linears: (rows, columns) of the layers that get an adapter, by the last part of their names.
         tokens: that go through at once.
-        fused: by olpack's own functions (`olpack.train.fused`, `pointwise`), else by transformers' and peft's modules.
+        fused: by olpack's own functions (`olpack.train.ops.low_rank`, `pointwise`), else by transformers' and peft's modules.
     """
     inputs = {name: 2 * tokens * columns for name, (_, columns) in linears.items()}
     if not fused:
@@ -230,11 +230,11 @@ def logits_bytes(shape: Shape, learned: int, pieces: bool = True) -> int:
     """What the loss of so many learned tokens takes at its peak.
 
     Args:
-        pieces: some of the logits at a time (`olpack.train.head`), with the hidden states and those they were taken from, else all at once.
+        pieces: some of the logits at a time (`olpack.train.ops.loss`), with the hidden states and those they were taken from, else all at once.
     """
     if not pieces:
         return learned * shape.vocabulary * _LOGIT
-    from olpack.train.head import tokens_at_once
+    from olpack.train.ops.loss import tokens_at_once
 
     return min(learned, tokens_at_once(learned, shape.vocabulary)) * shape.vocabulary * _PIECE_LOGIT + learned * shape.hidden * (2 + 2)
 
