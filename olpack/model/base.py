@@ -113,15 +113,38 @@ class Base:
         """The base's tokenizer, from its folder and without any network.
 
         Raises:
-            OlpackError: the folder holds none that loads.
+            OlpackError: the folder holds none that loads, or the class that it names does not fit its vocabulary.
         """
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(self.path, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             raise OlpackError(f"The tokenizer in {self.path} does not load: {str(error).splitlines()[0]}",
                               "The folder needs tokenizer.json and tokenizer_config.json.") from None
+        self._refuse_lost_spaces(tokenizer)
+        return tokenizer
+
+    def _refuse_lost_spaces(self, tokenizer) -> None:
+        """Some classes split text in their own way, whatever tokenizer.json says: LlamaTokenizerFast finds no spaces in a byte-level vocabulary.
+
+        Both token sequences are read by tokenizer.json, so a tokenizer that leaves out spaces on purpose is no fault.
+        """
+        from tokenizers import Tokenizer
+
+        file = self.path / "tokenizer.json"
+        if not file.is_file():
+            return
+        text, own = "a b\n  c", Tokenizer.from_file(str(file))
+        written = own.decode(own.encode(text, add_special_tokens=False).ids).strip()
+        try:
+            read = own.decode(tokenizer(text, add_special_tokens=False)["input_ids"]).strip()
+        except Exception as error:  # tokenizers raises nothing narrower
+            read = error
+        if read != written:
+            raise OlpackError(f"transformers makes {read!r} of {text!r} with its class {type(tokenizer).__name__}, and {file} by itself makes "
+                              f"{written!r}: the class does not fit the vocabulary.",
+                              "Set `tokenizer_class` to PreTrainedTokenizerFast in tokenizer_config.json.")
 
 
 def resolve(label: str, *, relative_to: Path, revision: str | None = None, weights: bool = True) -> Base:

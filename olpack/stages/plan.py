@@ -136,6 +136,7 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
         from olpack.train.launch import launcher
         from olpack.train.metrics import check_trackers
         from olpack.train.model import pick_device
+        from olpack.train.untrained import untrained_tokens
 
         if build.base.leftover_quantization:
             progress.warn(f"config.json of {build.base.label} says that the weights are quantized by bitsandbytes, and none of them is: they are taken "
@@ -143,6 +144,8 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
         check_training(build.base, build.recipe.train, on_gpu=pick_device().type == "cuda")
         if left_out := experts_left_out(build.base, build.recipe.train):
             progress.warn(left_out)
+        if untrained := untrained_tokens(build.base, build.recipe.train, build.renderer.tokenizer, rows, build.recipe.package):
+            progress.warn(untrained)
         launcher(build.recipe.train)
         check_trackers(build.recipe.train.trackers)
         need = _adapter_parameters(build) * 4 * _CHECKPOINTS + (sum(exported.sizes.values()) if exported else 0)
