@@ -16,6 +16,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from gguf import GGUFReader
+from gguf.quants import dequantize
+from safetensors.torch import load_file, save_file
 from tiny_models import converter, write_model
 from usual_way import quantize
 
@@ -308,6 +311,29 @@ def test_rows_that_cannot_be_read_leave_nothing(unquantized, tmp_path, rows, sai
 def test_experts_that_no_token_is_sent_to_are_told(unquantized, tmp_path, capfd):
     converter().collect(unquantized["qwen3-experts"]["F32"], [[7]], tmp_path / "matrix.gguf", dataset="rows")
     assert "18 of 24 experts' matrices were given no token" in capfd.readouterr().err
+
+
+def test_experts_without_importance_data_are_quantized(tmp_path, capfd):
+    """ggml-org/llama.cpp#6552: 24 of 64 experts are never chosen, and IQ2_XXS cannot do without importance."""
+    source = write_model(tmp_path / "model", "qwen3_moe", num_experts=64, num_experts_per_tok=1, moe_intermediate_size=256, num_hidden_layers=1)
+    weights = load_file(source / "model.safetensors")
+    weights["model.layers.0.mlp.gate.weight"][40:] = 0  # the best of 40 random gates is above that
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    (plain,) = converter().export(source, [Target("F32", tmp_path / "plain.gguf")])
+    converter().collect(plain.path, ROWS, tmp_path / "matrix.gguf", dataset="rows", threads=1)
+    counts = read_importance(tmp_path / "matrix.gguf").tensors["blk.0.ffn_up_exps.weight"].counts
+    assert counts.sum() == TOKENS and not counts[40:].any()
+    assert "experts' matrices were given no token" in capfd.readouterr().err
+    (file,) = converter().export(source, [Target("IQ2_XXS", tmp_path / "out.gguf")], importance=tmp_path / "matrix.gguf")
+    assert file.types["ffn_up_exps"] == {"iq2_xxs": 1}
+    made, wanted = (
+        {tensor.name: dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1]) for tensor in GGUFReader(path).tensors}
+        for path in (file.path, plain.path)
+    )
+    for part in ("up", "gate", "down"):
+        for expert in (int(counts.argmax()), 40, 63):
+            ours, theirs = (found[f"blk.0.ffn_{part}_exps.weight"][expert] for found in (made, wanted))
+            assert np.linalg.norm(ours - theirs) < 0.6 * np.linalg.norm(theirs), (part, expert)
 
 
 LONG = [[random.Random(0).randrange(3, 512) for _ in range(250)]] * 4000  # a minute's work

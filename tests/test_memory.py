@@ -141,6 +141,72 @@ def test_sliding_windows_as_llama_cpp_allocates_them(gemma):
     assert footprint.tied and footprint.on_gpu(footprint.layers) > footprint.weights + footprint.cache
 
 
+# The public values of models that keep less than keys and values of the whole context in each layer.
+CACHES = {
+    # 10 of 62 layers keep all, the others a window of 1,024.
+    "gemma-3-27b-it": (11.4, {
+        "model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "mm_tokens_per_image": 256,
+        "text_config": {
+            "model_type": "gemma3_text", "hidden_size": 5376, "intermediate_size": 21504, "num_hidden_layers": 62, "num_attention_heads": 32,
+            "num_key_value_heads": 16, "head_dim": 128, "query_pre_attn_scalar": 168, "sliding_window": 1024,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        },
+        "vision_config": GEMMA["vision_config"],
+    }),
+    # Every other layer keeps a window of 128; the published weights are quantized.
+    "gpt-oss-20b": (3.2, {
+        "model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 24,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 32, "num_experts_per_tok": 4,
+        "sliding_window": 128, "layer_types": ["sliding_attention", "full_attention"] * 12, "vocab_size": 201088, "attention_bias": True,
+        "max_position_embeddings": 131072, "rope_theta": 150000, "tie_word_embeddings": False,
+        "rope_scaling": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096, "rope_type": "yarn",
+                         "truncate": False},
+        "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]},
+    }),
+    # A latent vector of 512 and a rotary key of 64 for each token.
+    "DeepSeek-V2-Lite": (4.1, {
+        "model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"], "hidden_size": 2048, "intermediate_size": 10944,
+        "moe_intermediate_size": 1408, "num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16, "n_shared_experts": 2,
+        "n_routed_experts": 64, "num_experts_per_tok": 6, "first_k_dense_replace": 1, "moe_layer_freq": 1, "n_group": 1, "topk_group": 1,
+        "topk_method": "greedy", "norm_topk_prob": False, "routed_scaling_factor": 1.0, "scoring_func": "softmax", "kv_lora_rank": 512,
+        "q_lora_rank": None, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "vocab_size": 102400,
+        "max_position_embeddings": 163840, "rope_theta": 10000, "tie_word_embeddings": False,
+        "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 0.707, "mscale_all_dim": 0.707,
+                         "original_max_position_embeddings": 4096, "type": "yarn"},
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_the_cache_of_windows_and_latent_attention(name, tmp_path, olpack):
+    """unslothai/unsloth#4757, gpustack/gguf-parser-go#28, alvarobartt/hf-mem#60."""
+    gigabytes, config = CACHES[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code, printed, said = olpack("estimate", "config.json", "--context", "131072", "--quant", "Q4_K_M", "--json")
+    assert code == 0, said
+    (found,) = json.loads(printed)["llama_cpp"]
+    assert found["kv"] / 1e9 == pytest.approx(gigabytes, abs=0.05)
+
+
+def test_a_hybrid_without_its_weights_has_figures(tmp_path):
+    """Qwen3-Next, whose config.json says nothing of layers for multi-token prediction: fewer layers and experts than the published one has."""
+    config = {
+        "model_type": "qwen3_next", "architectures": ["Qwen3NextForCausalLM"], "hidden_size": 2048, "intermediate_size": 5120,
+        "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256, "vocab_size": 151936, "num_experts": 8,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512, "full_attention_interval": 4,
+        "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32, "partial_rotary_factor": 0.25, "rope_theta": 10000000, "tie_word_embeddings": False,
+        "max_position_embeddings": 262144,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = estimate_model(str(tmp_path / "config.json"), context=131_072, quants=["Q4_K_M"])
+    (quant,) = found.quants
+    assert (found.layout.architecture, found.layout.layers, found.layout.recurrent) == ("qwen3next", 8, True)
+    assert quant.cache - quant.state_bytes == pytest.approx(2 * 2 * 131_072 * 2 * 256 * 2, rel=1e-3)  # layers that attend, K and V, heads, width
+    state = 4 * 32 * 128 * 128 + 4 * (4 - 1) * (2 * 16 * 128 + 32 * 128)  # float32: of the delta rule, and the convolution's last inputs
+    assert quant.state_bytes == pytest.approx(6 * state, rel=0.01)
+
+
 def test_experts_and_what_of_them_is_active(tmp_path):
     config = {
         "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 2048, "num_hidden_layers": 48, "num_experts": 128,

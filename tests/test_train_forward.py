@@ -263,6 +263,21 @@ def test_a_model_whose_attention_mixes_the_samples_learns_row_by_row(tmp_path, m
     assert forward.loss(flatten([ROWS[0]], CPU)).item() == pytest.approx(plain_loss(plain, ROWS[0]).item(), rel=1e-5)
 
 
+def test_a_convolution_that_runs_through_row_ends_makes_rows_train_one_by_one(tmp_path, capsys):
+    """huggingface/transformers#46588: attention of LFM2 ends at a row's end, and its short convolution goes on into the next row."""
+    kinds = {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False}
+    base = Base("lfm2", write_model(tmp_path / "model", "lfm2", **kinds))
+    forward = Forward(with_adapter(base, Train(rank=4, quantization="none")), CPU, checkpointing=True)
+    assert not forward.packs and "one by one" in capsys.readouterr().err
+    groups = micro_batches(ROWS, forward.budget(512))
+    assert [len(group) for group in groups] == [1, 1, 1]
+    plain = with_adapter(base, Train(rank=4, quantization="none"))
+    for group in groups:
+        forward.loss(flatten(group, CPU)).backward()
+        plain_loss(plain, group[0]).backward()
+    same_gradients(forward.model, plain, 1e-3)
+
+
 def test_groups_are_filled_by_best_fit():
     rows = [random_row(length) for length in (40, 60, 30, 70, 100, 20, 130)]
     groups = micro_batches(rows, 100)

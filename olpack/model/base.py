@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from olpack.errors import OlpackError
-from olpack.model.checkpoint import TOKENIZERS, read_tensor_headers, refuse_adapter
+from olpack.model.checkpoint import check_tokenizer_files, read_tensor_headers, refuse_adapter
 from olpack.workspace import PACKAGE, folder_fingerprint
 
 BUILTIN = PACKAGE / "assets"
@@ -61,12 +61,13 @@ class Base:
 
     def _default(self, names: Iterable[str]) -> int | None:
         """The first of these settings in transformers' configuration of the model, which fills in what config.json leaves out."""
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig
 
         plain = {key: value for key, value in self.config.items() if key not in ("quantization_config", "auto_map")}
         try:
             full = AutoConfig.for_model(**plain).get_text_config(decoder=True)
-        except (ValueError, KeyError, TypeError, AttributeError):  # an architecture that transformers does not know; `MetaModel` says so
+        except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError):  # no model for transformers; `MetaModel` says so
             return None
         return next((value for name in names if (value := getattr(full, name, None))), None)
 
@@ -183,8 +184,7 @@ def _checked(path: Path, weights: bool = True) -> Path:
         pickled = any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth"))
         kind = "only pickled weights, which can run code when loaded" if pickled else "no weights"
         raise OlpackError(f"{path} has {kind}.", "olpack reads safetensors: save the model with save_pretrained(..., safe_serialization=True).")
-    if not any((path / name).is_file() for name in TOKENIZERS):
-        raise OlpackError(f"{path} has no tokenizer.", "Copy tokenizer.json and tokenizer_config.json of the model into it.")
+    check_tokenizer_files(path)
     return path
 
 
@@ -252,9 +252,14 @@ def _hub_failures(repo: str, revision: str | None) -> Iterator[None]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        value = json.loads(path.read_text(encoding="utf-8"), object_hook=_number)
+    except (OSError, ValueError, TypeError) as error:
         raise OlpackError(f"{path} cannot be read as JSON: {error}.", "Fetch the model again.") from None
     if not isinstance(value, dict):
         raise OlpackError(f"{path} does not hold an object.", "Fetch the model again.")
     return value
+
+
+def _number(value: dict[str, Any]) -> Any:
+    """Transformers writes an infinite number, for which JSON has no word, as {"__float__": "Infinity"}: `time_step_limit` of Mamba 2."""
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from olpack.errors import OlpackError
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model")
 TOKENIZER_FILES = (*TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.jinja")
+_POINTER = b"version https://git-lfs"
+_SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})\.safetensors")
 _BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}  # others: one byte or less
 
 
@@ -73,12 +76,25 @@ def refuse_adapter(source: Path) -> None:
 
 
 def check_tokenizer_files(source: Path) -> None:
-    """Raises OlpackError if the folder holds no tokenizer."""
-    if not any((source / name).is_file() for name in TOKENIZERS):
+    """Raises OlpackError if the folder holds no tokenizer, or a pointer in place of one."""
+    found = [source / name for name in TOKENIZERS if (source / name).is_file()]
+    for file in found:
+        _refuse_pointer(file)
+    if not found:
         raise OlpackError(
             f"'{source}' has no tokenizer (no {' or '.join(TOKENIZERS[:2])}).",
             "Put the tokenizer of the base model there; AutoTokenizer.save_pretrained writes it.",
         )
+
+
+def _refuse_pointer(file: Path) -> None:
+    """Raises OlpackError if Git left the address of a large file in its place."""
+    with file.open("rb") as opened:
+        if opened.read(len(_POINTER)) == _POINTER:
+            raise OlpackError(
+                f"'{file}' is a Git LFS pointer and not the file itself.",
+                "Run `git lfs pull` in its folder, or download the model with `hf download`.",
+            )
 
 
 def read_tensor_headers(source: Path) -> dict[str, TensorHeader]:
@@ -107,14 +123,14 @@ def _weight_files(source: Path) -> list[Path]:
     index = source / "model.safetensors.index.json"
     if index.is_file():
         files = sorted(source / name for name in set(_weight_map(index).values()))
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise OlpackError(
-                f"'{source}' lacks {', '.join(missing[:3])}{' and more' if missing[3:] else ''} of its weights.",
-                "Finish the download of the model.",
-            )
-        return files
-    files = sorted(source.glob("model*.safetensors"))
+    else:
+        files = _all_shards(sorted(source.glob("model*.safetensors")))
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise OlpackError(
+            f"'{source}' lacks {', '.join(missing[:3])}{' and more' if missing[3:] else ''} of its weights.",
+            "Finish the download of the model.",
+        )
     if files:
         return files
     pickles = sorted([*source.glob("pytorch_model*.bin"), *source.glob("*.pt"), *source.glob("*.pth")])
@@ -126,7 +142,17 @@ def _weight_files(source: Path) -> list[Path]:
     raise OlpackError(f"'{source}' holds no weights (no model*.safetensors).", "Finish the download of the model.")
 
 
+def _all_shards(files: list[Path]) -> list[Path]:
+    """The files, and those that their names (`model-00001-of-00003`) speak of, unless one file holds the whole model."""
+    if any(file.name == "model.safetensors" for file in files):
+        return files
+    spoken = {file.with_name(f"{match[1]}-{number:05}-of-{match[2]}.safetensors")
+              for file in files if (match := _SHARD.fullmatch(file.name)) for number in range(1, int(match[2]) + 1)}  # fmt: skip
+    return sorted(spoken | set(files))
+
+
 def _weight_map(index: Path) -> dict[str, str]:
+    _refuse_pointer(index)
     try:
         found = json.loads(index.read_text(encoding="utf-8")).get("weight_map")
     except (ValueError, AttributeError) as error:
@@ -142,6 +168,7 @@ def read_safetensors_header(file: Path) -> dict[str, TensorHeader]:
     Raises:
         OlpackError: the file is truncated, longer than its header says, or no safetensors file.
     """
+    _refuse_pointer(file)
     size = file.stat().st_size
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")

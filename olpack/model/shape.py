@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -103,6 +104,7 @@ class MetaModel:
             raise OlpackError(f"The configuration of {label} names no model_type.", "Take config.json as the model's publisher has it.")
         import torch
         import transformers
+        from huggingface_hub.errors import StrictDataclassError
 
         transformers.utils.logging.set_verbosity_error()
         self.label = label
@@ -117,7 +119,7 @@ class MetaModel:
         except ImportError as error:
             raise OlpackError(f"transformers needs another package for {label}: {str(error).strip().splitlines()[0]}",
                               "Install it, or name a GGUF of the model, which needs none.") from error
-        except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RuntimeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RuntimeError, StrictDataclassError) as error:
             why = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise OlpackError(f"transformers {transformers.__version__} makes no model of the configuration of {label}: {why}",
                               "Take a newer transformers, or a GGUF of the model, which needs none.") from error
@@ -154,6 +156,15 @@ class MetaModel:
             context_length=first("max_position_embeddings"), window=window if "sliding" in kinds else None, kinds=kinds,
             experts=experts, experts_used=(first("num_experts_per_tok") or 0) if experts else 0,
         )  # fmt: skip
+
+    @cached_property
+    def carries_state(self) -> bool:
+        """Whether a layer takes something of earlier tokens other than by attention: by a convolution, or a recurrence. Where attention ends a
+        row among packed rows, these go on into the next one."""
+        import torch
+
+        convolutions = any(isinstance(module, torch.nn.Conv1d) for module in self.module.get_decoder().modules())
+        return convolutions or "none" in self.shape.kinds
 
     @cached_property
     def parameters(self) -> Parameters:
@@ -199,6 +210,23 @@ class MetaModel:
 
         named = revert_weight_conversion(self.module, dict(self.module.named_parameters()))
         return {name: tuple(tensor.shape) for name, tensor in named.items()}
+
+    def lacking(self, stored: Iterable[str]) -> list[str]:
+        """Names of the model's checkpoint that are not among the stored ones, by whichever of its spellings transformers knows.
+
+        Publishers' checkpoints, older transformers and this one spell the same weight differently: with or without the base model's prefix
+        (`h.0.` of GPT-2), and with the text model of a vision model in front or behind (`language_model.model.`).
+        """
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, apply_renamings
+
+        renamings = [change for change in get_model_conversion_mapping(self.module) if isinstance(change, WeightRenaming)]
+        ends = set()
+        for name in stored:
+            parts = apply_renamings(name, renamings).split(".")
+            ends |= {".".join(parts[at:]) for at in range(len(parts))}
+        prefix = f"{self.module.base_model_prefix}."
+        return [name for name in self.checkpoint() if apply_renamings(name, renamings).removeprefix(prefix) not in ends]
 
 
 def write_hollow_checkpoint(model: MetaModel, config: dict[str, Any], folder: Path) -> None:

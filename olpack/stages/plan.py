@@ -144,6 +144,9 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
         check_training(build.base, build.recipe.train, on_gpu=pick_device().type == "cuda")
         if left_out := experts_left_out(build.base, build.recipe.train):
             progress.warn(left_out)
+        if build.meta_model.carries_state:
+            progress.warn(f"Layers of {build.base.label} carry a state from token to token (convolution, recurrence). Training tries whether it "
+                          "passes from one packed row to the next; where it does, they are trained one by one.")
         if untrained := untrained_tokens(build.base, build.recipe.train, build.renderer.tokenizer, rows, build.recipe.package):
             progress.warn(untrained)
         launcher(build.recipe.train)

@@ -76,7 +76,6 @@ def check_training(base: Base, settings: Train, *, on_gpu: bool) -> None:
 
     meta = MetaModel(base.config, base.label)
     adapter_config(base, settings)
-    _refuse_lacking(base, meta)
     if quantization_of(base.config):
         _check_quantized(base, settings, on_gpu)
     elif settings.quantization in ("hqq4", "hqq8"):
@@ -84,6 +83,7 @@ def check_training(base: Base, settings: Train, *, on_gpu: bool) -> None:
             if columns % HQQ_GROUP or rows * columns // HQQ_GROUP % 2:
                 raise OlpackError(f"HQQ holds groups of {HQQ_GROUP} weights of a row, and '{name}' of {base.label} is {rows} × {columns}.",
                                   "Set `train.quantization` to nf4 or int8.")
+    _refuse_lacking(base, meta)
     if settings.sharding == "full" and (quantization_of(base.config) or settings.quantization not in SHARDABLE):
         raise OlpackError("Only frozen layers in nf4, fp4 or 16 bits can be spread over GPUs (`train.sharding: full`).",
                           "Set `train.sharding: none`, or `train.quantization` to nf4.")
@@ -102,11 +102,8 @@ def _refuse_lacking(base: Base, meta: MetaModel) -> None:
     from olpack.export.quantized import dequantized_headers
     from olpack.model.checkpoint import read_tensor_headers
 
-    ends = set()
-    for name in dequantized_headers(base.path, base.config, read_tensor_headers(base.path)):
-        parts = name.split(".")
-        ends |= {".".join(parts[at:]) for at in range(len(parts))}  # checkpoints differ in what they put before a layer's name
-    lacking = [name for name in meta.checkpoint() if name.removeprefix("model.") not in ends and not _TOWERS.search(name)]
+    stored = dequantized_headers(base.path, base.config, read_tensor_headers(base.path))
+    lacking = [name for name in meta.lacking(stored) if not _TOWERS.search(name)]
     if lacking:
         more = f" and {len(lacking) - 1} more weights" if len(lacking) > 1 else ""
         tied = "lm_head.weight" in lacking

@@ -167,9 +167,13 @@ def frozen_bytes(model: MetaModel, precision: str, rest_bytes: int = 2) -> tuple
     return rest + round(packed * NF4_CODES), round(packed * NF4_SCALES)
 
 
+# Kinds whose kernel takes the weight of `out_proj` itself, so that an adapter on it would do nothing: peft refuses to put one there.
+_MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+
+
 def adapter_shapes(model: MetaModel, targets: str | list[str] = "all-linear") -> dict[str, tuple[int, int]]:
-    """(rows, columns) of the linear layers of the text model that get an adapter: all but the output layer, those of the given names, or those
-    whose full names a regular expression matches, as peft takes a `target_modules` that is a text.
+    """(rows, columns) of the linear layers of the text model that get an adapter: all but the output layer and Mamba's last layer, those of the
+    given names, or those whose full names a regular expression matches, as peft takes a `target_modules` that is a text.
 
     Raises:
         OlpackError: a text that is neither a name nor a regular expression.
@@ -179,6 +183,8 @@ def adapter_shapes(model: MetaModel, targets: str | list[str] = "all-linear") ->
     if named != ["all-linear"] and not model.shape.tied:
         text.add(id(model.module.get_output_embeddings()))
     layers = {name: shape for name, module in model.module.named_modules() if (shape := linear_shape(module)) and id(module) in text}
+    if model.config.model_type in _MAMBA:
+        layers = {name: shape for name, shape in layers.items() if not name.endswith(".out_proj")}
     if named == ["all-linear"]:
         return layers
     found = {name: shape for name, shape in layers.items() if any(f".{name}".endswith(f".{target}") for target in named)}
