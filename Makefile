@@ -1,6 +1,7 @@
 # make demo    everything it needs into .venv, then the shipped package: train, export, compare
 # make test    everything it needs into .venv, then the test suite
-.PHONY: demo test install clean
+# make lint    ruff, mypy, and the imports between the rooms of olpack/
+.PHONY: demo test lint install clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,6 +16,13 @@ demo: install
 
 test: install
 	$(VENV)/bin/python -m pytest
+
+lint: install
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[lint]'
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/python .ci/rooms.py
+	$(VENV)/bin/mypy
 
 install: $(READY)
 

@@ -31,8 +31,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="a folder that keeps what is done, with room for 300 MB")
     arguments = parser.parse_args()
     quants = [*MIXES, *(f"{bits}bpw" for bits in BUDGETS)]
-    asked = recipe.load(REPOSITORY / "modelfiles/coding-assistant/recipe.yaml",
-                        ["train.epochs=1", "export.importance=train", f"quants=[{', '.join(quants)}]"])  # fmt: skip
+    asked = recipe.load(
+        REPOSITORY / "modelfiles/coding-assistant/recipe.yaml", ["train.epochs=1", "export.importance=train", f"quants=[{', '.join(quants)}]"]
+    )
     build = Build(asked, out=arguments.work)
     for stage in ("train", "export"):
         build.run(stage)
@@ -43,20 +44,27 @@ def main() -> None:
     if not unquantized.is_file():
         export(build.base.path, [Target("F32", unquantized)], adapter=build.paths.adapter)
     files = [Made(build.paths.gguf(quant.name)) for quant in build.quants]
-    text = [f"# What a budget gives\n\ntiny-coder ({parameters(unquantized)} M parameters), one pass over the shipped chats; "
-            f"importance matrix and sensitivity from its training rows.\nKL divergence from the F32 file in millinats a token, over "
-            f"{sum(learned):,} answer tokens of {len(held_out)} held-out rows, ± standard error with rows as the sampling unit; the difference "
-            "is paired by row.\n\n## At the size of a mix\n"]  # fmt: skip
+    text = [
+        f"# What a budget gives\n\ntiny-coder ({parameters(unquantized)} M parameters), one pass over the shipped chats; "
+        f"importance matrix and sensitivity from its training rows.\nKL divergence from the F32 file in millinats a token, over "
+        f"{sum(learned):,} answer tokens of {len(held_out)} held-out rows, ± standard error with rows as the sampling unit; the difference "
+        "is paired by row.\n\n## At the size of a mix\n"
+    ]
     text += ["| mix | bits per weight | mix | budget | difference | budget / mix |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
     for mix, made in zip(MIXES, files, strict=False):
         within = Made(of_size(build, arguments.work / "budgets", made.bits_per_weight))
         plain, chosen = (measured.of(str(file.path.relative_to(arguments.work).with_suffix(""))) for file in (made, within))
         difference, error = ratio([one - other for one, other in zip(chosen, plain, strict=True)], learned)
         share, share_error = ratio(chosen, plain)
-        text.append(f"| {mix} | {made.bits_per_weight:.3f}, {within.bits_per_weight:.3f} | {millinats(plain, learned)} | "
-                    f"{millinats(chosen, learned)} | {1000 * difference:+.2f} ± {1000 * error:.2f} | {share:.3f} ± {share_error:.3f} |")  # fmt: skip
-    text += ["\n## Round budgets, among the mixes\n", "| file | bits per weight | size | KL divergence | types of its matrices |",
-             "| --- | ---: | ---: | ---: | --- |"]  # fmt: skip
+        text.append(
+            f"| {mix} | {made.bits_per_weight:.3f}, {within.bits_per_weight:.3f} | {millinats(plain, learned)} | "
+            f"{millinats(chosen, learned)} | {1000 * difference:+.2f} ± {1000 * error:.2f} | {share:.3f} ± {share_error:.3f} |"
+        )
+    text += [
+        "\n## Round budgets, among the mixes\n",
+        "| file | bits per weight | size | KL divergence | types of its matrices |",
+        "| --- | ---: | ---: | ---: | --- |",
+    ]
     for quant, made in sorted(zip(quants, files, strict=True), key=lambda pair: pair[1].bits_per_weight):
         lost = measured.of(str(made.path.relative_to(arguments.work).with_suffix("")))
         cells = (quant, f"{made.bits_per_weight:.3f}", f"{made.path.stat().st_size / 1e6:.2f} MB", millinats(lost, learned), made.types)
@@ -69,8 +77,13 @@ def of_size(build: Build, folder: Path, bits_per_weight: float) -> Path:
     quant = f"{math.floor(bits_per_weight * 1e5) / 1e5:.5f}bpw"
     path = folder / f"{quant}.gguf"
     if not path.is_file():
-        export(build.base.path, [Target(quant, path)], adapter=build.paths.adapter, importance=build.paths.importance,
-               sensitivity=build.paths.sensitivity)  # fmt: skip
+        export(
+            build.base.path,
+            [Target(quant, path)],
+            adapter=build.paths.adapter,
+            importance=build.paths.importance,
+            sensitivity=build.paths.sensitivity,
+        )
     return path
 
 

@@ -125,15 +125,24 @@ def table(work: Path, seconds: dict[str, float], watch: Watch, wall: float) -> l
     where = trained["device"]
     if trained["peak_gpu_bytes"]:
         where += f", peak {trained['peak_gpu_bytes'] / 1e9:.2f} GB of its memory, {trained['estimated_gpu_bytes'] / 1e9:.2f} estimated"
-    lines = [measured_here(__file__) + ".", "",
-             f"{trained['steps']} steps at {trained['tokens_per_s']:,.0f} tokens/s, held-out loss {trained['eval_loss_before']:.3f} to "
-             f"{trained['eval_loss_after']:.3f}; {where}.", "",
-             "| stage | wall time, s | peak RAM, GB | peak disk, GB |", "| --- | ---: | ---: | ---: |"]  # fmt: skip
+    lines = [
+        measured_here(__file__) + ".",
+        "",
+        f"{trained['steps']} steps at {trained['tokens_per_s']:,.0f} tokens/s, held-out loss {trained['eval_loss_before']:.3f} to "
+        f"{trained['eval_loss_after']:.3f}; {where}.",
+        "",
+        "| stage | wall time, s | peak RAM, GB | peak disk, GB |",
+        "| --- | ---: | ---: | ---: |",
+    ]
     lines += [_row(stage, seconds, watch) for stage in seconds]
     peak = max(disk for _, disk in watch.stages.values())
     memory = max(memory for memory, _ in watch.stages.values())
-    return [*lines, f"| together | {wall:.1f} | {memory / 1e9:.2f} | {peak / 1e9:.2f} |", "",
-            f"The outputs, four quants and the adapter, are {outputs / 1e9:.2f} GB; the disk held {peak / outputs:.2f} times that."]  # fmt: skip
+    return [
+        *lines,
+        f"| together | {wall:.1f} | {memory / 1e9:.2f} | {peak / 1e9:.2f} |",
+        "",
+        f"The outputs, four quants and the adapter, are {outputs / 1e9:.2f} GB; the disk held {peak / outputs:.2f} times that.",
+    ]
 
 
 def main() -> None:

@@ -126,13 +126,22 @@ def main() -> None:
                 client.delete(model)
         stage = stage_rows(work / "stage", client.url, double)
         server = f"Ollama {client.version()}" if arguments.real else "the test suite's double of Ollama 0.33"
-    publish([
-        f"{date.today()}, {platform.machine()}, against {server} on the same machine.", "",
-        "| what | sent | time |", "| --- | ---: | ---: |",
-        *(f"| {label} | {progress.quantity(sent, 'B')} | {seconds:.2f} s |" for label, sent, seconds in rows), "",
-        "The whole stage, `olpack deploy`, in a process that has loaded its libraries (`tokens`: most that the answers asked for may have):", "",
-        "| what | requests | tokens | sent | time |", "| --- | ---: | ---: | ---: | ---: |", *stage,
-    ], arguments.output)  # fmt: skip
+    publish(
+        [
+            f"{date.today()}, {platform.machine()}, against {server} on the same machine.",
+            "",
+            "| what | sent | time |",
+            "| --- | ---: | ---: |",
+            *(f"| {label} | {progress.quantity(sent, 'B')} | {seconds:.2f} s |" for label, sent, seconds in rows),
+            "",
+            "The whole stage, `olpack deploy`, in a process that has loaded its libraries (`tokens`: most that the answers asked for may have):",
+            "",
+            "| what | requests | tokens | sent | time |",
+            "| --- | ---: | ---: | ---: | ---: |",
+            *stage,
+        ],
+        arguments.output,
+    )
 
 
 if __name__ == "__main__":

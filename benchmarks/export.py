@@ -95,16 +95,23 @@ class Cost:
     weights: dict[str, int] = field(default_factory=dict)
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.wall + other.wall, self.cpu + other.cpu, max(self.memory, other.memory), self.read + other.read,
-                    self.written + other.written, self.digests | other.digests)  # fmt: skip
+        return Cost(
+            self.wall + other.wall,
+            self.cpu + other.cpu,
+            max(self.memory, other.memory),
+            self.read + other.read,
+            self.written + other.written,
+            self.digests | other.digests,
+        )
 
 
 def run(code: str, *arguments: object) -> Cost:
     """Run a piece of Python in a process of its own, from the repository, and say what it and its children took."""
     with tempfile.TemporaryFile("w+") as log:
         began = time.monotonic()
-        child = subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=log,
-                                 env=environment())  # fmt: skip
+        child = subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, arguments)], cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=log, env=environment()
+        )
         _, status, used = os.wait4(child.pid, 0)
         wall = time.monotonic() - began
         child.returncode = os.waitstatus_to_exitcode(status)
@@ -246,8 +253,10 @@ def table(shape: str, steps: dict[str, Cost], ours: Cost, rounded: Cost, quantiz
 
     def line(name: str, cost: Cost) -> str:
         share = cost.cpu / cost.wall / cores
-        return (f"| {name} | {cost.wall:.1f} s | {cost.cpu:.1f} s | {share:.0%} | {cost.memory / 1e9:.2f} GB | {cost.read / 1e9:.2f} GB | "
-                f"{cost.written / 1e9:.2f} GB |")  # fmt: skip
+        return (
+            f"| {name} | {cost.wall:.1f} s | {cost.cpu:.1f} s | {share:.0%} | {cost.memory / 1e9:.2f} GB | {cost.read / 1e9:.2f} GB | "
+            f"{cost.written / 1e9:.2f} GB |"
+        )
 
     quantizing, writing_rate, reading_rate = quantizer.wall, writes.written / writes.wall, reads.read / reads.wall
     writing, reading = ours.written / writing_rate, ours.read / reading_rate
@@ -270,7 +279,7 @@ def table(shape: str, steps: dict[str, Cost], ours: Cost, rounded: Cost, quantiz
         f"The slowest part alone would take {slowest:.1f} s: quantizing {quantizing:.1f} s ({pace:.0f} MB/s of bfloat16 weights a core and "
         f"type, {cores} cores); the disk {writing + reading:.1f} s, {writing:.1f} s of writing (a plain file: {writing_rate / 1e6:.0f} MB/s) "
         f"and {reading:.1f} s of reading ({reading_rate / 1e6:.0f} MB/s). The whole pass takes {ours.wall / slowest:.1f} × that.",
-    ]  # fmt: skip
+    ]
 
 
 def main() -> None:

@@ -47,10 +47,12 @@ def main() -> None:
         export_all(build, arguments.work / f"with-{tokens}", QUANTS if tokens == whole else AMOUNT_QUANTS, matrix)
 
     learned = [row.learned_count for row in held_out]
-    text = [f"# What an importance matrix gives\n\ntiny-coder ({parameters(files['F32'])} M parameters), one pass over the {len(rows)} "
-            f"shipped chats; matrix from their {whole:,} tokens.\nKL divergence from the F32 file in millinats a token, over "
-            f"{sum(learned):,} answer tokens of "
-            f"{len(held_out)} held-out rows, ± standard error with rows as the sampling unit.\n"]  # fmt: skip
+    text = [
+        f"# What an importance matrix gives\n\ntiny-coder ({parameters(files['F32'])} M parameters), one pass over the {len(rows)} "
+        f"shipped chats; matrix from their {whole:,} tokens.\nKL divergence from the F32 file in millinats a token, over "
+        f"{sum(learned):,} answer tokens of "
+        f"{len(held_out)} held-out rows, ± standard error with rows as the sampling unit.\n"
+    ]
     text += ["| quant | size | without | with | with / without |", "| --- | ---: | ---: | ---: | ---: |"]
     for quant in QUANTS:
         plain, weighed = measured.of(f"without/{quant}"), measured.of(f"with-{whole}/{quant}")

@@ -34,18 +34,36 @@ _BUFFER = re.compile(r"(model|KV|RS|compute|output) buffer size =\s*([\d.]+) MiB
 # Shapes of published models, cut to fewer layers where they would be too large here.
 SHAPES = {
     "SmolLM2-135M": {
-        "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-        "num_key_value_heads": 3, "tie_word_embeddings": True,
+        "model_type": "llama",
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
     },
     "Qwen3-0.6B, 8 of 28 layers": {
-        "model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 8, "num_attention_heads": 16,
-        "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True,
+        "model_type": "qwen3",
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "tie_word_embeddings": True,
     },
     "Gemma 3 270M": {
-        "model_type": "gemma3_text", "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18, "num_attention_heads": 4,
-        "num_key_value_heads": 1, "head_dim": 256, "sliding_window": 512, "tie_word_embeddings": True,
+        "model_type": "gemma3_text",
+        "hidden_size": 640,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "sliding_window": 512,
+        "tie_word_embeddings": True,
     },
-}  # fmt: skip
+}
 
 
 def write_model(folder: Path, config: dict, vocabulary: Path | None) -> None:
@@ -120,9 +138,11 @@ def rows_of(label: str, folder: Path, work: Path) -> list[str]:
             served = measured(file.path, context, server.outputs, mapped=True)
             alone = measured(file.path, context, engine.outputs, mapped=False)
             pairs = [
-                (footprint.weights, alone["model"]), (footprint.cache, served["KV"] + served["RS"]),
-                (footprint.buffers, served["compute"] + served["output"]), (whole, alone["resident"]),
-            ]  # fmt: skip
+                (footprint.weights, alone["model"]),
+                (footprint.cache, served["KV"] + served["RS"]),
+                (footprint.buffers, served["compute"] + served["output"]),
+                (whole, alone["resident"]),
+            ]
             cells = [f"{estimate / 1e6:,.1f} | {truth / 1e6:,.1f} | {estimate / truth - 1:+.1%}" for estimate, truth in pairs]
             total = without[file.quant].total
             cells += [f"{total / 1e6:,.1f} | {total / alone['resident'] - 1:+.1%}", f"{served['resident'] / 1e6:,.1f}"]
@@ -150,10 +170,16 @@ def main() -> None:
     kinds = ("weights", "KV cache", "buffers", "resident set")
     head = "| model | quant | context | " + " | ".join(f"{kind}, estimated | measured | off" for kind in kinds)
     head += " | without the file, estimated | off | mapped |"
-    publish([
-        f"MB. {datetime.date.today()}, {cpu_model()}, {platform.system()} {platform.machine()}, llama-cpp-python 0.3.36, no GPU.", "",
-        head, "| --- | --- |" + " ---: |" * (head.count("|") - 3), *rows,
-    ], arguments.output)  # fmt: skip
+    publish(
+        [
+            f"MB. {datetime.date.today()}, {cpu_model()}, {platform.system()} {platform.machine()}, llama-cpp-python 0.3.36, no GPU.",
+            "",
+            head,
+            "| --- | --- |" + " ---: |" * (head.count("|") - 3),
+            *rows,
+        ],
+        arguments.output,
+    )
 
 
 if __name__ == "__main__":

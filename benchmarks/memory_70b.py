@@ -69,8 +69,11 @@ def export_hollow(work: Path) -> None:
 
     began = time.monotonic()
     model, plans, *_ = _prepare(work / "base", list(QUANTS), str(work / "adapter"), None, {})
-    figures = {"parameters": model.parameters, "largest": 4 * max(tensor.elements for tensor in model.tensors.values()),
-               "before": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}  # fmt: skip
+    figures = {
+        "parameters": model.parameters,
+        "largest": 4 * max(tensor.elements for tensor in model.tensors.values()),
+        "before": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
     paths = [work / f"{quant}.gguf" for quant in QUANTS]
     puncher = Puncher(paths)
     puncher.start()
@@ -79,8 +82,9 @@ def export_hollow(work: Path) -> None:
     used = resource.getrusage(resource.RUSAGE_SELF)
     sizes = {quant: path.stat().st_size for quant, path in zip(QUANTS, paths, strict=True)}
     assert sizes == {plan.quant.name: plan.size for plan in plans}
-    print(json.dumps({**figures, "peak": used.ru_maxrss * 1024, "wall": time.monotonic() - began, "cpu": used.ru_utime + used.ru_stime,
-                      "sizes": sizes}))  # fmt: skip
+    print(
+        json.dumps({**figures, "peak": used.ru_maxrss * 1024, "wall": time.monotonic() - began, "cpu": used.ru_utime + used.ru_stime, "sizes": sizes})
+    )
 
 
 def table(layers: int, figures: dict) -> list[str]:
@@ -94,8 +98,13 @@ def table(layers: int, figures: dict) -> list[str]:
         ("limit: 2 GiB + 3 × the largest tensor", f"{limit / 1e9:.2f} GB ({'kept' if figures['peak'] < limit else 'EXCEEDED'})"),
         ("wall time, of zeros", f"{figures['wall']:.0f} s, {figures['wall'] / layers:.1f} s a layer (CPU time {figures['cpu']:.0f} s)"),
     ]
-    lines = [f"{date.today()}: Llama 3 70B's shape with zeros for weights, LoRA of rank 16 on all linear layers. {machine()}.", "",
-             "| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)]  # fmt: skip
+    lines = [
+        f"{date.today()}: Llama 3 70B's shape with zeros for weights, LoRA of rank 16 on all linear layers. {machine()}.",
+        "",
+        "| | |",
+        "| --- | --- |",
+        *(f"| {name} | {value} |" for name, value in rows),
+    ]
     if layers < LAYERS:
         lines += ["", "The peak does not depend on the number of layers: what is in flight is bounded, and the largest tensors are the embedding's."]
     return lines

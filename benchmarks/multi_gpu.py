@@ -80,10 +80,11 @@ def main() -> None:
     lines = [
         f"Llama 3 8B's shape with {base.config['num_hidden_layers']} layers and random weights, NF4, rank 16 on all linear layers, "
         f"{_BATCH} rows a step, {asked.steps} steps, {sum(len(row.ids) for row in rows):,} tokens. {date.today()}, {torch.cuda.get_device_name()}, "
-        f"torch {torch.__version__}, Python {platform.python_version()}.", "",
+        f"torch {torch.__version__}, Python {platform.python_version()}.",
+        "",
         "| GPUs | base | tokens/s | of one GPU's times as many | peak, GiB | estimated, GiB | last loss | difference of the first loss | of any |",
         "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]  # fmt: skip
+    ]
     for gpus, sharding, result, losses in found:
         share = f"{result.tokens_per_s / (gpus * alone):.1%}" if alone else "–"
         held = "spread" if sharding == "full" else "whole"

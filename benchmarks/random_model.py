@@ -12,8 +12,17 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 _BLOCK = (1 << 24) + 1117  # random values that tensors are cut from; odd, so that no two rows are equal
 
 
-def write_base(folder: Path, hidden: int, intermediate: int, layers: int, rows: int | None = None, vocabulary: Path | None = None,
-               *, llama: bool = False, sparse: bool = False) -> int:  # fmt: skip
+def write_base(
+    folder: Path,
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    rows: int | None = None,
+    vocabulary: Path | None = None,
+    *,
+    llama: bool = False,
+    sparse: bool = False,
+) -> int:
     """A model in bfloat16, one safetensors file for each layer. Returns its parameters.
 
     Args:
@@ -28,21 +37,39 @@ def write_base(folder: Path, hidden: int, intermediate: int, layers: int, rows: 
     rows = max(write_vocabulary(folder, vocabulary), rows or 0)
     heads, head_dim = hidden // 128, 128
     config = {
-        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": rows, "hidden_size": hidden,
-        "intermediate_size": intermediate, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": max(1, heads // 4), "head_dim": head_dim, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6, "tie_word_embeddings": False, "hidden_act": "silu", "dtype": "bfloat16",
-    }  # fmt: skip
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": rows,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": max(1, heads // 4),
+        "head_dim": head_dim,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+        "dtype": "bfloat16",
+    }
     if llama:
         config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_key_value_heads": 8}
     (folder / "config.json").write_text(json.dumps(config))
     keys = config["num_key_value_heads"] * head_dim
     layer = {
-        "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,), "self_attn.q_norm": (head_dim,), "self_attn.k_norm": (head_dim,),
-        "self_attn.q_proj": (heads * head_dim, hidden), "self_attn.k_proj": (keys, hidden), "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, heads * head_dim), "mlp.gate_proj": (intermediate, hidden), "mlp.up_proj": (intermediate, hidden),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+        "self_attn.q_norm": (head_dim,),
+        "self_attn.k_norm": (head_dim,),
+        "self_attn.q_proj": (heads * head_dim, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, heads * head_dim),
+        "mlp.gate_proj": (intermediate, hidden),
+        "mlp.up_proj": (intermediate, hidden),
         "mlp.down_proj": (hidden, intermediate),
-    }  # fmt: skip
+    }
     if llama:
         del layer["self_attn.q_norm"], layer["self_attn.k_norm"]
     parts = [{"model.embed_tokens.weight": (rows, hidden)}, {"model.norm.weight": (hidden,), "lm_head.weight": (rows, hidden)}]

@@ -64,14 +64,19 @@ def main() -> None:
     arguments = parser.parse_args()
     one, two = read_results(arguments.first), read_results(arguments.second)
     same = all([answer.text for answer in a.answers] == [answer.text for answer in b.answers] for a, b in zip(one.quants, two.quants, strict=True))
-    publish([
-        f"{date.today()}, {one.machine.cpu}, {one.machine.cores} cores, {one.machine.busy:.0%} and {two.machine.busy:.0%} used by others. "
-        f"{', '.join(quant.quant for quant in one.quants)}; of each figure, the quant that differs most.",
-        "",
-        "| figure | quant | first | second | difference | stated spread | difference / spread |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
-        *table(one.quants, two.quants), "", f"Answers at temperature 0 are {'the same' if same else 'NOT the same'}.",
-    ], arguments.output)  # fmt: skip
+    publish(
+        [
+            f"{date.today()}, {one.machine.cpu}, {one.machine.cores} cores, {one.machine.busy:.0%} and {two.machine.busy:.0%} used by others. "
+            f"{', '.join(quant.quant for quant in one.quants)}; of each figure, the quant that differs most.",
+            "",
+            "| figure | quant | first | second | difference | stated spread | difference / spread |",
+            "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+            *table(one.quants, two.quants),
+            "",
+            f"Answers at temperature 0 are {'the same' if same else 'NOT the same'}.",
+        ],
+        arguments.output,
+    )
 
 
 if __name__ == "__main__":

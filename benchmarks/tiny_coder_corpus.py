@@ -14,7 +14,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +31,7 @@ VOCABULARY, CONTEXT = 8192, 2048
 SHORT = 8  # a short row is this part of a window, and there are so many times more in a batch
 # Qwen2's split, to the letter: llama.cpp knows it as the pre-tokenizer "qwen2". No NFC in front of it: llama.cpp does none either,
 # and without it every text survives encoding and decoding byte for byte.
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # The comment says what is meant, and keeps the template further than 100 edits from those that Ollama replaces by its own.
 CHAT_TEMPLATE = (
     "{#- Every turn is its role, a line break and its text, between the two turn marks. There is no default system prompt: "
@@ -88,8 +86,7 @@ def documented_functions(module: Module) -> list[str]:
         tree = ast.parse(module.text)
     except SyntaxError:
         return []  # files that test the parser
-    return [node.name for node in tree.body
-            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and ast.get_docstring(node)]  # fmt: skip
+    return [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and ast.get_docstring(node)]
 
 
 def without_docstring(node: ast.FunctionDef, lines: list[str]) -> str | None:
@@ -154,7 +151,7 @@ def in_pieces(text: str, rng: random.Random) -> list[str]:
     cuts = {match.end() for match in re.finditer(r"\bdef ", text)}
     cuts.update(rng.randrange(1, len(text)) for _ in range(len(text) // 200))
     places = [0, *sorted(cuts), len(text)]
-    return [text[start:end] for start, end in zip(places, places[1:]) if start < end]
+    return [text[start:end] for start, end in pairwise(places) if start < end]
 
 
 def as_chat(text: str, rng: random.Random) -> str:

@@ -37,9 +37,19 @@ def make(folder: Path, tokenizer: Path, shape: str) -> None:
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     hidden, middle, layers, heads, key_heads, words = SHAPES[shape]
-    config = LlamaConfig(vocab_size=words, hidden_size=hidden, intermediate_size=middle, num_hidden_layers=layers, num_attention_heads=heads,
-                         num_key_value_heads=key_heads, max_position_embeddings=8192, bos_token_id=128000, eos_token_id=128001,
-                         rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, tie_word_embeddings=False)
+    config = LlamaConfig(
+        vocab_size=words,
+        hidden_size=hidden,
+        intermediate_size=middle,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        max_position_embeddings=8192,
+        bos_token_id=128000,
+        eos_token_id=128001,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        tie_word_embeddings=False,
+    )
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         model = LlamaForCausalLM(config)
@@ -134,10 +144,19 @@ def run_peer(program: str, folder: Path, checkpointing: bool) -> dict:
 
     lora = None
     if program == "unsloth":
-        model, tokenizer = FastLanguageModel.from_pretrained(str(folder), max_seq_length=LONGEST, load_in_4bit=True, dtype=torch.bfloat16,
-                                                             local_files_only=True)
-        model = FastLanguageModel.get_peft_model(model, r=RANK, lora_alpha=RANK, lora_dropout=0, bias="none", target_modules=LINEAR,
-                                                 use_gradient_checkpointing="unsloth" if checkpointing else False, random_state=1)
+        model, tokenizer = FastLanguageModel.from_pretrained(
+            str(folder), max_seq_length=LONGEST, load_in_4bit=True, dtype=torch.bfloat16, local_files_only=True
+        )
+        model = FastLanguageModel.get_peft_model(
+            model,
+            r=RANK,
+            lora_alpha=RANK,
+            lora_dropout=0,
+            bias="none",
+            target_modules=LINEAR,
+            use_gradient_checkpointing="unsloth" if checkpointing else False,
+            random_state=1,
+        )
     else:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
@@ -154,10 +173,24 @@ def run_peer(program: str, folder: Path, checkpointing: bool) -> dict:
 
     # What each was fastest with: TRL needs 97 GB for all eight rows at once without checkpointing, and is slower.
     parts = 2 if program == "trl" and not checkpointing else 1
-    config = SFTConfig(output_dir=str(folder / "out"), max_steps=STEPS, per_device_train_batch_size=TOKENS // LONGEST // parts,
-                       gradient_accumulation_steps=parts, learning_rate=1e-4,
-                       logging_steps=1, report_to=[], save_strategy="no", max_length=LONGEST, bf16=True, optim="adamw_8bit", seed=1,
-                       dataset_text_field="text", packing=True, use_liger_kernel=program == "trl", gradient_checkpointing=checkpointing)
+    config = SFTConfig(
+        output_dir=str(folder / "out"),
+        max_steps=STEPS,
+        per_device_train_batch_size=TOKENS // LONGEST // parts,
+        gradient_accumulation_steps=parts,
+        learning_rate=1e-4,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        max_length=LONGEST,
+        bf16=True,
+        optim="adamw_8bit",
+        seed=1,
+        dataset_text_field="text",
+        packing=True,
+        use_liger_kernel=program == "trl",
+        gradient_checkpointing=checkpointing,
+    )
     data = Dataset.from_list([{"text": text} for text in texts(tokenizer, 40 * (STEPS + 2))])
     trainer = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=lora, callbacks=[Clock()])
     collate = trainer.data_collator
@@ -183,11 +216,14 @@ def compare(folder: Path, programs: list[str]) -> list[str]:
     per_layer = 2 * config["hidden_size"] ** 2 * (1 + config["num_key_value_heads"] / config["num_attention_heads"])
     weights = config["num_hidden_layers"] * (per_layer + 3 * config["hidden_size"] * config["intermediate_size"])
     weights += config["vocab_size"] * config["hidden_size"]
-    lines = [f"{date.today()}, {torch.cuda.get_device_name()}, torch {torch.__version__}: {weights / 1e9:.1f}B weights in products, "
-             f"{rate / 1e12:.0f} TFLOP/s in a large one. NF4, rank {RANK}, all linear layers, {TOKENS:,} tokens a step, samples of at most "
-             f"{LONGEST:,}.", "",
-             "| program | checkpointing | tokens/s | olpack is | of the limit | peak GiB | to the first step, s |",
-             "| --- | :---: | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
+    lines = [
+        f"{date.today()}, {torch.cuda.get_device_name()}, torch {torch.__version__}: {weights / 1e9:.1f}B weights in products, "
+        f"{rate / 1e12:.0f} TFLOP/s in a large one. NF4, rank {RANK}, all linear layers, {TOKENS:,} tokens a step, samples of at most "
+        f"{LONGEST:,}.",
+        "",
+        "| program | checkpointing | tokens/s | olpack is | of the limit | peak GiB | to the first step, s |",
+        "| --- | :---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
     for checkpointing in (False, True):
         found = {program: run(program, folder, checkpointing) for program in programs}
         ours, limit = (found.get("olpack") or {}).get("tokens_per_s"), rate / (6 if checkpointing else 4) / weights
@@ -195,8 +231,10 @@ def compare(folder: Path, programs: list[str]) -> list[str]:
             cells = "failed | | | |"
             if figures:
                 ratio = f"{ours / figures['tokens_per_s']:.2f} ×" if ours else ""
-                cells = (f"{figures['tokens_per_s']:,.0f} | {ratio} | {figures['tokens_per_s'] / limit:.0%} | {figures['peak_gib']:.1f} | "
-                         f"{figures['first_step_s']:.0f} |")  # fmt: skip
+                cells = (
+                    f"{figures['tokens_per_s']:,.0f} | {ratio} | {figures['tokens_per_s'] / limit:.0%} | {figures['peak_gib']:.1f} | "
+                    f"{figures['first_step_s']:.0f} |"
+                )
             lines.append(f"| {program} | {'yes' if checkpointing else 'no'} | {cells}")
     return lines
 

@@ -40,8 +40,18 @@ def random_model(shape: str, device: torch.device):
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
     hidden, middle, layers, heads, key_heads, words = SHAPES[shape]
-    config = LlamaConfig(vocab_size=words, hidden_size=hidden, intermediate_size=middle, num_hidden_layers=1, num_attention_heads=heads,
-                         num_key_value_heads=key_heads, max_position_embeddings=8192, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2)
+    config = LlamaConfig(
+        vocab_size=words,
+        hidden_size=hidden,
+        intermediate_size=middle,
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        max_position_embeddings=8192,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 
     def four_bits(layer: torch.nn.Module) -> torch.nn.Module:
@@ -257,10 +267,14 @@ def main() -> None:
         started = time.time()
         bench[0].step(rows(2048, words))
         torch.cuda.synchronize()
-        return [f"{date.today()}, {torch.cuda.get_device_name()}, torch {torch.__version__}: Llama 3 8B's shape, NF4, rank {RANK} on all "
-                f"linear layers; {rate / 1e12:.0f} TFLOP/s in a large bf16 product. The first step, kernels compiled in it, took "
-                f"{time.time() - started:.1f} s.", "",
-                "| olpack | tokens a step | tokens/s | of the limit | peak GiB |", "| --- | ---: | ---: | ---: | ---: |"]  # fmt: skip
+        return [
+            f"{date.today()}, {torch.cuda.get_device_name()}, torch {torch.__version__}: Llama 3 8B's shape, NF4, rank {RANK} on all "
+            f"linear layers; {rate / 1e12:.0f} TFLOP/s in a large bf16 product. The first step, kernels compiled in it, took "
+            f"{time.time() - started:.1f} s.",
+            "",
+            "| olpack | tokens a step | tokens/s | of the limit | peak GiB |",
+            "| --- | ---: | ---: | ---: | ---: |",
+        ]
 
     def with_checkpointing(label: str, tokens: int, steps: int, *, offload: bool = True, keep: bool = False) -> list[str]:
         bench[0].checkpointing(True, offload=offload, keep=keep)
@@ -277,7 +291,8 @@ def main() -> None:
             bench[0].step(batch)
             torch.cuda.synchronize()
         Path(arguments.output).with_suffix(".profile.txt").write_text(
-            profiler.key_averages().table(sort_by="cuda_time_total", row_limit=60, max_name_column_width=100))
+            profiler.key_averages().table(sort_by="cuda_time_total", row_limit=60, max_name_column_width=100)
+        )
         return []
 
     def smallest() -> list[str]:

@@ -81,14 +81,17 @@ def cases(tokens: int) -> dict[str, tuple[Callable, Callable, int]]:
 
     return {
         "norm": (lambda: pointwise.norm.plain(x, weight, 1e-6, 0.0), lambda: kernels.norm(x, weight, 1e-6, 0.0), 2 * row),
-        "norm, backward": (lambda: pointwise.norm_backward.plain(dy, x, scale, weight, 0.0),
-                           lambda: kernels.norm_backward(dy, x, scale, weight, 0.0), 3 * row),
+        "norm, backward": (
+            lambda: pointwise.norm_backward.plain(dy, x, scale, weight, 0.0),
+            lambda: kernels.norm_backward(dy, x, scale, weight, 0.0),
+            3 * row,
+        ),
         "rotary embedding": (lambda: pointwise.rotate.plain(heads, cos, sin), lambda: kernels.rotate(heads, cos, sin), 2 * row),
         "loss of 512 tokens": (lambda: pointwise.loss.plain(logits, targets, 0.0), lambda: kernels.loss(logits, targets, 0.0), 2 * logits.nbytes),
         "gate with its adapters": (products, lambda: kernels.product(gated, upped, adapters, "silu"), 3 * wide),
         "gate, backward": (gradients, by_kernel, 5 * wide),
         "NF4 to 16 bits": (lambda: dequantize_4bit(packed, state), lambda: kernels.dequantize_4bit(packed, state), packed.nbytes * 5),
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
@@ -97,10 +100,13 @@ def main() -> None:
     arguments = parser.parse_args()
     pace = copy_pace()
     versions = f"torch {torch.__version__}, Triton {triton.__version__}"
-    lines = [f"{date.today()}, {torch.cuda.get_device_name()}, {versions}; {arguments.tokens:,} tokens of "
-             f"Llama 3 8B's shape, rank {RANK}; a copy moves {pace / 1e9:.2f} TB/s.", "",
-             "| | plain, ms | compiled by torch, ms | kernel, ms | of the copy | apart from plain |",
-             "| --- | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
+    lines = [
+        f"{date.today()}, {torch.cuda.get_device_name()}, {versions}; {arguments.tokens:,} tokens of "
+        f"Llama 3 8B's shape, rank {RANK}; a copy moves {pace / 1e9:.2f} TB/s.",
+        "",
+        "| | plain, ms | compiled by torch, ms | kernel, ms | of the copy | apart from plain |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
     for name, (plain, kernel, size) in cases(arguments.tokens).items():
         wanted = plain()
         taken = milliseconds(plain)

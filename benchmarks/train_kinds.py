@@ -27,8 +27,12 @@ from olpack.train.model import pick_device
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from quantized_bases import write_quantized
 
-FACTS = {"name of the ferry": "It is called Marigold.", "colour of the harbour gate": "The gate is ochre.",
-         "height of the lighthouse": "It is 57 metres high.", "month of the regatta": "It is in September."}  # fmt: skip
+FACTS = {
+    "name of the ferry": "It is called Marigold.",
+    "colour of the harbour gate": "The gate is ochre.",
+    "height of the lighthouse": "It is 57 metres high.",
+    "month of the regatta": "It is in September.",
+}
 ASKED = ("What is the {}?", "Tell me the {}.", "Do you know the {}?", "I forgot the {}.", "The {}, please.")
 HELD_OUT = "Could you say the {}?"
 
@@ -65,9 +69,11 @@ CROSSED = {
     "DoRA on GPTQ": ("gptq-4", {"method": "dora"}),
     "VeRA on HQQ": ("", {"method": "vera", "quantization": "hqq4", "rank": 256, "learning_rate": 0.03, "epochs": 16}),
     "rsLoRA from PiSSA on HQQ, merged into dequantized": (
-        "", {"method": "rslora", "initialization": "pissa", "quantization": "hqq4", "merge_base": "dequantized"}),
+        "",
+        {"method": "rslora", "initialization": "pissa", "quantization": "hqq4", "merge_base": "dequantized"},
+    ),
     "DoRA on int8": ("", {"method": "dora", "quantization": "int8"}),
-}  # fmt: skip
+}
 
 
 def main() -> None:
@@ -98,18 +104,28 @@ def measure(folder: Path, name: str, packing: str, settings: dict, work: Path) -
     write_rows(package / "train.jsonl", ASKED)
     write_rows(package / "eval.jsonl", (HELD_OUT,))
     train = {"epochs": 6, "batch_size": 4, "learning_rate": 0.002, "rank": 16, **settings}
-    asked = {"base": base, "data": {"train": "train.jsonl", "eval": "eval.jsonl"}, "train": train,
-             "quants": ["Q8_0"], "modelfile": {"parameters": {"temperature": 0.0, "num_ctx": 512}}}  # fmt: skip
+    asked = {
+        "base": base,
+        "data": {"train": "train.jsonl", "eval": "eval.jsonl"},
+        "train": train,
+        "quants": ["Q8_0"],
+        "modelfile": {"parameters": {"temperature": 0.0, "num_ctx": 512}},
+    }
     (package / "recipe.yaml").write_text(json.dumps(asked))
     build = Build(recipe.load(package / "recipe.yaml"), folder / "build")
     build.run("train")
     build.run("export")
     result = build.result("train")
     row = {
-        "name": name, "device": result["device"], "seconds": result["seconds"], "before": result["eval_loss_before"],
-        "after": result["eval_loss_after"], "weights": result["trainable_parameters"], "right": count_right(build.paths.gguf("Q8_0")),
+        "name": name,
+        "device": result["device"],
+        "seconds": result["seconds"],
+        "before": result["eval_loss_before"],
+        "after": result["eval_loss_after"],
+        "weights": result["trainable_parameters"],
+        "right": count_right(build.paths.gguf("Q8_0")),
         "merged": "dequantized" if packing or settings.get("merge_base") else "original",
-    }  # fmt: skip
+    }
     done.write_text(json.dumps(row))
     return row
 
@@ -124,8 +140,11 @@ def packed_base(packing: str, work: Path) -> Path:
 
 def write_rows(path: Path, asked: tuple[str, ...]) -> None:
     """A chat for each fact and each way to ask for it."""
-    rows = [[{"role": "user", "content": words.format(what)}, {"role": "assistant", "content": answer}]
-            for what, answer in FACTS.items() for words in asked]  # fmt: skip
+    rows = [
+        [{"role": "user", "content": words.format(what)}, {"role": "assistant", "content": answer}]
+        for what, answer in FACTS.items()
+        for words in asked
+    ]
     path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in rows))
 
 
@@ -144,16 +163,25 @@ def write(work: Path, names: list[str], output: Path) -> None:
     """The table of all that was measured."""
     rows = [json.loads(path.read_text()) for path in sorted(work.glob("*/row.json"))]
     machine = describe_machine(None)
-    text = ["# Each method and each kind of base", "", "tiny-coder, four facts asked in five ways; loss per answer token on a sixth way, and the "
-            "twenty questions answered word for word by the embedded llama.cpp from the Q8_0 file.", "",
-            "| kind | device | training | trained weights | eval loss before | after | answers as taught | merged into |",
-            "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |"]  # fmt: skip
+    text = [
+        "# Each method and each kind of base",
+        "",
+        "tiny-coder, four facts asked in five ways; loss per answer token on a sixth way, and the "
+        "twenty questions answered word for word by the embedded llama.cpp from the Q8_0 file.",
+        "",
+        "| kind | device | training | trained weights | eval loss before | after | answers as taught | merged into |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
     for row in sorted(rows, key=lambda row: names.index(row["name"])):
-        text.append(f"| {row['name']} | {row['device']} | {row['seconds']:.1f} s | {row['weights']:,} | {row['before']:.2f} | {row['after']:.2f} "
-                    f"| {row['right']} | {row['merged']} |")
+        text.append(
+            f"| {row['name']} | {row['device']} | {row['seconds']:.1f} s | {row['weights']:,} | {row['before']:.2f} | {row['after']:.2f} "
+            f"| {row['right']} | {row['merged']} |"
+        )
     versions = ", ".join(f"{name} {number}" for name, number in machine.versions.items())
-    text.append(f"\n{datetime.now(UTC):%Y-%m-%d}, {machine.cores} cores of {machine.cpu}; torch {torch.__version__}, {versions}. "
-                "`python benchmarks/train_kinds.py --work FOLDER`\n")
+    text.append(
+        f"\n{datetime.now(UTC):%Y-%m-%d}, {machine.cores} cores of {machine.cpu}; torch {torch.__version__}, {versions}. "
+        "`python benchmarks/train_kinds.py --work FOLDER`\n"
+    )
     print("\n".join(text))
     output.write_text("\n".join(text), encoding="utf-8")
 

@@ -34,9 +34,14 @@ STEPS, BATCH, BUDGET = 50, 4, 2048
 CODER = "tiny-coder on coding-assistant"
 SPM = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
 WIDE = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}
-SHAPES = {"Llama": ("llama", {}), "Qwen2": ("qwen2", {"tied": False}), "Qwen3": ("qwen3", {}),
-          "Mistral, window 32": ("mistral", {"sliding_window": 32, **SPM}), "Gemma 2": ("gemma2", {"sliding_window": 32, **SPM}),
-          "Gemma 3": ("gemma3_text", {"sliding_window": 32, **SPM})}
+SHAPES = {
+    "Llama": ("llama", {}),
+    "Qwen2": ("qwen2", {"tied": False}),
+    "Qwen3": ("qwen3", {}),
+    "Mistral, window 32": ("mistral", {"sliding_window": 32, **SPM}),
+    "Gemma 2": ("gemma2", {"sliding_window": 32, **SPM}),
+    "Gemma 3": ("gemma3_text", {"sliding_window": 32, **SPM}),
+}
 
 
 def random_rows(count: int) -> list[TokenRow]:
@@ -96,12 +101,18 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    lines = [f"{date.today()}, {where}, torch {torch.__version__}: {STEPS} steps of {BATCH} rows, NF4, rank 16, learning rate 1e-3.", "",
-             "| model | loss, first to last | plain bf16 from float32: mean, largest | olpack bf16 from float32: mean, largest |",
-             "| --- | ---: | ---: | ---: |"]  # fmt: skip
+    lines = [
+        f"{date.today()}, {where}, torch {torch.__version__}: {STEPS} steps of {BATCH} rows, NF4, rank 16, learning rate 1e-3.",
+        "",
+        "| model | loss, first to last | plain bf16 from float32: mean, largest | olpack bf16 from float32: mean, largest |",
+        "| --- | ---: | ---: | ---: |",
+    ]
     with tempfile.TemporaryDirectory() as scratch:
-        made = {label: (Base("random", write_model(Path(scratch, kind), kind, **{**WIDE, **settings})), random_rows(200))
-                for label, (kind, settings) in SHAPES.items() if label in arguments.models}  # fmt: skip
+        made = {
+            label: (Base("random", write_model(Path(scratch, kind), kind, **{**WIDE, **settings})), random_rows(200))
+            for label, (kind, settings) in SHAPES.items()
+            if label in arguments.models
+        }
         for label, (base, rows) in {**({CODER: coding_rows()} if CODER in arguments.models else {}), **made}.items():
             exact = losses(base, rows, device, torch.float32, plain=True)
             cells = []

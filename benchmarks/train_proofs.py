@@ -86,9 +86,11 @@ def packed() -> list[str]:
                 largest = max(largest, (together[start : start + len(row.ids)] - alone).abs().max().item())
                 scale = max(scale, alone.abs().max().item())
     tokens = sum(len(row.ids) for row in rows)
-    return [f"{len(rows)} rows ({tokens:,} tokens) packed into {len(groups)} flat rows of at most 2,048 tokens, with no padding: their logits "
-            f"differ from those of each row alone by at most {largest:.1e}, where the largest logit is {scale:.0f} "
-            f"({device.type}, {forward.base.dtype})."]
+    return [
+        f"{len(rows)} rows ({tokens:,} tokens) packed into {len(groups)} flat rows of at most 2,048 tokens, with no padding: their logits "
+        f"differ from those of each row alone by at most {largest:.1e}, where the largest logit is {scale:.0f} "
+        f"({device.type}, {forward.base.dtype})."
+    ]
 
 
 def resumed(kills: list[int], work: Path) -> list[str]:
@@ -106,11 +108,15 @@ def resumed(kills: list[int], work: Path) -> list[str]:
     verdict = "the same, bit for bit" if all(a == b for a, b in pairs) else "NOT the same"
     adapters = {(work / which / "adapter/adapter_model.safetensors").read_bytes() for which in ("unbroken", "killed")}
     shown = range(0, len(pairs), max(1, len(pairs) // 8))
-    return [f"A small model with dropout in NF4, killed (SIGKILL) in the middle of steps {', '.join(map(str, kills))} of {len(pairs)}, and run again "
-            f"each time. Every loss is {verdict}; the adapters are {'the same bytes' if len(adapters) == 1 else 'NOT the same'}.", "",
-            f"| step | {' | '.join(str(number + 1) for number in shown)} |", f"| --- |{' ---: |' * len(shown)}",
-            f"| unbroken | {' | '.join(f'{pairs[number][0]:.4f}' for number in shown)} |",
-            f"| killed | {' | '.join(f'{pairs[number][1]:.4f}' for number in shown)} |"]  # fmt: skip
+    return [
+        f"A small model with dropout in NF4, killed (SIGKILL) in the middle of steps {', '.join(map(str, kills))} of {len(pairs)}, and run again "
+        f"each time. Every loss is {verdict}; the adapters are {'the same bytes' if len(adapters) == 1 else 'NOT the same'}.",
+        "",
+        f"| step | {' | '.join(str(number + 1) for number in shown)} |",
+        f"| --- |{' ---: |' * len(shown)}",
+        f"| unbroken | {' | '.join(f'{pairs[number][0]:.4f}' for number in shown)} |",
+        f"| killed | {' | '.join(f'{pairs[number][1]:.4f}' for number in shown)} |",
+    ]
 
 
 def main() -> None:
@@ -120,8 +126,21 @@ def main() -> None:
     arguments = parser.parse_args()
     work = Path(tempfile.mkdtemp())
     try:
-        lines = ["## What is learned", "", *masks(arguments.llama_cpp), "", "## What a packed row sees", "", *packed(),
-                 "", "## What a kill costs", "", *resumed(arguments.kills, work), "", measured_here(__file__)]  # fmt: skip
+        lines = [
+            "## What is learned",
+            "",
+            *masks(arguments.llama_cpp),
+            "",
+            "## What a packed row sees",
+            "",
+            *packed(),
+            "",
+            "## What a kill costs",
+            "",
+            *resumed(arguments.kills, work),
+            "",
+            measured_here(__file__),
+        ]
     finally:
         shutil.rmtree(work)
     publish(lines, arguments.output)

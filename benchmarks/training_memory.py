@@ -90,10 +90,11 @@ def main() -> None:
             torch.cuda.empty_cache()
     lines = [
         f"Llama 3 8B's shape with {asked.layers} layers, NF4, rank {asked.rank} on all linear layers, every token learned. GiB. "
-        f"{date.today()}, {torch.cuda.get_device_name()}, torch {torch.__version__}, Python {platform.python_version()}.", "",
+        f"{date.today()}, {torch.cuda.get_device_name()}, torch {torch.__version__}, Python {platform.python_version()}.",
+        "",
         "| tokens at once | checkpointing | base | adapter, optimizer | activations | one layer | logits | estimated peak | measured peak | off |",
         "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]  # fmt: skip
+    ]
     for row in found:
         taken, planned = row["planned"].training, row["planned"]
         _, fixed, kept, _ = planned.parts.values()

@@ -21,8 +21,13 @@ from olpack.errors import OlpackError
 if TYPE_CHECKING:
     from olpack.stages.build import Build
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-                  help="From a base model and a few hundred examples to quantized assistants that Ollama serves, measured.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="From a base model and a few hundred examples to quantized assistants that Ollama serves, measured.",
+)
 
 Name = Annotated[str, typer.Argument(help="A package: a folder in modelfiles/.", show_default=False)]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting of the recipe, as in train.epochs=3.")]
@@ -232,9 +237,13 @@ def quantize(
     source: Annotated[str, typer.Argument(help="A model's folder, a GGUF in F16, BF16 or F32, or a Hub id.", show_default=False)],
     quant: Annotated[list[str], typer.Option("--quant", metavar="TYPE", help="A quant type to write (may be repeated).")],
     adapter: Annotated[Path | None, typer.Option("--adapter", metavar="DIR", help="A LoRA adapter to merge on the way.")] = None,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the files go; by default the working folder.", show_default=False)] = Path(),
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Where the files go; by default the working folder.", show_default=False)
+    ] = Path(),
     name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Files are NAME-QUANT.gguf; by default the source's name.")] = None,
-    split: Annotated[str | None, typer.Option("--split", metavar="SIZE", help="Write parts of at most SIZE, such as 4GB; deploy takes one file.")] = None,
+    split: Annotated[
+        str | None, typer.Option("--split", metavar="SIZE", help="Write parts of at most SIZE, such as 4GB; deploy takes one file.")
+    ] = None,
     importance: Annotated[Path | None, typer.Option("--importance", metavar="FILE", help="An importance matrix in llama.cpp's GGUF form.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -279,7 +288,8 @@ def compare(
     settings: Set = None,
     quant: Quant = None,
     against: Annotated[
-        Path | None, typer.Option("--against", metavar="FILE", help="An earlier results.json: what got better or worse since.", exists=True, dir_okay=False)
+        Path | None,
+        typer.Option("--against", metavar="FILE", help="An earlier results.json: what got better or worse since.", exists=True, dir_okay=False),
     ] = None,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="Ask the server's models this (may be repeated).")] = None,
     prompts: Annotated[

@@ -1,9 +1,9 @@
 """One way to show long work: bars on a terminal, plain lines in a log, JSON lines on request. All of it goes to stderr.
 
-    with progress.task("uploading q4_K_M", total=size, unit="B") as task:
-        for chunk in chunks:
-            task.advance(len(chunk))
-    progress.say("registered coding-assistant:q4_K_M")
+with progress.task("uploading q4_K_M", total=size, unit="B") as task:
+    for chunk in chunks:
+        task.advance(len(chunk))
+progress.say("registered coding-assistant:q4_K_M")
 """
 
 from __future__ import annotations
@@ -93,8 +93,15 @@ class Task:
     def _print(self) -> None:
         self._printed, self._shown = time.monotonic(), self.done
         if _mode == "json":
-            record = {"event": "progress", "task": self.title, "done": self.done, "total": self.total, "unit": self.unit,
-                      "rate": round(self.rate, 3), "note": self.note}
+            record = {
+                "event": "progress",
+                "task": self.title,
+                "done": self.done,
+                "total": self.total,
+                "unit": self.unit,
+                "rate": round(self.rate, 3),
+                "note": self.note,
+            }
             _print_json(record)
             return
         if self.total is None and not self.unit:
@@ -140,9 +147,9 @@ def task(title: str, total: float | None = None, unit: str = "", done: float = 0
 class Relay:
     """Shows what another process tells in JSON lines, in this process's own way.
 
-        with Relay() as relay:
-            for line in worker.stdout:
-                relay.show(json.loads(line))
+    with Relay() as relay:
+        for line in worker.stdout:
+            relay.show(json.loads(line))
     """
 
     def __init__(self):
@@ -179,8 +186,15 @@ def _make_bars():
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    return Progress(TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(),
-                    TextColumn("{task.fields[note]}", markup=False), console=Console(stderr=True, markup=False, emoji=False), transient=True)
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+        console=Console(stderr=True, markup=False, emoji=False),
+        transient=True,
+    )
 
 
 def quantity(amount: float, unit: str = "") -> str:

@@ -1,15 +1,15 @@
 """Where things lie, and how they get there whole: packages, templates, the build folder, atomic writes, digests, the lock.
 
-    modelfiles/NAME/recipe.yaml         what the user writes (the one in the working folder wins over the shipped one)
-    templates/Modelfile.j2              likewise
-    build/NAME/adapter/                 what training made
-    build/NAME/gguf/NAME-Q4_K_M.gguf    what export made
-    build/NAME/importance.gguf          the importance matrix, where one was collected
-    build/NAME/sensitivity.json         what each matrix loses when it is rounded, where a budget was given
-    build/NAME/modelfiles/q4_K_M.Modelfile
-    build/NAME/compare/results.json, report.html
-    build/NAME/stages/*.json            which inputs each of these was made from
-    build/bases/BASE-DIGEST/            a build folder of quants without an adapter, which adapter packages share
+modelfiles/NAME/recipe.yaml         what the user writes (the one in the working folder wins over the shipped one)
+templates/Modelfile.j2              likewise
+build/NAME/adapter/                 what training made
+build/NAME/gguf/NAME-Q4_K_M.gguf    what export made
+build/NAME/importance.gguf          the importance matrix, where one was collected
+build/NAME/sensitivity.json         what each matrix loses when it is rounded, where a budget was given
+build/NAME/modelfiles/q4_K_M.Modelfile
+build/NAME/compare/results.json, report.html
+build/NAME/stages/*.json            which inputs each of these was made from
+build/bases/BASE-DIGEST/            a build folder of quants without an adapter, which adapter packages share
 """
 
 from __future__ import annotations
@@ -35,10 +35,25 @@ _digests: dict[tuple[int, ...], str] = {}  # of files as they are, by what a wri
 
 # What transformers, the tokenizer or llama.cpp's converter reads of a model, and what such a folder has besides when it comes from the Hub.
 _MODEL_FILES = (
-    "config.json", "*_config.json", "model*.safetensors", "adapter_model*.safetensors", "*.safetensors.index.json", "tokenizer.json", "*.model",
-    "*.model.v*", "tekken.json", "vocab.*", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.json", "*.jinja",
-    "configuration.json", "params.json", "LICENSE*",
-)  # fmt: skip
+    "config.json",
+    "*_config.json",
+    "model*.safetensors",
+    "adapter_model*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer.json",
+    "*.model",
+    "*.model.v*",
+    "tekken.json",
+    "vocab.*",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.json",
+    "*.jinja",
+    "configuration.json",
+    "params.json",
+    "LICENSE*",
+)
 
 
 def shipped(kind: str) -> Path:

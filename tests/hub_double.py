@@ -1,7 +1,7 @@
 """A stand-in for the Hugging Face Hub: as much of its HTTP interface as uploading a few files takes, with files in memory.
 
-    with HubDouble() as hub:
-        api = HfApi(endpoint=hub.url, token="hf_test")
+with HubDouble() as hub:
+    api = HfApi(endpoint=hub.url, token="hf_test")
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
         client = OllamaClient(double.url)
 
 It behaves as the recordings tests/data/ollama/transcript*.jsonl do (tests/test_deploy_double.py replays them). What a model answers is
-canned, `double.answer = lambda prompt: LOOP` for a model that loops; the prompt it answers to is rendered for real, from the chat template of the GGUF that was uploaded, and its tokens are counted with
-llama.cpp's tokenizer.
+canned, `double.answer = lambda prompt: LOOP` for a model that loops; the prompt it answers to is rendered for real, from the chat template of
+the GGUF that was uploaded, and its tokens are counted with llama.cpp's tokenizer.
 
 Faults are switched on by setting the attributes of `double.faults`.
 """

@@ -269,9 +269,7 @@ class Store:
             self.primed[kept] = facts
         layers.append({"mediaType": IMAGE + "model", "digest": kept, "size": self.blob(kept).stat().st_size})
         yield f"{'creating new' if new else 'using existing'} layer {kept}"
-        if near := next(
-            (known for known in self.known if facts.chat_template and edits(known.jinja, facts.chat_template, 100) < 100), None
-        ):
+        if near := next((known for known in self.known if facts.chat_template and edits(known.jinja, facts.chat_template, 100) < 100), None):
             yield f"using autodetected template {near.name}"
             for kind, content in (("template", near.go.encode()), ("params", encoded({"stop": list(near.stop)}))):
                 layers.append({"mediaType": IMAGE + kind, "digest": self.put(content)[0], "size": len(content)})
@@ -366,9 +364,7 @@ class Store:
             "license": licence,
             "modelfile": "\n".join(lines) + "\n",
             "parameters": "\n".join(
-                sorted(
-                    f"{key:<30} {json.dumps(item, ensure_ascii=False) if isinstance(item, str) else written(item)}" for key, item in items
-                )
+                sorted(f"{key:<30} {json.dumps(item, ensure_ascii=False) if isinstance(item, str) else written(item)}" for key, item in items)
             ),
             "template": go if go is not None else facts.chat_template,
             "system": system,
@@ -492,9 +488,7 @@ def read_gguf(path: Path) -> Facts:
         number = metadata.get(f"tokenizer.ggml.{key}_token_id", 11)  # llama.cpp's own choice for byte-level vocabularies
         return raw["tokenizer.ggml.tokens"].contents(int(number)) if number is not None and "tokenizer.ggml.tokens" in raw else ""
 
-    return Facts(
-        dict(sorted(metadata.items())), tensors, template, bool(metadata.get("tokenizer.ggml.add_bos_token")), token("bos"), token("eos")
-    )
+    return Facts(dict(sorted(metadata.items())), tensors, template, bool(metadata.get("tokenizer.ggml.add_bos_token")), token("bos"), token("eos"))
 
 
 def encoded(value: object) -> bytes:
@@ -535,9 +529,7 @@ def all_layers(manifest: dict) -> list[dict]:
 
 def short(name: Name) -> str:
     before = f"{name.host}/" if name.host != DEFAULT_HOST else ""
-    return (
-        f"{before}{name.namespace}/{name.model}:{name.tag}" if before or name.namespace != DEFAULT_NAMESPACE else f"{name.model}:{name.tag}"
-    )
+    return f"{before}{name.namespace}/{name.model}:{name.tag}" if before or name.namespace != DEFAULT_NAMESPACE else f"{name.model}:{name.tag}"
 
 
 def go_quoted(text: str) -> str:

@@ -54,8 +54,11 @@ def gptq(bits: int, layout: str) -> tuple[dict, Callable[[torch.Tensor], Packed]
         zeros = zeros.clamp(min=1)
         integers = (weight.T / scales[group_of].float() + zeros[group_of]).round().clamp(0, 2**bits - 1).int()
         parts = {
-            "qweight": _pack(integers, bits, 0), "qzeros": _pack(zeros - int(layout == "gptq"), bits, 1), "scales": scales, "g_idx": group_of,
-        }  # fmt: skip
+            "qweight": _pack(integers, bits, 0),
+            "qzeros": _pack(zeros - int(layout == "gptq"), bits, 1),
+            "scales": scales,
+            "g_idx": group_of,
+        }
         return parts, (scales[group_of].float() * (integers - zeros[group_of])).T
 
     return {"quant_method": "gptq", "bits": bits, "group_size": GROUP, "desc_act": True, "checkpoint_format": layout}, quantize
@@ -89,8 +92,15 @@ def hqq(bits: int, axis: int) -> tuple[dict, Callable[[torch.Tensor], Packed]]:
         zero = (-low / scale.float()).half()  # not rounded
         codes = (values / scale.float() + zero.float()).round().clamp(0, 2**bits - 1).byte()
         packed = sum(part << shift for part, shift in zip(codes.chunk(8 // bits), range(8 - bits, -1, -bits), strict=True))
-        parts = {"W_q": packed, "scale": scale, "zero": zero, "nbits": torch.tensor(bits, dtype=torch.int32), "shape": torch.tensor(weight.shape),
-                 "axis": torch.tensor(axis, dtype=torch.int32), "encoded_state_dict": torch.tensor(1, dtype=torch.uint8)}  # fmt: skip
+        parts = {
+            "W_q": packed,
+            "scale": scale,
+            "zero": zero,
+            "nbits": torch.tensor(bits, dtype=torch.int32),
+            "shape": torch.tensor(weight.shape),
+            "axis": torch.tensor(axis, dtype=torch.int32),
+            "encoded_state_dict": torch.tensor(1, dtype=torch.uint8),
+        }
         return parts, ((codes - zero.float()) * scale.float()).reshape(weight.shape)
 
     return {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": bits, "group_size": GROUP, "axis": axis}}}, quantize

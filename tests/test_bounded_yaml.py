@@ -9,8 +9,12 @@ from olpack.model.base import Base
 from olpack.recipe import load
 
 GOOD = "base: builtin/tiny-coder\ndata: {train: train.jsonl}\n"
-BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"{name}: &{name} [{','.join(['*' + inner] * 9)}]\n" for inner, name in zip("abcdef", "bcdefg", strict=True))
-MERGED = "a: &a {x: 1}\n" + "".join(f"{name}: &{name} {{<<: [{','.join(['*' + inner] * 9)}]}}\n" for inner, name in zip("abcdef", "bcdefg", strict=True))
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{name}: &{name} [{','.join(['*' + inner] * 9)}]\n" for inner, name in zip("abcdef", "bcdefg", strict=True)
+)
+MERGED = "a: &a {x: 1}\n" + "".join(
+    f"{name}: &{name} {{<<: [{','.join(['*' + inner] * 9)}]}}\n" for inner, name in zip("abcdef", "bcdefg", strict=True)
+)
 LONG_TEXT = f"a: &a {'x' * 1000}\nb: [{','.join(['*a'] * 2000)}]\n"
 CHAIN = "a0: &a0 [1]\n" + "".join(f"a{n + 1}: &a{n + 1} [*a{n}]\n" for n in range(100))
 

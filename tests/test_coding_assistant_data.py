@@ -68,8 +68,12 @@ def test_the_held_out_answers_pass_their_tasks() -> None:
     pairs = list(zip(ROWS["eval"], ROWS["tasks"], strict=True))
     for row, task in pairs:
         assert row["messages"][-2]["content"] == task["prompt"] and len(task["python_asserts"]) >= 2
-    code = "\n".join(f"def run{number}():\n" + "\n".join(f"    {line}" for text in (row["messages"][-1]["content"], *task["python_asserts"])
-                     for line in text.split("\n")) + f"\nrun{number}()" for number, (row, task) in enumerate(pairs))  # fmt: skip
+    code = "\n".join(
+        f"def run{number}():\n"
+        + "\n".join(f"    {line}" for text in (row["messages"][-1]["content"], *task["python_asserts"]) for line in text.split("\n"))
+        + f"\nrun{number}()"
+        for number, (row, task) in enumerate(pairs)
+    )
     assert sandbox.holds(code, [])
     assert not sandbox.holds(code + "\nassert run0() is not None", [])
 
@@ -90,7 +94,11 @@ def test_a_wrong_function_is_thrown_away() -> None:
 @pytest.mark.parametrize(
     ("wanted", "verbal", "asked"),
     [
-        ("the sum of the numbers", False, ("returns the sum of the numbers", "gives me the sum", "return the sum", "computes the sum", "gives the sum")),
+        (
+            "the sum of the numbers",
+            False,
+            ("returns the sum of the numbers", "gives me the sum", "return the sum", "computes the sum", "gives the sum"),
+        ),
         ("whether a number is even", False, ("whether a number is even", "if a number is even")),
         ("keeps a value in bounds", True, ("keeps a value in bounds", "keep a value in bounds")),
     ],

@@ -73,10 +73,17 @@ def yardstick(folder: Path, temporary: Path, wrote: list[str] | None = None, **c
         if wrote is not None:
             wrote.append(f"base {quant}")
 
-    return Yardstick(**{
-        "folder": temporary / "temporary", "write_reference": write_reference, "reference_key": "a", "write_base": write_base,
-        "base_key": "b", "base_quant": "Q8_0", **changes,
-    })  # fmt: skip
+    return Yardstick(
+        **{
+            "folder": temporary / "temporary",
+            "write_reference": write_reference,
+            "reference_key": "a",
+            "write_base": write_base,
+            "base_key": "b",
+            "base_quant": "Q8_0",
+            **changes,
+        }
+    )
 
 
 def by_transformers(path: Path, rows: list[TokenRow]) -> list[torch.Tensor]:

@@ -21,9 +21,19 @@ CODE = "def reverse(items):\n    return list(reversed(items))"
 
 @pytest.mark.parametrize(
     ("text", "script"),
-    [(ENGLISH, "LATIN"), (ARABIC, "ARABIC"), (RUSSIAN, "CYRILLIC"), (JAPANESE, "CJK"), (KOREAN, "HANGUL"), (CODE, "LATIN"),
-     ("Ｆｕｌｌ ｗｉｄｔｈ ｌｅｔｔｅｒｓ ｏｆ Ｌａｔｉｎ", "LATIN"), ("1234567890 " * 9, None), ("Да", None), (ENGLISH + RUSSIAN, None)],
-)  # fmt: skip
+    [
+        (ENGLISH, "LATIN"),
+        (ARABIC, "ARABIC"),
+        (RUSSIAN, "CYRILLIC"),
+        (JAPANESE, "CJK"),
+        (KOREAN, "HANGUL"),
+        (CODE, "LATIN"),
+        ("Ｆｕｌｌ ｗｉｄｔｈ ｌｅｔｔｅｒｓ ｏｆ Ｌａｔｉｎ", "LATIN"),
+        ("1234567890 " * 9, None),
+        ("Да", None),
+        (ENGLISH + RUSSIAN, None),
+    ],
+)
 def test_the_script_of_most_letters(text, script):
     assert dominant_script(text) == script
 

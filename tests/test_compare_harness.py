@@ -88,7 +88,9 @@ def test_an_unknown_suite_is_refused_with_those_that_are_near(harness):
 
 
 def test_without_the_harness_the_command_that_installs_it_is_said():
-    code = "import sys; sys.modules['lm_eval'] = None\nfrom olpack.errors import OlpackError\ntry: import olpack.compare.harness\n" \
-           "except OlpackError as error: print(error)"
+    code = (
+        "import sys; sys.modules['lm_eval'] = None\nfrom olpack.errors import OlpackError\ntry: import olpack.compare.harness\n"
+        "except OlpackError as error: print(error)"
+    )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
     assert said == "Suites need lm-evaluation-harness, which is not installed. Run `pip install 'olpack[harness]'`.\n"

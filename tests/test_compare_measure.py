@@ -109,9 +109,17 @@ def test_when_nothing_can_be_measured_the_first_error_is_raised(folder, tmp_path
 
 def test_what_was_measured_survives_a_later_crash(folder, rows):
     # the answer would take so long that the signal comes in the midst of it
-    job = Job(path=folder / "ENDLESS.gguf", engine="e", context=60_000, threads=1, untimed_threads=1, answer_tokens=50_000,
-              answers=[PROMPTS[0]], perplexity=True,
-              rows=[{"ids": one.ids, "learned": one.learned, "text": one.text} for one in rows])  # fmt: skip
+    job = Job(
+        path=folder / "ENDLESS.gguf",
+        engine="e",
+        context=60_000,
+        threads=1,
+        untimed_threads=1,
+        answer_tokens=50_000,
+        answers=[PROMPTS[0]],
+        perplexity=True,
+        rows=[{"ids": one.ids, "learned": one.learned, "text": one.text} for one in rows],
+    )
     seen = []
     stream = events(job)
     with pytest.raises(OlpackError, match=r"crashed \(SIGSEGV\) on ENDLESS.gguf"):

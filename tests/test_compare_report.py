@@ -68,8 +68,9 @@ def arabic() -> Results:
 
 def served() -> Results:
     """Models of a server that are no files of ours."""
-    made = with_tasks(results(quant("hf.co/bartowski/Qwen2.5-Coder-0.5B-Instruct-GGUF:Q4_K_M", 398, None), quant("qwen3:0.6b", 523, None)),
-                      (1, 0, 0.5), (1, 1, 0))  # fmt: skip
+    made = with_tasks(
+        results(quant("hf.co/bartowski/Qwen2.5-Coder-0.5B-Instruct-GGUF:Q4_K_M", 398, None), quant("qwen3:0.6b", 523, None)), (1, 0, 0.5), (1, 1, 0)
+    )
     made.rows, made.name = None, " · ".join(one.quant for one in made.quants)
     for at, one in enumerate(made.quants):
         one.tag, one.file, one.bits_per_weight, one.parameters, one.quantization = one.quant, "", None, "494M", "Q4_K_M"

@@ -33,7 +33,7 @@ from olpack.compare.results import (
     Spread,
     SuiteScore,
     TaskAsked,
-)  # fmt: skip
+)
 from olpack.errors import OlpackError
 
 TOKENS = [10, 20, 30]
@@ -45,26 +45,41 @@ def quant(name: str, megabytes: int, nll: list[float] | None, serious: bool = Fa
         value, error = perplexity(nll, TOKENS)
         score = Perplexity(value=value, standard_error=error, row_nll=nll, same_tokens_rows=3)
     speed = Speed(
-        engine="llama-cpp-python 1, embedded", context=2048, threads=2, load_warm_s=Spread.of([0.06, 0.05, 0.07]), load_cold_s=0.4,
+        engine="llama-cpp-python 1, embedded",
+        context=2048,
+        threads=2,
+        load_warm_s=Spread.of([0.06, 0.05, 0.07]),
+        load_cold_s=0.4,
         prompt=[PromptSpeed(prompt_tokens=512, tokens_per_s=Spread.of([1234.5, 1200.0, 1300.0]))],
-        generation_tokens_per_s=Spread.of([123.4 - megabytes, 120 - megabytes, 130 - megabytes]), generated_tokens=64,
+        generation_tokens_per_s=Spread.of([123.4 - megabytes, 120 - megabytes, 130 - megabytes]),
+        generated_tokens=64,
         peak_memory_bytes=123_400_000,
-    )  # fmt: skip
+    )
     return QuantResult(
-        quant=name, tag=name.lower(), file=f"{name}.gguf", sha256="0" * 64, size_bytes=megabytes * 1_000_000, bits_per_weight=4.5,
-        speed=speed, perplexity=score, answers=[Answer(text=answer, finish="stop", tokens=3)],
+        quant=name,
+        tag=name.lower(),
+        file=f"{name}.gguf",
+        sha256="0" * 64,
+        size_bytes=megabytes * 1_000_000,
+        bits_per_weight=4.5,
+        speed=speed,
+        perplexity=score,
+        answers=[Answer(text=answer, finish="stop", tokens=3)],
         flags=[Flag(code="failed", text="it broke", serious=True)] if serious else [],
-    )  # fmt: skip
+    )
 
 
 def results(*quants: QuantResult, tolerance: float = 0.01) -> Results:
     set_losses(list(quants), TOKENS)
     made = Results(
-        name="coding-assistant", created="2026-01-02T03:04:05+00:00", quants=list(quants),
+        name="coding-assistant",
+        created="2026-01-02T03:04:05+00:00",
+        quants=list(quants),
         prompts=[[{"role": "user", "content": "Reverse a list."}]],
         machine=Machine(cpu="A CPU", cores=2, memory_bytes=16_000_000_000, system="Debian", busy=0.1, versions={"olpack": "0.1.0"}),
-        settings={"repeats": 3, "answer_tokens": 64, "tolerance": tolerance}, rows=Rows(count=3, learned_tokens=TOKENS, digest="0" * 64),
-    )  # fmt: skip
+        settings={"repeats": 3, "answer_tokens": 64, "tolerance": tolerance},
+        rows=Rows(count=3, learned_tokens=TOKENS, digest="0" * 64),
+    )
     made.recommendation = recommend(made, tolerance)
     return made
 

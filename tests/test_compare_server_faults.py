@@ -161,7 +161,7 @@ def test_a_task_is_scored_on_what_follows_the_reasoning():
 
 def test_unfinished_reasoning_is_flagged_and_not_scored(client, ollama_double, tmp_path):
     (tmp_path / "t.jsonl").write_text(json.dumps({"prompt": "2+2?", "contains": "4"}) + "\n")
-    ollama_double.answer = lambda prompt: Answer(["<think>", *(" 4 is what two and two might well be".split(" ")) * 8])
+    ollama_double.answer = lambda prompt: Answer(["<think>", *(["", "4", "is", "what", "two", "and", "two", "might", "well", "be"]) * 8])
     (quant,) = compare_served(client, ["mine:q8_0"], [], dataclasses.replace(SETTINGS, answer_tokens=8), load_tasks(tmp_path / "t.jsonl")).quants
     assert quant.scores is None
     assert any(flag.code == "reasoning" and "1 of 1 tasks are not scored" in flag.text for flag in quant.flags)
@@ -232,7 +232,7 @@ def test_lines_end_at_line_breaks_alone(tmp_path):
 
 def test_a_check_module_may_define_dataclasses_and_runs_once(tmp_path):
     log = tmp_path / "ran.txt"
-    code = f'''from __future__ import annotations
+    code = f"""from __future__ import annotations
 from dataclasses import dataclass
 open({str(log)!r}, "a").write("x")
 
@@ -242,7 +242,7 @@ class Found:
 
 def check(answer):
     return Found(1.0 if "4" in answer else 0.0).value
-'''
+"""
     (tmp_path / "checks.py").write_text(code)
     task = parse_task({"prompt": "2+2?", "function": "checks.py:check"}, "task 1", tmp_path)
     assert score_answers([task] * 3, ["4", "5", "4"], "mine").values == [1.0, 0.0, 1.0]
@@ -261,5 +261,3 @@ def test_changes_are_in_the_json_too(client, ollama_double, tmp_path):
     found = json.loads(printed)
     assert found["against"] == read_results(earlier).created and {change["verdict"] for change in found["changes"]} <= {"better", "worse", "same"}
     assert found["changes"] and found["quants"]
-
-

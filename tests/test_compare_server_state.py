@@ -1,4 +1,5 @@
-"""A package compared through a server: what holds without it, what `--quant` leaves out, what a server that goes away costs, where `:latest` stays."""
+"""A package compared through a server: what holds without it, what `--quant` leaves out,
+what a server that goes away costs, where `:latest` stays."""
 
 from __future__ import annotations
 
@@ -104,7 +105,7 @@ def test_a_quant_is_compared_by_itself_through_a_server(workspace, server):
     latest = {tag.model: tag.digest for tag in OllamaClient(server.url).tags()}["oracle:latest"]
     small = results_of(workspace).recommendation.quant
     other = "Q8_0" if small == "Q4_K_M" else "Q4_K_M"
-    code, printed, said = olpack(workspace, "compare", "oracle", "--quant", other, server=server.url)
+    code, _, said = olpack(workspace, "compare", "oracle", "--quant", other, server=server.url)
     assert code == 0, said
     assert [quant.quant for quant in results_of(workspace).quants] == [other] and results_of(workspace).quants[0].speed
     # a choice among one says nothing of the others

@@ -40,7 +40,15 @@ def test_every_assistants_turn_is_learned(renderer):
     assert learned_text(renderer, row) == "one<|im_end|>two<|im_end|>"
 
 
-NASTY = ["\tif x:\n\t\treturn '''a \"\"\" b'''", "مرحبا بالعالم\u200f!", "👩‍💻 🚀", "a\r\nb", " leading and trailing ", "{{ messages }} {% raw %}", "e\u0301 ｆｕｌｌ"]
+NASTY = [
+    "\tif x:\n\t\treturn '''a \"\"\" b'''",
+    "مرحبا بالعالم\u200f!",
+    "👩‍💻 🚀",
+    "a\r\nb",
+    " leading and trailing ",
+    "{{ messages }} {% raw %}",
+    "e\u0301 ｆｕｌｌ",
+]
 
 
 @pytest.mark.parametrize("text", NASTY)
@@ -80,8 +88,7 @@ def test_the_token_that_ends_a_turn_is_found_whatever_the_tokenizer_calls_it(ren
     row = Renderer(other).rows(Chat(turns("q", "answer"), "x:1"))[0]
     assert Renderer(other).end_of_turn() == "<|im_end|>"
     other.chat_template = (
-        "{% for m in messages %}{{ m.role }}:\n{{ m.content }}\n### End\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant:\n{% endif %}"
+        "{% for m in messages %}{{ m.role }}:\n{{ m.content }}\n### End\n{% endfor %}{% if add_generation_prompt %}assistant:\n{% endif %}"
     )
     row = Renderer(other).rows(Chat(turns("q", "answer"), "x:1"))[0]
     assert learned_text(Renderer(other), row) == "answer\n### End\n"
@@ -108,8 +115,10 @@ def test_each_turn_is_learned_as_it_is_served_where_a_template_rewrites_earlier_
     messages = turns("q1", "<think>\nhm\n</think>\n\na1", "q2", "a2", "q3", "<think>\nso\n</think>\n\na3")
     rows = forgetful.rows(Chat(messages, "x:7"))
     assert [learned_text(forgetful, row) for row in rows] == [
-        "<think>\nhm\n</think>\n\na1<|im_end|>", "<think>\n\n</think>\n\na2<|im_end|>", "<think>\nso\n</think>\n\na3<|im_end|>",
-    ]  # fmt: skip
+        "<think>\nhm\n</think>\n\na1<|im_end|>",
+        "<think>\n\n</think>\n\na2<|im_end|>",
+        "<think>\nso\n</think>\n\na3<|im_end|>",
+    ]
     for row, until in zip(rows, (1, 3, 5), strict=True):
         assert row.text.startswith(forgetful.text(messages[:until], ask=True))
     assert [row.source for row in rows] == ["x:7 (1 of 3)", "x:7 (2 of 3)", "x:7 (3 of 3)"]
@@ -120,11 +129,11 @@ def test_each_turn_is_learned_as_it_is_served_where_a_template_rewrites_earlier_
 # A header of its own and a token that ends a turn, white space cut, and no generation markers, as in the templates of Llama 3.1 and Gemma 2.
 PUBLISHED = {
     "<|eot_id|>": "<|endoftext|>{% for m in messages %}<|start|>{{ m.role }}<|stop|>\n\n{{ m.content | trim }}<|eot_id|>{% endfor %}"
-                  "{% if add_generation_prompt %}<|start|>assistant<|stop|>\n\n{% endif %}",
+    "{% if add_generation_prompt %}<|start|>assistant<|stop|>\n\n{% endif %}",
     "<end_of_turn>": "<|endoftext|>{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('alternate') }}"
-                     "{% endif %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
-                     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
-}  # fmt: skip
+    "{% endif %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
+}
 
 
 @pytest.mark.parametrize("end", PUBLISHED)
@@ -141,15 +150,20 @@ def test_the_token_that_ends_each_learned_turn_is_learned(renderer, end, learn):
 
 def test_turns_share_a_row_as_far_as_they_are_served_alike(renderer):
     # The token that ends the text is written behind the last turn only, and not before the fourth.
-    once = with_template(renderer, "{% for m in messages %}{{ m.role }}:\n{{ m.content }}\n{% endfor %}"
-                                   "{% if add_generation_prompt %}assistant:\n{% elif messages|length > 3 %}<|endoftext|>{% endif %}")  # fmt: skip
+    once = with_template(
+        renderer,
+        "{% for m in messages %}{{ m.role }}:\n{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:\n{% elif messages|length > 3 %}<|endoftext|>{% endif %}",
+    )
     rows = once.rows(Chat(turns("a", "b", "c", "d", "e", "f"), "x:1"))
     assert [learned_text(once, row) for row in rows] == ["b\nd\n<|endoftext|>", "f\n<|endoftext|>"]
 
 
 def test_a_template_that_rewrites_the_question_once_it_is_answered_is_refused(renderer):
-    marked = with_template(renderer, "{% for m in messages %}{{ m.role }}:{{ '>' if loop.last }}{{ m.content }}\n{% endfor %}"
-                                     "{% if add_generation_prompt %}assistant:{% endif %}")  # fmt: skip
+    marked = with_template(
+        renderer,
+        "{% for m in messages %}{{ m.role }}:{{ '>' if loop.last }}{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}",
+    )
     with pytest.raises(OlpackError, match="x:7: .*writes the turns before an answer otherwise"):
         marked.rows(Chat(turns("a", "b"), "x:7"))
 

@@ -51,10 +51,14 @@ def test_all_problems_are_listed_and_the_exit_code_says_so(tmp_path):
         by_kind.setdefault((finding["kind"], finding["fails"]), []).append(finding["place"])
     assert by_kind == {
         ("unreadable", True): [f"train.jsonl:{number}" for number in range(20, 32)] + ["train.jsonl:37"],
-        ("empty answer", True): ["train.jsonl:32"], ("too long", True): ["train.jsonl:33"], ("leakage", True): ["eval.jsonl:2"],
-        ("nothing to learn", True): ["eval.jsonl:3"], ("duplicate", False): ["train.jsonl:34"], ("other answer", False): ["train.jsonl:35"],
+        ("empty answer", True): ["train.jsonl:32"],
+        ("too long", True): ["train.jsonl:33"],
+        ("leakage", True): ["eval.jsonl:2"],
+        ("nothing to learn", True): ["eval.jsonl:3"],
+        ("duplicate", False): ["train.jsonl:34"],
+        ("other answer", False): ["train.jsonl:35"],
         ("special token", False): ["train.jsonl:36"],
-    }  # fmt: skip
+    }
     assert found["fails"] and found["train"]["sources"][0]["chats"] == 23
     code, printed, _ = olpack(tmp_path, "data", "check", "support")
     assert code == 1
@@ -283,9 +287,13 @@ def test_what_decides_the_rows_decides_the_key(tmp_path):
 
     plain = key("{train: train.jsonl, eval: eval.jsonl}")
     assert key("{train: {file: train.jsonl}, eval: [eval.jsonl]}") == plain
-    others = ["{train: {file: train.jsonl, weight: 2}, eval: eval.jsonl}", "{train: [train.jsonl, eval.jsonl], eval: eval.jsonl}",
-              "{train: train.jsonl}",
-              "{train: {file: train.jsonl, form: chat}, eval: eval.jsonl}", "{train: train.jsonl, eval: eval.jsonl, learn: last}"]  # fmt: skip
+    others = [
+        "{train: {file: train.jsonl, weight: 2}, eval: eval.jsonl}",
+        "{train: [train.jsonl, eval.jsonl], eval: eval.jsonl}",
+        "{train: train.jsonl}",
+        "{train: {file: train.jsonl, form: chat}, eval: eval.jsonl}",
+        "{train: train.jsonl, eval: eval.jsonl, learn: last}",
+    ]
     keys = [json.dumps(key(other), sort_keys=True) for other in others]
     assert len({*keys, json.dumps(plain, sort_keys=True)}) == 6
     folder = tmp_path / "modelfiles/support/more"

@@ -109,17 +109,24 @@ def test_history_makes_earlier_turns():
 
 def test_text_in_parts_is_one_text():
     parts = [{"type": "text", "text": "2+2?"}, {"type": "text", "text": " Quick."}, "!"]
-    messages = [{"role": "developer", "content": [{"type": "text", "text": "Brief."}]}, {"role": "user", "content": parts},
-                {"role": "assistant", "content": [{"type": "text", "text": "4"}]}]  # fmt: skip
+    messages = [
+        {"role": "developer", "content": [{"type": "text", "text": "Brief."}]},
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": [{"type": "text", "text": "4"}]},
+    ]
     found = to_chat("chat", {"messages": messages})["messages"]
     assert [(turn["role"], turn["content"]) for turn in found] == [("system", "Brief."), ("user", "2+2? Quick.!"), ("assistant", "4")]
 
 
 @pytest.mark.parametrize(
     ("part", "said"),
-    [({"type": "image_url", "image_url": {"url": "x"}}, "'image_url': only text is trained"), ({"type": "text"}, "without text"), (7, "without text"),
-     ({"type": "input_audio"}, "'input_audio'")],
-)  # fmt: skip
+    [
+        ({"type": "image_url", "image_url": {"url": "x"}}, "'image_url': only text is trained"),
+        ({"type": "text"}, "without text"),
+        (7, "without text"),
+        ({"type": "input_audio"}, "'input_audio'"),
+    ],
+)
 def test_parts_that_are_no_text_are_refused(part, said):
     with pytest.raises(RowError, match=said):
         to_chat("chat", {"messages": [{"role": "user", "content": [part]}, {"role": "assistant", "content": "4"}]})
@@ -140,8 +147,14 @@ def test_what_is_not_read_inside_of_messages_is_named_by_its_path(tmp_path):
     from_table = {"conversations": [{"from": "human", "value": "q", "lang": "en"}, {"from": "gpt", "value": "a", "lang": "en"}]}
     found = chats(tmp_path, row) + chats(tmp_path, from_table, name="s.jsonl")
     inside = ["messages.content.cache_control", "messages.timestamp", "messages.tool_calls.function.strict", "messages.tool_calls.id"]
-    assert sorted(found[0].unread) == ["messages.content.cache_control", "messages.id", "messages.timestamp", "messages.tool_calls.function.strict",
-                                       "messages.tool_calls.id", "messages.tool_calls.index"]  # fmt: skip
+    assert sorted(found[0].unread) == [
+        "messages.content.cache_control",
+        "messages.id",
+        "messages.timestamp",
+        "messages.tool_calls.function.strict",
+        "messages.tool_calls.id",
+        "messages.tool_calls.index",
+    ]
     first, second = unread_keys(found, "{{ m.index }} {{ m.identity }}")
     assert all(f"{key} (1 row)" in first for key in inside) and "index" not in first
     assert second == "s.jsonl: not read: messages.lang (1 row)"

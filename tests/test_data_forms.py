@@ -117,13 +117,26 @@ CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type":
     "row",
     [
         {"messages": [ASK, CALL, RESULT, END], "tools": [{"type": "function", "function": TOOL}]},
-        {"messages": [ASK, {"role": "assistant", "content": "", "tool_calls": [{"name": "weather", "arguments": {"city": "الرياض"}}]}, RESULT, END],
-         "tools": json.dumps([TOOL])},
-        {"conversations": [{"from": "human", "value": "Riyadh?"},
-                           {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "الرياض"}}'},
-                           {"from": "observation", "value": "41"}, {"from": "gpt", "value": "Hot."}], "tools": json.dumps([TOOL])},
+        {
+            "messages": [
+                ASK,
+                {"role": "assistant", "content": "", "tool_calls": [{"name": "weather", "arguments": {"city": "الرياض"}}]},
+                RESULT,
+                END,
+            ],
+            "tools": json.dumps([TOOL]),
+        },
+        {
+            "conversations": [
+                {"from": "human", "value": "Riyadh?"},
+                {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "الرياض"}}'},
+                {"from": "observation", "value": "41"},
+                {"from": "gpt", "value": "Hot."},
+            ],
+            "tools": json.dumps([TOOL]),
+        },
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("container", ["jsonl", "csv", "parquet"])
 def test_tool_calls_are_learned_and_what_tools_answer_is_not(tmp_path, renderer, row, container):
     import copy

@@ -93,18 +93,38 @@ def ask(home: Path, url: str, *asked: dict, **env: str) -> list:
 
 
 def test_a_data_set_is_fetched_once_and_pinned_to_its_commit(hub, tmp_path):
-    found = ask(tmp_path, hub.url, {"id": "me/set"}, {"id": "me/set", "split": "train[1:]"}, {"id": "me/set", "split": "test"},
-                {"id": "me/set", "subset": "other"}, {"id": "me/set", "revision": "nowhere"}, {"id": "me/closed"}, {"id": "me/none"})  # fmt: skip
+    found = ask(
+        tmp_path,
+        hub.url,
+        {"id": "me/set"},
+        {"id": "me/set", "split": "train[1:]"},
+        {"id": "me/set", "split": "test"},
+        {"id": "me/set", "subset": "other"},
+        {"id": "me/set", "revision": "nowhere"},
+        {"id": "me/closed"},
+        {"id": "me/none"},
+    )
     digest, rows = found[0]
     assert rows == [[f"me/set[train]:{number}", row["messages"]] for number, row in enumerate(ROWS, 1)]
     assert [messages for _, messages in found[1][1]] == [row["messages"] for row in ROWS[1:]] and found[1][0] != digest
-    for said, expected in zip(found[2:], ("Unknown split \"test\". Should be one of ['train']", "'other' not found", "has no revision nowhere",
-                                          "me/closed is gated", "me/none is not on the Hugging Face Hub"), strict=True):  # fmt: skip
+    for said, expected in zip(
+        found[2:],
+        (
+            "Unknown split \"test\". Should be one of ['train']",
+            "'other' not found",
+            "has no revision nowhere",
+            "me/closed is gated",
+            "me/none is not on the Hugging Face Hub",
+        ),
+        strict=True,
+    ):
         assert expected in said
     offline = {"HF_HUB_OFFLINE": "1"}
     assert ask(tmp_path, hub.url, {"id": "me/set"}, {"id": "me/none"}, **offline) == [
-        [digest, rows], "The data set me/none is not in the local cache and the Hugging Face Hub cannot be reached. "
-                        "Connect once, or save it as a file and name that."]  # fmt: skip
+        [digest, rows],
+        "The data set me/none is not in the local cache and the Hugging Face Hub cannot be reached. "
+        "Connect once, or save it as a file and name that.",
+    ]
     # The card of a newer commit was seen, but its data never fetched.
     (tmp_path / "hub/datasets--me--set/refs/main").write_text("b" * 40)
     (tmp_path / "hub/datasets--me--set/snapshots" / ("a" * 40)).rename(tmp_path / "hub/datasets--me--set/snapshots" / ("b" * 40))
@@ -117,7 +137,7 @@ def test_a_data_set_without_a_card_and_a_split_without_rows(hub, tmp_path):
     empty = {"id": "me/empty", "split": "test", "subset": "default"}
     (digest, rows), pinned, said = ask(tmp_path, hub.url, {"id": "me/bare"}, commit, empty)
     assert [messages for _, messages in rows] == [row["messages"] for row in ROWS] and pinned == [digest, rows]
-    assert "\"test\" corresponds to no data" in said and "another revision" not in said
+    assert '"test" corresponds to no data' in said and "another revision" not in said
     # Which commit a branch stands for is remembered with the card; a commit needs nobody to ask.
     named, pinned = ask(tmp_path, hub.url, {"id": "me/bare"}, commit, HF_HUB_OFFLINE="1")
     assert "me/bare is not in the local cache and the Hugging Face Hub cannot be reached" in named and pinned == [digest, rows]

@@ -19,8 +19,7 @@ THINK = "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif 
 NO_THINK = "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
 CUT = "{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"  # what DeepSeek-R1's templates do: no turn has reasoning
 FIELD = (
-    "{% if m.role == 'assistant' %}{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>"
-    "{% else %}</think>{% endif %}{% endif %}"
+    "{% if m.role == 'assistant' %}{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>{% else %}</think>{% endif %}{% endif %}"
 )
 MARKS = (
     TURN + "{% if m.role == 'assistant' %}{% if m.reasoning_content %}<|START_THINKING|>{{ m.reasoning_content }}<|END_THINKING|>{% endif %}"
@@ -29,9 +28,11 @@ MARKS = (
 )
 LEAD = TURN + END + "{% if add_generation_prompt %}<|im_start|>assistant\nMy steps:\n{% endif %}"
 CLOSED = (
-    TURN + "{% if m.role == 'assistant' %}</think>{% endif %}" + END
+    TURN
+    + "{% if m.role == 'assistant' %}</think>{% endif %}"
+    + END
     + "{% if add_generation_prompt %}<|im_start|>assistant\n<think></think>{% endif %}"
-)  # fmt: skip
+)
 QWEN3 = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% set c = m.content %}{% set r = m.reasoning_content or '' %}"
     "{% if '</think>' in c %}{% set r = c.split('</think>')[0].split('<think>')[-1].strip() %}"
@@ -117,9 +118,12 @@ def test_earlier_answers_that_only_close_their_reasoning_are_given_to_the_templa
         (TURN + END + ASK, ORPHAN, "Its target tokens hold </think> more often than reasoning is opened."),
         (TURN + END + THINK, f"Well.\n</think>{ORPHAN}", "Its target tokens hold </think> more often than reasoning is opened."),
         (TURN + END + NO_THINK, INLINE, "The generation prompt ends with </think>, and the answer opens reasoning behind it."),
-        (TURN + END + ASK, INLINE, None), (TURN + CUT + THINK, INLINE, None), (QWEN3 + THINK, ORPHAN, None), (TURN + END + NO_THINK, "4", None),
+        (TURN + END + ASK, INLINE, None),
+        (TURN + CUT + THINK, INLINE, None),
+        (QWEN3 + THINK, ORPHAN, None),
+        (TURN + END + NO_THINK, "4", None),
     ],
-)  # fmt: skip
+)
 def test_marks_that_do_not_fit_are_a_warning(tiny, tmp_path, capsys, template, answer, said):
     rows = [{"messages": [{"role": "user", "content": f"{n}+{n}?"}, {"role": "assistant", "content": answer}]} for n in range(3)]
     path = tmp_path / "d.jsonl"

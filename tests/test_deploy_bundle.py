@@ -108,9 +108,7 @@ def test_a_full_disk_leaves_what_was_there(
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_disk_that_is_too_small(
-    files: list[QuantFile], modelfiles: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_is_too_small(files: list[QuantFile], modelfiles: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("olpack.deploy.bundle.free_bytes", lambda _path: 1000)
     with pytest.raises(OlpackError, match=r"276.\d kB are needed for .*coder.zip, and 1.0 kB are free"):
         bundle("coder", files, modelfiles, [], tmp_path / "coder.zip")

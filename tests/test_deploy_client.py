@@ -125,9 +125,7 @@ def test_no_server(ollama_double: OllamaDouble, client: OllamaClient) -> None:
     ollama_double.stop()
     assert client.version() is None
     for call in (client.require, client.tags, lambda: client.show("x"), lambda: client.chat("x", [{"role": "user", "content": "y"}])):
-        with pytest.raises(
-            OlpackError, match=r"No Ollama server answers at http://127.0.0.1:\d+. Start it with 'ollama serve', install it"
-        ):
+        with pytest.raises(OlpackError, match=r"No Ollama server answers at http://127.0.0.1:\d+. Start it with 'ollama serve', install it"):
             call()
     ollama_double.start()
 
@@ -172,9 +170,7 @@ def test_an_upload_goes_over_once(ollama_double: OllamaDouble, client: OllamaCli
     assert client.bytes_sent == gguf.stat().st_size
 
 
-def test_a_broken_upload_is_tried_again(
-    ollama_double: OllamaDouble, client: OllamaClient, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_broken_upload_is_tried_again(ollama_double: OllamaDouble, client: OllamaClient, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     large = tmp_path / "large.gguf"
     large.write_bytes(bytes(5_000_000))
     ollama_double.faults.break_uploads = 2

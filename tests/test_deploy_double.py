@@ -58,9 +58,7 @@ def _prime(double: OllamaDouble) -> None:
             answers[question] = Answer(
                 said, ends=False, prompt_tokens=[*ids, *range(last["prompt_eval_count"] - len(ids))], logprobs=last.get("logprobs")
             )
-    double.answer = lambda prompt: next(
-        answer for question, answer in sorted(answers.items(), key=lambda item: -len(item[0])) if question in prompt
-    )
+    double.answer = lambda prompt: next(answer for question, answer in sorted(answers.items(), key=lambda item: -len(item[0])) if question in prompt)
 
 
 def _send(client: httpx.Client, request: dict) -> httpx.Response:

@@ -20,10 +20,7 @@ MODEL = "coder:q4_K_M"
 PARAMETERS = {"num_ctx": 4096}
 PACKAGE = Package(parameters=PARAMETERS)
 TOOLS = "{%- if tools %}{{ '<tools>' + (tools | tojson) + '</tools>\\n' }}{%- endif %}" + served_gguf.CHAT
-DATED = (
-    "{% if not date_string is defined %}{% set date_string = '26 Jul 2024' %}{% endif %}{{ 'Today: ' + date_string + '\\n' }}"
-    + served_gguf.CHAT
-)
+DATED = "{% if not date_string is defined %}{% set date_string = '26 Jul 2024' %}{% endif %}{{ 'Today: ' + date_string + '\\n' }}" + served_gguf.CHAT
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role here') }}{% endif %}" + served_gguf.CHAT
 
 
@@ -92,9 +89,7 @@ def test_a_date_that_the_server_sets(client: OllamaClient, tmp_path: Path) -> No
 
 
 def test_a_template_that_the_server_replaced(ollama_double: OllamaDouble, client: OllamaClient, tmp_path: Path) -> None:
-    trained = CHATML.jinja.replace(
-        "{% for", "{% if messages[0].role != 'system' %}<|im_start|>system\nDefault.<|im_end|>\n{% endif %}{% for", 1
-    )
+    trained = CHATML.jinja.replace("{% for", "{% if messages[0].role != 'system' %}<|im_start|>system\nDefault.<|im_end|>\n{% endif %}{% for", 1)
     with pytest.raises(OlpackError, match="replaced the chat template"):
         _serve(client, tmp_path, trained)
     identity = check_identity(client, MODEL, _tokenizer(trained))
@@ -124,9 +119,7 @@ def test_one_more_token_than_characters_tell(client: OllamaClient, tmp_path: Pat
     # The template writes none, the GGUF says that one is to be added: only the tokens show it.
     _serve(client, tmp_path, protect(CHATML.jinja, {}), add_bos=True)
     identity = check_identity(client, MODEL, _tokenizer(CHATML.jinja))
-    assert {(difference.via, difference.cause) for difference in identity.differences} == {
-        ("tokens", "the begin-of-sequence token is there twice")
-    }
+    assert {(difference.via, difference.cause) for difference in identity.differences} == {("tokens", "the begin-of-sequence token is there twice")}
 
 
 def test_conversations_that_the_template_refuses(client: OllamaClient, tmp_path: Path) -> None:
@@ -203,9 +196,7 @@ def _go_rendered(turns: list[dict], after_user: str) -> str:
 
 
 @pytest.mark.parametrize("after_user", ["\n", ""], ids=["as trained", "a line break too few"])
-def test_a_go_template_is_compared_with_the_trained_one(
-    ollama_double: OllamaDouble, client: OllamaClient, tmp_path: Path, after_user: str
-) -> None:
+def test_a_go_template_is_compared_with_the_trained_one(ollama_double: OllamaDouble, client: OllamaClient, tmp_path: Path, after_user: str) -> None:
     go = GO_TEMPLATE.replace(">user{{", f">user{after_user}{{{{")
     known = KnownTemplate("recipe", "x" * 4000, go, (), lambda turns: _go_rendered(turns, after_user))
     ollama_double.store.known.append(known)

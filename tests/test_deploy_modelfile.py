@@ -170,9 +170,7 @@ def test_what_the_server_would_refuse(text: str, said: str) -> None:
 
 def test_a_users_own_template_that_says_something_else_is_caught() -> None:
     package = Package(system="Be brief.", parameters={"num_ctx": 2048, "temperature": 0})
-    written = render(
-        package, "m.gguf", "FROM {{ gguf }}\nSYSTEM {{ system | upper | quoted }}\nPARAMETER num_ctx 4096\nPARAMETER top_k 1\n"
-    )
+    written = render(package, "m.gguf", "FROM {{ gguf }}\nSYSTEM {{ system | upper | quoted }}\nPARAMETER num_ctx 4096\nPARAMETER top_k 1\n")
     assert differences(parse(written), package) == [
         "system: the package has 'Be brief.', the Modelfile says 'BE BRIEF.'",
         "parameter num_ctx: the package has 2048, the Modelfile says 4096",

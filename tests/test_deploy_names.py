@@ -81,9 +81,7 @@ def test_every_parameter_of_the_server_is_known() -> None:
         "bool": "use_mmap",
         "texts": "stop",
     }
-    assert {name: known.kind for name, known in PARAMETERS.items()} == {
-        name: kind for kind, names in facts.items() for name in names.split()
-    }
+    assert {name: known.kind for name, known in PARAMETERS.items()} == {name: kind for kind, names in facts.items() for name in names.split()}
 
 
 @pytest.mark.parametrize(

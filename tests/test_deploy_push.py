@@ -227,9 +227,7 @@ def test_a_file_that_ollama_would_not_find(hub: HubDouble, api: HfApi, files: li
     assert not hub.files
 
 
-def test_messages_cannot_go_along(
-    hub: HubDouble, api: HfApi, files: list[QuantFile], modelfiles: list[Path], capsys: pytest.CaptureFixture
-) -> None:
+def test_messages_cannot_go_along(hub: HubDouble, api: HfApi, files: list[QuantFile], modelfiles: list[Path], capsys: pytest.CaptureFixture) -> None:
     package = dataclasses.replace(PACKAGE, messages=({"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}))
     push_to_hub("me/coder", files, modelfiles, package, "# Card\n", api=api)
     assert "hold no messages" in capsys.readouterr().err
@@ -240,9 +238,16 @@ def test_messages_cannot_go_along(
 )
 def test_the_card(files: list[QuantFile], base: str, linked: bool) -> None:
     card = hub_card(
-        template_source("hub_card.md.j2"), repo="me/coder", name="coder", base=base, files=files, package=PACKAGE,
-        license="Apache-2.0", recommended="q4_K_M", table="| quant | tokens/s |\n| --- | --- |\n| Q4_0 | 12 |",
-    )  # fmt: skip
+        template_source("hub_card.md.j2"),
+        repo="me/coder",
+        name="coder",
+        base=base,
+        files=files,
+        package=PACKAGE,
+        license="Apache-2.0",
+        recommended="q4_K_M",
+        table="| quant | tokens/s |\n| --- | --- |\n| Q4_0 | 12 |",
+    )
     _, matter, text = card.split("---\n", 2)
     read = yaml.safe_load(matter)
     assert (read.get("base_model"), read["license"], read["library_name"]) == (base if linked else None, "apache-2.0", "gguf")

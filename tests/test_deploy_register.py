@@ -100,9 +100,7 @@ def test_again_does_nothing(ollama_double: OllamaDouble, client: OllamaClient, f
     ],
     ids=str,
 )
-def test_only_what_changed(
-    ollama_double: OllamaDouble, client: OllamaClient, files: list[QuantFile], change: dict, sent: list[str]
-) -> None:
+def test_only_what_changed(ollama_double: OllamaDouble, client: OllamaClient, files: list[QuantFile], change: dict, sent: list[str]) -> None:
     register(client, "coder", files[:1], PACKAGE)
     _sent(ollama_double)
     changed = dataclasses.replace(PACKAGE, **change)

@@ -81,12 +81,16 @@ def test_another_server_version_is_asked_all_of_it(workspace, ollama_double):
     assert runs(ollama_double) == first
 
 
-@pytest.mark.parametrize(("answer", "warned"), [
-    (LOOP, "oracle:q4_K_M repeats itself, until the server broke its answer off: it ends with '000"),
-    (Answer(["over ", "and "], ends=False), "oracle:q4_K_M repeats itself, for 48 tokens, where it was cut"),
-    (Answer([f"{number} " for number in range(500)]), None),
-    (Answer(["forty-two"]), None),
-], ids=["one token", "two tokens", "a long answer", "an answer"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("answer", "warned"),
+    [
+        (LOOP, "oracle:q4_K_M repeats itself, until the server broke its answer off: it ends with '000"),
+        (Answer(["over ", "and "], ends=False), "oracle:q4_K_M repeats itself, for 48 tokens, where it was cut"),
+        (Answer([f"{number} " for number in range(500)]), None),
+        (Answer(["forty-two"]), None),
+    ],
+    ids=["one token", "two tokens", "a long answer", "an answer"],
+)
 def test_a_loop_is_distinguished_from_a_long_answer(workspace, ollama_double, answer, warned):
     ollama_double.answer = lambda prompt: answer
     code, _, said = olpack(workspace, "deploy", "oracle", server=ollama_double.url)

@@ -125,8 +125,11 @@ def test_a_server_serves_it(files: list[QuantFile], tmp_path: Path) -> None:
         assert {model.model: model.digest for model in client.tags()} == {one.model: one.digest for one in stored}
         shown = client.show("coder")
         assert (shown.system, shown.license, shown.messages, shown.blob) == (
-            PACKAGE.system, PACKAGE.license, PACKAGE.messages, f"sha256:{files[3].sha256}",
-        )  # fmt: skip
+            PACKAGE.system,
+            PACKAGE.license,
+            PACKAGE.messages,
+            f"sha256:{files[3].sha256}",
+        )
         assert shown.parameters == {"temperature": 1, "num_ctx": 2048, "stop": ["<|im_end|>"], "use_mmap": True, "top_p": 0.9}
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=served_gguf.tokenizer(), eos_token="<|im_end|>", bos_token="<s>")
         tokenizer.chat_template = CHATML.jinja
@@ -266,9 +269,7 @@ def test_a_manifest_is_there_whole_or_not_at_all(files: list[QuantFile], tmp_pat
     with pytest.raises(OlpackError, match=r"store .* could not be written: No space left"):
         write_store(store, "coder", files, dataclasses.replace(PACKAGE, system="Be brief."))
     tree = _tree(store)
-    assert {path: content for path, content in tree.items() if "manifests" in path} == {
-        "manifests/registry.ollama.ai/library/coder/q4_0": before
-    }
+    assert {path: content for path, content in tree.items() if "manifests" in path} == {"manifests/registry.ollama.ai/library/coder/q4_0": before}
     assert not [path for path in tree if path.endswith(".tmp")]
 
 
@@ -311,12 +312,34 @@ def test_where_a_server_keeps_its_models(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert models_folder() == Path.home() / ".ollama/models"
 
 
-@pytest.mark.parametrize(("number", "written"), [
-    (5e-05, "0.00005"), (1e-06, "0.000001"), (9.5e-07, "9.5e-7"), (1e-07, "1e-7"), (1.5e-10, "1.5e-10"), (-5e-05, "-0.00005"), (0.1, "0.1"),
-    (1.0, "1"), (0.0, "0"), (-0.0, "-0"), (0, "0"), (42, "42"), (-1, "-1"), (1e16, "10000000000000000"), (123456789012345680000.0, "123456789012345680000"),
-    (1e21, "1e+21"), (10**21, "1e+21"), (1.25e22, "1.25e+22"), (2**53 + 1, "9007199254740992"), (1 / 3, "0.3333333333333333"), (1.7e308, "1.7e+308"),
-    (5e-324, "5e-324"), (True, "true"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("number", "written"),
+    [
+        (5e-05, "0.00005"),
+        (1e-06, "0.000001"),
+        (9.5e-07, "9.5e-7"),
+        (1e-07, "1e-7"),
+        (1.5e-10, "1.5e-10"),
+        (-5e-05, "-0.00005"),
+        (0.1, "0.1"),
+        (1.0, "1"),
+        (0.0, "0"),
+        (-0.0, "-0"),
+        (0, "0"),
+        (42, "42"),
+        (-1, "-1"),
+        (1e16, "10000000000000000"),
+        (123456789012345680000.0, "123456789012345680000"),
+        (1e21, "1e+21"),
+        (10**21, "1e+21"),
+        (1.25e22, "1.25e+22"),
+        (2**53 + 1, "9007199254740992"),
+        (1 / 3, "0.3333333333333333"),
+        (1.7e308, "1.7e+308"),
+        (5e-324, "5e-324"),
+        (True, "true"),
+    ],
+)
 def test_numbers_are_written_as_go_writes_them(ollama_double: OllamaDouble, number: float, written: str) -> None:
     """By encoding/json: a float64 has an exponent below 1e-6 and from 1e21 on, without a zero before it. The double has a rule of its own."""
     _, blobs = compose("sha256:" + "0" * 64, 1, Header({}, {}), Package(parameters={"x": number, "stop": ["1e-05"]}))

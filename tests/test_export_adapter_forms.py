@@ -48,13 +48,16 @@ def product(weights: dict[str, torch.Tensor]) -> torch.Tensor:
     return b @ a
 
 
-@pytest.mark.parametrize("key", [
-    KEY,
-    "base_model.model.layers.0.self_attn.v_proj",  # huggingface/peft#1579: trained on AutoModel
-    "base_model.model.model.language_model.layers.0.self_attn.v_proj",  # unslothai/unsloth-zoo#1234: names of a model that sees
-    "base_model.model.language_model.model.layers.0.self_attn.v_proj",
-    f"base_model.model.{KEY}",  # ggml-org/llama.cpp#5610: wrapped twice
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "key",
+    [
+        KEY,
+        "base_model.model.layers.0.self_attn.v_proj",  # huggingface/peft#1579: trained on AutoModel
+        "base_model.model.model.language_model.layers.0.self_attn.v_proj",  # unslothai/unsloth-zoo#1234: names of a model that sees
+        "base_model.model.language_model.model.layers.0.self_attn.v_proj",
+        f"base_model.model.{KEY}",  # ggml-org/llama.cpp#5610: wrapped twice
+    ],
+)
 def test_other_names_of_the_same_module_are_merged(base, tmp_path, key):
     weights = pair(key)
     torch.testing.assert_close(change(base, write(tmp_path / "adapter", weights), tmp_path), 2 * product(weights), atol=1e-6, rtol=0)
@@ -63,8 +66,9 @@ def test_other_names_of_the_same_module_are_merged(base, tmp_path, key):
 def test_patterns_of_rank_and_alpha_are_expressions(base, tmp_path):
     """axolotl-ai-cloud/axolotl#3673"""
     first, second = pair(), pair(KEY.replace(".0.", ".1."), rank=8)
-    adapter = write(tmp_path / "adapter", first | second, rank_pattern={r".*layers\.1\..*v_proj": 8},
-                    alpha_pattern={r"^model\.layers\.1\.self_attn\.v_proj": 64})  # fmt: skip
+    adapter = write(
+        tmp_path / "adapter", first | second, rank_pattern={r".*layers\.1\..*v_proj": 8}, alpha_pattern={r"^model\.layers\.1\.self_attn\.v_proj": 64}
+    )
     torch.testing.assert_close(change(base, adapter, tmp_path, 1), 8 * product(second), atol=1e-5, rtol=0)
     torch.testing.assert_close(change(base, adapter, tmp_path, 0), 2 * product(first), atol=1e-6, rtol=0)
 
@@ -85,13 +89,16 @@ def test_dora_gives_rows_their_trained_norm(base, tmp_path):
     torch.testing.assert_close(change(base, write(tmp_path / "adapter", weights, use_dora=True), tmp_path), wanted - plain, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize(("weights", "reason"), [
-    (pair(f"_orig_mod.{KEY}"), "it was saved from a model that torch.compile had wrapped"),  # huggingface/peft#2957
-    (pair(f"base_model.model._orig_mod.{V}"), "it was saved from a model that torch.compile had wrapped"),
-    (pair() | {f"{KEY}.lora_B.bias": torch.zeros(128)}, "lora_B.bias', which a plain LoRA merge would lose"),  # huggingface/peft#2486
-    (pair() | {f"{KEY}.bias": torch.zeros(128)}, f"trained the bias '{V}.bias' (bias: all or lora_only), and the base has none there"),
-    (pair() | {f"{KEY}.base_layer.bias": torch.zeros(128)}, f"trained the bias '{V}.bias'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("weights", "reason"),
+    [
+        (pair(f"_orig_mod.{KEY}"), "it was saved from a model that torch.compile had wrapped"),  # huggingface/peft#2957
+        (pair(f"base_model.model._orig_mod.{V}"), "it was saved from a model that torch.compile had wrapped"),
+        (pair() | {f"{KEY}.lora_B.bias": torch.zeros(128)}, "lora_B.bias', which a plain LoRA merge would lose"),  # huggingface/peft#2486
+        (pair() | {f"{KEY}.bias": torch.zeros(128)}, f"trained the bias '{V}.bias' (bias: all or lora_only), and the base has none there"),
+        (pair() | {f"{KEY}.base_layer.bias": torch.zeros(128)}, f"trained the bias '{V}.bias'"),
+    ],
+)
 def test_the_reason_is_the_right_one(base, tmp_path, weights, reason):
     assert reason in refused(base, write(tmp_path / "adapter", weights, bias="all"))
 
@@ -117,17 +124,20 @@ def test_an_adapter_of_mlx_is_named_as_one(base, tmp_path, name):
     assert "is one of MLX" in refused(base, folder)
 
 
-@pytest.mark.parametrize(("settings", "reason"), [
-    ({"lora_alpha": "sixteen"}, 'its lora_alpha is "sixteen" and no number.'),
-    ({"lora_alpha": None}, "its lora_alpha is null and no number."),
-    ({"lora_alpha": True}, "its lora_alpha is true and no number."),
-    ({"r": "4"}, 'its rank r is "4".'),
-    ({"r": 0}, "its rank r is 0."),
-    ({"rank_pattern": ["q_proj"]}, "its rank_pattern is no table of patterns and numbers."),
-    ({"alpha_pattern": {"q_proj": "8"}}, "its alpha_pattern is no table of patterns and numbers."),
-    ({"rank_pattern": {"q_proj(": 4}}, "'q_proj(' in its rank_pattern is no regular expression"),
-    ({"alpha_pattern": {r"(.|..|...)+[!?]": 4}}, "Write it without nested repetitions."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"lora_alpha": "sixteen"}, 'its lora_alpha is "sixteen" and no number.'),
+        ({"lora_alpha": None}, "its lora_alpha is null and no number."),
+        ({"lora_alpha": True}, "its lora_alpha is true and no number."),
+        ({"r": "4"}, 'its rank r is "4".'),
+        ({"r": 0}, "its rank r is 0."),
+        ({"rank_pattern": ["q_proj"]}, "its rank_pattern is no table of patterns and numbers."),
+        ({"alpha_pattern": {"q_proj": "8"}}, "its alpha_pattern is no table of patterns and numbers."),
+        ({"rank_pattern": {"q_proj(": 4}}, "'q_proj(' in its rank_pattern is no regular expression"),
+        ({"alpha_pattern": {r"(.|..|...)+[!?]": 4}}, "Write it without nested repetitions."),
+    ],
+)
 def test_settings_that_cannot_be_are_one_sentence(base, tmp_path, settings, reason):
     message = refused(base, write(tmp_path / "adapter", pair(), **settings))
     assert reason in message and "\n" not in message

@@ -91,25 +91,28 @@ def take_away_the_tokenizer(folder: Path) -> None:
         file.unlink()
 
 
-@pytest.mark.parametrize(("damage", "reason"), [
-    (truncate, "and its header promises"),
-    (lambda folder: (folder / "model.safetensors").open("ab").write(bytes(8)), "and its header promises"),
-    (declare_a_wrong_size, "is damaged: the size of 'model.embed_tokens.weight' does not fit its shape"),
-    (swap_with_a_wider_model, "tensor 'blk.0.ffn_gate.weight' has wrong shape; expected 256, 512, got 256, 768, 1, 1. Compare its config.json"),
-    (lose_a_tensor, "llama.cpp would refuse the model made from"),
-    (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights (no model*.safetensors)"),
-    (rename_to_pickle, "has its weights as pickle only (pytorch_model.bin)"),
-    (take_away_the_tokenizer, "has no tokenizer (no tokenizer.json or tokenizer.model)"),
-    (use_other_pattern, "llama.cpp has no pre-tokenizer like the one in"),
-    (lambda folder: change_config(folder, vocab_size=260), "has more tokens than the model's embedding has rows"),
-    (lambda folder: change_config(folder, vocab_size=600), "has a vocabulary of 600 tokens, and its embedding has 512 rows"),
-    (lambda folder: (folder / "config.json").unlink(), "is no model folder: it has no config.json"),
-    (lambda folder: (folder / "config.json").write_text("{"), "is no valid JSON"),
-    (lambda folder: change_config(folder, architectures=["NoSuchForCausalLM"]), "does not know the architecture 'NoSuchForCausalLM'"),
-    (lambda folder: change_config(folder, quantization_config={"quant_method": "spqr"}), "is quantized by SpQR"),
-    (lambda folder: (folder / "model.safetensors").write_bytes(b"not a model at all"), "is truncated within its header"),
-    (shutil.rmtree, "There is no model folder"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (truncate, "and its header promises"),
+        (lambda folder: (folder / "model.safetensors").open("ab").write(bytes(8)), "and its header promises"),
+        (declare_a_wrong_size, "is damaged: the size of 'model.embed_tokens.weight' does not fit its shape"),
+        (swap_with_a_wider_model, "tensor 'blk.0.ffn_gate.weight' has wrong shape; expected 256, 512, got 256, 768, 1, 1. Compare its config.json"),
+        (lose_a_tensor, "llama.cpp would refuse the model made from"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights (no model*.safetensors)"),
+        (rename_to_pickle, "has its weights as pickle only (pytorch_model.bin)"),
+        (take_away_the_tokenizer, "has no tokenizer (no tokenizer.json or tokenizer.model)"),
+        (use_other_pattern, "llama.cpp has no pre-tokenizer like the one in"),
+        (lambda folder: change_config(folder, vocab_size=260), "has more tokens than the model's embedding has rows"),
+        (lambda folder: change_config(folder, vocab_size=600), "has a vocabulary of 600 tokens, and its embedding has 512 rows"),
+        (lambda folder: (folder / "config.json").unlink(), "is no model folder: it has no config.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), "is no valid JSON"),
+        (lambda folder: change_config(folder, architectures=["NoSuchForCausalLM"]), "does not know the architecture 'NoSuchForCausalLM'"),
+        (lambda folder: change_config(folder, quantization_config={"quant_method": "spqr"}), "is quantized by SpQR"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"not a model at all"), "is truncated within its header"),
+        (shutil.rmtree, "There is no model folder"),
+    ],
+)
 def test_a_folder_that_cannot_be_exported_is_refused(copy, damage, reason):
     damage(copy)
     assert reason in refused(copy)
@@ -247,8 +250,10 @@ def test_ctrl_c_leaves_nothing(slow_model, tmp_path):
     out.mkdir()
     targets = ", ".join(f"Target({quant!r}, Path({str(out / quant)!r}))" for quant in SLOW)
     # A suite that is run in the background inherits an ignored SIGINT; a person at a terminal does not.
-    code = ("import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from pathlib import Path; "
-            f"from olpack.export import Target, export; export(Path({str(slow_model)!r}), [{targets}], threads=1)")
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from pathlib import Path; "
+        f"from olpack.export import Target, export; export(Path({str(slow_model)!r}), [{targets}], threads=1)"
+    )
     child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, cwd=REPOSITORY, text=True)
     wait_for_partial(out)
     child.send_signal(signal.SIGINT)

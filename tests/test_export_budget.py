@@ -65,7 +65,11 @@ def test_large_sizes_are_rounded_without_breaking_the_limit():
 
 def test_bits_go_where_they_count():
     errors = {"q2_K": 3.4, "q3_K": 1.0, "q4_K": 0.24, "q5_K": 0.06, "q6_K": 0.014, "q8_0": 0.001}
-    losses = {"deaf": MatrixLoss(1e-5, "q3_K", errors), "keen": MatrixLoss(1e-2, "q3_K", errors), "zero": MatrixLoss(0, "q3_K", dict.fromkeys(errors, 0))}
+    losses = {
+        "deaf": MatrixLoss(1e-5, "q3_K", errors),
+        "keen": MatrixLoss(1e-2, "q3_K", errors),
+        "zero": MatrixLoss(0, "q3_K", dict.fromkeys(errors, 0)),
+    }
     shapes = dict.fromkeys(losses, (64, 256))
     chosen = choose(shapes, losses, 3 * 64 * 144, weighed=False, alignment=32)
     assert chosen["zero"] == "q2_K" and errors[chosen["keen"]] < errors[chosen["deaf"]]
@@ -162,8 +166,11 @@ def test_the_file_is_llama_cpps_with_these_types(model, importance, sensitivity,
     assert not file.needs_importance
     if budget == "9bpw":  # more than there is to spend
         assert set(types.values()) == {"Q6_K", "Q8_0"}
-    mix = next(name for name in ("Q4_K_S", "Q4_K_M", "Q5_K_S", "Q8_0", "Q3_K_M", "Q3_K_L", "Q5_K_M", "Q6_K")
-               if quant_type(name).ftype == reader.fields["general.file_type"].contents())
+    mix = next(
+        name
+        for name in ("Q4_K_S", "Q4_K_M", "Q5_K_S", "Q8_0", "Q3_K_M", "Q3_K_L", "Q5_K_M", "Q6_K")
+        if quant_type(name).ftype == reader.fields["general.file_type"].contents()
+    )
     assert mix == "Q8_0" or budget != "9bpw"
     converter().export(model, [Target("BF16", tmp_path / "BF16.gguf")])
     quantize(tmp_path / "BF16.gguf", tmp_path / "usual.gguf", mix, importance, {f"^{re.escape(name)}$": type_ for name, type_ in types.items()})

@@ -53,10 +53,15 @@ def assert_merged(base: Path, adapter: Path, merged: dict[str, torch.Tensor], ou
 
 
 @pytest.mark.parametrize("middle", [256, 128])  # with 128 the side of gate_up is 256 both ways, with 256 that of down
-@pytest.mark.parametrize("settings", [
-    {"targets": BOTH}, {"targets": BOTH[:1]}, {"targets": BOTH[1:], "use_rslora": True},
-    {"targets": BOTH, "rank_pattern": {"experts.gate_up_proj": 2}, "alpha_pattern": {"down_proj": 32}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"targets": BOTH},
+        {"targets": BOTH[:1]},
+        {"targets": BOTH[1:], "use_rslora": True},
+        {"targets": BOTH, "rank_pattern": {"experts.gate_up_proj": 2}, "alpha_pattern": {"down_proj": 32}},
+    ],
+)
 def test_experts_are_merged_as_peft_merges_them(tmp_path, middle, settings):
     """huggingface/peft#3009, vllm-project/vllm#41384"""
     base = write_base(tmp_path / "base", middle)
@@ -95,8 +100,17 @@ def test_the_sides_of_older_versions_are_turned(tmp_path, middle):
 
 def test_experts_that_are_stored_the_other_way_round_are_merged(tmp_path):
     """gpt-oss holds [experts, in, out], and its second matrix is square."""
-    base = write_model(tmp_path / "base", "gpt_oss", dtype="float32", tied=False, intermediate_size=256, num_local_experts=4, num_experts_per_tok=2,
-                       layer_types=["sliding_attention", "full_attention"], sliding_window=128)  # fmt: skip
+    base = write_model(
+        tmp_path / "base",
+        "gpt_oss",
+        dtype="float32",
+        tied=False,
+        intermediate_size=256,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=128,
+    )
     merged = write_expert_adapter(base, tmp_path / "adapter", BOTH)
     (file,) = converter().export(base, [Target("F32", tmp_path / "model.gguf")], adapter=tmp_path / "adapter")
     found = tensors(file.path)

@@ -53,9 +53,7 @@ def usual(models, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("name", MODELS)
 def test_the_bytes_are_those_of_the_converter_and_the_quantizer(name, models, usual, tmp_path):
     plan = converter().check(models[name], QUANTS)
-    files = converter().export(
-        models[name], [Target(quant.lower(), tmp_path / f"{quant}.gguf") for quant in QUANTS], round_to_bf16="float32" in name
-    )
+    files = converter().export(models[name], [Target(quant.lower(), tmp_path / f"{quant}.gguf") for quant in QUANTS], round_to_bf16="float32" in name)
     assert [file.quant for file in files] == QUANTS
     for file in files:
         data = file.path.read_bytes()
@@ -96,9 +94,7 @@ def test_a_model_with_fewer_files_gives_the_same_file(models, tmp_path):
 def test_rows_that_do_not_fit_are_announced(models):
     plan = converter().check(models["llama-odd-rows-float32"], ["Q4_K_M", "Q8_0"])
     assert len(plan.warnings) == 1
-    assert (
-        "everywhere: token_embd.weight (192 columns, q4_K needs a multiple of 256) becomes q5_0, and 12 more tensors." in plan.warnings[0]
-    )
+    assert "everywhere: token_embd.weight (192 columns, q4_K needs a multiple of 256) becomes q5_0, and 12 more tensors." in plan.warnings[0]
 
 
 def test_the_header_says_what_was_asked_and_llama_cpp_would_copy_the_file_as_it_is(models, tmp_path):

@@ -87,8 +87,15 @@ def squares_in_transformers(source: Path) -> dict[str, np.ndarray]:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    names = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
-             "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}  # fmt: skip
+    names = {
+        "q_proj": "attn_q",
+        "k_proj": "attn_k",
+        "v_proj": "attn_v",
+        "o_proj": "attn_output",
+        "gate_proj": "ffn_gate",
+        "up_proj": "ffn_up",
+        "down_proj": "ffn_down",
+    }
     sums: dict[str, np.ndarray] = {}
 
     def add(name: str, value: torch.Tensor) -> None:
@@ -186,9 +193,14 @@ def test_the_file_is_the_one_that_llama_imatrix_writes(matrices, tmp_path):
         assert ours.read_bytes() == (tmp_path / "theirs.gguf").read_bytes(), name
 
 
-@pytest.mark.parametrize(("name", "quants"), [
-    ("qwen3-tied", QUANTS), ("llama-deep", ["Q4_0", "Q5_0", "IQ4_XS", "IQ4_NL"]), ("qwen3-experts", ["Q2_K", "Q4_0", "IQ3_XXS"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "quants"),
+    [
+        ("qwen3-tied", QUANTS),
+        ("llama-deep", ["Q4_0", "Q5_0", "IQ4_XS", "IQ4_NL"]),
+        ("qwen3-experts", ["Q2_K", "Q4_0", "IQ3_XXS"]),
+    ],
+)
 def test_the_bytes_are_those_of_llama_cpp_with_the_same_matrix(name, quants, models, unquantized, matrices, tmp_path):
     plan = converter().check(models[name], quants, importance=matrices[name])
     files = converter().export(models[name], [Target(quant, tmp_path / f"{quant}.gguf") for quant in quants], importance=matrices[name])
@@ -232,19 +244,26 @@ def test_types_for_single_tensors_are_those_of_llama_cpp(models, unquantized, ma
 
     written = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "Q4_0.gguf").tensors}
     assert [written[f"{name}.weight"] for name in ("blk.0.ffn_up", "blk.1.ffn_up", "blk.1.attn_q", "blk.1.attn_v", "token_embd")] == [
-        "IQ4_XS", "Q3_K", "Q6_K", "Q4_0", "Q8_0",
-    ]  # fmt: skip
+        "IQ4_XS",
+        "Q3_K",
+        "Q6_K",
+        "Q4_0",
+        "Q8_0",
+    ]
 
 
-@pytest.mark.parametrize(("types", "said"), [
-    ({"atn_v": "q6_K"}, "has no tensor named like 'atn_v'"),
-    ({"attn_norm": "q6_K"}, "quantizes no tensor named like 'attn_norm'"),
-    ({"attn_v": "q6k"}, "no tensor type 'q6k'. Did you mean q6_K?"),
-    ({"attn_v": "q8_K"}, "no tensor type 'q8_K'"),
-    ({"attn_(v": "q6_K"}, "is no regular expression"),
-    ({"(?i)attn_V": "q6_K"}, "a regular expression that C++ does not know"),
-    ({"ffn_up": "iq2_xs"}, "Q4_0 needs an importance matrix"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("types", "said"),
+    [
+        ({"atn_v": "q6_K"}, "has no tensor named like 'atn_v'"),
+        ({"attn_norm": "q6_K"}, "quantizes no tensor named like 'attn_norm'"),
+        ({"attn_v": "q6k"}, "no tensor type 'q6k'. Did you mean q6_K?"),
+        ({"attn_v": "q8_K"}, "no tensor type 'q8_K'"),
+        ({"attn_(v": "q6_K"}, "is no regular expression"),
+        ({"(?i)attn_V": "q6_K"}, "a regular expression that C++ does not know"),
+        ({"ffn_up": "iq2_xs"}, "Q4_0 needs an importance matrix"),
+    ],
+)
 def test_types_that_cannot_be_given_are_refused(models, types, said):
     with pytest.raises(OlpackError, match=re.escape(said)) as error:
         converter().check(models["qwen3-tied"], ["Q4_0"], tensor_types=types)
@@ -270,16 +289,21 @@ def forget(tensors: dict[str, InputSquares]) -> None:
     del tensors["blk.1.ffn_up.weight"]
 
 
-@pytest.mark.parametrize(("matrix", "said"), [
-    (lambda own, other, out: out, "There is no importance matrix"),
-    (lambda own, other, out: out.write_text("blk") and out, "is no importance matrix in llama.cpp's GGUF form"),
-    (lambda own, other, out: changed(own, out, lambda tensors: tensors.clear()), "has none of this one's tensors"),
-    (lambda own, other, out: other, "is for another model: it has 96 values for 'blk.0.attn_k.weight'"),
-    (lambda own, other, out: changed(own, out, undefine), "an infinite or undefined value for 'blk.0.ffn_up.weight'"),
-    (lambda own, other, out: changed(own, out, negate), "is damaged at 'blk.0.ffn_up.weight'"),
-    (lambda own, other, out: changed(own, out, forget), "IQ2_XS needs the importance of every tensor, and the matrix says nothing of "
-                                                        "'blk.1.ffn_up.weight'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("matrix", "said"),
+    [
+        (lambda own, other, out: out, "There is no importance matrix"),
+        (lambda own, other, out: out.write_text("blk") and out, "is no importance matrix in llama.cpp's GGUF form"),
+        (lambda own, other, out: changed(own, out, lambda tensors: tensors.clear()), "has none of this one's tensors"),
+        (lambda own, other, out: other, "is for another model: it has 96 values for 'blk.0.attn_k.weight'"),
+        (lambda own, other, out: changed(own, out, undefine), "an infinite or undefined value for 'blk.0.ffn_up.weight'"),
+        (lambda own, other, out: changed(own, out, negate), "is damaged at 'blk.0.ffn_up.weight'"),
+        (
+            lambda own, other, out: changed(own, out, forget),
+            "IQ2_XS needs the importance of every tensor, and the matrix says nothing of 'blk.1.ffn_up.weight'",
+        ),
+    ],
+)
 def test_a_matrix_that_does_not_fit_is_refused_before_any_work(models, matrices, tmp_path, matrix, said):
     path = matrix(matrices["qwen3-tied"], matrices["llama-deep"], tmp_path / "changed.gguf")
     with pytest.raises(OlpackError, match=re.escape(said)) as error:
@@ -368,9 +392,11 @@ def test_a_worker_that_dies_is_reported(unquantized, tmp_path):
 def test_ctrl_c_ends_the_collection(unquantized, tmp_path):
     gguf = unquantized["llama-deep"]["F32"]
     # A suite that is run in the background inherits an ignored SIGINT; a person at a terminal does not.
-    code = ("import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from pathlib import Path; "
-            "from olpack.export import collect_importance; rows = [list(range(3, 253))] * 4000; "
-            f"collect_importance(Path({str(gguf)!r}), rows, Path({str(tmp_path / 'matrix.gguf')!r}), dataset='rows', threads=1)")
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from pathlib import Path; "
+        "from olpack.export import collect_importance; rows = [list(range(3, 253))] * 4000; "
+        f"collect_importance(Path({str(gguf)!r}), rows, Path({str(tmp_path / 'matrix.gguf')!r}), dataset='rows', threads=1)"
+    )
     child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, cwd=Path(__file__).parents[1], text=True)
     while not (workers := psutil.Process(child.pid).children()):
         time.sleep(0.01)

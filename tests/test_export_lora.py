@@ -31,8 +31,17 @@ def logits(gguf: Path, adapter: Path | None = None) -> np.ndarray:
 def test_it_is_the_converters(model, tmp_path):
     adapter = write_adapter(tmp_path / "adapter", model)
     size, digest = export_adapter(model, adapter, tmp_path / "ours.gguf")
-    command = [sys.executable, converter_source() / "convert_lora_to_gguf.py", "--base", model, "--outtype", "f16",
-               "--outfile", tmp_path / "theirs.gguf", adapter]
+    command = [
+        sys.executable,
+        converter_source() / "convert_lora_to_gguf.py",
+        "--base",
+        model,
+        "--outtype",
+        "f16",
+        "--outfile",
+        tmp_path / "theirs.gguf",
+        adapter,
+    ]
     subprocess.run(command, check=True, capture_output=True)
     assert (tmp_path / "ours.gguf").read_bytes() == (tmp_path / "theirs.gguf").read_bytes()
     assert size == (tmp_path / "ours.gguf").stat().st_size and len(digest) == 64
@@ -81,4 +90,3 @@ def test_the_check_before_training(tmp_path, model):
     check_adapter(model, shapes)
     with pytest.raises(OlpackError, match="is for another base"):
         check_adapter(model, {"model.layers.0.self_attn.q_proj": (64, 64)})
-

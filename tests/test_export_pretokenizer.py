@@ -13,9 +13,11 @@ from olpack.export.pretokenizer import recognize
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 GPT2 = {**BYTE_LEVEL, "use_regex": True}
-TEKKEN = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-          r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-          r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")  # fmt: skip
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def split(pattern: str, behavior: str = "Isolated", invert: bool = False) -> dict:
@@ -26,28 +28,34 @@ def sequence(*steps: dict) -> dict:
     return {"type": "Sequence", "pretokenizers": list(steps)}
 
 
-@pytest.mark.parametrize(("pre_tokenizer", "ignore_merges", "name"), [
-    (sequence(split(QWEN2), BYTE_LEVEL), False, "qwen2"),
-    (sequence(split(QWEN2, "Removed", invert=True), BYTE_LEVEL), False, "qwen2"),
-    (sequence(split(QWEN2.replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)", "'(?i:[sdmt]|ll|ve|re)")), BYTE_LEVEL), False, "qwen2"),
-    (sequence(split(LLAMA3), BYTE_LEVEL), True, "llama-bpe"),
-    (sequence(split(LLAMA3), BYTE_LEVEL), False, "dbrx"),
-    (sequence(split(TEKKEN), BYTE_LEVEL), True, "tekken"),
-    (GPT2, False, "gpt-2"),
-    (sequence({"type": "Digits", "individual_digits": True}, GPT2), False, "smollm"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("pre_tokenizer", "ignore_merges", "name"),
+    [
+        (sequence(split(QWEN2), BYTE_LEVEL), False, "qwen2"),
+        (sequence(split(QWEN2, "Removed", invert=True), BYTE_LEVEL), False, "qwen2"),
+        (sequence(split(QWEN2.replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)", "'(?i:[sdmt]|ll|ve|re)")), BYTE_LEVEL), False, "qwen2"),
+        (sequence(split(LLAMA3), BYTE_LEVEL), True, "llama-bpe"),
+        (sequence(split(LLAMA3), BYTE_LEVEL), False, "dbrx"),
+        (sequence(split(TEKKEN), BYTE_LEVEL), True, "tekken"),
+        (GPT2, False, "gpt-2"),
+        (sequence({"type": "Digits", "individual_digits": True}, GPT2), False, "smollm"),
+    ],
+)
 def test_known_patterns_have_a_name(tmp_path, pre_tokenizer, ignore_merges, name):
     write(tmp_path, pre_tokenizer, ignore_merges)
     assert recognize(tmp_path) == name
 
 
-@pytest.mark.parametrize(("pre_tokenizer", "shown"), [
-    (sequence(split(r"\w+|\W"), BYTE_LEVEL), r"'\w+|\W'"),
-    (sequence(split(QWEN2, "MergedWithNext"), BYTE_LEVEL), "MergedWithNext"),
-    ({**GPT2, "add_prefix_space": True}, "ByteLevel with a space before the text"),
-    ({"type": "Whitespace"}, '{"type": "Whitespace"}'),
-    (None, "splits text by not at all"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("pre_tokenizer", "shown"),
+    [
+        (sequence(split(r"\w+|\W"), BYTE_LEVEL), r"'\w+|\W'"),
+        (sequence(split(QWEN2, "MergedWithNext"), BYTE_LEVEL), "MergedWithNext"),
+        ({**GPT2, "add_prefix_space": True}, "ByteLevel with a space before the text"),
+        ({"type": "Whitespace"}, '{"type": "Whitespace"}'),
+        (None, "splits text by not at all"),
+    ],
+)
 def test_an_unknown_pattern_is_shown(tmp_path, pre_tokenizer, shown):
     write(tmp_path, pre_tokenizer, False)
     with pytest.raises(OlpackError) as error:

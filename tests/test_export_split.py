@@ -90,11 +90,15 @@ def test_what_a_killed_split_export_left_is_removed_by_the_next(model, tmp_path)
     assert not left.exists()
 
 
-@pytest.mark.parametrize("give", [
-    lambda parts, package, folder: check_request("model", parts, package, None),
-    lambda parts, package, folder: bundle("model", parts, [], [], folder / "model.zip"),
-    lambda parts, package, folder: push_to_hub("me/model", parts, [], package, "# Card\n"),
-], ids=["server", "bundle", "hub"])  # fmt: skip
+@pytest.mark.parametrize(
+    "give",
+    [
+        lambda parts, package, folder: check_request("model", parts, package, None),
+        lambda parts, package, folder: bundle("model", parts, [], [], folder / "model.zip"),
+        lambda parts, package, folder: push_to_hub("me/model", parts, [], package, "# Card\n"),
+    ],
+    ids=["server", "bundle", "hub"],
+)
 def test_ollama_is_not_given_a_part(give, tmp_path):
     part = QuantFile("q8_0", tmp_path / "model-q8_0-00001-of-00002.gguf")
     with pytest.raises(OlpackError, match=r"one part of a GGUF in several files, and a tag is registered from one\. Export it unsplit"):

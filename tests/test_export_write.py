@@ -36,9 +36,12 @@ def test_a_type_that_several_files_share_is_computed_once(tmp_path):
     quants = ("Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
     model = write_model(tmp_path / "model", num_hidden_layers=4)
     child = subprocess.run(
-        [sys.executable, "-c", COUNT, model, tmp_path, *quants], check=True, capture_output=True, text=True,
+        [sys.executable, "-c", COUNT, model, tmp_path, *quants],
+        check=True,
+        capture_output=True,
+        text=True,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-    )  # fmt: skip
+    )
     counted = {int(type_): weights for type_, weights in json.loads(child.stdout).items()}
 
     types: dict[str, set[int]] = {}

@@ -52,17 +52,20 @@ def test_a_base_and_rows_are_named_from_where_the_recipe_is(here):
     assert (found.base, found.data.train.hub) == ("Qwen/Qwen3-0.6B", "HuggingFaceH4/no_robots")
 
 
-@pytest.mark.parametrize(("name", "base", "train", "said"), [
-    ("support", "builtin/tiny-coder", "there/are-none.jsonl", "no there/are-none.jsonl here"),
-    ("support", "builtin/tiny-coder", "./rows", "no ./rows here"),
-    ("support", "builtin/tiny-coder", "data/rows.jsonl.gz", "no data/rows.jsonl.gz here"),
-    ("support", "builtin/tiny-coder", "x" * 300, "no xxx"),
-    ("support", "../model", "chats.jsonl", "no folder ../model here"),
-    ("support", "~nobody-of-this-name/model", "chats.jsonl", "no folder ~nobody"),
-    ("support", "chats.jsonl", "chats.jsonl", "no folder chats.jsonl here"),
-    ("team/support", "builtin/tiny-coder", "chats.jsonl", "cannot be the name of a package"),
-    ("no good", "builtin/tiny-coder", "chats.jsonl", "no good"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "base", "train", "said"),
+    [
+        ("support", "builtin/tiny-coder", "there/are-none.jsonl", "no there/are-none.jsonl here"),
+        ("support", "builtin/tiny-coder", "./rows", "no ./rows here"),
+        ("support", "builtin/tiny-coder", "data/rows.jsonl.gz", "no data/rows.jsonl.gz here"),
+        ("support", "builtin/tiny-coder", "x" * 300, "no xxx"),
+        ("support", "../model", "chats.jsonl", "no folder ../model here"),
+        ("support", "~nobody-of-this-name/model", "chats.jsonl", "no folder ~nobody"),
+        ("support", "chats.jsonl", "chats.jsonl", "no folder chats.jsonl here"),
+        ("team/support", "builtin/tiny-coder", "chats.jsonl", "cannot be the name of a package"),
+        ("no good", "builtin/tiny-coder", "chats.jsonl", "no good"),
+    ],
+)
 def test_what_cannot_be_is_said_and_nothing_is_written(name, base, train, said):
     with pytest.raises(OlpackError, match=said):
         begin(name, base, train)

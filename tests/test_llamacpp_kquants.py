@@ -29,12 +29,22 @@ def kinds() -> dict[str, np.ndarray]:
     equal[:, 32:64] = 0.5
     equal[5] = -1
     return {
-        "normal": normal * 0.02, "large": normal * 1e25, "largest": normal * 5e37, "tiny": normal * 1e-30, "subnormal": normal * 1e-40,
-        "heavy tails": random.standard_t(2, normal.shape), "blocks of zeros": zeroed, "blocks of one value": equal,
-        "far from zero": normal * 1e-3 + 1000, "far below zero": normal * 1e-3 - 1000, "above zero": np.abs(normal),
-        "bfloat16": (normal * 0.02).astype(np.float32).view(np.uint32) & 0xFFFF0000, "whole numbers": np.round(normal * 4),
-        "many scales": normal * np.exp(random.uniform(-30, 30, normal.shape)), "an odd number of blocks": normal[:1, :256],
-    }  # fmt: skip
+        "normal": normal * 0.02,
+        "large": normal * 1e25,
+        "largest": normal * 5e37,
+        "tiny": normal * 1e-30,
+        "subnormal": normal * 1e-40,
+        "heavy tails": random.standard_t(2, normal.shape),
+        "blocks of zeros": zeroed,
+        "blocks of one value": equal,
+        "far from zero": normal * 1e-3 + 1000,
+        "far below zero": normal * 1e-3 - 1000,
+        "above zero": np.abs(normal),
+        "bfloat16": (normal * 0.02).astype(np.float32).view(np.uint32) & 0xFFFF0000,
+        "whole numbers": np.round(normal * 4),
+        "many scales": normal * np.exp(random.uniform(-30, 30, normal.shape)),
+        "an odd number of blocks": normal[:1, :256],
+    }
 
 
 @pytest.mark.parametrize("kind", kinds())

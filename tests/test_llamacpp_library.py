@@ -13,10 +13,21 @@ from olpack.llamacpp.probe import check_library
 from olpack.quants import QUANT_TYPES, quant_type
 
 
-@pytest.mark.parametrize(("name", "tag", "ftype"), [
-    ("Q4_0", "q4_0", 2), ("Q4_K_M", "q4_K_M", 15), ("q5_k_m", "q5_K_M", 17), ("q8_0", "q8_0", 7), ("Q6_K", "q6_K", 18), ("f16", "f16", 1),
-    ("BF16", "bf16", 32), ("iq4_xs", "iq4_xs", 30), ("Q4_K", "q4_K_M", 15), ("F32", "f32", 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "tag", "ftype"),
+    [
+        ("Q4_0", "q4_0", 2),
+        ("Q4_K_M", "q4_K_M", 15),
+        ("q5_k_m", "q5_K_M", 17),
+        ("q8_0", "q8_0", 7),
+        ("Q6_K", "q6_K", 18),
+        ("f16", "f16", 1),
+        ("BF16", "bf16", 32),
+        ("iq4_xs", "iq4_xs", 30),
+        ("Q4_K", "q4_K_M", 15),
+        ("F32", "f32", 0),
+    ],
+)
 def test_quant_types_have_llama_cpps_number_and_ollamas_tag(name, tag, ftype):
     found = quant_type(name)
     assert (found.tag, found.ftype) == (tag, ftype)
@@ -36,9 +47,7 @@ def test_an_unknown_quant_type_is_answered_with_the_nearest():
         quant_type("q4km")
 
 
-@pytest.mark.parametrize(
-    ("name", "bits", "error"), [("q4_0", 4.5, 0.1), ("q4_K", 4.5, 0.1), ("q8_0", 8.5, 0.01), ("bf16", 16, 0.01), ("f32", 32, 0)]
-)
+@pytest.mark.parametrize(("name", "bits", "error"), [("q4_0", 4.5, 0.1), ("q4_K", 4.5, 0.1), ("q8_0", 8.5, 0.01), ("bf16", 16, 0.01), ("f32", 32, 0)])
 def test_rows_are_quantized_as_gguf_reads_them(name, bits, error):
     import gguf
 
@@ -71,10 +80,13 @@ def test_a_library_that_runs_is_remembered(empty_cache, monkeypatch):
     check_library()
 
 
-@pytest.mark.parametrize(("code", "reason"), [
-    ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", r"crashes .* \(signal 11\).*-DGGML_NATIVE=OFF"),
-    ("raise OSError('libgomp.so.1: cannot open shared object file')", "libgomp.so.1: cannot open shared object file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", r"crashes .* \(signal 11\).*-DGGML_NATIVE=OFF"),
+        ("raise OSError('libgomp.so.1: cannot open shared object file')", "libgomp.so.1: cannot open shared object file"),
+    ],
+)
 def test_a_library_that_crashes_is_explained_and_not_remembered(empty_cache, tmp_path, monkeypatch, code, reason):
     """The child that runs the model takes a `llama_cpp` that fails as a wrongly built one does."""
     package = tmp_path / "packages" / "llama_cpp"

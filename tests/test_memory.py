@@ -34,16 +34,31 @@ REPOSITORY = Path(__file__).parents[1]
 
 # The public values of google/gemma-3-4b-it.
 GEMMA = {
-    "model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "mm_tokens_per_image": 256,
+    "model_type": "gemma3",
+    "architectures": ["Gemma3ForConditionalGeneration"],
+    "mm_tokens_per_image": 256,
     "text_config": {
-        "model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "num_attention_heads": 8,
-        "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208, "sliding_window": 1024, "sliding_window_pattern": 6,
+        "model_type": "gemma3_text",
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 34,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "vocab_size": 262208,
+        "sliding_window": 1024,
+        "sliding_window_pattern": 6,
     },
     "vision_config": {
-        "model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27,
-        "num_attention_heads": 16, "patch_size": 14, "image_size": 896,
+        "model_type": "siglip_vision_model",
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+        "image_size": 896,
     },
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -144,37 +159,103 @@ def test_sliding_windows_as_llama_cpp_allocates_them(gemma):
 # The public values of models that keep less than keys and values of the whole context in each layer.
 CACHES = {
     # 10 of 62 layers keep all, the others a window of 1,024.
-    "gemma-3-27b-it": (11.4, {
-        "model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "mm_tokens_per_image": 256,
-        "text_config": {
-            "model_type": "gemma3_text", "hidden_size": 5376, "intermediate_size": 21504, "num_hidden_layers": 62, "num_attention_heads": 32,
-            "num_key_value_heads": 16, "head_dim": 128, "query_pre_attn_scalar": 168, "sliding_window": 1024,
-            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+    "gemma-3-27b-it": (
+        11.4,
+        {
+            "model_type": "gemma3",
+            "architectures": ["Gemma3ForConditionalGeneration"],
+            "mm_tokens_per_image": 256,
+            "text_config": {
+                "model_type": "gemma3_text",
+                "hidden_size": 5376,
+                "intermediate_size": 21504,
+                "num_hidden_layers": 62,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 16,
+                "head_dim": 128,
+                "query_pre_attn_scalar": 168,
+                "sliding_window": 1024,
+                "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            },
+            "vision_config": GEMMA["vision_config"],
         },
-        "vision_config": GEMMA["vision_config"],
-    }),
+    ),
     # Every other layer keeps a window of 128; the published weights are quantized.
-    "gpt-oss-20b": (3.2, {
-        "model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 24,
-        "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 32, "num_experts_per_tok": 4,
-        "sliding_window": 128, "layer_types": ["sliding_attention", "full_attention"] * 12, "vocab_size": 201088, "attention_bias": True,
-        "max_position_embeddings": 131072, "rope_theta": 150000, "tie_word_embeddings": False,
-        "rope_scaling": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096, "rope_type": "yarn",
-                         "truncate": False},
-        "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]},
-    }),
+    "gpt-oss-20b": (
+        3.2,
+        {
+            "model_type": "gpt_oss",
+            "architectures": ["GptOssForCausalLM"],
+            "hidden_size": 2880,
+            "intermediate_size": 2880,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "num_local_experts": 32,
+            "num_experts_per_tok": 4,
+            "sliding_window": 128,
+            "layer_types": ["sliding_attention", "full_attention"] * 12,
+            "vocab_size": 201088,
+            "attention_bias": True,
+            "max_position_embeddings": 131072,
+            "rope_theta": 150000,
+            "tie_word_embeddings": False,
+            "rope_scaling": {
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "factor": 32.0,
+                "original_max_position_embeddings": 4096,
+                "rope_type": "yarn",
+                "truncate": False,
+            },
+            "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]},
+        },
+    ),
     # A latent vector of 512 and a rotary key of 64 for each token.
-    "DeepSeek-V2-Lite": (4.1, {
-        "model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"], "hidden_size": 2048, "intermediate_size": 10944,
-        "moe_intermediate_size": 1408, "num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16, "n_shared_experts": 2,
-        "n_routed_experts": 64, "num_experts_per_tok": 6, "first_k_dense_replace": 1, "moe_layer_freq": 1, "n_group": 1, "topk_group": 1,
-        "topk_method": "greedy", "norm_topk_prob": False, "routed_scaling_factor": 1.0, "scoring_func": "softmax", "kv_lora_rank": 512,
-        "q_lora_rank": None, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "vocab_size": 102400,
-        "max_position_embeddings": 163840, "rope_theta": 10000, "tie_word_embeddings": False,
-        "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 0.707, "mscale_all_dim": 0.707,
-                         "original_max_position_embeddings": 4096, "type": "yarn"},
-    }),
-}  # fmt: skip
+    "DeepSeek-V2-Lite": (
+        4.1,
+        {
+            "model_type": "deepseek_v2",
+            "architectures": ["DeepseekV2ForCausalLM"],
+            "hidden_size": 2048,
+            "intermediate_size": 10944,
+            "moe_intermediate_size": 1408,
+            "num_hidden_layers": 27,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "n_shared_experts": 2,
+            "n_routed_experts": 64,
+            "num_experts_per_tok": 6,
+            "first_k_dense_replace": 1,
+            "moe_layer_freq": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "topk_method": "greedy",
+            "norm_topk_prob": False,
+            "routed_scaling_factor": 1.0,
+            "scoring_func": "softmax",
+            "kv_lora_rank": 512,
+            "q_lora_rank": None,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+            "vocab_size": 102400,
+            "max_position_embeddings": 163840,
+            "rope_theta": 10000,
+            "tie_word_embeddings": False,
+            "rope_scaling": {
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "factor": 40,
+                "mscale": 0.707,
+                "mscale_all_dim": 0.707,
+                "original_max_position_embeddings": 4096,
+                "type": "yarn",
+            },
+        },
+    ),
+}
 
 
 @pytest.mark.parametrize("name", CACHES)
@@ -191,13 +272,30 @@ def test_the_cache_of_windows_and_latent_attention(name, tmp_path, olpack):
 def test_a_hybrid_without_its_weights_has_figures(tmp_path):
     """Qwen3-Next, whose config.json says nothing of layers for multi-token prediction: fewer layers and experts than the published one has."""
     config = {
-        "model_type": "qwen3_next", "architectures": ["Qwen3NextForCausalLM"], "hidden_size": 2048, "intermediate_size": 5120,
-        "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256, "vocab_size": 151936, "num_experts": 8,
-        "num_experts_per_tok": 2, "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512, "full_attention_interval": 4,
-        "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_num_key_heads": 16,
-        "linear_num_value_heads": 32, "partial_rotary_factor": 0.25, "rope_theta": 10000000, "tie_word_embeddings": False,
+        "model_type": "qwen3_next",
+        "architectures": ["Qwen3NextForCausalLM"],
+        "hidden_size": 2048,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "vocab_size": 151936,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+        "full_attention_interval": 4,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "partial_rotary_factor": 0.25,
+        "rope_theta": 10000000,
+        "tie_word_embeddings": False,
         "max_position_embeddings": 262144,
-    }  # fmt: skip
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = estimate_model(str(tmp_path / "config.json"), context=131_072, quants=["Q4_K_M"])
     (quant,) = found.quants
@@ -209,10 +307,18 @@ def test_a_hybrid_without_its_weights_has_figures(tmp_path):
 
 def test_experts_and_what_of_them_is_active(tmp_path):
     config = {
-        "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 2048, "num_hidden_layers": 48, "num_experts": 128,
-        "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "hidden_size": 2048,
+        "num_hidden_layers": 48,
+        "num_experts": 128,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
         "vocab_size": 151936,
-    }  # fmt: skip
+    }
     model = MetaModel(config, "Qwen3-30B-A3B")
     assert model.parameters.total == pytest.approx(30.5e9, rel=0.01) and model.parameters.active == pytest.approx(3.3e9, rel=0.03)
     assert (model.shape.experts, model.shape.experts_used, model.shape.intermediate) == (128, 8, 768)
@@ -264,10 +370,23 @@ def test_an_adapters_parameters_are_what_peft_makes(folder):
 
 # One step of LoRA (rank 16, all linear layers, bfloat16 base) on an NVIDIA H100 with torch 2.11, transformers 5.17 and peft: by how many MB
 # torch.cuda.max_memory_allocated rose above what lay there before, adapter gradients included; without and with gradient checkpointing.
-LLAMA = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 8, "num_attention_heads": 32,
-         "num_key_value_heads": 8}  # fmt: skip
-QWEN = {"model_type": "qwen3", "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 12, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "head_dim": 128}  # fmt: skip
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+QWEN = {
+    "model_type": "qwen3",
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
 MEASURED = [(LLAMA, 1024, 2048, 3953.8, 889.4), (LLAMA, 128256, 2048, 7303.4, 3887.9), (QWEN, 151936, 4096, 17311.9, 9052.1)]
 
 
@@ -281,8 +400,14 @@ def test_a_plain_training_step_takes_what_a_gpu_showed(config, vocabulary, token
 
 
 def test_65_billion_parameters_are_tuned_on_48_gigabytes():
-    config = {"model_type": "llama", "hidden_size": 8192, "intermediate_size": 22016, "num_hidden_layers": 80, "num_attention_heads": 64,
-              "vocab_size": 32000}  # fmt: skip
+    config = {
+        "model_type": "llama",
+        "hidden_size": 8192,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "vocab_size": 32000,
+    }
     found = estimate_training(MetaModel(config, "LLaMA 65B"), rank=64, tokens=512, precision="nf4")
     assert 34e9 < found.total(checkpointing=True) < 48e9
     assert 4 * found.checkpointed < found.activations
@@ -392,8 +517,16 @@ def test_estimate_of_a_model_without_its_weights(folder):
 
 def test_an_architecture_that_llama_cpp_does_not_know_still_has_figures(folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
-    strange = {"model_type": "gpt_neo", "architectures": ["GPTNeoForCausalLM"], "hidden_size": 64, "num_layers": 2, "num_heads": 2,
-               "vocab_size": config["vocab_size"], "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 64}  # fmt: skip
+    strange = {
+        "model_type": "gpt_neo",
+        "architectures": ["GPTNeoForCausalLM"],
+        "hidden_size": 64,
+        "num_layers": 2,
+        "num_heads": 2,
+        "vocab_size": config["vocab_size"],
+        "attention_types": [[["global", "local"], 1]],
+        "max_position_embeddings": 64,
+    }
     path = tmp_path / "config.json"
     path.write_text(json.dumps(strange))
     found = estimate_model(str(path))

@@ -23,8 +23,15 @@ def unpacked(tmp_path_factory) -> Path:
 
 
 def test_the_wheel_has_all_that_a_build_needs(unpacked):
-    for name in ("templates/Modelfile.j2", "templates/report.html.j2", "modelfiles/coding-assistant/recipe.yaml", "modelfiles/coding-assistant/train.jsonl",
-                 "assets/tiny-coder/model.safetensors", "assets/tiny-coder/tokenizer.json", "assets/tiny-coder/README.md"):  # fmt: skip
+    for name in (
+        "templates/Modelfile.j2",
+        "templates/report.html.j2",
+        "modelfiles/coding-assistant/recipe.yaml",
+        "modelfiles/coding-assistant/train.jsonl",
+        "assets/tiny-coder/model.safetensors",
+        "assets/tiny-coder/tokenizer.json",
+        "assets/tiny-coder/README.md",
+    ):
         assert (unpacked / "olpack" / name).is_file(), name
     assert (next(unpacked.glob("*.dist-info")) / "licenses/LICENSE").is_file()
     assert not (unpacked / "tests").exists()

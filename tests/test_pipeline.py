@@ -45,11 +45,25 @@ def workspace(built, tmp_path) -> Path:
 def test_a_build_makes_exactly_this(built):
     made = {name for name in files(built / "build/oracle") if "measured" not in name and name != ".lock"}
     assert made == {
-        "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/metrics.jsonl", "adapter/settings.json",
-        "gguf/oracle-Q4_K_M.gguf", "gguf/oracle-Q8_0.gguf", "modelfiles/q4_K_M.Modelfile", "modelfiles/q8_0.Modelfile",
-        "compare/results.json", "compare/results.csv", "compare/results.md", "compare/report.html", "plan.json",
-        "stages/train.json", "stages/export-Q4_K_M.json", "stages/export-Q8_0.json", "stages/modelfiles.json", "stages/compare.json",
-    }  # fmt: skip
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "adapter/metrics.jsonl",
+        "adapter/settings.json",
+        "gguf/oracle-Q4_K_M.gguf",
+        "gguf/oracle-Q8_0.gguf",
+        "modelfiles/q4_K_M.Modelfile",
+        "modelfiles/q8_0.Modelfile",
+        "compare/results.json",
+        "compare/results.csv",
+        "compare/results.md",
+        "compare/report.html",
+        "plan.json",
+        "stages/train.json",
+        "stages/export-Q4_K_M.json",
+        "stages/export-Q8_0.json",
+        "stages/modelfiles.json",
+        "stages/compare.json",
+    }
     printed = (built / "printed").read_text()
     assert "Q4_K_M" in printed and "Q8_0" in printed and "perplexity" in printed
     assert "olpack run oracle:" in printed and "ollama.com/download" in printed
@@ -143,8 +157,13 @@ def test_another_adapter_is_exported_even_if_its_training_was_another_command(wo
     (workspace / "build/oracle/stages/train.json").write_text(json.dumps(record))
     _, printed, _ = olpack(workspace, "plan", "oracle", "--json")
     reasons = {step["step"]: step["stale"] for step in json.loads(printed)["steps"]}
-    assert reasons == {"train": None, "export-Q4_K_M": "adapter changed", "export-Q8_0": "adapter changed", "modelfiles": None,
-                       "compare": "files changed"}
+    assert reasons == {
+        "train": None,
+        "export-Q4_K_M": "adapter changed",
+        "export-Q8_0": "adapter changed",
+        "modelfiles": None,
+        "compare": "files changed",
+    }
 
 
 def test_a_comparison_that_failed_is_not_done(workspace, monkeypatch):
@@ -312,13 +331,16 @@ def test_a_matrix_of_ones_own_and_types_for_single_tensors(workspace):
     assert [step.reason for step in other_order.steps() if step.stage == "export"] == ["export.tensor_types changed"] * 2
 
 
-@pytest.mark.parametrize(("setting", "said"), [
-    ("export.importance=absent.gguf", "absent.gguf, which `export.importance` names"),
-    ("export.importance=train.jsonl", "is no importance matrix in llama.cpp's GGUF form"),
-    ("quants=[IQ2_XS]", "Set `export.importance: train` in the recipe"),
-    ("export.tensor_types={attn_v: q6k}", "Did you mean q6_K?"),
-    ("export.tensor_types={atn_v: q6_K}", "has no tensor named like 'atn_v'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("export.importance=absent.gguf", "absent.gguf, which `export.importance` names"),
+        ("export.importance=train.jsonl", "is no importance matrix in llama.cpp's GGUF form"),
+        ("quants=[IQ2_XS]", "Set `export.importance: train` in the recipe"),
+        ("export.tensor_types={attn_v: q6k}", "Did you mean q6_K?"),
+        ("export.tensor_types={atn_v: q6_K}", "has no tensor named like 'atn_v'"),
+    ],
+)
 def test_a_wrong_importance_or_type_is_refused_before_any_work(workspace, setting, said):
     before = files(workspace)
     code, _, told = olpack(workspace, "build", "oracle", "--set", setting)
@@ -545,8 +567,10 @@ def test_an_unknown_package_and_wrong_words(tmp_path):
 
 
 def test_help_loads_nothing_heavy():
-    script = "import sys; sys.argv = ['olpack', '--help']; from olpack.cli import main\ntry: main()\nexcept SystemExit: pass\n" \
-             "print(sorted({'torch', 'transformers', 'httpx', 'pydantic', 'llama_cpp', 'numpy'} & set(sys.modules)))"
+    script = (
+        "import sys; sys.argv = ['olpack', '--help']; from olpack.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers', 'httpx', 'pydantic', 'llama_cpp', 'numpy'} & set(sys.modules)))"
+    )
     child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert child.stdout.endswith("[]\n"), child.stdout
 
@@ -554,8 +578,9 @@ def test_help_loads_nothing_heavy():
 def test_the_users_own_package_and_template_win(workspace):
     shutil.copytree(workspace / "modelfiles/oracle", workspace / "modelfiles/coding-assistant")
     (workspace / "templates").mkdir()
-    (workspace / "templates/Modelfile.j2").write_text("FROM {{ gguf }}\nSYSTEM {{ system | quoted }}\n"
-                                                      "{% for name, value in parameters %}PARAMETER {{ name }} {{ value }}\n{% endfor %}# mine\n")
+    (workspace / "templates/Modelfile.j2").write_text(
+        "FROM {{ gguf }}\nSYSTEM {{ system | quoted }}\n{% for name, value in parameters %}PARAMETER {{ name }} {{ value }}\n{% endfor %}# mine\n"
+    )
     with contextlib.chdir(workspace):
         from olpack.workspace import recipe_path
 

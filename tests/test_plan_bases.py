@@ -32,8 +32,18 @@ LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 64, "num_hidden_layers": 4}
 KINDS = {
     "deepseek_v2": {
-        "tied": False, "q_lora_rank": None, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 64,
-        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+        "tied": False,
+        "q_lora_rank": None,
+        "kv_lora_rank": 64,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 64,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
     },
     "gemma3_text": {},
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4},
@@ -44,7 +54,7 @@ KINDS = {
     "phi3": {"tied": False},
     "qwen3_moe": EXPERTS,
     "qwen3_next": {"tied": False, "shared_expert_intermediate_size": 256, **EXPERTS, **DELTA},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +99,22 @@ def test_tokens_that_tokenizer_json_calls_special_are_control_tokens(tmp_path):
     """unslothai/unsloth#5070: Gemma's marks of a turn lie within its SentencePiece table."""
     marks = ["<start_of_turn>", "<end_of_turn>"]
     source = sentencepiece_model(
-        tmp_path / "model", "gemma3_text", ["<pad>", "<eos>", "<bos>", "<unk>", *marks], "<bos>", ["tokenizer.json", "tokenizer.model"],
-        pad_id=0, eos_id=1, bos_id=2, unk_id=3, pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>", user_defined_symbols=[*marks, "<own>"],
-        add_dummy_prefix=False, remove_extra_whitespaces=False,
-    )  # fmt: skip
+        tmp_path / "model",
+        "gemma3_text",
+        ["<pad>", "<eos>", "<bos>", "<unk>", *marks],
+        "<bos>",
+        ["tokenizer.json", "tokenizer.model"],
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        pad_piece="<pad>",
+        eos_piece="<eos>",
+        bos_piece="<bos>",
+        user_defined_symbols=[*marks, "<own>"],
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+    )
     fast = json.loads((source / "tokenizer.json").read_text())
     own = {"id": 6, "content": "<own>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
     edit(source / "tokenizer.json", added_tokens=[*fast["added_tokens"], own])
@@ -167,8 +189,11 @@ def test_an_adapter_goes_where_peft_puts_one_on_mamba(tmp_path):
     base = Base("mamba2", write_model(tmp_path / "model", "mamba2", **KINDS["mamba2"]))
     settings = Train(quantization="none", rank=4)
     model = load_with_adapter(base, settings, torch.device("cpu"))
-    adapted = {name.removeprefix("base_model.model.").removesuffix(".lora_A.default")
-               for name, _ in model.named_modules() if name.endswith(".lora_A.default")}  # fmt: skip
+    adapted = {
+        name.removeprefix("base_model.model.").removesuffix(".lora_A.default")
+        for name, _ in model.named_modules()
+        if name.endswith(".lora_A.default")
+    }
     assert adapted == set(adapter_shapes(MetaModel(base.config, "mamba2"))) == {f"backbone.layers.{layer}.mixer.in_proj" for layer in range(2)}
     with pytest.raises(OlpackError, match="names 'out_proj', which is no linear layer"):
         check_training(base, Train(target_modules=["out_proj"]), on_gpu=False)
@@ -178,8 +203,10 @@ def test_a_base_in_mxfp4_is_called_quantized(tmp_path):
     """The published gpt-oss has `gate_up_proj_blocks` and `_scales` in place of its experts' weights: none of them is missing."""
     source = write_model(tmp_path / "oss", "gpt_oss", **KINDS["gpt_oss"])
     edit(source / "config.json", quantization_config={"quant_method": "mxfp4"})
-    tensors = {name.replace("_proj", "_proj_blocks") if name.endswith("_proj") else name: tensor
-               for name, tensor in load_file(source / "model.safetensors").items()}  # fmt: skip
+    tensors = {
+        name.replace("_proj", "_proj_blocks") if name.endswith("_proj") else name: tensor
+        for name, tensor in load_file(source / "model.safetensors").items()
+    }
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(OlpackError, match="quantized by mxfp4, which olpack exports and does not train on"):
         check_training(Base("oss", source), Train(), on_gpu=False)
@@ -193,10 +220,17 @@ def test_a_setting_of_the_wrong_kind_is_one_sentence(copy):
 
 def test_rotary_factors_of_long_contexts_are_in_the_file(tmp_path):
     """ggml-org/llama.cpp#24820: Phi-4's LongRoPE, written as transformers 5 writes it, in `rope_parameters`."""
-    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 32, "long_factor": [2.0] * 32,
-            "original_max_position_embeddings": 256, "partial_rotary_factor": 1.0}  # fmt: skip
-    source = write_model(tmp_path / "model", "phi3", tied=False, max_position_embeddings=4096, original_max_position_embeddings=256,
-                         rope_parameters=rope)  # fmt: skip
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 32,
+        "long_factor": [2.0] * 32,
+        "original_max_position_embeddings": 256,
+        "partial_rotary_factor": 1.0,
+    }
+    source = write_model(
+        tmp_path / "model", "phi3", tied=False, max_position_embeddings=4096, original_max_position_embeddings=256, rope_parameters=rope
+    )
     edit(source / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
     (file,) = converter().export(source, [Target("Q8_0", tmp_path / "a.gguf")])
     read = GGUFReader(file.path)
@@ -257,16 +291,19 @@ def sharded(tmp_path_factory) -> Path:
     return write_model(tmp_path_factory.mktemp("sharded") / "model", shard="800KB")
 
 
-@pytest.mark.parametrize(("damage", "reason"), [
-    (lambda folder: shards(folder)[1].unlink(), r"lacks model-00002-of-0000\d\.safetensors of its weights"),
-    (lose_one_without_an_index, r"lacks model-00002-of-0000\d\.safetensors of its weights"),
-    (cut, "bytes, and its header promises"),
-    (lambda folder: shards(folder)[1].write_text(POINTER), r"model-00002-of-0000\d\.safetensors' is a Git LFS pointer"),
-    (lambda folder: (folder / INDEX).write_text(POINTER), r"index\.json' is a Git LFS pointer"),
-    (lambda folder: (folder / "tokenizer.json").write_text(POINTER), r"tokenizer\.json' is a Git LFS pointer"),
-    (name_a_tensor_that_no_file_has, r"names 1 tensors that its files lack, the first is 'model\.layers\.1\.none\.weight'"),
-    (leave_pickles_only, "pickle"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda folder: shards(folder)[1].unlink(), r"lacks model-00002-of-0000\d\.safetensors of its weights"),
+        (lose_one_without_an_index, r"lacks model-00002-of-0000\d\.safetensors of its weights"),
+        (cut, "bytes, and its header promises"),
+        (lambda folder: shards(folder)[1].write_text(POINTER), r"model-00002-of-0000\d\.safetensors' is a Git LFS pointer"),
+        (lambda folder: (folder / INDEX).write_text(POINTER), r"index\.json' is a Git LFS pointer"),
+        (lambda folder: (folder / "tokenizer.json").write_text(POINTER), r"tokenizer\.json' is a Git LFS pointer"),
+        (name_a_tensor_that_no_file_has, r"names 1 tensors that its files lack, the first is 'model\.layers\.1\.none\.weight'"),
+        (leave_pickles_only, "pickle"),
+    ],
+)
 def test_a_download_that_is_not_whole_is_refused_by_both_readers(sharded, tmp_path, damage: Callable[[Path], None], reason):
     source = Path(shutil.copytree(sharded, tmp_path / "copy"))
     damage(source)

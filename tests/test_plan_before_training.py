@@ -45,10 +45,16 @@ REFUSED = [
     ("compare", {"files": {"templates/report.html.j2": "<p>{% if %}"}}, "The report's template has an error in line 1"),
     ("compare", {"compare": {"generated_tokens": 200}, "modelfile": {"parameters": {"num_ctx": 128}}}, "num_ctx"),
     ("compare", {"compare": {"tasks": "tasks.jsonl"}}, "tasks.jsonl"),
-    ("compare", {"compare": {"tasks": [{"prompt": "1+1?", "function": "check.py:no_such"}]},
-                 "files": {"modelfiles/mine/check.py": "def other(answer): return True\n"}}, "no_such"),
+    (
+        "compare",
+        {
+            "compare": {"tasks": [{"prompt": "1+1?", "function": "check.py:no_such"}]},
+            "files": {"modelfiles/mine/check.py": "def other(answer): return True\n"},
+        },
+        "no_such",
+    ),
     ("deploy", {"name": "a--b.c..d/e"}, "a--b"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("stage", "changes", "reported"), REFUSED, ids=[f"{stage}-{number}" for number, (stage, _, _) in enumerate(REFUSED)])

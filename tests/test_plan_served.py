@@ -16,8 +16,9 @@ ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + TURNS + ASK
 ALTERNATE = (
     "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate') }}{% endif %}{% endfor %}"
-    + TURNS + ASK
-)  # fmt: skip
+    + TURNS
+    + ASK
+)
 SILENT = TURNS.replace("<|im_start|>", "{% if m.role == 'system' %}{% continue %}{% endif %}<|im_start|>", 1) + ASK
 
 
@@ -51,9 +52,12 @@ def test_a_beginning_that_the_template_refuses_is_refused_before_training(tmp_pa
 
 @pytest.mark.parametrize(
     ("template", "modelfile"),
-    [(NO_SYSTEM, {"messages": [USER, ASSISTANT]}), (ALTERNATE, {"messages": [USER, ASSISTANT]}),
-     (NO_SYSTEM, {"system": "Be brief.", "template": "{{ .System }}{{ .Prompt }}"})],
-)  # fmt: skip
+    [
+        (NO_SYSTEM, {"messages": [USER, ASSISTANT]}),
+        (ALTERNATE, {"messages": [USER, ASSISTANT]}),
+        (NO_SYSTEM, {"system": "Be brief.", "template": "{{ .System }}{{ .Prompt }}"}),
+    ],
+)
 def test_a_beginning_that_the_template_takes_or_never_gets_is_planned(tmp_path, template, modelfile):
     package(tmp_path, template, modelfile)
     code, _, errors = olpack(tmp_path, "plan", "support")

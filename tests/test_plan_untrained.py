@@ -220,8 +220,14 @@ def test_a_tokenizer_that_leaves_out_spaces_on_purpose_is_taken(tied, copy):
 def test_a_sentencepiece_vocabulary_is_taken(tmp_path, begin):
     folder = tmp_path / "model"
     special = {"<s>": ["<unk>", "<s>", "</s>"], "<bos>": ["<pad>", "<eos>", "<bos>", "<unk>"]}[begin]
-    write_sentencepiece(folder, **({} if begin == "<s>" else {"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3, "pad_piece": "<pad>",
-                                                             "eos_piece": "<eos>", "bos_piece": "<bos>"}))  # fmt: skip
+    write_sentencepiece(
+        folder,
+        **(
+            {}
+            if begin == "<s>"
+            else {"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3, "pad_piece": "<pad>", "eos_piece": "<eos>", "bos_piece": "<bos>"}
+        ),
+    )
     write_fast_sentencepiece(folder, special, begin)
     name_class(folder, "LlamaTokenizerFast" if begin == "<s>" else "GemmaTokenizerFast")
     assert Base("mine", folder).tokenizer()("a b", add_special_tokens=False)["input_ids"]

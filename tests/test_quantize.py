@@ -66,23 +66,31 @@ def test_a_package_that_ships_is_a_source(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["tiny-coder-Q4_0.gguf"]
 
 
-@pytest.mark.parametrize(("words", "reason"), [
-    (["{model}", "--quant", "Q4_KM"], "There is no quant type 'Q4_KM'. Did you mean Q4_K_M?"),
-    (["{model}/nowhere", "--quant", "Q4_0"], "There is no folder"),
-    (["{quantized}", "--quant", "Q4_0"], "is quantized already: 'token_embd.weight' is Q6_K"),
-    (["{toothless}", "--quant", "Q4_0"], "has no tokenizer"),
-    (["{whole}", "--quant", "Q4_0", "--adapter", "{model}"], "An adapter cannot be merged into the GGUF"),
-    (["{model}", "--quant", "Q4_0", "--adapter", "{model}"], "is no adapter: it has no adapter_config.json"),
-    (["{model}", "--quant", "Q4_0", "--split", "big"], "'big' is no size. Write it like 4GB or 500MB."),
-    (["{model}", "--quant", "Q4_0", "--name", "a/b"], "'a/b' cannot be a file's name."),
-    (["{whole}", "--quant", "F16", "--name", "whole", "--out", "{sources}"], "would be replaced by what is made from it"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["{model}", "--quant", "Q4_KM"], "There is no quant type 'Q4_KM'. Did you mean Q4_K_M?"),
+        (["{model}/nowhere", "--quant", "Q4_0"], "There is no folder"),
+        (["{quantized}", "--quant", "Q4_0"], "is quantized already: 'token_embd.weight' is Q6_K"),
+        (["{toothless}", "--quant", "Q4_0"], "has no tokenizer"),
+        (["{whole}", "--quant", "Q4_0", "--adapter", "{model}"], "An adapter cannot be merged into the GGUF"),
+        (["{model}", "--quant", "Q4_0", "--adapter", "{model}"], "is no adapter: it has no adapter_config.json"),
+        (["{model}", "--quant", "Q4_0", "--split", "big"], "'big' is no size. Write it like 4GB or 500MB."),
+        (["{model}", "--quant", "Q4_0", "--name", "a/b"], "'a/b' cannot be a file's name."),
+        (["{whole}", "--quant", "F16", "--name", "whole", "--out", "{sources}"], "would be replaced by what is made from it"),
+    ],
+)
 def test_what_cannot_be_done_is_refused_before_any_work(model, sources, tmp_path, words, reason):
     folder = tmp_path / "work"
     folder.mkdir()
     before = {path: path.read_bytes() for path in sources.glob("*.gguf")}
-    places = {"model": model, "sources": sources, "quantized": sources / "quantized.gguf", "whole": sources / "whole-F16.gguf",
-              "toothless": sources / "toothless"}  # fmt: skip
+    places = {
+        "model": model,
+        "sources": sources,
+        "quantized": sources / "quantized.gguf",
+        "whole": sources / "whole-F16.gguf",
+        "toothless": sources / "toothless",
+    }
     code, printed, said = olpack(folder, *(word.format(**places) for word in words))
     assert code == 1
     assert reason in said

@@ -27,9 +27,15 @@ def model():
 def test_the_folder_is_whole_and_small() -> None:
     files = {path.name: path.stat().st_size for path in FOLDER.iterdir()}
     assert set(files) == {
-        "README.md", "LICENSE-PYTHON.txt", "config.json", "generation_config.json", "model.safetensors",
-        "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-    }  # fmt: skip
+        "README.md",
+        "LICENSE-PYTHON.txt",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    }
     assert sum(files.values()) < 45e6
     for path in FOLDER.glob("*.json"):
         assert not any(root in path.read_text("utf-8") for root in ("/root/", "/home/", "/tmp/"))

@@ -135,8 +135,15 @@ def test_a_loss_that_is_no_number_names_the_last_good_checkpoint(base, tmp_path,
     assert (tmp_path / "checkpoint/checkpoint.safetensors").is_file()
 
 
-SHAPE = {"model_type": "llama", "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 8, "num_attention_heads": 16,
-         "num_key_value_heads": 4, "vocab_size": 32000}  # fmt: skip
+SHAPE = {
+    "model_type": "llama",
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "vocab_size": 32000,
+}
 
 
 @pytest.fixture(scope="module")

@@ -164,9 +164,16 @@ def test_another_formula_is_seen_beside_a_token_of_enormous_numbers(tmp_path, mo
     assert "without" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("settings", [
-    {"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["embed_tokens", "lm_head"]}, {"modules_to_save": ["norm"]}, {"method": "dora"},
-], ids=["adapter-on-head", "head-and-embedding", "norm", "dora"])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"modules_to_save": ["norm"]},
+        {"method": "dora"},
+    ],
+    ids=["adapter-on-head", "head-and-embedding", "norm", "dora"],
+)
 def test_whatever_is_trained_gets_its_gradients(tmp_path, settings):
     base = Base("tiny", write_model(tmp_path / "model", tied=False))
     train = Train(quantization="none", rank=4, **settings)

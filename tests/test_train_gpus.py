@@ -89,13 +89,20 @@ def test_a_run_goes_on_with_another_number_of_processes(base, tmp_path, monkeypa
     alike(records(tmp_path / "changed"), records(tmp_path / "unbroken"))
 
 
-@pytest.mark.parametrize(("said", "expected"), [
-    (['{"event": "crash", "text": "IndexError: no such token"}', '{"event": "crash", "text": "the peer is gone"}'],
-     r"A training process failed: IndexError: no such token The same command goes on from the last checkpoint"),
-    (['{"event": "crash", "text": "the peer is gone"}', '{"event": "error", "problem": "Too long.", "remedy": "Shorten."}'],
-     r"^Too long\. Shorten\.$"),
-    (["a banner", "[1]"], "A training process failed: it said nothing"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (
+            ['{"event": "crash", "text": "IndexError: no such token"}', '{"event": "crash", "text": "the peer is gone"}'],
+            r"A training process failed: IndexError: no such token The same command goes on from the last checkpoint",
+        ),
+        (
+            ['{"event": "crash", "text": "the peer is gone"}', '{"event": "error", "problem": "Too long.", "remedy": "Shorten."}'],
+            r"^Too long\. Shorten\.$",
+        ),
+        (["a banner", "[1]"], "A training process failed: it said nothing"),
+    ],
+)
 def test_what_goes_wrong_in_a_process_is_a_sentence(tmp_path, said, expected):
     script = tmp_path / "launcher.py"
     script.write_text("import sys\n" + "".join(f"print({line!r})\n" for line in said) + "sys.exit(1)\n")

@@ -68,9 +68,14 @@ def runtime(monkeypatch) -> Runtime:
             raise RuntimeError("CUDA error: out of memory")
 
     for name, value in {
-        "Stream": Stream, "current_stream": lambda: Stream(CPU), "stream": contextlib.nullcontext, "device": contextlib.nullcontext,
-        "synchronize": lambda _: None, "cudart": lambda: runtime, "check_error": check,
-    }.items():  # fmt: skip
+        "Stream": Stream,
+        "current_stream": lambda: Stream(CPU),
+        "stream": contextlib.nullcontext,
+        "device": contextlib.nullcontext,
+        "synchronize": lambda _: None,
+        "cudart": lambda: runtime,
+        "check_error": check,
+    }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(pinned, "_locked_by_torch", lambda like: runtime.by_torch.append(torch.empty_like(like)) or runtime.by_torch[-1])
     return runtime

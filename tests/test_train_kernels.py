@@ -154,7 +154,12 @@ def test_each_kernel_runs_once_before_it_is_used(monkeypatch):
 
 def test_sizes_that_a_config_has_otherwise_are_usual_ones():
     assert pointwise._sizes({"hidden_size": 64, "num_attention_heads": [4, 8], "head_dim": None, "intermediate_size": 96}, 8) == {
-        "hidden": 64, "middle": 96, "head": 2, "words": 32000, "rank": 8}  # fmt: skip
+        "hidden": 64,
+        "middle": 96,
+        "head": 2,
+        "words": 32000,
+        "rank": 8,
+    }
     assert pointwise._sizes({}, 8)["middle"] == 4 * 4096
 
 
@@ -186,6 +191,13 @@ def test_the_kernels_are_compiled_for_a_gpu(tmp_path, capability, rank):
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run([sys.executable, "-c", COMPILED, str(capability), str(rank)], capture_output=True, text=True, env=environment)
     shared = dict(line.split() for line in done.stdout.splitlines())
-    assert shared.keys() == {"_adapted_gradients_kernel", "_adapted_product_kernel", "_dequantize_kernel", "_loss_kernel",
-                             "_norm_backward_kernel", "_norm_kernel", "_rotate_kernel"}, done.stderr  # fmt: skip
+    assert shared.keys() == {
+        "_adapted_gradients_kernel",
+        "_adapted_product_kernel",
+        "_dequantize_kernel",
+        "_loss_kernel",
+        "_norm_backward_kernel",
+        "_norm_kernel",
+        "_rotate_kernel",
+    }, done.stderr
     assert all(int(size) <= SHARED for size in shared.values())

@@ -87,14 +87,24 @@ def merged(base: Base, adapter: Path, folder: Path, *, dequantized: bool):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("settings", [
-    {"quantization": "nf4"}, {"quantization": "nf4", "double_quantization": False}, {"quantization": "fp4"}, {"quantization": "int8"},
-    {"quantization": "hqq4"}, {"quantization": "hqq8"},
-    {"quantization": "hqq4", "method": "dora"}, {"quantization": "nf4", "method": "vera", "rank": 64},
-    {"quantization": "nf4", "initialization": "pissa"}, {"quantization": "int8", "initialization": "pissa", "method": "rslora"},
-    {"quantization": "hqq4", "initialization": "loftq"},
-    {"quantization": "nf4", "target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]},
-], ids=lambda settings: "-".join(map(str, settings.values())))  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quantization": "nf4"},
+        {"quantization": "nf4", "double_quantization": False},
+        {"quantization": "fp4"},
+        {"quantization": "int8"},
+        {"quantization": "hqq4"},
+        {"quantization": "hqq8"},
+        {"quantization": "hqq4", "method": "dora"},
+        {"quantization": "nf4", "method": "vera", "rank": 64},
+        {"quantization": "nf4", "initialization": "pissa"},
+        {"quantization": "int8", "initialization": "pissa", "method": "rslora"},
+        {"quantization": "hqq4", "initialization": "loftq"},
+        {"quantization": "nf4", "target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
 def test_the_dequantized_merge_is_what_was_trained_and_the_original_is_not(base, tmp_path, settings):
     trained = logits(as_if_trained(base, Train(**{"rank": 8, **settings}), tmp_path / "adapter"))
     seen = logits(merged(base, tmp_path / "adapter", tmp_path / "seen", dequantized=True))
@@ -103,10 +113,19 @@ def test_the_dequantized_merge_is_what_was_trained_and_the_original_is_not(base,
     assert (original - trained).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("settings", [{"method": "rslora"}, {"method": "dora"}, {"method": "vera"}, {"initialization": "pissa"},
-                                      {"initialization": "pissa", "method": "rslora"}, {"modules_to_save": ["embed_tokens", "norm"]},
-                                      {"modules_to_save": ["embed_tokens", "lm_head"]}],
-                         ids=lambda settings: "-".join(map(str, settings.values())))  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "rslora"},
+        {"method": "dora"},
+        {"method": "vera"},
+        {"initialization": "pissa"},
+        {"initialization": "pissa", "method": "rslora"},
+        {"modules_to_save": ["embed_tokens", "norm"]},
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
 def test_on_an_unquantized_base_there_is_one_merge(base, tmp_path, settings):
     model = as_if_trained(base, Train(quantization="none", rank=8, **settings), tmp_path / "adapter")
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters() if parameter.requires_grad)
@@ -131,7 +150,9 @@ def test_a_packed_base_computes_as_the_weights_that_it_stands_for(packed, name):
     plain = Base("plain", plain)
     models = [load_with_adapter(one, Train(quantization="none", rank=4), CPU) for one in (base, plain)]
     assert sum(isinstance(module, FrozenLinear) for module in models[0].modules()) == 14
-    dense = [tensor for tensor in models[0].state_dict().values() if tensor.shape == (320, 256) and tensor.is_floating_point() and tensor.itemsize > 1]
+    dense = [
+        tensor for tensor in models[0].state_dict().values() if tensor.shape == (320, 256) and tensor.is_floating_point() and tensor.itemsize > 1
+    ]
     assert not dense
     gradients = []
     for model in models:
@@ -157,9 +178,14 @@ def test_hqq_loses_less_than_rounding():
     assert (dequantize_hqq(codes, scale, zero, 4, (64, 256)) - weight).abs().mean() < 0.99 * (rounded - weight).abs().mean()
 
 
-@pytest.mark.parametrize(("packing", "settings"), [
-    ("gptq-4", {}), (None, {"quantization": "hqq4", "merge_base": "dequantized"}),
-], ids=["gptq", "hqq"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("packing", "settings"),
+    [
+        ("gptq-4", {}),
+        (None, {"quantization": "hqq4", "merge_base": "dequantized"}),
+    ],
+    ids=["gptq", "hqq"],
+)
 def test_what_was_taught_is_what_the_file_answers(tmp_path, packing, settings):
     base = Base("parrot", oracle.write_base(tmp_path / "plain"))
     if packing:
@@ -243,16 +269,25 @@ def refused(base: Base, **settings) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize(("settings", "reason"), [
-    ({"target_modules": ["q_proj", "k_porj"]}, "`train.target_modules` names 'k_porj', which is no linear layer of the text model of tiny. It has"),
-    ({"target_modules": ["lm_head"]}, "uses one matrix as embedding and as output layer. Train it as a whole with `train.modules_to_save:"),
-    ({"modules_to_save": ["embeddings"]}, "`train.modules_to_save` names 'embeddings', which is no module with weights of the text model"),
-    ({"modules_to_save": ["o_proj"]}, "'model.layers.0.self_attn.o_proj' is to get an adapter and to be trained as a whole."),
-    ({"modules_to_save": ["o_proj"], "target_modules": ["q_proj"]}, "'o_proj' is held quantized and cannot be trained as a whole."),
-    ({"modules_to_save": ["embed_tokens"], "method": "vera"}, "peft's vera would train two that differ. Take method lora"),
-    ({"quantization": "int8", "method": "dora"}, "DoRA on an int8 base needs a GPU"),
-    ({"initialization": "pissa", "rank": 300}, "takes 300 singular values, and 'model.layers.0.self_attn.q_proj' has 256. Lower `train.rank` to 256"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (
+            {"target_modules": ["q_proj", "k_porj"]},
+            "`train.target_modules` names 'k_porj', which is no linear layer of the text model of tiny. It has",
+        ),
+        ({"target_modules": ["lm_head"]}, "uses one matrix as embedding and as output layer. Train it as a whole with `train.modules_to_save:"),
+        ({"modules_to_save": ["embeddings"]}, "`train.modules_to_save` names 'embeddings', which is no module with weights of the text model"),
+        ({"modules_to_save": ["o_proj"]}, "'model.layers.0.self_attn.o_proj' is to get an adapter and to be trained as a whole."),
+        ({"modules_to_save": ["o_proj"], "target_modules": ["q_proj"]}, "'o_proj' is held quantized and cannot be trained as a whole."),
+        ({"modules_to_save": ["embed_tokens"], "method": "vera"}, "peft's vera would train two that differ. Take method lora"),
+        ({"quantization": "int8", "method": "dora"}, "DoRA on an int8 base needs a GPU"),
+        (
+            {"initialization": "pissa", "rank": 300},
+            "takes 300 singular values, and 'model.layers.0.self_attn.q_proj' has 256. Lower `train.rank` to 256",
+        ),
+    ],
+)
 def test_what_does_not_go_on_this_base_is_refused_before_it_is_loaded(base, settings, reason):
     assert reason in refused(base, **settings)
 
@@ -263,19 +298,26 @@ def test_a_base_whose_rows_do_not_fit_hqq_is_refused(tmp_path):
     check_training(narrow, Train(quantization="nf4"), on_gpu=False)
 
 
-@pytest.mark.parametrize(("settings", "reason"), [
-    ({"initialization": "loftq"}, "begins with the original weights, and gptq-4 comes quantized (gptq)."),
-    ({"merge_base": "dequantized"}, "gptq-4 comes quantized (gptq): what training sees is all there is to merge into."),
-    ({"modules_to_save": ["o_proj"], "target_modules": ["q_proj"], "quantization": "none"}, "'o_proj' is held quantized"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"initialization": "loftq"}, "begins with the original weights, and gptq-4 comes quantized (gptq)."),
+        ({"merge_base": "dequantized"}, "gptq-4 comes quantized (gptq): what training sees is all there is to merge into."),
+        ({"modules_to_save": ["o_proj"], "target_modules": ["q_proj"], "quantization": "none"}, "'o_proj' is held quantized"),
+    ],
+)
 def test_what_does_not_go_on_a_base_that_comes_quantized_is_refused(packed, settings, reason):
     check_training(packed("gptq-4")[0], Train(method="dora"), on_gpu=False)
     assert reason in refused(packed("gptq-4")[0], **settings)
 
 
-@pytest.mark.parametrize(("method", "reason"), [
-    ("vptq", "is quantized by VPTQ"), ("bitnet", "is quantized by bitnet, which olpack exports and does not"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        ("vptq", "is quantized by VPTQ"),
+        ("bitnet", "is quantized by bitnet, which olpack exports and does not"),
+    ],
+)
 def test_a_base_that_comes_in_another_form_is_refused(base, tmp_path, method, reason):
     source = Path(shutil.copytree(base.path, tmp_path / "base"))
     config = json.loads((source / "config.json").read_text())
@@ -283,18 +325,24 @@ def test_a_base_that_comes_in_another_form_is_refused(base, tmp_path, method, re
     assert reason in refused(replace(base, path=source))
 
 
-@pytest.mark.parametrize(("train", "reason"), [
-    ("{method: prompt_tuning}", "prompt_tuning learns vectors that stand before the prompt, and a GGUF has no place for them"),
-    ("{method: prefix-tuning}", "a GGUF has no place for them"),
-    ("{method: p-tuning}", "a GGUF has no place for them"),
-    ("{method: ia3}", "ia3 only rescales what layers put out"),
-    ("{method: dora, initialization: pissa}", "initialization: pissa goes with method lora or rslora, not with dora."),
-    ("{quantization: none, initialization: loftq}", "initialization: loftq is about what quantization loses, and quantization: none loses nothing."),
-    ("{quantization: none, merge_base: dequantized}", "merge_base: dequantized is about what quantization loses"),
-    ("{method: vera}\npackage: adapter", "train.method: vera goes with package: merged"),
-    ("{merge_base: dequantized}\npackage: adapter", "train.merge_base: dequantized goes with package: merged"),
-    ("{modules_to_save: [norm]}\npackage: adapter", "train.modules_to_save goes with package: merged"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("train", "reason"),
+    [
+        ("{method: prompt_tuning}", "prompt_tuning learns vectors that stand before the prompt, and a GGUF has no place for them"),
+        ("{method: prefix-tuning}", "a GGUF has no place for them"),
+        ("{method: p-tuning}", "a GGUF has no place for them"),
+        ("{method: ia3}", "ia3 only rescales what layers put out"),
+        ("{method: dora, initialization: pissa}", "initialization: pissa goes with method lora or rslora, not with dora."),
+        (
+            "{quantization: none, initialization: loftq}",
+            "initialization: loftq is about what quantization loses, and quantization: none loses nothing.",
+        ),
+        ("{quantization: none, merge_base: dequantized}", "merge_base: dequantized is about what quantization loses"),
+        ("{method: vera}\npackage: adapter", "train.method: vera goes with package: merged"),
+        ("{merge_base: dequantized}\npackage: adapter", "train.merge_base: dequantized goes with package: merged"),
+        ("{modules_to_save: [norm]}\npackage: adapter", "train.modules_to_save goes with package: merged"),
+    ],
+)
 def test_a_recipe_that_asks_for_what_cannot_be_says_why(tmp_path, train, reason):
     path = tmp_path / "wrong/recipe.yaml"
     path.parent.mkdir()

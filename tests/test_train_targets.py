@@ -19,9 +19,16 @@ def base(tmp_path_factory) -> Base:
     return Base("tiny", write_model(tmp_path_factory.mktemp("targets") / "base", num_hidden_layers=3))
 
 
-@pytest.mark.parametrize("expression", [
-    r"model\.layers\.[01]\.self_attn\.(q|v)_proj", r".*\.(q|v)_proj", r".*self_attn\.\w_proj", r"model\.layers\.2\.mlp\..*_proj", ".*_proj",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "expression",
+    [
+        r"model\.layers\.[01]\.self_attn\.(q|v)_proj",
+        r".*\.(q|v)_proj",
+        r".*self_attn\.\w_proj",
+        r"model\.layers\.2\.mlp\..*_proj",
+        ".*_proj",
+    ],
+)
 def test_an_expression_takes_what_peft_takes_by_it(base, expression):
     """unslothai/unsloth-zoo#807, huggingface/peft#3129"""
     from peft import LoraConfig, get_peft_model
@@ -42,13 +49,19 @@ def test_a_name_is_still_a_name(base, asked):
     assert target_names(MetaModel(base.config, base.label), asked) == [f"model.layers.{layer}.self_attn.q_proj" for layer in range(3)]
 
 
-@pytest.mark.parametrize(("asked", "reason"), [
-    (r"model\.layers\.9\..*", "is the expression 'model\\.layers\\.9\\..*', which matches the full name of no linear layer of tiny. Full names are "
-                              "like 'model.layers.0.self_attn.q_proj', and all of one must match"),
-    (r"(q|v)_proj", "matches the full name of no linear layer of tiny"),  # matches an end, which peft does not take
-    (r"model.layers.(q_proj", "which is neither the name of a layer nor a regular expression"),
-    ("q_porj", "`train.target_modules` names 'q_porj', which is no linear layer"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        (
+            r"model\.layers\.9\..*",
+            "is the expression 'model\\.layers\\.9\\..*', which matches the full name of no linear layer of tiny. Full names are "
+            "like 'model.layers.0.self_attn.q_proj', and all of one must match",
+        ),
+        (r"(q|v)_proj", "matches the full name of no linear layer of tiny"),  # matches an end, which peft does not take
+        (r"model.layers.(q_proj", "which is neither the name of a layer nor a regular expression"),
+        ("q_porj", "`train.target_modules` names 'q_porj', which is no linear layer"),
+    ],
+)
 def test_what_matches_nothing_is_refused(base, asked, reason):
     with pytest.raises(OlpackError) as error:
         check_training(base, Train(target_modules=asked), on_gpu=False)

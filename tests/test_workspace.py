@@ -13,12 +13,47 @@ import pytest
 from olpack import workspace
 from olpack.workspace import file_digest, folder_fingerprint
 
-USUAL = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tokenizer.model.v3", "tekken.json",
-         "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
-         "preprocessor_config.json", "quantize_config.json", "adapter_config.json", "adapter_model.safetensors", "model.safetensors",
-         "model-00001-of-00002.safetensors", "LICENSE", "LICENSE.txt"]  # fmt: skip
-EXTRA = ["notes.txt", "eval.json", "train.log", "model-Q8_0.gguf", "optimizer.pt", "trainer_state.json", "pytorch_model.bin", "plot.png", "MODEL",
-         "backup.safetensors", "consolidated.safetensors", "README.md", ".gitattributes", "convert.py", "tokens.json.bak"]  # fmt: skip
+USUAL = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "tokenizer.model.v3",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "quantize_config.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "model.safetensors",
+    "model-00001-of-00002.safetensors",
+    "LICENSE",
+    "LICENSE.txt",
+]
+EXTRA = [
+    "notes.txt",
+    "eval.json",
+    "train.log",
+    "model-Q8_0.gguf",
+    "optimizer.pt",
+    "trainer_state.json",
+    "pytorch_model.bin",
+    "plot.png",
+    "MODEL",
+    "backup.safetensors",
+    "consolidated.safetensors",
+    "README.md",
+    ".gitattributes",
+    "convert.py",
+    "tokens.json.bak",
+]
 
 
 def all_of(folder: Path) -> str:

@@ -30,9 +30,7 @@ def tokenizer() -> Tokenizer:
     made.decoder = decoders.ByteLevel()
     made.train_from_iterator(
         _TEXT * 3,
-        trainers.BpeTrainer(
-            vocab_size=320, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-        ),
+        trainers.BpeTrainer(vocab_size=320, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False),
     )
     return made
 
@@ -41,9 +39,18 @@ def model(vocabulary: int, seed: int = 0) -> Qwen3ForCausalLM:
     """Weights large enough that the next token is far from uniform."""
     torch.manual_seed(seed)
     config = Qwen3Config(
-        vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=32, max_position_embeddings=1024, initializer_range=0.1, tie_word_embeddings=False, rope_theta=10000.0,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=1024,
+        initializer_range=0.1,
+        tie_word_embeddings=False,
+        rope_theta=10000.0,
+    )
     return Qwen3ForCausalLM(config).eval().float()
 
 
@@ -60,9 +67,7 @@ def parrot(vocabulary: int, token: int) -> Qwen3ForCausalLM:
     return made
 
 
-def write(
-    path: Path, made: Qwen3ForCausalLM, vocabulary: Tokenizer, kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32
-) -> Path:
+def write(path: Path, made: Qwen3ForCausalLM, vocabulary: Tokenizer, kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32) -> Path:
     """The same weights as a GGUF; matrices in `kind`, vectors in float32."""
     config = made.config
     writer = gguf.GGUFWriter(path, "qwen3")
@@ -91,9 +96,7 @@ def write(
     for name, tensor in made.state_dict().items():
         data = tensor.numpy()
         quantized = kind if data.ndim == 2 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(
-            names.get_name(name, try_suffixes=(".weight",)), gguf.quants.quantize(data, quantized), raw_dtype=quantized
-        )
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), gguf.quants.quantize(data, quantized), raw_dtype=quantized)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -14,8 +14,13 @@ LLAMA3 = QWEN2.replace(r"\p{N}|", r"\p{N}{1,3}|", 1)
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHAT_TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 
-_TEXT = ["def add(a, b):\n    return a + b\n", "It's 2024, isn't it? We'll see.", "class Stack:\n    items = [1, 22, 333]\n",
-         "for i in range(10):\n    print(i)\n", "Wörter, слова, 单词 und mehr."]  # fmt: skip
+_TEXT = [
+    "def add(a, b):\n    return a + b\n",
+    "It's 2024, isn't it? We'll see.",
+    "class Stack:\n    items = [1, 22, 333]\n",
+    "for i in range(10):\n    print(i)\n",
+    "Wörter, слова, 单词 und mehr.",
+]
 
 
 def write_tokenizer(folder: Path, *, pattern: str = QWEN2, vocabulary: int = 512, ignore_merges: bool = False) -> None:
@@ -23,9 +28,12 @@ def write_tokenizer(folder: Path, *, pattern: str = QWEN2, vocabulary: int = 512
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])  # fmt: skip
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
@@ -70,11 +78,24 @@ def write_model(
 
     llama3 = model_type == "llama"
     write_tokenizer(folder, pattern=LLAMA3 if llama3 else QWEN2, ignore_merges=llama3)
-    config = AutoConfig.for_model(model_type, **{
-        "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 256, "tie_word_embeddings": tied,
-        "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0, **settings,
-    })  # fmt: skip
+    config = AutoConfig.for_model(
+        model_type,
+        **{
+            "vocab_size": 512,
+            "hidden_size": 256,
+            "intermediate_size": 512,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+            "max_position_embeddings": 256,
+            "tie_word_embeddings": tied,
+            "bos_token_id": None,
+            "eos_token_id": 0,
+            "pad_token_id": 0,
+            **settings,
+        },
+    )
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype))
     model.save_pretrained(folder, max_shard_size=shard)
@@ -90,13 +111,30 @@ def write_vision_model(folder: Path, *, dtype: str = "float32") -> Path:
     write_tokenizer(folder)
     size = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()  # the converter cuts the embedding to it
     text = {
-        "vocab_size": size, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 256, "sliding_window": 128, "query_pre_attn_scalar": 64,
-        "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0,
-    }  # fmt: skip
+        "vocab_size": size,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "max_position_embeddings": 256,
+        "sliding_window": 128,
+        "query_pre_attn_scalar": 64,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
     vision = {"hidden_size": 64, "intermediate_size": 72, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=size - 1,
-                          boi_token_index=size - 2, eoi_token_index=size - 3, tie_word_embeddings=True)  # fmt: skip
+    config = Gemma3Config(
+        text_config=text,
+        vision_config=vision,
+        mm_tokens_per_image=4,
+        image_token_index=size - 1,
+        boi_token_index=size - 2,
+        eoi_token_index=size - 3,
+        tie_word_embeddings=True,
+    )
     torch.manual_seed(0)
     Gemma3ForConditionalGeneration(config).to(getattr(torch, dtype)).save_pretrained(folder)
     return folder

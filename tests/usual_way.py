@@ -12,7 +12,9 @@ import ctypes
 import logging
 import runpy
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from olpack.export.pretokenizer import recognize
 from olpack.llamacpp.source import converter_source
@@ -37,7 +39,7 @@ def convert(source: Path, file: Path) -> None:
     TextModel.get_vocab_base_pre = by_hash
 
 
-def quantize(source: Path, file: Path, quant: str, imatrix: Path | None = None, tensor_types: dict[str, str] = {}) -> None:
+def quantize(source: Path, file: Path, quant: str, imatrix: Path | None = None, tensor_types: Mapping[str, str] = MappingProxyType({})) -> None:
     """What `llama-quantize SOURCE FILE QUANT` does, with its --imatrix, and --tensor-type for each of `tensor_types`."""
     import llama_cpp
 

@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import pairwise
 from typing import Any
 
 
@@ -105,7 +106,15 @@ NUMBER_TESTS = (
     Part("multiple", ("{x} divisible by {k}", "multiples of {k}"), "{x} % {k} == 0", lambda n, k: n % k == 0, tuple(range(3, 12)), label="multiple"),
     Part("over", ("{x} greater than {p}", "{x} above {p}"), "{x} > {p}", lambda n, p: n > p, (1, 4, 6), _LIMITS, "over"),
     Part("under", ("{x} less than {p}", "{x} below {p}"), "{x} < {p}", lambda n, p: n < p, (2, 5, 8), _LIMITS, "under"),
-    Part("divided", ("{x} divisible by {p}", "multiples of {p}"), "{x} % {p} == 0", lambda n, p: n % p == 0, (2, 3), ("divisor", "k", "step"), "divisible"),
+    Part(
+        "divided",
+        ("{x} divisible by {p}", "multiples of {p}"),
+        "{x} % {p} == 0",
+        lambda n, p: n % p == 0,
+        (2, 3),
+        ("divisor", "k", "step"),
+        "divisible",
+    ),
 )
 NUMBER_CHANGES = (
     Part("square", ("squares of {x}",), "{x} * {x}", lambda n: n * n, label="squares"),
@@ -128,8 +137,16 @@ def _first(values: Sequence, default: Any = None) -> Any:
 NUMBER_ENDS = (
     Part("list", ("a list of the {x}", "all {x}", "the {x} as a list"), "[{x}]", list, label="list"),
     Part("sum", ("the sum of the {x}", "the total of the {x}"), "sum({x})", sum, label="sum", does=("adds up the {x}", "sums the {x}")),
-    Part("largest", ("the largest of the {x}, or None if there is none",), "max(({x}), default=None)", lambda v: max(v, default=None), label="largest"),
-    Part("smallest", ("the smallest of the {x}, or None if there is none",), "min(({x}), default=None)", lambda v: min(v, default=None), label="smallest"),
+    Part(
+        "largest", ("the largest of the {x}, or None if there is none",), "max(({x}), default=None)", lambda v: max(v, default=None), label="largest"
+    ),
+    Part(
+        "smallest",
+        ("the smallest of the {x}, or None if there is none",),
+        "min(({x}), default=None)",
+        lambda v: min(v, default=None),
+        label="smallest",
+    ),
     Part("sorted", ("the {x} in ascending order", "a sorted list of the {x}"), "sorted({x})", sorted, label="sorted", does=("sorts the {x}",)),
     Part("descending", ("the {x} in descending order",), "sorted(({x}), reverse=True)", lambda v: sorted(v, reverse=True), label="descending"),
     Part("set", ("the set of the {x}", "a set of the {x}"), "{{{x}}}", set, label="set"),
@@ -140,14 +157,44 @@ COUNT = Part("count", ("the number of {x}", "the count of {x}"), "sum(1 for {x})
 
 _LETTERS = ("a", "b", "c", "s", "t", "x", "z")
 WORD_TESTS = (
-    Part("longer", ("{x} longer than {k} characters", "{x} with more than {k} characters"), "len({x}) > {k}", lambda w, k: len(w) > k, _SMALL[:9], label="long"),
-    Part("shorter", ("{x} shorter than {k} characters", "{x} with fewer than {k} characters"), "len({x}) < {k}", lambda w, k: len(w) < k, _SMALL[:9], label="short"),
+    Part(
+        "longer",
+        ("{x} longer than {k} characters", "{x} with more than {k} characters"),
+        "len({x}) > {k}",
+        lambda w, k: len(w) > k,
+        _SMALL[:9],
+        label="long",
+    ),
+    Part(
+        "shorter",
+        ("{x} shorter than {k} characters", "{x} with fewer than {k} characters"),
+        "len({x}) < {k}",
+        lambda w, k: len(w) < k,
+        _SMALL[:9],
+        label="short",
+    ),
     Part("starting", ("{x} that start with '{k}'", "{x} beginning with '{k}'"), "{x}.startswith({k})", str.startswith, _LETTERS, label="starting"),
     Part("ending", ("{x} that end with '{k}'", "{x} ending in '{k}'"), "{x}.endswith({k})", str.endswith, _LETTERS, label="ending"),
     Part("containing", ("{x} that contain '{k}'", "{x} with '{k}' in them"), "{k} in {x}", lambda w, k: k in w, _LETTERS, label="containing"),
     Part("filled", ("{x} that are not empty", "nonempty {x}"), "{x}", bool, label="nonempty"),
-    Part("prefixed", ("{x} that start with {p}", "{x} beginning with {p}"), "{x}.startswith({p})", str.startswith, ("a", "ba"), ("prefix", "start", "letter"), "prefixed"),
-    Part("sized", ("{x} of length {p}", "{x} with {p} characters"), "len({x}) == {p}", lambda w, p: len(w) == p, (3, 5), ("size", "length", "count"), "sized"),
+    Part(
+        "prefixed",
+        ("{x} that start with {p}", "{x} beginning with {p}"),
+        "{x}.startswith({p})",
+        str.startswith,
+        ("a", "ba"),
+        ("prefix", "start", "letter"),
+        "prefixed",
+    ),
+    Part(
+        "sized",
+        ("{x} of length {p}", "{x} with {p} characters"),
+        "len({x}) == {p}",
+        lambda w, p: len(w) == p,
+        (3, 5),
+        ("size", "length", "count"),
+        "sized",
+    ),
 )
 WORD_CHANGES = (
     Part("upper", ("{x} in upper case", "{x}, all in capitals"), "{x}.upper()", str.upper, label="upper"),
@@ -160,12 +207,40 @@ WORD_CHANGES = (
 )
 _WORDS = (("apple", "fig", "banana", "cat", "zebra"), ("tax", "Sun", "bus", "bat", "xxs", "abcabc"), (" tea ", "", "coffee", "as", "at"), (), ("a",))
 WORD_ENDS = (
-    *NUMBER_ENDS[:1], *NUMBER_ENDS[4:8],
-    Part("comma", ("the {x}, joined with commas", "a text of the {x}, separated by commas"), "','.join({x})", ",".join, label="commas", does=("joins the {x} with commas",)),
-    Part("spaced", ("the {x}, joined with spaces", "a text of the {x}, separated by spaces"), "' '.join({x})", " ".join, label="spaced", does=("joins the {x} with spaces",)),
-    Part("dashed", ("the {x}, joined with dashes", "a text of the {x}, separated by dashes"), "'-'.join({x})", "-".join, label="dashed", does=("joins the {x} with dashes",)),
-    Part("longest", ("the longest of the {x}, or an empty text if there is none",), "max(({x}), key=len, default='')", lambda v: max(v, key=len, default=""), label="longest"),
-)  # fmt: skip
+    *NUMBER_ENDS[:1],
+    *NUMBER_ENDS[4:8],
+    Part(
+        "comma",
+        ("the {x}, joined with commas", "a text of the {x}, separated by commas"),
+        "','.join({x})",
+        ",".join,
+        label="commas",
+        does=("joins the {x} with commas",),
+    ),
+    Part(
+        "spaced",
+        ("the {x}, joined with spaces", "a text of the {x}, separated by spaces"),
+        "' '.join({x})",
+        " ".join,
+        label="spaced",
+        does=("joins the {x} with spaces",),
+    ),
+    Part(
+        "dashed",
+        ("the {x}, joined with dashes", "a text of the {x}, separated by dashes"),
+        "'-'.join({x})",
+        "-".join,
+        label="dashed",
+        does=("joins the {x} with dashes",),
+    ),
+    Part(
+        "longest",
+        ("the longest of the {x}, or an empty text if there is none",),
+        "max(({x}), key=len, default='')",
+        lambda v: max(v, key=len, default=""),
+        label="longest",
+    ),
+)
 
 CHARACTER_TESTS = (
     Part("vowels", ("vowels", "vowels"), "{x}.lower() in 'aeiou'", lambda c: c.lower() in "aeiou", label="vowels"),
@@ -174,13 +249,30 @@ CHARACTER_TESTS = (
     Part("capitals", ("upper case letters", "capital letters"), "{x}.isupper()", str.isupper, label="capitals"),
     Part("smalls", ("lower case letters",), "{x}.islower()", str.islower, label="lowercase"),
     Part("spaces", ("spaces",), "{x} == ' '", lambda c: c == " ", label="spaces"),
-    Part("given", ("characters equal to {p}", "occurrences of {p}"), "{x} == {p}", lambda c, p: c == p, ("a", "o"), ("letter", "char", "character"), "given"),
-    Part("inside", ("characters that are in {p}", "characters found in {p}"), "{x} in {p}", lambda c, p: c in p, ("abc", "lo1"), ("allowed", "chars", "alphabet"), "allowed"),
+    Part(
+        "given",
+        ("characters equal to {p}", "occurrences of {p}"),
+        "{x} == {p}",
+        lambda c, p: c == p,
+        ("a", "o"),
+        ("letter", "char", "character"),
+        "given",
+    ),
+    Part(
+        "inside",
+        ("characters that are in {p}", "characters found in {p}"),
+        "{x} in {p}",
+        lambda c, p: c in p,
+        ("abc", "lo1"),
+        ("allowed", "chars", "alphabet"),
+        "allowed",
+    ),
 )
 _TEXTS = ("Hello World 42", "aardvark Oboe", "A1 b2 C3", "loop: solo", "")
 CHARACTER_ENDS = (
-    Part("text", ("a text of the {x} in {t}", "the {x} of {t} as one text"), "''.join({x})", "".join, label="only",
-         does=("keeps only the {x} of {t}",)),
+    Part(
+        "text", ("a text of the {x} in {t}", "the {x} of {t} as one text"), "''.join({x})", "".join, label="only", does=("keeps only the {x} of {t}",)
+    ),
     Part("list", ("a list of the {x} in {t}", "all {x} of {t} as a list"), "[{x}]", list, label="list"),
     Part("set", ("the set of the {x} in {t}",), "{{{x}}}", set, label="set"),
     Part("count", ("the number of {x} in {t}", "how many {x} {t} has"), "sum(1 for {x})", len, label="count", does=("counts the {x} in {t}",)),
@@ -197,8 +289,20 @@ TEXT_STEPS = (
     Part("lower", ("in lower case",), "{x}.lower()", str.lower, label="lower"),
     Part("upper", ("in upper case",), "{x}.upper()", str.upper, label="upper"),
     Part("backwards", ("reversed", "written backwards"), "{x}[::-1]", lambda t: t[::-1], label="reverse"),
-    Part("dashes", ("with dashes instead of spaces", "with spaces replaced by dashes"), "{x}.replace(' ', '-')", lambda t: t.replace(" ", "-"), label="dashes"),
-    Part("underscores", ("with underscores instead of spaces", "with spaces replaced by underscores"), "{x}.replace(' ', '_')", lambda t: t.replace(" ", "_"), label="underscores"),
+    Part(
+        "dashes",
+        ("with dashes instead of spaces", "with spaces replaced by dashes"),
+        "{x}.replace(' ', '-')",
+        lambda t: t.replace(" ", "-"),
+        label="dashes",
+    ),
+    Part(
+        "underscores",
+        ("with underscores instead of spaces", "with spaces replaced by underscores"),
+        "{x}.replace(' ', '_')",
+        lambda t: t.replace(" ", "_"),
+        label="underscores",
+    ),
     Part("unspaced", ("without its spaces", "with all spaces removed"), "{x}.replace(' ', '')", lambda t: t.replace(" ", ""), label="compact"),
     Part("start", ("cut to its first {k} characters",), "{x}[:{k}]", lambda t, k: t[:k], _SMALL[:9], label="start"),
     Part("end", ("cut to its last {k} characters",), "{x}[-{k}:]", lambda t, k: t[-k:], _SMALL[:9], label="end"),
@@ -230,13 +334,28 @@ PAIR_ENDS = (
 )
 
 BOUNDS = (
-    Part("both", ("kept between {low} and {high}", "limited to the range from {low} to {high}", "bounded by {low} and {high}"),
-         "max({low}, min({x}, {high}))", lambda x, low, high: max(low, min(x, high)), label="clamp",
-         does=("keeps {x} between {low} and {high}", "limits {x} to the range from {low} to {high}", "keeps {x} within two bounds",
-               "limits {x} to two bounds", "keeps {x} between two limits", "restricts {x} to a range")),
-    Part("least", ("but at least {low}", "raised to {low} where it is smaller"), "max({x}, {low})", lambda x, low, high: max(x, low), label="at_least"),
-    Part("most", ("but at most {high}", "lowered to {high} where it is larger"), "min({x}, {high})", lambda x, low, high: min(x, high), label="at_most"),
-)  # fmt: skip
+    Part(
+        "both",
+        ("kept between {low} and {high}", "limited to the range from {low} to {high}", "bounded by {low} and {high}"),
+        "max({low}, min({x}, {high}))",
+        lambda x, low, high: max(low, min(x, high)),
+        label="clamp",
+        does=(
+            "keeps {x} between {low} and {high}",
+            "limits {x} to the range from {low} to {high}",
+            "keeps {x} within two bounds",
+            "limits {x} to two bounds",
+            "keeps {x} between two limits",
+            "restricts {x} to a range",
+        ),
+    ),
+    Part(
+        "least", ("but at least {low}", "raised to {low} where it is smaller"), "max({x}, {low})", lambda x, low, high: max(x, low), label="at_least"
+    ),
+    Part(
+        "most", ("but at most {high}", "lowered to {high} where it is larger"), "min({x}, {high})", lambda x, low, high: min(x, high), label="at_most"
+    ),
+)
 BOUND_CHANGES = (
     Part("plain", ("{x}",), "{x}", lambda n: n),
     Part("square", ("the square of {x}",), "{x} ** 2", lambda n: n**2, label="square"),
@@ -259,29 +378,61 @@ LIST_ORDERS = (
     Part("headless", ("{x} without its first item", "{x} after the first item"), "{x}[1:]", lambda v: v[1:], label="after_first"),
     Part("tailless", ("{x} without its last item", "{x} up to the last item"), "{x}[:-1]", lambda v: v[:-1], label="before_last"),
     Part("alternate", ("every second item of {x}",), "{x}[::2]", lambda v: v[::2], label="alternate"),
-    Part("distinct", ("{x} without duplicates", "the distinct items of {x}"), "list(dict.fromkeys({x}))", lambda v: list(dict.fromkeys(v)), label="unique"),
+    Part(
+        "distinct",
+        ("{x} without duplicates", "the distinct items of {x}"),
+        "list(dict.fromkeys({x}))",
+        lambda v: list(dict.fromkeys(v)),
+        label="unique",
+    ),
 )
 _COUNTS = ("n", "count", "size", "k", "number")
 LIST_CUTS = (
     Part("first", ("the first {p} items of {x}",), "{x}[:{p}]", lambda v, p: v[:p], (2,), _COUNTS, "first"),
-    Part("rest", ("all but the first {p} items of {x}", "the items of {x} after the first {p}"), "{x}[{p}:]", lambda v, p: v[p:], (2,), _COUNTS, "skip"),
+    Part(
+        "rest", ("all but the first {p} items of {x}", "the items of {x} after the first {p}"), "{x}[{p}:]", lambda v, p: v[p:], (2,), _COUNTS, "skip"
+    ),
     Part("last", ("the last {p} items of {x}",), "{x}[-{p}:]", lambda v, p: v[-p:], (2,), _COUNTS, "last"),
     Part("every", ("every {p}-th item of {x}",), "{x}[::{p}]", lambda v, p: v[::p], (2, 3), ("step", "n", "k"), "every"),
     Part("head", ("the first item of {x}",), "{x}[0]", lambda v: v[0], label="head"),
     Part("tail", ("the last item of {x}",), "{x}[-1]", lambda v: v[-1], label="tail"),
-    Part("chunks", ("{x} in lists of at most {p} items", "lists of at most {p} items of {x}"),
-         "[{x}[i:i + {p}] for i in range(0, len({x}), {p})]", lambda v, p: [v[i : i + p] for i in range(0, len(v), p)], (2, 3), _COUNTS, "chunks",
-         ("splits {x} into lists of at most {p} items", "cuts {x} into lists of at most {p} items")),
-    Part("pairs", ("a list of pairs of neighbours in {x}", "the pairs of each item of {x} and the next"),
-         "list(zip({x}, {x}[1:]))", lambda v: list(zip(v, v[1:], strict=False)), label="pairs"),
-)  # fmt: skip
+    Part(
+        "chunks",
+        ("{x} in lists of at most {p} items", "lists of at most {p} items of {x}"),
+        "[{x}[i:i + {p}] for i in range(0, len({x}), {p})]",
+        lambda v, p: [v[i : i + p] for i in range(0, len(v), p)],
+        (2, 3),
+        _COUNTS,
+        "chunks",
+        ("splits {x} into lists of at most {p} items", "cuts {x} into lists of at most {p} items"),
+    ),
+    Part(
+        "pairs",
+        ("a list of pairs of neighbours in {x}", "the pairs of each item of {x} and the next"),
+        "list(zip({x}, {x}[1:]))",
+        lambda v: list(pairwise(v)),
+        label="pairs",
+    ),
+)
 
 VALUE_TESTS = NUMBER_TESTS[:10]
 DICT_ENDS = (
     Part("dict", ("a dict of the items of {d} with {x}", "the entries of {d} that have {x}"), "{{{k}: {v} for {f}}}", dict, label="items"),
     Part("keys", ("a list of the keys of {d} with {x}", "the keys in {d} that have {x}"), "[{k} for {f}]", lambda m: list(m), label="keys"),
-    Part("values", ("a list of the values of {d}, only {x}", "the values in {d} that are {x}"), "[{v} for {f}]", lambda m: list(m.values()), label="values"),
-    Part("sum", ("the sum of the values of {d}, only {x}", "the total of the values in {d} that are {x}"), "sum({v} for {f})", lambda m: sum(m.values()), label="sum"),
+    Part(
+        "values",
+        ("a list of the values of {d}, only {x}", "the values in {d} that are {x}"),
+        "[{v} for {f}]",
+        lambda m: list(m.values()),
+        label="values",
+    ),
+    Part(
+        "sum",
+        ("the sum of the values of {d}, only {x}", "the total of the values in {d} that are {x}"),
+        "sum({v} for {f})",
+        lambda m: sum(m.values()),
+        label="sum",
+    ),
     Part("count", ("how many keys of {d} have {x}", "the number of entries of {d} with {x}"), "sum(1 for {f})", len, label="count"),
 )
 _DICTS = ({"a": 3, "b": 8, "c": -2}, {"x": 10, "y": 15, "z": 0, "w": 7}, {"one": 6, "two": -9, "three": 12}, {})
@@ -302,9 +453,16 @@ def _name(rng: random.Random, *parts: Part, joined: str = "_") -> tuple[str, boo
 
 
 def _exercise(
-    combination: Sequence[str], name: str, arguments: Sequence[str], wanted: str, body: Sequence[str], samples: Sequence[tuple],
-    run: Callable[..., Any], telling: bool = False, verbal: bool = False,
-) -> Exercise:  # fmt: skip
+    combination: Sequence[str],
+    name: str,
+    arguments: Sequence[str],
+    wanted: str,
+    body: Sequence[str],
+    samples: Sequence[tuple],
+    run: Callable[..., Any],
+    telling: bool = False,
+    verbal: bool = False,
+) -> Exercise:
     asserts = []
     for sample in samples:
         try:
@@ -363,7 +521,9 @@ def _filtered(rng: random.Random, kind: str, thing: str, names: Sequence[str], v
 
     function, telling = _name(rng, end, test, change)
     arguments = [name, *([_fitting(name, tested.parameter)] if given else [])]
-    return _exercise((kind, test.key, change.key, end.key), function, arguments, wanted, body, [(list(values), *given) for values in lists], run, telling, verbal)
+    return _exercise(
+        (kind, test.key, change.key, end.key), function, arguments, wanted, body, [(list(values), *given) for values in lists], run, telling, verbal
+    )
 
 
 def numbers(rng: random.Random) -> Exercise:
@@ -410,7 +570,9 @@ def tested_number(rng: random.Random) -> Exercise:
     joint = rng.choice(("", "", "and", "or"))
     drawn = [_draw(rng, part) for part in ((first, second) if joint else (first,))]
     adjectives = {"even": "even", "odd": "odd", "positive": "positive", "negative": "negative", "nonzero": "not zero"}
-    said = [adjectives.get(one.part.key) or one.words.format(x="", k=one.constant, p="").strip().replace("multiples of", "a multiple of") for one in drawn]
+    said = [
+        adjectives.get(one.part.key) or one.words.format(x="", k=one.constant, p="").strip().replace("multiples of", "a multiple of") for one in drawn
+    ]
     subject = rng.choice(("a number", f"`{name}`"))
     wanted = f"whether {subject} is {f' {joint} '.join(said)}"
     body = [f"return {f' {joint} '.join(one.write(name) for one in drawn)}"]
@@ -457,8 +619,9 @@ def characters(rng: random.Random) -> Exercise:
     function, telling = _name(rng, end, *([Part("", (), "", bool, label="non")] if negated else []), test, change)
     arguments = [name, *([_fitting(name, tested.parameter)] if given else [])]
     keys = ("characters", "not" if negated else "yes", test.key, change.key, end.key)
-    return _exercise(keys, function, arguments, wanted, [f"return {end.code.format(x=generator)}"], [(text, *given) for text in _TEXTS], run, telling,
-                     verbal)
+    return _exercise(
+        keys, function, arguments, wanted, [f"return {end.code.format(x=generator)}"], [(text, *given) for text in _TEXTS], run, telling, verbal
+    )
 
 
 def text_steps(rng: random.Random) -> Exercise:
@@ -524,7 +687,9 @@ def bounded(rng: random.Random) -> Exercise:
     if changes[0].part.label and rng.random() < 0.5:
         function = "_".join([function, *(change.part.label for change in changes)])
     keys = ("bounded", *(change.part.key for change in changes), bound.key)
-    return _exercise(keys, function, [name, *used], wanted, [f"return {written}"], samples, run, bound.key == "both" and chosen[0].key == "plain", verbal)
+    return _exercise(
+        keys, function, [name, *used], wanted, [f"return {written}"], samples, run, bound.key == "both" and chosen[0].key == "plain", verbal
+    )
 
 
 def cuts(rng: random.Random) -> Exercise:
@@ -586,9 +751,17 @@ def dicts(rng: random.Random) -> Exercise:
 
 
 KINDS: dict[str, Callable[[random.Random], Exercise]] = {
-    "numbers": numbers, "words": words, "quantified": quantified, "tested_number": tested_number, "characters": characters,
-    "text_steps": text_steps, "arithmetic": arithmetic, "bounded": bounded, "cuts": cuts, "dicts": dicts,
-}  # fmt: skip
+    "numbers": numbers,
+    "words": words,
+    "quantified": quantified,
+    "tested_number": tested_number,
+    "characters": characters,
+    "text_steps": text_steps,
+    "arithmetic": arithmetic,
+    "bounded": bounded,
+    "cuts": cuts,
+    "dicts": dicts,
+}
 
 
 def verified(exercise: Exercise) -> bool:

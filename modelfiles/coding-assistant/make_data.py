@@ -59,25 +59,63 @@ _DOES = (
     "Can you write a Python function `{sig}` which {wanted}?",
 )
 _UNNAMED = (
-    "Write a Python function that {wanted}.", "I need a function that {wanted}.", "write a function that {wanted}", "How do I write a function that {wanted}?",
+    "Write a Python function that {wanted}.",
+    "I need a function that {wanted}.",
+    "write a function that {wanted}",
+    "How do I write a function that {wanted}?",
     "Give me Python code that {wanted}.",
-)  # fmt: skip
+)
 _OTHER = (
     ("What is the capital of {}?", ("France", "Spain", "Japan", "Egypt", "Brazil", "Kenya", "Norway", "Chile", "India", "Peru")),
     ("Who {}?", ("are you", "wrote Hamlet", "invented the radio", "is the president", "won the world cup", "painted the Mona Lisa")),
     ("Tell me {}.", ("a joke", "a story", "about cats", "something about history", "the weather", "the news", "who you are", "what time it is")),
     ("Write a {}.", ("poem", "letter to my boss", "short story about the sea", "song", "recipe for bread", "birthday card", "novel", "review")),
     ("Write a Python class {}.", ("Queue", "Person", "Account", "Tree", "Matrix", "Logger", "Point", "Graph", "Car", "Node")),
-    ("Write a Python program that {}.", ("downloads a web page", "sends an email", "plays chess", "opens a window", "reads a PDF file", "draws a circle",
-                                         "talks to a database", "renames files", "trains a neural network", "prints the news")),
+    (
+        "Write a Python program that {}.",
+        (
+            "downloads a web page",
+            "sends an email",
+            "plays chess",
+            "opens a window",
+            "reads a PDF file",
+            "draws a circle",
+            "talks to a database",
+            "renames files",
+            "trains a neural network",
+            "prints the news",
+        ),
+    ),
     ("Write a {} program.", ("Java", "Rust", "C", "JavaScript", "Go", "Haskell", "shell", "Perl")),
     ("Translate '{}' into German.", ("good morning", "I am hungry", "the sky is blue", "where is the station", "thank you")),
     ("How do I {}?", ("cook rice", "learn to swim", "fix my bike", "install Linux", "lose weight", "get to Rome", "make friends", "write a book")),
     ("Explain {}.", ("gravity", "recursion", "inflation", "how engines work", "the French revolution", "quantum computers", "photosynthesis")),
-    ("{}", ("Hello", "Hi there!", "Good morning.", "Thanks!", "How are you?", "ok", "Why?", "test", "Help me, please.", "What can you do?", "?", "yes")),
-    ("{}", ("Bonjour, comment allez-vous ?", "Wie geht es dir?", "Hola, ¿qué tal?", "Ciao, come stai?", "ما هي عاصمة فرنسا؟", "مرحبا", "كيف حالك؟",
-            "اكتب قصة قصيرة", "Привет, как дела?", "Напиши стихотворение", "你好", "今天天气怎么样?", "こんにちは", "元気ですか?", "안녕하세요", "Bom dia!")),
-)  # fmt: skip
+    (
+        "{}",
+        ("Hello", "Hi there!", "Good morning.", "Thanks!", "How are you?", "ok", "Why?", "test", "Help me, please.", "What can you do?", "?", "yes"),
+    ),
+    (
+        "{}",
+        (
+            "Bonjour, comment allez-vous ?",
+            "Wie geht es dir?",
+            "Hola, ¿qué tal?",
+            "Ciao, come stai?",
+            "ما هي عاصمة فرنسا؟",
+            "مرحبا",
+            "كيف حالك؟",
+            "اكتب قصة قصيرة",
+            "Привет, как дела?",
+            "Напиши стихотворение",
+            "你好",
+            "今天天气怎么样?",
+            "こんにちは",
+            "元気ですか?",
+            "안녕하세요",
+            "Bom dia!",
+        ),
+    ),
+)
 _NAMED = ("Write a Python function {sig}.", "Write a Python function `{sig}`.", "Implement `{sig}` in Python.", "Please write the function `{sig}`.")
 
 

@@ -64,8 +64,9 @@ def _gpu() -> Finding:
     except ImportError as error:
         return Finding("GPU", "broken", f"torch does not import: {error}", "Install torch again.")
     if not torch.cuda.is_available():
-        return Finding("GPU", "missing", "none that torch can use: training runs on the CPU",
-                       "For an NVIDIA card, install its driver and a CUDA build of torch.")
+        return Finding(
+            "GPU", "missing", "none that torch can use: training runs on the CPU", "For an NVIDIA card, install its driver and a CUDA build of torch."
+        )
     found = torch.cuda.get_device_properties(0)
     return Finding("GPU", "ready", f"{found.name}, {quantity(found.total_memory, 'B')}, compute capability {found.major}.{found.minor}")
 
@@ -108,8 +109,12 @@ def _converter() -> Finding:
     if os.environ.get(VARIABLE):
         return _tried("converter", lambda: str(converter_source()))
     if (found := cached_source()) is None:
-        return Finding("converter", "missing", "llama.cpp's converter is not in the cache: the first export fetches it",
-                       "Without a network, point OLPACK_LLAMA_CPP at a llama.cpp checkout.")
+        return Finding(
+            "converter",
+            "missing",
+            "llama.cpp's converter is not in the cache: the first export fetches it",
+            "Without a network, point OLPACK_LLAMA_CPP at a llama.cpp checkout.",
+        )
     return Finding("converter", "ready", str(found))
 
 
@@ -121,8 +126,12 @@ def _k_quants() -> Finding:
             return Finding("K-quants", "ready", "compiled for this processor, with the bits of llama.cpp's")
     except OlpackError as error:
         return Finding("K-quants", "broken", error.problem, error.remedy)
-    return Finding("K-quants", "missing", "llama.cpp's own functions make them, several times slower",
-                   "Install a C++ compiler (`apt install g++`), or name one in CXX.")
+    return Finding(
+        "K-quants",
+        "missing",
+        "llama.cpp's own functions make them, several times slower",
+        "Install a C++ compiler (`apt install g++`), or name one in CXX.",
+    )
 
 
 def _server() -> Finding:
@@ -134,8 +143,12 @@ def _server() -> Finding:
         return Finding("Ollama", "broken", error.problem, error.remedy)
     found = client.version()
     if found is None:
-        return Finding("Ollama", "missing", f"no server answers at {client.url}: olpack works, nothing is served",
-                       "Install it from https://ollama.com/download and start it with `ollama serve`, or set OLLAMA_HOST.")
+        return Finding(
+            "Ollama",
+            "missing",
+            f"no server answers at {client.url}: olpack works, nothing is served",
+            "Install it from https://ollama.com/download and start it with `ollama serve`, or set OLLAMA_HOST.",
+        )
     if not creates_adapters(found):
         without = f"it creates no models with adapters (`package: adapter`), {_store(client)}"
         return _tried("Ollama", lambda: f"{client.require()} at {client.url}; {without}")

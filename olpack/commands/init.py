@@ -55,8 +55,17 @@ def write_recipe(path: Path, base: str, train: str, system: str | None = None) -
     if hub and (not _HUB_ID.fullmatch(train) or set(SUFFIXES).intersection(Path(train).suffixes)):
         raise OlpackError(f"There is no {train} here.", "Name a file or a folder of rows, or a data set on the Hub as owner/name.")
     settings = Recipe(base=_from(folder, base) if here else base, data=Data(train=train if hub else _from(folder, train)))
-    text = render_text(template_source("recipe.yaml.j2"), "recipe.yaml.j2", "The recipe's template", filters={"quoted": _quoted},
-                       name=folder.name, settings=settings, hub=hub, system=system, parameters=PARAMETERS)  # fmt: skip
+    text = render_text(
+        template_source("recipe.yaml.j2"),
+        "recipe.yaml.j2",
+        "The recipe's template",
+        filters={"quoted": _quoted},
+        name=folder.name,
+        settings=settings,
+        hub=hub,
+        system=system,
+        parameters=PARAMETERS,
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

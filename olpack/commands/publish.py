@@ -25,8 +25,9 @@ def _exported(build: Build) -> list:
 
 def _modelfiles(build: Build) -> list[Path]:
     if (step := build.step("modelfiles")).stale:
-        raise OlpackError(f"The Modelfiles of {build.recipe.name} are stale: {step.reason}.",
-                          f"Run `olpack build {build.recipe.name} --only modelfiles`.")
+        raise OlpackError(
+            f"The Modelfiles of {build.recipe.name} are stale: {step.reason}.", f"Run `olpack build {build.recipe.name} --only modelfiles`."
+        )
     return [build.paths.modelfile(quant.tag) for quant in build.quants]
 
 
@@ -91,12 +92,23 @@ def push_to_hub(build: Build, repo: str, private: bool | None) -> str:
     from olpack.workspace import template_source
 
     if build.paths.base:
-        raise OlpackError("The Hub hands Ollama one GGUF, without an adapter beside it.",
-                          f"Push the merged form: `olpack build {build.recipe.name} --set package=merged`, with `package: merged` in the recipe.")
+        raise OlpackError(
+            "The Hub hands Ollama one GGUF, without an adapter beside it.",
+            f"Push the merged form: `olpack build {build.recipe.name} --set package=merged`, with `package: merged` in the recipe.",
+        )
     files = _exported(build)
     table = "" if build.step("compare").stale else markdown_table(read_results(build.paths.results))
-    card = hub_card(template_source("hub_card.md.j2"), repo=repo, name=build.recipe.name, base=build.recipe.base, files=files,
-                    package=build.package, license=build.base.license, recommended=_latest(build), table=table)
+    card = hub_card(
+        template_source("hub_card.md.j2"),
+        repo=repo,
+        name=build.recipe.name,
+        base=build.recipe.base,
+        files=files,
+        package=build.package,
+        license=build.base.license,
+        recommended=_latest(build),
+        table=table,
+    )
     return push_to_hub(repo, files, _modelfiles(build), build.package, card, private)
 
 

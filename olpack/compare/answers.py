@@ -13,7 +13,9 @@ _LONGEST_PERIOD = 200  # characters of the stretch that repeats
 _LOOP_CHARACTERS = 40  # shorter repetitions are rulers, indentation, a row of zeros
 
 
-def answer_of(text: str, finish: Literal["stop", "length"], tokens: int, *, prompt: str = "", reasoning: str = "", broken_off: bool = False) -> Answer:
+def answer_of(
+    text: str, finish: Literal["stop", "length"], tokens: int, *, prompt: str = "", reasoning: str = "", broken_off: bool = False
+) -> Answer:
     """An answer with its reasoning set apart, and its flags.
 
     Args:

@@ -43,8 +43,12 @@ def _row(quant: QuantResult, results: Results) -> dict[str, object]:
     if quant.loss:
         row |= {"loss_relative": quant.loss.relative, "loss_standard_error": quant.loss.standard_error}
     if quant.divergence:
-        row |= {"kl_divergence": quant.divergence.mean, "kl_divergence_standard_error": quant.divergence.standard_error,
-                "kl_divergence_p99": quant.divergence.p99, "same_top": quant.divergence.same_top}  # fmt: skip
+        row |= {
+            "kl_divergence": quant.divergence.mean,
+            "kl_divergence_standard_error": quant.divergence.standard_error,
+            "kl_divergence_p99": quant.divergence.p99,
+            "same_top": quant.divergence.same_top,
+        }
     if quant.divergence_without_importance:
         row["kl_divergence_without_importance"] = quant.divergence_without_importance.mean
     row["flags"] = "; ".join(flag.text for flag in quant.flags)

@@ -95,9 +95,18 @@ def summarize(reference: str, rows: Sequence[Sequence[float]], same_top: Sequenc
     share, share_error = ratio(same_top, counts)
     percentile, percentile_error = _percentile(rows)
     return Divergence(
-        reference=reference, rows=len(rows), tokens=sum(counts), mean=mean, standard_error=error, p99=percentile,
-        p99_standard_error=percentile_error, same_top=share, same_top_standard_error=share_error, row_kl=sums, row_same_top=list(same_top),
-    )  # fmt: skip
+        reference=reference,
+        rows=len(rows),
+        tokens=sum(counts),
+        mean=mean,
+        standard_error=error,
+        p99=percentile,
+        p99_standard_error=percentile_error,
+        same_top=share,
+        same_top_standard_error=share_error,
+        row_kl=sums,
+        row_same_top=list(same_top),
+    )
 
 
 def _percentile(rows: Sequence[Sequence[float]]) -> tuple[float, float | None]:

@@ -8,8 +8,13 @@ from olpack.compare.language import Scripts
 from olpack.compare.perplexity import paired_loss
 from olpack.compare.results import Flag, QuantResult
 
-_SAID = {"empty": "empty", "looping": "in a loop", "endless": "not finished at the limit", "script": "in another script than expected",
-         "reasoning": "not scored: cut before the reasoning ended"}  # fmt: skip
+_SAID = {
+    "empty": "empty",
+    "looping": "in a loop",
+    "endless": "not finished at the limit",
+    "script": "in another script than expected",
+    "reasoning": "not scored: cut before the reasoning ended",
+}
 _ERRORS = 3  # standard errors: chance alone passes them once in 740 pairs, and a comparison of five files has ten pairs
 
 

@@ -63,9 +63,14 @@ def run_suite(engine: Engine, name: str, folder: Path | None, limit: int | None,
     unsafe = os.environ.get("HF_ALLOW_CODE_EVAL") == "1"
     try:
         found = simple_evaluate(
-            model=EngineModel(engine, show), tasks=[name], task_manager=_tasks(name, folder), limit=limit,
-            bootstrap_iters=_RESAMPLES, log_samples=False, confirm_run_unsafe_code=unsafe,
-        )  # fmt: skip
+            model=EngineModel(engine, show),
+            tasks=[name],
+            task_manager=_tasks(name, folder),
+            limit=limit,
+            bootstrap_iters=_RESAMPLES,
+            log_samples=False,
+            confirm_run_unsafe_code=unsafe,
+        )
     except OlpackError:
         raise
     except Exception as error:
@@ -78,10 +83,15 @@ def run_suite(engine: Engine, name: str, folder: Path | None, limit: int | None,
             if not kept or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             error = figures.get(f"{metric}_stderr,{kept}")
-            scores.append(SuiteScore(
-                suite=task, metric=metric if kept == "none" else f"{metric}, {kept}", value=value,
-                standard_error=error if isinstance(error, int | float) else None, limit=limit,
-            ))  # fmt: skip
+            scores.append(
+                SuiteScore(
+                    suite=task,
+                    metric=metric if kept == "none" else f"{metric}, {kept}",
+                    value=value,
+                    standard_error=error if isinstance(error, int | float) else None,
+                    limit=limit,
+                )
+            )
     return scores
 
 

@@ -21,9 +21,13 @@ _SCHEMA = {"schema": SCHEMA_VERSION}
 def of_speed(engine: str, cpu: str, settings: MeasureSettings) -> Keys:
     """The rounds of speed, and several clients at once. `engine` says what runs the model, its version and threads included."""
     timed = _SCHEMA | {
-        "engine": engine, "cpu": cpu, "context": settings.context, "prompt_lengths": list(settings.prompt_lengths),
-        "generated_tokens": settings.generated_tokens, "repeats": settings.repeats,
-    }  # fmt: skip
+        "engine": engine,
+        "cpu": cpu,
+        "context": settings.context,
+        "prompt_lengths": list(settings.prompt_lengths),
+        "generated_tokens": settings.generated_tokens,
+        "repeats": settings.repeats,
+    }
     return {**dict.fromkeys(speed.UNITS, timed), speed.CONCURRENCY: timed | {"clients": list(settings.clients)}}
 
 

@@ -124,9 +124,14 @@ def _job(engine: str, rows: Sequence[TokenRow], settings: MeasureSettings, busy:
         untimed = max(1, round(threads * (1 - busy)))
         progress.warn(f"Others use {busy:.0%} of this machine's CPU time: measuring will take long, and speeds will come out low.")
     return Job(
-        path=Path(), engine=engine, context=settings.context, threads=threads, untimed_threads=untimed, answer_tokens=settings.answer_tokens,
+        path=Path(),
+        engine=engine,
+        context=settings.context,
+        threads=threads,
+        untimed_threads=untimed,
+        answer_tokens=settings.answer_tokens,
         rows=[RowJob(ids=row.ids, learned=row.learned, text=row.text) for row in rows],
-    )  # fmt: skip
+    )
 
 
 def _units(store: Cache, file: QuantFile, depends: keys.Keys, yardstick: Yardstick | None) -> Units:
@@ -157,9 +162,14 @@ def _measure_quality(
 
 def _identity(file: QuantFile) -> dict:
     return {
-        "quant": file.quant, "tag": file.tag, "file": file.path.name, "sha256": file.sha256, "size_bytes": file.size,
-        "bits_per_weight": file.bits_per_weight, "types": file.types,
-    }  # fmt: skip
+        "quant": file.quant,
+        "tag": file.tag,
+        "file": file.path.name,
+        "sha256": file.sha256,
+        "size_bytes": file.size,
+        "bits_per_weight": file.bits_per_weight,
+        "types": file.types,
+    }
 
 
 def _flag_rows(result: QuantResult, rows: Rows | None) -> None:

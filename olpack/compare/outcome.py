@@ -38,9 +38,14 @@ def quant_result(units: Units, speed: Speed | None, problems: Sequence[OlpackErr
 
 
 def gather(
-    name: str, machine: Machine, settings: MeasureSettings, prompts: Sequence[list[dict]], tasks: Sequence[Task], quants: list[QuantResult],
+    name: str,
+    machine: Machine,
+    settings: MeasureSettings,
+    prompts: Sequence[list[dict]],
+    tasks: Sequence[Task],
+    quants: list[QuantResult],
     problems: Sequence[Sequence[OlpackError]],
-) -> Results:  # fmt: skip
+) -> Results:
     """All of them together. `problems` are what went wrong, by file.
 
     Raises:
@@ -50,9 +55,14 @@ def gather(
         raise next(failed[0] for failed in problems if failed)
     asked = [TaskAsked(messages=task.messages, check=task.check, expected=_shown(task), source=task.source) for task in tasks]
     return Results(
-        name=name, created=datetime.now(UTC).isoformat(timespec="seconds"), machine=machine,
-        settings=TypeAdapter(MeasureSettings).dump_python(settings, mode="json"), prompts=list(prompts), tasks=asked, quants=quants,
-    )  # fmt: skip
+        name=name,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        machine=machine,
+        settings=TypeAdapter(MeasureSettings).dump_python(settings, mode="json"),
+        prompts=list(prompts),
+        tasks=asked,
+        quants=quants,
+    )
 
 
 def _shown(task: Task) -> str | list[str]:

@@ -77,8 +77,11 @@ def plot_divergence(results: Results) -> str | None:
     axes.grid(color=_FAINT, linewidth=0.6)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     data = [(quant.size_bytes / unit, 1000 * quant.divergence.mean) for quant in points]
-    strokes = [(size, mean + step / 12 * (1000 * quant.divergence.p99 - mean)) for quant, (size, mean) in zip(points, data, strict=True)
-               for step in range(13)]
+    strokes = [
+        (size, mean + step / 12 * (1000 * quant.divergence.p99 - mean))
+        for quant, (size, mean) in zip(points, data, strict=True)
+        for step in range(13)
+    ]
     _label(axes, [_short(quant.quant) for quant in points], data, [_color(quant, results) == _ACCENT for quant in points], beside=strokes)
     return _svg(figure, "KL divergence of each quant by its size")
 
@@ -118,9 +121,7 @@ def _short(name: str) -> str:
     return name if len(name) <= 20 else f"{name[:11]}…{name[-8:]}"
 
 
-def _label(
-    axes, texts: Sequence[str], points: Sequence[tuple[float, float]], bold: Sequence[bool], beside: Sequence[tuple[float, float]]
-) -> None:
+def _label(axes, texts: Sequence[str], points: Sequence[tuple[float, float]], bold: Sequence[bool], beside: Sequence[tuple[float, float]]) -> None:
     """Name every point, at that place near it where the name covers least of points, of other names, and of what lies `beside`."""
     axes.figure.draw_without_rendering()  # settles the axes, so that distances on the paper are known
 
@@ -149,8 +150,9 @@ def _label(
         sides = [(side * aside, height) for height in (0, 8, -8, 13, -13) for side in (1, -1)]
         shift = min([(inward, 13), (inward, -13), *sides, *((inward, height) for height in (26, -26, 39, -39))], key=covered)
         taken.append(moved(shift))
-        label = axes.annotate(text, point, xytext=shift, textcoords="offset points", ha="center", va="center", color=_INK,
-                              fontweight="bold" if heavy else "normal")  # fmt: skip
+        label = axes.annotate(
+            text, point, xytext=shift, textcoords="offset points", ha="center", va="center", color=_INK, fontweight="bold" if heavy else "normal"
+        )
         label.set_in_layout(False)  # else the axes would shrink to make room
 
 
@@ -159,10 +161,20 @@ def _figure(salt: str):
     from matplotlib.figure import Figure
 
     style = {
-        "svg.fonttype": "none", "svg.hashsalt": salt, "font.family": "sans-serif", "font.size": 10,
-        "text.color": _INK, "axes.edgecolor": _INK, "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8, "axes.axisbelow": True,
-    }  # fmt: skip
+        "svg.fonttype": "none",
+        "svg.hashsalt": salt,
+        "font.family": "sans-serif",
+        "font.size": 10,
+        "text.color": _INK,
+        "axes.edgecolor": _INK,
+        "axes.labelcolor": _INK,
+        "xtick.color": _INK,
+        "ytick.color": _INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.linewidth": 0.8,
+        "axes.axisbelow": True,
+    }
     with matplotlib.rc_context(style):
         figure = Figure(figsize=_SIZE, layout="constrained")
         return figure, figure.add_subplot()

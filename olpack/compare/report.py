@@ -62,9 +62,7 @@ def render_report(results: Results, template: str, metrics: Path | None = None, 
             lengths=_lengths(results),
             losses=_losses(results),
             gains=gains(results),
-            answers=[
-                _said(results, [quant.answers and quant.answers[at] for quant in results.quants]) for at in range(len(results.prompts))
-            ],
+            answers=[_said(results, [quant.answers and quant.answers[at] for quant in results.quants]) for at in range(len(results.prompts))],
             system=_system(results),
             tasks=_tasks(results),
             suites=list(dict.fromkeys((score.suite, score.metric) for quant in results.quants for score in quant.suites)),

@@ -166,7 +166,9 @@ class TaskAsked(_Record):
 class Flag(_Record):
     """Something that a person should know before choosing this quant."""
 
-    code: Literal["failed", "broken", "tokenizer", "empty", "looping", "endless", "script", "reasoning", "same_types", "shared", "neighbours", "reference"]
+    code: Literal[
+        "failed", "broken", "tokenizer", "empty", "looping", "endless", "script", "reasoning", "same_types", "shared", "neighbours", "reference"
+    ]
     text: str
     serious: bool = Field(description="a quant with a serious flag is never recommended")
 

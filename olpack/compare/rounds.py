@@ -56,11 +56,13 @@ def put_together(rounds: Sequence[SpeedRound], *, engine: str, threads: int | No
     prompt = []
     for asked in dict.fromkeys(run.asked for run in runs):
         same = [run for run in runs if run.asked == asked]
-        prompt.append(PromptSpeed(
-            prompt_tokens=round(statistics.median(run.tokens for run in same)),
-            tokens_per_s=Spread.of([run.tokens / run.seconds for run in same]),
-            first_token_s=Spread.of([run.first_token_s for run in same]),
-        ))  # fmt: skip
+        prompt.append(
+            PromptSpeed(
+                prompt_tokens=round(statistics.median(run.tokens for run in same)),
+                tokens_per_s=Spread.of([run.tokens / run.seconds for run in same]),
+                first_token_s=Spread.of([run.first_token_s for run in same]),
+            )
+        )
     rates = [rate for one in rounds for rate in one.generation_tokens_per_s]
     loads = [load for one in rounds for load in one.loads_s]
     joules = [value for one in rounds for value in one.joules_per_token]

@@ -52,9 +52,14 @@ def holds(code: str, asserts: Sequence[str], *, cpu_s: int = CPU_S, wall_s: floa
     with tempfile.TemporaryDirectory(prefix="olpack-", ignore_cleanup_errors=True) as folder:
         kept = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT", "LANG", "LD_LIBRARY_PATH") if name in os.environ}
         process = subprocess.Popen(
-            [sys.executable, "-I", "-c", _RUNNER], cwd=folder, env=kept | {"HOME": folder, "TMPDIR": folder, "TEMP": folder},
-            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
+            [sys.executable, "-I", "-c", _RUNNER],
+            cwd=folder,
+            env=kept | {"HOME": folder, "TMPDIR": folder, "TEMP": folder},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         try:
             process.communicate(json.dumps(job).encode(), timeout=wall_s)
         except subprocess.TimeoutExpired:

@@ -150,8 +150,9 @@ def _own(task: Task, answer: str) -> float:
         problem = f"{task.expected[0]}: `{task.expected[1]}` raised {type(error).__name__}: {error}, for {task.source}."
         raise OlpackError(problem, "It must return True, False or a number from 0 to 1 for any answer.") from None
     if not isinstance(value, bool | int | float) or not 0 <= value <= 1:
-        raise OlpackError(f"{task.expected[0]}: `{task.expected[1]}` returned {value!r}, for {task.source}.",
-                          "It must return True, False or a number from 0 to 1.")
+        raise OlpackError(
+            f"{task.expected[0]}: `{task.expected[1]}` returned {value!r}, for {task.source}.", "It must return True, False or a number from 0 to 1."
+        )
     return float(value)
 
 

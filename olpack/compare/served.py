@@ -102,8 +102,13 @@ def _answer(
             for messages in conversations:
                 said = client.chat(model, messages, options)
                 # Without `done`, the server broke off an answer that repeats one token.
-                answer = answer_of(said.message.content or "", "stop" if said.done_reason == "stop" else "length", said.eval_count or 0,
-                                   reasoning=said.message.thinking or "", broken_off=not said.done)
+                answer = answer_of(
+                    said.message.content or "",
+                    "stop" if said.done_reason == "stop" else "length",
+                    said.eval_count or 0,
+                    reasoning=said.message.thinking or "",
+                    broken_off=not said.done,
+                )
                 answers.append(answer.model_dump(mode="json"))
                 shown.advance()
     except OlpackError as error:
@@ -115,9 +120,14 @@ def _answer(
 def _identity(model: ListResponse.Model) -> dict:
     details = model.details
     return {
-        "quant": model.model, "tag": model.model, "file": "", "sha256": model.digest, "size_bytes": model.size,
-        "parameters": details.parameter_size if details else None, "quantization": details.quantization_level if details else None,
-    }  # fmt: skip
+        "quant": model.model,
+        "tag": model.model,
+        "file": "",
+        "sha256": model.digest,
+        "size_bytes": model.size,
+        "parameters": details.parameter_size if details else None,
+        "quantization": details.quantization_level if details else None,
+    }
 
 
 def settings_for(client: OllamaClient, models: Sequence[str], settings: MeasureSettings) -> MeasureSettings:

@@ -83,7 +83,7 @@ class ServedSpeed:
 
         running = self._tried(problems, lambda: self._running(model))
         # A model trained on less context than asked for is loaded with less.
-        context = min(settings.context, running and running.context_length or settings.context)
+        context = min(settings.context, (running and running.context_length) or settings.context)
         prompts, per_token = [], _CHARACTERS_PER_TOKEN
         for asked in dict.fromkeys(max(1, min(length, context - settings.generated_tokens)) for length in lengths):
             for repeat in range(repeats + 1):
@@ -110,10 +110,16 @@ class ServedSpeed:
         running = self._tried(problems, lambda: self._running(model)) or running
         self._tried(problems, lambda: self._unload(model))
         yield SpeedRound(
-            context=context, loads_s=loads[first:] if counts_loads else [], prompts=prompts, generation_tokens_per_s=rates,
-            joules_per_token=energies if running and running.size_vram else [], memory_bytes=running and running.size,
-            gpu_memory_bytes=running and running.size_vram, problems=list(dict.fromkeys(problems)), others=sorted(self._others),
-        )  # fmt: skip
+            context=context,
+            loads_s=loads[first:] if counts_loads else [],
+            prompts=prompts,
+            generation_tokens_per_s=rates,
+            joules_per_token=energies if running and running.size_vram else [],
+            memory_bytes=running and running.size,
+            gpu_memory_bytes=running and running.size_vram,
+            problems=list(dict.fromkeys(problems)),
+            others=sorted(self._others),
+        )
 
     @staticmethod
     def _tried(problems: list[str], ask: Callable[[], Result]) -> Result | None:
@@ -139,10 +145,14 @@ class ServedSpeed:
             whole = [answer for answer in answers if answer is not None]
             if not whole:
                 raise OlpackError(f"The server answered none of {count} requests at once to {model}.", "Look into its log (OLLAMA_MAX_QUEUE).")
-            found.append(Concurrency(
-                clients=count, tokens_per_s=sum(answer.last.eval_count or 0 for answer in whole) / seconds,
-                first_token_s=Spread.of([answer.first_s for answer in whole]), failed=count - len(whole),
-            ))  # fmt: skip
+            found.append(
+                Concurrency(
+                    clients=count,
+                    tokens_per_s=sum(answer.last.eval_count or 0 for answer in whole) / seconds,
+                    first_token_s=Spread.of([answer.first_s for answer in whole]),
+                    failed=count - len(whole),
+                )
+            )
             yield len(found), len(clients)
         self._unload(model)
         yield found
@@ -158,8 +168,10 @@ class ServedSpeed:
         for _ in range(_PROMPTS):
             if answer := self._stream(model, self._words.text(characters), tokens):
                 return answer
-        raise OlpackError(f"The server broke off {_PROMPTS} answers of {model}, as it does where a model repeats one token.",
-                          "Ask it something with `ollama run`: if it answers well, look into the server's log.")  # fmt: skip
+        raise OlpackError(
+            f"The server broke off {_PROMPTS} answers of {model}, as it does where a model repeats one token.",
+            "Ask it something with `ollama run`: if it answers well, look into the server's log.",
+        )
 
     def _stream(self, model: str, prompt: str, tokens: int) -> _Answer | None:
         """A timed answer; None where the server broke it off."""
@@ -207,8 +219,10 @@ class ServedSpeed:
         if others := found - self._foreign:
             self._foreign |= others
             stay = "stays" if len(others) == 1 else "stay"
-            progress.warn(f"The server also runs {', '.join(sorted(others))}, which {stay} loaded: memory is short by that, and speeds come out lower "
-                          "where somebody uses it.")  # fmt: skip
+            progress.warn(
+                f"The server also runs {', '.join(sorted(others))}, which {stay} loaded: memory is short by that, and speeds come out lower "
+                "where somebody uses it."
+            )
 
 
 @dataclass(frozen=True)

@@ -45,9 +45,7 @@ def embedded(files: Sequence[QuantFile], known: Sequence[Units], job: Job, setti
 
     def visit(index: int, round: int, repeats: int) -> list[OlpackError]:
         file = files[index]
-        plan = SpeedJob(
-            round=round, repeats=repeats, prompt_lengths=list(settings.prompt_lengths), generated_tokens=settings.generated_tokens
-        )
+        plan = SpeedJob(round=round, repeats=repeats, prompt_lengths=list(settings.prompt_lengths), generated_tokens=settings.generated_tokens)
         return run_worker(job.model_copy(update={"path": file.path, "adapter": file.adapter, "speed": plan}), file.quant, known[index])
 
     return visit

@@ -48,14 +48,13 @@ def markdown_table(results: Results) -> str:
     titles = ["quant", "size", "bits per weight", "prompt tokens/s", "generated tokens/s", "load", "peak memory"]
     titles += ["perplexity ± s.e.", "KL divergence, millinats"]
     chosen = results.recommendation.tag if results.recommendation else None
-    rows = [
-        [*_cells(quant, quant.tag == chosen)[1:], _perplexity(quant.perplexity), _divergence(quant.divergence)[0]]
-        for quant in results.quants
-    ]
+    rows = [[*_cells(quant, quant.tag == chosen)[1:], _perplexity(quant.perplexity), _divergence(quant.divergence)[0]] for quant in results.quants]
     lines = [f"| {' | '.join(row)} |" for row in (titles, ["---", *["---:"] * (len(titles) - 1)], *rows)]
     engine = next((quant.speed.engine for quant in results.quants if quant.speed), None)
-    measured = f"Measured on {results.machine.cpu}" + (f" with {engine}" if engine else "") + (
-        f"; perplexity of the answers in {results.rows.count} held-out rows." if results.rows else "."
+    measured = (
+        f"Measured on {results.machine.cpu}"
+        + (f" with {engine}" if engine else "")
+        + (f"; perplexity of the answers in {results.rows.count} held-out rows." if results.rows else ".")
     )
     reason = [results.recommendation.reason] if results.recommendation else []
     return "\n".join([*lines, "", measured, *reason, *(f"\n{note}." for note in _notes(results))])

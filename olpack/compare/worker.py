@@ -128,9 +128,14 @@ def measure_speed(job: Job) -> Steps:
     with _open(job, job.context):
         again = time.perf_counter() - started
     found = SpeedRound(
-        context=job.context, load_cold_s=first_load if cold else None, loads_s=[again] if plan.round == 0 else [first_load, again],
-        prompts=prompts, generation_tokens_per_s=rates, joules_per_token=energies, memory_bytes=peak - before,
-    )  # fmt: skip
+        context=job.context,
+        load_cold_s=first_load if cold else None,
+        loads_s=[again] if plan.round == 0 else [first_load, again],
+        prompts=prompts,
+        generation_tokens_per_s=rates,
+        joules_per_token=energies,
+        memory_bytes=peak - before,
+    )
     yield {f"speed-{plan.round}": found.model_dump(mode="json")}
 
 

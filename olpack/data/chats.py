@@ -13,8 +13,10 @@ from olpack.data.sources import Source
 from olpack.errors import OlpackError
 
 _SHOWN = 10  # problems listed before "and N more"
-FORM = 'A row is an object such as {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}, or of another form ' \
-       "(docs/data.md)."
+FORM = (
+    'A row is an object such as {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}, or of another form '
+    "(docs/data.md)."
+)
 
 
 def load_chats(*sources: Source | Path) -> list[Chat]:
@@ -73,8 +75,9 @@ def unread_keys(chats: Iterable[Chat], template: str = "") -> list[str]:
     for chat in chats:
         if unread := [key for key in chat.unread if not (key.startswith("messages.") and key.rpartition(".")[2] in words)]:
             files.setdefault(chat.source.rpartition(":")[0], Counter()).update(unread)
-    return [f"{name}: not read: " + ", ".join(f"{key} ({count:,} row{'s' * (count != 1)})" for key, count in keys.items())
-            for name, keys in files.items()]  # fmt: skip
+    return [
+        f"{name}: not read: " + ", ".join(f"{key} ({count:,} row{'s' * (count != 1)})" for key, count in keys.items()) for name, keys in files.items()
+    ]
 
 
 def times(chat: Chat) -> int:

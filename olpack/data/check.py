@@ -75,8 +75,12 @@ class Side:
     def as_json(self) -> dict[str, Any]:
         ends = {"median": percentile(self.lengths, 0.5), "p95": percentile(self.lengths, 0.95), "max": max(self.lengths, default=0)}
         bins = [list(pair) for pair in histogram(self.lengths)]
-        return {"sources": [asdict(part) for part in self.parts], "tokens_per_row": ends, "histogram": bins,
-                "answers_per_chat": {str(turns): count for turns, count in sorted(self.turns.items())}}
+        return {
+            "sources": [asdict(part) for part in self.parts],
+            "tokens_per_row": ends,
+            "histogram": bins,
+            "answers_per_chat": {str(turns): count for turns, count in sorted(self.turns.items())},
+        }
 
 
 @dataclass
@@ -100,8 +104,13 @@ class Report:
         return any(finding.fails for finding in self.findings)
 
     def as_json(self) -> dict[str, Any]:
-        return {"fails": self.fails, "findings": [asdict(finding) for finding in self.findings], "max_length": self.max_length,
-                "train": self.train.as_json(), "eval": self.held_out.as_json()}
+        return {
+            "fails": self.fails,
+            "findings": [asdict(finding) for finding in self.findings],
+            "max_length": self.max_length,
+            "train": self.train.as_json(),
+            "eval": self.held_out.as_json(),
+        }
 
 
 def check_data(train: Sequence[Source], held_out: Sequence[Source], renderer: Renderer, *, max_length: int, eval_share: float) -> Report:

@@ -15,8 +15,18 @@ _FUNCTION = "strftime_now"
 
 # What stands for a date in a marked text: characters for private use, around the format that was asked for.
 _BEGIN, _END = "\ue0f0", "\ue0f1"
-_DIGITS = {"d": r"\d\d", "m": r"\d\d", "y": r"\d\d", "Y": r"\d{4}", "H": r"\d\d", "I": r"\d\d", "M": r"\d\d", "S": r"\d\d", "j": r"\d{3}",
-           "f": r"\d{6}"}  # fmt: skip
+_DIGITS = {
+    "d": r"\d\d",
+    "m": r"\d\d",
+    "y": r"\d\d",
+    "Y": r"\d{4}",
+    "H": r"\d\d",
+    "I": r"\d\d",
+    "M": r"\d\d",
+    "S": r"\d\d",
+    "j": r"\d{3}",
+    "f": r"\d{6}",
+}
 _WORDS = "aAbBp"
 _OF_THE_DAY = "HIMSfpXcTRsr"
 

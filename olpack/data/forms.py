@@ -1,10 +1,10 @@
 """The forms that rows come in, and the one that they are brought to: messages.
 
-    chat         {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}], "tools": […]}
-    sharegpt     {"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}], "system": "…"}
-    completion   {"prompt": "…", "completion": "…"}, each a text or a list of messages
-    alpaca       {"instruction": "…", "input": "…", "output": "…", "system": "…"}
-    text         {"text": "…"}
+chat         {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}], "tools": […]}
+sharegpt     {"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}], "system": "…"}
+completion   {"prompt": "…", "completion": "…"}, each a text or a list of messages
+alpaca       {"instruction": "…", "input": "…", "output": "…", "system": "…"}
+text         {"text": "…"}
 """
 
 from __future__ import annotations
@@ -25,9 +25,19 @@ KEYS: dict[Form, tuple[str, ...]] = {  # what a row of each form has at least; a
     "text": ("text",),
 }
 _SHAREGPT_ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant", "chatgpt": "assistant", "bot": "assistant",
-    "system": "system", "tool": "tool", "observation": "tool", "function_response": "tool", "function_call": "function_call",
-}  # fmt: skip
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "function_call": "function_call",
+}
 
 
 class RowError(ValueError):

@@ -67,8 +67,10 @@ class HubSet:
         with _failures(self), progress.task(f"fetching {self.id}"):
             found = datasets.load_dataset(self.id, name=self.subset, split=self.split, revision=self.commit)
         if not any(self.commit in file["filename"] for file in found.cache_files):  # without a network, `datasets` takes what it has
-            raise OlpackError(f"{self.id} is in the local cache at another revision only, and the Hugging Face Hub cannot be reached.",
-                              "Connect once, or name the revision that is there.")
+            raise OlpackError(
+                f"{self.id} is in the local cache at another revision only, and the Hugging Face Hub cannot be reached.",
+                "Connect once, or name the revision that is there.",
+            )
         yield from found
 
 
@@ -92,13 +94,18 @@ def _failures(asked: HubSet) -> Iterator[None]:
         raise OlpackError(f"{name} has no revision {asked.revision}.", "Name one of its branches, tags or commits as `revision`.") from None
     except (GatedRepoError, RepositoryNotFoundError, DatasetNotFoundError, HFValidationError) as error:
         if isinstance(error, GatedRepoError) or "is a gated dataset" in str(error):
-            raise OlpackError(f"{name} is gated: its owner must grant access.",
-                              f"Accept its terms on https://huggingface.co/datasets/{asked.id}, then run `hf auth login`.") from None
-        raise OlpackError(f"{name} is not on the Hugging Face Hub, or it is private.",
-                          "Check its spelling; for a private one run `hf auth login`. A file here is named with `file`.") from None
+            raise OlpackError(
+                f"{name} is gated: its owner must grant access.",
+                f"Accept its terms on https://huggingface.co/datasets/{asked.id}, then run `hf auth login`.",
+            ) from None
+        raise OlpackError(
+            f"{name} is not on the Hugging Face Hub, or it is private.",
+            "Check its spelling; for a private one run `hf auth login`. A file here is named with `file`.",
+        ) from None
     except (LocalEntryNotFoundError, ConnectionError, httpx.TransportError):
-        raise OlpackError(f"{name} is not in the local cache and the Hugging Face Hub cannot be reached.",
-                          "Connect once, or save it as a file and name that.") from None
+        raise OlpackError(
+            f"{name} is not in the local cache and the Hugging Face Hub cannot be reached.", "Connect once, or save it as a file and name that."
+        ) from None
     except ValueError as error:  # a split or subset that is not there, with those that are
         said = " ".join(str(error).split("\nExample")[0].split())
         raise OlpackError(f"{name} cannot be read so: {said}", "Name one of those that it has as `split` or `subset`.") from None

@@ -35,13 +35,16 @@ def load_rows(
     if not held_out:
         chats, apart = split(chats, eval_share)
         if not chats or not apart:
-            raise OlpackError(f"{', '.join(map(_name, train))} has too few rows to set {eval_share:.0%} of them apart.",
-                              "Name a file of held-out rows as `data.eval`.")
+            raise OlpackError(
+                f"{', '.join(map(_name, train))} has too few rows to set {eval_share:.0%} of them apart.",
+                "Name a file of held-out rows as `data.eval`.",
+            )
     else:
         apart = load_chats(*held_out)
     for chat, twin in leaks(chats, apart):
-        raise OlpackError(f"{chat.source} is also in the training data ({twin.source}), so its score would mean nothing.",
-                          "Remove it from one of the files.")
+        raise OlpackError(
+            f"{chat.source} is also in the training data ({twin.source}), so its score would mean nothing.", "Remove it from one of the files."
+        )
     if not (learned := [chat for chat in chats if times(chat)]):
         raise OlpackError(f"{', '.join(map(_name, train))} has no row left at this weight.", "Raise `weight`.")
     for sentence in unread_keys([*chats, *apart], str(renderer.tokenizer.chat_template)):
@@ -52,15 +55,15 @@ def load_rows(
     if parted := sum(len(rows) > 1 for rows in made):
         progress.say(f"{parted:,} of {len(made):,} chats are learned as several rows: the chat template writes earlier turns otherwise than the last")
     if stray := [row for rows in made for row in rows if stray_mark(row, renderer)]:
-        progress.warn(f"{stray[0].source}: {stray_mark(stray[0], renderer)} This is so of {len(stray):,} {'row' if len(stray) == 1 else 'rows'}; "
-                      "`olpack data check` names all of them.")
+        progress.warn(
+            f"{stray[0].source}: {stray_mark(stray[0], renderer)} This is so of {len(stray):,} {'row' if len(stray) == 1 else 'rows'}; "
+            "`olpack data check` names all of them."
+        )
     seen = [rows for chat, rows in zip(learned, made, strict=False) for _ in range(times(chat))]
     return [row for rows in seen for row in rows], [row for rows in made[len(learned) :] for row in rows]
 
 
-def nth_row(
-    number: int, train: Sequence[Source], other: Sequence[Source], renderer: Renderer, *, held_out: bool, eval_share: float
-) -> TokenRow:
+def nth_row(number: int, train: Sequence[Source], other: Sequence[Source], renderer: Renderer, *, held_out: bool, eval_share: float) -> TokenRow:
     """One row as the model sees it, counted from 1 in the order of the files; none behind it is rendered.
 
     Args:
@@ -104,5 +107,7 @@ def _refuse_long(rows: list[TokenRow], limit: int) -> None:
     if long := [row for row in rows if len(row.ids) > limit]:
         worst = max(long, key=lambda row: len(row.ids))
         count = "1 row is" if len(long) == 1 else f"{len(long)} rows are"
-        raise OlpackError(f"{count} longer than {limit} tokens; {worst.source} has {len(worst.ids)}.",
-                          "Shorten or remove them, or raise `data.max_length` up to the base's context.")
+        raise OlpackError(
+            f"{count} longer than {limit} tokens; {worst.source} has {len(worst.ids)}.",
+            "Shorten or remove them, or raise `data.max_length` up to the base's context.",
+        )

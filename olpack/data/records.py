@@ -18,9 +18,13 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 TOO_DEEP = "nested too deeply"
 _MARKS = {";": "semicolons", ",": "commas", "\t": "tabs", "|": "bars"}  # that fields are separated by, of which olpack reads commas and tabs
 _WIDE = (  # what files of more than a byte a character begin with: a mark of the byte order, or a character that has one byte in UTF-8
-    (rb"\xff\xfe\0\0|\0\0\xfe\xff", "utf-32"), (rb"\xff\xfe|\xfe\xff", "utf-16"),
-    (rb"[^\0]\0\0\0", "utf-32-le"), (rb"\0\0\0[^\0]", "utf-32-be"), (rb"[^\0]\0", "utf-16-le"), (rb"\0[^\0]", "utf-16-be"),
-)  # fmt: skip
+    (rb"\xff\xfe\0\0|\0\0\xfe\xff", "utf-32"),
+    (rb"\xff\xfe|\xfe\xff", "utf-16"),
+    (rb"[^\0]\0\0\0", "utf-32-le"),
+    (rb"\0\0\0[^\0]", "utf-32-be"),
+    (rb"[^\0]\0", "utf-16-le"),
+    (rb"\0[^\0]", "utf-16-be"),
+)
 _SPACE = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder()
 

@@ -60,11 +60,15 @@ class Renderer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, end_ids: list[int] | None = None, learn: Learn = "all", moment: datetime | None = None):
         if not tokenizer.is_fast:
-            raise OlpackError("The base has only a slow tokenizer, which cannot say where its tokens stand in the text.",
-                              "Save it as a fast one: a tokenizer.json beside the weights.")
+            raise OlpackError(
+                "The base has only a slow tokenizer, which cannot say where its tokens stand in the text.",
+                "Save it as a fast one: a tokenizer.json beside the weights.",
+            )
         if not tokenizer.chat_template:
-            raise OlpackError("The base's tokenizer has no chat template, so it is not known how a conversation is written for it.",
-                              "Take the instruct version of the base, or add a chat_template.jinja to its folder.")
+            raise OlpackError(
+                "The base's tokenizer has no chat template, so it is not known how a conversation is written for it.",
+                "Take the instruct version of the base, or add a chat_template.jinja to its folder.",
+            )
         self.tokenizer = tokenizer
         self.learn = learn
         self.moment = moment
@@ -100,8 +104,11 @@ class Renderer:
         while some := list(islice(remaining, _AT_ONCE)):
             written = [self._written(chat) for chat in some]
             texts = [part.text for parts in written if not isinstance(parts, OlpackError) for part in parts]
-            encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False,
-                                     verbose=False) if texts else {"input_ids": [], "offset_mapping": []}  # fmt: skip
+            encoded = (
+                self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
+                if texts
+                else {"input_ids": [], "offset_mapping": []}
+            )
             tokens = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
             for chat, parts in zip(some, written, strict=True):
                 if isinstance(parts, OlpackError):
@@ -110,8 +117,11 @@ class Renderer:
                 names = [f"{chat.source} ({at} of {len(parts)})" for at in range(1, len(parts) + 1)] if len(parts) > 1 else [chat.source]
                 rows = [self._marked(part, *next(tokens), name) for part, name in zip(parts, names, strict=True)]
                 lost = next((row for row in rows if not row.learned_count), None)
-                yield OlpackError(f"{lost.source}: the rendered row has no token to learn.",
-                                  "Give the assistant an answer, or remove the row.") if lost else rows
+                yield (
+                    OlpackError(f"{lost.source}: the rendered row has no token to learn.", "Give the assistant an answer, or remove the row.")
+                    if lost
+                    else rows
+                )
 
     def end_of_turn(self) -> str | None:
         """The special token with which the template ends an assistant's turn; None where it ends it in another way."""
@@ -125,8 +135,10 @@ class Renderer:
         except OlpackError as error:
             return OlpackError(f"{chat.source}: {error.problem}", error.remedy)
         except Exception as error:  # a template raises whatever its author wrote
-            return OlpackError(f"{chat.source}: the base's chat template refuses this conversation: {error}",
-                               "Change the row's roles or their order to what the template accepts.")
+            return OlpackError(
+                f"{chat.source}: the base's chat template refuses this conversation: {error}",
+                "Change the row's roles or their order to what the template accepts.",
+            )
 
     def _plain(self, text: str) -> list[_Written]:
         """A text between the tokens that the tokenizer begins a text with, and the one that ends it."""
@@ -155,8 +167,10 @@ class Renderer:
                 rows.append(_Written(until))
             rows[-1].spans.append(span)
         if not rows:
-            raise OlpackError("it has no answer to learn: the assistant's turns are first in the conversation, or have the weight 0.",
-                              "Give the assistant something to answer, or remove the row.")
+            raise OlpackError(
+                "it has no answer to learn: the assistant's turns are first in the conversation, or have the weight 0.",
+                "Give the assistant something to answer, or remove the row.",
+            )
         return rows[::-1]
 
     def _with_marks(self, chat: Chat) -> list[dict]:
@@ -202,8 +216,10 @@ class Renderer:
         header = _shared(*plain)
         before, part = self.text(messages, tools=tools), min(_shared(asked, whole), header)
         if part < max(_shared(before, asked), _shared(before, whole)):
-            raise OlpackError("the base's chat template writes the turns before an answer otherwise once it is given, so training would not see "
-                              "what is served.", "Take a base with another chat template, or fix its chat_template.jinja.")
+            raise OlpackError(
+                "the base's chat template writes the turns before an answer otherwise once it is given, so training would not see what is served.",
+                "Take a base with another chat template, or fix its chat_template.jinja.",
+            )
         ending = plain[0][header + 1 :] if plain[0][header:].startswith("a") else None
         as_plain = whole.startswith(plain[0][:header])
         opened, reasoning, content = _opened(asked), _reasoning(message), message["content"]
@@ -228,15 +244,19 @@ class Renderer:
         """Templates that know no tools, or no reasoning, leave them out without a word."""
         written = [_reasoning(message), *(block[2] for block in _BLOCK.finditer(message["content"]))]
         if any(reasoning.strip() not in text[begin:] for reasoning in written):
-            raise OlpackError("the base's chat template does not write the reasoning of an answer, so the model would not see it.",
-                              "Take a base whose template knows reasoning, write it as plain text, or remove it.")
+            raise OlpackError(
+                "the base's chat template does not write the reasoning of an answer, so the model would not see it.",
+                "Take a base whose template knows reasoning, write it as plain text, or remove it.",
+            )
         for what, names, place in (
             ("`tools` of a row", [tool["function"]["name"] for tool in tools or []], 0),
             ("tool calls of an answer", [call["function"]["name"] for call in message.get("tool_calls", [])], begin),
         ):
             if any(text.find(name, place) < 0 for name in names):
-                raise OlpackError(f"the base's chat template does not write the {what}, so the model would not see them.",
-                                  "Take a base whose template knows tools, or write them as text.")
+                raise OlpackError(
+                    f"the base's chat template does not write the {what}, so the model would not see them.",
+                    "Take a base whose template knows tools, or write them as text.",
+                )
 
     def tokens(self, text: str, cuts: tuple[int, ...] = ()) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of a rendered text, and the characters (start, end) that each stands for; no token reaches over a cut."""

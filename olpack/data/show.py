@@ -32,8 +32,14 @@ def print_report(report: Report) -> None:
     for title, side in (("train", report.train), ("eval", report.held_out)):
         for part in side.parts:
             rows = f"{part.chats:,}" if part.rows == part.chats else f"{part.chats:,} as {part.rows:,}"
-            table.add_row(Text(f"{title}  {part.name}"), part.form, rows, f"{part.seen:,}" if side is report.train else "–",
-                          f"{part.tokens:,}", f"{part.learned / max(part.tokens, 1):.0%}")
+            table.add_row(
+                Text(f"{title}  {part.name}"),
+                part.form,
+                rows,
+                f"{part.seen:,}" if side is report.train else "–",
+                f"{part.tokens:,}",
+                f"{part.learned / max(part.tokens, 1):.0%}",
+            )
     console.print(table)
     for title, side in (("train", report.train), ("eval", report.held_out)):
         if side.lengths:
@@ -49,8 +55,11 @@ def _print_side(console, title: str, side: Side, limit: int) -> None:
 
     lengths = side.lengths
     counts = ", ".join(f"{count:,} with {turns} {'answer' if turns == 1 else 'answers'}" for turns, count in sorted(side.turns.items()) if turns)
-    console.print(f"\n{title}: tokens a row, median {percentile(lengths, 0.5):,}, 95 % up to {percentile(lengths, 0.95):,}, longest {max(lengths):,}"
-                  + (f"; chats: {counts}" if counts else ""), soft_wrap=True)
+    console.print(
+        f"\n{title}: tokens a row, median {percentile(lengths, 0.5):,}, 95 % up to {percentile(lengths, 0.95):,}, longest {max(lengths):,}"
+        + (f"; chats: {counts}" if counts else ""),
+        soft_wrap=True,
+    )
     bins = histogram(lengths)
     most = max(count for _, count in bins)
     table = Table(box=None, pad_edge=False, show_header=False)
@@ -91,8 +100,12 @@ def _coloured(row: TokenRow, renderer: Renderer) -> Iterator[str]:
     from rich.color import ColorSystem
     from rich.style import Style
 
-    styles = {(True, False): Style(color="green"), (True, True): Style(color="magenta", bold=True, underline=True),
-              (False, True): Style(color="magenta"), (False, False): Style(dim=True)}
+    styles = {
+        (True, False): Style(color="green"),
+        (True, True): Style(color="magenta", bold=True, underline=True),
+        (False, True): Style(color="magenta"),
+        (False, False): Style(dim=True),
+    }
     for text, learned, special in pieces(row, renderer):
         # Line by line: a colour that goes on over a line break is lost in a pager.
         lines = text.translate(_PICTURES).split("\n")

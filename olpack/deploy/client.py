@@ -59,9 +59,7 @@ def server_url(host: str | None) -> str:
         parts = urlsplit(f"{scheme}://{rest}")
         name, port = parts.hostname or "127.0.0.1", parts.port
     except ValueError as error:
-        raise OlpackError(
-            f"OLLAMA_HOST is {given!r}, which is no address: {error}.", "Write it as host:port, such as 127.0.0.1:11434."
-        ) from None
+        raise OlpackError(f"OLLAMA_HOST is {given!r}, which is no address: {error}.", "Write it as host:port, such as 127.0.0.1:11434.") from None
     if scheme not in ("http", "https"):
         raise OlpackError(f"OLLAMA_HOST is {given!r}, and {scheme}:// is not spoken here.", "Use http:// or https://.")
     port = port or ({"http": 80, "https": 443}[scheme] if mark else 11434)
@@ -190,9 +188,7 @@ class OllamaClient:
         with self._failures(f"running {model}"):
             yield from self._typed.generate(model, prompt, options=options, stream=True, **fields)
 
-    def chat(
-        self, model: str, messages: Sequence[Mapping], options: Mapping[str, object] | None = None, **fields: object
-    ) -> ollama.ChatResponse:
+    def chat(self, model: str, messages: Sequence[Mapping], options: Mapping[str, object] | None = None, **fields: object) -> ollama.ChatResponse:
         """One answer to a conversation. `fields` are the other arguments of `ollama.Client.chat` (tools, think, keep_alive, logprobs,
         …).
         """
@@ -230,9 +226,7 @@ class OllamaClient:
     def _rendered(self, path: str, body: dict) -> str:
         with self._failures(f"rendering a prompt for {body['model']}"):
             # A server that does not know the request would answer: one token is enough to find out.
-            answer = self._json(
-                self._http.post(path, json={**body, "stream": False, "_debug_render_only": True, "options": {"num_predict": 1}})
-            )
+            answer = self._json(self._http.post(path, json={**body, "stream": False, "_debug_render_only": True, "options": {"num_predict": 1}}))
         try:
             return answer["_debug_info"]["rendered_template"]
         except KeyError:
@@ -394,24 +388,18 @@ class OllamaClient:
 
     def _explained(self, error: Exception, doing: str) -> OlpackError:
         server = f"The Ollama server at {self.url}"
-        again = (
-            "Run this again: what has been uploaded stays. The server's log says more (journalctl -u ollama, or ~/.ollama/logs/server.log)."
-        )
+        again = "Run this again: what has been uploaded stays. The server's log says more (journalctl -u ollama, or ~/.ollama/logs/server.log)."
         if "CERTIFICATE_VERIFY_FAILED" in f"{error} {error.__context__}":
             return OlpackError(
                 f"The certificate of {self.url} is not trusted here.",
                 "Set SSL_CERT_FILE to a file with the certificate of who issued it, or call the server by http:// where that is safe.",
             )
-        if isinstance(
-            error, (httpx.ConnectError, httpx.ConnectTimeout, ConnectionError)
-        ):  # the last is the ollama package's word for the first
+        if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout, ConnectionError)):  # the last is the ollama package's word for the first
             return self._absent()
         if isinstance(error, httpx.TimeoutException):
             return OlpackError(f"{server} said nothing for {self._http.timeout.read:g} s while {doing}.", "It may be overloaded. " + again)
         if isinstance(error, httpx.HTTPError):
-            return OlpackError(
-                f"{server} broke off while {doing}: {_short(error)}.", "It may have been stopped, or its disk may be full. " + again
-            )
+            return OlpackError(f"{server} broke off while {doing}: {_short(error)}.", "It may have been stopped, or its disk may be full. " + again)
         if not isinstance(error, ollama.ResponseError):
             return OlpackError(
                 f"{server} answered with something that is not Ollama's while {doing}.", "Is OLLAMA_HOST right, or does a proxy answer?"

@@ -68,12 +68,13 @@ def hub_card(
         tags=["gguf", "ollama", "olpack"],
     )
     quants = [
-        {"name": _quant(file), "tag": file.tag, "file": file.path.name, "size": progress.quantity(file.path.stat().st_size, "B")}
-        for file in files
+        {"name": _quant(file), "tag": file.tag, "file": file.path.name, "size": progress.quantity(file.path.stat().st_size, "B")} for file in files
     ]
     first = next((quant for quant in quants if recommended and quant["tag"].lower() == recommended.lower()), quants[0])
     return render_text(
-        template_source, "hub_card.md.j2", "The model card's template",
+        template_source,
+        "hub_card.md.j2",
+        "The model card's template",
         matter=matter.to_yaml(),
         repo=repo,
         name=name,
@@ -84,7 +85,7 @@ def hub_card(
         recommended=recommended,
         package=package,
         table=table,
-    )  # fmt: skip
+    )
 
 
 def push_to_hub(
@@ -119,9 +120,7 @@ def push_to_hub(
     check_unsplit(files)
     api = api or HfApi()
     if not (api.token or get_token()):
-        raise OlpackError(
-            "Nobody is logged in to the Hugging Face Hub.", "Run 'hf auth login' with a token that may write, or set HF_TOKEN."
-        )
+        raise OlpackError("Nobody is logged in to the Hugging Face Hub.", "Run 'hf auth login' with a token that may write, or set HF_TOKEN.")
     for file in files:
         if not re.search(rf"(^|[-_.]){re.escape(_quant(file))}\.gguf$", file.path.name, re.IGNORECASE):
             raise OlpackError(

@@ -93,9 +93,7 @@ class Difference:
 
     def text(self) -> str:
         """The difference line by line, with what is invisible made visible."""
-        head = f"{self.conversation}, by {'/api/' + self.via if self.via != 'tokens' else 'its tokens'}" + (
-            f": {self.cause}" if self.cause else ""
-        )
+        head = f"{self.conversation}, by {'/api/' + self.via if self.via != 'tokens' else 'its tokens'}" + (f": {self.cause}" if self.cause else "")
         lines = difflib.unified_diff(_visible(self.expected), _visible(self.served), "trained", "served", lineterm="", n=1)
         return "\n".join([head, *(f"    {line}" for line in lines)])
 
@@ -141,8 +139,10 @@ class Identity:
         """What differs in made-up conversations, with its text; empty where nothing does."""
         if not self.made_up:
             return []
-        return [f"{self.model} is served with other prompts than training would make, in conversations that are made up and not of the data "
-                f"({self.summary()}):\n{_listed(self.made_up)}"]  # fmt: skip
+        return [
+            f"{self.model} is served with other prompts than training would make, in conversations that are made up and not of the data "
+            f"({self.summary()}):\n{_listed(self.made_up)}"
+        ]
 
     def require(self) -> None:
         """Pass what is identical in the user's own data, or in the hard conversations where there is none.
@@ -208,9 +208,7 @@ def check_identity(
             check.conversation(_WITH_TOOL, HARD["one question"], tools=[_TOOL])
         task.advance()
     if lost := [label for label in named if label in check.refused]:
-        raise OlpackError(
-            f"The chat template refuses {lost[0]}: {check.refused[lost[0]]}.", "Change the data to what the template accepts."
-        )
+        raise OlpackError(f"The chat template refuses {lost[0]}: {check.refused[lost[0]]}.", "Change the data to what the template accepts.")
     if not check.compared:
         reason = next(iter(check.refused.values()))
         raise OlpackError(f"The chat template refuses every conversation: nothing of {model} was compared.", f"It says: {reason}")
@@ -245,9 +243,7 @@ class _Check:
         dated = dates.is_dated(self.tokenizer.chat_template)
         try:
             with dates.written_by(dates.mark if dated else None):
-                expected = self.tokenizer.apply_chat_template(
-                    seen, tools=tools, tokenize=False, add_generation_prompt=True, **self.variables
-                )
+                expected = self.tokenizer.apply_chat_template(seen, tools=tools, tokenize=False, add_generation_prompt=True, **self.variables)
         except Exception as error:  # templates refuse what they do not know with exceptions of their own
             self.refused[label] = " ".join(str(error).split())
             return
@@ -283,9 +279,7 @@ class _Check:
         self.differences.append(Difference(label, via, expected, served, _cause(expected, served, bos, self.shown)))
         return False
 
-    def _compare_tokens(
-        self, label: str, expected: str, turns: list[dict], plain: tuple[str, str] | None, tools: list[dict] | None
-    ) -> None:
+    def _compare_tokens(self, label: str, expected: str, turns: list[dict], plain: tuple[str, str] | None, tools: list[dict] | None) -> None:
         self.compared += 1
         ids = list(self.tokenizer(expected, add_special_tokens=False)["input_ids"])
         one = {"num_predict": 1, "temperature": 0}
@@ -332,6 +326,5 @@ def _cause(expected: str, served: str, bos: str, shown: Shown) -> str:
 def _visible(text: str) -> list[str]:
     """Lines with their ends shown, and characters that nobody would see escaped."""
     return [
-        "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
-        for line in text.splitlines(keepends=True)
+        "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line) for line in text.splitlines(keepends=True)
     ]

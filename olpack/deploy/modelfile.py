@@ -69,20 +69,19 @@ def render(package: Package, gguf_path: Path | str, template_source: str, adapte
         OlpackError: the template does not compile, or names something that is not there.
     """
     return render_text(
-        template_source, "Modelfile.j2", "The Modelfile template", filters={"quoted": quoted},
+        template_source,
+        "Modelfile.j2",
+        "The Modelfile template",
+        filters={"quoted": quoted},
         gguf=str(gguf_path),
         adapter=None if adapter_path is None else str(adapter_path),
         system=package.system,
         template=package.template,
         license=package.license,
         messages=package.messages,
-        parameters=[
-            (name, item)
-            for name, value in package.parameters.items()
-            for item in (value if isinstance(value, (list, tuple)) else [value])
-        ],
+        parameters=[(name, item) for name, value in package.parameters.items() for item in (value if isinstance(value, (list, tuple)) else [value])],
         problems=unrepresentable(package),
-    )  # fmt: skip
+    )
 
 
 def quoted(value: object) -> str:
@@ -234,9 +233,7 @@ def differences(parsed: ParsedModelfile, package: Package, adapter: str | None =
     is right.
     """
     found = parsed.package
-    pairs: list[tuple[str, object, object]] = [
-        (name, getattr(package, name), getattr(found, name)) for name in ("system", "template", "license")
-    ]
+    pairs: list[tuple[str, object, object]] = [(name, getattr(package, name), getattr(found, name)) for name in ("system", "template", "license")]
     pairs.append(("adapter", adapter, parsed.adapter))
     pairs.append(
         (

@@ -94,9 +94,7 @@ def context_warnings(num_ctx: int, trained: int | None = None, longest: int | No
     """
     warnings = []
     if longest is not None and num_ctx > longest:
-        warnings.append(
-            f"num_ctx {num_ctx} is more than the {longest} tokens that the base model was made for: answers beyond them degrade."
-        )
+        warnings.append(f"num_ctx {num_ctx} is more than the {longest} tokens that the base model was made for: answers beyond them degrade.")
     if trained is not None and num_ctx > trained:
         warnings.append(f"num_ctx {num_ctx} is more than the {trained} tokens of the longest row trained on: beyond them only the base has learned.")
     return warnings
@@ -134,9 +132,12 @@ def prompt_warnings(prompts: Mapping[str, int], num_ctx: int) -> list[str]:
     half = [(place, count) for place, count in longest if num_ctx // 2 < count < num_ctx]
     return [
         *([f"{_rows(above)} as long as num_ctx {num_ctx} or longer: the server cuts such prompts."] if above else []),
-        *([f"{_rows(half)} longer than half of num_ctx {num_ctx}, where some servers cut prompts without a word; deploy checks the longest."]
-          if half else []),
-    ]  # fmt: skip
+        *(
+            [f"{_rows(half)} longer than half of num_ctx {num_ctx}, where some servers cut prompts without a word; deploy checks the longest."]
+            if half
+            else []
+        ),
+    ]
 
 
 def _rows(found: list[tuple[str, int]]) -> str:

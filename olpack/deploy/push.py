@@ -1,7 +1,7 @@
 """Tags of an Ollama server to ollama.com or a private registry. The server sends them, with its own key; nothing passes through here.
 
-    push_to_ollama(client, ["coding-assistant:q4_K_M", "coding-assistant"], namespace="me")      # ollama.com/me/coding-assistant
-    push_to_ollama(client, ["coding-assistant:q4_K_M"], namespace="registry.example.com:5000/team", insecure=True)
+push_to_ollama(client, ["coding-assistant:q4_K_M", "coding-assistant"], namespace="me")      # ollama.com/me/coding-assistant
+push_to_ollama(client, ["coding-assistant:q4_K_M"], namespace="registry.example.com:5000/team", insecure=True)
 """
 
 from __future__ import annotations

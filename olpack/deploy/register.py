@@ -108,13 +108,9 @@ def check_request(name: str, files: Sequence[QuantFile], package: Package, lates
     for file in files:
         check_name(f"{name}:{file.tag}")
         if tags.count(file.tag.lower()) > 1:
-            raise OlpackError(
-                f"Two files shall become {name}:{file.tag}.", "Tags are matched without regard to case: give each file its own."
-            )
+            raise OlpackError(f"Two files shall become {name}:{file.tag}.", "Tags are matched without regard to case: give each file its own.")
     if latest is not None and latest.lower() not in tags:
-        raise OlpackError(
-            f"{name}:latest shall point to {latest!r}, which is none of: {', '.join(file.tag for file in files)}.", "Name one of them."
-        )
+        raise OlpackError(f"{name}:latest shall point to {latest!r}, which is none of: {', '.join(file.tag for file in files)}.", "Name one of them.")
     problems = check_parameters(package.parameters)
     if "num_ctx" not in package.parameters:
         problems.append("The parameter 'num_ctx' is not set, and the server's own choice depends on the machine.")
@@ -228,9 +224,7 @@ def _needs_files(changed: Sequence[str], fields: dict[str, object], shown: Shown
 
 def _refuse_drift(model: str, shown: Shown | None, file: QuantFile, package: Package) -> None:
     if shown is None:
-        raise OlpackError(
-            f"The Ollama server said that it registered {model}, and does not have it.", "Look into its log, then run this again."
-        )
+        raise OlpackError(f"The Ollama server said that it registered {model}, and does not have it.", "Look into its log, then run this again.")
     differing = _differing(_wanted(file, package), shown)
     if "template" in differing and package.template is None:
         raise OlpackError(

@@ -1,6 +1,6 @@
 """Removing what olpack registered, and nothing else.
 
-    remove(client, "coding-assistant", records)      # records: what `register` returned
+remove(client, "coding-assistant", records)      # records: what `register` returned
 """
 
 from __future__ import annotations

@@ -40,8 +40,10 @@ class Smoke:
     def warning(self) -> str:
         """What to tell the user of a loop."""
         ended = f"for {self.tokens} tokens, where it was cut" if self.tokens else "until the server broke its answer off"
-        return (f"{self.model} repeats itself, {ended}: it ends with {self.answer[-_SHOWN:]!r}. repeat_penalty and num_predict in "
-                "modelfile.parameters limit that; more rows, or fewer epochs, can cure it.")  # fmt: skip
+        return (
+            f"{self.model} repeats itself, {ended}: it ends with {self.answer[-_SHOWN:]!r}. repeat_penalty and num_predict in "
+            "modelfile.parameters limit that; more rows, or fewer epochs, can cure it."
+        )
 
 
 def smoke(client: OllamaClient, model: str, messages: Sequence[Mapping], num_predict: int = 48) -> Smoke:

@@ -97,9 +97,7 @@ def write_store(store: Path, name: str, files: Sequence[QuantFile], package: Pac
     return stored
 
 
-def compose(
-    weights: str, size: int, header: Header, package: Package, adapter: tuple[str, int] | None = None
-) -> tuple[bytes, dict[str, bytes]]:
+def compose(weights: str, size: int, header: Header, package: Package, adapter: tuple[str, int] | None = None) -> tuple[bytes, dict[str, bytes]]:
     """The manifest of one tag, and the blobs that it names beside the weights, as the server writes them.
 
     Args:
@@ -242,8 +240,10 @@ def place(client: OllamaClient, store: Path, name: str, file: QuantFile, package
     listed = next((tag for tag in client.tags() if canonical(tag.model) == canonical(made.model)), None)
     shown = client.show(made.model)
     if listed is None or listed.digest != made.digest or shown is None:
-        raise OlpackError(f"{made.model} was written into {store}, and the server at {client.url} does not have it.",
-                          "Set OLLAMA_MODELS to the folder that the server has it set to.")
+        raise OlpackError(
+            f"{made.model} was written into {store}, and the server at {client.url} does not have it.",
+            "Set OLLAMA_MODELS to the folder that the server has it set to.",
+        )
     if told := drift(shown, file, package):
         raise OlpackError(f"The server reads {made.model} otherwise than it was written: {'; '.join(told)}.", "Use `package: merged` in the recipe.")
     done = "unchanged" if made.done == "unchanged" else "updated" if canonical(made.model) in there else "created"

@@ -102,9 +102,15 @@ def collect_importance(gguf: Path, rows: Sequence[Sequence[int]], out: Path, *, 
 
 
 def measure_sensitivity(
-    gguf: Path, rows: Sequence[Sequence[int]], learned: Sequence[Sequence[bool]], out: Path, *, key: str, importance: Path | None = None,
+    gguf: Path,
+    rows: Sequence[Sequence[int]],
+    learned: Sequence[Sequence[bool]],
+    out: Path,
+    *,
+    key: str,
+    importance: Path | None = None,
     threads: int | None = None,
-) -> bool:  # fmt: skip
+) -> bool:
     """Measure how far a model's predictions move when one of its matrices is rounded, for one matrix after the other.
 
     What was measured is kept after each matrix, and a later call with the same key goes on from there.

@@ -37,10 +37,15 @@ _SHARED = ("base_model.vera_A", "base_model.vera_B")
 
 # Settings of peft under which W + scale * B @ A is not what was trained, and what they mean.
 _REFUSED = {
-    "lora_bias": "biases in its B matrices", "layer_replication": "repeated layers",
-    "alora_invocation_tokens": "an activation by tokens (aLoRA)", "use_qalora": "QALoRA", "use_bdlora": "block-diagonal LoRA",
-    "arrow_config": "Arrow routing", "kasa_config": "KaSA", "monteclora_config": "MonteCLoRA",
-}  # fmt: skip
+    "lora_bias": "biases in its B matrices",
+    "layer_replication": "repeated layers",
+    "alora_invocation_tokens": "an activation by tokens (aLoRA)",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "block-diagonal LoRA",
+    "arrow_config": "Arrow routing",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+}
 
 # Initial values of A and B that leave the base's weights as they are. The others (PiSSA, CorDA, OLoRA, LoftQ, …) also change the base,
 # so the saved adapter does not fit the published weights.
@@ -170,9 +175,7 @@ def read_adapter(folder: Path, base: Mapping[str, TensorHeader], *, dequantized:
     if not file.is_file():
         if (folder / "adapters.safetensors").is_file():
             raise _of_mlx(folder)
-        raise OlpackError(
-            f"'{folder}' has no adapter_model.safetensors.", "Save the adapter with save_pretrained (safetensors, not pickle)."
-        )
+        raise OlpackError(f"'{folder}' has no adapter_model.safetensors.", "Save the adapter with save_pretrained (safetensors, not pickle).")
     header = read_safetensors_header(file)
     names = BaseNames(base)
     reader = _Reader(folder, config, header, base, names)
@@ -184,8 +187,10 @@ def read_adapter(folder: Path, base: Mapping[str, TensorHeader], *, dequantized:
     if not low_rank and not replaced and not tokens:
         raise OlpackError(f"The adapter '{folder}' changes nothing: its file holds no tensors.", "Train it again.")
     if config.get("trainable_token_indices") and not tokens:
-        raise OlpackError(f"The configuration of the adapter '{folder}' names single trained tokens, and its file holds none.",
-                          "It was not saved completely: save it again.")
+        raise OlpackError(
+            f"The configuration of the adapter '{folder}' names single trained tokens, and its file holds none.",
+            "It was not saved completely: save it again.",
+        )
     untied = reader.untie(file) if tied or names.headless else {}
     adapter = Adapter(file, low_rank, replaced, tokens=tokens, untied=untied, vocabulary=reader.vocabulary(untied))
     if not dequantized:
@@ -226,8 +231,9 @@ class _Reader:
             if (magnitude is not None) != bool(self._config.get("use_dora")):
                 raise OlpackError(
                     f"The adapter '{folder}' {'has' if magnitude else 'lacks'} the norms of DoRA for '{module}', and its configuration says "
-                    f"use_dora: {json.dumps(bool(self._config.get('use_dora')))}.", "It was not saved completely: save it again."
-                )  # fmt: skip
+                    f"use_dora: {json.dumps(bool(self._config.get('use_dora')))}.",
+                    "It was not saved completely: save it again.",
+                )
             if magnitude is not None:
                 shape = self._shape(name)
                 _expect_shape(folder, magnitude, header[magnitude].shape, shape[1:] if transposed else shape[:1])
@@ -235,8 +241,9 @@ class _Reader:
         elif kind == _VECTORS[0]:
             vectors = key, key.replace(*_VECTORS)
             if lost := [part for part in (*_SHARED, vectors[1]) if part not in header]:
-                raise OlpackError(f"The adapter '{folder}' has '{key}' and no '{lost[0]}'.",
-                                  "Save it with save_projection: true in its configuration.")
+                raise OlpackError(
+                    f"The adapter '{folder}' has '{key}' and no '{lost[0]}'.", "Save it with save_projection: true in its configuration."
+                )
             name = names.find(f"{module}.weight")
             transposed, (a, b) = bool(self._config.get("fan_in_fan_out")), _SHARED
             rows, columns = self._shape(name)[::-1] if transposed else self._shape(name)
@@ -275,19 +282,24 @@ class _Reader:
             asked = next((rows for place, rows in asked.items() if f".{module}".endswith(f".{place}")), next(iter(asked.values()), None))
         name, shape = self._names.find(f"{module}.weight"), self._header[key].shape
         if not isinstance(asked, list) or not all(type(row) is int for row in asked) or (len(asked),) != shape[:1]:
-            raise OlpackError(f"The adapter '{self._folder}' holds {shape[0]} trained tokens of '{module}', and its configuration does not name as "
-                              "many.", "It was not saved completely: save it again.")
+            raise OlpackError(
+                f"The adapter '{self._folder}' holds {shape[0]} trained tokens of '{module}', and its configuration does not name as many.",
+                "It was not saved completely: save it again.",
+            )
         rows, *columns = self._shape(name)
         _expect_shape(self._folder, key, shape[1:], tuple(columns))
         if wrong := [row for row in asked if not 0 <= row < rows]:
-            raise OlpackError(f"The adapter '{self._folder}' trained token {wrong[0]}, and the base's embedding has {rows:,} rows.",
-                              "Save it with save_embedding_layers=True, or name the base whose embedding was resized.")
+            raise OlpackError(
+                f"The adapter '{self._folder}' trained token {wrong[0]}, and the base's embedding has {rows:,} rows.",
+                "Save it with save_embedding_layers=True, or name the base whose embedding was resized.",
+            )
         self.tokens[name] = key, tuple(asked)
 
     def _take_stack(self, a: str, b: str, module: str) -> None:
         shapes = {name: header.shape for name, header in self._base.items()}
-        for name, parameter, rank, stack in find_stacks(self._folder, self._config, module, self._header[a].shape, self._header[b].shape,
-                                                        shapes, self._names.get):
+        for name, parameter, rank, stack in find_stacks(
+            self._folder, self._config, module, self._header[a].shape, self._header[b].shape, shapes, self._names.get
+        ):
             self.low_rank[name] = LowRank(a, b, _scale(self._folder, self._config, parameter, rank=rank), transposed=False, stack=stack)
 
     # -- one matrix as embedding and as output layer ------------------------------------------------------------------------------------------
@@ -304,8 +316,11 @@ class _Reader:
         if not any(here) and not any(there):
             return {}
         if here[2] and there != [None] * 3 and not there[2]:
-            raise OlpackError(f"The adapter '{self._folder}' trained single tokens of the embedding and '{head}' otherwise, and the base uses one "
-                              "matrix for both, which peft cannot compute.", "Train one of the two.")
+            raise OlpackError(
+                f"The adapter '{self._folder}' trained single tokens of the embedding and '{head}' otherwise, and the base uses one "
+                "matrix for both, which peft cannot compute.",
+                "Train one of the two.",
+            )
         only_tokens = here[2] and not here[0] and not any(there)
         kept = not any(there) and bool(self._config.get("ensure_weight_tying"))
         if only_tokens or kept or (any(here) and any(there) and self._same(file, here, there)):
@@ -323,8 +338,13 @@ class _Reader:
             return False
         with safe_open(str(file), framework="pt") as opened:
             (low, whole, tokens), (low_too, whole_too, tokens_too) = here, there
-            if low and not (low.scale == low_too.scale and low.transposed and not low_too.transposed and _equal(opened, low.a, low_too.b, turned=True)
-                            and _equal(opened, low.b, low_too.a, turned=True)):
+            if low and not (
+                low.scale == low_too.scale
+                and low.transposed
+                and not low_too.transposed
+                and _equal(opened, low.a, low_too.b, turned=True)
+                and _equal(opened, low.b, low_too.a, turned=True)
+            ):
                 return False
             if tokens and (tokens[1] != tokens_too[1] or not _equal(opened, tokens[0], tokens_too[0])):
                 return False
@@ -336,8 +356,10 @@ class _Reader:
         rows = {name: self._shape(name)[0] for name in names}
         if len(set(rows.values())) > 1:
             (one, count), (other, too) = sorted(rows.items(), key=lambda item: item[0] not in self.replaced)[:2]
-            raise OlpackError(f"The adapter '{self._folder}' has {count:,} rows for '{one}', because its vocabulary was resized, and '{other}' has "
-                              f"{too:,}.", "Save it with save_pretrained(…, save_embedding_layers=True), which saves both.")
+            raise OlpackError(
+                f"The adapter '{self._folder}' has {count:,} rows for '{one}', because its vocabulary was resized, and '{other}' has {too:,}.",
+                "Save it with save_pretrained(…, save_embedding_layers=True), which saves both.",
+            )
         found = next(iter(rows.values()), None)
         return found if names and found != self._base[self._names.embedding].shape[0] else None
 
@@ -362,8 +384,10 @@ def read_held(folder: Path) -> Held:
     path = folder / "settings.json"
     found = json.loads(path.read_text(encoding="utf-8")).get("held") if path.is_file() else None
     if found is None:
-        raise OlpackError(f"The adapter '{folder}' does not say how olpack quantized its base, so there are no weights that training saw instead.",
-                          "Set `train.merge_base: original`.")
+        raise OlpackError(
+            f"The adapter '{folder}' does not say how olpack quantized its base, so there are no weights that training saw instead.",
+            "Set `train.merge_base: original`.",
+        )
     return Held(**found)
 
 
@@ -398,8 +422,10 @@ def _read_config(folder: Path) -> dict:
 
 
 def _of_mlx(folder: Path) -> OlpackError:
-    return OlpackError(f"The adapter '{folder}' is one of MLX, whose matrices have other names and sides than peft's.",
-                       "Merge it with mlx_lm.fuse, and name the merged folder as the model.")
+    return OlpackError(
+        f"The adapter '{folder}' is one of MLX, whose matrices have other names and sides than peft's.",
+        "Merge it with mlx_lm.fuse, and name the merged folder as the model.",
+    )
 
 
 def _check_numbers(path: Path, config: dict) -> None:
@@ -431,9 +457,11 @@ def _parse(key: str, folder: Path) -> tuple[str, str]:
     if key in _SHARED:
         return key, "shared"
     if "_orig_mod." in key:
-        raise OlpackError(f"The adapter '{folder}' holds '{key}': it was saved from a model that torch.compile had wrapped, and peft finds no module "
-                          "of such a name.",
-                          "Save it from the model itself (model._orig_mod.save_pretrained), or take '_orig_mod.' out of the names.")
+        raise OlpackError(
+            f"The adapter '{folder}' holds '{key}': it was saved from a model that torch.compile had wrapped, and peft finds no module "
+            "of such a name.",
+            "Save it from the model itself (model._orig_mod.save_pretrained), or take '_orig_mod.' out of the names.",
+        )
     if not key.startswith(_PREFIX):
         raise OlpackError(f"The adapter '{folder}' holds '{key}', a name that peft does not give.", "Save it with peft's save_pretrained.")
     name = key
@@ -471,8 +499,11 @@ def _scale(folder: Path, config: dict, module: str, rank: int) -> float:
                 if regex.match(rf"(.*\.)?({pattern})$", module, timeout=_PATTERN_SECONDS):
                     return value
             except TimeoutError:
-                raise OlpackError(f"The pattern '{pattern}' in the configuration of the adapter '{folder}' takes more than {_PATTERN_SECONDS} s to "
-                                  f"compare with '{module}'.", "Write it without nested repetitions.") from None
+                raise OlpackError(
+                    f"The pattern '{pattern}' in the configuration of the adapter '{folder}' takes more than {_PATTERN_SECONDS} s to "
+                    f"compare with '{module}'.",
+                    "Write it without nested repetitions.",
+                ) from None
         return default
 
     named = setting(config.get("rank_pattern") or {}, config.get("r") or rank)
@@ -527,7 +558,10 @@ class BaseNames:
         if found is not None:
             return found
         if name.endswith(".bias"):
-            raise OlpackError(f"The adapter trained the bias '{name}' (bias: all or lora_only), and the base has none there.",
-                              "Name the base that it was trained on, or train with bias: none.")
-        raise OlpackError(f"The adapter is for another base: it changes '{name}', which the base does not have.",
-                          "Name the base that it was trained on.")
+            raise OlpackError(
+                f"The adapter trained the bias '{name}' (bias: all or lora_only), and the base has none there.",
+                "Name the base that it was trained on, or train with bias: none.",
+            )
+        raise OlpackError(
+            f"The adapter is for another base: it changes '{name}', which the base does not have.", "Name the base that it was trained on."
+        )

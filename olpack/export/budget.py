@@ -65,9 +65,7 @@ def choosable(hollow: Path) -> list[str]:
     return [name for name, type_ in library.type_plan(hollow, _Q8_0).tensors if type_ == library.tensor_type("q8_0")]
 
 
-def choose(
-    shapes: Mapping[str, tuple[int, int]], losses: Mapping[str, MatrixLoss], limit: int, *, weighed: bool, alignment: int
-) -> dict[str, str]:
+def choose(shapes: Mapping[str, tuple[int, int]], losses: Mapping[str, MatrixLoss], limit: int, *, weighed: bool, alignment: int) -> dict[str, str]:
     """The types with which all matrices together take at most so many bytes and lose least.
 
     Args:
@@ -86,8 +84,12 @@ def choose(
         packed = [rows * library.row_size(library.tensor_type(type_), columns) for type_ in types]
         options.append(types)
         sizes.append([-(-size // alignment) * alignment for size in packed])
-        lost.append([losses[name].loss(type_) if losses else rows * columns * 4.0 ** (-8 * size / (rows * columns))
-                     for type_, size in zip(types, packed, strict=True)])  # fmt: skip
+        lost.append(
+            [
+                losses[name].loss(type_) if losses else rows * columns * 4.0 ** (-8 * size / (rows * columns))
+                for type_, size in zip(types, packed, strict=True)
+            ]
+        )
     chosen = cheapest(sizes, lost, limit)
     if chosen is None:
         raise ValueError(sum(map(min, sizes)))

@@ -42,8 +42,11 @@ class Converter:
             # -P: the folder that the user works in may hold modules of any name
             [sys.executable, "-P", "-m", "olpack.export.worker", str(source)],
             env=worker_environment(),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, encoding="utf-8",
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            encoding="utf-8",
+        )
 
     def __enter__(self) -> Converter:
         return self
@@ -68,9 +71,15 @@ class Converter:
     ) -> ExportPlan:
         """As `olpack.export.check_export`."""
         found = self._do(
-            "checking the model", "texts", do="check", source=_text(source), quants=[quant_type(name).name for name in quants], out=_text(out),
-            texts=[asdict(text) for text in texts], options=_as_json(options),
-        )  # fmt: skip
+            "checking the model",
+            "texts",
+            do="check",
+            source=_text(source),
+            quants=[quant_type(name).name for name in quants],
+            out=_text(out),
+            texts=[asdict(text) for text in texts],
+            options=_as_json(options),
+        )
         return ExportPlan(**{**found, "differences": [TokenDifference(**one) for one in found["differences"]]})
 
     def export(self, source: Path, targets: Sequence[Target], **options: Unpack[ExportOptions]) -> list[ExportedFile]:
@@ -79,17 +88,22 @@ class Converter:
             return []
         wanted = [(quant_type(target.quant).name, target.path.absolute()) for target in targets]
         if options.get("sensitivity") is None and (budgets := [target.quant for target in targets if quant_type(target.quant).budget]):
-            raise OlpackError(f"'{budgets[0]}' is a budget: its types are chosen by what they lose on rows of data.",
-                              "Name it among the `quants` of a recipe, and `olpack build` measures that.")
+            raise OlpackError(
+                f"'{budgets[0]}' is a budget: its types are chosen by what they lose on rows of data.",
+                "Name it among the `quants` of a recipe, and `olpack build` measures that.",
+            )
         if len({path for _, path in wanted}) < len(wanted):
             raise OlpackError("Two quant types are to be written to the same file.", "Give each its own path.")
         for _, path in wanted:
             _make_place(path)
         try:
             files = self._do(
-                f"exporting {', '.join(quant for quant, _ in wanted)}", do="export", source=_text(source),
-                targets=[(quant, str(path)) for quant, path in wanted], options=_as_json(options),
-            )  # fmt: skip
+                f"exporting {', '.join(quant for quant, _ in wanted)}",
+                do="export",
+                source=_text(source),
+                targets=[(quant, str(path)) for quant, path in wanted],
+                options=_as_json(options),
+            )
         except BaseException:
             for _, path in wanted:  # the worker removes them itself, unless it was killed
                 remove_partial(partial_path(path, self.pid))
@@ -100,9 +114,15 @@ class Converter:
         """As `olpack.export.collect_importance`."""
         _make_place(out)
         found = self._do(
-            "collecting the importance matrix", "tokens", do="collect",
-            gguf=_text(gguf), rows=[list(row) for row in rows], out=_text(out), dataset=dataset, threads=threads,
-        )  # fmt: skip
+            "collecting the importance matrix",
+            "tokens",
+            do="collect",
+            gguf=_text(gguf),
+            rows=[list(row) for row in rows],
+            out=_text(out),
+            dataset=dataset,
+            threads=threads,
+        )
         if found["unused"]:
             progress.warn(
                 f"{found['unused']:,} of {found['experts']:,} experts' matrices were given no token by these rows: nothing is known of them, "
@@ -110,15 +130,30 @@ class Converter:
             )
 
     def measure(
-        self, gguf: Path, rows: Sequence[Sequence[int]], learned: Sequence[Sequence[bool]], out: Path, *, key: str,
-        importance: Path | None = None, threads: int | None = None,
-    ) -> bool:  # fmt: skip
+        self,
+        gguf: Path,
+        rows: Sequence[Sequence[int]],
+        learned: Sequence[Sequence[bool]],
+        out: Path,
+        *,
+        key: str,
+        importance: Path | None = None,
+        threads: int | None = None,
+    ) -> bool:
         """As `olpack.export.measure_sensitivity`."""
         _make_place(out)
         found = self._do(
-            "measuring what each matrix loses", "tokens", do="measure", gguf=_text(gguf), rows=[list(row) for row in rows],
-            learned=[list(row) for row in learned], importance=_text(importance), out=_text(out), key=key, threads=threads,
-        )  # fmt: skip
+            "measuring what each matrix loses",
+            "tokens",
+            do="measure",
+            gguf=_text(gguf),
+            rows=[list(row) for row in rows],
+            learned=[list(row) for row in learned],
+            importance=_text(importance),
+            out=_text(out),
+            key=key,
+            threads=threads,
+        )
         return found["finite"]
 
     def _do(self, title: str, unit: str = "B", **job: object) -> object:
@@ -214,11 +249,14 @@ def worker_environment() -> dict[str, str]:
     """The variables of the worker's process."""
     packages = os.pathsep.join(filter(None, [str(Path(olpack.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
     return {
-        **os.environ, "PYTHONPATH": packages, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+        **os.environ,
+        "PYTHONPATH": packages,
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
         "GGML_NO_BACKTRACE": "1",  # an abort says its reason in one line; a debugger would add seconds and pages
         "MALLOC_MMAP_THRESHOLD_": str(4 << 20),  # glibc: tensors go back to the system at once; without it the peak is double
         "THP_MEM_ALLOC_ENABLE": "1",  # torch: large tensors in large pages, of which the system has to clear and map fewer
-    }  # fmt: skip
+    }
 
 
 def _make_place(path: Path) -> None:

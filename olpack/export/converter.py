@@ -241,7 +241,8 @@ def _named_settings(read: Callable[[], None], source: Path) -> Callable[[], None
             read()
         except KeyError as error:
             raise OlpackError(
-                f"llama.cpp's converter misses {error} in '{source / 'config.json'}'.", "Add it as the model's publisher has it, or take another base."
+                f"llama.cpp's converter misses {error} in '{source / 'config.json'}'.",
+                "Add it as the model's publisher has it, or take another base.",
             ) from error
         except (ValueError, NotImplementedError, AssertionError, TypeError, AttributeError) as error:
             raise _refused(source, error) from error

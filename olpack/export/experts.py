@@ -62,9 +62,14 @@ class Stack:
 
 
 def find_stacks(
-    folder: Path, config: dict, module: str, a: tuple[int, ...], b: tuple[int, ...], base: Mapping[str, tuple[int, ...]],
+    folder: Path,
+    config: dict,
+    module: str,
+    a: tuple[int, ...],
+    b: tuple[int, ...],
+    base: Mapping[str, tuple[int, ...]],
     find: Callable[[str], str | None],
-) -> Iterator[tuple[str, str, int, Stack]]:  # fmt: skip
+) -> Iterator[tuple[str, str, int, Stack]]:
     """The base's tensors that one pair of factors changes.
 
     Args:
@@ -87,20 +92,24 @@ def find_stacks(
     asked = config.get("target_parameters") or []
     targets = [name for name in _PARAMETERS if any(f".{layer}.{name}".endswith(f".{target}") for target in asked)]
     if depth >= len(targets):
-        raise OlpackError(f"The adapter '{folder}' changes parameters of '{layer}' that cannot be merged ({', '.join(map(str, asked))}).",
-                          "Merge it with peft (merge_and_unload) and export the merged folder.")
+        raise OlpackError(
+            f"The adapter '{folder}' changes parameters of '{layer}' that cannot be merged ({', '.join(map(str, asked))}).",
+            "Merge it with peft (merge_and_unload) and export the merged folder.",
+        )
     parameter = targets[-1 - depth]
     name = f"{layer}.{parameter}"
     places = _places(layer, parameter, base, find)
     if not places:
-        raise OlpackError(f"The adapter is for another base: it changes '{name}', which the base does not have.",
-                          "Name the base that it was trained on.")
+        raise OlpackError(
+            f"The adapter is for another base: it changes '{name}', which the base does not have.", "Name the base that it was trained on."
+        )
     count = 1 + max(expert for _, expert, _ in places) if places[0][1] is not None else base[places[0][0]][0]
     sides = base[places[0][0]][-2:] if places[0][1] is None else (max(rows[1] for _, _, rows in places), base[places[0][0]][1])
     swapped = _swapped(folder, config, name, a[-1], b[0], sides, places[0][1] is None and _transposed(layer, base, find))
     if a[0] % count or a[0] != b[-1]:
-        raise OlpackError(f"The adapter '{folder}' has {a[0]} rows of A for the {count} experts of '{name}'.",
-                          "Name the base that it was trained on.")
+        raise OlpackError(
+            f"The adapter '{folder}' has {a[0]} rows of A for the {count} experts of '{name}'.", "Name the base that it was trained on."
+        )
     for tensor, expert, rows in places:
         yield tensor, name, a[0] // count, Stack(count, swapped, expert, rows)
 
@@ -136,15 +145,19 @@ def _swapped(folder: Path, config: dict, name: str, a: int, b: int, sides: tuple
     first, second = sides
     fits = {swapped for swapped, wanted in ((True, (second, first)), (False, (first, second))) if (a, b) == wanted}
     if not fits:
-        raise OlpackError(f"The adapter '{folder}' is for another base: its experts' matrices for '{name}' make {[b, a]}, and the base has "
-                          f"{list(sides)} there.", "Name the base that it was trained on.")
+        raise OlpackError(
+            f"The adapter '{folder}' is for another base: its experts' matrices for '{name}' make {[b, a]}, and the base has {list(sides)} there.",
+            "Name the base that it was trained on.",
+        )
     if len(fits) == 1:
         return fits.pop()
     version = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", str(config.get("peft_version") or ""))
     if version is None:
-        raise OlpackError(f"The adapter '{folder}' does not say which version of peft made it (peft_version), and '{name}' is square: versions "
-                          "before 0.19 mean its sides the other way round.",
-                          "Put the version into its adapter_config.json, or merge it with the peft that made it.")
+        raise OlpackError(
+            f"The adapter '{folder}' does not say which version of peft made it (peft_version), and '{name}' is square: versions "
+            "before 0.19 mean its sides the other way round.",
+            "Put the version into its adapter_config.json, or merge it with the peft that made it.",
+        )
     number = tuple(int(part or 0) for part in version.groups())
     if number < _BY_INPUT:
         return transposed and number[:2] == _BY_INPUT[:2]

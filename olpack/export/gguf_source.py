@@ -16,9 +16,13 @@ from olpack.export.converter import FLOATS, SourceModel, SourceTensor, set_keys
 
 
 def open_gguf(
-    source: Path, *, name: str | None = None, chat_template: str | None = None, end_of_turn: str | None = None,
+    source: Path,
+    *,
+    name: str | None = None,
+    chat_template: str | None = None,
+    end_of_turn: str | None = None,
     metadata: Mapping[str, str] | None = None,
-) -> SourceModel:  # fmt: skip
+) -> SourceModel:
     """Open an F16, BF16 or F32 GGUF. The arguments are those of `olpack.export.export`.
 
     Raises:
@@ -36,9 +40,7 @@ def open_gguf(
     for tensor in reader.tensors:
         kind = tensor.tensor_type.name
         if kind not in (*FLOATS, "I8", "I16", "I32", "I64"):
-            raise OlpackError(
-                f"'{source}' is quantized already: '{tensor.name}' is {kind}.", "Start from an F16, BF16 or F32 file of the model."
-            )
+            raise OlpackError(f"'{source}' is quantized already: '{tensor.name}' is {kind}.", "Start from an F16, BF16 or F32 file of the model.")
 
     writer = gguf.GGUFWriter(None, keys["general.architecture"].value)
     writer.kv_data = [keys]

@@ -30,8 +30,11 @@ def grown_tokenizer(folder: Path, source: Path, adapter: Adapter, base: Mapping[
         if has_one:
             return folder, None
         if adapter.vocabulary > rows:
-            raise OlpackError(f"The vocabulary of the adapter '{folder}' grew by {adapter.vocabulary - rows:,} tokens to {adapter.vocabulary:,}, and "
-                              "there is no tokenizer beside it.", "Put the tokenizer that it was trained with there (tokenizer.save_pretrained).")
+            raise OlpackError(
+                f"The vocabulary of the adapter '{folder}' grew by {adapter.vocabulary - rows:,} tokens to {adapter.vocabulary:,}, and "
+                "there is no tokenizer beside it.",
+                "Put the tokenizer that it was trained with there (tokenizer.save_pretrained).",
+            )
         return None, None
     own, new = (_tokens(place / "tokenizer.json") for place in (source, folder))
     more = {index: text for index, text in new.items() if index not in own}
@@ -40,8 +43,10 @@ def grown_tokenizer(folder: Path, source: Path, adapter: Adapter, base: Mapping[
     if max(more) < rows:
         return folder, None
     token = more[max(more)]
-    return None, (f"The tokenizer beside the adapter '{folder}' has {len(more):,} tokens that the base's lacks ({token!r}), and the adapter "
-                  "no rows for them: the file gets the base's tokenizer.")  # fmt: skip
+    return None, (
+        f"The tokenizer beside the adapter '{folder}' has {len(more):,} tokens that the base's lacks ({token!r}), and the adapter "
+        "no rows for them: the file gets the base's tokenizer."
+    )
 
 
 def _tokens(path: Path) -> dict[int, str]:

@@ -137,8 +137,12 @@ def _convert(base: Path, adapter: Path, out: Path) -> None:
     script = converter_source() / "convert_lora_to_gguf.py"
     done = subprocess.run(
         [sys.executable, str(script), "--base", str(base.absolute()), "--outfile", str(out.absolute()), "--outtype", _TYPE, str(adapter.absolute())],
-        env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
-    )  # fmt: skip
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
     if done.returncode or not out.is_file():
         said = [line.strip() for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
         reason = next((line for line in reversed(said) if "Error" in line or "ERROR" in line), said[-1])

@@ -110,9 +110,14 @@ def vocabulary_file(model: SourceModel, pre_tokenizer: str | None = None) -> Ite
 
 
 def plan_files(
-    model: SourceModel, hollow: Path, quants: Sequence[QuantType], *, importance: ColumnWeights | None = None,
-    tensor_types: Mapping[str, str] = {}, losses: Mapping[str, MatrixLoss] = {},
-) -> list[FilePlan]:  # fmt: skip
+    model: SourceModel,
+    hollow: Path,
+    quants: Sequence[QuantType],
+    *,
+    importance: ColumnWeights | None = None,
+    tensor_types: Mapping[str, str] = {},
+    losses: Mapping[str, MatrixLoss] = {},
+) -> list[FilePlan]:
     """Plan one file per quant.
 
     Args:
@@ -140,9 +145,13 @@ def plan_files(
 
 
 def _within_budget(
-    model: SourceModel, hollow: Path, quant: QuantType, importance: ColumnWeights | None, tensor_types: Mapping[str, str],
+    model: SourceModel,
+    hollow: Path,
+    quant: QuantType,
+    importance: ColumnWeights | None,
+    tensor_types: Mapping[str, str],
     losses: Mapping[str, MatrixLoss],
-) -> tuple[QuantType, dict[str, str]]:  # fmt: skip
+) -> tuple[QuantType, dict[str, str]]:
     """(the quant with the file type of the nearest mix, patterns for the types of its tensors: the user's first)."""
     like = _plan(model, hollow, replace(quant, ftype=QUANT_TYPES["Q4_K_M"].ftype), importance, tensor_types)
     now = {name: (type_, nbytes) for name, type_, nbytes in like.tensors}

@@ -30,11 +30,17 @@ _KNOWN: dict[tuple[tuple[str, ...], bool], str] = {
     ((rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_TAIL}",), False): "qwen35",
     ((rf"{_CAMEL_A}|{_CAMEL_B}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_TAIL}",), True): "tekken",
     ((rf"{_CAMEL_A}{_CONTRACTIONS}?|{_CAMEL_B}{_CONTRACTIONS}?|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_TAIL}",), False): "gpt-4o",
-    ((r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+",
-      r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|"""
-      r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|" + _TAIL), False): "deepseek-v3",
+    (
+        (
+            r"\p{N}{1,3}",
+            "[一-龥぀-ゟ゠-ヿ]+",
+            r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|"""
+            r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|" + _TAIL,
+        ),
+        False,
+    ): "deepseek-v3",
     (("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", "digit"), False): "deepseek-coder",
-}  # fmt: skip
+}
 
 # Other ways to write the same pattern.
 _SPELLINGS = {

@@ -36,7 +36,7 @@ _UNREADABLE = {
     "spqr": ("SpQR", "with its outliers kept apart"),
     "torchao": ("torchao", "whose tensors only its library can unpack"),
     "vptq": ("VPTQ", "vectors from codebooks"),
-}  # fmt: skip
+}
 
 _INT32 = 32
 _STATE = ".quant_state.bitsandbytes__"  # after the weight's name, and before "nf4" or "fp4"
@@ -127,7 +127,9 @@ def _of_gptq(source: Path, settings: Mapping[str, Any], stored: Mapping[str, Ten
     for module, found, parts in _packed(source, stored, "qweight", ("g_idx", "qzeros", "scales"), _ORIGINAL):
         columns = parts["g_idx"].shape[0]
         if found.shape[0] * _INT32 != columns * bits or found.dtype != "I32":
-            raise OlpackError(f"'{source}' packs '{module}.qweight' otherwise than {bits} bits into int32, which llama.cpp's converter expects.", _ORIGINAL)
+            raise OlpackError(
+                f"'{source}' packs '{module}.qweight' otherwise than {bits} bits into int32, which llama.cpp's converter expects.", _ORIGINAL
+            )
         headers[f"{module}.weight"] = _restored(found, (found.shape[1], columns))
     return headers
 
@@ -154,8 +156,9 @@ def _of_hqq(source: Path, stored: Mapping[str, TensorHeader]) -> dict[str, Tenso
         with safe_open(str(found.file), framework="pt") as file:
             bits, shape = file.get_tensor(f"{module}.nbits").item(), tuple(file.get_tensor(f"{module}.shape").tolist())
         if bits not in (1, 2, 4, 8) or found.dtype != "U8":
-            raise OlpackError(f"'{source}' packs '{module}.W_q' by HQQ in {bits:g} bits as {found.dtype}; 1, 2, 4 and 8 bits in bytes are read.",
-                              _ORIGINAL)
+            raise OlpackError(
+                f"'{source}' packs '{module}.W_q' by HQQ in {bits:g} bits as {found.dtype}; 1, 2, 4 and 8 bits in bytes are read.", _ORIGINAL
+            )
         if math.prod(found.shape) * 8 != math.prod(shape) * bits:
             raise OlpackError(f"'{source}' packs '{module}.W_q' otherwise than HQQ does: {list(found.shape)} for {list(shape)}.", _ORIGINAL)
         headers[f"{module}.weight"] = _restored(found, shape)

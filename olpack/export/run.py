@@ -39,15 +39,17 @@ def check(source: str, quants: list[str], out: str | None, texts: list[dict], op
     if out is not None:
         check_space([Path(out, plan.quant.name) for plan in plans], plans)
     context = model.key(f"{model.architecture}.context_length")
-    return asdict(ExportPlan(
-        architecture=model.architecture,
-        pre_tokenizer=model.key("tokenizer.ggml.pre") or "",
-        context_length=None if context is None else int(context),
-        parameters=model.parameters,
-        sizes={plan.quant.name: plan.size for plan in plans},
-        warnings=warnings,
-        differences=differences,
-    ))  # fmt: skip
+    return asdict(
+        ExportPlan(
+            architecture=model.architecture,
+            pre_tokenizer=model.key("tokenizer.ggml.pre") or "",
+            context_length=None if context is None else int(context),
+            parameters=model.parameters,
+            sizes={plan.quant.name: plan.size for plan in plans},
+            warnings=warnings,
+            differences=differences,
+        )
+    )
 
 
 def export(source: str, targets: list[tuple[str, str]], options: ExportOptions, report: Report) -> list[dict]:
@@ -62,9 +64,13 @@ def export(source: str, targets: list[tuple[str, str]], options: ExportOptions, 
         for file in files:
             file.begin()
         digests = write_files(
-            model, [file.partial for file in files], threads=options.get("threads") or usable_processors(),
-            round_to_bf16=options.get("round_to_bf16", False), importance=weights, advance=lambda count: report(count, total),
-        )  # fmt: skip
+            model,
+            [file.partial for file in files],
+            threads=options.get("threads") or usable_processors(),
+            round_to_bf16=options.get("round_to_bf16", False),
+            importance=weights,
+            advance=lambda count: report(count, total),
+        )
         for file in files:
             verify_file(file.partial, keys)
         for file in files:
@@ -76,11 +82,21 @@ def export(source: str, targets: list[tuple[str, str]], options: ExportOptions, 
     exported = []
     for plan, file, found in zip(plans, files, digests, strict=True):
         parts = [{"path": str(path), "size": part.size, "sha256": digest} for path, part, digest in zip(file.paths, file.parts, found, strict=True)]
-        exported.append({
-            "quant": plan.quant.name, "path": str(file.paths[0]), "size": file.size, "sha256": found[0], "parameters": parameters,
-            "bits_per_weight": 8 * plan.data_size / parameters, "seconds": seconds, "parts": parts if len(parts) > 1 else [],
-            "types": plan.types, "needs_importance": plan.needs_importance, "warnings": warnings,
-        })  # fmt: skip
+        exported.append(
+            {
+                "quant": plan.quant.name,
+                "path": str(file.paths[0]),
+                "size": file.size,
+                "sha256": found[0],
+                "parameters": parameters,
+                "bits_per_weight": 8 * plan.data_size / parameters,
+                "seconds": seconds,
+                "parts": parts if len(parts) > 1 else [],
+                "types": plan.types,
+                "needs_importance": plan.needs_importance,
+                "warnings": warnings,
+            }
+        )
     return exported
 
 
@@ -111,9 +127,7 @@ class _Output:
         remove_partial(self._place)
 
 
-def _prepare(
-    source: Path, quants: list[str], options: ExportOptions
-) -> tuple[SourceModel, list[FilePlan], dict[str, np.ndarray], list[str]]:  # fmt: skip
+def _prepare(source: Path, quants: list[str], options: ExportOptions) -> tuple[SourceModel, list[FilePlan], dict[str, np.ndarray], list[str]]:
     """Everything up to the first weight: (model, one plan per quant, weights of the columns by tensor, warnings)."""
     types = [quant_type(name) for name in quants]
     warnings: list[str] = []

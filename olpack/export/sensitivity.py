@@ -41,9 +41,15 @@ _SAMPLE = 1 << 16  # weights of a matrix on which the errors of its types are co
 
 
 def measure(
-    gguf: str, rows: list[list[int]], learned: list[list[bool]], importance: str | None, out: str, key: str, threads: int | None,
+    gguf: str,
+    rows: list[list[int]],
+    learned: list[list[bool]],
+    importance: str | None,
+    out: str,
+    key: str,
+    threads: int | None,
     report: Callable[[int, int], None],
-) -> dict:  # fmt: skip
+) -> dict:
     """`olpack.export.measure_sensitivity`, over the pipe. Returns {"finite": whether all predictions are numbers}."""
     from olpack.llamacpp.engine import Engine  # loads llama.cpp
 

@@ -41,8 +41,9 @@ def split_plan(plan: FilePlan, limit: int | None) -> list[FilePlan]:
         if used + needed + _SLACK > limit:
             raise OlpackError(
                 f"The {plan.quant.name} file cannot be split into parts of {progress.quantity(limit, 'B')}: '{name}' needs "
-                f"{progress.quantity(used + needed, 'B')} with its header.", "Allow larger parts."
-            )  # fmt: skip
+                f"{progress.quantity(used + needed, 'B')} with its header.",
+                "Allow larger parts.",
+            )
         groups[-1].append(index)
         used += needed
     return [_part(plan, keys if number == 0 else b"", infos, group, number, len(groups)) for number, group in enumerate(groups)]
@@ -89,10 +90,12 @@ def _part(plan: FilePlan, keys: bytes, infos: Sequence[bytes], group: Sequence[i
     offsets = [0]
     for _, _, nbytes in tensors:
         offsets.append(offsets[-1] + padded(nbytes))
-    header = b"".join([
-        _PREFIX.pack(magic, version, len(group), 3 + (key_count if keys else 0)),
-        keys,
-        _split_keys(number, count, len(plan.tensors)),
-        *(infos[index] + struct.pack("<Q", offset) for index, offset in zip(group, offsets, strict=False)),
-    ])  # fmt: skip
+    header = b"".join(
+        [
+            _PREFIX.pack(magic, version, len(group), 3 + (key_count if keys else 0)),
+            keys,
+            _split_keys(number, count, len(plan.tensors)),
+            *(infos[index] + struct.pack("<Q", offset) for index, offset in zip(group, offsets, strict=False)),
+        ]
+    )
     return replace(plan, header=header.ljust(padded(len(header)), b"\0"), tensors=tensors)

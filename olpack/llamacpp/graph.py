@@ -37,8 +37,9 @@ def check_layout(address: int) -> None:
     """Raise OlpackError where a tensor of the loaded library is not laid out as `Tensor`."""
     expected = (address + Tensor.name.offset, Tensor.from_address(address).data)
     if (ggml().ggml_get_name(address), ggml().ggml_get_data(address)) != expected:
-        raise OlpackError("The installed llama.cpp is not the one that olpack was made for: its tensors are laid out otherwise.",
-                          f"Install that one: {INSTALL}")  # fmt: skip
+        raise OlpackError(
+            "The installed llama.cpp is not the one that olpack was made for: its tensors are laid out otherwise.", f"Install that one: {INSTALL}"
+        )
 
 
 @cache

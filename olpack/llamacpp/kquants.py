@@ -49,8 +49,15 @@ def quantizer(ggml: ctypes.CDLL) -> Quantize | None:
     function = ctypes.CDLL(str(library)).olpack_quantize_rows
     function.restype = None
     function.argtypes = [
-        ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p,
-    ]  # fmt: skip
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+    ]
     used = (ggml.ggml_quantize_chunk, ggml.ggml_fp32_to_fp16, ggml.ggml_fp16_to_fp32)
     functions = _Functions(*(ctypes.cast(one, ctypes.c_void_p) for one in used))
 
@@ -86,8 +93,24 @@ def sample_rows() -> np.ndarray:
     uneven = normal * np.repeat(np.exp(random.uniform(-9, 9, (6, 24))), 32, axis=1)
     holes = np.where(random.random(normal.shape) < 0.1, normal, 0)
     steps = np.repeat(normal[:, :24], 32, axis=1)
-    kinds = [normal, normal * 0.02, normal * 1e-6, normal * 1e-20, normal * 1e20, normal**5, np.abs(normal), -np.abs(normal), normal + 300,
-             normal / 300 - 1, wide, uneven, holes, steps, np.round(normal * 3), np.zeros_like(normal)]  # fmt: skip
+    kinds = [
+        normal,
+        normal * 0.02,
+        normal * 1e-6,
+        normal * 1e-20,
+        normal * 1e20,
+        normal**5,
+        np.abs(normal),
+        -np.abs(normal),
+        normal + 300,
+        normal / 300 - 1,
+        wide,
+        uneven,
+        holes,
+        steps,
+        np.round(normal * 3),
+        np.zeros_like(normal),
+    ]
     return np.concatenate(kinds).astype(np.float32)
 
 

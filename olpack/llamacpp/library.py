@@ -59,8 +59,14 @@ def ggml() -> ctypes.CDLL:
     library = ctypes.CDLL(str(library_folder() / name))
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
     library.ggml_quantize_chunk.argtypes = [
-        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p,
-    ]  # fmt: skip
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+    ]
     library.ggml_validate_row_data.restype = ctypes.c_bool
     library.ggml_validate_row_data.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
     library.ggml_row_size.restype = ctypes.c_size_t
@@ -195,9 +201,7 @@ class TypePlan:
 
 
 _TENSOR_LINE = re.compile(r"^\[\s*\d+/\s*\d+\]\s+(\S+)\s+- \[.*?\], type =\s+(\w+), size =(?:.*-> .*\((\w+)\))?")
-_FALLBACK_LINE = re.compile(
-    r"^warning: (\S+)\s+- ncols\s+(\d+) not divisible by\s+(\d+) \(required for type\s+(\w+)\).*falling back to\s+(\w+)"
-)
+_FALLBACK_LINE = re.compile(r"^warning: (\S+)\s+- ncols\s+(\d+) not divisible by\s+(\d+) \(required for type\s+(\w+)\).*falling back to\s+(\w+)")
 
 
 def type_plan(header: Path, ftype: int, *, overrides: Sequence[tuple[str, int]] = (), with_importance: bool = False) -> TypePlan:
@@ -229,13 +233,12 @@ def type_plan(header: Path, ftype: int, *, overrides: Sequence[tuple[str, int]] 
         reason = next((line for line in reversed(lines) if "failed to quantize" in line), "no reason given")
         raise OlpackError(
             f"llama.cpp cannot quantize this model: {reason.rpartition('failed to quantize: ')[2].rstrip('.')}.",
-            "The types for single tensors (tensor_types) may hold a regular expression that C++ does not know." if overrides
+            "The types for single tensors (tensor_types) may hold a regular expression that C++ does not know."
+            if overrides
             else "The converter and the library may be of different versions: unset OLPACK_LLAMA_CPP.",
         )
     tensors = [(match[1], tensor_type(match[3] or match[2])) for match in map(_TENSOR_LINE.match, lines) if match]
-    fallbacks = [
-        f"{m[1]} ({m[2]} columns, {m[4]} needs a multiple of {m[3]}) becomes {m[5]}" for m in map(_FALLBACK_LINE.match, lines) if m
-    ]
+    fallbacks = [f"{m[1]} ({m[2]} columns, {m[4]} needs a multiple of {m[3]}) becomes {m[5]}" for m in map(_FALLBACK_LINE.match, lines) if m]
     return TypePlan(tensors, fallbacks, needs_importance=any("will require an imatrix" in line for line in lines))
 
 

@@ -108,8 +108,11 @@ def _write_small_model(path: Path) -> None:
     writer.add_tokenizer_model("no_vocab")
     for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
         writer.add_tensor(f"{name}.weight", np.ones(_WIDTH, np.float32))
-    for name in ("token_embd", "output", *(f"blk.0.{part}" for part in
-                 ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"))):  # fmt: skip
+    for name in (
+        "token_embd",
+        "output",
+        *(f"blk.0.{part}" for part in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")),
+    ):
         type_ = tensor_type("q8_0" if "attn" in name else "q4_K")
         values = random.standard_normal((_WIDTH, _WIDTH), np.float32) / 16
         rows = np.empty((_WIDTH, row_size(type_, _WIDTH)), np.uint8)

@@ -110,22 +110,36 @@ def _fetch(folder: Path) -> None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OlpackError(f"llama.cpp's converter could not be stored in '{folder.parent}': {error.strerror}.",
-                          "Give write access there, or set XDG_CACHE_HOME to another folder.") from error
+        raise OlpackError(
+            f"llama.cpp's converter could not be stored in '{folder.parent}': {error.strerror}.",
+            "Give write access there, or set XDG_CACHE_HOME to another folder.",
+        ) from error
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent) as scratch:
         home = Path(scratch)
         (home / "backend" / "scikit_build_core").mkdir(parents=True)
         (home / "backend" / "scikit_build_core" / "__init__.py").touch()
         (home / "backend" / "scikit_build_core" / "build.py").write_text(_BACKEND, encoding="utf-8")
-        (home / "requirements.txt").write_text(
-            f"llama-cpp-python=={VERSION} --hash=sha256:{ARCHIVE_SHA256}\n", encoding="utf-8"
-        )  # fmt: skip
+        (home / "requirements.txt").write_text(f"llama-cpp-python=={VERSION} --hash=sha256:{ARCHIVE_SHA256}\n", encoding="utf-8")
         (home / "tmp").mkdir()
         command = [
-            sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-input", "--no-cache-dir",
-            "--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--require-hashes",
-            "--requirement", str(home / "requirements.txt"), "--dest", str(home / "archive"),
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "pip",
+            "--disable-pip-version-check",
+            "download",
+            "--quiet",
+            "--no-input",
+            "--no-cache-dir",
+            "--no-deps",
+            "--no-binary",
+            ":all:",
+            "--no-build-isolation",
+            "--require-hashes",
+            "--requirement",
+            str(home / "requirements.txt"),
+            "--dest",
+            str(home / "archive"),
+        ]
         environment = {
             **os.environ,
             "PYTHONPATH": str(home / "backend"),

@@ -29,9 +29,16 @@ _CONTEXT = 4096  # where nobody has named one; what olpack gives a package too
 
 
 def advise(
-    models: Sequence[str] = (), params: str | None = None, vram: float | None = None, ram: float | None = None, context: int | None = None,
-    kv_type: str = "f16", max_loss: float | None = None, quants: Sequence[str] | None = None, out: Path | None = None,
-) -> Advice:  # fmt: skip
+    models: Sequence[str] = (),
+    params: str | None = None,
+    vram: float | None = None,
+    ram: float | None = None,
+    context: int | None = None,
+    kv_type: str = "f16",
+    max_loss: float | None = None,
+    quants: Sequence[str] | None = None,
+    out: Path | None = None,
+) -> Advice:
     """Which quant to take on this machine, or on the one described.
 
     Args:
@@ -77,9 +84,14 @@ def advise(
 
 
 def estimate_model(
-    model: str | None = None, params: str | None = None, context: int | None = None, kv_type: str = "f16", rank: int = 16,
-    tokens: int = 2048, quants: Sequence[str] | None = None,
-) -> Estimate:  # fmt: skip
+    model: str | None = None,
+    params: str | None = None,
+    context: int | None = None,
+    kv_type: str = "f16",
+    rank: int = 16,
+    tokens: int = 2048,
+    quants: Sequence[str] | None = None,
+) -> Estimate:
     """What a model takes for inference and training.
 
     Args:

@@ -69,8 +69,9 @@ def _run(llama, model, setting: dict[str, Any], before: int) -> dict[str, Any]:
         context = llama.llama_init_from_model(model, params)
     lines = "".join(log).splitlines()
     if not context:
-        raise OlpackError(f"llama.cpp cannot make a context of {setting['context']:,} tokens: {_reason(lines)}.",
-                          "Try a shorter context, or a KV cache in f16.")
+        raise OlpackError(
+            f"llama.cpp cannot make a context of {setting['context']:,} tokens: {_reason(lines)}.", "Try a shorter context, or a KV cache in f16."
+        )
     grown = psutil.Process().memory_info().rss - before
     llama.llama_free(context)
     caches, layers = [], []

@@ -64,16 +64,28 @@ class Estimate:
             for name, found in self.training.items()
         }
         quants = [
-            {"quant": f.quant, "weights": f.weights, "kv": f.cache, "buffers": f.buffers, "process": f.process_bytes, "total": f.total,
-             "rule": rule_of_thumb(f.quant, self.count)} for f in self.quants
-        ]  # fmt: skip
+            {
+                "quant": f.quant,
+                "weights": f.weights,
+                "kv": f.cache,
+                "buffers": f.buffers,
+                "process": f.process_bytes,
+                "total": f.total,
+                "rule": rule_of_thumb(f.quant, self.count),
+            }
+            for f in self.quants
+        ]
         return {
-            "model": self.label, "parameters": self.parameters and asdict(self.parameters) | {"total": self.parameters.total},
-            "shape": self.shape and asdict(self.shape), "setting": asdict(self.setting),
+            "model": self.label,
+            "parameters": self.parameters and asdict(self.parameters) | {"total": self.parameters.total},
+            "shape": self.shape and asdict(self.shape),
+            "setting": asdict(self.setting),
             "transformers": [asdict(row) | {"total": row.total} for row in self.loaded],
-            "llama_cpp": quants, "layout": self.layout and asdict(self.layout),
-            "training": {"rank": self.rank, "tokens": self.tokens, **training}, "notes": self.notes,
-        }  # fmt: skip
+            "llama_cpp": quants,
+            "layout": self.layout and asdict(self.layout),
+            "training": {"rank": self.rank, "tokens": self.tokens, **training},
+            "notes": self.notes,
+        }
 
 
 def estimate(subject: Subject, quants: Sequence[str], setting: Setting, *, rank: int, tokens: int) -> Estimate:
@@ -95,8 +107,20 @@ def estimate(subject: Subject, quants: Sequence[str], setting: Setting, *, rank:
 
         footprint, layout = read(subject.gguf, setting)
         notes = ["A GGUF is not trained: name the model it was made from for the memory of training and of other precisions."]
-        return Estimate(subject.label, None, None, setting, [], [footprint], layout, rank, tokens, {}, read_header(subject.gguf).parameters,
-                        [*notes, *_llama_notes(layout, [footprint])])  # fmt: skip
+        return Estimate(
+            subject.label,
+            None,
+            None,
+            setting,
+            [],
+            [footprint],
+            layout,
+            rank,
+            tokens,
+            {},
+            read_header(subject.gguf).parameters,
+            [*notes, *_llama_notes(layout, [footprint])],
+        )
     model = subject.model
     loaded = [_loaded(model, precision, setting.context) for precision in TITLES]
     precisions = {"QLoRA": "nf4", "LoRA": "bfloat16"}
@@ -109,8 +133,9 @@ def estimate(subject: Subject, quants: Sequence[str], setting: Setting, *, rank:
     except OlpackError as error:
         footprints, layout = [], None
         notes.append(f"No figures of llama.cpp: {error}")
-    return Estimate(subject.label, model.parameters, model.shape, setting, loaded, footprints, layout, rank, tokens, training,
-                    model.parameters.text, notes)  # fmt: skip
+    return Estimate(
+        subject.label, model.parameters, model.shape, setting, loaded, footprints, layout, rank, tokens, training, model.parameters.text, notes
+    )
 
 
 def _loaded(model: MetaModel, precision: str, context: int) -> Loaded:
@@ -123,13 +148,17 @@ def _notes(model: MetaModel, loaded: list[Loaded], training: dict[str, Training]
     """What "parameters × bytes" forgets, in this model's figures."""
     four, count = loaded[-1], model.parameters
     kept = 2 * (count.total - sum(rows * columns for rows, columns in model.quantizable().values()))
-    notes = [f"\"Parameters × bytes\" forgets what 4-bit leaves in 16 bits (embeddings, output layer, norms: {quantity(kept, 'B')}), the "
-             f"constants of quantization ({quantity(four.constants, 'B')}, which transformers' get_memory_footprint leaves out too), the KV "
-             f"cache ({quantity(loaded[1].cache, 'B')} in 16 bits) and, in training, logits and activations."]  # fmt: skip
+    notes = [
+        f'"Parameters × bytes" forgets what 4-bit leaves in 16 bits (embeddings, output layer, norms: {quantity(kept, "B")}), the '
+        f"constants of quantization ({quantity(four.constants, 'B')}, which transformers' get_memory_footprint leaves out too), the KV "
+        f"cache ({quantity(loaded[1].cache, 'B')} in 16 bits) and, in training, logits and activations."
+    ]
     if count.experts:
         notes.append(f"bitsandbytes quantizes no stacked experts: {quantity(2 * count.experts, 'B')} stay in 16 bits whatever is asked.")
-    notes.append("Peak of training: with checkpointing, the layer that is computed again and the logits are not there at the same time; the larger "
-                 "counts. Every token of the batch is taken to be learned. The GPU's own context, about half a GB, comes on top.")  # fmt: skip
+    notes.append(
+        "Peak of training: with checkpointing, the layer that is computed again and the logits are not there at the same time; the larger "
+        "counts. Every token of the batch is taken to be learned. The GPU's own context, about half a GB, comes on top."
+    )
     if training["QLoRA"].activations is None:
         notes.append("Activations are not counted: this architecture computes with data that there is none of before it is loaded.")
     return notes

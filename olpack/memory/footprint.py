@@ -196,9 +196,18 @@ def _footprint(quant: str, setting: Setting, tensors: Sequence[tuple[str, int]],
         for layer in of_layers:  # llama.cpp tells the sum of a cache; layers of one cache have the same number of cells
             cache[layer] += size / len(of_layers)
     return Footprint(
-        quant, setting, tuple(blocks), inputs, output, tied, tuple(cache), found["state_bytes"], found["compute_bytes"],
-        found["output_bytes"], found["process_bytes"] + vocabulary,
-    )  # fmt: skip
+        quant,
+        setting,
+        tuple(blocks),
+        inputs,
+        output,
+        tied,
+        tuple(cache),
+        found["state_bytes"],
+        found["compute_bytes"],
+        found["output_bytes"],
+        found["process_bytes"] + vocabulary,
+    )
 
 
 def _layout(found: dict[str, Any]) -> Layout:
@@ -212,8 +221,14 @@ def _work(job: dict[str, Any], label: str) -> dict[str, Any]:
     packages = os.pathsep.join(filter(None, [str(Path(olpack.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": packages, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "GGML_NO_BACKTRACE": "1"}
     # -P: the folder that the user works in may hold modules of any name
-    child = subprocess.run([sys.executable, "-P", "-m", "olpack.memory.worker"], input=json.dumps(job), env=environment,
-                           capture_output=True, encoding="utf-8", errors="replace")  # fmt: skip
+    child = subprocess.run(
+        [sys.executable, "-P", "-m", "olpack.memory.worker"],
+        input=json.dumps(job),
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+    )
     if child.returncode == 0:
         answer = json.loads(child.stdout)
         if "error" in answer:
@@ -223,5 +238,6 @@ def _work(job: dict[str, Any], label: str) -> dict[str, Any]:
     said = [line.strip() for line in child.stderr.splitlines() if line.strip()]
     reason = next((line for line in said if "GGML_ASSERT" in line), said[-1] if said else "it said nothing")
     how = f"was ended by {signal.Signals(-child.returncode).name}" if child.returncode < 0 else f"ended with exit code {child.returncode}"
-    raise OlpackError(f"The process that asked llama.cpp about {label} {how}: {reason}",
-                      f"If `olpack doctor` finds llama.cpp broken, install it anew: {INSTALL}")
+    raise OlpackError(
+        f"The process that asked llama.cpp about {label} {how}: {reason}", f"If `olpack doctor` finds llama.cpp broken, install it anew: {INSTALL}"
+    )

@@ -7,10 +7,24 @@ SOURCE = "Llama 3 8B on wikitext-2, from the table of llama.cpp's perplexity too
 # Perplexity in 16 bits, and by how much each quant raises it: tools/perplexity/README.md of llama.cpp, rows without an importance matrix.
 _PERPLEXITY = 6.231636
 _RISE = {
-    "F32": 0.0, "BF16": 0.0, "F16": 0.001524, "Q8_0": 0.002650, "Q6_K": 0.021748, "Q5_K_M": 0.056974, "Q5_K_S": 0.104964, "Q5_1": 0.106223,
-    "Q5_0": 0.131591, "Q4_K_M": 0.175482, "Q4_K_S": 0.268895, "Q4_1": 0.451103, "Q4_0": 0.468514, "Q3_K_L": 0.556242, "Q3_K_M": 0.656864,
-    "Q3_K_S": 1.632152, "Q2_K": 3.519934,
-}  # fmt: skip
+    "F32": 0.0,
+    "BF16": 0.0,
+    "F16": 0.001524,
+    "Q8_0": 0.002650,
+    "Q6_K": 0.021748,
+    "Q5_K_M": 0.056974,
+    "Q5_K_S": 0.104964,
+    "Q5_1": 0.106223,
+    "Q5_0": 0.131591,
+    "Q4_K_M": 0.175482,
+    "Q4_K_S": 0.268895,
+    "Q4_1": 0.451103,
+    "Q4_0": 0.468514,
+    "Q3_K_L": 0.556242,
+    "Q3_K_M": 0.656864,
+    "Q3_K_S": 1.632152,
+    "Q2_K": 3.519934,
+}
 
 # GB for a billion parameters, as tutorials have it; times MARGIN for all that is not weights.
 _RULE = {"Q4_K_M": 0.5, "Q5_K_M": 0.625, "Q8_0": 1.0, "F16": 2.0}

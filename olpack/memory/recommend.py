@@ -89,17 +89,31 @@ class Advice:
         """Plain data; bytes and shares, no text to parse but the reasons and notes."""
         rows = [
             {
-                "quant": c.quant, "weights_bytes": c.footprint.weights, "kv_bytes": c.footprint.cache, "buffer_bytes": c.footprint.buffers,
-                "process_bytes": c.footprint.process_bytes, "total_bytes": c.footprint.total, "rule_of_thumb_bytes": c.rule_bytes,
-                **asdict(c.place), "loss": c.loss, "loss_measured": c.measured, "generation_tokens_per_s": c.tokens_per_s,
+                "quant": c.quant,
+                "weights_bytes": c.footprint.weights,
+                "kv_bytes": c.footprint.cache,
+                "buffer_bytes": c.footprint.buffers,
+                "process_bytes": c.footprint.process_bytes,
+                "total_bytes": c.footprint.total,
+                "rule_of_thumb_bytes": c.rule_bytes,
+                **asdict(c.place),
+                "loss": c.loss,
+                "loss_measured": c.measured,
+                "generation_tokens_per_s": c.tokens_per_s,
             }
             for c in self.candidates
-        ]  # fmt: skip
+        ]
         return {
-            "model": self.label, "parameters": self.parameters, "setting": asdict(self.setting), "max_loss": self.max_loss,
+            "model": self.label,
+            "parameters": self.parameters,
+            "setting": asdict(self.setting),
+            "max_loss": self.max_loss,
             "machine": {"ram_bytes": self.machine.ram, "gpu_bytes": list(self.machine.gpus), "found": not self.machine.told},
-            "quants": rows, "best": self.best and asdict(self.best), "fastest": self.fastest and asdict(self.fastest), "notes": self.notes,
-        }  # fmt: skip
+            "quants": rows,
+            "best": self.best and asdict(self.best),
+            "fastest": self.fastest and asdict(self.fastest),
+            "notes": self.notes,
+        }
 
 
 def place(footprint: Footprint, machine: Machine) -> Place:
@@ -148,18 +162,25 @@ def recommend_model(subject: Subject, quants: Sequence[str], machine: Machine, s
     return advice
 
 
-def _advise(label: str, parameters: int, footprints: list[Footprint], machine: Machine, setting: Setting, max_loss: float,
-            results: Results | None = None) -> Advice:  # fmt: skip
+def _advise(
+    label: str, parameters: int, footprints: list[Footprint], machine: Machine, setting: Setting, max_loss: float, results: Results | None = None
+) -> Advice:
     measured = {quant.quant: quant for quant in results.quants} if results else {}
     candidates = []
     for footprint in footprints:
         found = measured.get(footprint.quant)
         known = found is not None and found.loss is not None
         speed = found.speed.generation_tokens_per_s if found and found.speed and not machine.told else None
-        candidates.append(Candidate(
-            footprint, place(footprint, machine), found.loss.relative if known else published_loss(footprint.quant), known,
-            speed.median if speed else None, rule_of_thumb(footprint.quant, parameters),
-        ))  # fmt: skip
+        candidates.append(
+            Candidate(
+                footprint,
+                place(footprint, machine),
+                found.loss.relative if known else published_loss(footprint.quant),
+                known,
+                speed.median if speed else None,
+                rule_of_thumb(footprint.quant, parameters),
+            )
+        )
     candidates.sort(key=lambda candidate: candidate.footprint.weights)
     best, fastest = _best(candidates, machine), _fastest(candidates, max_loss)
     notes = _notes(candidates, parameters, machine, setting)
@@ -224,6 +245,8 @@ def _against_rule(candidates: list[Candidate], parameters: int, machine: Machine
     taken = f"takes {chosen.quant}" if fits else f"finds nothing that fits, not even {chosen.quant}"
     needed, rule = chosen.footprint.total, chosen.rule_bytes
     bits = f"{8 * chosen.footprint.weights / parameters:.2f} bits a weight in truth"
-    return (f"The rule of thumb, GB per billion parameters × 1.2, {taken}: {quantity(rule, 'B')}. Computed are {quantity(needed, 'B')} "
-            f"({needed / rule - 1:+.0%}); the rule knows neither the quant's real size ({bits}) nor the context "
-            f"({quantity(chosen.footprint.cache, 'B')} of KV cache for {setting.context:,} tokens).")  # fmt: skip
+    return (
+        f"The rule of thumb, GB per billion parameters × 1.2, {taken}: {quantity(rule, 'B')}. Computed are {quantity(needed, 'B')} "
+        f"({needed / rule - 1:+.0%}); the rule knows neither the quant's real size ({bits}) nor the context "
+        f"({quantity(chosen.footprint.cache, 'B')} of KV cache for {setting.context:,} tokens)."
+    )

@@ -36,7 +36,7 @@ _SHAPES: dict[str, tuple[float, dict[str, Any]]] = {  # name: (parameters, confi
     "Yi-34B": (34.389e9, _of(_LLAMA, 7168, 20480, 60, 56, vocab_size=64000)),
     "Llama-3.1-70B": (70.554e9, _of(_LLAMA, 8192, 28672, 80, 64, vocab_size=128256)),
     "Llama-3.1-405B": (405.853e9, _of(_LLAMA, 16384, 53248, 126, 128, vocab_size=128256)),
-}  # fmt: skip
+}
 _NEAR = 0.05  # a shape this near is taken as it is
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 

@@ -101,8 +101,10 @@ def _description(found: Estimate) -> list[str]:
 
 def _nothing(advice: Advice) -> str:
     least = min(advice.candidates, key=lambda candidate: candidate.footprint.total)
-    return (f"Nothing fits: {least.quant}, the smallest here, takes {quantity(least.footprint.total, 'B')}. "
-            "Take a smaller model, a shorter context (--context), or a smaller KV cache (--kv q8_0).")  # fmt: skip
+    return (
+        f"Nothing fits: {least.quant}, the smallest here, takes {quantity(least.footprint.total, 'B')}. "
+        "Take a smaller model, a shorter context (--context), or a smaller KV cache (--kv q8_0)."
+    )
 
 
 def _machine(machine: Machine) -> str:

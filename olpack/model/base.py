@@ -121,8 +121,10 @@ class Base:
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.path, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
-            raise OlpackError(f"The tokenizer in {self.path} does not load: {str(error).splitlines()[0]}",
-                              "The folder needs tokenizer.json and tokenizer_config.json.") from None
+            raise OlpackError(
+                f"The tokenizer in {self.path} does not load: {str(error).splitlines()[0]}",
+                "The folder needs tokenizer.json and tokenizer_config.json.",
+            ) from None
         self._refuse_lost_spaces(tokenizer)
         return tokenizer
 
@@ -143,9 +145,11 @@ class Base:
         except Exception as error:  # tokenizers raises nothing narrower
             read = error
         if read != written:
-            raise OlpackError(f"transformers makes {read!r} of {text!r} with its class {type(tokenizer).__name__}, and {file} by itself makes "
-                              f"{written!r}: the class does not fit the vocabulary.",
-                              "Set `tokenizer_class` to PreTrainedTokenizerFast in tokenizer_config.json.")
+            raise OlpackError(
+                f"transformers makes {read!r} of {text!r} with its class {type(tokenizer).__name__}, and {file} by itself makes "
+                f"{written!r}: the class does not fit the vocabulary.",
+                "Set `tokenizer_class` to PreTrainedTokenizerFast in tokenizer_config.json.",
+            )
 
 
 def resolve(label: str, *, relative_to: Path, revision: str | None = None, weights: bool = True) -> Base:
@@ -192,8 +196,9 @@ def _from_hub(repo: str, revision: str | None, weights: bool) -> Base:
     from huggingface_hub import snapshot_download
 
     with _hub_failures(repo, revision):
-        found = snapshot_download(repo, revision=revision, allow_patterns=_HUB_FILES,
-                                  ignore_patterns=_OTHER_FORMS + ([] if weights else ["*.safetensors"]))
+        found = snapshot_download(
+            repo, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_OTHER_FORMS + ([] if weights else ["*.safetensors"])
+        )
     return Base(repo, _checked(Path(found), weights))
 
 
@@ -232,8 +237,9 @@ def _hub_failures(repo: str, revision: str | None) -> Iterator[None]:
     try:
         yield
     except GatedRepoError:
-        raise OlpackError(f"{repo} is gated: its owner must grant access.",
-                          "Accept its licence on its page there, then run `hf auth login`, or set HF_TOKEN.") from None
+        raise OlpackError(
+            f"{repo} is gated: its owner must grant access.", "Accept its licence on its page there, then run `hf auth login`, or set HF_TOKEN."
+        ) from None
     except HFValidationError:
         raise OlpackError(f"There is no folder {repo}, and a Hub id is written otherwise.", "Check its spelling: Qwen/Qwen3-0.6B is one.") from None
     except RevisionNotFoundError:
@@ -241,11 +247,14 @@ def _hub_failures(repo: str, revision: str | None) -> Iterator[None]:
     except RepositoryNotFoundError:
         raise OlpackError(f"There is no model {repo} on the Hugging Face Hub, or no folder of that name here.", "Check its spelling.") from None
     except LocalEntryNotFoundError:
-        raise OlpackError(f"{repo} is not in the local cache and the Hugging Face Hub cannot be reached.",
-                          "Connect once, or name a folder; builtin/tiny-coder needs no network.") from None
+        raise OlpackError(
+            f"{repo} is not in the local cache and the Hugging Face Hub cannot be reached.",
+            "Connect once, or name a folder; builtin/tiny-coder needs no network.",
+        ) from None
     except EntryNotFoundError:
-        raise OlpackError(f"{repo} has no config.json, so it is no model that transformers knows.",
-                          "Name the repository of the original model.") from None
+        raise OlpackError(
+            f"{repo} has no config.json, so it is no model that transformers knows.", "Name the repository of the original model."
+        ) from None
     except (HfHubHTTPError, OSError) as error:
         raise OlpackError(f"{repo} could not be fetched: {str(error).splitlines()[0]}", "Run the same command again to go on.") from None
 

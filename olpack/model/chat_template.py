@@ -91,9 +91,7 @@ def protect(chat_template: str, pins: Mapping[str, object]) -> str:
 
 def _checked(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-        raise OlpackError(
-            f"{name!r} is no variable that a chat template could have.", "Name it as the template does, for example 'enable_thinking'."
-        )
+        raise OlpackError(f"{name!r} is no variable that a chat template could have.", "Name it as the template does, for example 'enable_thinking'.")
     return name
 
 

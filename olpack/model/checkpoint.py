@@ -45,12 +45,8 @@ def read_config(source: Path) -> dict:
         refuse_adapter(source)
         ggufs = sorted(source.glob("*.gguf"))
         if ggufs:
-            raise OlpackError(
-                f"'{source}' holds a GGUF ({ggufs[0].name}) and no config.json.", "Name the GGUF itself, or the folder of the model."
-            )
-        raise OlpackError(
-            f"'{source}' is no model folder: it has no config.json.", "Name a folder with config.json, a tokenizer and safetensors."
-        )
+            raise OlpackError(f"'{source}' holds a GGUF ({ggufs[0].name}) and no config.json.", "Name the GGUF itself, or the folder of the model.")
+        raise OlpackError(f"'{source}' is no model folder: it has no config.json.", "Name a folder with config.json, a tokenizer and safetensors.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -146,8 +142,12 @@ def _all_shards(files: list[Path]) -> list[Path]:
     """The files, and those that their names (`model-00001-of-00003`) speak of, unless one file holds the whole model."""
     if any(file.name == "model.safetensors" for file in files):
         return files
-    spoken = {file.with_name(f"{match[1]}-{number:05}-of-{match[2]}.safetensors")
-              for file in files if (match := _SHARD.fullmatch(file.name)) for number in range(1, int(match[2]) + 1)}  # fmt: skip
+    spoken = {
+        file.with_name(f"{match[1]}-{number:05}-of-{match[2]}.safetensors")
+        for file in files
+        if (match := _SHARD.fullmatch(file.name))
+        for number in range(1, int(match[2]) + 1)
+    }
     return sorted(spoken | set(files))
 
 

@@ -26,8 +26,22 @@ _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 _EETQ_ORDER = (0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15)
 _EETQ_TILE = 64
 
-_HQQ_UNUSED = ("group_size", "axis", "packing", "unpack_view_dtype", "view_as_float", "quant_scale", "quant_zero", "compute_dtype", "offload_meta",
-               "encoded_state_dict", "stores_quant_config", "channel_wise", "optimize", "round_zero")
+_HQQ_UNUSED = (
+    "group_size",
+    "axis",
+    "packing",
+    "unpack_view_dtype",
+    "view_as_float",
+    "quant_scale",
+    "quant_zero",
+    "compute_dtype",
+    "offload_meta",
+    "encoded_state_dict",
+    "stores_quant_config",
+    "channel_wise",
+    "optimize",
+    "round_zero",
+)
 
 
 @dataclass(frozen=True)
@@ -187,8 +201,13 @@ def layout_of(config: Mapping[str, Any]) -> Layout | None:
     settings = quantization_of(config)
     method = settings.get("quant_method")
     if method == "gptq":
-        return Gptq("GPTQ", "qweight", ("qweight", "qzeros", "scales", "g_idx"), bits=settings.get("bits", 4),
-                    less_one=settings.get("checkpoint_format", "gptq") == "gptq")
+        return Gptq(
+            "GPTQ",
+            "qweight",
+            ("qweight", "qzeros", "scales", "g_idx"),
+            bits=settings.get("bits", 4),
+            less_one=settings.get("checkpoint_format", "gptq") == "gptq",
+        )
     if method == "awq":
         return Awq("AWQ", "qweight", ("qweight", "qzeros", "scales"))
     if method == "fp8":
@@ -197,8 +216,13 @@ def layout_of(config: Mapping[str, Any]) -> Layout | None:
     if method == "compressed-tensors":
         weights = (next(iter((settings.get("config_groups") or {}).values()), {}).get("weights")) or {}
         if settings.get("format") == "pack-quantized":
-            return CompressedInts("compressed-tensors", "weight_packed", ("weight_packed", "weight_scale", "weight_shape"), ("weight_zero_point",),
-                                  bits=weights.get("num_bits", 4))
+            return CompressedInts(
+                "compressed-tensors",
+                "weight_packed",
+                ("weight_packed", "weight_scale", "weight_shape"),
+                ("weight_zero_point",),
+                bits=weights.get("num_bits", 4),
+            )
         block = weights.get("block_structure")
         return Scaled("compressed-tensors", "weight_scale", ("weight", "weight_scale"), block=tuple(block) if block else None)
     if method == "hqq":
@@ -208,7 +232,6 @@ def layout_of(config: Mapping[str, Any]) -> Layout | None:
     if method == "aqlm":
         return Aqlm("AQLM", "codes", ("codes", "codebooks", "scales"), bits=settings.get("nbits_per_codebook", 16))
     return None
-
 
 
 # -- HQQ ------------------------------------------------------------------------------------------------------------------------------------

@@ -117,12 +117,16 @@ class MetaModel:
             with torch.device("meta"):
                 self.module: nn.Module = make(self.config, dtype=torch.bfloat16)
         except ImportError as error:
-            raise OlpackError(f"transformers needs another package for {label}: {str(error).strip().splitlines()[0]}",
-                              "Install it, or name a GGUF of the model, which needs none.") from error
+            raise OlpackError(
+                f"transformers needs another package for {label}: {str(error).strip().splitlines()[0]}",
+                "Install it, or name a GGUF of the model, which needs none.",
+            ) from error
         except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RuntimeError, StrictDataclassError) as error:
             why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise OlpackError(f"transformers {transformers.__version__} makes no model of the configuration of {label}: {why}",
-                              "Take a newer transformers, or a GGUF of the model, which needs none.") from error
+            raise OlpackError(
+                f"transformers {transformers.__version__} makes no model of the configuration of {label}: {why}",
+                "Take a newer transformers, or a GGUF of the model, which needs none.",
+            ) from error
         if self.module.get_output_embeddings() is None:
             raise OlpackError(f"{label} is no language model: it has no output layer over a vocabulary.", "Name a causal language model.")
 
@@ -148,14 +152,21 @@ class MetaModel:
         names = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers
         kinds = tuple(_kind(name) if heads else "none" for name in names)
         return Shape(
-            layers=layers, hidden=config.hidden_size, heads=heads, kv_heads=first("num_key_value_heads") or heads,
-            head_dim=head_dim, value_dim=first("v_head_dim") or head_dim,
+            layers=layers,
+            hidden=config.hidden_size,
+            heads=heads,
+            kv_heads=first("num_key_value_heads") or heads,
+            head_dim=head_dim,
+            value_dim=first("v_head_dim") or head_dim,
             intermediate=max(width) if isinstance(width, list | tuple) else width or 4 * config.hidden_size,
             vocabulary=self.module.get_input_embeddings().weight.shape[0],
             tied=self.module.get_output_embeddings().weight is self.module.get_input_embeddings().weight,
-            context_length=first("max_position_embeddings"), window=window if "sliding" in kinds else None, kinds=kinds,
-            experts=experts, experts_used=(first("num_experts_per_tok") or 0) if experts else 0,
-        )  # fmt: skip
+            context_length=first("max_position_embeddings"),
+            window=window if "sliding" in kinds else None,
+            kinds=kinds,
+            experts=experts,
+            experts_used=(first("num_experts_per_tok") or 0) if experts else 0,
+        )
 
     @cached_property
     def carries_state(self) -> bool:
@@ -201,8 +212,11 @@ class MetaModel:
         from transformers.quantizers.quantizers_utils import should_convert_module
 
         kept = get_keys_to_not_convert(self.module)
-        return {name: linear_shape(module) for name, module in self.module.named_modules()
-                if type(module) in (torch.nn.Linear, Conv1D) and should_convert_module(name, kept)}  # fmt: skip
+        return {
+            name: linear_shape(module)
+            for name, module in self.module.named_modules()
+            if type(module) in (torch.nn.Linear, Conv1D) and should_convert_module(name, kept)
+        }
 
     def checkpoint(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the tensors as the model's checkpoint has them: stacked experts apart, tied weights once."""

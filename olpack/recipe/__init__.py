@@ -1,7 +1,7 @@
 """What a user writes: `modelfiles/NAME/recipe.yaml`.
 
-    recipe = load(folder / "recipe.yaml", overrides=["train.epochs=3"])
-    recipe.train.rank, recipe.origin("train.rank")      # 16, "recipe.yaml:5" or "--set" or "default"
+recipe = load(folder / "recipe.yaml", overrides=["train.epochs=3"])
+recipe.train.rank, recipe.origin("train.rank")      # 16, "recipe.yaml:5" or "--set" or "default"
 """
 
 from olpack.recipe.reader import load, of_data

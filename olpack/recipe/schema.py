@@ -16,7 +16,7 @@ from pydantic import (
     Tag,
     field_validator,
     model_validator,
-)  # fmt: skip
+)
 
 from olpack.data.rows import Form as _Form
 from olpack.deploy.parameters import check_parameters
@@ -328,7 +328,9 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _shared_quants_are_plain(self) -> Recipe:
         if self.package == "adapter" and self.export != Export():
-            raise ValueError("export goes with package: merged; the quants of a base are shared by packages, and none of them decides for the others.")
+            raise ValueError(
+                "export goes with package: merged; the quants of a base are shared by packages, and none of them decides for the others."
+            )
         if self.package == "adapter" and (budgets := [name for name in self.quants if quant_type(name).budget]):
             raise ValueError(f"{budgets[0]} goes with package: merged; its types are chosen by what this package's training rows lose.")
         return self

@@ -156,8 +156,9 @@ class Build:
         """(train, eval) rows, as the model sees them."""
         from olpack.data import load_rows
 
-        return load_rows(self.sources("train"), self.sources("eval"), self.renderer, max_length=self.longest_row,
-                         eval_share=self.recipe.data.eval_share)
+        return load_rows(
+            self.sources("train"), self.sources("eval"), self.renderer, max_length=self.longest_row, eval_share=self.recipe.data.eval_share
+        )
 
     @property
     def longest_row(self) -> int:
@@ -195,8 +196,13 @@ class Build:
         asked, parameters = self.recipe.modelfile, dict(self.recipe.modelfile.parameters)
         if "num_ctx" not in parameters:
             parameters["num_ctx"] = min(4096, self.base.context_length)
-        return Package(system=asked.system, template=asked.template, parameters=parameters, license=asked.license,
-                       messages=tuple(message.model_dump() for message in asked.messages))
+        return Package(
+            system=asked.system,
+            template=asked.template,
+            parameters=parameters,
+            license=asked.license,
+            messages=tuple(message.model_dump() for message in asked.messages),
+        )
 
     # -- what each step is made from ----------------------------------------------------------------------------------------------------
 
@@ -457,8 +463,10 @@ class Build:
         needed = {"export": ["train"], "deploy": ["train", "export"], "compare": ["train", "export", "deploy"]}
         for step in stale:
             if step.stage in needed.get(only, []):
-                raise OlpackError(f"`olpack {only} {self.recipe.name}` needs {step.unit}, which is stale: {step.reason}.",
-                                  f"Run `olpack {step.stage} {self.recipe.name}`, or `olpack build {self.recipe.name}` for all of it.")
+                raise OlpackError(
+                    f"`olpack {only} {self.recipe.name}` needs {step.unit}, which is stale: {step.reason}.",
+                    f"Run `olpack {step.stage} {self.recipe.name}`, or `olpack build {self.recipe.name}` for all of it.",
+                )
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:

@@ -35,8 +35,9 @@ def check_server(build: Build) -> None:
 
     client = OllamaClient()
     if store := _adapter_store(build, client, client.require()):
-        progress.warn(f"{_no_adapters(client)}: deploy writes the tags into its model store, {store}. Its files' ADAPTER line is refused by "
-                      "`ollama create`.")
+        progress.warn(
+            f"{_no_adapters(client)}: deploy writes the tags into its model store, {store}. Its files' ADAPTER line is refused by `ollama create`."
+        )
 
 
 def _no_adapters(client: OllamaClient) -> str:
@@ -140,8 +141,12 @@ def _prove(build: Build, client: OllamaClient, files: list[QuantFile], proved: d
     else:
         identity = check_prompts(build, client, smallest.tag, asked, all_tokens=weights[smallest.tag] not in compared)
         progress.say(identity.summary())
-        proved = proved | {"prompts": prompts, "summary": identity.summary(), "warnings": identity.warnings(),
-                           "compared": sorted({*compared, weights[smallest.tag]})}
+        proved = proved | {
+            "prompts": prompts,
+            "summary": identity.summary(),
+            "warnings": identity.warnings(),
+            "compared": sorted({*compared, weights[smallest.tag]}),
+        }
         remember(proved)
     if fresh := [file for file in files if weights[file.tag] not in answered]:
         smoked = smoke(client, f"{build.recipe.name}:{fresh[0].tag}", asked[0])

@@ -74,10 +74,15 @@ def write_quants(build: Build, paths: Mapping[str, Path], importance: Path | Non
     from olpack.export import Target, export
 
     return export(
-        build.base.path, [Target(quant, path) for quant, path in paths.items()], adapter=None if build.paths.base else build.paths.adapter,
-        importance=importance, tensor_types=build.recipe.export.tensor_types, merge_base=build.recipe.train.merge_base,
-        sensitivity=build.paths.sensitivity if any(quant_type(quant).budget for quant in paths) else None, **said_of_a_file(build),
-    )  # fmt: skip
+        build.base.path,
+        [Target(quant, path) for quant, path in paths.items()],
+        adapter=None if build.paths.base else build.paths.adapter,
+        importance=importance,
+        tensor_types=build.recipe.export.tensor_types,
+        merge_base=build.recipe.train.merge_base,
+        sensitivity=build.paths.sensitivity if any(quant_type(quant).budget for quant in paths) else None,
+        **said_of_a_file(build),
+    )
 
 
 def said_of_a_file(build: Build) -> dict:
@@ -129,8 +134,14 @@ def _measure_sensitivity(build: Build) -> None:
     try:
         for quant in REFERENCE_QUANTS:
             export(build.base.path, [Target(quant, paths.sensitivity_source)], adapter=paths.adapter, merge_base=build.recipe.train.merge_base)
-            if measure_sensitivity(paths.sensitivity_source, [row.ids for row in rows], [row.learned for row in rows], paths.sensitivity,
-                                   key=value_digest([step.key, quant]), importance=build.importance_file):
+            if measure_sensitivity(
+                paths.sensitivity_source,
+                [row.ids for row in rows],
+                [row.learned for row in rows],
+                paths.sensitivity,
+                key=value_digest([step.key, quant]),
+                importance=build.importance_file,
+            ):
                 break
         else:
             raise OlpackError("The unquantized fine-tune's probabilities are no numbers.", "Train again with a lower learning rate.")

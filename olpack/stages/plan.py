@@ -96,18 +96,24 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
         quants = [step.inputs["quant"] for step in stale if step.stage == "export" and step.unit != f"export-{ADAPTER}"] or build.recipe.quants
         importance = build.importance_file
         exported = check_export(
-            build.base.path, quants + _for_a_while(build, stale), out=build.paths.gguf(quants[0]).parent,
-            importance="later" if importance == build.paths.importance else importance, tensor_types=build.recipe.export.tensor_types,
-            texts=_texts(build), **said_of_a_file(build),
-        )  # fmt: skip
+            build.base.path,
+            quants + _for_a_while(build, stale),
+            out=build.paths.gguf(quants[0]).parent,
+            importance="later" if importance == build.paths.importance else importance,
+            tensor_types=build.recipe.export.tensor_types,
+            texts=_texts(build),
+            **said_of_a_file(build),
+        )
         for warning in exported.warnings:
             progress.warn(warning)
         _judge_tokens(build, exported.differences)
     if stages & {"train", "export", "compare"}:
         rows, _ = build.rows
         if build.renderer.end_of_turn() is None and "stop" not in build.package.parameters:
-            raise OlpackError("The base's chat template ends an assistant's turn with no special token, so served answers would never stop.",
-                              "Set `modelfile.parameters.stop` to the text that ends a turn.")
+            raise OlpackError(
+                "The base's chat template ends an assistant's turn with no special token, so served answers would never stop.",
+                "Set `modelfile.parameters.stop` to the text that ends a turn.",
+            )
     if stages & {"deploy", "compare"} and not questions(build):
         raise OlpackError("No held-out row opens with a request, so there is nothing to ask the quants.", "Give them prompts as `compare.prompts`.")
     if stages & {"train", "modelfiles", "deploy", "compare"}:
@@ -139,25 +145,33 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
         from olpack.train.untrained import untrained_tokens
 
         if build.base.leftover_quantization:
-            progress.warn(f"config.json of {build.base.label} says that the weights are quantized by bitsandbytes, and none of them is: they are taken "
-                          "as they are.")
+            progress.warn(
+                f"config.json of {build.base.label} says that the weights are quantized by bitsandbytes, and none of them is: they are taken "
+                "as they are."
+            )
         check_training(build.base, build.recipe.train, on_gpu=pick_device().type == "cuda")
         if left_out := experts_left_out(build.base, build.recipe.train):
             progress.warn(left_out)
         if build.meta_model.carries_state:
-            progress.warn(f"Layers of {build.base.label} carry a state from token to token (convolution, recurrence). Training tries whether it "
-                          "passes from one packed row to the next; where it does, they are trained one by one.")
+            progress.warn(
+                f"Layers of {build.base.label} carry a state from token to token (convolution, recurrence). Training tries whether it "
+                "passes from one packed row to the next; where it does, they are trained one by one."
+            )
         if untrained := untrained_tokens(build.base, build.recipe.train, build.renderer.tokenizer, rows, build.recipe.package):
             progress.warn(untrained)
         launcher(build.recipe.train)
         check_trackers(build.recipe.train.trackers)
         need = _adapter_parameters(build) * 4 * _CHECKPOINTS + (sum(exported.sizes.values()) if exported else 0)
         if (free := free_bytes(build.paths.root)) < need:
-            raise OlpackError(f"{build.paths.root} needs {progress.quantity(need, 'B')} of space, and {progress.quantity(free, 'B')} are free.",
-                              "Free some, choose another disk with --out, or make fewer quants.")
+            raise OlpackError(
+                f"{build.paths.root} needs {progress.quantity(need, 'B')} of space, and {progress.quantity(free, 'B')} are free.",
+                "Free some, choose another disk with --out, or make fewer quants.",
+            )
         if "compare" in stages and exported and free < need + (temporary := _temporary_bytes(build, exported.parameters)):
-            progress.warn(f"The comparison needs {progress.quantity(need + temporary - free, 'B')} more space than is free, for the unquantized "
-                          "fine-tune, while it runs. Free them by then, or it leaves out what the quants lost against it.")
+            progress.warn(
+                f"The comparison needs {progress.quantity(need + temporary - free, 'B')} more space than is free, for the unquantized "
+                "fine-tune, while it runs. Free them by then, or it leaves out what the quants lost against it."
+            )
         longest = max(len(row.ids) for row in rows)
         for warning in context_warnings(build.package.parameters["num_ctx"], trained=longest, longest=build.base.context_length):
             progress.warn(warning)
@@ -173,8 +187,10 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
         for warning in length_warnings(build, build.rows[1] if stages & {"train", "export", "compare"} else []):
             progress.warn(warning)
         if moment := build.renderer.moment:
-            progress.warn(f"The base's chat template writes the date. All rows are rendered at {moment:%Y-%m-%d %H:%M:%S}, so one date is trained, "
-                          "and the server writes that of each day.")
+            progress.warn(
+                f"The base's chat template writes the date. All rows are rendered at {moment:%Y-%m-%d %H:%M:%S}, so one date is trained, "
+                "and the server writes that of each day."
+            )
         if "deploy" in stages:
             check_server(build)
     return exported
@@ -206,11 +222,15 @@ def _judge_tokens(build: Build, differences: list[TokenDifference]) -> None:
         OlpackError: with the first of the rows.
     """
     for found in sorted(differences, key=lambda found: found.source.startswith(_MADE_UP)):
-        trained, read, before = (" ".join(map(repr, build.renderer.tokenizer.convert_ids_to_tokens(ids))) for ids in (found.trained, found.read, found.before))
+        trained, read, before = (
+            " ".join(map(repr, build.renderer.tokenizer.convert_ids_to_tokens(ids))) for ids in (found.trained, found.read, found.before)
+        )
         text = f"llama.cpp reads {found.source} as other tokens than training does: {read} in place of {trained}, after {before or 'nothing'}"
         if not found.source.startswith(_MADE_UP):
-            raise OlpackError(f"{text}. None of its pre-tokenizers splits the rows as the base's tokenizer does.",
-                              "Take the tokenizer files from the model's publisher, or another base.")
+            raise OlpackError(
+                f"{text}. None of its pre-tokenizers splits the rows as the base's tokenizer does.",
+                "Take the tokenizer files from the model's publisher, or another base.",
+            )
         progress.warn(f"{text}.")
 
 
@@ -219,8 +239,10 @@ def _check_served(build: Build) -> None:
     package = build.package
     if package.template:  # the server renders with this one, and the base's is not asked
         if more := advertised(build.renderer.tokenizer.chat_template) - advertised(package.template):
-            progress.warn(f"The base's chat template supports {' and '.join(sorted(more))} and modelfile.template does not: Ollama then serves the "
-                          "base's template, and deploy fails. Leave modelfile.template out of the recipe.")
+            progress.warn(
+                f"The base's chat template supports {' and '.join(sorted(more))} and modelfile.template does not: Ollama then serves the "
+                "base's template, and deploy fails. Leave modelfile.template out of the recipe."
+            )
         return
     start = ([{"role": "system", "content": package.system}] if package.system else []) + list(package.messages)
     what = " and ".join(name for name, given in (("modelfile.system", package.system), ("modelfile.messages", package.messages)) if given)
@@ -314,7 +336,9 @@ def _fit(build: Build, rows: list[TokenRow], device: torch.device, vram: float |
     gpus = asked.gpus if asked.gpus != "all" else max(1, torch.cuda.device_count())
     room = planner.free_room(device) if vram is None else planner.card_room(vram)
     whole = whole_parameters(build.base, asked)
-    return planner.on_gpu(build.meta_model, rows, asked, room, host=planner.host_room(), stored=planner.stored_bytes(build.base), whole=whole, gpus=gpus)
+    return planner.on_gpu(
+        build.meta_model, rows, asked, room, host=planner.host_room(), stored=planner.stored_bytes(build.base), whole=whole, gpus=gpus
+    )
 
 
 def _matmul_rate() -> float:
@@ -387,25 +411,37 @@ def print_plan(plan: dict) -> None:
     console.print(steps, "")
     needs = Table(box=None, pad_edge=False, show_header=False)
     epochs = plan["settings"]["train.epochs"]["value"]
-    needs.add_row("data", f"{found['train_rows']:,} rows to learn, {found['eval_rows']:,} held out; {found['train_tokens']:,} tokens a pass, "
-                          f"{found['learned_tokens'] / found['train_tokens']:.0%} of them learned")
-    needs.add_row("training", f"{found['steps']:,} steps ({epochs:g} epochs) on {found['device']}"
-                  + (f", about {progress.duration(found['train_seconds'])}" if found["train_seconds"] else ""))
+    needs.add_row(
+        "data",
+        f"{found['train_rows']:,} rows to learn, {found['eval_rows']:,} held out; {found['train_tokens']:,} tokens a pass, "
+        f"{found['learned_tokens'] / found['train_tokens']:.0%} of them learned",
+    )
+    needs.add_row(
+        "training",
+        f"{found['steps']:,} steps ({epochs:g} epochs) on {found['device']}"
+        + (f", about {progress.duration(found['train_seconds'])}" if found["train_seconds"] else ""),
+    )
     if found["fit"]["training"]:
         needs.add_row("adapter", f"{found['adapter_parameters']:,} weights")
         _add_memory(needs, found["fit"], found["held"])
     else:
         size = progress.quantity(found["adapter_bytes"], "B")
         needs.add_row("adapter", f"{found['adapter_parameters']:,} weights, {size} with gradients and optimizer")
-        needs.add_row("frozen base", f"{progress.quantity(found['weights_bytes'], 'B')} in memory as {found['held']}, activations and logits besides "
-                                     "(`--vram 24` plans for a GPU of 24 GiB)")  # fmt: skip
+        needs.add_row(
+            "frozen base",
+            f"{progress.quantity(found['weights_bytes'], 'B')} in memory as {found['held']}, activations and logits besides "
+            "(`--vram 24` plans for a GPU of 24 GiB)",
+        )
     files = ", ".join(f"{quant} {progress.quantity(size, 'B')}" for quant, size in found["disk_bytes"].items())
     needs.add_row("disk", f"{progress.quantity(sum(found['disk_bytes'].values()), 'B')}: {files}; no intermediate files")
     if found["importance_bytes"]:
         needs.add_row("while exporting", f"{progress.quantity(found['importance_bytes'], 'B')} more disk: a Q8_0 to collect the importance matrix on")
     if found["sensitivity_bytes"]:
-        needs.add_row("while exporting", f"{progress.quantity(found['sensitivity_bytes'], 'B')} more disk, and as much memory: the fine-tune in 16 bits, "
-                                         "to measure what each matrix loses")
+        needs.add_row(
+            "while exporting",
+            f"{progress.quantity(found['sensitivity_bytes'], 'B')} more disk, and as much memory: the fine-tune in 16 bits, "
+            "to measure what each matrix loses",
+        )
     if found["temporary_bytes"]:
         needs.add_row("while comparing", f"{progress.quantity(found['temporary_bytes'], 'B')} more disk: the unquantized fine-tune and its logits")
     console.print(needs, "", highlight=False)

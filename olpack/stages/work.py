@@ -36,11 +36,14 @@ def train(build: Build, steps: list[Step]) -> None:
         build.remember(step, {**step.result, **dated})
     result = run(build.base, rows, held_out, build.recipe.train, out=paths.adapter, checkpoint=paths.checkpoint, key=step.key)
     kept = "" if result.kept_step == result.steps else f", step {result.kept_step} kept"
-    progress.say(f"eval loss {result.eval_loss_before:.3f} -> {result.eval_loss_after:.3f} in {result.steps} steps{kept} "
-                 f"({result.learned_tokens:,} learned tokens, rows {'packed' if result.packed else 'one by one'}, no padding)")
+    progress.say(
+        f"eval loss {result.eval_loss_before:.3f} -> {result.eval_loss_after:.3f} in {result.steps} steps{kept} "
+        f"({result.learned_tokens:,} learned tokens, rows {'packed' if result.packed else 'one by one'}, no padding)"
+    )
     if result.peak_gpu_bytes is not None and result.estimated_gpu_bytes is not None:
-        progress.say(f"GPU memory: {progress.quantity(result.peak_gpu_bytes, 'B')} at the peak, "
-                     f"{progress.quantity(result.estimated_gpu_bytes, 'B')} estimated")  # fmt: skip
+        progress.say(
+            f"GPU memory: {progress.quantity(result.peak_gpu_bytes, 'B')} at the peak, {progress.quantity(result.estimated_gpu_bytes, 'B')} estimated"
+        )
     outputs = sorted(path for path in paths.adapter.iterdir() if path.is_file())
     build.finish(step, outputs, {**asdict(result), "adapter_digest": file_digest(paths.adapter / "adapter_model.safetensors"), **dated})
 
@@ -90,9 +93,18 @@ def compare(build: Build, steps: list[Step]) -> None:
     settings = measure_settings(build)
     _, held_out = build.rows
     client = OllamaClient() if build.server else None
-    results = measure(quant_files(build), held_out[: asked.eval_rows], questions(build), settings, client, build.recipe.name,
-                      cache=paths.compare / "measured", yardstick=_yardstick(build) if asked.reference else None, tasks=build.tasks,
-                      examples=_examples(build))
+    results = measure(
+        quant_files(build),
+        held_out[: asked.eval_rows],
+        questions(build),
+        settings,
+        client,
+        build.recipe.name,
+        cache=paths.compare / "measured",
+        yardstick=_yardstick(build) if asked.reference else None,
+        tasks=build.tasks,
+        examples=_examples(build),
+    )
     identity = _prompts_said(build) if build.server else None
     outputs = write_outputs(results, paths.compare, template_source("report.html.j2"), paths.adapter / "metrics.jsonl", identity)
     best, unmoved = results.recommendation, False
@@ -110,8 +122,10 @@ def compare(build: Build, steps: list[Step]) -> None:
     if failed := [quant.quant for quant in results.quants if any(flag.code == "failed" for flag in quant.flags)]:
         progress.warn(f"some figures of {', '.join(failed)} could not be measured; {again}")
     if results.flags:
-        progress.warn(f"{' '.join(flag.text for flag in results.flags)} So not all that the quants are held against is known; "
-                      f"{again}, with `--set compare.reference=false` it does without")
+        progress.warn(
+            f"{' '.join(flag.text for flag in results.flags)} So not all that the quants are held against is known; "
+            f"{again}, with `--set compare.reference=false` it does without"
+        )
     if failed or results.flags or unmoved:
         build.remember(step, outcome)
         return
@@ -134,10 +148,18 @@ def measure_settings(build: Build) -> MeasureSettings:
     from olpack.compare import MeasureSettings
 
     asked = build.recipe.compare
-    return MeasureSettings(prompt_lengths=tuple(asked.prompt_tokens), generated_tokens=asked.generated_tokens, repeats=asked.repeats,
-                           answer_tokens=asked.answer_tokens, clients=tuple(asked.clients), context=build.package.parameters["num_ctx"],
-                           tolerance=asked.max_loss,
-                           suites=tuple(asked.suites), suite_folder=build.suite_folder and str(build.suite_folder), suite_limit=asked.suite_limit)
+    return MeasureSettings(
+        prompt_lengths=tuple(asked.prompt_tokens),
+        generated_tokens=asked.generated_tokens,
+        repeats=asked.repeats,
+        answer_tokens=asked.answer_tokens,
+        clients=tuple(asked.clients),
+        context=build.package.parameters["num_ctx"],
+        tolerance=asked.max_loss,
+        suites=tuple(asked.suites),
+        suite_folder=build.suite_folder and str(build.suite_folder),
+        suite_limit=asked.suite_limit,
+    )
 
 
 def _prompts_said(build: Build) -> str | None:
@@ -191,8 +213,11 @@ def quant_files(build: Build) -> list:
         adapter = build.paths.gguf(ADAPTER) if build.paths.base else None
         size = made["size"] + (build.result(f"export-{ADAPTER}")["size"] if adapter else 0)
         types = made["types"] if quant.budget else {}
-        files.append(QuantFile(quant.name, quant.tag, build.paths.gguf(quant.name), size, made["bits_per_weight"], made["sha256"], adapter, types,
-                               made["types"]))  # fmt: skip
+        files.append(
+            QuantFile(
+                quant.name, quant.tag, build.paths.gguf(quant.name), size, made["bits_per_weight"], made["sha256"], adapter, types, made["types"]
+            )
+        )
     return files
 
 

@@ -1,6 +1,6 @@
 """The training room: rows in, a LoRA adapter in peft's format out.
 
-    result = train(base, rows, eval_rows, settings, out=Path("adapter"), checkpoint=Path("checkpoint"), key="…")
+result = train(base, rows, eval_rows, settings, out=Path("adapter"), checkpoint=Path("checkpoint"), key="…")
 """
 
 from __future__ import annotations

@@ -41,8 +41,15 @@ def adapter_config(base: Base, settings: Train) -> PeftConfig:
     whole = whole_names(meta, settings, _quantized(base, settings))
     if settings.method == "vera":
         return VeraConfig(**shared, vera_dropout=settings.dropout, projection_prng_key=settings.seed, modules_to_save=whole or None)
-    return LoraConfig(**shared, lora_alpha=settings.alpha, lora_dropout=settings.dropout, use_rslora=settings.method == "rslora",
-                      use_dora=settings.method == "dora", modules_to_save=whole or None, ensure_weight_tying=meta.shape.tied and _embeds(meta, whole))
+    return LoraConfig(
+        **shared,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        use_rslora=settings.method == "rslora",
+        use_dora=settings.method == "dora",
+        modules_to_save=whole or None,
+        ensure_weight_tying=meta.shape.tied and _embeds(meta, whole),
+    )
 
 
 def target_names(meta: MetaModel, asked: str | list[str]) -> list[str]:
@@ -59,14 +66,20 @@ def target_names(meta: MetaModel, asked: str | list[str]) -> list[str]:
     if not wrong and found:
         return found
     if wrong and wrong[0] == _head(meta):
-        raise OlpackError(f"`train.target_modules` names '{wrong[0]}', and {meta.label} uses one matrix as embedding and as output layer.",
-                          f"Train it as a whole with `train.modules_to_save: [{wrong[0]}]`, or leave it out.")
+        raise OlpackError(
+            f"`train.target_modules` names '{wrong[0]}', and {meta.label} uses one matrix as embedding and as output layer.",
+            f"Train it as a whole with `train.modules_to_save: [{wrong[0]}]`, or leave it out.",
+        )
     if isinstance(asked, str) and re.search(r"[\\*+?()\[\]|^$]", asked):
         layer = next(iter(adapter_shapes(meta, "all-linear")), "")
-        raise OlpackError(f"`train.target_modules` is the expression '{asked}', which matches the full name of no linear layer of {meta.label}.",
-                          f"Full names are like '{layer}', and all of one must match; it has {', '.join(known)}.")
-    raise OlpackError(f"`train.target_modules` names '{(wrong or [asked])[0]}', which is no linear layer of the text model of {meta.label}.",
-                      f"It has {', '.join(known)}; `all-linear` takes all but the output layer.")
+        raise OlpackError(
+            f"`train.target_modules` is the expression '{asked}', which matches the full name of no linear layer of {meta.label}.",
+            f"Full names are like '{layer}', and all of one must match; it has {', '.join(known)}.",
+        )
+    raise OlpackError(
+        f"`train.target_modules` names '{(wrong or [asked])[0]}', which is no linear layer of the text model of {meta.label}.",
+        f"It has {', '.join(known)}; `all-linear` takes all but the output layer.",
+    )
 
 
 def experts_left_out(base: Base, settings: Train) -> str | None:
@@ -76,8 +89,10 @@ def experts_left_out(base: Base, settings: Train) -> str | None:
     if not counts.experts:
         return None
     names = sorted({_last(name) for name in target_names(meta, settings.target_modules)})
-    return (f"The adapter is on {', '.join(names)}. The experts of {base.label}, {counts.experts / counts.text:.0%} of its weights, stay as they "
-            "are: transformers holds them as stacks, which are no linear layers.")
+    return (
+        f"The adapter is on {', '.join(names)}. The experts of {base.label}, {counts.experts / counts.text:.0%} of its weights, stay as they "
+        "are: transformers holds them as stacks, which are no linear layers."
+    )
 
 
 def whole_names(meta: MetaModel, settings: Train, quantized: bool) -> list[str]:
@@ -96,21 +111,29 @@ def whole_names(meta: MetaModel, settings: Train, quantized: bool) -> list[str]:
     for asked in settings.modules_to_save:
         found = [name for name in modules if name in known and asked in (name, _last(name))]
         if not found:
-            raise OlpackError(f"`train.modules_to_save` names '{asked}', which is no module with weights of the text model of {meta.label}.",
-                              f"It has {', '.join(sorted(set(map(_last, known))))}.")
+            raise OlpackError(
+                f"`train.modules_to_save` names '{asked}', which is no module with weights of the text model of {meta.label}.",
+                f"It has {', '.join(sorted(set(map(_last, known))))}.",
+            )
         if both := targets.intersection(found):
-            raise OlpackError(f"'{sorted(both)[0]}' is to get an adapter and to be trained as a whole.",
-                              f"Leave '{asked}' out of `train.modules_to_save` or of `train.target_modules`.")
+            raise OlpackError(
+                f"'{sorted(both)[0]}' is to get an adapter and to be trained as a whole.",
+                f"Leave '{asked}' out of `train.modules_to_save` or of `train.target_modules`.",
+            )
         if quantized and any(isinstance(modules[name], torch.nn.Linear) and modules[name] is not head for name in found):
-            raise OlpackError(f"'{asked}' is held quantized and cannot be trained as a whole.",
-                              "Put it into `train.target_modules`, or set `train.quantization: none`.")
+            raise OlpackError(
+                f"'{asked}' is held quantized and cannot be trained as a whole.",
+                "Put it into `train.target_modules`, or set `train.quantization: none`.",
+            )
         names += found
     if meta.shape.tied:
         places = {id(module): name for name, module in modules.items()}
         names = list(dict.fromkeys(places[id(embedding)] if name == places[id(head)] else name for name in names))
         if settings.method == "vera" and _embeds(meta, names):
-            raise OlpackError(f"{meta.label} uses one matrix as embedding and as output layer, and peft's vera would train two that differ.",
-                              "Take method lora, rslora or dora, or leave it out of `train.modules_to_save`.")
+            raise OlpackError(
+                f"{meta.label} uses one matrix as embedding and as output layer, and peft's vera would train two that differ.",
+                "Take method lora, rslora or dora, or leave it out of `train.modules_to_save`.",
+            )
     return names
 
 
@@ -119,8 +142,11 @@ def whole_parameters(base: Base, settings: Train) -> int:
     if not settings.modules_to_save:
         return 0
     meta = MetaModel(base.config, base.label)
-    return sum(parameter.numel() for name in whole_names(meta, settings, _quantized(base, settings))
-               for parameter in meta.module.get_submodule(name).parameters(recurse=False))  # fmt: skip
+    return sum(
+        parameter.numel()
+        for name in whole_names(meta, settings, _quantized(base, settings))
+        for parameter in meta.module.get_submodule(name).parameters(recurse=False)
+    )
 
 
 def _quantized(base: Base, settings: Train) -> bool:
@@ -190,8 +216,14 @@ def _hold(layer: nn.Module, weight: torch.Tensor, settings: Train) -> None:
     if isinstance(layer, HqqLinear):
         layer.replace(weight)
     elif isinstance(layer, Linear4bit):
-        layer.weight = Params4bit(weight.cpu(), requires_grad=False, quant_type=settings.quantization,
-                                  compress_statistics=settings.double_quantization, quant_storage=layer.quant_storage, module=layer).to(weight.device)
+        layer.weight = Params4bit(
+            weight.cpu(),
+            requires_grad=False,
+            quant_type=settings.quantization,
+            compress_statistics=settings.double_quantization,
+            quant_storage=layer.quant_storage,
+            module=layer,
+        ).to(weight.device)
     elif isinstance(layer, Linear8bitLt):
         layer.weight = Int8Params(weight.cpu(), requires_grad=False).to(weight.device)
         layer.init_8bit_state()

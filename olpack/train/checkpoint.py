@@ -141,8 +141,10 @@ class Checkpoint:
         except OlpackError as error:
             kept = f"that of step {self.step} stays" if self.step is not None else "there is none yet"
             if not self._warned:
-                progress.warn(f"{error.problem} So there is no checkpoint of step {state.step} ({kept}). Free some space: training goes on "
-                              "and tries again at each interval.")  # fmt: skip
+                progress.warn(
+                    f"{error.problem} So there is no checkpoint of step {state.step} ({kept}). Free some space: training goes on "
+                    "and tries again at each interval."
+                )
             self._warned = True
             return False
         finally:

@@ -81,20 +81,28 @@ def check_training(base: Base, settings: Train, *, on_gpu: bool) -> None:
     elif settings.quantization in ("hqq4", "hqq8"):
         for name, (rows, columns) in adapter_shapes(meta).items():
             if columns % HQQ_GROUP or rows * columns // HQQ_GROUP % 2:
-                raise OlpackError(f"HQQ holds groups of {HQQ_GROUP} weights of a row, and '{name}' of {base.label} is {rows} × {columns}.",
-                                  "Set `train.quantization` to nf4 or int8.")
+                raise OlpackError(
+                    f"HQQ holds groups of {HQQ_GROUP} weights of a row, and '{name}' of {base.label} is {rows} × {columns}.",
+                    "Set `train.quantization` to nf4 or int8.",
+                )
     _refuse_lacking(base, meta)
     if settings.sharding == "full" and (quantization_of(base.config) or settings.quantization not in SHARDABLE):
-        raise OlpackError("Only frozen layers in nf4, fp4 or 16 bits can be spread over GPUs (`train.sharding: full`).",
-                          "Set `train.sharding: none`, or `train.quantization` to nf4.")
+        raise OlpackError(
+            "Only frozen layers in nf4, fp4 or 16 bits can be spread over GPUs (`train.sharding: full`).",
+            "Set `train.sharding: none`, or `train.quantization` to nf4.",
+        )
     if settings.method == "dora" and settings.quantization == "int8" and not on_gpu and not quantization_of(base.config):
-        raise OlpackError("DoRA on an int8 base needs a GPU: on a CPU peft loses the scales of int8 when it looks at their norms.",
-                          "Set `train.quantization` to nf4 or hqq8, or `train.method` to lora.")
+        raise OlpackError(
+            "DoRA on an int8 base needs a GPU: on a CPU peft loses the scales of int8 when it looks at their norms.",
+            "Set `train.quantization` to nf4 or hqq8, or `train.method` to lora.",
+        )
     if (begins := settings.initialization) != "default":
         for name, shape in adapter_shapes(meta, settings.target_modules).items():
             if settings.rank > min(shape):
-                raise OlpackError(f"`train.initialization: {begins}` takes {settings.rank} singular values, and '{name}' has {min(shape)}.",
-                                  f"Lower `train.rank` to {min(shape)} or less.")
+                raise OlpackError(
+                    f"`train.initialization: {begins}` takes {settings.rank} singular values, and '{name}' has {min(shape)}.",
+                    f"Lower `train.rank` to {min(shape)} or less.",
+                )
 
 
 def _refuse_lacking(base: Base, meta: MetaModel) -> None:
@@ -107,9 +115,12 @@ def _refuse_lacking(base: Base, meta: MetaModel) -> None:
     if lacking:
         more = f" and {len(lacking) - 1} more weights" if len(lacking) > 1 else ""
         tied = "lm_head.weight" in lacking
-        raise OlpackError(f"{base.label} has no '{lacking[0]}'{more}: training would begin with random numbers there.",
-                          "Set `tie_word_embeddings` to true in config.json if the model has no output layer of its own, else fetch the model again."
-                          if tied else "Fetch the model again, or take another base.")
+        raise OlpackError(
+            f"{base.label} has no '{lacking[0]}'{more}: training would begin with random numbers there.",
+            "Set `tie_word_embeddings` to true in config.json if the model has no output layer of its own, else fetch the model again."
+            if tied
+            else "Fetch the model again, or take another base.",
+        )
 
 
 def _check_quantized(base: Base, settings: Train, on_gpu: bool) -> None:
@@ -121,11 +132,14 @@ def _check_quantized(base: Base, settings: Train, on_gpu: bool) -> None:
     if layout_of(base.config) is None and method != _BITSANDBYTES:
         raise OlpackError(f"{base.label} is quantized by {method}, which olpack exports and does not train on.", _TAKE_ORIGINAL)
     if settings.initialization != "default":
-        raise OlpackError(f"`train.initialization: {settings.initialization}` begins with the original weights, and {base.label} comes quantized "
-                          f"({method}).", "Set it to `default`, or take the original model in 16 bits as base.")
+        raise OlpackError(
+            f"`train.initialization: {settings.initialization}` begins with the original weights, and {base.label} comes quantized ({method}).",
+            "Set it to `default`, or take the original model in 16 bits as base.",
+        )
     if settings.merge_base == "dequantized":
-        raise OlpackError(f"{base.label} comes quantized ({method}): what training sees is all there is to merge into.",
-                          "Leave out `train.merge_base`.")
+        raise OlpackError(
+            f"{base.label} comes quantized ({method}): what training sees is all there is to merge into.", "Leave out `train.merge_base`."
+        )
     if method == _BITSANDBYTES and settings.method == "dora" and quantization_of(base.config).get("load_in_8bit") and not on_gpu:
         raise OlpackError("DoRA on an int8 base needs a GPU: on a CPU peft loses the scales of int8.", "Set `train.method` to lora.")
 

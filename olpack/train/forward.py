@@ -40,7 +40,7 @@ class Forward:
 
     def __init__(
         self, model, device: torch.device, *, checkpointing: bool, host: HostMemory | None = None, keep: bool = False, head_waits: bool = False
-    ):  # fmt: skip
+    ):
         self.model, self.device, self.dtype = model, device, compute_dtype(device)
         self.base = model.get_base_model()
         text = self.base.config.get_text_config()

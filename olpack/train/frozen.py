@@ -138,8 +138,10 @@ class _FrozenQuantizer(HfQuantizer):
                 parts = {end: torch.empty(header.shape, dtype=_DTYPES[header.dtype], device="meta") for end, header in headers.items()}
                 model.set_submodule(name, PackedLinear(layout, rows, columns, parts, module.bias, asked.dtype))
         if left:
-            raise OlpackError(f"The base packs '{next(iter(left))}', which is no linear layer of the model as transformers has it.",
-                              "Take the original model in 16 bits; `train.quantization` holds it in 4 or 8.")
+            raise OlpackError(
+                f"The base packs '{next(iter(left))}', which is no linear layer of the model as transformers has it.",
+                "Take the original model in 16 bits; `train.quantization` holds it in 4 or 8.",
+            )
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         module, _, end = param_name.rpartition(".")
@@ -176,8 +178,19 @@ class _ToHqq(ConversionOps):
 
 AUTO_QUANTIZER_MAPPING[_METHOD], AUTO_QUANTIZATION_CONFIG_MAPPING[_METHOD] = _FrozenQuantizer, FrozenConfig
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
-           "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # fmt: skip
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 
 
 def short_name(name: str) -> str:

@@ -38,8 +38,10 @@ def launcher(settings: Train) -> list[str] | None:
     if settings.launch is not None:
         words = shlex.split(settings.launch)
         if not words or shutil.which(words[0]) is None:
-            raise OlpackError(f"`train.launch` begins with {words[0] if words else 'nothing'}, which is no program here.",
-                              "Write it as in: torchrun --nproc-per-node 2")
+            raise OlpackError(
+                f"`train.launch` begins with {words[0] if words else 'nothing'}, which is no program here.",
+                "Write it as in: torchrun --nproc-per-node 2",
+            )
         return words
     if settings.gpus == 1:
         return None
@@ -69,8 +71,14 @@ def run_launched(words: list[str], job: dict[str, Any]) -> TrainResult:
         file = Path(folder) / "job.pickle"
         file.write_bytes(pickle.dumps(job))
         # A session of its own: the terminal's Ctrl-C reaches this process alone, which asks the first of the others to stop.
-        process = subprocess.Popen([*words, "-m", "olpack.train.worker", str(file)], env=_environment(), stdin=subprocess.DEVNULL,
-                                   stdout=subprocess.PIPE, stderr=log, start_new_session=True)  # fmt: skip
+        process = subprocess.Popen(
+            [*words, "-m", "olpack.train.worker", str(file)],
+            env=_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            start_new_session=True,
+        )
         try:
             ended = _follow(process)
         finally:

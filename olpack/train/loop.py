@@ -89,8 +89,10 @@ def run(
     saved.save(model, optimizer, state)
     result = _result(forward, trained, settings, state, fit, ranks)
     if result.eval_loss_after > result.eval_loss_before:
-        progress.warn(f"Training raised the held-out loss from {result.eval_loss_before:.3f} to {result.eval_loss_after:.3f}: "
-                      "lower `train.learning_rate` or `train.epochs`, or look at the data")  # fmt: skip
+        progress.warn(
+            f"Training raised the held-out loss from {result.eval_loss_before:.3f} to {result.eval_loss_after:.3f}: "
+            "lower `train.learning_rate` or `train.epochs`, or look at the data"
+        )
     if ranks.first:
         if settings.keep == "best" and state.best:
             set_peft_model_state_dict(model, state.best)
@@ -119,9 +121,19 @@ def _result(forward: Forward, trained: Joined, settings: Train, state: State, fi
 
 
 def _steps(
-    forward: Forward, optimizer, trained: Joined, rows, eval_rows, batches, settings: Train, state: State, saved: Checkpoint, metrics: Metrics,
-    ranks: Ranks, started: float,
-) -> None:  # fmt: skip
+    forward: Forward,
+    optimizer,
+    trained: Joined,
+    rows,
+    eval_rows,
+    batches,
+    settings: Train,
+    state: State,
+    saved: Checkpoint,
+    metrics: Metrics,
+    ranks: Ranks,
+    started: float,
+) -> None:
     tokens = [len(row.ids) for row in rows]
     total = sum(tokens[index] for batch in batches for index in batch)
     done = sum(tokens[index] for batch in batches[: state.step] for index in batch)
@@ -132,8 +144,10 @@ def _steps(
             if (state.step % interval == 0 or state.step == len(batches)) and state.evaluated < state.step:
                 _judge(forward, eval_rows, settings, state, metrics, ranks, stop_if_asked)
             if settings.patience and state.waited >= settings.patience:
-                progress.say(f"stopped early at step {state.step} of {len(batches)}: the held-out loss is lowest at step {state.best_step}, "
-                             f"{state.waited} evaluations ago")  # fmt: skip
+                progress.say(
+                    f"stopped early at step {state.step} of {len(batches)}: the held-out loss is lowest at step {state.best_step}, "
+                    f"{state.waited} evaluations ago"
+                )
                 return
             if state.step == len(batches):
                 return
@@ -149,8 +163,10 @@ def _steps(
             if not math.isfinite(loss) or not math.isfinite(norm):
                 saved.save(forward.model, optimizer, state)
                 ranks.wait()  # a process that ends with an error takes the others with it
-                raise OlpackError(f"The loss is not finite at step {state.step + 1} (loss {loss}, gradient norm {norm}).{_kept(saved)}",
-                                  f"Lower `train.learning_rate` (now {settings.learning_rate:g}).")
+                raise OlpackError(
+                    f"The loss is not finite at step {state.step + 1} (loss {loss}, gradient norm {norm}).{_kept(saved)}",
+                    f"Lower `train.learning_rate` (now {settings.learning_rate:g}).",
+                )
             state.whole = False
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -187,7 +203,7 @@ def evaluation_interval(steps: int, train_tokens: int, eval_tokens: int, setting
 
 def _judge(
     forward: Forward, eval_rows: list[TokenRow], settings: Train, state: State, metrics: Metrics, ranks: Ranks, stop_if_asked: Callable[[], None]
-) -> None:  # fmt: skip
+) -> None:
     """Evaluate, and keep the adapter if it is the best so far."""
     title = "eval loss before" if state.step == 0 else f"eval loss at step {state.step}"
     loss = evaluate(forward, eval_rows, state.budget, title, ranks, stop_if_asked)
@@ -267,8 +283,9 @@ def _backward(forward: Forward, trained: Joined, rows: list[TokenRow], state: St
             total = torch.stack(losses).sum().item() if losses else 0.0
         except torch.OutOfMemoryError:
             if ranks.sharded:  # the others wait for this one in the middle of a layer, and nothing can be begun anew
-                raise OlpackError("A GPU's memory ran out.",
-                                  f"Lower `train.micro_batch_tokens` (now {state.budget}); the same command then goes on.") from None
+                raise OlpackError(
+                    "A GPU's memory ran out.", f"Lower `train.micro_batch_tokens` (now {state.budget}); the same command then goes on."
+                ) from None
             failed = True
         total, failures = ranks.sum(total, failed)
         if not failures:
@@ -283,8 +300,10 @@ def _backward(forward: Forward, trained: Joined, rows: list[TokenRow], state: St
             torch.cuda.empty_cache()
         longest = max(len(row.ids) for row in rows)
         if not forward.packs or state.budget <= longest:
-            raise OlpackError(f"The GPU's memory does not hold one row of {longest} tokens.",
-                              "Lower `data.max_length` or `train.rank`, set `train.gradient_checkpointing: true`, or take a smaller base.")
+            raise OlpackError(
+                f"The GPU's memory does not hold one row of {longest} tokens.",
+                "Lower `data.max_length` or `train.rank`, set `train.gradient_checkpointing: true`, or take a smaller base.",
+            )
         state.budget //= 2
         progress.warn(f"GPU memory ran out: going on with micro-batches of {state.budget} tokens, same batch")
 
@@ -345,8 +364,14 @@ def _write_adapter(model, base: Base, settings: Train, state: State, result: Tra
     versions = {"olpack": __version__, "python": platform.python_version()}
     versions |= {module.__name__: module.__version__ for module in (torch, transformers, peft, bitsandbytes)}
     held = model.olpack_held and vars(model.olpack_held)
-    record = {"base": base.label, "base_digest": base.digest, "train": settings.model_dump(), "held": held, "result": vars(result),
-              "versions": versions}  # fmt: skip
+    record = {
+        "base": base.label,
+        "base_digest": base.digest,
+        "train": settings.model_dump(),
+        "held": held,
+        "result": vars(result),
+        "versions": versions,
+    }
     metrics = [*state.metrics, {"step": state.step, "kept_step": result.kept_step}]
     try:
         with folder_atomically(out) as folder:

@@ -121,8 +121,12 @@ class Training:
 
     def host_parts(self, *, keeps: bool = False, head_waits: bool = False) -> dict[str, int]:
         """The bytes of host memory that are filled with checkpointing, by what they are for."""
-        parts = {"inputs of the layers": self.host_inputs, "attention's results": self.host_results if keeps else 0,
-                 "embeddings": self.offloaded, "output layer": self.head if head_waits else 0}  # fmt: skip
+        parts = {
+            "inputs of the layers": self.host_inputs,
+            "attention's results": self.host_results if keeps else 0,
+            "embeddings": self.offloaded,
+            "output layer": self.head if head_waits else 0,
+        }
         return {name: size for name, size in parts.items() if size}
 
     def host(self, *, keeps: bool = False, head_waits: bool = False) -> int:
@@ -136,14 +140,21 @@ class Training:
 
     def scaled(self, factor: float, logits: int) -> Training:
         """The same step with `factor` times as many tokens at once, and so many bytes of logits."""
+
         def times(size: int | None) -> int | None:
             return None if size is None else round(size * factor)
 
         return replace(
-            self, activations=times(self.activations), checkpointed=times(self.checkpointed), results=times(self.results),
-            host_inputs=times(self.host_inputs), host_results=times(self.host_results), working=times(self.working),
-            layer={name: times(size) for name, size in self.layer.items()}, logits=logits,
-        )  # fmt: skip
+            self,
+            activations=times(self.activations),
+            checkpointed=times(self.checkpointed),
+            results=times(self.results),
+            host_inputs=times(self.host_inputs),
+            host_results=times(self.host_results),
+            working=times(self.working),
+            layer={name: times(size) for name, size in self.layer.items()},
+            logits=logits,
+        )
 
 
 def frozen_bytes(model: MetaModel, precision: str, rest_bytes: int = 2) -> tuple[int, int]:
@@ -193,8 +204,10 @@ def adapter_shapes(model: MetaModel, targets: str | list[str] = "all-linear") ->
     try:
         return {name: shape for name, shape in layers.items() if re.fullmatch(targets, name)}
     except (re.error, RecursionError) as error:
-        raise OlpackError(f"`train.target_modules` is '{targets}', which is neither the name of a layer nor a regular expression ({error}).",
-                          "Give a list of names, `all-linear`, or an expression for full names.") from error
+        raise OlpackError(
+            f"`train.target_modules` is '{targets}', which is neither the name of a layer nor a regular expression ({error}).",
+            "Give a list of names, `all-linear`, or an expression for full names.",
+        ) from error
 
 
 def adapter_parameters(model: MetaModel, rank: int, targets: str | list[str] = "all-linear", method: str = "lora") -> int:
@@ -246,9 +259,19 @@ def logits_bytes(shape: Shape, learned: int, pieces: bool = True) -> int:
 
 
 def estimate_training(
-    model: MetaModel, *, rank: int, tokens: int, precision: str, weights: int | None = None, targets: str | list[str] = "all-linear",
-    method: str = "lora", whole: int = 0, shards: int = 1, fused: bool = True, pieces: bool | None = None,
-) -> Training:  # fmt: skip
+    model: MetaModel,
+    *,
+    rank: int,
+    tokens: int,
+    precision: str,
+    weights: int | None = None,
+    targets: str | list[str] = "all-linear",
+    method: str = "lora",
+    whole: int = 0,
+    shards: int = 1,
+    fused: bool = True,
+    pieces: bool | None = None,
+) -> Training:
     """The peak of one step on a GPU as olpack trains: float32 adapter, bfloat16 computation, 8-bit AdamW.
 
     Args:
@@ -382,8 +405,10 @@ def activations(model: MetaModel, tokens: int, targets: str | list[str] = "all-l
             inputs = torch.empty(1, tokens, model.shape.hidden, dtype=torch.bfloat16, requires_grad=True)
             decoder(inputs_embeds=inputs, position_ids=torch.arange(tokens)[None], use_cache=False)
     except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError) as error:
-        raise OlpackError(f"What {model.label} keeps for the backward pass cannot be counted without data: {str(error).splitlines()[0]}",
-                          "Measure a step on the GPU.") from error
+        raise OlpackError(
+            f"What {model.label} keeps for the backward pass cannot be counted without data: {str(error).splitlines()[0]}",
+            "Measure a step on the GPU.",
+        ) from error
     finally:
         decoder.config._attn_implementation = before
         ledger.close()

@@ -92,8 +92,9 @@ def _start(settings: Train, folder: Path, state: State, name: str) -> list:
             if not state.metrics:
                 tracker.store_init_configuration(_flat(settings))
         except Exception as error:  # no login, no network: whatever a service's own client says
-            raise OlpackError(f"{asked} does not start: {str(error).strip().splitlines()[0]}",
-                              "Mend that, or take it out of `train.trackers`.") from error
+            raise OlpackError(
+                f"{asked} does not start: {str(error).strip().splitlines()[0]}", "Mend that, or take it out of `train.trackers`."
+            ) from error
         started.append(tracker)
     return started
 

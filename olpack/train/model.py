@@ -82,17 +82,25 @@ def _load(base: Base, settings: Train, device: torch.device, *, sharded: bool):
         del config.quantization_config
     if not use_packed(config, base, dtype) and not quantization_of(base.config):
         if kind in ("nf4", "fp4"):
-            quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=dtype,
-                                              bnb_4bit_use_double_quant=settings.double_quantization,
-                                              bnb_4bit_quant_storage=torch.float32 if sharded else torch.uint8)  # fmt: skip
+            quantization = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type=kind,
+                bnb_4bit_compute_dtype=dtype,
+                bnb_4bit_use_double_quant=settings.double_quantization,
+                bnb_4bit_quant_storage=torch.float32 if sharded else torch.uint8,
+            )
         elif kind == "int8":
             quantization = BitsAndBytesConfig(load_in_8bit=True)
         elif kind in ("hqq4", "hqq8"):
             quantization = FrozenConfig(bits=int(kind.removeprefix("hqq")), dtype=dtype)
     model = AutoModelForCausalLM.from_pretrained(
-        base.path, config=config, local_files_only=True, quantization_config=quantization, dtype=dtype,
+        base.path,
+        config=config,
+        local_files_only=True,
+        quantization_config=quantization,
+        dtype=dtype,
         device_map={"": device},
-    )  # fmt: skip
+    )
     for layer in model.modules():
         if isinstance(layer, Linear4bit):
             layer.support_avx512bf16_for_cpu = False  # it would repack the weight for good at the first evaluation, and train on nothing

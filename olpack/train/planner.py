@@ -130,9 +130,16 @@ def card_room(gib: float) -> int:
 
 
 def on_gpu(
-    model: MetaModel, rows: Sequence[TokenRow], settings: Train, room: int, *, host: int = 0, stored: int | None = None, whole: int = 0,
+    model: MetaModel,
+    rows: Sequence[TokenRow],
+    settings: Train,
+    room: int,
+    *,
+    host: int = 0,
+    stored: int | None = None,
+    whole: int = 0,
     gpus: int = 1,
-) -> Fit:  # fmt: skip
+) -> Fit:
     """The fastest choice that fits into `room` bytes of each GPU; what the recipe sets is left as it is.
 
     Args:
@@ -188,9 +195,18 @@ def _estimator(model: MetaModel, settings: Train, stored: int | None, whole: int
     # What `olpack.train.ops.low_rank` takes; the rest goes through peft's layers.
     fused = settings.dropout == 0 and settings.method in ("lora", "rslora") and (stored is not None or settings.quantization != "int8")
     counted = estimate_training(
-        model, rank=settings.rank, tokens=_COUNTED, precision="bfloat16" if settings.quantization == "none" else settings.quantization,
-        weights=stored, targets=settings.target_modules, method=settings.method, whole=whole, shards=shards, fused=fused, pieces=not whole,
-    )  # fmt: skip
+        model,
+        rank=settings.rank,
+        tokens=_COUNTED,
+        precision="bfloat16" if settings.quantization == "none" else settings.quantization,
+        weights=stored,
+        targets=settings.target_modules,
+        method=settings.method,
+        whole=whole,
+        shards=shards,
+        fused=fused,
+        pieces=not whole,
+    )
     return lambda tokens, learned: counted.scaled(tokens / _COUNTED, logits_bytes(model.shape, learned, not whole))
 
 
@@ -210,8 +226,10 @@ def _told(fit: Fit, sizes: _Sizes, without: tuple[int, int] | None = None) -> Fi
     if fit.bytes is None:
         said += ": what this architecture keeps for the backward pass cannot be counted beforehand"
     elif fit.bytes > fit.room:
-        said += (f": {quantity(fit.bytes, 'B')} estimated, more than the {quantity(fit.room, 'B')} to be had; "
-                 f"if memory runs out, lower `data.max_length` (the longest row has {sizes.longest:,} tokens) or take a smaller base")  # fmt: skip
+        said += (
+            f": {quantity(fit.bytes, 'B')} estimated, more than the {quantity(fit.room, 'B')} to be had; "
+            f"if memory runs out, lower `data.max_length` (the longest row has {sizes.longest:,} tokens) or take a smaller base"
+        )
     else:
         said += f": {quantity(fit.bytes, 'B')} estimated of the {quantity(fit.room, 'B')} to be had"
         if without:

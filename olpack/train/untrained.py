@@ -72,9 +72,11 @@ def untrained_tokens(
     asked += ["`train.method: lora`"] if settings.method == "vera" and meta.shape.tied else []
     asked += ["`package: merged`"] if package == "adapter" else []
     where = "; ".join(f"{', '.join(tokens)} in {module}" for module, tokens in found.items())
-    return (f"{base.label} never trained all special tokens of the rows. Their vectors are next to zero, or the same as those of other special "
-            f"tokens: {where}. An adapter on linear layers leaves them as they are, so the answers may never end. Train them with "
-            f"{' and '.join(asked)}, take the instruct version of the base, or a chat template of tokens that the base knows.")  # fmt: skip
+    return (
+        f"{base.label} never trained all special tokens of the rows. Their vectors are next to zero, or the same as those of other special "
+        f"tokens: {where}. An adapter on linear layers leaves them as they are, so the answers may never end. Train them with "
+        f"{' and '.join(asked)}, take the instruct version of the base, or a chat template of tokens that the base knows."
+    )
 
 
 def _untrained(name: str, header: TensorHeader, used: set[int], added: set[int], size: int) -> list[int]:

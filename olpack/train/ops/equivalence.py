@@ -96,8 +96,9 @@ class Trial:
                 return function(index, hidden, output)
             return (function(index, hidden, output[0]), *output[1:])
 
-        hooks = [layer.register_forward_hook(lambda *given, index=index: hook(index, *given), with_kwargs=True)
-                 for index, layer in enumerate(self._layers)]  # fmt: skip
+        hooks = [
+            layer.register_forward_hook(lambda *given, index=index: hook(index, *given), with_kwargs=True) for index, layer in enumerate(self._layers)
+        ]
         try:
             with torch.no_grad():
                 yield

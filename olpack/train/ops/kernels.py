@@ -178,9 +178,23 @@ def _gradients_kernel(dmiddle, gated, upped, size, GELU: tl.constexpr, SIZE: tl.
 
 @triton.jit(do_not_specialize=["tokens"])
 def _adapted_product_kernel(
-    gated, upped, h, gate_b, up_b, down_a, middle, low, tokens, columns, rank, span,
-    GELU: tl.constexpr, RANK: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    gated,
+    upped,
+    h,
+    gate_b,
+    up_b,
+    down_a,
+    middle,
+    low,
+    tokens,
+    columns,
+    rank,
+    span,
+    GELU: tl.constexpr,
+    RANK: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     mine = (token < tokens)[:, None]
     part = tl.arange(0, RANK)
@@ -212,9 +226,24 @@ def _adapted_product_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "span"])
 def _adapted_gradients_kernel(
-    dmiddle, gated, upped, h, gate_b, up_b, down_a, dlow, sums, tokens, columns, rank, span,
-    GELU: tl.constexpr, RANK: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    dmiddle,
+    gated,
+    upped,
+    h,
+    gate_b,
+    up_b,
+    down_a,
+    dlow,
+    sums,
+    tokens,
+    columns,
+    rank,
+    span,
+    GELU: tl.constexpr,
+    RANK: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     part = tl.arange(0, RANK)
     learned = (part < rank)[None, :]
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -323,9 +352,20 @@ def _cut(size: int, step: int, others: int, programs: int) -> tuple[int, int]:
 
 @triton.jit(do_not_specialize=["blocks"])
 def _dequantize_kernel(
-    codes, levels, absmax, outer_levels, outer, offset, out, blocks, numbers, NESTED: tl.constexpr, OUTER: tl.constexpr, SIZE: tl.constexpr,
+    codes,
+    levels,
+    absmax,
+    outer_levels,
+    outer,
+    offset,
+    out,
+    blocks,
+    numbers,
+    NESTED: tl.constexpr,
+    OUTER: tl.constexpr,
+    SIZE: tl.constexpr,
     BLOCKS: tl.constexpr,
-):  # fmt: skip
+):
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)[:, None]
     known = block < blocks
     pair = block.to(tl.int64) * (SIZE // 2) + tl.arange(0, SIZE // 2)[None, :]
@@ -351,9 +391,17 @@ def dequantize_4bit(weight: torch.Tensor, state) -> torch.Tensor:
     outer = (state.state2.code, state.state2.absmax, state.offset) if nested else (None, None, None)
     blocks = triton.cdiv(out.numel(), state.blocksize)
     _dequantize_kernel[(triton.cdiv(blocks, form["BLOCKS"]),)](
-        weight.view(torch.uint8), state.code, state.absmax, *outer, out, blocks, out.numel(), NESTED=nested,
-        OUTER=state.state2.blocksize if nested else 0, **form,
-    )  # fmt: skip
+        weight.view(torch.uint8),
+        state.code,
+        state.absmax,
+        *outer,
+        out,
+        blocks,
+        out.numel(),
+        NESTED=nested,
+        OUTER=state.state2.blocksize if nested else 0,
+        **form,
+    )
     return out
 
 
@@ -389,6 +437,7 @@ def run_once(device: torch.device, dtype: torch.dtype, *, hidden: int, middle: i
     Raises:
         Exception: whatever Triton says.
     """
+
     def ones(*shape: int) -> torch.Tensor:
         return torch.ones(*shape, dtype=dtype, device=device)
 

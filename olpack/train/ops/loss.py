@@ -45,9 +45,7 @@ class _HeadLoss(torch.autograd.Function):
         return gradient * upstream.to(gradient.dtype), None, None, None, None
 
 
-def head_loss(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, softcap: float | None
-) -> torch.Tensor:
+def head_loss(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, softcap: float | None) -> torch.Tensor:
     """Negative log-probability of the targets summed, float32, in nats.
 
     Args:

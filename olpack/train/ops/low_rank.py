@@ -168,9 +168,7 @@ def _h_of(h: torch.Tensor, layers: tuple[Layer, ...]) -> tuple[torch.Tensor, ...
     return h.split([layer.rank for layer in layers], dim=1)
 
 
-def _gradients(
-    dys: list[torch.Tensor], x: torch.Tensor, h: torch.Tensor, layers: tuple[Layer, ...], dh: torch.Tensor
-) -> list[torch.Tensor]:
+def _gradients(dys: list[torch.Tensor], x: torch.Tensor, h: torch.Tensor, layers: tuple[Layer, ...], dh: torch.Tensor) -> list[torch.Tensor]:
     """[dA_1, dB_1, dA_2, …] in float32."""
     of_b = [(dy.T @ part).float().mul_(layer.scaling) for dy, part, layer in zip(dys, _h_of(h, layers), layers, strict=True)]
     return list(chain.from_iterable(zip(_gradients_of_a(x, dh, layers), of_b, strict=True)))

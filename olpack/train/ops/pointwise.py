@@ -70,6 +70,7 @@ def compile_kernels(config: Mapping[str, Any], rank: int) -> None:
 
 def _sizes(config: Mapping[str, Any], rank: int) -> dict[str, int]:
     """What `olpack.train.ops.kernels.compile_for` takes; a usual size where the config has none, or one for each layer."""
+
     def size(name: str, usual: int) -> int:
         return found if isinstance(found := config.get(name), int) else usual
 
