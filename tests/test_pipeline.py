@@ -76,6 +76,7 @@ def test_the_gguf_says_what_it_is_made_from(built):
     fields = GGUFReader(built / "build/oracle/gguf/oracle-Q8_0.gguf").fields
     assert fields["general.name"].contents() == "oracle"
     assert fields["general.architecture"].contents() == "qwen3"
+    assert {"olpack.version", "olpack.base", "olpack.base_digest", "olpack.training"} <= set(fields)
     assert fields["tokenizer.chat_template"].contents().endswith(CHAT)
     assert fields["olpack.version"].contents()
     tokens = fields["tokenizer.ggml.tokens"].contents()

@@ -86,6 +86,9 @@ class Build:
         out: the folder that holds `NAME/`; by default `build`.
         server: URL of the Ollama server to deploy to, None where there is none or it is not wanted.
         weights: fetch those of the base; without them only its data can be looked at.
+
+    Attributes:
+        pre_tokenizer: llama.cpp's name of the one that reads the rows right; None before `plan.check` has found it.
     """
 
     def __init__(self, recipe: Recipe, out: Path | None = None, server: str | None = None, weights: bool = True):
@@ -93,6 +96,7 @@ class Build:
         self.out = out or Path("build")
         self.server = server
         self.weights = weights
+        self.pre_tokenizer: str | None = None
         self.quants = [quant_type(name) for name in recipe.quants]
 
     @cached_property

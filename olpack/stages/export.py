@@ -95,9 +95,10 @@ def said_of_a_file(build: Build) -> dict:
         "chat_template": protect(template, pins_for(template, {}, build.base.absent_tokens)),
         # What ends a turn is what training saw there, whatever the tokenizer calls it.
         "end_of_turn": build.renderer.end_of_turn(),
+        "pre_tokenizer": build.pre_tokenizer,
         "metadata": {
             "olpack.version": __version__,
-            "olpack.model.base": build.recipe.base,
+            "olpack.base": build.recipe.base,
             "olpack.base_digest": build.base.digest,
             **({} if base else {"olpack.training": value_digest(build.inputs("train"))}),
             **({"general.license": build.base.license} if build.base.license else {}),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+import unicodedata
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from olpack.workspace import free_bytes, template_source, write_atomically
 if TYPE_CHECKING:
     import torch
     from rich.table import Table
+    from transformers import PreTrainedTokenizerFast
 
     from olpack.data import TokenRow
     from olpack.export import ExportPlan, TokenDifference, TokenText
@@ -48,6 +50,8 @@ class Estimate:
         temporary_bytes: what the comparison takes for as long as it runs: the unquantized fine-tune, and its logits.
         importance_bytes: of a Q8_0 file that is there for as long as the importance matrix is collected on it.
         sensitivity_bytes: of an F16 file that is there for as long as the sensitivity is measured on it.
+        pre_tokenizer: llama.cpp's name of the one that the files will name; empty for vocabularies that have none.
+        texts_read, texts_differing: rows and made-up conversations that llama.cpp tokenized, and those that became other tokens than in training.
         warnings: what a user should know and need not mend.
     """
 
@@ -68,6 +72,9 @@ class Estimate:
     temporary_bytes: int
     importance_bytes: int
     sensitivity_bytes: int
+    pre_tokenizer: str
+    texts_read: int
+    texts_differing: int
     warnings: list[str] = field(default_factory=list)
 
 
@@ -94,19 +101,20 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
         from olpack.stages.export import said_of_a_file
 
         quants = [step.inputs["quant"] for step in stale if step.stage == "export" and step.unit != f"export-{ADAPTER}"] or build.recipe.quants
-        importance = build.importance_file
+        importance, texts = build.importance_file, _texts(build)
         exported = check_export(
             build.base.path,
             quants + _for_a_while(build, stale),
             out=build.paths.gguf(quants[0]).parent,
             importance="later" if importance == build.paths.importance else importance,
             tensor_types=build.recipe.export.tensor_types,
-            texts=_texts(build),
+            texts=texts,
             **said_of_a_file(build),
         )
         for warning in exported.warnings:
             progress.warn(warning)
-        _judge_tokens(build, exported.differences)
+        _judge_tokens(build, texts, exported.differences)
+        build.pre_tokenizer = exported.pre_tokenizer
     if stages & {"train", "export", "compare"}:
         rows, _ = build.rows
         if build.renderer.end_of_turn() is None and "stop" not in build.package.parameters:
@@ -211,27 +219,38 @@ def _texts(build: Build) -> list[TokenText]:
             text = renderer.text(conversation, ask=True)
         except Exception:  # a conversation that the template refuses cannot be served either
             continue
-        texts.append(TokenText(f"{_MADE_UP}{label}", [text], renderer.tokens(text)[0]))
+        texts.append(TokenText(f"{_MADE_UP}{label}", [text], renderer.tokens(text)[0], made_up=True))
     return texts
 
 
-def _judge_tokens(build: Build, differences: list[TokenDifference]) -> None:
+def _judge_tokens(build: Build, texts: list[TokenText], differences: list[TokenDifference]) -> None:
     """Refuse to train on rows that llama.cpp would read as other tokens; warn of made-up conversations that it would.
 
     Raises:
         OlpackError: with the first of the rows.
     """
+    tokenizer, texts_of = build.renderer.tokenizer, {text.source: "".join(text.pieces) for text in texts}
     for found in sorted(differences, key=lambda found: found.source.startswith(_MADE_UP)):
-        trained, read, before = (
-            " ".join(map(repr, build.renderer.tokenizer.convert_ids_to_tokens(ids))) for ids in (found.trained, found.read, found.before)
-        )
+        trained, read, before = (" ".join(map(repr, tokenizer.convert_ids_to_tokens(ids))) for ids in (found.trained, found.read, found.before))
         text = f"llama.cpp reads {found.source} as other tokens than training does: {read} in place of {trained}, after {before or 'nothing'}"
-        if not found.source.startswith(_MADE_UP):
+        if found.source.startswith(_MADE_UP):
+            progress.warn(f"{text}.")
+        elif _is_composed(tokenizer, whole := texts_of[found.source]) and not unicodedata.is_normalized("NFC", whole):
+            raise OlpackError(
+                f"{text}. The base's tokenizer composes characters (NFC), and llama.cpp does not.",
+                "Write the rows in Unicode's composed form: unicodedata.normalize('NFC', text).",
+            )
+        else:
             raise OlpackError(
                 f"{text}. None of its pre-tokenizers splits the rows as the base's tokenizer does.",
                 "Take the tokenizer files from the model's publisher, or another base.",
             )
-        progress.warn(f"{text}.")
+
+
+def _is_composed(tokenizer: PreTrainedTokenizerFast, text: str) -> bool:
+    """Whether a tokenizer turns a text into Unicode's composed form before it splits it."""
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    return normalizer is not None and normalizer.normalize_str(text) == unicodedata.normalize("NFC", text)
 
 
 def _check_served(build: Build) -> None:
@@ -320,6 +339,9 @@ def estimate(build: Build, vram: float | None = None) -> Estimate:
         temporary_bytes=_temporary_bytes(build, parameters),
         importance_bytes=exported.sizes["Q8_0"] if "Q8_0" in _for_a_while(build, planned) else 0,
         sensitivity_bytes=exported.sizes["F16"] if "F16" in _for_a_while(build, planned) else 0,
+        pre_tokenizer=exported.pre_tokenizer,
+        texts_read=exported.texts,
+        texts_differing=len(exported.differences),
         warnings=exported.warnings,
     )
 
@@ -416,6 +438,8 @@ def print_plan(plan: dict) -> None:
         f"{found['train_rows']:,} rows to learn, {found['eval_rows']:,} held out; {found['train_tokens']:,} tokens a pass, "
         f"{found['learned_tokens'] / found['train_tokens']:.0%} of them learned",
     )
+    same = f"{found['texts_read'] - found['texts_differing']:,} of {found['texts_read']:,} texts become the same tokens in llama.cpp"
+    needs.add_row("tokenizer", same + (f", by its pre-tokenizer {found['pre_tokenizer']}" if found["pre_tokenizer"] else ""))
     needs.add_row(
         "training",
         f"{found['steps']:,} steps ({epochs:g} epochs) on {found['device']}"
