@@ -22,7 +22,7 @@ from olpack.compare.machine import describe_machine
 from olpack.llamacpp.engine import Engine, Sampling
 from olpack.model.base import BUILTIN
 from olpack.stages.build import Build
-from olpack.train.model import pick_device
+from olpack.train.device import pick_device
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from quantized_bases import write_quantized

@@ -147,9 +147,9 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
     if "train" in stages:
         from olpack.train.adapter import experts_left_out
         from olpack.train.checks import check_training
+        from olpack.train.device import pick_device
         from olpack.train.launch import launcher
         from olpack.train.metrics import check_trackers
-        from olpack.train.model import pick_device
         from olpack.train.untrained import untrained_tokens
 
         if build.base.leftover_quantization:
@@ -185,7 +185,7 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
             progress.warn(warning)
         if build.paths.base:
             from olpack.export.lora import check_adapter
-            from olpack.train.memory import adapter_shapes
+            from olpack.model.shape import adapter_shapes
 
             check_adapter(build.base.path, adapter_shapes(build.meta_model, build.recipe.train.target_modules))
     if stages & {"train", "deploy"}:
@@ -306,8 +306,8 @@ def estimate(build: Build, vram: float | None = None) -> Estimate:
 
     from olpack.model.packed import quantization_of
     from olpack.train.batches import schedule
+    from olpack.train.device import pick_device
     from olpack.train.memory import frozen_bytes
-    from olpack.train.model import pick_device
     from olpack.train.planner import stored_bytes
 
     planned = [replace(step, reason="planned") for step in build.steps()]

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import olpack
 from olpack import progress
 from olpack.errors import OlpackError
-from olpack.train import TrainResult
+from olpack.train.result import TrainResult
 
 if TYPE_CHECKING:
     from olpack.recipe import Train
