@@ -30,7 +30,7 @@ def train(base: Base, rows: list[TokenRow], eval_rows: list[TokenRow], settings:
 
     Args:
         base: the model.
-        rows: what is learned; only tokens flagged `learned` enter the loss.
+        rows: training rows; only target tokens, those that `loss_mask` flags, enter the loss.
         eval_rows: held-out rows, scored before and after.
         settings: the recipe's `train` section.
         out: folder of the adapter, in peft's format, with `metrics.jsonl` and `settings.json`; replaced whole.
