@@ -85,19 +85,19 @@ def run_olpack(folder: Path, checkpointing: bool, profile: bool) -> dict:
     from olpack.train.forward import Forward
     from olpack.train.memory import estimate_training
     from olpack.train.model import load_with_adapter
-    from olpack.train.ops.flat_parameters import Joined
-    from olpack.train.ops.pinned import HostMemory
+    from olpack.train.ops.flat_parameters import FlatParameters
+    from olpack.train.ops.pinned import PinnedMemory
 
     device, base, host = torch.device("cuda", 0), Base("random", folder), None
     settings = Train(rank=RANK, alpha=RANK)
     if checkpointing:
         estimated = estimate_training(MetaModel(base.config, base.label), rank=RANK, tokens=TOKENS, precision="nf4")
-        host = HostMemory(estimated.host(keeps=True), device)
+        host = PinnedMemory(estimated.pinned(offload_attention=True), device)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = load_with_adapter(base, settings, device)
+    model = load_with_adapter(base, settings, device).model
     loaded = time.time()
-    forward = Forward(model, device, checkpointing=checkpointing, host=host, keep=checkpointing)
-    trained = Joined(model)
+    forward = Forward(model, device, checkpointing=checkpointing, pinned=host, offload_attention=checkpointing)
+    trained = FlatParameters(model)
     optimizer = loop._optimizer(trained.parameters, settings, device)
     rows = [TokenRow(ids, [True] * len(ids), "", "") for ids in tokenizer(texts(tokenizer, 40 * (STEPS + 2)))["input_ids"]]
     torch.cuda.reset_peak_memory_stats()

@@ -103,24 +103,24 @@ class Bench:
         from olpack.recipe import Train
         from olpack.train import loop
         from olpack.train.forward import Forward
-        from olpack.train.ops.flat_parameters import Joined
-        from olpack.train.ops.pinned import HostMemory
+        from olpack.train.ops.flat_parameters import FlatParameters
+        from olpack.train.ops.pinned import PinnedMemory
 
         self.device, self.words = device, SHAPES[shape][-1]
         self.model = random_model(shape, device)
         self.built = time.time()
         # Whether layers are computed again without their last product is tried once, before the gradients are joined.
-        self.host = HostMemory(0, device)  # so that torch locks what is needed
-        self.forward = Forward(self.model, device, checkpointing=True, host=self.host if offload else None)
+        self.host = PinnedMemory(0, device)  # so that torch locks what is needed
+        self.forward = Forward(self.model, device, checkpointing=True, pinned=self.host if offload else None)
         self.skips = self.forward._recompute.skips
-        self.trained = Joined(self.model)
+        self.trained = FlatParameters(self.model)
         self.optimizer = loop._optimizer(self.trained.parameters, Train(), device)
 
     def checkpointing(self, on: bool, *, offload: bool = True, keep: bool = False) -> None:
         from olpack.train.ops.checkpointing import Recompute
 
-        recompute = self.forward._recompute = Recompute(self.device, keep=keep)
-        recompute.skips, recompute.host = self.skips, self.host if offload else None
+        recompute = self.forward._recompute = Recompute(self.device, offload_attention=keep)
+        recompute.skips, recompute.pinned = self.skips, self.host if offload else None
         self.forward.base._set_gradient_checkpointing(on, recompute)
 
     def step(self, batch: list) -> float:
@@ -165,7 +165,7 @@ def matmul_rate() -> float:
 
 def same_losses(device: torch.device, steps: int = 12) -> list[str]:
     """Losses of the plain path (peft, bitsandbytes, transformers' attention, one row at a time, autocast) and of olpack's, both in bfloat16."""
-    from olpack.train.batches import flatten
+    from olpack.train.batches import pack
     from olpack.train.forward import Forward
 
     batches = [rows(600, SHAPES["tiny"][-1], seed % 4, 128) for seed in range(steps)]
@@ -185,7 +185,7 @@ def same_losses(device: torch.device, steps: int = 12) -> list[str]:
                         logits = model(input_ids=ids[None], use_cache=False).logits[0]
                     total = total + F.cross_entropy(logits[:-1].float(), ids[1:], reduction="sum")
             else:
-                total = forward.loss(flatten(batch, device))
+                total = forward.loss(pack(batch, device))
             loss = total / sum(row.target_count for row in batch)
             loss.backward()
             optimizer.step()
@@ -296,11 +296,11 @@ def main() -> None:
         return []
 
     def smallest() -> list[str]:
-        bench[0].forward._embed_on_host(bench[0].host, with_head=False)
+        bench[0].forward._offload_embeddings(bench[0].host, with_head=False)
         bench[0].optimizer.zero_grad(set_to_none=True)
         free()
         found = with_checkpointing("checkpointing, offloaded, input embeddings in host memory too", 2048, 4)
-        bench[0].forward._embed_on_host(bench[0].host, with_head=True)
+        bench[0].forward._offload_embeddings(bench[0].host, with_head=True)
         free()
         return found + with_checkpointing("checkpointing, offloaded, embeddings and output layer in host memory too", 2048, 4)
 

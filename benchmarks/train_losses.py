@@ -27,7 +27,7 @@ from olpack.data import Renderer, TokenRow, load_chats  # noqa: E402
 from olpack.model.base import Base, resolve  # noqa: E402
 from olpack.recipe import Train  # noqa: E402
 from olpack.train import model as model_of  # noqa: E402
-from olpack.train.batches import flatten, micro_batches, schedule  # noqa: E402
+from olpack.train.batches import micro_batches, pack, schedule  # noqa: E402
 from olpack.train.forward import Forward  # noqa: E402
 
 STEPS, BATCH, BUDGET = 50, 4, 2048
@@ -66,7 +66,7 @@ def coding_rows() -> tuple[Base, list[TokenRow]]:
 
 def losses(base: Base, rows: list[TokenRow], device: torch.device, dtype: torch.dtype, *, plain: bool) -> list[float]:
     model_of.compute_dtype = lambda _: dtype
-    model = model_of.load_with_adapter(base, Train(learning_rate=1e-3), device)
+    model = model_of.load_with_adapter(base, Train(learning_rate=1e-3), device).model
     adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
     forward = None if plain else Forward(model, device, checkpointing=False)
     optimizer = torch.optim.AdamW(adapter, lr=1e-3)
@@ -76,7 +76,7 @@ def losses(base: Base, rows: list[TokenRow], device: torch.device, dtype: torch.
         if plain:
             parts = [plain_loss(model, row, device, dtype) for row in chosen]
         else:
-            parts = [forward.loss(flatten(group, device)) for group in micro_batches(chosen, forward.budget(BUDGET))]
+            parts = [forward.loss(pack(group, device)) for group in micro_batches(chosen, forward.budget(BUDGET))]
         count = sum(row.target_count for row in chosen)
         loss = torch.stack(parts).sum() / count
         loss.backward()

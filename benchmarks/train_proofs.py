@@ -32,7 +32,7 @@ from olpack.data import Renderer, load_chats
 from olpack.data.rows import Chat
 from olpack.model.base import resolve
 from olpack.recipe import Train
-from olpack.train.batches import flatten, micro_batches
+from olpack.train.batches import micro_batches, pack
 from olpack.train.forward import Forward
 from olpack.train.model import load_with_adapter
 from olpack.workspace import recipe_path
@@ -75,14 +75,14 @@ def _last(flags: list[bool]) -> int:
 def packed() -> list[str]:
     base, device = resolve("builtin/tiny-coder", relative_to=Path()), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = [row for chat in load_chats(ROWS)[:64] for row in Renderer(base.tokenizer(), base.end_ids()).rows(chat)]
-    forward = Forward(load_with_adapter(base, Train(quantization="none"), device), device, checkpointing=False)
+    forward = Forward(load_with_adapter(base, Train(quantization="none"), device).model, device, checkpointing=False)
     groups, largest, scale = micro_batches(rows, 2048), 0.0, 0.0
     with torch.no_grad():
         for group in groups:
-            together = forward.logits(flatten(group, device))[0]
+            together = forward.logits(pack(group, device))[0]
             starts = accumulate((len(row.ids) for row in group), initial=0)
             for row, start in zip(group, starts, strict=False):
-                alone = forward.logits(flatten([row], device))[0]
+                alone = forward.logits(pack([row], device))[0]
                 largest = max(largest, (together[start : start + len(row.ids)] - alone).abs().max().item())
                 scale = max(scale, alone.abs().max().item())
     tokens = sum(len(row.ids) for row in rows)

@@ -39,16 +39,16 @@ def measure(base, checkpointing: bool, lengths: list[int], rank: int) -> list[di
     from olpack.train.checkpoint import State
     from olpack.train.forward import Forward
     from olpack.train.model import load_with_adapter
-    from olpack.train.ops.flat_parameters import Joined
-    from olpack.train.ops.pinned import HostMemory
+    from olpack.train.ops.flat_parameters import FlatParameters
+    from olpack.train.ops.pinned import PinnedMemory
 
     device, found = torch.device("cuda", 0), []
     settings = Train(rank=rank, batch_size=1, epochs=1, gradient_checkpointing=checkpointing)
     shape = MetaModel(base.config, base.label)
-    room = planner.free_room(device)
-    model = load_with_adapter(base, settings, device)
-    forward = Forward(model, device, checkpointing=checkpointing, host=HostMemory(0, device) if checkpointing else None)
-    trained = Joined(model)
+    room = planner.free_gpu_memory(device)
+    model = load_with_adapter(base, settings, device).model
+    forward = Forward(model, device, checkpointing=checkpointing, pinned=PinnedMemory(0, device) if checkpointing else None)
+    trained = FlatParameters(model)
     optimizer = loop._optimizer(trained.parameters, settings, device)
     torch.cuda.synchronize()
     resting = torch.cuda.memory_allocated(device)

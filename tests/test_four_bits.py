@@ -12,7 +12,7 @@ from tiny_models import write_model
 from olpack.commands import doctor
 from olpack.model import four_bits
 from olpack.model.base import Base
-from olpack.model.frozen_weights import Held
+from olpack.model.frozen_weights import BaseQuantization
 from olpack.recipe import Train
 from olpack.train.model import load_with_adapter
 from olpack.train.ops.lora import _frozen_weight
@@ -66,7 +66,7 @@ def test_training_computes_with_the_weights_of_the_formula(kernel, kind, tmp_pat
     from bitsandbytes.nn import Linear4bit
 
     base = Base("tiny", write_model(tmp_path / "model", "llama", hidden_size=48, head_dim=12, intermediate_size=72))
-    model = load_with_adapter(base, Train(rank=4, quantization=kind), CPU)
+    model = load_with_adapter(base, Train(rank=4, quantization=kind), CPU).model
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
     assert layers and all(layer.in_features % 64 for layer in layers)
     for layer in layers:
@@ -83,7 +83,7 @@ def test_what_a_dequantized_merge_starts_from_is_what_training_saw(kernel):
     from bitsandbytes.functional import quantize_4bit
 
     weight = torch.randn(50, 48, generator=torch.Generator().manual_seed(0))
-    held = Held("nf4", True, "float32", "default", [])
+    held = BaseQuantization("nf4", True, "float32", "default", [])
     torch.testing.assert_close(held.round_trip(weight), dequantized(*quantize_4bit(weight, quant_type="nf4", compress_statistics=True)))
 
 

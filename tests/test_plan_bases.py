@@ -187,7 +187,7 @@ def test_an_adapter_goes_where_peft_puts_one_on_mamba(tmp_path):
     """The linear layers of the plan are those of the adapter: peft refuses `out_proj`, whose weight Mamba's kernel takes without the layer."""
     base = Base("mamba2", write_model(tmp_path / "model", "mamba2", **KINDS["mamba2"]))
     settings = Train(quantization="none", rank=4)
-    model = load_with_adapter(base, settings, torch.device("cpu"))
+    model = load_with_adapter(base, settings, torch.device("cpu")).model
     adapted = {
         name.removeprefix("base_model.model.").removesuffix(".lora_A.default")
         for name, _ in model.named_modules()

@@ -17,11 +17,11 @@ from olpack.model.base import Base
 from olpack.recipe import Train
 from olpack.train import loop as training_loop
 from olpack.train import train
-from olpack.train.batches import flatten, micro_batches, schedule
+from olpack.train.batches import micro_batches, pack, schedule
 from olpack.train.forward import Forward
 from olpack.train.loop import learning_rate
 from olpack.train.model import load_with_adapter
-from olpack.train.ops.flat_parameters import Joined
+from olpack.train.ops.flat_parameters import FlatParameters
 
 CPU = torch.device("cpu")
 torch.set_num_threads(1)  # matrices this small are slower on two
@@ -60,7 +60,7 @@ def test_it_learns_and_writes_an_adapter_that_peft_loads(base, tmp_path, quantiz
     held_out = make_rows(8, seed=9)
     forward = Forward(model.eval(), CPU, checkpointing=False)
     with torch.no_grad():
-        loss = forward.loss(flatten(held_out, CPU)).item() / sum(row.target_count for row in held_out)
+        loss = forward.loss(pack(held_out, CPU)).item() / sum(row.target_count for row in held_out)
     assert loss == pytest.approx(result.eval_loss_after, rel=1e-4 if quantization == "none" and result.device == "cpu" else 0.1)
 
 
@@ -75,7 +75,7 @@ def test_fewer_rows_than_a_batch_are_one_step_that_trains(base, tmp_path):
 def test_the_base_is_held_in_nf4_with_double_quantization(base):
     from bitsandbytes.nn import Linear4bit
 
-    model = load_with_adapter(base, Train(), CPU)
+    model = load_with_adapter(base, Train(), CPU).model
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
     assert len(layers) == 14
     assert all(layer.weight.quant_state.quant_type == "nf4" and layer.weight.quant_state.nested for layer in layers)
@@ -86,18 +86,18 @@ def test_codes_to_be_spread_over_gpus_are_not_stored_as_16_bit_numbers(base):
     """A GPU's copies of those keep numbers, and not the bits of what is none (bitsandbytes' issue 1945)."""
     from bitsandbytes.nn import Linear4bit
 
-    model = load_with_adapter(base, Train(), CPU, sharded=True)
+    model = load_with_adapter(base, Train(), CPU, sharded=True).model
     assert {module.weight.dtype for module in model.modules() if isinstance(module, Linear4bit)} == {torch.float32}
 
 
 def test_gradients_do_not_depend_on_how_a_batch_is_cut(base):
     rows, gradients = make_rows(8), []
     for budget in (16, 10_000):
-        model = load_with_adapter(base, Train(quantization="none"), CPU)
+        model = load_with_adapter(base, Train(quantization="none"), CPU).model
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(1))
-        forward, trained = Forward(model, CPU, checkpointing=False), Joined(model)
+        forward, trained = Forward(model, CPU, checkpointing=False), FlatParameters(model)
         training_loop._backward(forward, trained, rows, training_loop.State(budget=budget))
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in trained.parameters]))
     assert torch.allclose(*gradients, rtol=1e-3, atol=1e-6)
@@ -108,8 +108,8 @@ def test_parameters_are_learned_where_they_are_joined_and_where_they_are_not(bas
     for small, large, most in ((10**9, 0, 0), (2000, 4000, 10**9), (0, 10**9, 9000), (0, 10**9, 10**9)):
         for name, value in {"SMALL": small, "LARGE": large, "_MOST": most}.items():
             monkeypatch.setattr(f"olpack.train.ops.flat_parameters.{name}", value)
-        model = load_with_adapter(base, Train(quantization="none", target_modules=["q_proj", "v_proj"], modules_to_save=["norm"]), CPU)
-        trained = Joined(model)
+        model = load_with_adapter(base, Train(quantization="none", target_modules=["q_proj", "v_proj"], modules_to_save=["norm"]), CPU).model
+        trained = FlatParameters(model)
         counts.append(len(trained.parameters))
         optimizer = torch.optim.AdamW(trained.parameters, lr=1e-2)
         for _ in range(2):
@@ -128,8 +128,8 @@ def test_memory_that_runs_out_while_gradients_are_joined_counts_none_twice(base,
     monkeypatch.setattr("olpack.train.ops.flat_parameters.SMALL", 0)
     rows, gradients = make_rows(8), []
     for fails in (False, True):
-        model = load_with_adapter(base, Train(quantization="none"), CPU)
-        forward, trained = Forward(model, CPU, checkpointing=False), Joined(model)
+        model = load_with_adapter(base, Train(quantization="none"), CPU).model
+        forward, trained = Forward(model, CPU, checkpointing=False), FlatParameters(model)
         state = training_loop.State(budget=2 * max(len(row.ids) for row in rows))
         with monkeypatch.context() as patch:
             if fails:  # in the second micro-batch, when there are gradients already
@@ -155,9 +155,9 @@ def test_the_model_is_gone_when_the_gpus_memory_is_given_free(base, tmp_path, mo
     models, alive = [], []
 
     def load(*given, **named):
-        model = load_with_adapter(*given, **named)
-        models.append(weakref.ref(model.get_base_model()))
-        return model
+        adapted = load_with_adapter(*given, **named)
+        models.append(weakref.ref(adapted.model.get_base_model()))
+        return adapted
 
     monkeypatch.setattr(training_loop, "load_with_adapter", load)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.append(models[0]()))

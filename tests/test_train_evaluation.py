@@ -155,37 +155,37 @@ def test_what_fits_is_the_fastest_that_does(model):
     rows = make_rows(400)
     settings = Train(batch_size=64)
     wide = planner.on_gpu(model, rows, settings, 80 << 30)
-    assert not wide.checkpointing and wide.bytes < wide.room
+    assert not wide.checkpointing and wide.bytes < wide.available
     assert wide.tokens >= wide.largest  # a whole step at once, and no more
-    assert "without gradient checkpointing" in wide.said
+    assert "no gradient checkpointing" in wide.summary
     checkpointed = planner.on_gpu(model, rows, settings.model_copy(update={"gradient_checkpointing": True}), 80 << 30)
     narrow = planner.on_gpu(model, rows, settings, round(0.5 * (checkpointed.bytes + wide.bytes)))
-    assert narrow.checkpointing and narrow.tokens == wide.tokens and narrow.bytes == checkpointed.bytes < narrow.room < wide.bytes
-    assert f"without it {wide.largest:,} tokens would take" in narrow.said
+    assert narrow.checkpointing and narrow.tokens == wide.tokens and narrow.bytes == checkpointed.bytes < narrow.available < wide.bytes
+    assert f"without checkpointing {wide.largest:,} tokens would take" in narrow.summary
     tight = planner.on_gpu(model, rows, settings, narrow.bytes - 1)
-    assert tight.head_waits and tight.tokens == narrow.tokens and tight.bytes < narrow.bytes - 50e6
-    assert not narrow.head_waits and "the output layer in host memory but for the loss" in tight.said
+    assert tight.offload_head and tight.tokens == narrow.tokens and tight.bytes < narrow.bytes - 50e6
+    assert not narrow.offload_head and "output layer offloaded" in tight.summary
     tighter = planner.on_gpu(model, rows, settings, tight.bytes - 1)
-    assert tighter.head_waits and tighter.tokens < narrow.tokens
+    assert tighter.offload_head and tighter.tokens < narrow.tokens
     none = planner.on_gpu(model, rows, settings, 100 << 20)
-    assert none.tokens == max(len(row.ids) for row in rows) and "more than the" in none.said
+    assert none.tokens == max(len(row.ids) for row in rows) and "more than the" in none.summary
 
 
 def test_an_output_layer_that_embeds_in_a_way_of_its_own_does_not_wait():
     """Gemma 3's embedding scales what it looks up, with a number on the GPU."""
     shape = {**SHAPE, "model_type": "gemma3_text", "head_dim": 128, "tie_word_embeddings": True}
     scaled = planner.on_gpu(MetaModel(shape, "shape"), make_rows(400), Train(batch_size=64), 100 << 20)
-    assert not scaled.head_waits and scaled.training.head == 0
+    assert not scaled.offload_head and scaled.training.head == 0
     shared = planner.on_gpu(MetaModel({**SHAPE, "tie_word_embeddings": True}, "shape"), make_rows(400), Train(batch_size=64), 100 << 20)
-    assert shared.head_waits and shared.training.head == 2 * 2048 * 32000
+    assert shared.offload_head and shared.training.head == 2 * 2048 * 32000
 
 
 def test_the_output_layer_stays_where_waiting_gains_nothing():
     wide = MetaModel({**SHAPE, "vocab_size": 262_144}, "shape")
     rows, settings = make_rows(400), Train(batch_size=64)
     found = [planner.on_gpu(wide, rows, settings, room) for room in range(1 << 30, 5 << 30, 64 << 20)]
-    assert any(one.head_waits for one in found)
-    assert all(one.training.total(True) > one.room for one in found if one.head_waits)
+    assert any(one.offload_head for one in found)
+    assert all(one.training.total(True) > one.available for one in found if one.offload_head)
 
 
 def test_an_output_layer_with_an_adapter_does_not_wait(model):
@@ -197,13 +197,13 @@ def test_attention_is_kept_where_there_is_room_and_a_long_run(model):
     rows = make_rows(400)
     settings = Train(batch_size=64, epochs=40, gradient_checkpointing=True)
     host = 64 << 30
-    kept = planner.on_gpu(model, rows, settings, 80 << 30, host=host)
-    assert kept.keeps and "attention's results kept" in kept.said
+    kept = planner.on_gpu(model, rows, settings, 80 << 30, pinnable=host)
+    assert kept.offload_attention and "attention outputs offloaded" in kept.summary
     without = planner.on_gpu(model, rows, settings, 80 << 30)
-    assert not without.keeps and without.bytes < kept.bytes and without.tokens == kept.tokens
-    assert not planner.on_gpu(model, rows, settings, 80 << 30, host=sum(kept.host_parts.values()) - 1).keeps
-    assert not planner.on_gpu(model, rows, settings, kept.bytes - 1, host=host).keeps
-    assert not planner.on_gpu(model, rows, settings.model_copy(update={"epochs": 1}), 80 << 30, host=host).keeps
+    assert not without.offload_attention and without.bytes < kept.bytes and without.tokens == kept.tokens
+    assert not planner.on_gpu(model, rows, settings, 80 << 30, pinnable=sum(kept.pinned_parts.values()) - 1).offload_attention
+    assert not planner.on_gpu(model, rows, settings, kept.bytes - 1, pinnable=host).offload_attention
+    assert not planner.on_gpu(model, rows, settings.model_copy(update={"epochs": 1}), 80 << 30, pinnable=host).offload_attention
 
 
 def test_inputs_that_torch_checkpoints_are_on_the_gpu():
@@ -224,10 +224,10 @@ def test_several_processes_choose_by_the_one_that_has_least(base, monkeypatch):
             assert reduction == "max"
             return torch.maximum(number, torch.tensor(-(100 << 20)))
 
-    monkeypatch.setattr(planner, "free_room", lambda _: 80 << 30)
+    monkeypatch.setattr(planner, "free_gpu_memory", lambda _: 80 << 30)
     chosen = planner.choose(base, make_rows(40), Train(), torch.device("cuda"), Ranks(Accelerator()))
-    assert chosen.room == 100 << 20
-    assert planner.choose(base, make_rows(40), Train(), torch.device("cuda"), ALONE).room == 80 << 30
+    assert chosen.available == 100 << 20
+    assert planner.choose(base, make_rows(40), Train(), torch.device("cuda"), ALONE).available == 80 << 30
 
 
 def test_what_the_recipe_sets_is_left_as_it_is(model):

@@ -14,12 +14,12 @@ from olpack.data import TokenRow
 from olpack.model.base import Base
 from olpack.recipe import Train
 from olpack.train import forward as forward_module
-from olpack.train.batches import flatten, micro_batches
+from olpack.train.batches import micro_batches, pack
 from olpack.train.forward import Forward
 from olpack.train.model import load_with_adapter
 from olpack.train.ops import attention, lora, pointwise
 from olpack.train.ops import checkpointing as recomputation
-from olpack.train.ops.loss import head_loss
+from olpack.train.ops.loss import chunked_cross_entropy
 from olpack.train.ops.low_rank import MlpLowRank
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ ROWS = [random_row(length) for length in (30, 17, 41)]
 
 def with_adapter(base: Base, settings: Train, device: torch.device = CPU):
     """A model whose B is not zero, so that the adapter matters."""
-    model = load_with_adapter(base, settings, device)
+    model = load_with_adapter(base, settings, device).model
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -85,9 +85,9 @@ def test_loss_and_gradients_are_those_of_the_plain_way(tmp_path, kind, quantizat
     wanted.backward()
     for checkpointing, keep in ((False, False), (True, False), (True, True)):
         model = with_adapter(base, train)
-        forward = Forward(model, CPU, checkpointing=checkpointing, keep=keep)
+        forward = Forward(model, CPU, checkpointing=checkpointing, offload_attention=keep)
         assert forward.packs
-        loss = forward.loss(flatten(ROWS, CPU))
+        loss = forward.loss(pack(ROWS, CPU))
         loss.backward()
         assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
         same_gradients(model, plain, 1e-4)
@@ -97,8 +97,8 @@ def test_a_sample_between_others_has_the_logits_that_it_has_alone(tmp_path):
     model = with_adapter(Base("tiny", write_model(tmp_path / "model")), Train(rank=4))
     forward = Forward(model, CPU, checkpointing=False)
     with torch.no_grad():
-        alone = forward.logits(flatten([ROWS[1]], CPU))[0]
-        between = forward.logits(flatten(ROWS, CPU))[0, len(ROWS[0].ids) : len(ROWS[0].ids) + len(ROWS[1].ids)]
+        alone = forward.logits(pack([ROWS[1]], CPU))[0]
+        between = forward.logits(pack(ROWS, CPU))[0, len(ROWS[0].ids) : len(ROWS[0].ids) + len(ROWS[1].ids)]
     assert (alone - between).abs().max() <= 1e-5 * alone.abs().max()
 
 
@@ -108,7 +108,7 @@ def test_layers_that_are_more_than_lora_stay_as_peft_made_them(tmp_path):
     plain, model = with_adapter(base, train).eval(), with_adapter(base, train).eval()
     forward = Forward(model, CPU, checkpointing=False)
     with torch.no_grad():
-        assert forward.loss(flatten(ROWS, CPU)).item() == pytest.approx(sum(plain_loss(plain, row) for row in ROWS).item(), rel=1e-5)
+        assert forward.loss(pack(ROWS, CPU)).item() == pytest.approx(sum(plain_loss(plain, row) for row in ROWS).item(), rel=1e-5)
 
 
 class Scaled(torch.nn.Module):
@@ -131,7 +131,7 @@ def test_a_model_that_computes_otherwise_is_trained_as_it_is(tmp_path, capsys):
     forward = Forward(model, CPU, checkpointing=False)
     assert "without" in capsys.readouterr().err
     assert forward.packs
-    assert forward.loss(flatten(ROWS, CPU)).item() == pytest.approx(sum(plain_loss(plain, row) for row in ROWS).item(), rel=1e-5)
+    assert forward.loss(pack(ROWS, CPU)).item() == pytest.approx(sum(plain_loss(plain, row) for row in ROWS).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("other", [False, True])
@@ -146,7 +146,7 @@ def test_rounding_that_grows_over_many_layers_is_no_other_formula(tmp_path, monk
     ids = torch.tensor([ROWS[0].ids])
     with torch.no_grad():
         plain = model.eval()(input_ids=ids, use_cache=False).logits[0]
-        found = Forward(model, CPU, checkpointing=False).logits(flatten(ROWS[:1], CPU))[0]
+        found = Forward(model, CPU, checkpointing=False).logits(pack(ROWS[:1], CPU))[0]
     assert ("without" in capsys.readouterr().err) == other
     if not other:
         assert (found - plain).norm() > 0.05 * plain.norm()  # though each layer does the same
@@ -182,7 +182,7 @@ def test_whatever_is_trained_gets_its_gradients(tmp_path, settings):
     sum(plain_loss(plain, row) for row in ROWS).backward()
     for checkpointing in (False, True):
         model = with_adapter(base, train)
-        Forward(model, CPU, checkpointing=checkpointing).loss(flatten(ROWS, CPU)).backward()
+        Forward(model, CPU, checkpointing=checkpointing).loss(pack(ROWS, CPU)).backward()
         same_gradients(model, plain, 3e-5)
 
 
@@ -193,7 +193,7 @@ def test_a_layer_is_computed_again_without_its_last_product_where_gradients_stay
     forward = Forward(model, CPU, checkpointing=True)
     products = []
     monkeypatch.setattr(lora, "_up", lambda x, h, layer, up=lora._up: products.append(layer) or up(x, h, layer))
-    loss = forward.loss(flatten(ROWS, CPU))
+    loss = forward.loss(pack(ROWS, CPU))
     made = len(products)
     loss.backward()
     assert made - (len(products) - made) == (len(model.get_base_model().model.layers) if skips else 0)
@@ -202,12 +202,12 @@ def test_a_layer_is_computed_again_without_its_last_product_where_gradients_stay
 def test_a_backward_pass_that_fails_leaves_nothing_skipped(tmp_path, monkeypatch):
     model = with_adapter(Base("tiny", write_model(tmp_path / "model")), Train(rank=4))
     forward = Forward(model, CPU, checkpointing=True)
-    wanted, loss = forward.loss(flatten(ROWS, CPU)).item(), forward.loss(flatten(ROWS, CPU))
+    wanted, loss = forward.loss(pack(ROWS, CPU)).item(), forward.loss(pack(ROWS, CPU))
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
         patch.setattr(lora, "_up", raising(torch.OutOfMemoryError))
         loss.backward()
     forward.forget()
-    assert forward.loss(flatten(ROWS, CPU)).item() == wanted
+    assert forward.loss(pack(ROWS, CPU)).item() == wanted
 
 
 def raising(error: type[Exception]):
@@ -220,20 +220,20 @@ def raising(error: type[Exception]):
 def test_the_input_of_a_layer_is_given_free_when_its_gradients_are_known(tmp_path, monkeypatch):
     alive, seen = weakref.WeakSet(), []
 
-    class Watched(recomputation._Kept):
+    class Watched(recomputation._SavedLayer):
         def __init__(self, hidden, *rest):
             super().__init__(hidden, *rest)
             alive.add(hidden)
 
-    def take(self, wanted, take=recomputation.Recompute.take):
+    def restore(self, layer, restore=recomputation.Recompute.restore):
         seen.append(len(alive))
-        return take(self, wanted)
+        return restore(self, layer)
 
     model = with_adapter(Base("tiny", write_model(tmp_path / "model", num_hidden_layers=4)), Train(rank=4))
     forward = Forward(model, CPU, checkpointing=True)
-    monkeypatch.setattr(recomputation, "_Kept", Watched)
-    monkeypatch.setattr(recomputation.Recompute, "take", take)
-    loss = forward.loss(flatten(ROWS, CPU))  # which holds on to the graph
+    monkeypatch.setattr(recomputation, "_SavedLayer", Watched)
+    monkeypatch.setattr(recomputation.Recompute, "restore", restore)
+    loss = forward.loss(pack(ROWS, CPU))  # which holds on to the graph
     loss.backward()
     assert seen == [4, 3, 2, 1]
 
@@ -244,7 +244,7 @@ def test_dropout_is_the_same_when_it_is_computed_again(tmp_path):
         model = with_adapter(base, Train(rank=4, dropout=0.3))
         forward = Forward(model, CPU, checkpointing=checkpointing)
         torch.manual_seed(5)
-        forward.loss(flatten(ROWS, CPU)).backward()
+        forward.loss(pack(ROWS, CPU)).backward()
         found.append((gradients(model), torch.rand(1)))
     (one, after_one), (two, after_two) = found
     assert all(torch.allclose(one[name], two[name], rtol=1e-4, atol=1e-7) for name in one)
@@ -268,7 +268,7 @@ def test_a_model_whose_attention_mixes_the_samples_learns_row_by_row(tmp_path, m
     assert [len(group) for group in micro_batches(ROWS, forward.budget(512))] == [1, 1, 1]
     assert "one by one" in capsys.readouterr().err
     plain = with_adapter(Base("tiny", tmp_path / "model"), Train(rank=4))
-    assert forward.loss(flatten([ROWS[0]], CPU)).item() == pytest.approx(plain_loss(plain, ROWS[0]).item(), rel=1e-5)
+    assert forward.loss(pack([ROWS[0]], CPU)).item() == pytest.approx(plain_loss(plain, ROWS[0]).item(), rel=1e-5)
 
 
 def test_a_convolution_that_runs_through_row_ends_makes_rows_train_one_by_one(tmp_path, capsys):
@@ -281,7 +281,7 @@ def test_a_convolution_that_runs_through_row_ends_makes_rows_train_one_by_one(tm
     assert [len(group) for group in groups] == [1, 1, 1]
     plain = with_adapter(base, Train(rank=4, quantization="none"))
     for group in groups:
-        forward.loss(flatten(group, CPU)).backward()
+        forward.loss(pack(group, CPU)).backward()
         plain_loss(plain, group[0]).backward()
     same_gradients(forward.model, plain, 1e-3)
 
@@ -295,7 +295,7 @@ def test_groups_are_filled_by_best_fit():
 
 def test_a_flat_row_never_asks_for_the_first_token_of_a_sample():
     rows = [TokenRow([5, 6, 7], [True, True, False], "", ""), TokenRow([8, 9], [True, True], "", "")]
-    flat = flatten(rows, CPU)
+    flat = pack(rows, CPU)
     assert flat.ids.tolist() == [[5, 6, 7, 8, 9]]
     assert flat.positions.tolist() == [[0, 1, 2, 0, 1]]
     assert flat.starts.tolist() == [0, 3, 5]
@@ -334,7 +334,7 @@ def test_the_loss_of_the_head_in_pieces(monkeypatch, softcap):
     first, second = (hidden.clone().requires_grad_() for _ in range(2))
     logits = head(first)
     wanted = F.cross_entropy(torch.tanh(logits / softcap) * softcap if softcap else logits, targets, reduction="sum")
-    found = head_loss(second, head.weight, head.bias, targets, softcap)
+    found = chunked_cross_entropy(second, head.weight, head.bias, targets, softcap)
     (3 * wanted).backward()
     (3 * found).backward()
     assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
@@ -345,12 +345,12 @@ def test_the_loss_of_the_head_in_pieces(monkeypatch, softcap):
 def test_an_output_layer_that_waits_elsewhere_gives_the_same_loss(tmp_path, monkeypatch, tied):
     model = with_adapter(Base("tiny", write_model(tmp_path / "model", tied=tied)), Train(rank=4))
     forward = Forward(model, CPU, checkpointing=True)
-    wanted, moved = forward.loss(flatten(ROWS, CPU)).item(), []
-    monkeypatch.setattr(forward_module, "_to_host", lambda weight, _: moved.append(weight))
-    forward._embed_on_host(None, with_head=True)
+    wanted, moved = forward.loss(pack(ROWS, CPU)).item(), []
+    monkeypatch.setattr(forward_module, "_offload", lambda weight, _: moved.append(weight))
+    forward._offload_embeddings(None, with_head=True)
     base = model.get_base_model()
     assert {id(weight) for weight in moved} == {id(base.lm_head.weight), id(base.model.embed_tokens.weight)}
-    assert forward.loss(flatten(ROWS, CPU)).item() == wanted
+    assert forward.loss(pack(ROWS, CPU)).item() == wanted
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])

@@ -18,7 +18,7 @@ from olpack.model.base import Base
 from olpack.recipe import Train
 from olpack.train import loop, train
 from olpack.train.launch import launcher, run_launched
-from olpack.train.ranks import deal
+from olpack.train.ranks import partition
 
 torch.set_num_threads(1)
 TWO = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2"
@@ -112,11 +112,11 @@ def test_what_goes_wrong_in_a_process_is_a_sentence(tmp_path, said, expected):
 
 def test_rows_are_dealt_evenly_and_none_is_lost():
     rows = make_rows(25)
-    hands = deal(rows, 4)
+    hands = partition(rows, 4)
     assert sorted(row.source for hand in hands for row in hand) == sorted(row.source for row in rows)
     tokens = [sum(len(row.ids) for row in hand) for hand in hands]
     assert max(tokens) - min(tokens) <= max(len(row.ids) for row in rows)
-    assert [len(hand) for hand in deal(rows[:2], 4)] == [1, 1, 0, 0]
+    assert [len(hand) for hand in partition(rows[:2], 4)] == [1, 1, 0, 0]
 
 
 def test_a_launcher_that_is_not_there_and_gpus_that_are_not():

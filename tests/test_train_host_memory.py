@@ -17,11 +17,11 @@ from tiny_models import write_model
 from olpack.model.base import Base
 from olpack.model.shape import MetaModel
 from olpack.recipe import Train
-from olpack.train.batches import flatten
+from olpack.train.batches import pack
 from olpack.train.forward import Forward
 from olpack.train.memory import estimate_training
 from olpack.train.ops import pinned
-from olpack.train.ops.pinned import HostMemory
+from olpack.train.ops.pinned import PinnedMemory
 
 CPU = torch.device("cpu")
 
@@ -77,22 +77,22 @@ def runtime(monkeypatch) -> Runtime:
         "check_error": check,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(pinned, "_locked_by_torch", lambda like: runtime.by_torch.append(torch.empty_like(like)) or runtime.by_torch[-1])
+    monkeypatch.setattr(pinned, "_pinned_by_torch", lambda like: runtime.by_torch.append(torch.empty_like(like)) or runtime.by_torch[-1])
     return runtime
 
 
 def test_memory_is_given_out_and_taken_back_like_a_stack(runtime):
-    host = HostMemory(4096, CPU)
-    first, second = host.take(torch.empty(3, 5)), host.take(torch.empty(2, 100, dtype=torch.float16))
+    host = PinnedMemory(4096, CPU)
+    first, second = host.allocate(torch.empty(3, 5)), host.allocate(torch.empty(2, 100, dtype=torch.float16))
     (address,) = runtime.locked
     assert runtime.locked == {address: 4096} and (first.shape, first.dtype) == ((3, 5), torch.float32)
     assert (first.data_ptr(), second.data_ptr()) == (address, address + 512)
-    before = host.given
-    third = host.take(torch.empty(1000, dtype=torch.int8))
-    host.give_back(before)
-    assert host.take(torch.empty(7)).data_ptr() == third.data_ptr() == address + before
-    large = host.take(torch.empty(4096, dtype=torch.int8))  # no place for it
-    assert runtime.by_torch[0] is large and host.given == before + 512
+    before = host.used
+    third = host.allocate(torch.empty(1000, dtype=torch.int8))
+    host.release(before)
+    assert host.allocate(torch.empty(7)).data_ptr() == third.data_ptr() == address + before
+    large = host.allocate(torch.empty(4096, dtype=torch.int8))  # no place for it
+    assert runtime.by_torch[0] is large and host.used == before + 512
     del host
     gc.collect()
     assert not runtime.locked
@@ -102,7 +102,7 @@ def test_memory_is_given_out_and_taken_back_like_a_stack(runtime):
 @pytest.mark.parametrize("size", [0, 1 << 20])
 def test_where_the_system_locks_no_memory_torch_is_asked(runtime, size):
     runtime.answer = 2
-    found = HostMemory(size, CPU).take(torch.empty(10))
+    found = PinnedMemory(size, CPU).allocate(torch.empty(10))
     assert found is runtime.by_torch[0] and found.shape == (10,)
     assert not runtime.locked
 
@@ -111,33 +111,33 @@ def test_where_the_system_locks_no_memory_torch_is_asked(runtime, size):
 def test_the_same_is_learned_and_the_estimate_holds_all_of_it(tmp_path, monkeypatch, runtime, keep):
     base = Base("tiny", write_model(tmp_path / "model", num_hidden_layers=4))
     plain, model = (with_adapter(base, Train(rank=4)) for _ in range(2))
-    Forward(plain, CPU, checkpointing=False).loss(flatten(ROWS, CPU)).backward()
-    most, taken, take = [], [], HostMemory.take
+    Forward(plain, CPU, checkpointing=False).loss(pack(ROWS, CPU)).backward()
+    most, taken, allocate = [], [], PinnedMemory.allocate
     tokens = sum(len(row.ids) for row in ROWS)
-    size = 2 * estimate_training(MetaModel(base.config, "tiny"), rank=4, tokens=tokens, precision="nf4").host(keeps=keep)  # for float32
-    host = HostMemory(size, CPU)
+    size = 2 * estimate_training(MetaModel(base.config, "tiny"), rank=4, tokens=tokens, precision="nf4").pinned(offload_attention=keep)  # for float32
+    host = PinnedMemory(size, CPU)
 
     def watched(self, like: torch.Tensor) -> torch.Tensor:
-        found = take(self, like)
-        most.append(self.given)
+        found = allocate(self, like)
+        most.append(self.used)
         taken.append(found)
         return found
 
-    monkeypatch.setattr(HostMemory, "take", watched)
-    forward = Forward(model, CPU, checkpointing=True, host=host, keep=keep)
+    monkeypatch.setattr(PinnedMemory, "allocate", watched)
+    forward = Forward(model, CPU, checkpointing=True, pinned=host, offload_attention=keep)
     assert not taken  # trials do not wait until the memory is there
-    forward.loss(flatten(ROWS, CPU))  # a pass that comes to no end
+    forward.loss(pack(ROWS, CPU))  # a pass that comes to no end
     forward.forget()
-    forward.loss(flatten(ROWS, CPU)).backward()
+    forward.loss(pack(ROWS, CPU)).backward()
     same_gradients(model, plain, 1e-5)
     assert taken and not runtime.by_torch
-    assert host.given == 0 and 0.4 * size < max(most) <= size
+    assert host.used == 0 and 0.4 * size < max(most) <= size
 
 
 def test_an_end_while_the_memory_is_being_locked_leaves_nothing_locked(runtime, monkeypatch):
     go, register = threading.Event(), runtime.cudaHostRegister
     monkeypatch.setattr(runtime, "cudaHostRegister", lambda *asked: go.wait(10) and register(*asked))
-    host = HostMemory(4096, CPU)
+    host = PinnedMemory(4096, CPU)
     locking = host._locking
     del host
     gc.collect()

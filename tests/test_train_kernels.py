@@ -15,7 +15,7 @@ from triton.runtime.errors import OutOfResources
 
 from olpack.model.base import Base
 from olpack.recipe import Train
-from olpack.train.batches import flatten
+from olpack.train.batches import pack
 from olpack.train.forward import Forward
 from olpack.train.ops import kernels, pointwise
 from olpack.train.ops.low_rank import MlpLowRank
@@ -133,14 +133,14 @@ def test_a_model_learns_the_same_with_them(tmp_path, monkeypatch, kind):
     wanted = sum(plain_loss(plain, row) for row in ROWS)
     wanted.backward()
     monkeypatch.setattr(pointwise, "kernels_for", lambda _: kernels)  # also for a CPU's tensors
-    loss = Forward(model, DEVICE, checkpointing=False).loss(flatten(ROWS, DEVICE))
+    loss = Forward(model, DEVICE, checkpointing=False).loss(pack(ROWS, DEVICE))
     loss.backward()
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
     same_gradients(model, plain, 1e-4)
 
 
 def test_each_kernel_runs_once_before_it_is_used(monkeypatch):
-    sizes = {"hidden": 40, "middle": 72, "head": 16, "words": 300}
+    sizes = {"hidden": 40, "middle": 72, "head": 16, "vocabulary": 300}
     kernels.run_once(DEVICE, torch.float16, **sizes, rank=20)
     monkeypatch.setattr(kernels, "_refused", set())
 
@@ -158,7 +158,7 @@ def test_sizes_that_a_config_has_otherwise_are_usual_ones():
         "hidden": 64,
         "middle": 96,
         "head": 2,
-        "words": 32000,
+        "vocabulary": 32000,
         "rank": 8,
     }
     assert pointwise._sizes({}, 8)["middle"] == 4 * 4096
@@ -178,7 +178,7 @@ class Driver:  # of a GPU that is not here
 
 driver.set_active(Driver())
 from olpack.train.ops import kernels
-list(kernels.compile_for(torch.bfloat16, hidden=4096, middle=14336, head=128, words=128256, rank=int(sys.argv[2])))
+list(kernels.compile_for(torch.bfloat16, hidden=4096, middle=14336, head=128, vocabulary=128256, rank=int(sys.argv[2])))
 for name in sorted(name for name in dir(kernels) if name.endswith("_kernel")):
     for compiled in getattr(kernels, name).device_caches[0][0].values():
         print(name, compiled.metadata.shared)

@@ -60,13 +60,14 @@ def packed(tmp_path_factory):
 
 def as_if_trained(base: Base, settings: Train, folder: Path):
     """The model that trains, with an adapter that is not what it began with, and that adapter as training saves it."""
-    model = load_with_adapter(base, settings, CPU)
+    adapted = load_with_adapter(base, settings, CPU)
+    model = adapted.model
     torch.manual_seed(5)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and "lora_A" not in name:
             parameter.data.add_(torch.randn_like(parameter), alpha=0.01)
-    save_adapter(model, model.olpack_start, folder)
-    (folder / "settings.json").write_text(json.dumps({"held": model.olpack_held and vars(model.olpack_held)}))
+    save_adapter(model, adapted.start, folder)
+    (folder / "settings.json").write_text(json.dumps({"held": adapted.quantization and vars(adapted.quantization)}))
     return model
 
 
@@ -140,7 +141,7 @@ def test_it_begins_as_near_to_the_base_as_it_should(base, initialization):
 
     original = logits(AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32))
     kinds = (Train(rank=64, initialization=how) for how in ("default", initialization))
-    plain, begun = (logits(load_with_adapter(base, settings, CPU)) for settings in kinds)
+    plain, begun = (logits(load_with_adapter(base, settings, CPU).model) for settings in kinds)
     assert (begun - original).abs().mean() < (plain - original).abs().mean()
 
 
@@ -148,7 +149,7 @@ def test_it_begins_as_near_to_the_base_as_it_should(base, initialization):
 def test_a_packed_base_computes_as_the_weights_that_it_stands_for(packed, name):
     base, plain = packed(name)
     plain = Base("plain", plain)
-    models = [load_with_adapter(one, Train(quantization="none", rank=4), CPU) for one in (base, plain)]
+    models = [load_with_adapter(one, Train(quantization="none", rank=4), CPU).model for one in (base, plain)]
     assert sum(isinstance(module, FrozenLinear) for module in models[0].modules()) == 14
     dense = [
         tensor for tensor in models[0].state_dict().values() if tensor.shape == (320, 256) and tensor.is_floating_point() and tensor.itemsize > 1

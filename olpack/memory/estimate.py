@@ -11,7 +11,7 @@ from olpack.memory.published import rule_of_thumb
 from olpack.memory.subject import Subject
 from olpack.model.shape import MetaModel, Parameters, Shape
 from olpack.progress import quantity
-from olpack.train.memory import Training, estimate_training, frozen_bytes
+from olpack.train.memory import TrainingMemory, estimate_training, frozen_bytes
 
 _RULE = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "nf4": 0.5}  # bytes a weight, as tutorials have them
 TITLES = {"float32": "FP32", "bfloat16": "FP16, BF16", "int8": "8-bit", "nf4": "4-bit NF4"}
@@ -53,7 +53,7 @@ class Estimate:
     layout: Layout | None
     rank: int
     tokens: int
-    training: dict[str, Training]
+    training: dict[str, TrainingMemory]
     count: int
     notes: list[str] = field(default_factory=list)
 
@@ -144,7 +144,7 @@ def _loaded(model: MetaModel, precision: str, context: int) -> Loaded:
     return Loaded(precision, weights, constants, cache, round(model.parameters.total * _RULE[precision]))
 
 
-def _notes(model: MetaModel, loaded: list[Loaded], training: dict[str, Training]) -> list[str]:
+def _notes(model: MetaModel, loaded: list[Loaded], training: dict[str, TrainingMemory]) -> list[str]:
     """What "parameters × bytes" forgets, in this model's figures."""
     four, count = loaded[-1], model.parameters
     kept = 2 * (count.total - sum(rows * columns for rows, columns in model.quantizable().values()))

@@ -19,6 +19,7 @@ from olpack.errors import OlpackError
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
 
 # Kinds whose kernel takes the weight of `out_proj` itself, so that an adapter on it would do nothing: peft refuses to put one there.
 _MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
@@ -119,7 +120,7 @@ class MetaModel:
             named = getattr(transformers, (plain.get("architectures") or [""])[0], None)
             make = named._from_config if named is not None else transformers.AutoModelForCausalLM.from_config
             with torch.device("meta"):
-                self.module: nn.Module = make(self.config, dtype=torch.bfloat16)
+                self.module: PreTrainedModel = make(self.config, dtype=torch.bfloat16)
         except ImportError as error:
             raise OlpackError(
                 f"transformers needs another package for {label}: {str(error).strip().splitlines()[0]}",
@@ -163,7 +164,7 @@ class MetaModel:
             head_dim=head_dim,
             value_dim=first("v_head_dim") or head_dim,
             intermediate=max(width) if isinstance(width, list | tuple) else width or 4 * config.hidden_size,
-            vocabulary=self.module.get_input_embeddings().weight.shape[0],
+            vocabulary=self.module.get_input_embeddings().get_parameter("weight").shape[0],
             tied=self.module.get_output_embeddings().weight is self.module.get_input_embeddings().weight,
             context_length=first("max_position_embeddings"),
             window=window if "sliding" in kinds else None,
@@ -217,9 +218,9 @@ class MetaModel:
 
         kept = get_keys_to_not_convert(self.module)
         return {
-            name: linear_shape(module)
+            name: shape
             for name, module in self.module.named_modules()
-            if type(module) in (torch.nn.Linear, Conv1D) and should_convert_module(name, kept)
+            if type(module) in (torch.nn.Linear, Conv1D) and should_convert_module(name, kept) and (shape := linear_shape(module))
         }
 
     def checkpoint(self) -> dict[str, tuple[int, ...]]:
@@ -275,8 +276,12 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     from transformers.pytorch_utils import Conv1D
 
     if isinstance(module, torch.nn.Linear):
-        return tuple(module.weight.shape)
-    return tuple(reversed(module.weight.shape)) if isinstance(module, Conv1D) else None
+        rows, columns = module.weight.shape
+    elif isinstance(module, Conv1D):
+        columns, rows = module.weight.shape
+    else:
+        return None
+    return rows, columns
 
 
 def adapter_shapes(model: MetaModel, targets: str | list[str] = "all-linear") -> dict[str, tuple[int, int]]:

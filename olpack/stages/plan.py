@@ -356,10 +356,10 @@ def _fit(build: Build, rows: list[TokenRow], device: torch.device, vram: float |
     if vram is None and device.type == "cpu":
         return planner.on_cpu(asked)
     gpus = asked.gpus if asked.gpus != "all" else max(1, torch.cuda.device_count())
-    room = planner.free_room(device) if vram is None else planner.card_room(vram)
+    available = planner.free_gpu_memory(device) if vram is None else planner.card_memory(vram)
     whole = whole_parameters(build.base, asked)
     return planner.on_gpu(
-        build.meta_model, rows, asked, room, host=planner.host_room(), stored=planner.stored_bytes(build.base), whole=whole, gpus=gpus
+        build.meta_model, rows, asked, available, pinnable=planner.pinnable_memory(), stored=planner.stored_bytes(build.base), whole=whole, gpus=gpus
     )
 
 
@@ -391,7 +391,7 @@ def _add_memory(needs: Table, fit: dict, held: str) -> None:
     needs.add_row("GPU memory", _sizes(parts))
     needs.add_row("", fit["said"])
     if fit["host_parts"]:
-        needs.add_row("locked host memory", f"for each GPU: {_sizes(fit['host_parts'])}")
+        needs.add_row("pinned memory", f"for each GPU: {_sizes(fit['host_parts'])}")
 
 
 def _sizes(parts: dict[str, int]) -> str:

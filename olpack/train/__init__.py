@@ -1,4 +1,4 @@
-"""The training room: rows in, a LoRA adapter in peft's format out.
+"""Training: from rows to a LoRA adapter in peft's format.
 
 result = train(base, rows, eval_rows, settings, out=Path("adapter"), checkpoint=Path("checkpoint"), key="…")
 """
@@ -34,19 +34,19 @@ def train(base: Base, rows: list[TokenRow], eval_rows: list[TokenRow], settings:
         eval_rows: held-out rows, scored before and after.
         settings: the recipe's `train` section.
         out: folder of the adapter, in peft's format, with `metrics.jsonl` and `settings.json`; replaced whole.
-        checkpoint: folder that an interrupted run leaves and the next one goes on from; removed at the end.
+        checkpoint: folder that an interrupted run leaves, and from which the next run resumes; removed at the end.
         key: identity of everything that decides the result; a checkpoint with another key is not used.
 
     Raises:
-        OlpackError: the base does not load, the loss is not finite, memory runs out for a single row, the disk is full.
+        OlpackError: the base does not load, the loss is not finite, a single row does not fit into memory, the disk is full.
         KeyboardInterrupt: after the checkpoint has been written.
     """
     from olpack.train.launch import launcher, run_launched
 
-    words = launcher(settings)
-    if words is not None:
+    command = launcher(settings)
+    if command is not None:
         job = {"base": base, "rows": rows, "eval_rows": eval_rows, "settings": settings, "out": out, "checkpoint": checkpoint, "key": key}
-        return run_launched(words, job)
+        return run_launched(command, job)
     from olpack.train.device import compute_dtype, pick_device
     from olpack.train.ops.pointwise import compile_kernels
 
@@ -55,16 +55,16 @@ def train(base: Base, rows: list[TokenRow], eval_rows: list[TokenRow], settings:
     from olpack.train.loop import run  # takes seconds, most of them for transformers and peft
 
     result = run(base, rows, eval_rows, settings, out=out, checkpoint=checkpoint, key=key)
-    _give_free()
+    _free_memory()
     return result
 
 
-def _give_free() -> None:
-    """Give the model's memory back to the system: what comes next, llama.cpp or Ollama, needs it on the same GPU."""
+def _free_memory() -> None:
+    """Free the model's memory: the next stages, with llama.cpp or Ollama, need it on the same GPU."""
     import torch
 
     gc.collect()  # a model whose forward passes are replaced refers to itself
     if torch.cuda.is_initialized():
         with suppress(AttributeError):  # it has no public name
-            torch._C._cuda_clearCublasWorkspaces()  # 64 MB that lie in the midst of GBs, which could not be given back with them there
+            torch._C._cuda_clearCublasWorkspaces()  # 64 MB in the midst of GBs, which could not be freed with them there
     torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""The adapter that a recipe asks for: which modules it is on, how it begins, and how it is saved."""
+"""The adapter of a recipe: its modules, its first values, and its file."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig, PeftConfig, VeraConfig
+from peft import LoraConfig, PeftModel, VeraConfig
 from peft.utils.integrations import dequantize_module_weight
+from safetensors import safe_open
+from torch import nn
 
 from olpack.errors import OlpackError
 from olpack.model.base import Base
@@ -21,28 +22,36 @@ from olpack.model.shape import MetaModel, adapter_shapes
 from olpack.recipe import Train
 from olpack.train.frozen import HqqLinear
 
-if TYPE_CHECKING:
-    from torch import nn
-
 Start = dict[str, tuple[torch.Tensor, torch.Tensor]]  # module name to the first values of its A [rank, columns] and B [rows, rank]
 
 _PASSES = 4  # of the randomized singular value decomposition, as PiSSA's authors use it
 
 
-def adapter_config(base: Base, settings: Train) -> PeftConfig:
-    """peft's configuration of the adapter, with every module by its full name, so that nothing outside the text model is meant.
+def adapter_config(base: Base, settings: Train) -> LoraConfig | VeraConfig:
+    """peft's configuration of the adapter, with every module by its full name, so that none outside the text model matches.
 
     Raises:
         OlpackError: a name that no module has, or a module that cannot be trained as a whole.
     """
     meta = MetaModel(base.config, base.label)
-    shared = {"r": settings.rank, "target_modules": target_names(meta, settings.target_modules), "bias": "none", "task_type": "CAUSAL_LM"}
+    targets = target_names(meta, settings.target_modules)
     whole = whole_names(meta, settings, _quantized(base, settings))
     if settings.method == "vera":
-        return VeraConfig(**shared, vera_dropout=settings.dropout, projection_prng_key=settings.seed, modules_to_save=whole or None)
+        return VeraConfig(
+            r=settings.rank,
+            target_modules=targets,
+            bias="none",
+            task_type="CAUSAL_LM",
+            vera_dropout=settings.dropout,
+            projection_prng_key=settings.seed,
+            modules_to_save=whole or None,
+        )
     return LoraConfig(
-        **shared,
-        lora_alpha=settings.alpha,
+        r=settings.rank,
+        target_modules=targets,
+        bias="none",
+        task_type="CAUSAL_LM",
+        lora_alpha=settings.alpha,  # type: ignore[arg-type] # peft declares an int, and only divides it by the rank
         lora_dropout=settings.dropout,
         use_rslora=settings.method == "rslora",
         use_dora=settings.method == "dora",
@@ -57,13 +66,13 @@ def target_names(meta: MetaModel, asked: str | list[str]) -> list[str]:
     Raises:
         OlpackError: a name that no linear layer of the text model has, each with those that there are.
     """
-    found = list(adapter_shapes(meta, asked))
-    if isinstance(asked, str) and found:  # a name, or a regular expression for full names
-        return found
+    names = list(adapter_shapes(meta, asked))
+    if isinstance(asked, str) and names:  # a name, or a regular expression for full names
+        return names
     known = sorted({_last(name) for name in adapter_shapes(meta, "all-linear")} | (set() if meta.shape.tied else {_head(meta)}))
-    wrong = [name for name in ([asked] if isinstance(asked, str) else asked) if name != "all-linear" and name not in map(_last, found)]
-    if not wrong and found:
-        return found
+    wrong = [name for name in ([asked] if isinstance(asked, str) else asked) if name != "all-linear" and name not in map(_last, names)]
+    if not wrong and names:
+        return names
     if wrong and wrong[0] == _head(meta):
         raise OlpackError(
             f"`train.target_modules` names '{wrong[0]}', and {meta.label} uses one matrix as embedding and as output layer.",
@@ -76,13 +85,13 @@ def target_names(meta: MetaModel, asked: str | list[str]) -> list[str]:
             f"Full names are like '{layer}', and all of one must match; it has {', '.join(known)}.",
         )
     raise OlpackError(
-        f"`train.target_modules` names '{(wrong or [asked])[0]}', which is no linear layer of the text model of {meta.label}.",
+        f"`train.target_modules` names '{wrong[0] if wrong else asked}', which is no linear layer of the text model of {meta.label}.",
         f"It has {', '.join(known)}; `all-linear` takes all but the output layer.",
     )
 
 
 def experts_left_out(base: Base, settings: Train) -> str | None:
-    """A sentence where the base holds most of its weights as stacked experts, which no linear layer is, so that no adapter is on them."""
+    """A warning where most weights of the base are stacked experts, which are no linear layers and get no adapter."""
     meta = MetaModel(base.config, base.label)
     counts = meta.parameters
     if not counts.experts:
@@ -90,13 +99,13 @@ def experts_left_out(base: Base, settings: Train) -> str | None:
     names = sorted({_last(name) for name in target_names(meta, settings.target_modules)})
     return (
         f"The adapter is on {', '.join(names)}. The experts of {base.label}, {counts.experts / counts.text:.0%} of its weights, stay as they "
-        "are: transformers holds them as stacks, which are no linear layers."
+        "are: transformers stacks them, and stacks are no linear layers."
     )
 
 
 def whole_names(meta: MetaModel, settings: Train, quantized: bool) -> list[str]:
     """Full names of the modules that are trained as a whole. Where embedding and output layer are one matrix, it is named once, as the embedding.
-    `quantized` says that the linear layers are held so.
+    `quantized`: the linear layers are.
 
     Raises:
         OlpackError: no such module, one that is quantized or has an adapter, or a shared matrix that the method cannot keep shared.
@@ -108,23 +117,23 @@ def whole_names(meta: MetaModel, settings: Train, quantized: bool) -> list[str]:
     known = {name for name, module in modules.items() if id(module) in text and module._parameters}
     names: list[str] = []
     for asked in settings.modules_to_save:
-        found = [name for name in modules if name in known and asked in (name, _last(name))]
-        if not found:
+        matches = [name for name in modules if name in known and asked in (name, _last(name))]
+        if not matches:
             raise OlpackError(
                 f"`train.modules_to_save` names '{asked}', which is no module with weights of the text model of {meta.label}.",
                 f"It has {', '.join(sorted(set(map(_last, known))))}.",
             )
-        if both := targets.intersection(found):
+        if both := targets.intersection(matches):
             raise OlpackError(
                 f"'{sorted(both)[0]}' is to get an adapter and to be trained as a whole.",
                 f"Leave '{asked}' out of `train.modules_to_save` or of `train.target_modules`.",
             )
-        if quantized and any(isinstance(modules[name], torch.nn.Linear) and modules[name] is not head for name in found):
+        if quantized and any(isinstance(modules[name], torch.nn.Linear) and modules[name] is not head for name in matches):
             raise OlpackError(
-                f"'{asked}' is held quantized and cannot be trained as a whole.",
+                f"'{asked}' is quantized and cannot be trained as a whole.",
                 "Put it into `train.target_modules`, or set `train.quantization: none`.",
             )
-        names += found
+        names += matches
     if meta.shape.tied:
         places = {id(module): name for name, module in modules.items()}
         names = list(dict.fromkeys(places[id(embedding)] if name == places[id(head)] else name for name in names))
@@ -166,14 +175,14 @@ def _last(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-# -- how it begins --------------------------------------------------------------------------------------------------------------------------
+# -- its first values -----------------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def begin(model: nn.Module, base: Base, settings: Train, dtype: torch.dtype) -> Start:
+def begin(model: PeftModel, base: Base, settings: Train, dtype: torch.dtype) -> Start:
     """Give A and B their first values, by PiSSA (Meng et al., 2024) or LoftQ (Li et al., 2024, one step). Empty for the default.
 
-    PiSSA takes the r largest singular values out of the frozen weight, which holds the rest; LoftQ takes those of what quantization lost.
+    PiSSA takes the r largest singular values out of the frozen weight; LoftQ takes those of the quantization error.
     Both are drawn from the seed, so that a resumed run begins at the same place. `dtype` is the one that the base was loaded in.
     """
     if settings.initialization == "default":
@@ -184,14 +193,14 @@ def begin(model: nn.Module, base: Base, settings: Train, dtype: torch.dtype) -> 
             if not hasattr(layer, "lora_A") or "default" not in layer.lora_A:
                 continue
             name, frozen = name.removeprefix("base_model.model."), layer.base_layer
-            held = _dequantized(frozen)
-            weight = originals.read(name).to(held.device, dtype).float() if settings.quantization != "none" else held.float()
+            dense = _dequantized(frozen)
+            weight = originals.read(name).to(dense.device, dtype).float() if settings.quantization != "none" else dense.float()
             scale = layer.scaling["default"]
-            left, values, right = torch.svd_lowrank(weight if settings.initialization == "pissa" else weight - held.float(), settings.rank, _PASSES)
+            left, values, right = torch.svd_lowrank(weight if settings.initialization == "pissa" else weight - dense.float(), settings.rank, _PASSES)
             root = (values / scale).sqrt()
             first_a, first_b = (right * root).T.contiguous(), (left * root).contiguous()
             if settings.initialization == "pissa":
-                _hold(frozen, (weight - scale * first_b @ first_a).to(dtype), settings)
+                _replace(frozen, (weight - scale * first_b @ first_a).to(dtype), settings)
             layer.lora_A["default"].weight.copy_(first_a)
             layer.lora_B["default"].weight.copy_(first_b)
             start[name] = (first_a.cpu(), first_b.cpu())
@@ -204,27 +213,30 @@ def _dequantized(layer: nn.Module) -> torch.Tensor:
     from bitsandbytes.nn import Linear8bitLt
 
     if isinstance(layer, Linear8bitLt):  # peft's own way to it loses the scales on a CPU
-        return int8_vectorwise_dequant(layer.state.CB, layer.state.SCB)
+        codes, scales = layer.state.CB, layer.state.SCB
+        assert codes is not None and scales is not None  # `init_8bit_state` has moved them there
+        return int8_vectorwise_dequant(codes, scales)
     return dequantize_module_weight(layer)
 
 
-def _hold(layer: nn.Module, weight: torch.Tensor, settings: Train) -> None:
-    """Put another weight into a frozen layer, held as it is."""
+def _replace(layer: nn.Linear, weight: torch.Tensor, settings: Train) -> None:
+    """Put another weight into a frozen layer, quantized the same way."""
     from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 
     if isinstance(layer, HqqLinear):
         layer.replace(weight)
     elif isinstance(layer, Linear4bit):
-        layer.weight = Params4bit(
+        packed = Params4bit(
             weight.cpu(),
             requires_grad=False,
             quant_type=settings.quantization,
             compress_statistics=settings.double_quantization,
             quant_storage=layer.quant_storage,
             module=layer,
-        ).to(weight.device)
+        )
+        layer.weight = packed.to(weight.device)  # type: ignore[misc] # bitsandbytes declares `self` with a type variable of another class
     elif isinstance(layer, Linear8bitLt):
-        layer.weight = Int8Params(weight.cpu(), requires_grad=False).to(weight.device)
+        layer.weight = Int8Params(weight.cpu(), requires_grad=False).to(weight.device)  # type: ignore[misc] # as above
         layer.init_8bit_state()
     else:
         layer.weight.copy_(weight)
@@ -236,7 +248,7 @@ class _Originals:
     def __init__(self, base: Base):
         self._headers = read_tensor_headers(base.path)
         self._names = BaseNames(self._headers)
-        self._open: dict[Path, object] = {}
+        self._open: dict[Path, safe_open] = {}
 
     def __enter__(self) -> _Originals:
         return self
@@ -245,8 +257,6 @@ class _Originals:
         self._open.clear()
 
     def read(self, module: str) -> torch.Tensor:
-        from safetensors import safe_open
-
         name = self._names.find(f"{module}.weight")
         path = self._headers[name].file
         if path not in self._open:
@@ -254,10 +264,10 @@ class _Originals:
         return self._open[path].get_tensor(name)
 
 
-# -- how it is saved ------------------------------------------------------------------------------------------------------------------------
+# -- its file ------------------------------------------------------------------------------------------------------------------------------
 
 
-def save_adapter(model: nn.Module, start: Start, folder: Path) -> None:
+def save_adapter(model: PeftModel, start: Start, folder: Path) -> None:
     """Write the adapter in peft's format, to be added to the original base.
 
     An adapter that did not begin at zero is saved as its difference from its first value: [B, -B0] @ [A; A0], of twice the rank and with the
@@ -265,7 +275,7 @@ def save_adapter(model: nn.Module, start: Start, folder: Path) -> None:
     """
     from safetensors.torch import load_file, save_file
 
-    model.save_pretrained(folder, save_embedding_layers=False)
+    model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's card is an empty form
     if not start:
         return

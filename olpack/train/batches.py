@@ -1,4 +1,4 @@
-"""The order of rows in training, and how they are put together for the model: end to end in one flat row, with no padding."""
+"""The order of rows in training, and their packing into batches: end to end, with no padding."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ def micro_batches(rows: list[TokenRow], budget: int) -> list[list[TokenRow]]:
     A row that is longer than the budget makes a group of its own.
     """
     groups: list[list[TokenRow]] = []
-    room: list[tuple[int, int]] = []  # (tokens left, group), ascending
+    free: list[tuple[int, int]] = []  # (tokens left, group), ascending
     for row in sorted(rows, key=lambda row: len(row.ids), reverse=True):
-        at = bisect_left(room, (len(row.ids), 0))
-        if at < len(room):
-            left, number = room.pop(at)
+        at = bisect_left(free, (len(row.ids), 0))
+        if at < len(free):
+            left, number = free.pop(at)
         else:
             left, number = budget, len(groups)
             groups.append([])
         groups[number].append(row)
-        insort(room, (left - len(row.ids), number))
+        insort(free, (left - len(row.ids), number))
     return groups
 
 
 @dataclass(frozen=True)
-class FlatRow:
-    """Samples end to end.
+class PackedBatch:
+    """Samples end to end, in one row.
 
     Attributes:
         ids: int64 [1, tokens].
@@ -71,8 +71,8 @@ class FlatRow:
     targets: torch.Tensor
 
 
-def flatten(rows: list[TokenRow], device: torch.device) -> FlatRow:
-    """Rows as one flat row on a device. The first token of a sample is predicted from nothing, so it is never a target."""
+def pack(rows: list[TokenRow], device: torch.device) -> PackedBatch:
+    """Rows as one batch on a device. The first token of a sample is predicted from nothing, so it is never a target."""
     # By way of numpy, which reads Python's numbers ten times faster.
     ids = torch.from_numpy(np.fromiter(chain.from_iterable(row.ids for row in rows), np.int64))
     loss_mask = torch.from_numpy(np.fromiter(chain.from_iterable(row.loss_mask for row in rows), bool))
@@ -89,4 +89,4 @@ def flatten(rows: list[TokenRow], device: torch.device) -> FlatRow:
     }
     if device.type == "cuda":  # from pinned memory the copies do not wait for the GPU
         tensors = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
-    return FlatRow(**tensors, longest=int(lengths.max()))
+    return PackedBatch(**tensors, longest=int(lengths.max()))

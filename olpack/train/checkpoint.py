@@ -1,4 +1,4 @@
-"""What an interrupted training leaves behind, and the next run goes on from."""
+"""The checkpoint of an interrupted training, from which the next run resumes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
@@ -20,12 +20,12 @@ from olpack.workspace import write_atomically
 
 EVERY_S = 60.0  # the most work that a killed run loses, as long as a save takes little of it
 _SHARE = 0.02  # of the time, at most, goes into saving
-_FORM = 2  # of the file: one of another form is not used
+_FORM = 2  # version of the file's format: a file of another version is not used
 
 
 @dataclass
 class State:
-    """How far a run has come.
+    """The progress of a run. The checkpoint has these names.
 
     Attributes:
         step: optimizer steps done.
@@ -39,7 +39,7 @@ class State:
         waited: evaluations since then.
         run: identity of the run, by which a tracker knows it again.
         metrics: records of metrics.jsonl so far.
-        best: the adapter of `best_step`, by name; None where the best is not kept.
+        best: weights of the adapter of `best_step`, by name; None before there is one, and with `train.keep: last`.
     """
 
     step: int = 0
@@ -58,7 +58,7 @@ class State:
     best: dict[str, torch.Tensor] | None = None
 
 
-def adapter_weights(model) -> dict[str, torch.Tensor]:
+def adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:
     """A copy of the adapter's weights on the CPU, by peft's names."""
     return {name: _copied(tensor) for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
 
@@ -69,7 +69,7 @@ class Checkpoint:
     Its tensors are `adapter.NAME`, `best.NAME` and `optimizer.NUMBER.NAME`; the rest is JSON in its metadata.
 
     Args:
-        folder: where it lies; made at the first save.
+        folder: of the checkpoint; made at the first save.
         key: identity of everything that decides the result.
         writes: False in a process that only reads it, because another writes.
     """
@@ -82,7 +82,7 @@ class Checkpoint:
         self._took = 0.0
         self._warned = False
 
-    def load(self, model, optimizer: torch.optim.Optimizer) -> State | None:
+    def load(self, model: PeftModel, optimizer: torch.optim.Optimizer) -> State | None:
         """Put model and optimizer back to where the last checkpoint of this key left them; None without one."""
         if not self.file.is_file():
             return None
@@ -95,10 +95,10 @@ class Checkpoint:
             progress.warn(f"{self.file} cannot be read ({error}): training starts from the beginning")
             return None
         if state is None:
-            progress.say("the checkpoint found was made by another version of olpack: training starts from the beginning")
+            progress.say("the checkpoint is of another version of olpack: training starts from the beginning")
             return None
         if saved["key"] != self.key:
-            progress.say("the checkpoint found was made with other settings or data: training starts from the beginning")
+            progress.say("the checkpoint is of other settings or data: training starts from the beginning")
             return None
         set_peft_model_state_dict(model, _below(tensors, "adapter."))
         state.best = _below(tensors, "best.") or None
@@ -114,10 +114,10 @@ class Checkpoint:
         """Whether it is time for the next one."""
         return time.monotonic() - self._begun > max(EVERY_S, self._took / _SHARE)
 
-    def save(self, model, optimizer: torch.optim.Optimizer, state: State) -> bool:
+    def save(self, model: PeftModel, optimizer: torch.optim.Optimizer, state: State) -> bool:
         """Write the checkpoint; the one before it stays until this one is whole.
 
-        A full disk ends no training: it is said once, and the next interval tries again.
+        A full disk ends no training: a warning reports it once, and the next interval tries again.
 
         Returns:
             whether the file is that of this state.
@@ -134,15 +134,15 @@ class Checkpoint:
                     tensors[f"optimizer.{index}.{name}"] = _copied(value)
                 else:
                     numbers[f"{index}.{name}"] = value
-        told = {name: value for name, value in vars(state).items() if name != "best"}
-        record = {"form": _FORM, "key": self.key, "optimizer": type(optimizer).__name__, "numbers": numbers, "state": told}
+        fields = {name: value for name, value in vars(state).items() if name != "best"}
+        record = {"form": _FORM, "key": self.key, "optimizer": type(optimizer).__name__, "numbers": numbers, "state": fields}
         try:
             write_atomically(self.file, save(tensors, {name: json.dumps(value) for name, value in record.items()}))
         except OlpackError as error:
-            kept = f"that of step {self.step} stays" if self.step is not None else "there is none yet"
+            last = f"that of step {self.step} stays" if self.step is not None else "there is none yet"
             if not self._warned:
                 progress.warn(
-                    f"{error.problem} So there is no checkpoint of step {state.step} ({kept}). Free some space: training goes on "
+                    f"{error.problem} So there is no checkpoint of step {state.step} ({last}). Free some space: training goes on "
                     "and tries again at each interval."
                 )
             self._warned = True
@@ -153,7 +153,7 @@ class Checkpoint:
         return True
 
     def remove(self) -> None:
-        """The run is done."""
+        """Delete the folder, when the run is done."""
         if self.writes:
             shutil.rmtree(self.folder, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""What would go wrong with a recipe's adapter on its base, said before anything is loaded; and which merge each kind of base allows."""
+"""Checks of a recipe's adapter on its base, before anything is loaded; and which merge each kind of base allows."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from olpack.train.planner import SHARDABLE
 
 _TOWERS = re.compile("vision|visual|audio|projector|embed_vision")  # of models that see or hear: not trained, and not exported
 _BITSANDBYTES = "bitsandbytes"
-_TAKE_ORIGINAL = "Take the original model in 16 bits as base; `train.quantization` holds it in 4 or 8 bits."
+_TAKE_ORIGINAL = "Take the original model in 16 bits as base; `train.quantization` quantizes it to 4 or 8 bits."
 
 
 @dataclass(frozen=True)
 class BaseKind:
-    """A way in which a frozen base is held.
+    """A form of the frozen base weights.
 
     Attributes:
         name: in words.
-        recipe: how a recipe asks for it; for a base that comes so, the `quant_method` of its config.json.
+        recipe: the value of `train.quantization`; for a base that comes so, the `quant_method` of its config.json.
         bits: of a weight in a linear layer, constants included.
-        original, dequantized: whether an adapter is merged into the original weights, and into those that training saw.
+        original, dequantized: whether an adapter can be merged into the original weights, and into the dequantized ones.
     """
 
     name: str
@@ -68,8 +68,8 @@ def check_training(base: Base, settings: Train, *, on_gpu: bool) -> None:
     """Refuse now what could not be trained or exported later. Reads config.json and headers.
 
     Raises:
-        OlpackError: a module that the base does not have or that cannot be trained so, a base that cannot be held or read, a method that does
-            not go with the way in which the base is held.
+        OlpackError: a module that the base does not have or that cannot be trained so, a base that cannot be quantized or read, a method that does
+            not work on the base's quantization.
     """
     from olpack.train.adapter import adapter_config
 
@@ -81,13 +81,13 @@ def check_training(base: Base, settings: Train, *, on_gpu: bool) -> None:
         for name, (rows, columns) in adapter_shapes(meta).items():
             if columns % HQQ_GROUP or rows * columns // HQQ_GROUP % 2:
                 raise OlpackError(
-                    f"HQQ holds groups of {HQQ_GROUP} weights of a row, and '{name}' of {base.label} is {rows} × {columns}.",
+                    f"HQQ quantizes groups of {HQQ_GROUP} weights of a row, and '{name}' of {base.label} is {rows} × {columns}.",
                     "Set `train.quantization` to nf4 or int8.",
                 )
     _refuse_lacking(base, meta)
     if settings.sharding == "full" and (quantization_of(base.config) or settings.quantization not in SHARDABLE):
         raise OlpackError(
-            "Only frozen layers in nf4, fp4 or 16 bits can be spread over GPUs (`train.sharding: full`).",
+            "Only frozen layers in nf4, fp4 or 16 bits can be sharded over GPUs (`train.sharding: full`).",
             "Set `train.sharding: none`, or `train.quantization` to nf4.",
         )
     if settings.method == "dora" and settings.quantization == "int8" and not on_gpu and not quantization_of(base.config):
@@ -137,7 +137,8 @@ def _check_quantized(base: Base, settings: Train, on_gpu: bool) -> None:
         )
     if settings.merge_base == "dequantized":
         raise OlpackError(
-            f"{base.label} comes quantized ({method}): what training sees is all there is to merge into.", "Leave out `train.merge_base`."
+            f"{base.label} comes quantized ({method}): its adapter is always merged into the dequantized weights.",
+            "Leave out `train.merge_base`.",
         )
     if method == _BITSANDBYTES and settings.method == "dora" and quantization_of(base.config).get("load_in_8bit") and not on_gpu:
         raise OlpackError("DoRA on an int8 base needs a GPU: on a CPU peft loses the scales of int8.", "Set `train.method` to lora.")

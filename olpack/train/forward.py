@@ -1,109 +1,121 @@
-"""A model with an adapter, made ready to learn from flat rows: `Forward(model, …).loss(flat)`."""
+"""The forward pass of a model with an adapter over packed batches: `Forward(model, …).loss(batch)`."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, VeraConfig
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from olpack import progress
 from olpack.data import TokenRow
-from olpack.train.batches import FlatRow, flatten
+from olpack.train.batches import PackedBatch, pack
 from olpack.train.device import compute_dtype
 from olpack.train.ops import attention, lora, pointwise
 from olpack.train.ops.checkpointing import Recompute
-from olpack.train.ops.equivalence import Pass, Trial
-from olpack.train.ops.loss import head_loss
-from olpack.train.ops.pinned import HostMemory
+from olpack.train.ops.equivalence import EquivalenceCheck, Pass
+from olpack.train.ops.loss import chunked_cross_entropy
+from olpack.train.ops.pinned import PinnedMemory
 
 _SAME = 1e-2  # of the norm of a gradient, computed twice the same way
 
 
 class Forward:
-    """Runs a model over flat rows.
+    """The forward pass of a model over packed batches.
 
     Args:
         model: a peft model in training mode, its frozen parts in the compute dtype.
         device: where it is.
         checkpointing: compute activations again in the backward pass.
-        host: with it, where the layers' inputs wait. The input embeddings are in host memory then, too, where they are no part of the head.
-        keep: with checkpointing, keep attention's results as well.
-        head_waits: with `host`, keep the output layer in host memory, too, but for the moment of each loss; where nothing else needs it.
+        pinned: with checkpointing, memory for the layers' inputs, and for the input embeddings where they are no part of the output layer.
+        offload_attention: with checkpointing, save the attention outputs as well, in `pinned` where there is some.
+        offload_head: with `pinned`, offload the output layer, too, except for each loss; where nothing else needs it.
 
     Attributes:
-        packs: whether samples can be put end to end. False for a model whose attention is its own: then a flat row must hold one sample.
+        packs: whether samples can be put end to end. False for a model whose attention is its own: then a batch must be one sample.
     """
 
     def __init__(
-        self, model, device: torch.device, *, checkpointing: bool, host: HostMemory | None = None, keep: bool = False, head_waits: bool = False
+        self,
+        model: PeftModel,
+        device: torch.device,
+        *,
+        checkpointing: bool,
+        pinned: PinnedMemory | None = None,
+        offload_attention: bool = False,
+        offload_head: bool = False,
     ):
         self.model, self.device, self.dtype = model, device, compute_dtype(device)
-        self.base = model.get_base_model()
+        self.base = _base_of(model)
         text = self.base.config.get_text_config()
         self.head, self.softcap = self.base.get_output_embeddings(), getattr(text, "final_logit_softcapping", None)
-        self._recompute = None
-        trained = model.training
-        model.eval()  # what follows is tried, and dropout would make each trial another one
+        self._recompute: Recompute | None = None
+        training = model.training
+        model.eval()  # what follows is compared, and dropout would make each pass another one
         samples = _samples(self.base, device)
-        with self._mixed():
-            trial = Trial(self.base, self.dtype, _passes(samples, self.logits))
-        pointwise.use_kernels(device, self.dtype, text.to_dict(), model.peft_config["default"].r)
+        with self._autocast():
+            check = EquivalenceCheck(self.base, self.dtype, _passes(samples, self.logits))
+        adapter = model.peft_config["default"]
+        assert isinstance(adapter, LoraConfig | VeraConfig)  # `olpack.train.adapter` makes no other
+        pointwise.use_kernels(device, self.dtype, text.to_dict(), adapter.r)
         pointwise.fuse_rotary(self.base)
-        with self._mixed():
-            self._fuse(samples, trial)
-            self.packs = self._use_packed_attention(samples, trial)
-            self._head_alone = self._head_is_all(samples, trial)
-        model.train(trained)
+        with self._autocast():
+            self._fuse(samples, check)
+            self.packs = self._use_packed_attention(samples, check)
+            self._head_alone = self._head_is_all(samples, check)
+        model.train(training)
         if checkpointing:
-            self._checkpoint(samples[0], host, keep, shares_keys=bool(getattr(text, "num_kv_shared_layers", 0)))
-        if host is not None:
-            if head_waits and not self._head_alone:
-                progress.warn("The output layer does more than a product, so it stays on the GPU, and takes more memory than the plan says")
-            self._embed_on_host(host, with_head=head_waits and self._head_alone)
+            self._checkpoint(samples[0], pinned, offload_attention, shares_keys=bool(getattr(text, "num_kv_shared_layers", 0)))
+        if pinned is not None:
+            if offload_head and not self._head_alone:
+                progress.warn("The output layer computes more than a product, so it stays on the GPU, and takes more memory than planned")
+            self._offload_embeddings(pinned, with_head=offload_head and self._head_alone)
 
-    def _fuse(self, samples: list[FlatRow], trial: Trial) -> None:
+    def _fuse(self, samples: list[PackedBatch], check: EquivalenceCheck) -> None:
         """Put the fused functions in, and take them out again where the model then computes something else."""
         changed = [*pointwise.fuse_norms(self.base), *lora.fuse(self.model, self.dtype)]
-        if trial.agrees(_passes(samples, self.logits)):
+        if check.agrees(_passes(samples, self.logits)):
             return
         for module in changed:
             del module.forward
-        progress.warn(f"{type(self.base).__name__} computes otherwise than olpack's fused functions do, so it is trained without them")
+        progress.warn(f"{type(self.base).__name__} does not compute what olpack's fused functions compute, so it is trained without them")
 
-    def _head_is_all(self, samples: list[FlatRow], trial: Trial) -> bool:
-        """Whether the model's logits are those of its frozen head, which is tried: some models scale them."""
+    def _head_is_all(self, samples: list[PackedBatch], check: EquivalenceCheck) -> bool:
+        """Whether the model's logits are those of its frozen head, which is checked: some models scale them."""
         if type(self.head) is not torch.nn.Linear or self.head.weight.requires_grad:
             return False
-        return trial.agrees(_passes(samples, self._head_logits))
+        return check.agrees(_passes(samples, self._head_logits))
 
-    def _checkpoint(self, sample: FlatRow, host: HostMemory | None, keep: bool, *, shares_keys: bool) -> None:
+    def _checkpoint(self, sample: PackedBatch, pinned: PinnedMemory | None, offload_attention: bool, *, shares_keys: bool) -> None:
         self.base.enable_input_require_grads()
-        if shares_keys:  # a layer's gradients also come by way of other layers, which only torch's own way knows
+        if shares_keys:  # gradients of a layer also come by way of other layers, which only torch's own checkpointing handles
             self.base._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))
             return
         drops = not self.packs or any(isinstance(module, torch.nn.Dropout) and module.p for module in self.model.modules())
-        self._recompute = Recompute(self.device, keep=keep, random=drops)
-        self.base._set_gradient_checkpointing(True, self._recompute)
-        # A layer mostly ends with the MLP's last product and an addition. Where it does not (a norm follows), the gradients are others.
-        wanted = self._gradients(sample)
-        self._recompute.skips = True
-        apart = (self._gradients(sample) - wanted).abs()
-        self._recompute.skips = bool((apart <= _SAME * wanted + 1e-6 * wanted.max()).all())
-        self._recompute.host = host  # which is being made meanwhile
+        recompute = self._recompute = Recompute(self.device, offload_attention=offload_attention, random=drops)
+        self.base._set_gradient_checkpointing(True, recompute)
+        # A layer mostly ends with the MLP's last product and an addition. Where it does not (a norm follows), the gradients differ.
+        expected = self._gradients(sample)
+        recompute.skips = True
+        apart = (self._gradients(sample) - expected).abs()
+        recompute.skips = bool((apart <= _SAME * expected + 1e-6 * expected.max()).all())
+        recompute.pinned = pinned  # which a thread locks meanwhile
 
-    def _gradients(self, sample: FlatRow) -> torch.Tensor:
-        """The norm of each. Not once they are joined (`olpack.train.ops.flat_parameters`)."""
+    def _gradients(self, sample: PackedBatch) -> torch.Tensor:
+        """The norm of each gradient. Only before the parameters become flat ones (`olpack.train.ops.flat_parameters`)."""
         self.loss(sample).backward()
-        found = torch.stack([parameter.grad.norm() for parameter in self.model.parameters() if parameter.grad is not None])
+        norms = torch.stack([parameter.grad.norm() for parameter in self.model.parameters() if parameter.grad is not None])
         self.model.zero_grad(set_to_none=True)
-        return found
+        return norms
 
     def forget(self) -> None:
-        """After a pass that came to no end: give free what waited for its backward pass."""
+        """Free what a pass saved that ended without its backward pass."""
         if self._recompute is not None:
             self._recompute.forget()
 
@@ -111,79 +123,89 @@ class Forward:
         """Tokens of a micro-batch: as many as given, or one row where samples cannot be put end to end."""
         return tokens if self.packs else 1
 
-    def loss(self, flat: FlatRow) -> torch.Tensor:
+    def loss(self, batch: PackedBatch) -> torch.Tensor:
         """Negative log-probability summed over the target tokens, float32, in nats."""
-        with self._mixed():
+        with self._autocast():
             if self._head_alone:
-                hidden = self._hidden(flat)[0, flat.before]
-                weight = self.head.weight.to(self.device, non_blocking=True)  # it may wait in host memory
-                return head_loss(hidden, weight, self.head.bias, flat.targets, self.softcap)
-            logits = self.logits(flat, flat.before)
-        return F.cross_entropy(logits[0].float(), flat.targets, reduction="sum")
+                hidden = self._hidden(batch)[0, batch.before]
+                weight = self.head.weight.to(self.device, non_blocking=True)  # it may be offloaded
+                return chunked_cross_entropy(hidden, weight, self.head.bias, batch.targets, self.softcap)
+            logits = self.logits(batch, batch.before)
+        return F.cross_entropy(logits[0].float(), batch.targets, reduction="sum")
 
-    def _mixed(self):
+    def _autocast(self) -> contextlib.AbstractContextManager:
         if self.device.type != "cuda":
             return contextlib.nullcontext()
         return torch.autocast("cuda", self.dtype)
 
-    def _arguments(self, flat: FlatRow) -> dict:
-        bounds = {"cu_seq_lens_q": flat.starts, "cu_seq_lens_k": flat.starts, "max_length_q": flat.longest, "max_length_k": flat.longest}
+    def _arguments(self, batch: PackedBatch) -> dict[str, Any]:
+        bounds = {"cu_seq_lens_q": batch.starts, "cu_seq_lens_k": batch.starts, "max_length_q": batch.longest, "max_length_k": batch.longest}
         packed = self.base.config._attn_implementation == attention.NAME
-        return {"input_ids": flat.ids, "position_ids": flat.positions, "use_cache": False, **(bounds if packed else {})}
+        return {"input_ids": batch.ids, "position_ids": batch.positions, "use_cache": False, **(bounds if packed else {})}
 
-    def _hidden(self, flat: FlatRow) -> torch.Tensor:
-        return self.base.get_decoder()(**self._arguments(flat)).last_hidden_state
+    def _hidden(self, batch: PackedBatch) -> torch.Tensor:
+        return self.base.get_decoder()(**self._arguments(batch)).last_hidden_state
 
-    def logits(self, flat: FlatRow, keep: torch.Tensor | int = 0) -> torch.Tensor:
-        """[1, tokens, vocabulary], at the places `keep`; 0: at all."""
-        return self.base(**self._arguments(flat), logits_to_keep=keep).logits
+    def logits(self, batch: PackedBatch, places: torch.Tensor | int = 0) -> torch.Tensor:
+        """[1, tokens, vocabulary], at these places; 0: at all."""
+        return self.base(**self._arguments(batch), logits_to_keep=places).logits
 
-    def _head_logits(self, flat: FlatRow) -> torch.Tensor:
-        logits = F.linear(self._hidden(flat).to(self.head.weight.dtype), self.head.weight, self.head.bias)
+    def _head_logits(self, batch: PackedBatch) -> torch.Tensor:
+        logits = F.linear(self._hidden(batch).to(self.head.weight.dtype), self.head.weight, self.head.bias)
         return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
 
-    def _embed_on_host(self, host: HostMemory, *, with_head: bool) -> None:
-        """Keep the input embeddings in host memory; a step looks up a few of their rows only. Not where they are the head's, too, unless that
-        waits there as well."""
+    def _offload_embeddings(self, pinned: PinnedMemory, *, with_head: bool) -> None:
+        """Move the input embeddings to pinned memory; a step looks up a few of their rows only. Not where they are the output layer, too, unless
+        that is offloaded as well."""
         embeddings, device = self.base.get_input_embeddings(), self.device
-        plain = type(embeddings) is torch.nn.Embedding and not embeddings.weight.requires_grad
+        plain = embeddings if type(embeddings) is torch.nn.Embedding and not embeddings.weight.requires_grad else None
         shared = self.head is not None and self.head.weight is embeddings.weight
-        if with_head and (plain or not shared):
-            _to_host(self.head.weight, host)
+        if with_head and (plain is not None or not shared):
+            _offload(self.head.weight, pinned)
         elif shared:
             return
-        if plain:
-            _to_host(embeddings.weight, host)
-            embeddings.forward = lambda ids: F.embedding(ids.cpu(), embeddings.weight).to(device, non_blocking=True)
+        if plain is not None:
+            weight = plain.weight
+            _offload(weight, pinned)
+            embeddings.forward = lambda ids: F.embedding(ids.cpu(), weight).to(device, non_blocking=True)
 
-    def _use_packed_attention(self, samples: list[FlatRow], trial: Trial) -> bool:
-        """Put the attention over flat rows in, and see that two samples in one row come out as each alone does."""
+    def _use_packed_attention(self, samples: list[PackedBatch], check: EquivalenceCheck) -> bool:
+        """Put the attention over packed batches in, and check that two samples in one batch give what each gives alone."""
         attention.register()
         before = self.base.config._attn_implementation
         rows = [TokenRow(sample.ids[0].tolist(), [True] * sample.ids.shape[1], "", "") for sample in samples]
         try:
             self.base.set_attn_implementation(attention.NAME)
-            if trial.agrees(_passes([flatten(rows, self.device)], self.logits)):
+            if check.agrees(_passes([pack(rows, self.device)], self.logits)):
                 return True
-            reason = "what it computes for a row depends on the rows beside it"
+            reason = "its output for a row depends on the rows beside it"
         except (ValueError, NotImplementedError, TypeError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
         self.base.set_attn_implementation(before)
-        progress.warn(f"{type(self.base).__name__} cannot learn several rows at once ({reason}), so it learns them one by one")
+        progress.warn(f"{type(self.base).__name__} cannot train on packed rows ({reason}), so rows are trained one by one")
         return False
 
 
-def _to_host(weight: torch.nn.Parameter, host: HostMemory) -> None:
-    if weight.device.type != "cpu":  # a matrix may be both embedding and head
-        weight.data = host.take(weight.data).copy_(weight.data)
+def _base_of(model: PeftModel) -> PreTrainedModel:
+    base = model.get_base_model()
+    assert isinstance(base, PreTrainedModel)  # `olpack.train.model` loads no other
+    return base
 
 
-def _passes(samples: list[FlatRow], logits: Callable[[FlatRow], torch.Tensor]) -> list[Pass]:
-    return [lambda sample=sample: logits(sample)[0] for sample in samples]
+def _offload(weight: torch.Tensor, pinned: PinnedMemory) -> None:
+    if weight.device.type != "cpu":  # a matrix may be both embedding and output layer
+        weight.data = pinned.allocate(weight.data).copy_(weight.data)
 
 
-def _samples(base, device: torch.device) -> list[FlatRow]:
-    """Two short rows of any tokens."""
-    words = base.get_input_embeddings().num_embeddings
-    rows = [TokenRow([(7 * index + length) % words for index in range(length)], [True] * length, "", "") for length in (9, 5)]
-    return [flatten([row], device) for row in rows]
+def _passes(samples: list[PackedBatch], logits: Callable[[PackedBatch], torch.Tensor]) -> list[Pass]:
+    def pass_of(sample: PackedBatch) -> Pass:
+        return lambda: logits(sample)[0]
+
+    return [pass_of(sample) for sample in samples]
+
+
+def _samples(base: PreTrainedModel, device: torch.device) -> list[PackedBatch]:
+    """Two short rows of any tokens, each as a batch."""
+    vocabulary = base.get_input_embeddings().get_parameter("weight").shape[0]
+    rows = [TokenRow([(7 * index + length) % vocabulary for index in range(length)], [True] * length, "", "") for length in (9, 5)]
+    return [pack([row], device) for row in rows]

@@ -1,6 +1,6 @@
-"""Linear layers whose frozen weight stays packed: bases that come quantized (GPTQ, AWQ, …), and HQQ, which is made here while a base loads.
+"""Linear layers whose frozen weight stays packed: bases that come quantized (GPTQ, AWQ, …), and HQQ, whose codes are computed while a base loads.
 
-A layer dequantizes its weight when it computes, and once more in the backward pass, so that nothing dense is kept in between.
+A layer dequantizes its weight when it computes, and once more in the backward pass, so that nothing dense is saved in between.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
@@ -28,9 +28,9 @@ _METHOD = "olpack"  # our name among transformers' quantizers
 
 
 class FrozenLinear(nn.Linear):
-    """A linear layer with a packed weight, kept in buffers under the names that a checkpoint has for them.
+    """A linear layer with a packed weight, in buffers under the names that a checkpoint has for them.
 
-    `dequantize()` gives the weight, `weight` is the same for code that looks at it, such as peft's.
+    `dequantize()` returns the weight, `weight` is the same for code that looks at it, such as peft's.
     """
 
     def __init__(self, rows: int, columns: int, parts: Mapping[str, torch.Tensor], bias: nn.Parameter | None, dtype: torch.dtype):
@@ -44,6 +44,10 @@ class FrozenLinear(nn.Linear):
     def weight(self) -> torch.Tensor:
         return self.dequantize()
 
+    @weight.setter
+    def weight(self, value: torch.Tensor) -> None:
+        raise AttributeError("a packed weight has no place for a dense one")
+
     def dequantize(self) -> torch.Tensor:
         """The weight, [rows, columns], in the dtype that the model computes in."""
         raise NotImplementedError
@@ -56,7 +60,7 @@ class FrozenLinear(nn.Linear):
 
 
 class PackedLinear(FrozenLinear):
-    """One of a checkpoint that comes quantized."""
+    """A linear layer of a checkpoint that comes quantized."""
 
     def __init__(self, layout: Layout, rows: int, columns: int, parts: Mapping[str, torch.Tensor], bias: nn.Parameter | None, dtype: torch.dtype):
         super().__init__(rows, columns, parts, bias, dtype)
@@ -67,7 +71,7 @@ class PackedLinear(FrozenLinear):
 
 
 class HqqLinear(FrozenLinear):
-    """One that is quantized here by HQQ."""
+    """A linear layer that is quantized by HQQ while the base loads."""
 
     def __init__(self, weight: torch.Tensor, bits: int, bias: nn.Parameter | None):
         rows, columns = weight.shape
@@ -79,12 +83,12 @@ class HqqLinear(FrozenLinear):
         return dequantize_hqq(self.W_q, self.scale, self.zero, self.bits, (self.out_features, self.in_features)).to(self.compute_dtype)
 
     def replace(self, weight: torch.Tensor) -> None:
-        """Hold another weight instead, [rows, columns]."""
+        """Quantize another weight in place of this one, [rows, columns]."""
         self.W_q, self.scale, self.zero = quantize_hqq(weight.to(self.compute_dtype), self.bits)
 
 
 class _Product(torch.autograd.Function):
-    """x @ W.T + bias, for which autograd keeps neither x nor W."""
+    """x @ W.T + bias, for which autograd saves neither x nor W."""
 
     @staticmethod
     def forward(context: Any, x: torch.Tensor, layer: FrozenLinear) -> torch.Tensor:
@@ -109,7 +113,7 @@ class FrozenConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, packed: Mapping[str, tuple] | None = None, bits: int | None = None, dtype: torch.dtype = torch.float32):
-        self.quant_method = _METHOD
+        self.quant_method = _METHOD  # type: ignore[assignment] # transformers takes any name that is registered, and declares its own only
         self.packed, self.bits, self.dtype = packed, bits, dtype
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,32 +130,35 @@ class FrozenConfig(QuantizationConfigMixin):
 class _FrozenQuantizer(HfQuantizer):
     quantization_config: FrozenConfig
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         asked = self.quantization_config
         if asked.packed is None:
             text = {id(module) for module in model.get_decoder().modules()}
             self._hqq = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) in text}
             return
-        left = {short_name(name): found for name, found in asked.packed.items()}
+        left = {short_name(name): packed for name, packed in asked.packed.items()}
         for name, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and (found := left.pop(short_name(name), None)):
-                layout, rows, columns, headers = found
+            if isinstance(module, nn.Linear) and (packed := left.pop(short_name(name), None)):
+                layout, rows, columns, headers = packed
                 parts = {end: torch.empty(header.shape, dtype=_DTYPES[header.dtype], device="meta") for end, header in headers.items()}
                 model.set_submodule(name, PackedLinear(layout, rows, columns, parts, module.bias, asked.dtype))
         if left:
             raise OlpackError(
                 f"The base packs '{next(iter(left))}', which is no linear layer of the model as transformers has it.",
-                "Take the original model in 16 bits; `train.quantization` holds it in 4 or 8.",
+                "Take the original model in 16 bits; `train.quantization` quantizes it to 4 or 8.",
             )
 
-    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         module, _, end = param_name.rpartition(".")
-        if self.quantization_config.packed is not None:  # tells transformers that a packed tensor's shape is not that of the weight
+        if self.quantization_config.packed is not None:  # so that transformers accepts a packed tensor's shape, which is not that of the weight
             return isinstance(model.get_submodule(module), PackedLinear)
         return end == "weight" and module in self._hqq
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _ToHqq(self.quantization_config.bits)
+        bits = self.quantization_config.bits
+        if bits is None:
+            raise NotImplementedError("packed weights stay as they are")
+        return _ToHqq(bits)
 
     def is_serializable(self) -> bool:
         return False
@@ -167,11 +174,14 @@ class _ToHqq(ConversionOps):
     def __init__(self, bits: int):
         self.bits = bits
 
-    def convert(self, input_dict: dict, full_layer_name: str, model: nn.Module, missing_keys: set[str] | None = None, **kwargs: Any) -> dict:
+    def convert(  # type: ignore[override] # transformers passes these by keyword, and declares two that its callers leave out for quantizers
+        self, input_dict: dict[str, Any], full_layer_name: str, model: nn.Module, missing_keys: set[str] | None = None, **kwargs: Any
+    ) -> dict[str, list[torch.Tensor]]:
         ((_, weight),) = input_dict.items()
         name = full_layer_name.removesuffix(".weight")
         plain = model.get_submodule(name)
-        model.set_submodule(name, HqqLinear(weight[0] if isinstance(weight, list) else weight, self.bits, plain.bias))
+        bias = plain.bias if isinstance(plain, nn.Linear) else None
+        model.set_submodule(name, HqqLinear(weight[0] if isinstance(weight, list) else weight, self.bits, bias))
         if missing_keys is not None:
             missing_keys.discard(full_layer_name)
         return {}
@@ -195,13 +205,13 @@ _DTYPES = {
 
 
 def use_packed(config: PretrainedConfig, base: Base, dtype: torch.dtype) -> bool:
-    """Have a base that comes in one of our layouts load with its weights as they are packed. Changes `config`.
+    """Let a base whose packing `olpack.model.packed` knows load with its weights packed. Changes `config`.
 
     Returns:
         False where the base is not quantized, or by something that transformers loads (bitsandbytes).
 
     Raises:
-        OlpackError: it does not keep to its layout.
+        OlpackError: the checkpoint does not match its layout.
     """
     layout = layout_of(base.config)
     if layout is None:
@@ -210,8 +220,8 @@ def use_packed(config: PretrainedConfig, base: Base, dtype: torch.dtype) -> bool
     weights = dequantized_headers(base.path, base.config, stored)
     packed = {}
     for name in stored:
-        module, found, end = name.rpartition("." + layout.marker)
-        if found and not end:
+        module, marker, end = name.rpartition("." + layout.marker)
+        if marker and not end:
             rows, columns = weights[f"{module}.weight"].shape
             headers: dict[str, TensorHeader] = {end: stored[f"{module}.{end}"] for end in layout.parts}
             headers |= {end: stored[f"{module}.{end}"] for end in layout.optional if f"{module}.{end}" in stored}

@@ -1,6 +1,6 @@
-"""Training on several GPUs: start torchrun or `accelerate launch` on `worker.py`, show what it does, and turn its end into a result or a sentence.
+"""Training on several GPUs: start torchrun or `accelerate launch` on `worker.py`, show its progress, and turn its end into a result or an error.
 
-This process stays the only one that knows of the build; it holds the lock and waits.
+Only this process knows of the build; it has the lock and waits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from olpack import progress, workers
 from olpack.errors import OlpackError
@@ -29,37 +29,37 @@ _END_S = 30.0  # for processes that were asked to end
 
 
 def launcher(settings: Train) -> list[str] | None:
-    """The command that starts the processes, without what they run; None where this process trains by itself.
+    """The command that starts the processes, without the module that they run; None where this process trains by itself.
 
     Raises:
-        OlpackError: fewer GPUs are here than asked for, or the launcher is no program.
+        OlpackError: there are fewer GPUs than the recipe asks for, or the launcher is no program.
     """
     if settings.launch is not None:
-        words = shlex.split(settings.launch)
-        if not words or shutil.which(words[0]) is None:
+        command = shlex.split(settings.launch)
+        if not command or shutil.which(command[0]) is None:
             raise OlpackError(
-                f"`train.launch` begins with {words[0] if words else 'nothing'}, which is no program here.",
+                f"`train.launch` begins with {command[0] if command else 'nothing'}, which is no program here.",
                 "Write it as in: torchrun --nproc-per-node 2",
             )
-        return words
+        return command
     if settings.gpus == 1:
         return None
     import torch
 
-    found = torch.cuda.device_count()
-    count = found if settings.gpus == "all" else settings.gpus
-    if settings.gpus != "all" and count > found:
-        raise OlpackError(f"`train.gpus` is {count}, and {found} can be seen here.", "Say `all`, or look at CUDA_VISIBLE_DEVICES.")
+    visible = torch.cuda.device_count()
+    count = visible if settings.gpus == "all" else settings.gpus
+    if settings.gpus != "all" and count > visible:
+        raise OlpackError(f"`train.gpus` is {count}, and {visible} can be seen here.", "Set it to `all`, or check CUDA_VISIBLE_DEVICES.")
     if count < 2:
         return None
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
 
 
-def run_launched(words: list[str], job: dict[str, Any]) -> TrainResult:
+def run_launched(command: list[str], job: dict[str, Any]) -> TrainResult:
     """Train in the processes that a launcher starts.
 
     Args:
-        words: of `launcher`.
+        command: of `launcher`.
         job: the arguments of `loop.run`.
 
     Raises:
@@ -71,16 +71,19 @@ def run_launched(words: list[str], job: dict[str, Any]) -> TrainResult:
         file.write_bytes(pickle.dumps(job))
         # A session of its own: the terminal's Ctrl-C reaches this process alone, which asks the first of the others to stop.
         process = subprocess.Popen(
-            [*words, "-m", "olpack.train.worker", str(file)],
+            [*command, "-m", "olpack.train.worker", str(file)],
             env=workers.environment() | {"PYTHONSAFEPATH": "1"},  # the launcher starts Python, so -P cannot be given
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=log,
             start_new_session=True,
         )
+        output = process.stdout
+        assert output is not None  # it is a pipe
         try:
-            ended = _follow(process)
+            ended = _follow(output)
         finally:
+            output.close()
             _end(process)
         if ended.get("event") == "result":
             return TrainResult(**ended["result"])
@@ -92,10 +95,11 @@ def run_launched(words: list[str], job: dict[str, Any]) -> TrainResult:
         raise _death(process.returncode, ended.get("text", ""), log.read().decode(errors="replace"))
 
 
-def _follow(process: subprocess.Popen) -> dict[str, Any]:
-    """Show events until the output ends; returns the last one that says how it ended."""
-    relay, ended, first = progress.Relay(), {}, 0
-    lines = iter(process.stdout.readline, b"")
+def _follow(output: IO[bytes]) -> dict[str, Any]:
+    """Show events until the output ends; returns the one that reports how it ended."""
+    relay, first = progress.Relay(), 0
+    ended: dict[str, Any] = {}
+    lines = iter(output.readline, b"")
     with relay:
         while True:
             try:
@@ -126,8 +130,7 @@ def _event(line: bytes) -> dict[str, Any]:
     return event if isinstance(event, dict) and "event" in event else {}
 
 
-def _end(process: subprocess.Popen) -> None:
-    process.stdout.close()
+def _end(process: subprocess.Popen[bytes]) -> None:
     try:
         process.wait(timeout=_END_S if process.poll() is None and sys.exc_info()[0] is None else 0.1)
     except subprocess.TimeoutExpired:

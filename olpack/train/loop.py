@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import torch
 from peft import set_peft_model_state_dict
@@ -23,16 +24,16 @@ from olpack.errors import OlpackError
 from olpack.model.base import Base
 from olpack.recipe import Train
 from olpack.train.adapter import save_adapter
-from olpack.train.batches import flatten, micro_batches, schedule
+from olpack.train.batches import micro_batches, pack, schedule
 from olpack.train.checkpoint import Checkpoint, State, adapter_weights
 from olpack.train.device import compute_dtype, pick_device
 from olpack.train.forward import Forward
 from olpack.train.metrics import Metrics
-from olpack.train.model import load_with_adapter
-from olpack.train.ops.flat_parameters import Joined
-from olpack.train.ops.pinned import HostMemory
+from olpack.train.model import AdaptedModel, load_with_adapter
+from olpack.train.ops.flat_parameters import FlatParameters
+from olpack.train.ops.pinned import PinnedMemory
 from olpack.train.planner import Fit, choose
-from olpack.train.ranks import ALONE, Ranks, deal, shard
+from olpack.train.ranks import ALONE, Ranks, partition, shard
 from olpack.train.result import TrainResult
 from olpack.workspace import folder_atomically
 
@@ -44,22 +45,30 @@ _WARM = 3  # steps that are not timed: kernels are compiled and memory is reserv
 def run(
     base: Base, rows: list[TokenRow], eval_rows: list[TokenRow], settings: Train, *, out: Path, checkpoint: Path, key: str, ranks: Ranks = ALONE
 ) -> TrainResult:
-    """See `olpack.train.train`. Of several processes that run it together, the first writes and prints."""
+    """`olpack.train.train` in this process. Of several processes that run it together, the first writes and prints."""
     device = ranks.device or pick_device()
     fit = choose(base, rows, settings, device, ranks)
-    if fit.said:
-        progress.say(fit.said)
-    host = HostMemory(sum(fit.host_parts.values()), device) if fit.checkpointing and device.type == "cuda" else None
+    if fit.summary:
+        progress.say(fit.summary)
+    pinned = PinnedMemory(sum(fit.pinned_parts.values()), device) if fit.checkpointing and device.type == "cuda" else None
     with progress.task(f"loading {base.label} ({settings.quantization})"):
-        model = load_with_adapter(base, settings, device, sharded=fit.sharded)
-        forward = Forward(model, device, checkpointing=fit.checkpointing, host=host, keep=fit.keeps, head_waits=fit.head_waits)
+        adapted = load_with_adapter(base, settings, device, sharded=fit.sharded)
+        model = adapted.model
+        forward = Forward(
+            model,
+            device,
+            checkpointing=fit.checkpointing,
+            pinned=pinned,
+            offload_attention=fit.offload_attention,
+            offload_head=fit.offload_head,
+        )
     if fit.sharded:
         shard(model)
         ranks.sharded = True
-    trained = Joined(model)
-    ranks.begin_alike(trained.parameters)
+    trained = FlatParameters(model)
+    ranks.broadcast(trained.parameters)
     optimizer = _optimizer(trained.parameters, settings, device)
-    # What an adapter begins with is computed again when a run goes on, and comes out otherwise on another kind of device.
+    # The first values of an adapter are computed again when a run resumes, and differ on another kind of device.
     begun_on = "" if settings.initialization == "default" else f" {device.type} {compute_dtype(device)}"
     saved = Checkpoint(checkpoint, key + begun_on, writes=ranks.first)
     state = saved.load(model, optimizer)
@@ -97,20 +106,25 @@ def run(
     if ranks.first:
         if settings.keep == "best" and state.best:
             set_peft_model_state_dict(model, state.best)
-        _write_adapter(model, base, settings, state, result, out, saved)
+        _write_adapter(adapted, base, settings, state, result, out, saved)
     saved.remove()
     return result
 
 
-def _result(forward: Forward, trained: Joined, settings: Train, state: State, fit: Fit, ranks: Ranks) -> TrainResult:
+def _result(forward: Forward, trained: FlatParameters, settings: Train, state: State, fit: Fit, ranks: Ranks) -> TrainResult:
     device = forward.device
+    if settings.keep == "best":
+        step, loss = state.best_step, state.best_loss
+    else:
+        step, loss = state.step, _eval_loss(state, state.step)
+    assert step is not None and loss is not None  # the last step is evaluated
     return TrainResult(
         steps=state.step,
-        kept_step=state.best_step if settings.keep == "best" else state.step,
+        kept_step=step,
         learned_tokens=state.learned,
         packed=forward.packs,
         eval_loss_before=_eval_loss(state, 0),
-        eval_loss_after=state.best_loss if settings.keep == "best" else _eval_loss(state, state.step),
+        eval_loss_after=loss,
         trainable_parameters=sum(parameter.numel() for parameter in trained.parameters),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         gpus=ranks.count if device.type == "cuda" else 0,
@@ -123,11 +137,11 @@ def _result(forward: Forward, trained: Joined, settings: Train, state: State, fi
 
 def _steps(
     forward: Forward,
-    optimizer,
-    trained: Joined,
-    rows,
-    eval_rows,
-    batches,
+    optimizer: torch.optim.Optimizer,
+    trained: FlatParameters,
+    rows: list[TokenRow],
+    eval_rows: list[TokenRow],
+    batches: list[list[int]],
     settings: Train,
     state: State,
     saved: Checkpoint,
@@ -143,7 +157,7 @@ def _steps(
     with _interrupt_between_steps(ranks) as stop_if_asked, progress.task("training", total=total, unit="tokens", done=done) as task:
         while True:
             if (state.step % interval == 0 or state.step == len(batches)) and state.evaluated < state.step:
-                _judge(forward, eval_rows, settings, state, metrics, ranks, stop_if_asked)
+                _evaluate_step(forward, eval_rows, settings, state, metrics, ranks, stop_if_asked)
             if settings.patience and state.waited >= settings.patience:
                 progress.say(
                     f"stopped early at step {state.step} of {len(batches)}: the held-out loss is lowest at step {state.best_step}, "
@@ -157,7 +171,7 @@ def _steps(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             chosen = [rows[index] for index in batches[state.step]]
-            # Dropout follows from seed and step alone, so that nothing of it need be kept.
+            # Dropout follows from seed and step alone, so that a checkpoint needs no state of it.
             torch.manual_seed(random.Random(f"{settings.seed}/{state.step}/{ranks.rank}").getrandbits(63))
             loss = _backward(forward, trained, chosen, state, ranks)
             norm = torch.nn.utils.clip_grad_norm_(trained.parameters, settings.max_grad_norm).item()
@@ -165,7 +179,7 @@ def _steps(
                 saved.save(forward.model, optimizer, state)
                 ranks.wait()  # a process that ends with an error takes the others with it
                 raise OlpackError(
-                    f"The loss is not finite at step {state.step + 1} (loss {loss}, gradient norm {norm}).{_kept(saved)}",
+                    f"The loss is not finite at step {state.step + 1} (loss {loss}, gradient norm {norm}).{_last_checkpoint(saved)}",
                     f"Lower `train.learning_rate` (now {settings.learning_rate:g}).",
                 )
             state.whole = False
@@ -202,10 +216,10 @@ def evaluation_interval(steps: int, train_tokens: int, eval_tokens: int, setting
     return math.ceil(steps / max(1, min(EVALUATIONS, affordable)))
 
 
-def _judge(
+def _evaluate_step(
     forward: Forward, eval_rows: list[TokenRow], settings: Train, state: State, metrics: Metrics, ranks: Ranks, stop_if_asked: Callable[[], None]
 ) -> None:
-    """Evaluate, and keep the adapter if it is the best so far."""
+    """Evaluate, and copy the adapter if its loss is the lowest so far."""
     title = "eval loss before" if state.step == 0 else f"eval loss at step {state.step}"
     loss = evaluate(forward, eval_rows, state.budget, title, ranks, stop_if_asked)
     if not math.isfinite(loss):
@@ -221,7 +235,7 @@ def _judge(
     state.evaluated = state.step
 
 
-def _kept(saved: Checkpoint) -> str:
+def _last_checkpoint(saved: Checkpoint) -> str:
     return "" if saved.step is None else f" {saved.file} holds step {saved.step}."
 
 
@@ -239,13 +253,13 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def _interrupt_between_steps(ranks: Ranks) -> Iterator[Callable[[], None]]:
-    """Hold Ctrl-C back until the step is whole, so that weights, optimizer and step count belong together; a second one is immediate.
+    """Defer Ctrl-C until the step is whole, so that weights, optimizer and step count belong together; a second one is immediate.
 
-    Of several processes one is told, and all stop at the same step.
+    Of several processes one gets it, and all stop at the same step.
     """
     asked = threading.Event()
 
-    def stop_if_asked():
+    def stop_if_asked() -> None:
         if ranks.any(asked.is_set()):
             raise Stopped
 
@@ -253,7 +267,7 @@ def _interrupt_between_steps(ranks: Ranks) -> Iterator[Callable[[], None]]:
         yield stop_if_asked
         return
 
-    def note(number, frame):
+    def note(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, before)
         asked.set()
 
@@ -264,26 +278,27 @@ def _interrupt_between_steps(ranks: Ranks) -> Iterator[Callable[[], None]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _backward(forward: Forward, trained: Joined, rows: list[TokenRow], state: State, ranks: Ranks = ALONE) -> float:
+def _backward(forward: Forward, trained: FlatParameters, rows: list[TokenRow], state: State, ranks: Ranks = ALONE) -> float:
     """Gradients of the mean loss over all target tokens of a batch, at `trained.parameters`; returns that loss.
 
     The sum over micro-batches is divided by the batch's count of target tokens, so the result does not depend on how the
-    batch was cut. Where memory runs out the micro-batch is halved and the batch begun anew. Of several processes each goes through its rows,
+    batch was cut. Where memory runs out the micro-batch is halved and the batch starts again. Of several processes each computes its rows,
     and all have the gradients and the loss of all rows.
     """
     count = sum(row.target_count for row in rows)
     while True:
-        total, failed, loss = 0.0, False, None
+        total, failed = 0.0, False
+        loss: torch.Tensor | None = None
         trained.begin()
         try:
             losses = []
             for group, weight in _groups(rows, forward.budget(state.budget), ranks):
-                loss = forward.loss(flatten(group, forward.device)) * weight
+                loss = forward.loss(pack(group, forward.device)) * weight
                 loss.backward()
                 losses.append(loss.detach())
             total = torch.stack(losses).sum().item() if losses else 0.0
         except torch.OutOfMemoryError:
-            if ranks.sharded:  # the others wait for this one in the middle of a layer, and nothing can be begun anew
+            if ranks.sharded:  # the others wait for this one in the middle of a layer, and the batch cannot start again
                 raise OlpackError(
                     "A GPU's memory ran out.", f"Lower `train.micro_batch_tokens` (now {state.budget}); the same command then goes on."
                 ) from None
@@ -293,6 +308,7 @@ def _backward(forward: Forward, trained: Joined, rows: list[TokenRow], state: St
             trained.fill()
             ranks.sum_gradients(trained.parameters)
             for parameter in trained.parameters:
+                assert parameter.grad is not None  # `fill` has put zeros where there was none
                 parameter.grad /= count  # last, in float32: in 16 bits the gradients of one token among thousands could vanish
             return total / count
         loss = None  # and with it what its backward pass would have needed
@@ -302,7 +318,7 @@ def _backward(forward: Forward, trained: Joined, rows: list[TokenRow], state: St
         longest = max(len(row.ids) for row in rows)
         if not forward.packs or state.budget <= longest:
             raise OlpackError(
-                f"The GPU's memory does not hold one row of {longest} tokens.",
+                f"One row of {longest} tokens does not fit into the GPU's memory.",
                 "Lower `data.max_length` or `train.rank`, set `train.gradient_checkpointing: true`, or take a smaller base.",
             )
         state.budget //= 2
@@ -314,10 +330,10 @@ def _groups(rows: list[TokenRow], budget: int, ranks: Ranks) -> Iterator[tuple[l
     if ranks.count == 1:
         yield from ((group, 1.0) for group in micro_batches(rows, budget))
         return
-    dealt = [micro_batches(hand, budget) for hand in deal(rows, ranks.count)]
-    yield from ((group, 1.0) for group in dealt[ranks.rank])
+    shares = [micro_batches(share, budget) for share in partition(rows, ranks.count)]
+    yield from ((group, 1.0) for group in shares[ranks.rank])
     if ranks.sharded:
-        for _ in range(max(map(len, dealt)) - len(dealt[ranks.rank])):
+        for _ in range(max(map(len, shares)) - len(shares[ranks.rank])):
             yield [min(rows, key=lambda row: len(row.ids))], 0.0
 
 
@@ -330,7 +346,7 @@ def evaluate(
     try:
         with torch.no_grad(), progress.task(title, total=len(rows), unit="rows") as task:
             for group, weight in _groups(rows, forward.budget(budget), ranks):
-                total += forward.loss(flatten(group, forward.device)).item() * weight
+                total += forward.loss(pack(group, forward.device)).item() * weight
                 task.advance(min(len(group) * ranks.count, len(rows) - task.done))
                 if stop_if_asked and ranks.count == 1:  # several processes can only stop where all are at the same place
                     stop_if_asked()
@@ -357,26 +373,25 @@ def _optimizer(parameters: list[torch.nn.Parameter], settings: Train, device: to
     return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
 
-def _write_adapter(model, base: Base, settings: Train, state: State, result: TrainResult, out: Path, saved: Checkpoint) -> None:
+def _write_adapter(adapted: AdaptedModel, base: Base, settings: Train, state: State, result: TrainResult, out: Path, saved: Checkpoint) -> None:
     import bitsandbytes
     import peft
     import transformers
 
     versions = {"olpack": __version__, "python": platform.python_version()}
     versions |= {module.__name__: module.__version__ for module in (torch, transformers, peft, bitsandbytes)}
-    held = model.olpack_held and vars(model.olpack_held)
     record = {
         "base": base.label,
         "base_digest": base.digest,
         "train": settings.model_dump(),
-        "held": held,
+        "held": adapted.quantization and vars(adapted.quantization),
         "result": vars(result),
         "versions": versions,
     }
     metrics = [*state.metrics, {"step": state.step, "kept_step": result.kept_step}]
     try:
         with folder_atomically(out) as folder:
-            save_adapter(model, model.olpack_start, folder)
+            save_adapter(adapted.model, adapted.start, folder)
             (folder / "settings.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics), encoding="utf-8")
     except (SafetensorError, OlpackError) as error:

@@ -1,74 +1,82 @@
 """What a training step keeps in memory: frozen weights, adapter, gradients, optimizer, activations and logits.
 
-Activations are counted, not estimated: the model runs forward on torch's meta device, and what autograd would keep for the backward pass
-is added up. What olpack's own functions keep instead of transformers' and peft's is known rather than run (`layer_terms`): attention keeps
-queries, keys, values and its result, never the square of the length; layers with one input keep it once; the loss makes some logits at a time.
+Activations are counted, not estimated: the model runs forward on torch's meta device, and the bytes of all tensors that autograd saves for the
+backward pass are added up. What olpack's own functions save instead of transformers' and peft's follows from formulas (`layer_terms`): attention
+saves queries, keys, values and its output, never the square of the length; layers with one input save it once; the loss makes some logits at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 from olpack.errors import OlpackError
 from olpack.model.shape import MetaModel, Shape, adapter_shapes
 from olpack.progress import quantity
 from olpack.train.ops.limits import tokens_at_once
 
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from torch.utils.hooks import RemovableHandle
+
 # Bytes a weight of NF4 with double quantization: half a byte, an 8-bit scale for 64 weights, a float32 scale for 256 of those.
 NF4_CODES = 0.5
 NF4_SCALES = 1 / 64 + 4 / (64 * 256)
 HQQ_SCALES = (2 + 2) / 64  # a scale and a zero point in 16 bits for 64 weights
 # Bytes a logit, where all are made at once: 16 bits as the model makes them, float32 log-probabilities, and in the backward pass two float32
-# gradients. Made a piece at a time: 16 bits, whose place the gradient takes.
-_LOGIT, _PIECE_LOGIT = 2 + 4 + 4 + 4, 2
-_LAYERS_KEPT = 3  # checkpointed layers whose inputs are on the GPU at once: the one in use, and one on its way in each direction
+# gradients. Made a chunk at a time: 16 bits, whose place the gradient takes.
+_LOGIT, _CHUNK_LOGIT = 2 + 4 + 4 + 4, 2
+_LAYERS_ON_GPU = 3  # checkpointed layers whose inputs are on the GPU at once: the one in use, and one on its way in each direction
 # Bytes an adapter's weight: float32, its gradient, and two moments in 8 bits with a float32 scale for 256 of each.
 _ADAPTER, _GRADIENT, _MOMENTS_8BIT, _MOMENTS_32BIT = 4, 4, 2 + 2 * 4 / 256, 8
 
-# What a layer's modules are for, by a part of their class's name.
+# The purpose of a layer's modules, by a part of their class's name.
 _PARTS = {"Norm": "norms", "Attention": "attention", "MLP": "feed-forward"}
 
 
 @dataclass(frozen=True)
 class Activations:
-    """What autograd keeps of one forward pass, in bytes.
+    """Bytes that autograd saves in one forward pass.
 
     Attributes:
-        layers: of each repeating layer, by what it is for; see `layer_terms`.
+        layers: of each repeating layer, by purpose; see `layer_terms`.
         inputs: of the checkpointed layers.
-        waits: whether these inputs wait in host memory: not of layers that share keys, which torch checkpoints in its own way.
-        kept: of the same layers, what need not be computed again: attention's results (of a fused kernel) and the products after them.
+        offloadable: whether these inputs can be in pinned memory: not those of layers that share keys, which torch's own checkpointing runs.
+        attention: of the same layers, the attention outputs (of a fused kernel) and the products after them, which can be saved instead of
+            computed again.
         outside: of all that is no repeating layer.
-        working: what the backward pass of one layer needs for a moment beside what it kept.
+        working: temporary memory of one layer's backward pass beside what the layer saved.
     """
 
     layers: tuple[dict[str, int], ...]
     inputs: int
-    waits: bool
-    kept: int
+    offloadable: bool
+    attention: int
     outside: int
     working: int
 
 
 @dataclass(frozen=True)
-class Training:
-    """Bytes of GPU memory that a training step takes.
+class TrainingMemory:
+    """Bytes of GPU memory that a training step takes. plan.json and the memory estimate have these names.
 
     Attributes:
-        weights: the frozen base.
+        weights: the frozen base weights.
         adapter, gradients, optimizer: of the adapter.
-        activations: kept from forward to backward pass without gradient checkpointing; None where they cannot be counted.
-        checkpointed: kept with it.
-        results: more that may be kept with it, so that it is not computed again (`olpack.train.ops.checkpointing.once`).
-        host_inputs, host_results: of the layers' inputs and of those results, what waits in host memory with checkpointing.
-        offloaded: of the weights, what lies in host memory with checkpointing: embeddings that are no output layer.
-        head: of the weights, the output layer, where it may wait in host memory but for the loss; else 0.
-        working: what the backward pass of one layer needs for a moment; with checkpointing, that layer's activations come on top.
+        activations: saved from forward to backward pass without gradient checkpointing; None where they cannot be counted.
+        checkpointed: saved with it.
+        results: attention outputs on the GPU, which can be saved with it as well (`olpack.train.ops.checkpointing.once`).
+        host_inputs, host_results: bytes of pinned memory for the layers' inputs and for the attention outputs, with checkpointing.
+        offloaded: of the weights, those in pinned memory with checkpointing: embeddings that are no output layer.
+        head: of the weights, the output layer, where it can be offloaded except for the loss; else 0.
+        working: temporary memory of one layer's backward pass; with checkpointing, that layer's activations come on top.
         dequantized: the largest matrix in 16 bits, where the base is quantized; it is made anew for each product.
-        layer: activations of the largest layer, by what they are for.
+        layer: activations of the largest layer, by purpose.
         logits: of all target tokens that go through at once, with their gradients.
         workspace: of cuBLAS, 32 MiB in each of the threads that go forward and back.
     """
@@ -90,64 +98,69 @@ class Training:
     logits: int
     workspace: int = 64 << 20
 
-    def parts(self, checkpointing: bool, *, keeps: bool = False, head_waits: bool = False) -> dict[str, int]:
-        """The bytes at the peak of a step, by what they are for. It is either at the loss, where the logits are, or in the backward pass, where
-        they are gone. Activations that cannot be counted are left out.
+    def parts(self, checkpointing: bool, *, offload_attention: bool = False, offload_head: bool = False) -> dict[str, int]:
+        """The bytes at the peak of a step, by purpose. The peak is either at the loss, where the logits are, or in the backward pass, where they are
+        gone. Activations that cannot be counted are left out.
 
         Args:
-            keeps: also `results`; head_waits: the output layer is there at the loss only. Both with checkpointing.
+            checkpointing: gradient checkpointing.
+            offload_attention: also save `results`; with checkpointing.
+            offload_head: the output layer is on the GPU at the loss only; with checkpointing.
         """
-        head = self.head if head_waits else 0
+        head = self.head if offload_head else 0
         parts = {
             "base": self.weights - head - (self.offloaded if checkpointing else 0),
             "adapter, gradients, optimizer, cuBLAS": self.adapter + self.gradients + self.optimizer + self.workspace,
         }
-        if self.activations is None:
+        if self.activations is None or self.checkpointed is None:
             return parts
         if not checkpointing:
             parts["activations"] = self.activations
-        elif keeps:
+        elif offload_attention:
             parts["inputs of the layers, attention's results"] = self.checkpointed + self.results
         else:
             parts["inputs of the layers"] = self.checkpointed
-        at_loss, what = self.logits + head, "output layer and logits" if head_waits else "logits"
+        at_loss, name = self.logits + head, "output layer and logits" if offload_head else "logits"
         backward = self.working + self.dequantized + (sum(self.layer.values()) if checkpointing else 0)
-        parts[f"the larger of {what} ({quantity(at_loss, 'B')}) and one layer's backward pass"] = max(at_loss, backward)
+        parts[f"the larger of {name} ({quantity(at_loss, 'B')}) and one layer's backward pass"] = max(at_loss, backward)
         return parts
 
-    def total(self, checkpointing: bool, *, keeps: bool = False, head_waits: bool = False) -> int | None:
-        """All `parts`; None where activations cannot be counted."""
-        return None if self.activations is None else sum(self.parts(checkpointing, keeps=keeps, head_waits=head_waits).values())
+    def total(self, checkpointing: bool, *, offload_attention: bool = False, offload_head: bool = False) -> int | None:
+        """Sum of `parts`; None where activations cannot be counted."""
+        if self.activations is None:
+            return None
+        return sum(self.parts(checkpointing, offload_attention=offload_attention, offload_head=offload_head).values())
 
-    def host_parts(self, *, keeps: bool = False, head_waits: bool = False) -> dict[str, int]:
-        """The bytes of host memory that are filled with checkpointing, by what they are for."""
+    def pinned_parts(self, *, offload_attention: bool = False, offload_head: bool = False) -> dict[str, int]:
+        """The bytes of pinned memory that a step with checkpointing fills, by purpose."""
         parts = {
             "inputs of the layers": self.host_inputs,
-            "attention's results": self.host_results if keeps else 0,
+            "attention's results": self.host_results if offload_attention else 0,
             "embeddings": self.offloaded,
-            "output layer": self.head if head_waits else 0,
+            "output layer": self.head if offload_head else 0,
         }
         return {name: size for name, size in parts.items() if size}
 
-    def host(self, *, keeps: bool = False, head_waits: bool = False) -> int:
-        """All `host_parts`."""
-        return sum(self.host_parts(keeps=keeps, head_waits=head_waits).values())
+    def pinned(self, *, offload_attention: bool = False, offload_head: bool = False) -> int:
+        """Sum of `pinned_parts`."""
+        return sum(self.pinned_parts(offload_attention=offload_attention, offload_head=offload_head).values())
 
-    def keeps_within(self, room: int, host: int, *, head_waits: bool = False) -> bool:
-        """Whether there are `results`, and room for them on the GPU and in host memory."""
-        total = self.total(True, keeps=True, head_waits=head_waits)
-        return self.results > 0 and total is not None and total <= room and self.host(keeps=True, head_waits=head_waits) <= host
+    def attention_fits(self, available: int, pinnable: int, *, offload_head: bool = False) -> bool:
+        """Whether there are `results`, and memory for them on the GPU and in the host's memory that may be pinned."""
+        total = self.total(True, offload_attention=True, offload_head=offload_head)
+        pinned = self.pinned(offload_attention=True, offload_head=offload_head)
+        return self.results > 0 and total is not None and total <= available and pinned <= pinnable
 
-    def scaled(self, factor: float, logits: int) -> Training:
+    def scaled(self, factor: float, logits: int) -> TrainingMemory:
         """The same step with `factor` times as many tokens at once, and so many bytes of logits."""
 
-        def times(size: int | None) -> int | None:
-            return None if size is None else round(size * factor)
+        def times(size: int) -> int:
+            return round(size * factor)
 
         return replace(
             self,
-            activations=times(self.activations),
-            checkpointed=times(self.checkpointed),
+            activations=None if self.activations is None else times(self.activations),
+            checkpointed=None if self.checkpointed is None else times(self.checkpointed),
             results=times(self.results),
             host_inputs=times(self.host_inputs),
             host_results=times(self.host_results),
@@ -186,11 +199,11 @@ def adapter_parameters(model: MetaModel, rank: int, targets: str | list[str] = "
     return sum(rank * (rows + columns) + (rows if method == "dora" else 0) for rows, columns in shapes)
 
 
-def layer_terms(kept: Mapping[str, int], norms: int, linears: Mapping[str, tuple[int, int]], tokens: int, fused: bool) -> dict[str, int]:
-    """What one layer keeps from its forward to its backward pass, in bytes, by what it is for.
+def layer_terms(saved: Mapping[str, int], norms: int, linears: Mapping[str, tuple[int, int]], tokens: int, fused: bool) -> dict[str, int]:
+    """Bytes that one layer saves from its forward to its backward pass, by purpose.
 
     Args:
-        kept: what autograd keeps of transformers' own modules without adapters: of the "norms", the "attention" (rotation included), the
+        saved: bytes that autograd saves for transformers' own modules without adapters: of the "norms", the "attention" (rotation included), the
             "feed-forward" part, and the "rest".
         norms: bytes that the norms' inputs take.
         linears: (rows, columns) of the layers that get an adapter, by the last part of their names.
@@ -199,10 +212,10 @@ def layer_terms(kept: Mapping[str, int], norms: int, linears: Mapping[str, tuple
     """
     inputs = {name: 2 * tokens * columns for name, (_, columns) in linears.items()}
     if not fused:
-        return {**kept, "adapter inputs": sum(inputs.values())}
-    terms = {**kept, "norms": norms}  # a norm keeps its input alone
-    if "attention" in kept:
-        inputs.pop("o_proj", None)  # is the attention's result
+        return {**saved, "adapter inputs": sum(inputs.values())}
+    terms = {**saved, "norms": norms}  # a norm saves its input alone
+    if "attention" in saved:
+        inputs.pop("o_proj", None)  # is the attention output
     for shared in (("k_proj", "v_proj"), ("up_proj",)):  # have the input of q_proj and of gate_proj
         if all(name in inputs for name in shared) and ("q_proj" if "k_proj" in shared else "gate_proj") in inputs:
             for name in shared:
@@ -213,15 +226,15 @@ def layer_terms(kept: Mapping[str, int], norms: int, linears: Mapping[str, tuple
     return {**terms, "adapter inputs": sum(inputs.values())}
 
 
-def logits_bytes(shape: Shape, targets: int, pieces: bool = True) -> int:
-    """What the loss of so many target tokens takes at its peak.
+def logits_bytes(shape: Shape, targets: int, chunked: bool = True) -> int:
+    """Bytes that the loss of so many target tokens takes at its peak.
 
     Args:
-        pieces: some of the logits at a time (`olpack.train.ops.loss`), with the hidden states and those they were taken from, else all at once.
+        chunked: some of the logits at a time (`olpack.train.ops.loss`), with the hidden states and those they were taken from, else all at once.
     """
-    if not pieces:
+    if not chunked:
         return targets * shape.vocabulary * _LOGIT
-    return min(targets, tokens_at_once(targets, shape.vocabulary)) * shape.vocabulary * _PIECE_LOGIT + targets * shape.hidden * (2 + 2)
+    return min(targets, tokens_at_once(targets, shape.vocabulary)) * shape.vocabulary * _CHUNK_LOGIT + targets * shape.hidden * (2 + 2)
 
 
 def estimate_training(
@@ -236,26 +249,26 @@ def estimate_training(
     whole: int = 0,
     shards: int = 1,
     fused: bool = True,
-    pieces: bool | None = None,
-) -> Training:
+    chunked: bool | None = None,
+) -> TrainingMemory:
     """The peak of one step on a GPU as olpack trains: float32 adapter, bfloat16 computation, 8-bit AdamW.
 
     Args:
-        precision: the frozen base is held in, as `frozen_bytes` takes it.
-        weights: bytes of a base that comes quantized and is held as it is; None: `frozen_bytes` says.
+        precision: of the frozen base weights, as `frozen_bytes` takes it.
+        weights: bytes of a base that comes quantized; None: `frozen_bytes` computes them.
         rank, method: of the adapter.
         whole: weights of modules that are trained as a whole.
         tokens: that go through the model at once; all of them are taken to be target tokens.
         targets: the recipe's `target_modules`.
-        shards: GPUs over which the frozen layers are spread (two layers at a time are there whole); 1 where each holds all of them.
+        shards: GPUs over which the frozen layers are sharded (two layers at a time are there whole); 1 where each has all of them.
         fused: with olpack's own functions; False for plain transformers and peft, as with dropout on the adapter's input.
-        pieces: the loss makes some logits at a time, and embeddings wait in host memory; not so where the head is trained. None: if `fused`.
+        chunked: the loss makes some logits at a time, and embeddings are in pinned memory; not so where the head is trained. None: if `fused`.
     """
     adapter = adapter_parameters(model, rank, targets, method) + whole
-    pieces = fused if pieces is None else pieces
-    found = None
+    chunked = fused if chunked is None else chunked
+    counted = None
     with contextlib.suppress(OlpackError):
-        found = activations(model, tokens, targets, fused)
+        counted = activations(model, tokens, targets, fused)
     largest = 2 * max((rows * columns for rows, columns in adapter_shapes(model).values()), default=0)
     dequantized = largest if weights is not None or precision != "bfloat16" else 0
     weights = sum(frozen_bytes(model, precision)) if weights is None else weights
@@ -265,31 +278,31 @@ def estimate_training(
         weights = round(whole + layers / shards + 2 * layers / model.shape.layers)
 
     def of_layers(size: int, layers: int) -> int:
-        """Of what all layers keep, what so many do."""
+        """Of the bytes that all layers save, those of so many layers."""
         return size * min(layers, model.shape.layers) // model.shape.layers if fused else size
 
-    return Training(
+    return TrainingMemory(
         weights=weights,
         adapter=adapter * _ADAPTER,
         gradients=adapter * _GRADIENT,
         optimizer=round(adapter * _MOMENTS_8BIT),
-        activations=sum(sum(layer.values()) for layer in found.layers) + found.outside if found else None,
-        checkpointed=(of_layers(found.inputs, _LAYERS_KEPT) if found.waits else found.inputs) + found.outside if found else None,
-        results=of_layers(found.kept, 1) if found else 0,  # of the next layer: those of the one in use are among its activations
-        host_inputs=found.inputs if found and found.waits else 0,
-        host_results=found.kept if found else 0,
-        offloaded=2 * model.parameters.embedding if pieces and model.parameters.head else 0,
-        head=2 * _waiting_head(model, targets) if pieces else 0,
-        working=found.working if found else 0,
+        activations=sum(sum(layer.values()) for layer in counted.layers) + counted.outside if counted else None,
+        checkpointed=(of_layers(counted.inputs, _LAYERS_ON_GPU) if counted.offloadable else counted.inputs) + counted.outside if counted else None,
+        results=of_layers(counted.attention, 1) if counted else 0,  # of the next layer: those of the one in use are among its activations
+        host_inputs=counted.inputs if counted and counted.offloadable else 0,
+        host_results=counted.attention if counted else 0,
+        offloaded=2 * model.parameters.embedding if chunked and model.parameters.head else 0,
+        head=2 * _offloadable_head(model, targets) if chunked else 0,
+        working=counted.working if counted else 0,
         dequantized=dequantized,
-        layer=max(found.layers, key=lambda layer: sum(layer.values()), default={}) if found else {},
-        logits=logits_bytes(model.shape, tokens, pieces),
+        layer=max(counted.layers, key=lambda layer: sum(layer.values()), default={}) if counted else {},
+        logits=logits_bytes(model.shape, tokens, chunked),
     )
 
 
-def _waiting_head(model: MetaModel, targets: str | list[str]) -> int:
-    """Weights of an output layer that may wait in host memory: a plain one. Where it is the embedding as well, that must be plain to be looked
-    up there."""
+def _offloadable_head(model: MetaModel, targets: str | list[str]) -> int:
+    """Weights of an output layer that can be offloaded: a plain one. Where it is the embedding as well, that must be plain, so that its rows can
+    be looked up in pinned memory."""
     import torch
 
     parameters, head = model.parameters, model.module.get_output_embeddings()
@@ -301,43 +314,43 @@ def _waiting_head(model: MetaModel, targets: str | list[str]) -> int:
 
 
 class _Ledger:
-    """Who keeps what of a forward pass for the backward pass, by layer (-1: none of them).
+    """Bytes that a forward pass saves for the backward pass, by layer (-1: outside all layers).
 
     Attributes:
-        kept: bytes, by what they are for.
+        saved: bytes, by purpose.
         norms: bytes that the norms' inputs take.
     """
 
-    def __init__(self, decoder, layers: list):
-        self.kept: dict[int, Counter[str]] = defaultdict(Counter)
+    def __init__(self, decoder: nn.Module, layers: Sequence[nn.Module]):
+        self.saved: dict[int, Counter[str]] = defaultdict(Counter)
         self.norms: Counter[int] = Counter()
         self._seen: set[int] = {parameter.untyped_storage()._cdata for parameter in decoder.parameters()}
-        self._alive: list = []  # a storage that is freed could give its address to another
+        self._alive: list[torch.Tensor] = []  # a storage that is freed could give its address to another
         self._layer = -1
         self._inside: list[str] = []
-        self._handles = []
+        self._handles: list[RemovableHandle] = []
         for index, layer in enumerate(layers):
-            self._on(layer, before=lambda index=index: setattr(self, "_layer", index), after=lambda: setattr(self, "_layer", -1))
+            self._on(layer, before=partial(setattr, self, "_layer", index), after=partial(setattr, self, "_layer", -1))
         for module in decoder.modules():
             if "Norm" in type(module).__name__:
                 self._handles.append(module.register_forward_pre_hook(self._count_norm))
             if kind := next((kind for part, kind in _PARTS.items() if part in type(module).__name__), None):
-                self._on(module, before=lambda kind=kind: self._inside.append(kind), after=self._inside.pop)
+                self._on(module, before=partial(self._inside.append, kind), after=self._inside.pop)
 
-    def _on(self, module, before: Callable[[], object], after: Callable[[], object]) -> None:
+    def _on(self, module: nn.Module, before: Callable[[], object], after: Callable[[], object]) -> None:
         self._handles.append(module.register_forward_pre_hook(lambda *_: (before(), None)[1], with_kwargs=True))
         self._handles.append(module.register_forward_hook(lambda *_: (after(), None)[1], with_kwargs=True))
 
-    def _count_norm(self, module, arguments) -> None:
+    def _count_norm(self, module: nn.Module, arguments: tuple) -> None:
         self.norms[self._layer] += 2 * arguments[0].numel()
 
-    def keep(self, tensor):
-        """What autograd calls for each tensor that it keeps."""
+    def save(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Autograd calls this for each tensor that it saves."""
         storage = tensor.untyped_storage()
         if storage._cdata not in self._seen:
             self._seen.add(storage._cdata)
             self._alive.append(tensor)
-            self.kept[self._layer][self._inside[-1] if self._inside else "rest"] += storage.nbytes()
+            self.saved[self._layer][self._inside[-1] if self._inside else "rest"] += storage.nbytes()
         return tensor
 
     def close(self) -> None:
@@ -346,7 +359,7 @@ class _Ledger:
 
 
 def activations(model: MetaModel, tokens: int, targets: str | list[str] = "all-linear", fused: bool = True) -> Activations:
-    """What a forward pass over one row of `tokens` tokens keeps for the backward pass, the adapters' inputs included, the logits not.
+    """Bytes that a forward pass over one row of `tokens` tokens saves for the backward pass, the adapters' inputs included, the logits not.
 
     Args:
         targets, fused: as `estimate_training` takes them.
@@ -367,12 +380,12 @@ def activations(model: MetaModel, tokens: int, targets: str | list[str] = "all-l
     try:
         decoder.config._attn_implementation = "olpack-counted"
         decoder.requires_grad_(False)
-        with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(ledger.keep, lambda tensor: tensor):
-            inputs = torch.empty(1, tokens, model.shape.hidden, dtype=torch.bfloat16, requires_grad=True)
-            decoder(inputs_embeds=inputs, position_ids=torch.arange(tokens)[None], use_cache=False)
+        with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(ledger.save, lambda tensor: tensor):
+            embedded = torch.empty(1, tokens, model.shape.hidden, dtype=torch.bfloat16, requires_grad=True)
+            decoder(inputs_embeds=embedded, position_ids=torch.arange(tokens)[None], use_cache=False)
     except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError) as error:
         raise OlpackError(
-            f"What {model.label} keeps for the backward pass cannot be counted without data: {str(error).splitlines()[0]}",
+            f"The activations of {model.label} cannot be counted without data: {str(error).splitlines()[0]}",
             "Measure a step on the GPU.",
         ) from error
     finally:
@@ -385,27 +398,29 @@ def activations(model: MetaModel, tokens: int, targets: str | list[str] = "all-l
     linears: dict[int, dict[str, tuple[int, int]]] = defaultdict(dict)
     for name, shape in adapted.items():
         linears[owners.get(name, -1)][name.rsplit(".", 1)[-1]] = shape
-    outside, *within = (layer_terms(ledger.kept[index], ledger.norms[index], linears[index], tokens, fused) for index in range(-1, len(layers)))
-    inputs, kept = len(layers) * 2 * tokens * model.shape.hidden, 0
-    waits = not getattr(decoder.config, "num_kv_shared_layers", 0)
+    outside, *within = (layer_terms(ledger.saved[index], ledger.norms[index], linears[index], tokens, fused) for index in range(-1, len(layers)))
+    inputs, attention = len(layers) * 2 * tokens * model.shape.hidden, 0
+    offloadable = not getattr(decoder.config, "num_kv_shared_layers", 0)
     if fused:  # the product of the MLP, and the gradients before and behind it, at 16 bits
         working = tokens * 2 * (widest + 2 * model.shape.hidden)
-        # Attention's result with a number a head in float32, and what the layer behind it makes of it.
+        # The attention output with a number a head in float32, and the product of the layer after it.
         sums = 4 * model.shape.heads
-        if waits:
-            kept = sum(tokens * (2 * sum(found["o_proj"]) + sums) for index, found in linears.items() if index >= 0 and "o_proj" in found)
+        if offloadable:
+            attention = sum(tokens * (2 * sum(of["o_proj"]) + sums) for index, of in linears.items() if index >= 0 and "o_proj" in of)
     else:  # gradients of the widest activation on their way back, and the float32 copy that an adapter's input goes through
         working = tokens * widest * (2 + 2 + 4)
-    return Activations(tuple(within), inputs, waits, kept, sum(outside.values()), working)
+    return Activations(tuple(within), inputs, offloadable, attention, sum(outside.values()), working)
 
 
-def _names(model: MetaModel, layer) -> list[str]:
+def _names(model: MetaModel, layer: nn.Module) -> list[str]:
     inside = {id(module) for module in layer.modules()}
     return [name for name, module in model.module.named_modules() if id(module) in inside]
 
 
-def _fused_attention(module, query, key, value, attention_mask, **options):
-    """In place of attention: the shape of its result, and what a fused kernel keeps of it.
+def _fused_attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, **options: object
+) -> tuple[torch.Tensor, None]:
+    """In place of attention: the shape of its output, and the tensors that a fused kernel saves.
 
     Args:
         query, key, value: [rows, heads, tokens, width]; keys and values may have fewer heads.

@@ -12,6 +12,8 @@ from olpack.errors import OlpackError
 from olpack.workspace import write_atomically
 
 if TYPE_CHECKING:
+    from accelerate.tracking import TensorBoardTracker, WandBTracker
+
     from olpack.recipe import Train
     from olpack.train.checkpoint import State
 
@@ -37,8 +39,8 @@ class Metrics:
     Args:
         folder: of the checkpoint; `metrics.jsonl` grows there line by line, and the adapter gets a copy at the end.
         settings: the recipe's `train` section, with `trackers`.
-        state: of the run that begins or goes on.
-        name: what the run is called there. TensorBoard's files lie in `tensorboard/NAME` beside the checkpoint.
+        state: of the run that begins or resumes.
+        name: of the run in the trackers. TensorBoard's files are in `tensorboard/NAME` beside the checkpoint.
         writes: False in a process whose records another writes.
 
     Raises:
@@ -47,7 +49,8 @@ class Metrics:
 
     def __init__(self, folder: Path, settings: Train, state: State, *, name: str, writes: bool = True):
         self.file, self.writes = folder / "metrics.jsonl", writes
-        self._trackers, self._warned = [], False
+        self._trackers: list[TensorBoardTracker | WandBTracker] = []
+        self._warned = False
         if writes:
             write_atomically(self.file, "".join(json.dumps(record) + "\n" for record in state.metrics))
             self._trackers = _start(settings, folder.parent / "tensorboard", state, name)
@@ -69,12 +72,12 @@ class Metrics:
             tracker.log({name: value for name, value in record.items() if name != "step"}, step=state.step)
 
     def close(self) -> None:
-        """Let the trackers send what they still hold."""
+        """Let the trackers send their last records."""
         for tracker in self._trackers:
             tracker.finish()
 
 
-def _start(settings: Train, folder: Path, state: State, name: str) -> list:
+def _start(settings: Train, folder: Path, state: State, name: str) -> list[TensorBoardTracker | WandBTracker]:
     if not settings.trackers:
         return []
     from accelerate import PartialState
@@ -91,9 +94,9 @@ def _start(settings: Train, folder: Path, state: State, name: str) -> list:
             tracker.start()
             if not state.metrics:
                 tracker.store_init_configuration(_flat(settings))
-        except Exception as error:  # no login, no network: whatever a service's own client says
+        except Exception as error:  # no login, no network: whatever a service's own client raises
             raise OlpackError(
-                f"{asked} does not start: {str(error).strip().splitlines()[0]}", "Mend that, or take it out of `train.trackers`."
+                f"{asked} does not start: {str(error).strip().splitlines()[0]}", "Fix that, or take it out of `train.trackers`."
             ) from error
         started.append(tracker)
     return started

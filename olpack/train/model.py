@@ -1,39 +1,57 @@
-"""The frozen base with an adapter on it."""
+"""The frozen base with an adapter."""
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from logging import ERROR, getLogger
 
 import torch
+from peft import PeftModel, get_peft_model
+from transformers import PreTrainedModel
 
 from olpack.errors import OlpackError
 from olpack.model.base import Base
-from olpack.model.frozen_weights import Held
+from olpack.model.frozen_weights import BaseQuantization
 from olpack.model.packed import quantization_of
 from olpack.recipe import Train
+from olpack.train.adapter import Start, adapter_config, begin
 from olpack.train.device import compute_dtype
 
 
-def load_with_adapter(base: Base, settings: Train, device: torch.device, *, sharded: bool = False):
+@dataclass
+class AdaptedModel:
+    """A frozen base with a fresh adapter.
+
+    Attributes:
+        model: in training mode; the trained parameters are float32.
+        start: the adapter's first values.
+        quantization: how the base weights are quantized; None where they are not, or where the base comes quantized.
+    """
+
+    model: PeftModel
+    start: Start
+    quantization: BaseQuantization | None
+
+
+def load_with_adapter(base: Base, settings: Train, device: torch.device, *, sharded: bool = False) -> AdaptedModel:
     """Load the base, frozen, and put a fresh adapter on it (the model still answers as the base does).
 
     Args:
-        sharded: its layers will be spread over several GPUs, for which 4-bit weights are stored as float32. FSDP2 of older versions of torch takes
+        base: the model.
+        settings: the recipe's `train` section.
+        device: where it goes.
+        sharded: its layers will be sharded over several GPUs, for which 4-bit weights are stored as float32. FSDP2 of older versions of torch takes
             no integers, and 16-bit numbers are copied on a GPU in a way that makes all NaNs the same one: codes that look like one are lost.
 
-    Returns:
-        a peft.PeftModel in training mode; what is trained is float32. Its `olpack_start` is what the adapter began with, its `olpack_held` how
-        the base is held (`olpack.model.frozen_weights.Held`), None where it is not quantized here.
+    Raises:
+        OlpackError: the base does not load, or does not fit into the GPU's memory.
     """
-    from peft import get_peft_model
     from transformers.utils import logging
-
-    from olpack.train.adapter import adapter_config, begin
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    getLogger("bitsandbytes.autograd._functions").setLevel(ERROR)  # int8 says at each layer that it casts its input
+    getLogger("bitsandbytes.autograd._functions").setLevel(ERROR)  # int8 warns at each layer that it casts its input
     adapter = adapter_config(base, settings)
     try:
         model = _load(base, settings, device, sharded=sharded)
@@ -43,21 +61,23 @@ def load_with_adapter(base: Base, settings: Train, device: torch.device, *, shar
         raise OlpackError(f"{base.label} does not load: {str(error).strip().splitlines()[0]}", "`olpack plan` checks the base.") from error
     model.config.use_cache = False
     model.requires_grad_(False)
-    held = _held(model, base, settings, device)
+    quantization = _quantization(model, base, settings, device)
     torch.manual_seed(settings.seed)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")  # the embedding is saved once, and the export knows that it is shared
-        model = get_peft_model(model, adapter)
-    for parameter in model.parameters():
+        adapted = get_peft_model(model, adapter)
+    assert isinstance(adapted, PeftModel)  # a mixed model only where it is asked for
+    for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    model.olpack_start, model.olpack_held = begin(model, base, settings, compute_dtype(device)), held
-    model.peft_config["default"].base_model_name_or_path = base.label
-    return model.train()
+    start = begin(adapted, base, settings, compute_dtype(device))
+    adapted.peft_config["default"].base_model_name_or_path = base.label
+    adapted.train()
+    return AdaptedModel(adapted, start, quantization)
 
 
-def _load(base: Base, settings: Train, device: torch.device, *, sharded: bool):
-    """The base as `train.quantization` or its own config.json has it."""
+def _load(base: Base, settings: Train, device: torch.device, *, sharded: bool) -> PreTrainedModel:
+    """The base, quantized as `train.quantization` or its own config.json has it."""
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -65,7 +85,8 @@ def _load(base: Base, settings: Train, device: torch.device, *, sharded: bool):
     from olpack.train.frozen import FrozenConfig, use_packed
 
     check_kernel()
-    dtype, kind, quantization = compute_dtype(device), settings.quantization, None
+    dtype, kind = compute_dtype(device), settings.quantization
+    quantization: BitsAndBytesConfig | FrozenConfig | None = None
     config = AutoConfig.from_pretrained(base.path, local_files_only=True)
     if base.leftover_quantization:
         del config.quantization_config
@@ -98,7 +119,7 @@ def _load(base: Base, settings: Train, device: torch.device, *, sharded: bool):
     return model
 
 
-def _held(model, base: Base, settings: Train, device: torch.device) -> Held | None:
+def _quantization(model: PreTrainedModel, base: Base, settings: Train, device: torch.device) -> BaseQuantization | None:
     if settings.quantization == "none" or quantization_of(base.config):
         return None
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
@@ -108,4 +129,4 @@ def _held(model, base: Base, settings: Train, device: torch.device) -> Held | No
     text = {id(module) for module in model.get_decoder().modules()}
     modules = [name for name, module in model.named_modules() if id(module) in text and isinstance(module, (Linear4bit, Linear8bitLt, HqqLinear))]
     dtype = str(compute_dtype(device)).removeprefix("torch.")
-    return Held(settings.quantization, settings.double_quantization, dtype, settings.initialization, modules)
+    return BaseQuantization(settings.quantization, settings.double_quantization, dtype, settings.initialization, modules)

@@ -1,15 +1,21 @@
-"""The processes that train together, one for each GPU: who takes which rows, and how their gradients come together.
+"""The processes that train together, one for each GPU: the partition of the rows among them, and the sum of their gradients.
 
-Each holds the whole adapter and its optimizer. An optimizer step sums the adapter's gradients over all of them, once, so that every process
+Each has the whole adapter and its optimizer. An optimizer step sums the adapter's gradients over all of them, once, so that every process
 makes the same step, and the loss curve is that of a single process up to rounding. Micro-batches may differ in number and size: nothing is
-exchanged between them. Where the frozen base is too large for one GPU its layers are spread over all (FSDP2) and gathered one at a time.
+exchanged between them. Where the frozen base is too large for one GPU its layers are sharded over all (FSDP2) and gathered one at a time.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from olpack.data import TokenRow
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from peft import PeftModel
 
 
 class Ranks:
@@ -20,10 +26,10 @@ class Ranks:
 
     Attributes:
         rank, count: this process among how many.
-        sharded: the base's layers are spread, so that every process must run the same number of passes.
+        sharded: the base's layers are sharded, so that every process must run the same number of passes.
     """
 
-    def __init__(self, accelerator=None):
+    def __init__(self, accelerator: Accelerator | None = None):
         self._accelerator = accelerator if accelerator is not None and accelerator.num_processes > 1 else None
         self.rank = self._accelerator.process_index if self._accelerator else 0
         self.count = self._accelerator.num_processes if self._accelerator else 1
@@ -36,7 +42,7 @@ class Ranks:
 
     @property
     def device(self) -> torch.device | None:
-        """Where this process trains; None where that is not decided by a launcher."""
+        """The device of this process; None where no launcher assigns it."""
         return self._accelerator.device if self._accelerator else None
 
     def sum(self, *numbers: float) -> list[float]:
@@ -46,21 +52,21 @@ class Ranks:
         return self._accelerator.reduce(torch.tensor(numbers, dtype=torch.float64, device=self.device), reduction="sum").tolist()
 
     def largest(self, number: int) -> int:
-        """The largest that any process has."""
+        """The largest number of any process."""
         if self._accelerator is None:
             return number
         return int(self._accelerator.reduce(torch.tensor(number, device=self.device), reduction="max"))
 
     def smallest(self, number: int) -> int:
-        """The smallest that any process has."""
+        """The smallest number of any process."""
         return -self.largest(-number)
 
     def any(self, flag: bool) -> bool:
-        """Whether some process says so."""
+        """Whether the flag is set in some process."""
         return flag if self._accelerator is None else self.sum(flag)[0] > 0
 
     def wait(self) -> None:
-        """Go on when all have come here."""
+        """Return when all processes have called this."""
         if self._accelerator:
             self._accelerator.wait_for_everyone()
 
@@ -70,8 +76,8 @@ class Ranks:
             for parameter in parameters:
                 parameter.grad = self._accelerator.reduce(parameter.grad, reduction="sum")
 
-    def begin_alike(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Give all processes the parameters of the first."""
+    def broadcast(self, parameters: list[torch.nn.Parameter]) -> None:
+        """Copy the parameters of the first process to all others."""
         if self._accelerator:
             from accelerate.utils import broadcast
 
@@ -82,39 +88,42 @@ class Ranks:
 ALONE = Ranks()
 
 
-def deal(rows: list[TokenRow], hands: int) -> list[list[TokenRow]]:
-    """Rows for each of the processes, with about as many tokens each: the longest row first, to whom has least.
+def partition(rows: list[TokenRow], count: int) -> list[list[TokenRow]]:
+    """Rows for each of so many processes, with about as many tokens each: the longest row first, each to the process with the fewest tokens.
 
-    Depends on the arguments alone, so that each process knows what the others have.
+    Depends on the arguments alone, so that each process knows the rows of the others.
     """
-    dealt: list[list[TokenRow]] = [[] for _ in range(hands)]
-    tokens = [0] * hands
+    shares: list[list[TokenRow]] = [[] for _ in range(count)]
+    tokens = [0] * count
     for row in sorted(rows, key=lambda row: len(row.ids), reverse=True):
-        hand = tokens.index(min(tokens))
-        dealt[hand].append(row)
-        tokens[hand] += len(row.ids)
-    return dealt
+        least = tokens.index(min(tokens))
+        shares[least].append(row)
+        tokens[least] += len(row.ids)
+    return shares
 
 
-def shard(model) -> None:
-    """Spread the frozen weights of the decoder's layers over all processes.
+def shard(model: PeftModel) -> None:
+    """Shard the frozen weights of the decoder's layers over all processes.
 
-    A layer is gathered before it computes and let go after it. The adapter, embeddings, output layer and norms outside the layers stay whole
+    A layer is gathered before it computes and freed after it. The adapter, embeddings, output layer and norms outside the layers stay whole
     in each process. Weights in 4 bits must be stored as float32 (`bnb_4bit_quant_storage`).
 
     Args:
         model: a peft.PeftModel, the same in each process.
     """
     from torch.distributed.fsdp import fully_shard
+    from transformers import PreTrainedModel
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    decoder = model.get_base_model().get_decoder()
+    base = model.get_base_model()
+    assert isinstance(base, PreTrainedModel)  # `olpack.train.model` loads no other
+    decoder = base.get_decoder()
     layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
     for module in decoder.modules():
         if (state := getattr(getattr(module, "weight", None), "quant_state", None)) is not None:
             module.quant_state = state  # bitsandbytes looks here once the parameter is a shard
-    spread = {parameter for layer in layers for parameter in layer.parameters() if not parameter.requires_grad}
-    whole = {parameter for parameter in model.parameters() if parameter not in spread}
+    sharded = {parameter for layer in layers for parameter in layer.parameters() if not parameter.requires_grad}
+    whole = {parameter for parameter in model.parameters() if parameter not in sharded}
     for layer in layers:
         fully_shard(layer, ignored_params=whole)
     fully_shard(decoder, ignored_params=whole)

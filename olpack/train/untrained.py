@@ -1,4 +1,4 @@
-"""Special tokens that the rows use and the base was never trained on: a chat template on a base model that has seen no chat."""
+"""Special tokens that the rows use and the base never trained: a chat template on a base model that has seen no chat."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def untrained_tokens(
 
     meta = MetaModel(base.config, base.label)
     config = adapter_config(base, settings)
-    changed = {*config.target_modules, *(config.modules_to_save or [])}
+    changed = {*(config.target_modules or []), *(config.modules_to_save or [])}
     places = {id(module): name for name, module in meta.module.named_modules()}
     added = set(tokenizer.added_tokens_decoder)
     judged = {places[id(meta.module.get_input_embeddings())]: added.intersection(chain.from_iterable(row.ids for row in rows))}
@@ -58,20 +58,20 @@ def untrained_tokens(
         judged[places[id(meta.module.get_output_embeddings())]] = targets
     headers = read_tensor_headers(base.path)
     names = BaseNames(headers)
-    found: dict[str, list[str]] = {}
+    untrained: dict[str, list[str]] = {}  # by module
     for module, used in judged.items():
-        (stored,) = revert_weight_conversion(meta.module, {f"{module}.weight": meta.module.get_submodule(module).weight})
+        (stored,) = revert_weight_conversion(meta.module, {f"{module}.weight": meta.module.get_parameter(f"{module}.weight")})
         name = names.get(stored)
         if module in changed or name not in headers or headers[name].dtype not in _UNQUANTIZED:
             continue
-        if untrained := _untrained(name, headers[name], used, added, len(tokenizer)):
-            found[module.rpartition(".")[2]] = tokenizer.convert_ids_to_tokens(untrained)
-    if not found:
+        if tokens := _untrained(name, headers[name], used, added, len(tokenizer)):
+            untrained[module.rpartition(".")[2]] = list(tokenizer.convert_ids_to_tokens(tokens))
+    if not untrained:
         return None
-    asked = [f"`train.modules_to_save: [{', '.join([*settings.modules_to_save, *found])}]`"]
+    asked = [f"`train.modules_to_save: [{', '.join([*settings.modules_to_save, *untrained])}]`"]
     asked += ["`train.method: lora`"] if settings.method == "vera" and meta.shape.tied else []
     asked += ["`package: merged`"] if package == "adapter" else []
-    where = "; ".join(f"{', '.join(tokens)} in {module}" for module, tokens in found.items())
+    where = "; ".join(f"{', '.join(names)} in {module}" for module, names in untrained.items())
     return (
         f"{base.label} never trained all special tokens of the rows. Their vectors are next to zero, or the same as those of other special "
         f"tokens: {where}. An adapter on linear layers leaves them as they are, so the answers may never end. Train them with "

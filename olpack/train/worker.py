@@ -1,7 +1,7 @@
 """One process of a training on several GPUs: `torchrun … -m olpack.train.worker JOB`, started by `launch.py`.
 
-Events go to stdout, one JSON object a line: what `olpack.progress` shows, and at last a "result", an "error", a "crash" or "interrupted".
-Only the first process shows progress and writes; any of them may say why it fails.
+Events go to stdout, one JSON object a line: those of `olpack.progress`, and at last a "result", an "error", a "crash" or "interrupted".
+Only the first process shows progress and writes; any of them may report why it fails.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PROGRESS_EVERY_S = 0.2  # so that a bar moves
 
 
 def main() -> None:
-    """Train, as the job says."""
+    """Train with the arguments of the job file."""
     pipe = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints stays out of the pipe
 

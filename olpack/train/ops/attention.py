@@ -1,4 +1,4 @@
-"""Causal attention over one flat row of many samples, in which no sample sees another.
+"""Causal attention over a packed batch, in which no sample sees another.
 
 Registered with transformers under `NAME`; every model whose attention goes through its interface can use it. The samples' bounds come as
 `cu_seq_lens_q` and `max_length_q`, the arguments that transformers passes down for this.
@@ -19,7 +19,7 @@ NAME = "olpack_packed"
 
 @functools.cache
 def register() -> None:
-    """Make `NAME` known as an attention and a mask (there is none: the bounds say it all)."""
+    """Register `NAME` with transformers as an attention and as a mask (there is none: the bounds suffice)."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
@@ -42,7 +42,7 @@ def packed_attention(
     max_length_q: int | None = None,
     **_,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls in place of its own attention.
+    """Attention as transformers calls it.
 
     Args:
         query: [1, heads, tokens, size]; key and value: [1, key heads, tokens, size].
@@ -56,9 +56,12 @@ def packed_attention(
 
     Raises:
         NotImplementedError: attention sinks.
+        ValueError: the model does not pass the bounds on.
     """
     if s_aux is not None:
         raise NotImplementedError("attention sinks")
+    if cu_seq_lens_q is None or max_length_q is None:
+        raise ValueError("it does not pass the bounds of samples on to its attention")
     query, key, value = (states.transpose(1, 2)[0] for states in (query, key, value))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if softcap is None and has_kernel(query):
@@ -66,7 +69,7 @@ def packed_attention(
     else:
         bounds = cu_seq_lens_q.tolist()
         samples = [(query[start:end], key[start:end], value[start:end]) for start, end in itertools.pairwise(bounds)]
-        mixed = torch.cat([_one(*sample, scaling, sliding_window, softcap) for sample in samples])
+        mixed = torch.cat([_of_one_sample(*sample, scaling, sliding_window, softcap) for sample in samples])
     return mixed[None], None
 
 
@@ -79,7 +82,7 @@ def has_kernel(states: torch.Tensor) -> bool:
 
 @functools.cache
 def _works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether it runs there, forward and back."""
+    """Whether flash attention runs there, forward and back."""
     states, bounds = torch.ones(2, 1, 8, device=device, dtype=dtype, requires_grad=True), torch.tensor([0, 2], dtype=torch.int32, device=device)
     try:
         with torch.enable_grad():
@@ -90,8 +93,8 @@ def _works(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 class _Flash(torch.autograd.Function):
-    """Variable-length flash attention, whose result is not computed again with checkpointing. `torch.nn.attention.varlen` has the same, without
-    a way to give it the result."""
+    """Variable-length flash attention, whose output is not computed again with checkpointing. `torch.nn.attention.varlen` has the same, without
+    a way to pass it a saved output."""
 
     @staticmethod
     def forward(ctx, query, key, value, bounds, longest, scaling, left):
@@ -107,18 +110,24 @@ class _Flash(torch.autograd.Function):
         return *torch.ops.aten._flash_attention_backward(gradient, *ctx.saved_tensors, *ctx.bounds, unused, unused, **ctx.window), *[None] * 4
 
 
-def _one(query, key, value, scaling: float, window: int | None, softcap: float | None) -> torch.Tensor:
-    """Attention within one sample: [tokens, heads, size] each, and so is the result."""
+def _of_one_sample(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, window: int | None, softcap: float | None
+) -> torch.Tensor:
+    """Attention within one sample; arguments and output are [tokens, heads, size]."""
     tokens, repeat = len(query), query.shape[1] // key.shape[1]
     query, key, value = (states.transpose(0, 1) for states in (query, key, value))
     key, value = (states.repeat_interleave(repeat, 0) if repeat > 1 else states for states in (key, value))
-    seen = None
-    if softcap is not None or (window is not None and window < tokens):
-        place = torch.arange(tokens, device=query.device)
-        back = place[:, None] - place
-        seen = (back >= 0) & (back < (window or tokens))
     if softcap is None:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=seen, is_causal=seen is None, scale=scaling).transpose(0, 1)
+        mask = _visible(tokens, window, query.device) if window is not None and window < tokens else None
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling).transpose(0, 1)
     scores = torch.tanh(query @ key.transpose(1, 2) * (scaling / softcap)) * softcap
-    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1, dtype=torch.float32).to(value.dtype)
+    scores = scores.masked_fill(~_visible(tokens, window, query.device), float("-inf"))
+    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
     return (weights @ value).transpose(0, 1)
+
+
+def _visible(tokens: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """Whether a token (row) sees another (column): bool [tokens, tokens]."""
+    place = torch.arange(tokens, device=device)
+    back = place[:, None] - place
+    return (back >= 0) & (back < (window or tokens))

@@ -1,5 +1,5 @@
 """The functions of `olpack.train.ops.pointwise` as Triton kernels, for a GPU: `norm`, `rotate` and `loss` under the same names, with the same
-arguments and the same results up to rounding, and what `Gate` and a weight in 4 bits come to.
+arguments and the same results up to rounding, and those of `Gate` and of a weight in 4 bits.
 
 Each makes one pass over the memory that it must read and write. What that gains is in benchmarks/train_kernels.md. Counts of tokens are not
 specialized, so that a kernel is compiled once, and not once for those that 16 divides and once for the others.
@@ -18,11 +18,11 @@ from olpack.train.ops.low_rank import MlpLowRank
 MOST_RANK = 64  # of an adapter whose products a kernel makes beside the gate; of a larger one the sums do not fit into registers
 _FUSED = {"enable_fp_fusion": True}  # products and sums rounded once; Triton warns that its default will change
 _ROW = 4096  # elements of a program in kernels that go row by row
-# Logits that a program reads at once; and what, negative, is less than any logit, and its difference to itself a number.
+# Logits that a program reads at once; and a number that, negative, is less than any logit, and whose difference to itself is a number.
 _LOSS = {"SIZE": 4096, "FEW": 1e30, "num_warps": 8, **_FUSED}
 _NUMBERS = 2048  # of a 4-bit weight in a program
 _PROGRAMS, _GRADIENTS_PROGRAMS = 4096, 1024  # into which the work of a large GPU is best cut
-_refused: set[int] = set()  # ranks, padded, that a GPU has no room for
+_refused: set[int] = set()  # padded ranks whose tiles do not fit into the GPU's shared memory
 _FLAT = 1024  # elements of a program in kernels that take them as they come
 
 
@@ -198,9 +198,9 @@ def _adapted_product_kernel(
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     mine = (token < tokens)[:, None]
     part = tl.arange(0, RANK)
-    learned = (part < rank)[None, :]
-    of_gate = tl.load(h + token[:, None] * (2 * rank) + part[None, :], mask=mine & learned, other=0.0)
-    of_up = tl.load(h + token[:, None] * (2 * rank) + rank + part[None, :], mask=mine & learned, other=0.0)
+    in_rank = (part < rank)[None, :]
+    of_gate = tl.load(h + token[:, None] * (2 * rank) + part[None, :], mask=mine & in_rank, other=0.0)
+    of_up = tl.load(h + token[:, None] * (2 * rank) + rank + part[None, :], mask=mine & in_rank, other=0.0)
     found = tl.zeros([TOKENS, RANK], tl.float32)
     begin = tl.program_id(0).to(tl.int64) * TOKENS * columns
     within = tl.arange(0, TOKENS)[:, None] * columns
@@ -218,10 +218,10 @@ def _adapted_product_kernel(
         value, _ = _gate(gate, GELU)
         product = (value * up).to(middle.dtype.element_ty)
         tl.store(middle + begin + place, product, mask=seen)
-        a = tl.load(down_a + part[None, :] * columns + column[:, None], mask=learned & inside[:, None], other=0.0)
+        a = tl.load(down_a + part[None, :] * columns + column[:, None], mask=in_rank & inside[:, None], other=0.0)
         found = tl.dot(product, a, found)
     row = tl.program_id(1).to(tl.int64) * tokens + token[:, None]
-    tl.store(low + row * rank + part[None, :], found, mask=mine & learned)
+    tl.store(low + row * rank + part[None, :], found, mask=mine & in_rank)
 
 
 @triton.jit(do_not_specialize=["tokens", "span"])
@@ -245,7 +245,7 @@ def _adapted_gradients_kernel(
     COLUMNS: tl.constexpr,
 ):
     part = tl.arange(0, RANK)
-    learned = (part < rank)[None, :]
+    in_rank = (part < rank)[None, :]
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (column < columns)[None, :]
     there = (part < rank)[:, None] & inside
@@ -262,9 +262,9 @@ def _adapted_gradients_kernel(
         mine = (token < tokens)[:, None]
         seen = mine & inside
         begin = tl.cast(start, tl.int64) * columns
-        h_gate = tl.load(h + token[:, None] * (2 * rank) + part[None, :], mask=mine & learned, other=0.0)
-        h_up = tl.load(h + token[:, None] * (2 * rank) + rank + part[None, :], mask=mine & learned, other=0.0)
-        d_low = tl.load(dlow + token[:, None] * rank + part[None, :], mask=mine & learned, other=0.0)
+        h_gate = tl.load(h + token[:, None] * (2 * rank) + part[None, :], mask=mine & in_rank, other=0.0)
+        h_up = tl.load(h + token[:, None] * (2 * rank) + rank + part[None, :], mask=mine & in_rank, other=0.0)
+        d_low = tl.load(dlow + token[:, None] * rank + part[None, :], mask=mine & in_rank, other=0.0)
         gate = tl.dot(h_gate, b_gate, tl.load(gated + begin + place, mask=seen, other=0.0).to(tl.float32))
         up = tl.dot(h_up, b_up, tl.load(upped + begin + place, mask=seen, other=0.0).to(tl.float32))
         gradient = tl.dot(d_low, a_down, tl.load(dmiddle + begin + place, mask=seen, other=0.0).to(tl.float32))
@@ -277,7 +277,7 @@ def _adapted_gradients_kernel(
         tl.store(upped + begin + place, dup, mask=seen)
         db_up = tl.dot(tl.trans(dup), h_up, db_up)
     row = (tl.program_id(1).to(tl.int64) * 3 * columns + column[:, None]) * rank + part[None, :]
-    known = (column < columns)[:, None] & learned
+    known = (column < columns)[:, None] & in_rank
     tl.store(sums + row, db_gate, mask=known)
     tl.store(sums + row + columns * rank, db_up, mask=known)
     tl.store(sums + row + 2 * columns * rank, da_down, mask=known)
@@ -327,19 +327,19 @@ def gradients(
 
 
 def _tile(rank: int) -> dict[str, int]:
-    """Of a program. Four warps multiply 64 rows at a time, and more columns would not fit into their registers."""
+    """Sizes of a program. Four warps multiply 64 rows at a time, and more columns would not fit into their registers."""
     padded = _padded(rank)
     return {"RANK": padded, "TOKENS": 64, "COLUMNS": 64 if padded == 16 else 32, "num_warps": 4, "num_stages": 2, **_FUSED}
 
 
 def _gradients_tile(rank: int) -> dict[str, int]:
-    """The same where three sums are held as well: there more columns of few tokens are faster."""
+    """The same for a program that accumulates three sums as well: there more columns of few tokens are faster."""
     few = {"TOKENS": 16, "COLUMNS": 128, "num_stages": 1} if _padded(rank) == 16 else {}
     return {**_tile(rank), **few}
 
 
 def _padded(rank: int) -> int:
-    """As a product of matrices takes it."""
+    """The rank as a product of matrices takes it: a power of two, at least 16."""
     return max(16, triton.next_power_of_2(rank))
 
 
@@ -380,7 +380,7 @@ def _dequantize_kernel(
 
 
 def dequantize_4bit(weight: torch.Tensor, state) -> torch.Tensor:
-    """What bitsandbytes' function of this name gives, digit for digit.
+    """The same as bitsandbytes' function of this name, digit for digit.
 
     Args:
         weight: packed, two numbers in a byte, whatever the dtype that it is stored as.
@@ -406,22 +406,21 @@ def dequantize_4bit(weight: torch.Tensor, state) -> torch.Tensor:
 
 
 def _dequantizing(blocksize: int) -> dict[str, int]:
-    """Of a program. Sums are rounded like bitsandbytes', after each product."""
+    """Sizes of a program. Sums are rounded like bitsandbytes', after each product."""
     return {"SIZE": blocksize, "BLOCKS": max(1, _NUMBERS // blocksize), "num_warps": 4, "enable_fp_fusion": False}
 
 
-def compile_for(dtype: torch.dtype, *, hidden: int, middle: int, head: int, words: int, rank: int) -> Iterator[None]:
-    """Compile what a step of a model of this shape runs, as it will be called; a kernel of another form is compiled when it is met. Stops after
-    each kernel.
+def compile_for(dtype: torch.dtype, *, hidden: int, middle: int, head: int, vocabulary: int, rank: int) -> Iterator[None]:
+    """Compile the kernels that a step of a model of this shape runs, one at each iteration; a kernel of another form is compiled when it is met.
 
     Args:
-        hidden, middle, head, words: sizes of a hidden state, of the MLP's middle, of a head, and of the vocabulary.
+        hidden, middle, head, vocabulary: sizes of a hidden state, of the MLP's middle, of a head, and of the vocabulary.
     """
     wide, count, start = torch.float32, 16, {"grid": (1,)}
     yield _norm_kernel.warmup(dtype, dtype, dtype, wide, count, hidden, 1e-6, 0.0, **_rows_of(hidden), **start)
     yield _norm_backward_kernel.warmup(dtype, dtype, wide, dtype, dtype, count, hidden, 0.0, **_rows_of(hidden), **start)
     yield _rotate_kernel.warmup(dtype, dtype, dtype, dtype, count, count, head // 2, **_rows_of(head // 2), **start)
-    yield _loss_kernel.warmup(dtype, torch.int64, wide, words, 0.0, CAPPED=False, **_LOSS, **start)
+    yield _loss_kernel.warmup(dtype, torch.int64, wide, vocabulary, 0.0, CAPPED=False, **_LOSS, **start)
     levels = (wide, torch.uint8, wide, wide, wide, dtype, count, hidden * middle)
     yield _dequantize_kernel.warmup(torch.uint8, *levels, NESTED=True, OUTER=256, **_dequantizing(64), **start)
     if rank <= MOST_RANK:
@@ -431,11 +430,11 @@ def compile_for(dtype: torch.dtype, *, hidden: int, middle: int, head: int, word
         yield _adapted_gradients_kernel.warmup(dtype, *pair, *low, dtype, wide, count, middle, rank, count, GELU=False, **of_rank, **start)
 
 
-def run_once(device: torch.device, dtype: torch.dtype, *, hidden: int, middle: int, head: int, words: int, rank: int) -> None:
-    """Run what `compile_for` compiles, over one token, so that what does not work here is known. A rank that there is no room for is noted.
+def run_once(device: torch.device, dtype: torch.dtype, *, hidden: int, middle: int, head: int, vocabulary: int, rank: int) -> None:
+    """Run what `compile_for` compiles, over one token, to see whether it works here. A rank too large for the GPU goes to the plain functions.
 
     Raises:
-        Exception: whatever Triton says.
+        Exception: Triton's, whatever it is.
     """
 
     def ones(*shape: int) -> torch.Tensor:
@@ -444,7 +443,7 @@ def run_once(device: torch.device, dtype: torch.dtype, *, hidden: int, middle: i
     _, scale = norm(ones(1, hidden), ones(hidden), 1e-6, 0.0)
     norm_backward(ones(1, hidden), ones(1, hidden), scale, ones(hidden), 0.0)
     rotate(ones(1, 1, head), ones(1, head), ones(1, head))
-    loss(ones(1, words), torch.zeros(1, dtype=torch.int64, device=device), 0.0)
+    loss(ones(1, vocabulary), torch.zeros(1, dtype=torch.int64, device=device), 0.0)
     low = MlpLowRank(ones(1, 2 * rank), ones(middle, rank), ones(middle, rank), ones(rank, middle))
     if takes(low):
         try:

@@ -2,19 +2,20 @@
 
 peft computes W·x and B·A·x one after the other and leaves the sum, the scaling and the casts to separate passes over memory. Here the large
 product adds to the low-rank one, layers with the same input (query, key and value; gate and up) share the product with their A matrices and
-the gradient of the input, and what can be computed again from the input is not kept:
+the gradient of the input, and what can be computed again from the input is not saved:
 
     h = x·Aᵀ,  y_i = h_i·(s_i·B_i)ᵀ + x·W_iᵀ
     dh_i = dy_i·s_i·B_i,  dx = dh·A + Σ dy_i·W_i,  dA = dhᵀ·x,  dB_i = s_i·dy_iᵀ·h_i
 
-Weights in 4 bits are dequantized for each product, never kept. Adapters stay in float32 and are cast for each product, as autocast does.
+Weights in 4 bits are dequantized for each product, never saved. Adapters stay in float32 and are cast for each product, as autocast does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -23,7 +24,15 @@ from olpack.train.ops.checkpointing import once, output_unneeded
 from olpack.train.ops.low_rank import MlpLowRank
 
 GROUPS = (("q_proj", "k_proj", "v_proj"),)  # of an attention: one input
-KEPT = "o_proj"  # whose product, after attention's result, may be kept (`olpack.train.ops.checkpointing.once`)
+OFFLOADED = "o_proj"  # whose product, after the attention output, may be saved (`olpack.train.ops.checkpointing.once`)
+GATED = ("gate_proj", "up_proj", "down_proj")  # of a gated MLP
+
+
+@runtime_checkable
+class _Packed(Protocol):
+    """A layer that has its weight in fewer bits."""
+
+    def dequantize(self) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -62,29 +71,33 @@ def fuse(model: torch.nn.Module, dtype: torch.dtype) -> list[torch.nn.Module]:
     """
     from peft.tuners.lora import LoraLayer
 
-    found = {module: layer for module in model.modules() if isinstance(module, LoraLayer) and (layer := _layer(module))}
+    plain: dict[torch.nn.Module, Layer] = {}
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and (layer := _plain_layer(module)):
+            plain[module] = layer
     done: set[torch.nn.Module] = set()
     changed: list[torch.nn.Module] = []
     for module in list(model.modules()):
-        if _is_gated_mlp(module, found):
-            _fuse_mlp(module, found, dtype)
+        if (gate := _gate(module, plain)) is not None:
+            parts = [getattr(module, name) for name in GATED]
+            module.forward = _mlp_forward(gate, tuple(plain[part] for part in parts), dtype)
             changed.append(module)
-            done |= {module.gate_proj, module.up_proj, module.down_proj}
+            done |= set(parts)
         for names in GROUPS:
-            if all(getattr(module, name, None) in found for name in names):
+            if all(getattr(module, name, None) in plain for name in names):
                 layers = [getattr(module, name) for name in names]
-                _fuse_group(layers, [found[layer] for layer in layers], dtype)
+                _fuse_group(layers, tuple(plain[layer] for layer in layers), dtype)
                 done |= set(layers)
                 changed += layers
     for name, module in model.named_modules():
-        if module in found and module not in done:
-            _fuse_group([module], [found[module]], dtype, kept=name.rpartition(".")[2] == KEPT)
+        if module in plain and module not in done:
+            _fuse_group([module], (plain[module],), dtype, offloaded=name.rpartition(".")[2] == OFFLOADED)
             changed.append(module)
     return changed
 
 
-def _layer(module) -> Layer | None:
-    """What a peft layer comes to; None for one that is more than W·x + s·B·A·x."""
+def _plain_layer(module) -> Layer | None:
+    """A peft layer that computes W·x + s·B·A·x; None for one that does more."""
     (name,) = module.active_adapters
     if name not in module.lora_A or name in getattr(module, "lora_variant", {}) or module.lora_bias.get(name):
         return None
@@ -97,15 +110,14 @@ def _layer(module) -> Layer | None:
 
 
 def _frozen_weight(base: torch.nn.Module) -> Callable[[torch.dtype], torch.Tensor] | None:
-    """The dense weight of a frozen linear layer as `Layer.weight`; computed at each call where it is held in fewer bits."""
+    """The dense weight of a frozen linear layer as `Layer.weight`; computed at each call where it is quantized."""
     if not isinstance(base, torch.nn.Linear):
         return None
-    if hasattr(base, "dequantize"):
+    if isinstance(base, _Packed):
         return lambda dtype: base.dequantize().to(dtype)
-    if getattr(base.weight, "quant_state", None) is not None:
+    # Taken now, because a weight that is spread over several GPUs no longer has it.
+    if (state := getattr(base.weight, "quant_state", None)) is not None:
         from bitsandbytes.functional import dequantize_4bit
-
-        state = base.weight.quant_state  # which a weight that is spread over several GPUs no longer has
 
         def dense(dtype: torch.dtype) -> torch.Tensor:
             kernels = pointwise.kernels_for(base.weight) if state.dtype == dtype else None
@@ -117,34 +129,34 @@ def _frozen_weight(base: torch.nn.Module) -> Callable[[torch.dtype], torch.Tenso
     return None
 
 
-def _is_gated_mlp(module: torch.nn.Module, found: dict) -> bool:
-    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    return all(part in found and found[part].bias is None for part in parts) and pointwise.gate_of(getattr(module, "act_fn", None)) is not None
+def _gate(module: torch.nn.Module, plain: Mapping[torch.nn.Module, Layer]) -> pointwise.Gate | None:
+    """The gate of a gated MLP of plain layers without bias; None for any other module."""
+    layers = [plain.get(getattr(module, name, module)) for name in GATED]
+    if not all(layer is not None and layer.bias is None for layer in layers):
+        return None
+    return pointwise.gate_of(getattr(module, "act_fn", None))
 
 
-def _fuse_mlp(module: torch.nn.Module, found: dict, dtype: torch.dtype) -> None:
-    gate = pointwise.gate_of(module.act_fn)
-    layers = tuple(found[getattr(module, name)] for name in ("gate_proj", "up_proj", "down_proj"))
-    module.forward = lambda x: _GatedMlp.apply(x.to(dtype), gate, layers, *_adapters(layers))
+def _mlp_forward(gate: pointwise.Gate, layers: tuple[Layer, ...], dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: _GatedMlp.apply(x.to(dtype), gate, layers, *_adapters(layers))
 
 
-def _fuse_group(modules: list, layers: list[Layer], dtype: torch.dtype, *, kept: bool = False) -> None:
-    """The first of the layers that is called with an input computes all of them; the others take what it left for them."""
-    layers = tuple(layers)
+def _fuse_group(modules: Sequence[torch.nn.Module], layers: tuple[Layer, ...], dtype: torch.dtype, *, offloaded: bool = False) -> None:
+    """The first of the layers that is called with an input computes all of them; the others take their products from it."""
     if len(layers) == 1:
-        modules[0].forward = lambda x, *_, **__: _Group.apply(x.to(dtype), layers, kept, *_adapters(layers))[0]
+        modules[0].forward = lambda x, *_, **__: _Group.apply(x.to(dtype), layers, offloaded, *_adapters(layers))[0]
         return
-    waiting: dict[int, torch.Tensor] = {}
+    waiting: dict[int, torch.Tensor] = {}  # products that no layer has taken yet
     of: list[torch.Tensor] = []  # the input that they belong to
 
     def forward(x: torch.Tensor, index: int) -> torch.Tensor:
         if index not in waiting or of[0] is not x:
-            waiting.update(enumerate(_Group.apply(x.to(dtype), layers, kept, *_adapters(layers))))
+            waiting.update(enumerate(_Group.apply(x.to(dtype), layers, offloaded, *_adapters(layers))))
             of[:] = [x]
-        found = waiting.pop(index)
+        product = waiting.pop(index)
         if not waiting:
             of.clear()
-        return found
+        return product
 
     for index, module in enumerate(modules):
         module.forward = lambda x, *_, index=index, **__: forward(x, index)
@@ -186,7 +198,7 @@ def _to_h(dys: list[torch.Tensor], layers: tuple[Layer, ...]) -> torch.Tensor:
 
 
 def _to_x(dys: list[torch.Tensor], dh: torch.Tensor, layers: Sequence[Layer]) -> torch.Tensor:
-    """dx, [tokens, in]; each large product adds to what is there."""
+    """dx, [tokens, in]; each large product adds to the ones before."""
     dx = dh @ torch.cat([layer.a for layer in layers]).to(dh.dtype)
     for dy, layer in zip(dys, layers, strict=True):
         dx.addmm_(dy, layer.weight(dh.dtype))
@@ -197,7 +209,7 @@ class _Group(torch.autograd.Function):
     """Layers with one input: x [..., in] -> one [..., out] for each."""
 
     @staticmethod
-    def forward(ctx, x, layers, kept, *adapters):
+    def forward(ctx, x, layers, offloaded, *adapters):
         flat = x.flatten(0, -2)
         h = _down(flat, layers)
         ctx.save_for_backward(flat, h)
@@ -206,7 +218,7 @@ class _Group(torch.autograd.Function):
         def products() -> tuple[torch.Tensor, ...]:
             return tuple(_up(flat, part, layer) for part, layer in zip(_h_of(h, layers), layers, strict=True))
 
-        return tuple(product.unflatten(0, x.shape[:-1]) for product in (once(products) if kept else products()))
+        return tuple(product.unflatten(0, x.shape[:-1]) for product in (once(products) if offloaded else products()))
 
     @staticmethod
     def backward(ctx, *gradients):
@@ -218,8 +230,8 @@ class _Group(torch.autograd.Function):
 
 
 class _GatedMlp(torch.autograd.Function):
-    """down(f(gate(x)) · up(x)). With kernels, what the adapters of gate and up add is made where the gate is, and never written to memory; the
-    product of the two is made again in the backward pass, and their gradients take their places: the MLP is where a layer needs most memory."""
+    """down(f(gate(x)) · up(x)). With kernels, what the adapters of gate and up add is computed in the gate's kernel, and never written to memory; the
+    product of the two is computed again in the backward pass, and their gradients take their places: the MLP is where a layer needs most memory."""
 
     @staticmethod
     def forward(ctx, x, gate, layers, *adapters):
@@ -253,13 +265,13 @@ class _GatedMlp(torch.autograd.Function):
         adapters, dy = _low_rank(h, ctx.layers), gradient.flatten(0, -2)
         dlow = dy @ down.scaled_b(dy.dtype)
         dmiddle = dy @ down.weight(dy.dtype) if ctx.gate.adds(adapters) else _to_x([dy], dlow, [down])
-        found = ctx.gate.gradients(dmiddle, gated, upped, adapters, dlow)
+        of_adapters = ctx.gate.gradients(dmiddle, gated, upped, adapters, dlow)
         torch.autograd.graph.increment_version((gated, upped))  # so that autograd refuses a second backward pass
-        dx = _to_x([gated, upped], found.h, pair).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        of_a = _gradients_of_a(x, found.h, pair)
-        of_b = [found.gate_b, found.up_b, (dy.T @ low).float()]
+        dx = _to_x([gated, upped], of_adapters.h, pair).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        of_a = _gradients_of_a(x, of_adapters.h, pair)
+        of_b = [of_adapters.gate_b, of_adapters.up_b, (dy.T @ low).float()]
         of_b = [gradient * layer.scaling for gradient, layer in zip(of_b, ctx.layers, strict=True)]
-        return dx, None, None, *chain.from_iterable(zip([*of_a, found.down_a], of_b, strict=True))
+        return dx, None, None, *chain.from_iterable(zip([*of_a, of_adapters.down_a], of_b, strict=True))
 
 
 def _low_rank(h: torch.Tensor, layers: tuple[Layer, ...]) -> MlpLowRank:

@@ -8,7 +8,7 @@ import torch
 
 
 class MlpLowRank(NamedTuple):
-    """What the adapters of a gated MLP add.
+    """The operands of what the adapters of a gated MLP add.
 
     Attributes:
         h: [tokens, 2 · rank], the input times the gate's A and times up's.

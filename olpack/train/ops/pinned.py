@@ -1,4 +1,4 @@
-"""Host memory in which waits what a GPU does not need for a while, locked to its place so that copies run beside the computation.
+"""Pinned memory for activation offloading: host memory that is locked to its place, so that copies to and from a GPU run beside the computation.
 
 torch locks each tensor by itself when it is asked for, page by page, and rounds it up to a power of two: the first step of an 8B model with 16,384
 tokens waited 9 s for its 13 GB. Here they are one piece, of large pages that several threads make, and locked while the model loads: 3.6 s.
@@ -14,29 +14,30 @@ import weakref
 import torch
 
 _ALIGNED = 512  # bytes, as an allocation of CUDA is
-_PORTABLE = 1  # of cudaHostRegister: locked for every GPU
+_PORTABLE = 1  # flag of cudaHostRegister: locked for every GPU
 
 
-class HostMemory:
-    """Is given out and taken back like a stack, as layers go forward and backward.
+class PinnedMemory:
+    """A stack of pinned memory, allocated as layers go forward and released as they go back.
 
     Args:
-        size: bytes. What finds no place gets memory from torch, and so does all where the system locks none.
+        size: bytes. Beyond it torch allocates, and so it does for everything where the system locks no memory.
         device: the GPU.
 
     Attributes:
-        stream: on which the copies from there and back run, one after the other.
-        given: bytes that are in use, from the beginning.
+        stream: runs the copies to and from this memory, one after the other.
+        used: bytes in use, from the beginning.
     """
 
     def __init__(self, size: int, device: torch.device):
-        self.stream, self.given = torch.cuda.Stream(device), 0
-        self._device, self._size, self._memory = device, size, None
+        self.stream, self.used = torch.cuda.Stream(device), 0
+        self._device, self._size = device, size
+        self._memory: torch.Tensor | None = None
         self._locking = threading.Thread(target=self._lock)
         self._locking.start()
 
     def _lock(self) -> None:
-        with contextlib.suppress(Exception):  # too little memory, or none may be locked
+        with contextlib.suppress(Exception):  # too little memory, or the system locks none
             pages = mmap.mmap(-1, self._size)
             with contextlib.suppress(AttributeError, OSError):  # not every system has larger pages
                 pages.madvise(mmap.MADV_HUGEPAGE)
@@ -47,21 +48,21 @@ class HostMemory:
             self._memory = memory
             weakref.finalize(self, _unlock, memory, self._device)
 
-    def take(self, like: torch.Tensor) -> torch.Tensor:
-        """A tensor of the same shape and dtype, with any numbers."""
+    def allocate(self, like: torch.Tensor) -> torch.Tensor:
+        """A tensor of the same shape and dtype, uninitialized."""
         self._locking.join()
-        begin, end = self.given, self.given + like.nbytes
+        begin, end = self.used, self.used + like.nbytes
         if self._memory is None or end > self._size:
-            return _locked_by_torch(like)
-        self.given = -(-end // _ALIGNED) * _ALIGNED
+            return _pinned_by_torch(like)
+        self.used = -(-end // _ALIGNED) * _ALIGNED
         return self._memory[begin:end].view(like.dtype).view(like.shape)
 
-    def give_back(self, given: int) -> None:
-        """What was taken since so many bytes were given. Copies that are on their way may end: those that follow wait for them."""
-        self.given = given
+    def release(self, used: int) -> None:
+        """Free all that was allocated since so many bytes were in use. Copies in flight may end: those that follow wait for them."""
+        self.used = used
 
 
-def _locked_by_torch(like: torch.Tensor) -> torch.Tensor:
+def _pinned_by_torch(like: torch.Tensor) -> torch.Tensor:
     return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
 
 

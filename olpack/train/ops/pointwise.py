@@ -1,7 +1,7 @@
-"""What a layer does beside its large matrix products, each as one pass over memory: norms, rotary embeddings, gates, the loss of the logits.
+"""The work of a layer beside its large matrix products, each as one pass over memory: norms, rotary embeddings, gates, the loss of the logits.
 
-The functions are plain torch, and say what is computed. On a GPU those of `olpack.train.ops.kernels` take their place; where these do not work
-(`use_kernels` says so once), the plain ones run as they stand. Their gradients are written out, because a frozen norm needs none for its
+The functions are plain torch, and define what is computed. On a GPU those of `olpack.train.ops.kernels` take their place; where these do not work
+(`use_kernels` warns once), the plain ones run. Their gradients are written out, because a frozen norm needs none for its
 weight and a gate can give several results at once.
 """
 
@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,10 @@ import torch.nn.functional as F
 from olpack import progress
 from olpack.train.ops.low_rank import Gradients, MlpLowRank
 
-_kernels: ModuleType | None = None  # `olpack.train.ops.kernels`, once it is known to work
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_kernels: ModuleType | None = None  # `olpack.train.ops.kernels`, once they have run
 _compiling: threading.Thread | None = None
 
 
@@ -30,20 +33,24 @@ def kernels_for(x: torch.Tensor) -> ModuleType | None:
     return _kernels if x.is_cuda and x.numel() else None
 
 
-def _kernel(function: Callable) -> Callable:
-    """The function, or for tensors that have one the kernel of the same name."""
+class _WithKernel(Generic[P, R]):
+    """A function whose place a kernel of the same name takes, for tensors on a GPU where the kernels work.
 
-    @functools.wraps(function)
-    def call(x: torch.Tensor, *rest):
+    Attributes:
+        plain: the function itself.
+    """
+
+    def __init__(self, plain: Callable[Concatenate[torch.Tensor, P], R]):
+        self.plain = plain
+
+    def __call__(self, x: torch.Tensor, *args: P.args, **kwargs: P.kwargs) -> R:
         kernels = kernels_for(x)
-        return getattr(kernels, function.__name__)(x, *rest) if kernels else function(x, *rest)
-
-    call.plain = function
-    return call
+        function = getattr(kernels, self.plain.__name__) if kernels else self.plain
+        return function(x, *args, **kwargs)
 
 
 def compile_kernels(device: torch.device, dtype: torch.dtype, config: Mapping[str, Any], rank: int) -> None:
-    """Begin to compile the kernels for a GPU, beside what else a run begins with. They stay on disk: this is for the first run on a machine.
+    """Begin to compile the kernels for a GPU, while the model loads. They stay on disk: this is for the first run on a machine.
 
     Args:
         dtype: that the model computes in.
@@ -53,9 +60,9 @@ def compile_kernels(device: torch.device, dtype: torch.dtype, config: Mapping[st
     global _compiling
     if device.type != "cuda":
         return
-    try:  # here and not in the thread: two that import the same modules find them half made
+    try:  # here and not in the thread: two threads that import the same modules find them half made
         from olpack.train.ops import kernels
-    except ImportError:  # `use_kernels` says so
+    except ImportError:  # `use_kernels` warns of it
         return
     sizes = _sizes({**config, **(config.get("text_config") or {})}, rank)
 
@@ -70,18 +77,19 @@ def compile_kernels(device: torch.device, dtype: torch.dtype, config: Mapping[st
 
 
 def _sizes(config: Mapping[str, Any], rank: int) -> dict[str, int]:
-    """What `olpack.train.ops.kernels.compile_for` takes; a usual size where the config has none, or one for each layer."""
+    """The arguments of `olpack.train.ops.kernels.compile_for`; a usual size where the config has none, or one for each layer."""
 
     def size(name: str, usual: int) -> int:
-        return found if isinstance(found := config.get(name), int) else usual
+        value = config.get(name)
+        return value if isinstance(value, int) else usual
 
     hidden = size("hidden_size", 4096)
     head = size("head_dim", hidden // size("num_attention_heads", 32))
-    return {"hidden": hidden, "middle": size("intermediate_size", 4 * hidden), "head": head, "words": size("vocab_size", 32000), "rank": rank}
+    return {"hidden": hidden, "middle": size("intermediate_size", 4 * hidden), "head": head, "vocabulary": size("vocab_size", 32000), "rank": rank}
 
 
 def use_kernels(device: torch.device, dtype: torch.dtype, config: Mapping[str, Any], rank: int) -> None:
-    """Use the kernels on a GPU, if they work there: each is tried.
+    """Use the kernels on a GPU, if they work there: each runs once.
 
     Args:
         dtype: that the model computes in.
@@ -96,13 +104,13 @@ def use_kernels(device: torch.device, dtype: torch.dtype, config: Mapping[str, A
         from olpack.train.ops import kernels
 
         kernels.run_once(device, dtype, **_sizes(config, rank))
-    except Exception as error:  # no Triton, no C compiler, a GPU that it does not know: whatever it is, the plain functions do
+    except Exception as error:  # no Triton, no C compiler, a GPU that it does not know: whatever it is, the plain functions run
         progress.warn(f"Triton does not work here, so training goes without fused kernels: {(str(error).strip() or repr(error)).splitlines()[0]}")
         return
     _kernels = kernels
 
 
-@_kernel
+@_WithKernel
 def norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(x / rms(x) · (offset + weight), 1 / rms(x)) over the last dimension, computed in float32."""
     wide = x.float()
@@ -110,7 +118,7 @@ def norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> tu
     return (wide * scale * (offset + weight.float())).to(x.dtype), scale
 
 
-@_kernel
+@_WithKernel
 def norm_backward(dy: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, offset: float) -> torch.Tensor:
     """dx = scale · (g - x̂ · mean(g · x̂)) with g = dy · (offset + weight) and x̂ = x · scale."""
     scaled = x.float() * scale
@@ -144,32 +152,32 @@ def fuse_norms(model: torch.nn.Module) -> list[torch.nn.Module]:
     """Replace the forward pass of every RMS norm that computes what `norm` does, which is tried. Returns these norms."""
     changed = []
     for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm") and (found := _norm_settings(module)):
-            module.forward = functools.partial(_norm_forward, module.weight, *found)
+        if type(module).__name__.endswith("RMSNorm") and (forward := _fused_norm(module)):
+            module.forward = forward
             changed.append(module)
     return changed
 
 
-def _norm_forward(weight: torch.Tensor, eps: float, offset: float, x: torch.Tensor) -> torch.Tensor:
-    return _RmsNorm.apply(x, weight, eps, offset)
-
-
-def _norm_settings(module: torch.nn.Module) -> tuple[float, float] | None:
-    """(eps, offset) with which `norm` gives what the module does; None where it does something else."""
+def _fused_norm(module: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """`_RmsNorm` with the module's weight, for its forward pass; None where the module computes something else."""
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if weight is None or weight.dim() != 1 or weight.requires_grad or eps is None:
         return None
     x = torch.linspace(-3, 4, 2 * len(weight), device=weight.device, dtype=weight.dtype).view(2, -1)
     with torch.no_grad():
-        wanted = module(x)
+        expected = module(x)
         for offset in (0.0, 1.0):
-            if torch.allclose(norm.plain(x, weight, eps, offset)[0], wanted, rtol=0.02, atol=0.02 * wanted.abs().max().item()):
-                return eps, offset
+            if torch.allclose(norm.plain(x, weight, eps, offset)[0], expected, rtol=0.02, atol=0.02 * expected.abs().max().item()):
+                return functools.partial(_norm_forward, weight, eps, offset)
     return None
 
 
-@_kernel
+def _norm_forward(weight: torch.Tensor, eps: float, offset: float, x: torch.Tensor) -> torch.Tensor:
+    return _RmsNorm.apply(x, weight, eps, offset)
+
+
+@_WithKernel
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x · cos + (x₂, x₁) · sin, with x = (x₁, x₂) the halves of the last dimension: x [tokens, heads, size], cos and sin [tokens, size].
     The first half of `sin` is negative."""
@@ -194,15 +202,15 @@ class _Rotary(torch.autograd.Function):
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """As the projections leave it in memory: token by token."""
+    """[1, heads, tokens, size] rotated; in memory token by token, as the projections leave it."""
     return rotate(x.detach()[0].transpose(0, 1).contiguous(), cos[0], sin[0]).transpose(0, 1)[None]
 
 
 def fuse_rotary(model: torch.nn.Module) -> None:
-    """Replace `apply_rotary_pos_emb` in the module that defines the model, for flat rows, where it does what `_Rotary` does, which is tried."""
-    home = sys.modules[type(model).__module__]
-    original = getattr(home, "apply_rotary_pos_emb", None)
-    if original is None or hasattr(original, "fused"):
+    """Replace `apply_rotary_pos_emb` in the module that defines the model, for packed batches, where it does what `_Rotary` does, which is tried."""
+    names = vars(sys.modules[type(model).__module__])
+    original = names.get("apply_rotary_pos_emb")
+    if original is None or original in _fused_rotaries:
         return
 
     @functools.wraps(original)
@@ -214,20 +222,29 @@ def fuse_rotary(model: torch.nn.Module) -> None:
     q, angles = torch.linspace(-2, 3, 24).view(1, 2, 3, 4), torch.linspace(0, 3, 6).view(1, 3, 2).repeat(1, 1, 2)
     cos, sin = angles.cos(), angles.sin()
     try:
-        found = original(q, q, cos, sin)
+        outputs = original(q, q, cos, sin)
     except Exception:  # another signature
         return
-    wanted = q * cos + torch.cat((-q[..., 2:], q[..., :2]), dim=-1) * sin
-    if all(torch.allclose(each, wanted, atol=1e-6) for each in found):
-        rotary.fused = True
-        home.apply_rotary_pos_emb = rotary
+    expected = q * cos + torch.cat((-q[..., 2:], q[..., :2]), dim=-1) * sin
+    if all(torch.allclose(output, expected, atol=1e-6) for output in outputs):
+        _fused_rotaries.add(rotary)
+        names["apply_rotary_pos_emb"] = rotary
+
+
+_fused_rotaries: set[Callable] = set()
+
+
+def _kernels_taking(adapters: MlpLowRank) -> ModuleType | None:
+    """The kernels, where they add what these adapters add."""
+    kernels = kernels_for(adapters.h)
+    return kernels if kernels is not None and kernels.takes(adapters) else None
 
 
 class Gate:
     """A gated MLP between its large products: middle = f(gate) · up, and its gradients.
 
     Args:
-        name: that the kernels have for it.
+        name: by which the kernels know it.
         function, slope: f and its derivative.
     """
 
@@ -236,43 +253,40 @@ class Gate:
 
     @staticmethod
     def adds(adapters: MlpLowRank) -> bool:
-        """Whether what the adapters add is added here, by a kernel. Where there is none, a large product adds to it and saves a pass over memory."""
-        kernels = kernels_for(adapters.h)
-        return kernels is not None and kernels.takes(adapters)
+        """Whether a kernel adds what the adapters add. Where there is none, a large product adds to it and saves a pass over memory."""
+        return _kernels_taking(adapters) is not None
 
     def product(self, gated: torch.Tensor, upped: torch.Tensor, adapters: MlpLowRank) -> tuple[torch.Tensor, torch.Tensor]:
         """(middle [tokens, columns], middle times down's A [tokens, rank]).
 
         Args:
-            gated, upped: [tokens, columns], the input times the frozen weights; what the adapters add comes here if the gate `adds` it, and is in
-                them already if not.
+            gated, upped: [tokens, columns], the input times the frozen weights, and what the adapters add unless the gate `adds` it.
         """
-        kernels = kernels_for(gated)
-        if self.adds(adapters):
+        if kernels := _kernels_taking(adapters):
             return kernels.product(gated, upped, adapters, self.name)
-        if kernels:
+        if kernels := kernels_for(gated):
             middle, _ = kernels.product(gated, upped, None, self.name)
         else:
             middle = (self.function(gated.float()) * upped.float()).to(gated.dtype)
         return middle, middle @ adapters.down_a.T
 
     def gradients(self, dmiddle: torch.Tensor, gated: torch.Tensor, upped: torch.Tensor, adapters: MlpLowRank, dlow: torch.Tensor) -> Gradients:
-        """Puts the gradients of gated and upped into their places; what `dmiddle` holds afterwards is of no use.
+        """The gradients of the adapters. Those of gated and upped take the places of these two; `dmiddle` is overwritten.
 
         Args:
-            dmiddle: [tokens, columns], gradient of the middle by way of the frozen weight of down; if the gate does not add what the adapters
-                add, by way of its A too.
+            dmiddle: [tokens, columns], gradient of the middle by way of the frozen weight of down; unless the gate `adds` what the adapters add,
+                by way of its A too.
             gated, upped, adapters: as `product` takes them.
             dlow: [tokens, rank], gradient of middle times down's A.
         """
-        kernels, (of_gate, of_up) = kernels_for(gated), adapters.halves
-        if self.adds(adapters):
+        if kernels := _kernels_taking(adapters):
             gate_b, up_b, down_a = kernels.gradients(dmiddle, gated, upped, adapters, dlow, self.name)
         else:
-            if kernels:
+            if kernels := kernels_for(gated):
                 kernels.gradients(dmiddle, gated, upped, None, None, self.name)
             else:
                 self._plain_gradients(dmiddle, gated, upped)
+            of_gate, of_up = adapters.halves
             gate_b, up_b, down_a = ((gradient.T @ low).float() for gradient, low in ((gated, of_gate), (upped, of_up), (dmiddle, dlow)))
         return Gradients(torch.cat([gated @ adapters.gate_b, upped @ adapters.up_b], dim=1), gate_b, up_b, down_a.T)
 
@@ -306,7 +320,7 @@ def gate_of(function: Callable | None) -> Gate | None:
     return next((gate for gate in _GATES if torch.allclose(function(x), gate.function(x), atol=1e-6)), None)
 
 
-@_kernel
+@_WithKernel
 def loss(logits: torch.Tensor, targets: torch.Tensor, softcap: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of each token and the gradient of their sum.
 
