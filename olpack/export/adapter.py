@@ -21,7 +21,7 @@ import regex
 from olpack.errors import OlpackError
 from olpack.export.experts import Stack, find_stacks
 from olpack.model.checkpoint import TensorHeader, read_safetensors_header
-from olpack.model.frozen_weights import BaseQuantization
+from olpack.model.frozen_weights import FrozenQuantization
 from olpack.model.names import EMBEDDINGS, HEAD, BaseNames
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class Adapter:
     file: Path
     low_rank: dict[str, LowRank]
     replaced: dict[str, str]
-    held: BaseQuantization | None = None
+    held: FrozenQuantization | None = None
     held_weights: frozenset[str] = frozenset()
     tokens: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
     untied: dict[str, str] = field(default_factory=dict)
@@ -374,7 +374,7 @@ def _equal(file: Any, one: str, other: str, *, turned: bool = False) -> bool:
     return all(torch.equal(one[first : first + 4096], other[first : first + 4096]) for first in range(0, one.get_shape()[0], 4096))
 
 
-def read_held(folder: Path) -> BaseQuantization:
+def read_held(folder: Path) -> FrozenQuantization:
     """How training held the base of an adapter.
 
     Raises:
@@ -387,7 +387,7 @@ def read_held(folder: Path) -> BaseQuantization:
             f"The adapter '{folder}' does not say how olpack quantized its base, so there are no weights that training saw instead.",
             "Set `train.merge_base: original`.",
         )
-    return BaseQuantization(**found)
+    return FrozenQuantization(**found)
 
 
 def _read_config(folder: Path) -> dict:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class BaseQuantization:
+class FrozenQuantization:
     """How training held the base; `settings.json` beside an adapter keeps it.
 
     Attributes:
@@ -40,7 +40,7 @@ class BaseQuantization:
         return _ROUND_TRIPS[self.kind](self, weight.to(dtype)).to(dtype).float()
 
 
-def _in_4_bits(held: BaseQuantization, weight: torch.Tensor) -> torch.Tensor:
+def _in_4_bits(held: FrozenQuantization, weight: torch.Tensor) -> torch.Tensor:
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     from olpack.model.four_bits import check_kernel
@@ -49,14 +49,14 @@ def _in_4_bits(held: BaseQuantization, weight: torch.Tensor) -> torch.Tensor:
     return dequantize_4bit(*quantize_4bit(weight.contiguous(), quant_type=held.kind, compress_statistics=held.double_quantization))
 
 
-def _in_int8(held: BaseQuantization, weight: torch.Tensor) -> torch.Tensor:
+def _in_int8(held: FrozenQuantization, weight: torch.Tensor) -> torch.Tensor:
     from bitsandbytes.functional import int8_vectorwise_quant
 
     codes, maxima, _ = int8_vectorwise_quant(weight.half())
     return codes.to(weight.dtype) * (maxima.unsqueeze(1) * (1 / 127))
 
 
-def _by_hqq(held: BaseQuantization, weight: torch.Tensor) -> torch.Tensor:
+def _by_hqq(held: FrozenQuantization, weight: torch.Tensor) -> torch.Tensor:
     bits = int(held.kind.removeprefix("hqq"))
     return dequantize_hqq(*quantize_hqq(weight, bits), bits, tuple(weight.shape))
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from olpack.errors import OlpackError
 from olpack.model.base import Base
-from olpack.model.frozen_weights import BaseQuantization
+from olpack.model.frozen_weights import FrozenQuantization
 from olpack.model.packed import quantization_of
 from olpack.recipe import Train
 from olpack.train.adapter import Start, adapter_config, begin
@@ -31,7 +31,7 @@ class AdaptedModel:
 
     model: PeftModel
     start: Start
-    quantization: BaseQuantization | None
+    quantization: FrozenQuantization | None
 
 
 def load_with_adapter(base: Base, settings: Train, device: torch.device, *, sharded: bool = False) -> AdaptedModel:
@@ -119,7 +119,7 @@ def _load(base: Base, settings: Train, device: torch.device, *, sharded: bool) -
     return model
 
 
-def _quantization(model: PreTrainedModel, base: Base, settings: Train, device: torch.device) -> BaseQuantization | None:
+def _quantization(model: PreTrainedModel, base: Base, settings: Train, device: torch.device) -> FrozenQuantization | None:
     if settings.quantization == "none" or quantization_of(base.config):
         return None
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
@@ -129,4 +129,4 @@ def _quantization(model: PreTrainedModel, base: Base, settings: Train, device: t
     text = {id(module) for module in model.get_decoder().modules()}
     modules = [name for name, module in model.named_modules() if id(module) in text and isinstance(module, (Linear4bit, Linear8bitLt, HqqLinear))]
     dtype = str(compute_dtype(device)).removeprefix("torch.")
-    return BaseQuantization(settings.quantization, settings.double_quantization, dtype, settings.initialization, modules)
+    return FrozenQuantization(settings.quantization, settings.double_quantization, dtype, settings.initialization, modules)
