@@ -92,8 +92,9 @@ def _embedded(name: str, tag: str, out: Path | None) -> Answer:
     """Answers of a GGUF in the build folder, with the system prompt and the parameters of its recipe."""
     from olpack import recipe
     from olpack.quants import quant_type
-    from olpack.stages.build import ADAPTER, Build
-    from olpack.stages.work import recommended
+    from olpack.stages.build import Build
+    from olpack.stages.compare import recommended
+    from olpack.stages.export import ADAPTER
     from olpack.workspace import recipe_path
 
     build = Build(recipe.load(recipe_path(name)), out, weights=False)
