@@ -24,7 +24,7 @@ from olpack.model.base import BUILTIN
 from olpack.stages import records
 from olpack.stages.build import Build
 from olpack.stages.run import run
-from olpack.train.model import pick_device
+from olpack.train.device import pick_device
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from quantized_bases import write_quantized

@@ -22,14 +22,14 @@ _PERCENTILE = 0.99
 
 
 class LogitsWriter:
-    """Keeps a reference's logits over the learned tokens of whole rows, from the first on, for as long as they fit into `LOGITS_BYTES`.
+    """Keeps a reference's logits over the target tokens of whole rows, from the first on, for as long as they fit into `LOGITS_BYTES`.
 
     The file is float32 of shape [positions, vocabulary], with no header. It is written as a stream: a full disk is then an error, where
     a write into mapped memory would be a signal.
 
     Args:
         path: the file.
-        row_tokens: learned tokens of each row.
+        row_tokens: target tokens of each row.
         vocabulary: entries of one position.
 
     Attributes:

@@ -24,7 +24,7 @@ class RowJob(BaseModel):
     """A TokenRow."""
 
     ids: list[int]
-    learned: list[bool]
+    loss_mask: list[bool]
     text: str
 
 

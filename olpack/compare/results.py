@@ -79,11 +79,11 @@ class Speed(_Record):
 
 
 class Perplexity(_Record):
-    """Perplexity over the learned tokens of the rows, each predicted from all tokens before it."""
+    """Perplexity over the target tokens of the rows, each predicted from all tokens before it."""
 
     value: float | None = Field(description="exp of the mean negative log-probability per token; null if that is no finite number")
     standard_error: float | None = Field(description="by rows, rows being the sampling unit; null with fewer than two rows")
-    row_nll: list[float | None] = Field(description="negative log-probability summed over the learned tokens of each row, in nats")
+    row_nll: list[float | None] = Field(description="negative log-probability summed over the target tokens of each row, in nats")
     same_tokens_rows: int = Field(description="rows whose text the GGUF's own tokenizer turns into exactly the training's ids")
 
 
@@ -96,18 +96,18 @@ class Loss(_Record):
 
 
 class Divergence(_Record):
-    """How far a file's predictions are from the unquantized fine-tune's, over the learned tokens of the first `rows` rows."""
+    """How far a file's predictions are from the unquantized fine-tune's, over the target tokens of the first `rows` rows."""
 
     reference: str = Field(description='quant type that the unquantized fine-tune was written in, "F16"')
     rows: int = Field(description="rows from the first on; fewer than were scored where the reference's logits did not all fit on the disk")
-    tokens: int = Field(description="learned tokens of these rows")
+    tokens: int = Field(description="target tokens of these rows")
     mean: float = Field(description="mean of KL(reference ‖ file) per token, in nats")
     standard_error: float | None = Field(description="of `mean`, by rows; null with fewer than two rows")
     p99: float = Field(description="99th percentile of KL(reference ‖ file) over the tokens, in nats")
     p99_standard_error: float | None = Field(description="of `p99`, from 1000 resamples of whole rows; null with fewer than two rows")
     same_top: float = Field(description="share of tokens for which both hold the same token for the likeliest")
     same_top_standard_error: float | None = Field(description="of `same_top`, by rows; null with fewer than two rows")
-    row_kl: list[float] = Field(description="KL divergence summed over the learned tokens of each row, in nats")
+    row_kl: list[float] = Field(description="KL divergence summed over the target tokens of each row, in nats")
     row_same_top: list[int] = Field(description="tokens of each row for which both hold the same token for the likeliest")
 
 
@@ -222,8 +222,8 @@ class Rows(_Record):
     """The rows that perplexity was taken over."""
 
     count: int
-    learned_tokens: list[int] = Field(description="learned tokens of each row")
-    digest: str = Field(description="sha256 of ids and learned flags")
+    learned_tokens: list[int] = Field(description="target tokens of each row")
+    digest: str = Field(description="sha256 of ids and loss masks")
 
 
 class Machine(_Record):

@@ -140,14 +140,14 @@ def measure_speed(job: Job) -> Steps:
 
 
 def measure_rows(job: Job) -> Steps:
-    """One pass over the rows for all that is taken from the learned tokens' logits.
+    """One pass over the rows for all that is taken from the target tokens' logits.
 
     Perplexity, and whether the GGUF's tokenizer gives the training's ids; the logits themselves, kept for other files; the divergence from
     logits that were kept. Where only the divergence is wanted, only the rows that have kept logits are run.
     """
     all_rows = job.perplexity or job.keep_logits is not None
     rows = job.rows if all_rows else job.rows[: job.divergence.rows]
-    counts = [sum(row.learned[1:]) for row in job.rows]
+    counts = [sum(row.loss_mask[1:]) for row in job.rows]
     sums, same_tokens, divergences, same_top = [], 0, [], []
     with ExitStack() as opened:
         engine = opened.enter_context(Engine(job.path, max(len(row.ids) for row in rows), job.untimed_threads, adapter=job.adapter))
@@ -158,7 +158,7 @@ def measure_rows(job: Job) -> Steps:
         for number, row in enumerate(rows):
             compared = against is not None and number < job.divergence.rows
             total, row_divergences, row_same = 0.0, [], 0
-            for token, logits in engine.scored(row.ids, row.learned):
+            for token, logits in engine.scored(row.ids, row.loss_mask):
                 scores = log_softmax(logits)
                 total -= float(scores[token])
                 if kept:

@@ -133,14 +133,14 @@ def measure_matrix_sensitivity(build: Build) -> None:
     from olpack.export import Target, export, measure_sensitivity
 
     paths, step = build.paths, SENSITIVITY.step(build)
-    rows = _sample(build.rows[0], _SENSITIVITY_TOKENS, lambda row: row.learned_count)
+    rows = _sample(build.rows[0], _SENSITIVITY_TOKENS, lambda row: row.target_count)
     try:
         for quant in REFERENCE_QUANTS:
             export(build.base.path, [Target(quant, paths.sensitivity_source)], adapter=paths.adapter, merge_base=build.recipe.train.merge_base)
             if measure_sensitivity(
                 paths.sensitivity_source,
                 [row.ids for row in rows],
-                [row.learned for row in rows],
+                [row.loss_mask for row in rows],
                 paths.sensitivity,
                 key=value_digest([step.key, quant]),
                 importance=importance_file(build),
@@ -150,7 +150,7 @@ def measure_matrix_sensitivity(build: Build) -> None:
             raise OlpackError("The unquantized fine-tune's probabilities are no numbers.", "Train again with a lower learning rate.")
     finally:
         paths.sensitivity_source.unlink(missing_ok=True)
-    answers = sum(row.learned_count for row in rows)
+    answers = sum(row.target_count for row in rows)
     records.finish(build.paths, step, [paths.sensitivity], {"rows": len(rows), "learned_tokens": answers})
     progress.say(f"measured what each matrix loses on {answers:,} answer tokens of {len(rows):,} training rows")
 

@@ -210,7 +210,7 @@ def temporary_bytes(build: Build, parameters: int) -> int:
     if not build.recipe.compare.reference:
         return 0
     vocabulary = build.meta_model.shape.vocabulary
-    positions = sum(row.learned_count for row in build.rows[1][: build.recipe.compare.eval_rows])
+    positions = sum(row.target_count for row in build.rows[1][: build.recipe.compare.eval_rows])
     return 2 * parameters + min(LOGITS_BYTES, 4 * vocabulary * positions)
 
 

@@ -138,8 +138,8 @@ def estimate(build: Build, vram: float | None = None) -> Estimate:
 
     from olpack.model.packed import quantization_of
     from olpack.train.batches import schedule
+    from olpack.train.device import pick_device
     from olpack.train.memory import frozen_bytes
-    from olpack.train.model import pick_device
     from olpack.train.planner import stored_bytes
 
     planned = [replace(step, reason="planned") for step in all_steps(build)]
@@ -159,7 +159,7 @@ def estimate(build: Build, vram: float | None = None) -> Estimate:
         train_rows=len(rows),
         eval_rows=len(held_out),
         train_tokens=tokens,
-        learned_tokens=sum(row.learned_count for row in rows),
+        learned_tokens=sum(row.target_count for row in rows),
         steps=len(schedule(len(rows), asked.epochs, asked.batch_size, asked.seed)),
         adapter_parameters=adapter,
         device="cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),

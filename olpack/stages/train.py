@@ -37,9 +37,9 @@ def check(build: Build, checks: Checks) -> None:
     from olpack.deploy import context_warnings
     from olpack.train.adapter import experts_left_out
     from olpack.train.checks import check_training
+    from olpack.train.device import pick_device
     from olpack.train.launch import launcher
     from olpack.train.metrics import check_trackers
-    from olpack.train.model import pick_device
     from olpack.train.untrained import untrained_tokens
 
     rows, _ = build.rows
@@ -65,7 +65,7 @@ def check(build: Build, checks: Checks) -> None:
         progress.warn(warning)
     if build.paths.base:
         from olpack.export.lora import check_adapter
-        from olpack.train.memory import adapter_shapes
+        from olpack.model.shape import adapter_shapes
 
         check_adapter(build.base.path, adapter_shapes(build.meta_model, build.recipe.train.target_modules))
 
