@@ -127,7 +127,7 @@ def _collect_importance(build: Build) -> None:
 
 def _measure_sensitivity(build: Build) -> None:
     """Round one matrix of the unquantized fine-tune after the other and read training rows: a 16-bit file is there for this only."""
-    from olpack.compare.yardstick import REFERENCE_QUANTS
+    from olpack.compare.reference_models import REFERENCE_QUANTS
     from olpack.export import Target, export, measure_sensitivity
 
     paths, step = build.paths, build.step("sensitivity")

@@ -287,7 +287,7 @@ def _temporary_bytes(build: Build, parameters: int) -> int:
 
     The other files that are there for a while, one after the other and after this one, are smaller: quants without their importance matrix.
     """
-    from olpack.compare.job import LOGITS_BYTES
+    from olpack.compare.settings import LOGITS_BYTES
 
     if not build.recipe.compare.reference:
         return 0
