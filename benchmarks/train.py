@@ -106,7 +106,7 @@ def run_olpack(folder: Path, checkpointing: bool, profile: bool) -> dict:
         batch, room = [], TOKENS
         while room:  # the last row of a step is cut, so that every step has the same number of tokens
             row = rows.pop(0)
-            batch.append(TokenRow(row.ids[:room], row.learned[:room], "", ""))
+            batch.append(TokenRow(row.ids[:room], row.loss_mask[:room], "", ""))
             room -= len(batch[-1].ids)
         losses.append(loop._backward(forward, trained, batch, State(budget=TOKENS)))
         torch.nn.utils.clip_grad_norm_(trained.parameters, 1.0)

@@ -528,7 +528,7 @@ def data_show(
     base: DataBase = None,
     settings: Set = None,
 ) -> None:
-    """Print a row as the model sees it, with what is learned of it marked."""
+    """Print a row as the model sees it, with its target tokens marked."""
     from olpack.data.load import nth_row
     from olpack.data.show import print_row
 

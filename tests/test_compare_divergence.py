@@ -25,7 +25,7 @@ KINDS = ("F16", "BF16", "Q8_0", "Q4_0")
 
 @pytest.fixture(scope="module")
 def rows() -> list[TokenRow]:
-    """Twelve rows of random tokens, of 20 to 75 tokens, about half of them learned."""
+    """Twelve rows of random tokens, of 20 to 75 tokens, about half of them target tokens."""
     random, vocabulary = np.random.default_rng(0), tiny_gguf.tokenizer().get_vocab_size()
     made = []
     for number in range(12):
@@ -87,13 +87,13 @@ def reference_models(folder: Path, temporary: Path, wrote: list[str] | None = No
 
 
 def by_transformers(path: Path, rows: list[TokenRow]) -> list[torch.Tensor]:
-    """Log-probabilities at the learned positions of each row, by transformers in float32 from the file's dequantized weights."""
+    """Log-probabilities of the target tokens of each row, by transformers in float32 from the file's dequantized weights."""
     model = dequantized(path)
     found = []
     with torch.no_grad():
         for row in rows:
             scores = torch.log_softmax(model(torch.tensor([row.ids])).logits[0].double(), -1)
-            found.append(scores[[at - 1 for at in range(1, len(row.ids)) if row.learned[at]]])
+            found.append(scores[[at - 1 for at in range(1, len(row.ids)) if row.loss_mask[at]]])
     return found
 
 
@@ -101,12 +101,12 @@ def test_the_figures_are_those_of_transformers_on_the_dequantized_weights(folder
     files = [quant_file(folder, name) for name in ("F16", "Q8_0-F32", "Q4_0-F32", "Q8_0", "Q4_0")]
     results = measure(files, rows, [], FAST, None, "tiny", None, reference_models(folder, tmp_path))
     exact = by_transformers(folder / "F16.gguf", rows)
-    learned = [[row.ids[at] for at in range(1, len(row.ids)) if row.learned[at]] for row in rows]
+    targets = [[row.ids[at] for at in range(1, len(row.ids)) if row.loss_mask[at]] for row in rows]
     for result in results.quants:
         other = by_transformers(folder / f"{result.quant}.gguf", rows)
         kl = torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in zip(exact, other, strict=True)])
         same = torch.cat([p.argmax(-1) == q.argmax(-1) for p, q in zip(exact, other, strict=True)]).double().mean().item()
-        nll = -sum(scores[range(len(ids)), ids].sum().item() for scores, ids in zip(other, learned, strict=True))
+        nll = -sum(scores[range(len(ids)), ids].sum().item() for scores, ids in zip(other, targets, strict=True))
         found = result.divergence
         assert found.reference == "F16" and found.tokens == len(kl) and found.rows == len(rows)
         # Files with the same kernels as the reference: what is left is that llama.cpp holds the context's keys and values in 16 bits.
@@ -163,12 +163,12 @@ def test_what_an_importance_matrix_gave_is_measured_on_a_file_that_is_there_for_
 
 def test_only_whole_rows_whose_logits_fit_are_compared(folder, rows, tmp_path, monkeypatch):
     vocabulary = tiny_gguf.tokenizer().get_vocab_size()
-    fits = sum(row.learned_count for row in rows[:5])
+    fits = sum(row.target_count for row in rows[:5])
     monkeypatch.setattr("olpack.compare.divergence.LOGITS_BYTES", 4 * vocabulary * (fits + 1))
     path = tmp_path / "logits.f32"
-    with LogitsWriter(path, [row.learned_count for row in rows], vocabulary) as writer:
+    with LogitsWriter(path, [row.target_count for row in rows], vocabulary) as writer:
         for number, row in enumerate(rows):
-            for _ in range(row.learned_count):
+            for _ in range(row.target_count):
                 writer.add(number, np.full(vocabulary, number))
     assert writer.rows == 5
     kept = open_logits(path, fits, vocabulary)

@@ -83,8 +83,8 @@ def test_everything_is_measured_without_a_server(folder, rows):
     with torch.no_grad():
         for one in rows:
             scores = torch.log_softmax(model(torch.tensor([one.ids])).logits[0].double(), -1)
-            total -= sum(scores[at - 1, one.ids[at]].item() for at in range(1, len(one.ids)) if one.learned[at])
-    expected = math.exp(total / sum(one.learned_count for one in rows))
+            total -= sum(scores[at - 1, one.ids[at]].item() for at in range(1, len(one.ids)) if one.loss_mask[at])
+    expected = math.exp(total / sum(one.target_count for one in rows))
     assert full.perplexity.value == pytest.approx(expected, rel=1e-3)
 
 
@@ -118,7 +118,7 @@ def test_what_was_measured_survives_a_later_crash(folder, rows):
         answer_tokens=50_000,
         answers=[PROMPTS[0]],
         perplexity=True,
-        rows=[{"ids": one.ids, "learned": one.learned, "text": one.text} for one in rows],
+        rows=[{"ids": one.ids, "loss_mask": one.loss_mask, "text": one.text} for one in rows],
     )
     seen = []
     stream = events(job)

@@ -117,7 +117,7 @@ def test_show_prints_a_row_byte_for_byte(tmp_path):
     package(tmp_path, [*GOOD, chat("[link]", answer)], [chat("e", "a")])
     code, printed, _ = olpack(tmp_path, "data", "show", "support", "20")
     assert code == 0
-    assert printed.startswith("train row 20, train.jsonl:20: ") and "learned (" in printed
+    assert printed.startswith("train row 20, train.jsonl:20: ") and "target tokens (" in printed
     assert printed.endswith(f"<|im_start|>user\n[link]<|im_end|>\n<|im_start|>assistant\n⟦{answer}<|im_end|>⟧\n")
     code, printed, _ = olpack(tmp_path, "data", "show", "support", "1", "--eval")
     assert code == 0 and "eval row 1, eval.jsonl:1" in printed
@@ -125,7 +125,7 @@ def test_show_prints_a_row_byte_for_byte(tmp_path):
     assert code == 1 and "There is no row 21: to learn are 20." in said
 
 
-def test_on_a_terminal_colours_mark_what_is_learned(tmp_path, monkeypatch):
+def test_on_a_terminal_colours_mark_target_tokens(tmp_path, monkeypatch):
     package(tmp_path, [chat("[red]q", "a\tمرحبا\u200f\r\x1b[2Jb")], [chat("e", "a")])
     monkeypatch.setenv("FORCE_COLOR", "1")
     code, printed, _ = olpack(tmp_path, "data", "show", "support", "1")
@@ -155,18 +155,18 @@ def test_rows_that_a_weight_leaves_out_are_no_problem_here_and_none_in_a_build(t
         package(root, train, [chat("e", "a")], weighted.replace("WEIGHT", weight))
         return json.loads(olpack(root, "data", "check", "support", "--json")[1])
 
-    def learned() -> list:
+    def train_rows() -> list:
         return Build(recipe.load(root / "modelfiles/support/recipe.yaml")).rows[0]
 
     assert len(checked(lines, "0.5")["findings"]) == sum(seen[19:])
     with pytest.raises(OlpackError, match=f"{sum(seen[19:])} rows are longer"):
-        learned()
+        train_rows()
     found = checked(kept, "0.5")
-    assert not found["fails"] and found["train"]["sources"][0]["seen"] == len(learned()) == sum(seen[:19])
+    assert not found["fails"] and found["train"]["sources"][0]["seen"] == len(train_rows()) == sum(seen[:19])
     found = checked([line for line, often in zip(lines, seen, strict=True) if not often], "0.5")
     assert [finding["text"] for finding in found["findings"]] == ["No row is left at this `weight`."]
     with pytest.raises(OlpackError, match="no row left at this weight"):
-        learned()
+        train_rows()
 
 
 def test_held_out_rows_are_seen_once_and_an_empty_source_is_a_problem(tmp_path):
@@ -186,7 +186,7 @@ def test_the_pieces_of_a_row_are_the_row():
     (row,) = renderer.rows(Chat(messages, "x:1"))
     found = list(pieces(row, renderer))
     assert "".join(text for text, *_ in found) == row.text
-    assert [text for text, learned, _ in found if learned] == ["\n\nمرحبا", "<|im_end|>"]
+    assert [text for text, is_target, _ in found if is_target] == ["\n\nمرحبا", "<|im_end|>"]
     assert [text for text, _, special in found if special] == ["<|im_start|>", "<|im_end|>", "<|im_start|>", "<|im_end|>"]
 
 

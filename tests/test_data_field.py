@@ -48,7 +48,7 @@ def turns(*contents: str, **last) -> dict:
 
 def target(row, renderer: Renderer) -> str:
     """The target tokens of a row as text."""
-    return renderer.tokenizer.decode([token for token, is_target in zip(row.ids, row.learned, strict=True) if is_target])
+    return renderer.tokenizer.decode([token for token, is_target in zip(row.ids, row.loss_mask, strict=True) if is_target])
 
 
 # Generation prompts and reasoning

@@ -60,8 +60,10 @@ def split_row(renderer: Renderer, answer: str, **fields: str) -> tuple[str, str]
     (row,) = renderer.rows(Chat(messages, "x:1"))
     asked = renderer.text(messages[:1], ask=True)
     ids = renderer.tokenizer(asked, add_special_tokens=False)["input_ids"]
-    assert row.ids[: len(ids)] == ids and row.learned.index(True) == len(ids)
-    return asked.rpartition("assistant\n")[2], renderer.tokenizer.decode([i for i, is_target in zip(row.ids, row.learned, strict=True) if is_target])
+    assert row.ids[: len(ids)] == ids and row.loss_mask.index(True) == len(ids)
+    return asked.rpartition("assistant\n")[2], renderer.tokenizer.decode(
+        [i for i, is_target in zip(row.ids, row.loss_mask, strict=True) if is_target]
+    )
 
 
 CASES = [

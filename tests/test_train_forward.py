@@ -56,9 +56,9 @@ def with_adapter(base: Base, settings: Train, device: torch.device = CPU):
 
 def plain_loss(model, row: TokenRow) -> torch.Tensor:
     """As peft and transformers compute it, with nothing of ours."""
-    ids, learned = (torch.tensor(values, device=model.device) for values in (row.ids, row.learned))
+    ids, loss_mask = (torch.tensor(values, device=model.device) for values in (row.ids, row.loss_mask))
     logits = model(input_ids=ids[None], use_cache=False).logits[0]
-    return F.cross_entropy(logits[:-1][learned[1:]], ids[1:][learned[1:]], reduction="sum")
+    return F.cross_entropy(logits[:-1][loss_mask[1:]], ids[1:][loss_mask[1:]], reduction="sum")
 
 
 def gradients(model) -> dict[str, torch.Tensor]:

@@ -235,7 +235,7 @@ def test_a_vision_model_is_trained_and_exported_as_the_text_model_that_it_holds(
     with Engine(file.path, 64, 1) as engine:
         assert engine.metadata("general.architecture") == "gemma3"
         row = rows(1, 9)[0]
-        loss = -engine.logprobs(row.ids, row.learned).mean()
+        loss = -engine.logprobs(row.ids, row.loss_mask).mean()
     assert loss == pytest.approx(result.eval_loss_after, abs=0.5) and loss < result.eval_loss_before - 0.5
 
 

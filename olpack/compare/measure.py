@@ -140,7 +140,7 @@ def _job(engine: str, rows: Sequence[TokenRow], settings: MeasureSettings, busy:
         threads=threads,
         untimed_threads=untimed,
         answer_tokens=settings.answer_tokens,
-        rows=[RowJob(ids=row.ids, loss_mask=row.learned, text=row.text) for row in rows],
+        rows=[RowJob(ids=row.ids, loss_mask=row.loss_mask, text=row.text) for row in rows],
     )
 
 
@@ -202,8 +202,8 @@ def _identity(file: ComparedFile) -> QuantResult:
 def _describe_rows(rows: Sequence[TokenRow]) -> Rows:
     return Rows(
         count=len(rows),
-        learned_tokens=[row.learned_count for row in rows],
-        digest=value_digest([[row.ids, row.learned, row.text] for row in rows]),
+        learned_tokens=[row.target_count for row in rows],
+        digest=value_digest([[row.ids, row.loss_mask, row.text] for row in rows]),
     )
 
 

@@ -1,4 +1,4 @@
-"""The data room: chats from files, and rows as the model sees them, with the tokens that are learned marked."""
+"""The data room: chats from files, and rows of tokens as the model sees them, with their loss masks."""
 
 from olpack.data.chats import load_chats, split
 from olpack.data.hub import HubSet

@@ -45,22 +45,22 @@ def load_rows(
         raise OlpackError(
             f"{chat.source} is also in the training data ({twin.source}), so its score would mean nothing.", "Remove it from one of the files."
         )
-    if not (learned := [chat for chat in chats if times(chat)]):
+    if not (trained := [chat for chat in chats if times(chat)]):
         raise OlpackError(f"{', '.join(map(_name, train))} has no row left at this weight.", "Raise `weight`.")
     for sentence in unread_keys([*chats, *apart], str(renderer.tokenizer.chat_template)):
         progress.say(sentence)
-    with progress.task("reading the data", total=len(learned) + len(apart), unit="rows") as task:
-        made = _rendered([*learned, *apart], renderer, task)
+    with progress.task("reading the data", total=len(trained) + len(apart), unit="rows") as task:
+        made = _rendered([*trained, *apart], renderer, task)
     _refuse_long([row for rows in made for row in rows], max_length)
     if parted := sum(len(rows) > 1 for rows in made):
-        progress.say(f"{parted:,} of {len(made):,} chats are learned as several rows: the chat template writes earlier turns otherwise than the last")
+        progress.say(f"{parted:,} of {len(made):,} chats become several rows each: the chat template writes earlier turns otherwise than the last")
     if stray := [row for rows in made for row in rows if stray_mark(row, renderer)]:
         progress.warn(
             f"{stray[0].source}: {stray_mark(stray[0], renderer)} This is so of {len(stray):,} {'row' if len(stray) == 1 else 'rows'}; "
             "`olpack data check` names all of them."
         )
-    seen = [rows for chat, rows in zip(learned, made, strict=False) for _ in range(times(chat))]
-    return [row for rows in seen for row in rows], [row for rows in made[len(learned) :] for row in rows]
+    seen = [rows for chat, rows in zip(trained, made, strict=False) for _ in range(times(chat))]
+    return [row for rows in seen for row in rows], [row for rows in made[len(trained) :] for row in rows]
 
 
 def nth_row(number: int, train: Sequence[Source], other: Sequence[Source], renderer: Renderer, *, held_out: bool, eval_share: float) -> TokenRow:

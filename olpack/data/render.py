@@ -1,10 +1,10 @@
 """From chats to token rows, through the model's own chat template.
 
-Which tokens are learned is found by rendering prefixes of the conversation: what `messages[:i + 1]` adds to `messages[:i]` with the
+The loss mask is found by rendering prefixes of the conversation: what `messages[:i + 1]` adds to `messages[:i]` with the
 generation prompt is the assistant's turn. No generation markers in the template are needed (most published ones have none).
 
 Some templates write an earlier turn otherwise than it was answered: Qwen3's drop the thinking of all but the last. Such a chat becomes several
-rows. Each ends with one answer, after exactly what the server sends when it asks for that answer, and every answer is learned once.
+rows. Each ends with one answer, after exactly what the server sends when it asks for that answer, and every answer's tokens are targets once.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _AT_ONCE = 256  # chats that are tokenized together
 
 @dataclass(frozen=True)
 class _Written:
-    """The text of one row, which characters of it are learned, as (start, end) of each part, the last one first, and where no token reaches over."""
+    """The text of one row, which characters of it are targets, as (start, end) of each part, the last one first, and where no token reaches over."""
 
     text: str
     spans: list[tuple[int, int]] = field(default_factory=list)
@@ -87,11 +87,11 @@ class Renderer:
     def rows(self, chat: Chat) -> list[TokenRow]:
         """One chat as token rows: one, or several where the template rewrites earlier turns, in the order of the turns.
 
-        Every assistant's turn is learned (or the last), up to and including the token that ends it; its tool calls too, but not what the
-        tools answer. A plain text is learned from end to end, and an end token is added.
+        Target tokens are those of every assistant's turn (or of the last), up to and including the token that ends it; those of its tool calls
+        too, but not those of what the tools answer. Of a plain text all tokens are target tokens, and an end token is added.
 
         Raises:
-            OlpackError: the template refuses the conversation, leaves out what is to be learned, or leaves nothing to learn.
+            OlpackError: the template refuses the conversation, leaves out a part of an answer, or leaves no target token.
         """
         made = next(self.batches([chat]))
         if isinstance(made, OlpackError):
@@ -116,7 +116,7 @@ class Renderer:
                     continue
                 names = [f"{chat.source} ({at} of {len(parts)})" for at in range(1, len(parts) + 1)] if len(parts) > 1 else [chat.source]
                 rows = [self._marked(part, *next(tokens), name) for part, name in zip(parts, names, strict=True)]
-                lost = next((row for row in rows if not row.learned_count), None)
+                lost = next((row for row in rows if not row.target_count), None)
                 yield (
                     OlpackError(f"{lost.source}: the rendered row has no token to learn.", "Give the assistant an answer, or remove the row.")
                     if lost
@@ -126,7 +126,7 @@ class Renderer:
     def end_of_turn(self) -> str | None:
         """The special token with which the template ends an assistant's turn; None where it ends it in another way."""
         row = self.rows(Chat([{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello."}], "a greeting"))[-1]
-        last = max(index for index, learned in enumerate(row.learned) if learned)
+        last = max(index for index, is_target in enumerate(row.loss_mask) if is_target)
         return self.tokenizer.convert_ids_to_tokens(row.ids[last]) if row.ids[last] in self.end_ids else None
 
     def _written(self, chat: Chat) -> list[_Written] | OlpackError:
@@ -157,7 +157,7 @@ class Renderer:
     def _turns(self, chat: Chat) -> list[_Written]:
         """From the last turn to the first: each goes into the row behind it, if that begins just as the turn was served."""
         messages, tools = self._with_marks(chat), chat.tools
-        turns = [index for index in range(max(chat.context, 1), len(messages)) if _is_learned(messages[index])]
+        turns = [index for index in range(max(chat.context, 1), len(messages)) if _is_target(messages[index])]
         rows: list[_Written] = []
         for index in reversed(turns[-1:] if self.learn == "last" else turns):
             begin, until = self._served(messages[:index], messages[index], tools)
@@ -277,7 +277,7 @@ class Renderer:
             apart, places = self.tokens(text, tuple(within))
             if self.tokenizer.decode(apart) == self.tokenizer.decode(ids):  # else the tokenizer begins each text with a space of its own
                 ids, offsets, ends, cuts = apart, places, [end for _, end in places], tuple(within)
-        learned = [False] * len(ids)
+        loss_mask = [False] * len(ids)
         for start, end in written.spans:
             # Of a token that stands for white space alone, some tokenizers give the place behind it as its beginning and its end.
             first, last = bisect_right(ends, start), bisect_right(ends, end)
@@ -289,14 +289,14 @@ class Renderer:
                 if ids[at] in self.end_ids:
                     last = at + 1
                     break
-            learned[first:last] = [True] * (last - first)
-        return TokenRow(ids, learned, text, source, cuts)
+            loss_mask[first:last] = [True] * (last - first)
+        return TokenRow(ids, loss_mask, text, source, cuts)
 
 
 def pieces(row: TokenRow, renderer: Renderer, by_kind: bool = True) -> Iterator[tuple[str, bool, bool]]:
-    """(text, learned, special) of each run of tokens of one kind; joined, their texts are the row's text."""
+    """(text, is_target, special) of each run of tokens of one kind; joined, their texts are the row's text."""
     _, offsets = renderer.tokens(row.text, row.cuts)
-    kinds = [(learned, by_kind and number in renderer.end_ids) for number, learned in zip(row.ids, row.learned, strict=True)]
+    kinds = [(is_target, by_kind and number in renderer.end_ids) for number, is_target in zip(row.ids, row.loss_mask, strict=True)]
     at = 0
     for kind, run in groupby(zip(kinds, offsets, strict=True), key=lambda pair: pair[0]):
         *_, (_, (_, end)) = run
@@ -351,7 +351,7 @@ def _reasoning(message: dict) -> str:
     return found if isinstance(found, str) else ""
 
 
-def _is_learned(message: dict) -> bool:
+def _is_target(message: dict) -> bool:
     return message["role"] == "assistant" and message.get("weight", 1) != 0
 
 

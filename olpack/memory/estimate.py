@@ -157,7 +157,7 @@ def _notes(model: MetaModel, loaded: list[Loaded], training: dict[str, Training]
         notes.append(f"bitsandbytes quantizes no stacked experts: {quantity(2 * count.experts, 'B')} stay in 16 bits whatever is asked.")
     notes.append(
         "Peak of training: with checkpointing, the layer that is computed again and the logits are not there at the same time; the larger "
-        "counts. Every token of the batch is taken to be learned. The GPU's own context, about half a GB, comes on top."
+        "counts. Every token of the batch is taken to be a target token. The GPU's own context, about half a GB, comes on top."
     )
     if training["QLoRA"].activations is None:
         notes.append("Activations are not counted: this architecture computes with data that there is none of before it is loaded.")

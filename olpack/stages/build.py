@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 STAGES = ("train", "export", "modelfiles", "deploy", "compare")
 ADAPTER = "adapter"  # beside the names of quants: what the export makes of an adapter that is not merged
 
-# Decide memory, speed and what is told of a run, not what is learned.
+# Decide memory, speed and what is reported of a run, not what the model learns.
 _OF_THE_MACHINE = ("train.micro_batch_tokens", "train.gradient_checkpointing", "train.gpus", "train.sharding", "train.launch", "train.trackers")
 _OF_THE_MERGE = ("train.merge_base",)  # the adapter is the same
 _OF_THE_SPEED = ("num_ctx", "num_batch", "num_gpu", "num_thread", "use_mmap")
@@ -318,11 +318,11 @@ class Build:
         return [quant.name for quant in self.quants] + ([ADAPTER] if self.paths.base else [])
 
     def _data(self, side: str) -> dict[str, Any]:
-        """What decides the rows of one side: its sources, or the training sources and the share that is set apart; and what is learned of them."""
+        """What decides the rows of one side: its sources, or the training sources and the share that is set apart; and which tokens are targets."""
         shared = {} if self.recipe.data.eval else {"data.eval_share": self.recipe.data.eval_share}
         which = "train" if shared else side
-        learned = {} if self.recipe.data.learn == "all" else {"data.learn": self.recipe.data.learn}
-        return {f"data.{which}": self._data_digests[which]} | shared | learned
+        learn = {} if self.recipe.data.learn == "all" else {"data.learn": self.recipe.data.learn}
+        return {f"data.{which}": self._data_digests[which]} | shared | learn
 
     @cached_property
     def _data_digests(self) -> dict[str, str]:

@@ -71,7 +71,7 @@ def length_warnings(build: Build, held_out: list[TokenRow]) -> Iterator[str]:
 
 def _before_the_answer(row: TokenRow) -> int:
     """Tokens of a row before its last answer."""
-    return max((index for index, learned in enumerate(row.learned) if learned and not (index and row.learned[index - 1])), default=0)
+    return max((index for index, is_target in enumerate(row.loss_mask) if is_target and not (index and row.loss_mask[index - 1])), default=0)
 
 
 def conversations(build: Build) -> list[list[dict]]:

@@ -131,14 +131,14 @@ def _measure_sensitivity(build: Build) -> None:
     from olpack.export import Target, export, measure_sensitivity
 
     paths, step = build.paths, build.step("sensitivity")
-    rows = _sample(build.rows[0], SENSITIVITY_TOKENS, lambda row: row.learned_count)
+    rows = _sample(build.rows[0], SENSITIVITY_TOKENS, lambda row: row.target_count)
     try:
         for quant in REFERENCE_QUANTS:
             export(build.base.path, [Target(quant, paths.sensitivity_source)], adapter=paths.adapter, merge_base=build.recipe.train.merge_base)
             if measure_sensitivity(
                 paths.sensitivity_source,
                 [row.ids for row in rows],
-                [row.learned for row in rows],
+                [row.loss_mask for row in rows],
                 paths.sensitivity,
                 key=value_digest([step.key, quant]),
                 importance=build.importance_file,
@@ -148,7 +148,7 @@ def _measure_sensitivity(build: Build) -> None:
             raise OlpackError("The unquantized fine-tune's probabilities are no numbers.", "Train again with a lower learning rate.")
     finally:
         paths.sensitivity_source.unlink(missing_ok=True)
-    answers = sum(row.learned_count for row in rows)
+    answers = sum(row.target_count for row in rows)
     build.finish(step, [paths.sensitivity], {"rows": len(rows), "learned_tokens": answers})
     progress.say(f"measured what each matrix loses on {answers:,} answer tokens of {len(rows):,} training rows")
 

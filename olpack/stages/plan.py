@@ -292,7 +292,7 @@ def _temporary_bytes(build: Build, parameters: int) -> int:
     if not build.recipe.compare.reference:
         return 0
     vocabulary = build.meta_model.shape.vocabulary
-    positions = sum(row.learned_count for row in build.rows[1][: build.recipe.compare.eval_rows])
+    positions = sum(row.target_count for row in build.rows[1][: build.recipe.compare.eval_rows])
     return 2 * parameters + min(LOGITS_BYTES, 4 * vocabulary * positions)
 
 
@@ -326,7 +326,7 @@ def estimate(build: Build, vram: float | None = None) -> Estimate:
         train_rows=len(rows),
         eval_rows=len(held_out),
         train_tokens=tokens,
-        learned_tokens=sum(row.learned_count for row in rows),
+        learned_tokens=sum(row.target_count for row in rows),
         steps=len(schedule(len(rows), asked.epochs, asked.batch_size, asked.seed)),
         adapter_parameters=adapter,
         device="cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),

@@ -38,7 +38,7 @@ def train(build: Build, steps: list[Step]) -> None:
     kept = "" if result.kept_step == result.steps else f", step {result.kept_step} kept"
     progress.say(
         f"eval loss {result.eval_loss_before:.3f} -> {result.eval_loss_after:.3f} in {result.steps} steps{kept} "
-        f"({result.learned_tokens:,} learned tokens, rows {'packed' if result.packed else 'one by one'}, no padding)"
+        f"({result.learned_tokens:,} target tokens, rows {'packed' if result.packed else 'one by one'}, no padding)"
     )
     if result.peak_gpu_bytes is not None and result.estimated_gpu_bytes is not None:
         progress.say(

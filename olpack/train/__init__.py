@@ -26,12 +26,12 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What training came to. Losses are mean negative log-probabilities per learned token, in nats.
+    """What training came to. Losses are mean negative log-probabilities per target token, in nats.
 
     Attributes:
         steps: optimizer steps.
         kept_step: the step whose adapter was written.
-        learned_tokens: learned tokens that went through the model, every epoch counted.
+        learned_tokens: target tokens that went through the model, every epoch counted.
         packed: whether rows went through it end to end, or one by one. There is no padding either way.
         eval_loss_before, eval_loss_after: on the held-out rows, with the base and with the adapter that was written.
         trainable_parameters: weights of the adapter.
@@ -63,7 +63,7 @@ def train(base: Base, rows: list[TokenRow], eval_rows: list[TokenRow], settings:
 
     Args:
         base: the model.
-        rows: what is learned; only tokens flagged `learned` enter the loss.
+        rows: training rows; only target tokens, those that `loss_mask` flags, enter the loss.
         eval_rows: held-out rows, scored before and after.
         settings: the recipe's `train` section.
         out: folder of the adapter, in peft's format, with `metrics.jsonl` and `settings.json`; replaced whole.

@@ -112,7 +112,7 @@ class Forward:
         return tokens if self.packs else 1
 
     def loss(self, flat: FlatRow) -> torch.Tensor:
-        """Negative log-probability summed over the learned tokens, float32, in nats."""
+        """Negative log-probability summed over the target tokens, float32, in nats."""
         with self._mixed():
             if self._head_alone:
                 hidden = self._hidden(flat)[0, flat.before]

@@ -69,7 +69,7 @@ class Training:
         working: what the backward pass of one layer needs for a moment; with checkpointing, that layer's activations come on top.
         dequantized: the largest matrix in 16 bits, where the base is quantized; it is made anew for each product.
         layer: activations of the largest layer, by what they are for.
-        logits: of all learned tokens that go through at once, with their gradients.
+        logits: of all target tokens that go through at once, with their gradients.
         workspace: of cuBLAS, 32 MiB in each of the threads that go forward and back.
     """
 
@@ -245,17 +245,17 @@ def layer_terms(kept: Mapping[str, int], norms: int, linears: Mapping[str, tuple
     return {**terms, "adapter inputs": sum(inputs.values())}
 
 
-def logits_bytes(shape: Shape, learned: int, pieces: bool = True) -> int:
-    """What the loss of so many learned tokens takes at its peak.
+def logits_bytes(shape: Shape, targets: int, pieces: bool = True) -> int:
+    """What the loss of so many target tokens takes at its peak.
 
     Args:
         pieces: some of the logits at a time (`olpack.train.ops.loss`), with the hidden states and those they were taken from, else all at once.
     """
     if not pieces:
-        return learned * shape.vocabulary * _LOGIT
+        return targets * shape.vocabulary * _LOGIT
     from olpack.train.ops.loss import tokens_at_once
 
-    return min(learned, tokens_at_once(learned, shape.vocabulary)) * shape.vocabulary * _PIECE_LOGIT + learned * shape.hidden * (2 + 2)
+    return min(targets, tokens_at_once(targets, shape.vocabulary)) * shape.vocabulary * _PIECE_LOGIT + targets * shape.hidden * (2 + 2)
 
 
 def estimate_training(
@@ -279,7 +279,7 @@ def estimate_training(
         weights: bytes of a base that comes quantized and is held as it is; None: `frozen_bytes` says.
         rank, method: of the adapter.
         whole: weights of modules that are trained as a whole.
-        tokens: that go through the model at once; all of them are taken to be learned.
+        tokens: that go through the model at once; all of them are taken to be target tokens.
         targets: the recipe's `target_modules`.
         shards: GPUs over which the frozen layers are spread (two layers at a time are there whole); 1 where each holds all of them.
         fused: with olpack's own functions; False for plain transformers and peft, as with dropout on the adapter's input.

@@ -1,4 +1,4 @@
-"""The loss of a flat row from its last hidden states, with the output head applied to a few learned tokens at a time.
+"""The loss of a flat row from its last hidden states, with the output head applied to a few target tokens at a time.
 
 All logits of 16,384 tokens and 128,256 words would be 8 GB in float32. The head is frozen, so the gradient of the hidden states is known as
 soon as a piece's logits are, and the logits need not be kept.
