@@ -374,7 +374,7 @@ def recommend(
     as_json: Json = False,
 ) -> None:
     """Say which quant fits this machine, or the one described: what runs where, the best, the fastest, and why."""
-    from olpack.memory import advise
+    from olpack.commands.recommend import advise
 
     if as_json:
         progress.use("json")
@@ -399,7 +399,7 @@ def estimate(
     as_json: Json = False,
 ) -> None:
     """Say what a model takes for inference and training: FP32 to 4 bits, each quant, LoRA and QLoRA. Fetches no weights."""
-    from olpack.memory import estimate_model
+    from olpack.commands.recommend import estimate_model
 
     if as_json:
         progress.use("json")

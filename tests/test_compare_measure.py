@@ -94,7 +94,7 @@ def test_a_worker_killed_by_a_signal_does_not_stop_the_others(folder, rows, tmp_
     crashed, sound = results.quants
     assert crashed.speed is None and crashed.perplexity is None
     (flag,) = crashed.flags
-    assert flag.serious and "crashed (SIGABRT) on CRASH.gguf" in flag.text and "GGML_NATIVE=OFF" in flag.text and "GGML_ASSERT" in flag.text
+    assert flag.serious and "measured CRASH.gguf crashed (SIGABRT)" in flag.text and "GGML_NATIVE=OFF" in flag.text and "GGML_ASSERT" in flag.text
     assert sound.perplexity is not None and not any(flag.serious for flag in sound.flags)
     assert results.recommendation.quant == "F32"
     assert {path.name for path in tmp_path.iterdir()} == {"f32.speed-0.json", "f32.speed-1.json", "f32.perplexity.json", "f32.answers.json"}
@@ -122,7 +122,7 @@ def test_what_was_measured_survives_a_later_crash(folder, rows):
     )
     seen = []
     stream = events(job)
-    with pytest.raises(OlpackError, match=r"crashed \(SIGSEGV\) on ENDLESS.gguf"):
+    with pytest.raises(OlpackError, match=r"measured ENDLESS.gguf crashed \(SIGSEGV\)"):
         for event in stream:
             seen.append(event)
             if event["event"] == "result" and event["unit"] == "perplexity":

@@ -18,10 +18,10 @@ from rich.console import Console
 from tiny_models import converter, write_model
 
 from olpack.cli import main
+from olpack.commands.recommend import advise, estimate_model
 from olpack.errors import OlpackError
 from olpack.export import Target
 from olpack.machine import GIB, Machine
-from olpack.memory import advise, estimate_model
 from olpack.memory.footprint import Footprint, Setting, plan, read
 from olpack.memory.recommend import place
 from olpack.memory.subject import Subject, find, typical

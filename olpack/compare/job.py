@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Generator
 from contextlib import ExitStack, closing
@@ -15,8 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-import olpack
-from olpack import progress
+from olpack import progress, workers
 from olpack.compare.cache import Units
 from olpack.errors import OlpackError
 from olpack.llamacpp.library import INSTALL
@@ -132,17 +128,13 @@ def events(job: Job) -> Generator[dict[str, Any], None, None]:
     Raises:
         OlpackError: the worker died, by a signal or otherwise, after the events that were yielded.
     """
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(olpack.__file__).parent.parent), os.environ.get("PYTHONPATH")])),
-        "GGML_NO_BACKTRACE": "1",  # on an abort ggml would start a debugger
-    }
     with tempfile.TemporaryFile() as errors:
         worker = subprocess.Popen(
-            [sys.executable, "-P", "-m", "olpack.compare.worker"],
+            workers.command("olpack.compare.worker"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            env=environment,
+            env=workers.environment(offline=False),  # suites take their data from the Hub
         )
         assert worker.stdin and worker.stdout  # both are pipes
         try:
@@ -161,21 +153,11 @@ def events(job: Job) -> Generator[dict[str, Any], None, None]:
             worker.stdout.close()
         if code != 0:
             errors.seek(0)
-            raise _death(job.path, code, errors.read().decode(errors="replace"))
-
-
-def _death(path: Path, code: int, errors: str) -> OlpackError:
-    if code < 0 and code == -getattr(signal, "SIGKILL", 0):
-        return OlpackError(
-            f"The process that measured {path.name} was killed from outside, most likely because memory ran out.",
-            "Close other programs, or load with a shorter context (num_ctx).",
-        )
-    if code < 0 or code >= 0xC0000000:  # a signal; on Windows an exception code
-        name = signal.Signals(-code).name if code < 0 else hex(code)
-        message = next((line for line in errors.splitlines() if "GGML_ASSERT" in line or "GGML_ABORT" in line), "")
-        return OlpackError(
-            f"llama.cpp crashed ({name}) on {path.name}{f': {message.strip()}' if message else ''}.",
-            f"If it crashes on every file, its build does not suit this machine; this one runs everywhere: {INSTALL}",
-        )
-    last = errors.strip().splitlines()[-1:] or ["it printed nothing"]
-    return OlpackError(f"The process that measured {path.name} ended with code {code}: {last[0]}.", "Run `olpack doctor`.")
+            raise workers.exit_error(
+                f"The process that measured {job.path.name}",
+                code,
+                errors.read().decode(errors="replace"),
+                "Run `olpack doctor`.",
+                crash_remedy=f"If every file crashes it, the build of llama.cpp does not suit this machine; this one runs everywhere: {INSTALL}",
+                memory_remedy="Close other programs, or load with a shorter context (num_ctx).",
+            )

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import olpack
-from olpack import progress
+from olpack import progress, workers
 from olpack.errors import OlpackError
 from olpack.llamacpp.library import INSTALL, row_size
 from olpack.memory.subject import Subject
@@ -218,13 +214,10 @@ def _layout(found: dict[str, Any]) -> Layout:
 
 def _work(job: dict[str, Any], label: str) -> dict[str, Any]:
     """Run one job in a worker process."""
-    packages = os.pathsep.join(filter(None, [str(Path(olpack.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": packages, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "GGML_NO_BACKTRACE": "1"}
-    # -P: the folder that the user works in may hold modules of any name
     child = subprocess.run(
-        [sys.executable, "-P", "-m", "olpack.memory.worker"],
+        workers.command("olpack.memory.worker"),
         input=json.dumps(job),
-        env=environment,
+        env=workers.environment(),
         capture_output=True,
         encoding="utf-8",
         errors="replace",
@@ -235,9 +228,9 @@ def _work(job: dict[str, Any], label: str) -> dict[str, Any]:
             told = answer["error"]
             raise OlpackError(told["problem"].replace(job.get("folder") or "\0", label), told["remedy"])
         return answer["result"]
-    said = [line.strip() for line in child.stderr.splitlines() if line.strip()]
-    reason = next((line for line in said if "GGML_ASSERT" in line), said[-1] if said else "it said nothing")
-    how = f"was ended by {signal.Signals(-child.returncode).name}" if child.returncode < 0 else f"ended with exit code {child.returncode}"
-    raise OlpackError(
-        f"The process that asked llama.cpp about {label} {how}: {reason}", f"If `olpack doctor` finds llama.cpp broken, install it anew: {INSTALL}"
+    raise workers.exit_error(
+        f"The process that asked llama.cpp about {label}",
+        child.returncode,
+        child.stderr,
+        f"If `olpack doctor` finds llama.cpp broken, install it again: {INSTALL}",
     )

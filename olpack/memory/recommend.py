@@ -15,7 +15,6 @@ from olpack.progress import quantity
 
 if TYPE_CHECKING:
     from olpack.compare.results import Results
-    from olpack.stages.build import Build
 
 MAX_LOSS = 0.03  # accepted where the figures are llama.cpp's published ones: Q4_K_M is within it
 
@@ -128,41 +127,7 @@ def place(footprint: Footprint, machine: Machine) -> Place:
     return Place("ram" if fits else "nowhere", 0, layers, 0, footprint.total)
 
 
-def recommend_build(build: Build, machine: Machine, setting: Setting, max_loss: float | None) -> Advice:
-    """Advice on a package: on its files where they are built, with the figures of its comparison where there is one."""
-    from olpack.compare.results import read_results
-
-    results = read_results(build.paths.results) if build.paths.results.is_file() else None
-    paths = [build.paths.gguf(quant.name) for quant in build.quants]
-    subject = Subject(build.recipe.base, build.base.config)
-    if all(path.is_file() for path in paths):
-        footprints = [read(path, setting)[0] for path in paths]
-    else:
-        footprints = plan(subject, [quant.name for quant in build.quants], setting)[0]
-    accepted = build.recipe.compare.max_loss if max_loss is None else max_loss
-    return _advise(build.recipe.name, subject.model.parameters.text, footprints, machine, setting, accepted, results)
-
-
-def recommend_files(paths: Sequence[Path], machine: Machine, setting: Setting, max_loss: float | None) -> Advice:
-    """Advice on GGUFs of one model."""
-    from olpack.model.gguf_header import read_header
-
-    label = paths[0].name if len(paths) == 1 else f"{len(paths)} files"
-    parameters = read_header(paths[0]).parameters
-    footprints = [read(path, setting)[0] for path in paths]
-    return _advise(label, parameters, footprints, machine, setting, MAX_LOSS if max_loss is None else max_loss)
-
-
-def recommend_model(subject: Subject, quants: Sequence[str], machine: Machine, setting: Setting, max_loss: float | None) -> Advice:
-    """Advice on a model that is not there, by its configuration or a typical shape."""
-    footprints = plan(subject, quants, setting)[0]
-    advice = _advise(subject.label, subject.model.parameters.text, footprints, machine, setting, MAX_LOSS if max_loss is None else max_loss)
-    if subject.note:
-        advice.notes.insert(0, f"Computed for {subject.note}.")
-    return advice
-
-
-def _advise(
+def recommend(
     label: str, parameters: int, footprints: list[Footprint], machine: Machine, setting: Setting, max_loss: float, results: Results | None = None
 ) -> Advice:
     measured = {quant.quant: quant for quant in results.quants} if results else {}
@@ -185,6 +150,25 @@ def _advise(
     best, fastest = _best(candidates, machine), _fastest(candidates, max_loss)
     notes = _notes(candidates, parameters, machine, setting)
     return Advice(label, parameters, machine, setting, max_loss, candidates, best, fastest, notes)
+
+
+def recommend_files(paths: Sequence[Path], machine: Machine, setting: Setting, max_loss: float | None) -> Advice:
+    """Advice on GGUFs of one model."""
+    from olpack.model.gguf_header import read_header
+
+    label = paths[0].name if len(paths) == 1 else f"{len(paths)} files"
+    parameters = read_header(paths[0]).parameters
+    footprints = [read(path, setting)[0] for path in paths]
+    return recommend(label, parameters, footprints, machine, setting, MAX_LOSS if max_loss is None else max_loss)
+
+
+def recommend_model(subject: Subject, quants: Sequence[str], machine: Machine, setting: Setting, max_loss: float | None) -> Advice:
+    """Advice on a model that is not there, by its configuration or a typical shape."""
+    footprints = plan(subject, quants, setting)[0]
+    advice = recommend(subject.label, subject.model.parameters.text, footprints, machine, setting, MAX_LOSS if max_loss is None else max_loss)
+    if subject.note:
+        advice.notes.insert(0, f"Computed for {subject.note}.")
+    return advice
 
 
 def _best(candidates: list[Candidate], machine: Machine) -> Choice | None:
