@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from olpack import progress, recipe
-from olpack.compare.machine import describe_machine
+from olpack.compare.hardware import describe_machine
 from olpack.llamacpp.engine import Engine, Sampling
 from olpack.model.base import BUILTIN
 from olpack.stages import records

@@ -336,7 +336,8 @@ def compare(
             print(f"\nreport   {folder / 'report.html'}")
     if earlier is not None and not as_json:
         from olpack.compare import read_results
-        from olpack.compare.against import changes, print_changes
+        from olpack.compare.changes import changes
+        from olpack.compare.table import print_changes
 
         print()
         print_changes(changes(earlier, read_results(folder / "results.json")), earlier)
@@ -349,7 +350,7 @@ def _changes(earlier: Any, folder: Path) -> dict[str, Any]:
     from dataclasses import asdict
 
     from olpack.compare import read_results
-    from olpack.compare.against import changes
+    from olpack.compare.changes import changes
 
     return {"against": earlier.created, "changes": [asdict(change) for change in changes(earlier, read_results(folder / "results.json"))]}
 

@@ -129,7 +129,7 @@ def collect_importance_matrix(build: Build) -> None:
 
 def measure_matrix_sensitivity(build: Build) -> None:
     """Round one matrix of the unquantized fine-tune after the other and read training rows: a 16-bit file is there for this only."""
-    from olpack.compare.yardstick import REFERENCE_QUANTS
+    from olpack.compare.reference_models import REFERENCE_QUANTS
     from olpack.export import Target, export, measure_sensitivity
 
     paths, step = build.paths, SENSITIVITY.step(build)

@@ -63,7 +63,7 @@ def check(build: Build, checks: Checks) -> None:
 def run(build: Build, steps: list[Step]) -> None:
     """Measure every quant, recommend one, write results and report, and point `:latest` to the recommended tag."""
     from olpack.compare import measure
-    from olpack.compare.outputs import write_outputs
+    from olpack.compare.report import write_outputs
     from olpack.deploy.client import OllamaClient
     from olpack.deploy.register import point_latest
 
@@ -79,7 +79,7 @@ def run(build: Build, steps: list[Step]) -> None:
         client,
         build.recipe.name,
         cache=paths.compare / "measured",
-        yardstick=_yardstick(build) if asked.reference else None,
+        references=_reference_models(build) if asked.reference else None,
         tasks=build.tasks,
         examples=examples(build),
     )
@@ -147,10 +147,10 @@ def _prompts_said(build: Build) -> str | None:
     return " ".join([found["identity"] + ".", *found.get("identity_warnings", [])]).removesuffix(".") if "identity" in found else None
 
 
-def _yardstick(build: Build):
+def _reference_models(build: Build) -> ReferenceModels:
     """The unquantized fine-tune, the untuned base at Q8_0, or at the largest quant that is made where that is none of them, and the quants that
     have an importance matrix without it."""
-    from olpack.compare import Yardstick
+    from olpack.compare import ReferenceModels
     from olpack.export import Target
     from olpack.export import export as write_files
     from olpack.llamacpp.source import VERSION
@@ -160,19 +160,19 @@ def _yardstick(build: Build):
     def write(quant: str, path: Path, adapter: Path | None) -> None:
         write_files(build.base.path, [Target(quant, path)], adapter=adapter, merge_base=merge_base, **header_options(build))
 
-    return Yardstick(
+    return ReferenceModels(
         folder=build.paths.compare / "temporary",
         write_reference=partial(write, adapter=build.paths.adapter),
         reference_key=value_digest([build.base.digest, training, VERSION, *([merge_base] if merge_base != "original" else [])]),
         write_base=partial(write, adapter=None),
         base_key=value_digest([build.base.digest, VERSION]),
         base_quant=max(quant_files(build), key=lambda file: (file.quant == "Q8_0", file.size)).quant,
-        write_unweighed=lambda quant, path: write_quants(build, {quant: path}, None),
-        unweighed_keys=_unweighed_keys(build),
+        write_without_importance=lambda quant, path: write_quants(build, {quant: path}, None),
+        without_importance_keys=_without_importance_keys(build),
     )
 
 
-def _unweighed_keys(build: Build) -> dict[str, str]:
+def _without_importance_keys(build: Build) -> dict[str, str]:
     """Identity of what the quants with an importance matrix are without it, by quant. Those that cannot be made without are left out."""
     keys = {}
     for quant in build.quants:
@@ -184,7 +184,7 @@ def _unweighed_keys(build: Build) -> dict[str, str]:
 
 def quant_files(build: Build) -> list:
     """The exported GGUFs as the compare room takes them."""
-    from olpack.compare import QuantFile
+    from olpack.compare import ComparedFile
 
     files = []
     for quant in build.quants:
@@ -193,7 +193,7 @@ def quant_files(build: Build) -> list:
         size = made["size"] + (records.result(build.paths, f"export-{ADAPTER}")["size"] if adapter else 0)
         types = made["types"] if quant.budget else {}
         files.append(
-            QuantFile(
+            ComparedFile(
                 quant.name, quant.tag, build.paths.gguf(quant.name), size, made["bits_per_weight"], made["sha256"], adapter, types, made["types"]
             )
         )
@@ -205,7 +205,7 @@ def temporary_bytes(build: Build, parameters: int) -> int:
 
     The other files that are there for a while, one after the other and after this one, are smaller: quants without their importance matrix.
     """
-    from olpack.compare.job import LOGITS_BYTES
+    from olpack.compare.settings import LOGITS_BYTES
 
     if not build.recipe.compare.reference:
         return 0
