@@ -27,7 +27,7 @@ from olpack.recipe.tasks import function_files, task_files
 from olpack.workspace import BuildPaths, file_digest, locked, template_source, value_digest, write_atomically
 
 if TYPE_CHECKING:
-    from olpack.data import Renderer, Source, TokenRow
+    from olpack.data import Chat, Renderer, Source, TokenRow
     from olpack.deploy import Package
     from olpack.model.shape import MetaModel
     from olpack.recipe.tasks import Task
@@ -152,13 +152,18 @@ class Build:
         return datetime.fromisoformat(recorded) if recorded else datetime.now().replace(microsecond=0)
 
     @cached_property
+    def chats(self) -> tuple[list[Chat], list[Chat]]:
+        """(train, eval) chats, as the files hold them."""
+        from olpack.data import load_sides
+
+        return load_sides(self.sources("train"), self.sources("eval"), eval_share=self.recipe.data.eval_share)
+
+    @cached_property
     def rows(self) -> tuple[list[TokenRow], list[TokenRow]]:
         """(train, eval) rows, as the model sees them."""
-        from olpack.data import load_rows
+        from olpack.data import render_rows
 
-        return load_rows(
-            self.sources("train"), self.sources("eval"), self.renderer, max_length=self.longest_row, eval_share=self.recipe.data.eval_share
-        )
+        return render_rows(*self.chats, self.renderer, max_length=self.longest_row)
 
     @property
     def longest_row(self) -> int:

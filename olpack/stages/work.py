@@ -247,23 +247,16 @@ def held_out_requests(build: Build) -> list[list[dict]]:
     """What the held-out chats open with, up to the first answer; those that open otherwise are left out."""
     from olpack.data import request_of
 
-    return [request for chat in _held_out(build) if (request := request_of(chat.messages))]
+    return [request for chat in build.chats[1] if (request := request_of(chat.messages))]
 
 
 def _examples(build: Build) -> list[tuple[str, str]]:
     """(request, answer) of the held-out chats: the first of each that opens with a request. One that calls a tool is no answer in words."""
     from olpack.data import request_of
 
-    chats = [(chat.messages, request) for chat in _held_out(build) if (request := request_of(chat.messages))]
+    chats = [(chat.messages, request) for chat in build.chats[1] if (request := request_of(chat.messages))]
     examples = [(request[-1]["content"], messages[len(request)]["content"]) for messages, request in chats]
     return [(asked, answer) for asked, answer in examples if answer]
-
-
-def _held_out(build: Build) -> list:
-    from olpack.data import load_chats, split
-
-    named = build.sources("eval")
-    return load_chats(*named) if named else split(load_chats(*build.sources("train")), build.recipe.data.eval_share)[1]
 
 
 def recommended(build: Build) -> str:
