@@ -12,13 +12,14 @@ import pytest
 from oracle import olpack
 
 from olpack import recipe
-from olpack.data import Chat, HubSet, Renderer, load_chats
+from olpack.data import Chat, HubSet, Renderer, Source, load_chats
 from olpack.data.chats import times
 from olpack.data.check import histogram, percentile
 from olpack.data.show import pieces
 from olpack.errors import OlpackError
 from olpack.model.base import BUILTIN, Base
 from olpack.stages.build import Build
+from olpack.stages.requests import held_out_requests, questions
 from olpack.stages.steps import stage_of
 
 RECIPE = "base: builtin/tiny-coder\ndata: {train: train.jsonl, eval: eval.jsonl, max_length: 64}\n"
@@ -168,6 +169,18 @@ def test_rows_that_a_weight_leaves_out_are_no_problem_here_and_none_in_a_build(t
     assert [finding["text"] for finding in found["findings"]] == ["No row is left at this `weight`."]
     with pytest.raises(OlpackError, match="no row left at this weight"):
         train_rows()
+
+
+@pytest.mark.parametrize("sides", ["train: train.jsonl, eval: eval.jsonl", "train: train.jsonl, eval_share: 0.3"])
+def test_one_build_parses_each_source_once(tmp_path, monkeypatch, sides):
+    root = package(tmp_path, GOOD, [chat("e", "a")], RECIPE.replace("train: train.jsonl, eval: eval.jsonl", sides))
+    build = Build(recipe.load(root / "modelfiles/support/recipe.yaml"))
+    parsed, read = [], Source.read
+    monkeypatch.setattr(Source, "read", lambda source: parsed.append(source.label) or read(source))
+    train, held_out = build.rows
+    assert len(train) + len(held_out) == (20 if "eval:" in sides else 19)
+    assert len(held_out_requests(build)) == len(held_out) and len(questions(build)) == min(3, len(held_out))
+    assert sorted(parsed) == (["eval.jsonl", "train.jsonl"] if "eval:" in sides else ["train.jsonl"])
 
 
 def test_held_out_rows_are_seen_once_and_an_empty_source_is_a_problem(tmp_path):

@@ -118,10 +118,10 @@ class Report:
 
 
 def check_data(train: Sequence[Source], held_out: Sequence[Source], renderer: Renderer, *, max_length: int, eval_share: float) -> Report:
-    """Look at every row, as `load_rows` would, and go on after a problem.
+    """Look at every row, as `render_rows` would, and go on after a problem.
 
     Args:
-        train, held_out, renderer, max_length, eval_share: as `load_rows` takes them; a share of 0 holds nothing out.
+        train, held_out, renderer, max_length, eval_share: as `load_sides` and `render_rows` take them; a share of 0 holds nothing out.
 
     Raises:
         OlpackError: a source is missing or cannot be read at all.

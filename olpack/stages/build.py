@@ -16,7 +16,7 @@ from olpack.stages import records
 from olpack.workspace import BuildPaths, value_digest
 
 if TYPE_CHECKING:
-    from olpack.data import Renderer, Source, TokenRow
+    from olpack.data import Chat, Renderer, Source, TokenRow
     from olpack.deploy import Package
     from olpack.model.shape import MetaModel
     from olpack.recipe.tasks import Task
@@ -100,13 +100,27 @@ class Build:
         return datetime.fromisoformat(recorded) if recorded else datetime.now().replace(microsecond=0)
 
     @cached_property
+    def chats(self) -> tuple[list[Chat], list[Chat]]:
+        """(train, eval) chats in the order of their files, each file parsed once."""
+        from olpack.data import load_chats, load_sides
+
+        if self.sources("eval"):
+            return load_chats(*self.sources("train")), self.held_out_chats
+        return load_sides(self.sources("train"), [], eval_share=self.recipe.data.eval_share)
+
+    @cached_property
+    def held_out_chats(self) -> list[Chat]:
+        """The eval chats alone: where they have a file of their own, the training chats stay unread."""
+        from olpack.data import load_chats
+
+        return load_chats(*self.sources("eval")) if self.sources("eval") else self.chats[1]
+
+    @cached_property
     def rows(self) -> tuple[list[TokenRow], list[TokenRow]]:
         """(train, eval) rows, as the model sees them."""
-        from olpack.data import load_rows
+        from olpack.data import render_rows
 
-        return load_rows(
-            self.sources("train"), self.sources("eval"), self.renderer, max_length=self.longest_row, eval_share=self.recipe.data.eval_share
-        )
+        return render_rows(*self.chats, self.renderer, max_length=self.longest_row)
 
     @property
     def longest_row(self) -> int:

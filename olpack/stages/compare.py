@@ -20,7 +20,7 @@ from olpack.stages.stage import Checks, Stage
 from olpack.workspace import file_digest, template_source, value_digest
 
 if TYPE_CHECKING:
-    from olpack.compare import MeasureSettings, Results
+    from olpack.compare import MeasureSettings, ReferenceModels, Results
 
 _OF_THE_SPEED = ("num_ctx", "num_batch", "num_gpu", "num_thread", "use_mmap")
 

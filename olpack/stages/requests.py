@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from olpack.errors import OlpackError
 from olpack.stages.build import Build
-
-if TYPE_CHECKING:
-    from olpack.data.chats import Chat
 
 _ANSWERED = 3  # held-out requests that every quant answers where the recipe has no prompts
 
@@ -31,20 +26,13 @@ def held_out_requests(build: Build) -> list[list[dict]]:
     """The turns of each held-out chat up to its first answer. Chats that open with an answer are left out."""
     from olpack.data import request_of
 
-    return [request for chat in _held_out(build) if (request := request_of(chat.messages))]
+    return [request for chat in build.held_out_chats if (request := request_of(chat.messages))]
 
 
 def examples(build: Build) -> list[tuple[str, str]]:
     """(request, answer) of the first turn of each held-out chat that opens with a request and is answered in words, not by a tool call."""
     from olpack.data import request_of
 
-    chats = [(chat.messages, request) for chat in _held_out(build) if (request := request_of(chat.messages))]
+    chats = [(chat.messages, request) for chat in build.held_out_chats if (request := request_of(chat.messages))]
     pairs = [(request[-1]["content"], messages[len(request)]["content"]) for messages, request in chats]
     return [(request, answer) for request, answer in pairs if answer]
-
-
-def _held_out(build: Build) -> list[Chat]:
-    from olpack.data import load_chats, split
-
-    named = build.sources("eval")
-    return load_chats(*named) if named else split(load_chats(*build.sources("train")), build.recipe.data.eval_share)[1]
