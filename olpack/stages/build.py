@@ -238,7 +238,7 @@ class Build:
             return made | trained | self._choices(quant)
         served = self._settings("modelfile") | {"quants": self.recipe.quants} | ({"package": "adapter"} if self.paths.base else {})
         if stage == "modelfiles":
-            return made | served | {"num_ctx": self.package.parameters["num_ctx"], "templates/Modelfile.j2": template_source("Modelfile.j2")}
+            return made | served | {"num_ctx": self.package.num_ctx, "templates/Modelfile.j2": template_source("Modelfile.j2")}
         files = {"files": {name: value_digest(self.inputs("export", name)) for name in self._exported}}
         if stage == "deploy":
             return made | served | files | {"server": self.server}

@@ -173,7 +173,7 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
                 "fine-tune, while it runs. Free them by then, or it leaves out what the quants lost against it."
             )
         longest = max(len(row.ids) for row in rows)
-        for warning in context_warnings(build.package.parameters["num_ctx"], trained=longest, longest=build.base.context_length):
+        for warning in context_warnings(build.package.num_ctx, trained=longest, longest=build.base.context_length):
             progress.warn(warning)
         if build.paths.base:
             from olpack.export.lora import check_adapter

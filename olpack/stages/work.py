@@ -154,7 +154,7 @@ def measure_settings(build: Build) -> MeasureSettings:
         repeats=asked.repeats,
         answer_tokens=asked.answer_tokens,
         clients=tuple(asked.clients),
-        context=build.package.parameters["num_ctx"],
+        context=build.package.num_ctx,
         tolerance=asked.max_loss,
         suites=tuple(asked.suites),
         suite_folder=build.suite_folder and str(build.suite_folder),
@@ -223,9 +223,9 @@ def quant_files(build: Build) -> list:
 
 def registrable(build: Build) -> list:
     """The exported GGUFs as the deploy room takes them."""
-    from olpack.deploy.register import QuantFile
+    from olpack.deploy.register import TagFile
 
-    return [QuantFile(file.tag, file.path, file.sha256, file.adapter) for file in quant_files(build)]
+    return [TagFile(file.tag, file.path, file.sha256, file.adapter) for file in quant_files(build)]
 
 
 def registered(build: Build) -> list:
