@@ -133,7 +133,7 @@ def measure_settings(build: Build) -> MeasureSettings:
         repeats=asked.repeats,
         answer_tokens=asked.answer_tokens,
         clients=tuple(asked.clients),
-        context=build.package.parameters["num_ctx"],
+        context=build.package.num_ctx,
         tolerance=asked.max_loss,
         suites=tuple(asked.suites),
         suite_folder=str(build.suite_folder) if build.suite_folder else None,
