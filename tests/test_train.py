@@ -133,7 +133,7 @@ def test_memory_that_runs_out_while_gradients_are_joined_counts_none_twice(base,
         state = training_loop.State(budget=2 * max(len(row.ids) for row in rows))
         with monkeypatch.context() as patch:
             if fails:  # in the second micro-batch, when there are gradients already
-                patch.setattr(training_loop, "flatten", at_call(training_loop.flatten, 2, lambda: raise_out_of_memory()))
+                patch.setattr(training_loop, "pack", at_call(training_loop.pack, 2, lambda: raise_out_of_memory()))
             budget = state.budget
             training_loop._backward(forward, trained, rows, state)
             assert (state.budget < budget) == fails

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 PROJECT = "olpack"  # of Weights & Biases
 
 
-def check_trackers(trackers: list[str]) -> None:
+def check_trackers(trackers: Sequence[str]) -> None:
     """Refuse now a tracker whose package is not there.
 
     Raises:
