@@ -12,7 +12,7 @@ from tiny_models import write_model
 from olpack.commands import doctor
 from olpack.model import four_bits
 from olpack.model.base import Base
-from olpack.model.frozen_weights import Held
+from olpack.model.frozen_weights import FrozenQuantization
 from olpack.recipe import Train
 from olpack.train.model import load_with_adapter
 from olpack.train.ops.low_rank import _frozen_weight
@@ -83,7 +83,7 @@ def test_what_a_dequantized_merge_starts_from_is_what_training_saw(kernel):
     from bitsandbytes.functional import quantize_4bit
 
     weight = torch.randn(50, 48, generator=torch.Generator().manual_seed(0))
-    held = Held("nf4", True, "float32", "default", [])
+    held = FrozenQuantization("nf4", True, "float32", "default", [])
     torch.testing.assert_close(held.round_trip(weight), dequantized(*quantize_4bit(weight, quant_type="nf4", compress_statistics=True)))
 
 

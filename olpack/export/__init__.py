@@ -83,7 +83,7 @@ def export(source: Path, targets: Sequence[Target], **options: Unpack[ExportOpti
 
 
 def collect_importance(gguf: Path, rows: Sequence[Sequence[int]], out: Path, *, dataset: str, threads: int | None = None) -> None:
-    """Have a model read text, and write how much each column of its weights matters for it: an importance matrix in llama.cpp's GGUF form.
+    """Run a model over text, and write the importance of each column of its weights for it: an importance matrix in llama.cpp's GGUF form.
 
     Args:
         gguf: the model, best in 16 or 8 bits.
@@ -104,7 +104,7 @@ def collect_importance(gguf: Path, rows: Sequence[Sequence[int]], out: Path, *, 
 def measure_sensitivity(
     gguf: Path,
     rows: Sequence[Sequence[int]],
-    learned: Sequence[Sequence[bool]],
+    loss_mask: Sequence[Sequence[bool]],
     out: Path,
     *,
     key: str,
@@ -116,9 +116,9 @@ def measure_sensitivity(
     What was measured is kept after each matrix, and a later call with the same key goes on from there.
 
     Args:
-        gguf: the model in F16 or BF16. It is held in memory.
+        gguf: the model in F16 or BF16. It is loaded as a whole.
         rows: token ids, each row read from an empty context, once for each matrix.
-        learned: the tokens whose predictions count, a flag for each id of each row.
+        loss_mask: the target tokens, whose predictions count: a flag for each id of each row.
         out: where the figures go, in JSON.
         key: tells apart what the figures depend on: model, rows, importance matrix.
         importance: the importance matrix with which the files will be quantized.
@@ -133,4 +133,4 @@ def measure_sensitivity(
     from olpack.export.client import worker
 
     with worker() as converter:
-        return converter.measure(gguf, rows, learned, out, key=key, importance=importance, threads=threads)
+        return converter.measure(gguf, rows, loss_mask, out, key=key, importance=importance, threads=threads)

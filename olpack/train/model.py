@@ -9,7 +9,7 @@ import torch
 
 from olpack.errors import OlpackError
 from olpack.model.base import Base
-from olpack.model.frozen_weights import Held
+from olpack.model.frozen_weights import FrozenQuantization
 from olpack.model.packed import quantization_of
 from olpack.recipe import Train
 
@@ -35,7 +35,7 @@ def load_with_adapter(base: Base, settings: Train, device: torch.device, *, shar
 
     Returns:
         a peft.PeftModel in training mode; what is trained is float32. Its `olpack_start` is what the adapter began with, its `olpack_held` how
-        the base is held (`olpack.model.frozen_weights.Held`), None where it is not quantized here.
+        the base is held (`olpack.model.frozen_weights.FrozenQuantization`), None where it is not quantized here.
     """
     from peft import get_peft_model
     from transformers.utils import logging
@@ -109,7 +109,7 @@ def _load(base: Base, settings: Train, device: torch.device, *, sharded: bool):
     return model
 
 
-def _held(model, base: Base, settings: Train, device: torch.device) -> Held | None:
+def _held(model, base: Base, settings: Train, device: torch.device) -> FrozenQuantization | None:
     if settings.quantization == "none" or quantization_of(base.config):
         return None
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
@@ -119,4 +119,4 @@ def _held(model, base: Base, settings: Train, device: torch.device) -> Held | No
     text = {id(module) for module in model.get_decoder().modules()}
     modules = [name for name, module in model.named_modules() if id(module) in text and isinstance(module, (Linear4bit, Linear8bitLt, HqqLinear))]
     dtype = str(compute_dtype(device)).removeprefix("torch.")
-    return Held(settings.quantization, settings.double_quantization, dtype, settings.initialization, modules)
+    return FrozenQuantization(settings.quantization, settings.double_quantization, dtype, settings.initialization, modules)
