@@ -208,7 +208,7 @@ def test_special_tokens_that_swallow_spaces_are_announced(copy):
 
 
 def test_two_targets_need_two_paths(model, tmp_path):
-    with pytest.raises(OlpackError, match="written to the same file"):
+    with pytest.raises(OlpackError, match="the same file as target"):
         converter().export(model, [Target("Q4_0", tmp_path / "a.gguf"), Target("Q8_0", tmp_path / "a.gguf")])
 
 
