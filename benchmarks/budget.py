@@ -21,6 +21,7 @@ from olpack import recipe
 from olpack.compare.perplexity import ratio
 from olpack.export import Target, export
 from olpack.stages.build import Build
+from olpack.stages.run import run
 
 MIXES = ("Q2_K", "IQ3_S", "Q3_K_M", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_M")
 BUDGETS = (3.5, 4.5, 5.5)
@@ -36,9 +37,9 @@ def main() -> None:
     )
     build = Build(asked, out=arguments.work)
     for stage in ("train", "export"):
-        build.run(stage)
+        run(build, stage)
     _, held_out = build.rows
-    measured, learned = Measured(arguments.work, held_out), [row.learned_count for row in held_out]
+    measured, targets = Measured(arguments.work, held_out), [row.target_count for row in held_out]
 
     unquantized = arguments.work / "without/F32.gguf"
     if not unquantized.is_file():
@@ -47,18 +48,18 @@ def main() -> None:
     text = [
         f"# What a budget gives\n\ntiny-coder ({parameters(unquantized)} M parameters), one pass over the shipped chats; "
         f"importance matrix and sensitivity from its training rows.\nKL divergence from the F32 file in millinats a token, over "
-        f"{sum(learned):,} answer tokens of {len(held_out)} held-out rows, ± standard error with rows as the sampling unit; the difference "
+        f"{sum(targets):,} answer tokens of {len(held_out)} held-out rows, ± standard error with rows as the sampling unit; the difference "
         "is paired by row.\n\n## At the size of a mix\n"
     ]
     text += ["| mix | bits per weight | mix | budget | difference | budget / mix |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
     for mix, made in zip(MIXES, files, strict=False):
         within = Made(of_size(build, arguments.work / "budgets", made.bits_per_weight))
         plain, chosen = (measured.of(str(file.path.relative_to(arguments.work).with_suffix(""))) for file in (made, within))
-        difference, error = ratio([one - other for one, other in zip(chosen, plain, strict=True)], learned)
+        difference, error = ratio([one - other for one, other in zip(chosen, plain, strict=True)], targets)
         share, share_error = ratio(chosen, plain)
         text.append(
-            f"| {mix} | {made.bits_per_weight:.3f}, {within.bits_per_weight:.3f} | {millinats(plain, learned)} | "
-            f"{millinats(chosen, learned)} | {1000 * difference:+.2f} ± {1000 * error:.2f} | {share:.3f} ± {share_error:.3f} |"
+            f"| {mix} | {made.bits_per_weight:.3f}, {within.bits_per_weight:.3f} | {millinats(plain, targets)} | "
+            f"{millinats(chosen, targets)} | {1000 * difference:+.2f} ± {1000 * error:.2f} | {share:.3f} ± {share_error:.3f} |"
         )
     text += [
         "\n## Round budgets, among the mixes\n",
@@ -67,7 +68,7 @@ def main() -> None:
     ]
     for quant, made in sorted(zip(quants, files, strict=True), key=lambda pair: pair[1].bits_per_weight):
         lost = measured.of(str(made.path.relative_to(arguments.work).with_suffix("")))
-        cells = (quant, f"{made.bits_per_weight:.3f}", f"{made.path.stat().st_size / 1e6:.2f} MB", millinats(lost, learned), made.types)
+        cells = (quant, f"{made.bits_per_weight:.3f}", f"{made.path.stat().st_size / 1e6:.2f} MB", millinats(lost, targets), made.types)
         text.append(f"| {' | '.join(cells)} |")
     publish([*text, "", measured_here(__file__)], arguments.output)
 

@@ -21,6 +21,7 @@ from olpack.export import Target, collect_importance, export
 from olpack.llamacpp.engine import Engine
 from olpack.llamacpp.logits import kl_divergence, log_softmax
 from olpack.stages.build import Build
+from olpack.stages.run import run
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 QUANTS = ("Q2_K", "Q3_K_M", "IQ3_S", "IQ4_XS", "Q4_0", "Q4_K_M")
@@ -34,7 +35,7 @@ def main() -> None:
     arguments = parser.parse_args()
     asked = recipe.load(REPOSITORY / "modelfiles/coding-assistant/recipe.yaml", ["train.epochs=1"])
     build = Build(asked, out=arguments.work)
-    build.run("train")
+    run(build, "train")
     rows, held_out = build.rows
     measured = Measured(arguments.work, held_out)
 
@@ -46,11 +47,11 @@ def main() -> None:
             collect_importance(files["Q8_0"], [row.ids for row in first(rows, tokens)], matrix, dataset="train.jsonl")
         export_all(build, arguments.work / f"with-{tokens}", QUANTS if tokens == whole else AMOUNT_QUANTS, matrix)
 
-    learned = [row.learned_count for row in held_out]
+    targets = [row.target_count for row in held_out]
     text = [
         f"# What an importance matrix gives\n\ntiny-coder ({parameters(files['F32'])} M parameters), one pass over the {len(rows)} "
         f"shipped chats; matrix from their {whole:,} tokens.\nKL divergence from the F32 file in millinats a token, over "
-        f"{sum(learned):,} answer tokens of "
+        f"{sum(targets):,} answer tokens of "
         f"{len(held_out)} held-out rows, ± standard error with rows as the sampling unit.\n"
     ]
     text += ["| quant | size | without | with | with / without |", "| --- | ---: | ---: | ---: | ---: |"]
@@ -58,11 +59,11 @@ def main() -> None:
         plain, weighed = measured.of(f"without/{quant}"), measured.of(f"with-{whole}/{quant}")
         size = (arguments.work / f"with-{whole}/{quant}.gguf").stat().st_size
         share, error = ratio(weighed, plain)
-        text.append(f"| {quant} | {size / 1e6:.2f} MB | {millinats(plain, learned)} | {millinats(weighed, learned)} | {share:.3f} ± {error:.3f} |")
+        text.append(f"| {quant} | {size / 1e6:.2f} MB | {millinats(plain, targets)} | {millinats(weighed, targets)} | {share:.3f} ± {error:.3f} |")
     text += ["\n## How much text\n\nThe same, by the tokens that the matrix was collected on.\n"]
     text += [f"| tokens | {' | '.join(AMOUNT_QUANTS)} |", f"| ---: | {' | '.join(['---:'] * len(AMOUNT_QUANTS))} |"]
     for label, folder in [("none", "without"), *((f"{tokens:,}", f"with-{tokens}") for tokens in (*AMOUNTS, whole))]:
-        cells = (millinats(measured.of(f"{folder}/{quant}"), learned) for quant in AMOUNT_QUANTS)
+        cells = (millinats(measured.of(f"{folder}/{quant}"), targets) for quant in AMOUNT_QUANTS)
         text.append(f"| {label} | {' | '.join(cells)} |")
     publish([*text, "", measured_here(__file__)], arguments.output)
 
@@ -101,7 +102,7 @@ class Measured:
         """For one row after the other, natural-log probabilities [answer tokens, vocabulary]."""
         with Engine(self._work / f"{name}.gguf", max(len(row.ids) for row in self._rows)) as engine:
             for row in self._rows:
-                yield np.stack([log_softmax(logits) for _, logits in engine.scored(row.ids, row.learned)])
+                yield np.stack([log_softmax(logits) for _, logits in engine.scored(row.ids, row.loss_mask)])
 
 
 def millinats(sums: list[float], tokens: list[int]) -> str:

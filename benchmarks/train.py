@@ -70,9 +70,10 @@ def texts(tokenizer, count: int) -> list[str]:
 def run_olpack(folder: Path, checkpointing: bool, profile: bool) -> dict:
     import torch
 
+    from olpack.train.device import compute_dtype
     from olpack.train.ops.pointwise import compile_kernels
 
-    compile_kernels(json.loads((folder / "config.json").read_text()), RANK)
+    compile_kernels(torch.device("cuda"), compute_dtype(torch.device("cuda")), json.loads((folder / "config.json").read_text()), RANK)
     from transformers import AutoTokenizer
 
     from olpack.data import TokenRow
@@ -106,7 +107,7 @@ def run_olpack(folder: Path, checkpointing: bool, profile: bool) -> dict:
         batch, room = [], TOKENS
         while room:  # the last row of a step is cut, so that every step has the same number of tokens
             row = rows.pop(0)
-            batch.append(TokenRow(row.ids[:room], row.learned[:room], "", ""))
+            batch.append(TokenRow(row.ids[:room], row.loss_mask[:room], "", ""))
             room -= len(batch[-1].ids)
         losses.append(loop._backward(forward, trained, batch, State(budget=TOKENS)))
         torch.nn.utils.clip_grad_norm_(trained.parameters, 1.0)

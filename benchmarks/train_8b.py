@@ -186,7 +186,7 @@ def same_losses(device: torch.device, steps: int = 12) -> list[str]:
                     total = total + F.cross_entropy(logits[:-1].float(), ids[1:], reduction="sum")
             else:
                 total = forward.loss(flatten(batch, device))
-            loss = total / sum(row.learned_count for row in batch)
+            loss = total / sum(row.target_count for row in batch)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -77,7 +77,7 @@ def losses(base: Base, rows: list[TokenRow], device: torch.device, dtype: torch.
             parts = [plain_loss(model, row, device, dtype) for row in chosen]
         else:
             parts = [forward.loss(flatten(group, device)) for group in micro_batches(chosen, forward.budget(BUDGET))]
-        count = sum(row.learned_count for row in chosen)
+        count = sum(row.target_count for row in chosen)
         loss = torch.stack(parts).sum() / count
         loss.backward()
         torch.nn.utils.clip_grad_norm_(adapter, 1.0)
@@ -88,10 +88,10 @@ def losses(base: Base, rows: list[TokenRow], device: torch.device, dtype: torch.
 
 
 def plain_loss(model, row: TokenRow, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    ids, learned = torch.tensor(row.ids, device=device), torch.tensor(row.learned, device=device)
+    ids, loss_mask = torch.tensor(row.ids, device=device), torch.tensor(row.loss_mask, device=device)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         logits = model(input_ids=ids[None], use_cache=False).logits[0]
-    return F.cross_entropy(logits[:-1][learned[1:]].float(), ids[1:][learned[1:]], reduction="sum")
+    return F.cross_entropy(logits[:-1][loss_mask[1:]].float(), ids[1:][loss_mask[1:]], reduction="sum")
 
 
 def main() -> None:

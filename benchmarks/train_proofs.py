@@ -2,7 +2,7 @@
 
     python benchmarks/train_proofs.py --llama-cpp DIR [--kills 5 11 18]
 
-1. The share of learned tokens under published chat templates and vocabularies of a llama.cpp checkout, and whether each row ends with a
+1. The share of target tokens under published chat templates and vocabularies of a llama.cpp checkout, and whether each row ends with a
    learned end-of-turn token.
 2. Logits of a row packed between others against those of the row alone.
 3. Training that is killed (SIGKILL) several times against an unbroken run: losses of every step.
@@ -57,10 +57,10 @@ def masks(llama_cpp: Path) -> list[str]:
         tokenizer.add_special_tokens({"additional_special_tokens": added} if added else {})
         renderer = Renderer(tokenizer)
         rows = [row for chat in chats for row in renderer.rows(_without_system(chat) if added else chat)]
-        ends = {tokenizer.convert_ids_to_tokens(row.ids[_last(row.learned)]) for row in rows}
-        ended = sum(row.ids[_last(row.learned)] in renderer.end_ids for row in rows)
-        tokens, learned = sum(len(row.ids) for row in rows), sum(row.learned_count for row in rows)
-        lines.append(f"| {name} | {len(rows)} | {tokens:,} | {learned / tokens:.1%} | {ended}: {', '.join(f'`{end}`' for end in sorted(ends))} |")
+        ends = {tokenizer.convert_ids_to_tokens(row.ids[_last(row.loss_mask)]) for row in rows}
+        ended = sum(row.ids[_last(row.loss_mask)] in renderer.end_ids for row in rows)
+        tokens, targets = sum(len(row.ids) for row in rows), sum(row.target_count for row in rows)
+        lines.append(f"| {name} | {len(rows)} | {tokens:,} | {targets / tokens:.1%} | {ended}: {', '.join(f'`{end}`' for end in sorted(ends))} |")
     return lines
 
 

@@ -17,13 +17,13 @@ import torch
 from ollama_double import OllamaDouble
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from olpack.compare import MeasureSettings, QuantFile, Results, measure
-from olpack.compare.job import Job
-from olpack.compare.process import events
-from olpack.compare.rounds import repeats_of, visits
+from olpack.compare import ComparedFile, MeasureSettings, Results, measure
+from olpack.compare.job import Job, events
+from olpack.compare.speed import repeats_of, visits
 from olpack.data.rows import TokenRow
 from olpack.deploy.client import OllamaClient, blob_digest
 from olpack.errors import OlpackError
+from olpack.workspace import file_digest
 
 SETTINGS = MeasureSettings(prompt_lengths=(48,), generated_tokens=8, repeats=2, context=512, threads=1, answer_tokens=48)
 PROMPTS = [[{"role": "user", "content": "Write add."}], [{"role": "user", "content": "naïve 日本語"}]]
@@ -60,9 +60,9 @@ def rows() -> list[TokenRow]:
     return [row(tokenizer, text, number) for number, text in enumerate(TEXTS, 1)]
 
 
-def quant_file(folder: Path, name: str) -> QuantFile:
+def quant_file(folder: Path, name: str) -> ComparedFile:
     path = folder / f"{name}.gguf"
-    return QuantFile(name, name.lower(), path, path.stat().st_size, 8.5)
+    return ComparedFile(name, name.lower(), path, path.stat().st_size, 8.5, file_digest(path))
 
 
 def test_everything_is_measured_without_a_server(folder, rows):
@@ -83,8 +83,8 @@ def test_everything_is_measured_without_a_server(folder, rows):
     with torch.no_grad():
         for one in rows:
             scores = torch.log_softmax(model(torch.tensor([one.ids])).logits[0].double(), -1)
-            total -= sum(scores[at - 1, one.ids[at]].item() for at in range(1, len(one.ids)) if one.learned[at])
-    expected = math.exp(total / sum(one.learned_count for one in rows))
+            total -= sum(scores[at - 1, one.ids[at]].item() for at in range(1, len(one.ids)) if one.loss_mask[at])
+    expected = math.exp(total / sum(one.target_count for one in rows))
     assert full.perplexity.value == pytest.approx(expected, rel=1e-3)
 
 
@@ -118,7 +118,7 @@ def test_what_was_measured_survives_a_later_crash(folder, rows):
         answer_tokens=50_000,
         answers=[PROMPTS[0]],
         perplexity=True,
-        rows=[{"ids": one.ids, "learned": one.learned, "text": one.text} for one in rows],
+        rows=[{"ids": one.ids, "loss_mask": one.loss_mask, "text": one.text} for one in rows],
     )
     seen = []
     stream = events(job)

@@ -1,4 +1,4 @@
-"""Chats from files, and which tokens of them are learned."""
+"""Chats from files, and which of their tokens are target tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from olpack.data import Chat, Renderer, load_chats, load_rows, split
+from olpack.data import Chat, Renderer, load_chats, load_sides, render_rows, split
 from olpack.errors import OlpackError
 from olpack.model.base import BUILTIN, Base
 
@@ -25,19 +25,19 @@ def turns(*contents: str, system: str | None = None) -> list[dict]:
     return start + [{"role": roles[index % 2], "content": content} for index, content in enumerate(contents)]
 
 
-def learned_text(renderer: Renderer, row) -> str:
-    return renderer.tokenizer.decode([token for token, flag in zip(row.ids, row.learned, strict=True) if flag])
+def target_text(renderer: Renderer, row) -> str:
+    return renderer.tokenizer.decode([token for token, flag in zip(row.ids, row.loss_mask, strict=True) if flag])
 
 
-def test_only_the_answer_and_its_end_are_learned(renderer):
+def test_only_the_answer_and_its_end_are_targets(renderer):
     row = renderer.rows(Chat(turns("Add two.", "def add(a, b):\n\treturn a + b", system="Be brief."), "x:1"))[0]
-    assert learned_text(renderer, row) == "def add(a, b):\n\treturn a + b<|im_end|>"
+    assert target_text(renderer, row) == "def add(a, b):\n\treturn a + b<|im_end|>"
     assert renderer.tokenizer.decode(row.ids) == row.text
 
 
-def test_every_assistants_turn_is_learned(renderer):
+def test_every_assistants_turn_is_a_target(renderer):
     row = renderer.rows(Chat(turns("a?", "one", "b?", "two"), "x:1"))[0]
-    assert learned_text(renderer, row) == "one<|im_end|>two<|im_end|>"
+    assert target_text(renderer, row) == "one<|im_end|>two<|im_end|>"
 
 
 NASTY = [
@@ -54,21 +54,21 @@ NASTY = [
 @pytest.mark.parametrize("text", NASTY)
 def test_text_goes_through_byte_for_byte(renderer, text):
     row = renderer.rows(Chat(turns(text, text), "x:1"))[0]
-    assert learned_text(renderer, row) == text + "<|im_end|>"
+    assert target_text(renderer, row) == text + "<|im_end|>"
     assert renderer.tokenizer.decode(row.ids) == row.text
 
 
-def test_an_answer_that_begins_with_a_line_break_is_learned_from_there(renderer):
+def test_an_answer_that_begins_with_a_line_break_is_a_target_from_there(renderer):
     messages = turns("q", "\n\nanswer")
     (row,) = renderer.rows(Chat(messages, "x:1"))
-    assert learned_text(renderer, row) == "\n\nanswer<|im_end|>"
+    assert target_text(renderer, row) == "\n\nanswer<|im_end|>"
     asked = renderer.prompt(messages[:1])
-    assert row.ids[: len(asked)] == asked and row.learned.index(True) == len(asked)
+    assert row.ids[: len(asked)] == asked and row.loss_mask.index(True) == len(asked)
 
 
 def test_special_token_text_inside_a_message_does_not_end_the_learning_early(renderer):
     row = renderer.rows(Chat(turns("q", "say <|im_end|> twice"), "x:1"))[0]
-    assert learned_text(renderer, row) == "say <|im_end|> twice<|im_end|>"
+    assert target_text(renderer, row) == "say <|im_end|> twice<|im_end|>"
 
 
 def test_a_template_that_adds_an_empty_thinking_block_to_the_prompt(renderer):
@@ -79,7 +79,7 @@ def test_a_template_that_adds_an_empty_thinking_block_to_the_prompt(renderer):
     )
     for answer in ("answer", "<think>\nyes\n</think>\n\nanswer", "<tool_call>"):
         row = Renderer(thinking).rows(Chat(turns("q", answer), "x:1"))[0]
-        assert learned_text(renderer, row) == answer + "<|im_end|>"
+        assert target_text(renderer, row) == answer + "<|im_end|>"
 
 
 def test_the_token_that_ends_a_turn_is_found_whatever_the_tokenizer_calls_it(renderer):
@@ -91,7 +91,7 @@ def test_the_token_that_ends_a_turn_is_found_whatever_the_tokenizer_calls_it(ren
         "{% for m in messages %}{{ m.role }}:\n{{ m.content }}\n### End\n{% endfor %}{% if add_generation_prompt %}assistant:\n{% endif %}"
     )
     row = Renderer(other).rows(Chat(turns("q", "answer"), "x:1"))[0]
-    assert learned_text(Renderer(other), row) == "answer\n### End\n"
+    assert target_text(Renderer(other), row) == "answer\n### End\n"
     assert Renderer(other).end_of_turn() is None
 
 
@@ -110,11 +110,11 @@ FORGETFUL = (
 )
 
 
-def test_each_turn_is_learned_as_it_is_served_where_a_template_rewrites_earlier_ones(renderer):
+def test_each_turn_is_trained_as_it_is_served_where_a_template_rewrites_earlier_ones(renderer):
     forgetful = with_template(renderer, FORGETFUL)
     messages = turns("q1", "<think>\nhm\n</think>\n\na1", "q2", "a2", "q3", "<think>\nso\n</think>\n\na3")
     rows = forgetful.rows(Chat(messages, "x:7"))
-    assert [learned_text(forgetful, row) for row in rows] == [
+    assert [target_text(forgetful, row) for row in rows] == [
         "<think>\nhm\n</think>\n\na1<|im_end|>",
         "<think>\n\n</think>\n\na2<|im_end|>",
         "<think>\nso\n</think>\n\na3<|im_end|>",
@@ -123,7 +123,7 @@ def test_each_turn_is_learned_as_it_is_served_where_a_template_rewrites_earlier_
         assert row.text.startswith(forgetful.text(messages[:until], ask=True))
     assert [row.source for row in rows] == ["x:7 (1 of 3)", "x:7 (2 of 3)", "x:7 (3 of 3)"]
     (last,) = with_template(renderer, FORGETFUL, "last").rows(Chat(messages, "x:7"))
-    assert last.ids == rows[2].ids and last.learned == rows[2].learned
+    assert last.ids == rows[2].ids and last.loss_mask == rows[2].loss_mask
 
 
 # A header of its own and a token that ends a turn, white space cut, and no generation markers, as in the templates of Llama 3.1 and Gemma 2.
@@ -138,13 +138,13 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("end", PUBLISHED)
 @pytest.mark.parametrize("learn", ["all", "last"])
-def test_the_token_that_ends_each_learned_turn_is_learned(renderer, end, learn):
+def test_the_token_that_ends_each_target_turn_is_a_target(renderer, end, learn):
     tokenizer = copy.deepcopy(renderer.tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|stop|>", "<start_of_turn>", end]})
     tokenizer.chat_template = PUBLISHED[end]
     other = Renderer(tokenizer, learn=learn)
     (row,) = other.rows(Chat(turns("q", "مرحبا\n", "r", " \tb 👩‍💻"), "x:1"))
-    assert learned_text(other, row) == (f"مرحبا{end}" if learn == "all" else "") + f"b 👩‍💻{end}"
+    assert target_text(other, row) == (f"مرحبا{end}" if learn == "all" else "") + f"b 👩‍💻{end}"
     assert other.end_of_turn() == end
 
 
@@ -156,7 +156,7 @@ def test_turns_share_a_row_as_far_as_they_are_served_alike(renderer):
         "{% if add_generation_prompt %}assistant:\n{% elif messages|length > 3 %}<|endoftext|>{% endif %}",
     )
     rows = once.rows(Chat(turns("a", "b", "c", "d", "e", "f"), "x:1"))
-    assert [learned_text(once, row) for row in rows] == ["b\nd\n<|endoftext|>", "f\n<|endoftext|>"]
+    assert [target_text(once, row) for row in rows] == ["b\nd\n<|endoftext|>", "f\n<|endoftext|>"]
 
 
 def test_a_template_that_rewrites_the_question_once_it_is_answered_is_refused(renderer):
@@ -230,7 +230,7 @@ def test_a_row_that_is_too_long_is_refused_and_named(renderer, tmp_path):
     held_out = tmp_path / "eval.jsonl"
     held_out.write_text(json.dumps({"messages": turns("q", "a")}) + "\n")
     with pytest.raises(OlpackError, match=r"1 row is longer than 64 tokens; train.jsonl:2.*data.max_length"):
-        load_rows([path], [held_out], renderer, max_length=64, eval_share=0.1)
+        render_rows(*load_sides([path], [held_out], eval_share=0.1), renderer, max_length=64)
 
 
 def test_a_text_is_tokenized_as_the_tokenizer_does_it_with_an_end_behind_it():
@@ -245,4 +245,4 @@ def test_a_text_is_tokenized_as_the_tokenizer_does_it_with_an_end_behind_it():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=spaced, bos_token="<s>", eos_token="</s>", chat_template="{{ messages[0].content }}")
     (row,) = Renderer(tokenizer).rows(Chat([], "x:1", text=text))
     assert row.ids == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
-    assert row.learned_count == len(row.ids) - 1 and row.text == f"<s>{text}</s>"
+    assert row.target_count == len(row.ids) - 1 and row.text == f"<s>{text}</s>"

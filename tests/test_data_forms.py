@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from olpack.data import Chat, Renderer, Source, load_chats, load_rows, split
+from olpack.data import Chat, Renderer, Source, load_chats, load_sides, render_rows, split
 from olpack.data.chats import times
 from olpack.errors import OlpackError
 from olpack.model.base import BUILTIN, Base
@@ -69,8 +69,8 @@ def test_each_form_goes_through_each_container_byte_for_byte(tmp_path, renderer,
         expected = {"completion": MESSAGES[1:], "alpaca": [MESSAGES[0], {"role": "user", "content": f"Q\n\n{NASTY}"}, MESSAGES[2]]}
         assert chats[0].messages == expected.get(form, MESSAGES)
     (row,) = renderer.rows(chats[1])
-    learned = renderer.tokenizer.decode([token for token, flag in zip(row.ids, row.learned, strict=True) if flag])
-    assert learned == (NASTY if form == "text" else f"A {NASTY}") + "<|im_end|>"
+    targets = renderer.tokenizer.decode([token for token, flag in zip(row.ids, row.loss_mask, strict=True) if flag])
+    assert targets == (NASTY if form == "text" else f"A {NASTY}") + "<|im_end|>"
     assert load_chats(Source(path, form))[0].digest == chats[0].digest
 
 
@@ -97,7 +97,7 @@ def test_a_folder_is_all_its_files(tmp_path):
     (tmp_path / "rows/b.jsonl").rename(tmp_path / "rows/c.jsonl")
     assert Source(tmp_path / "rows").digest() != before
     (tmp_path / "empty").mkdir()
-    with pytest.raises(OlpackError, match="holds no data"):
+    with pytest.raises(OlpackError, match="contains no data"):
         load_chats(tmp_path / "empty")
 
 
@@ -138,7 +138,7 @@ CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type":
     ],
 )
 @pytest.mark.parametrize("container", ["jsonl", "csv", "parquet"])
-def test_tool_calls_are_learned_and_what_tools_answer_is_not(tmp_path, renderer, row, container):
+def test_tool_calls_are_targets_and_what_tools_answer_is_not(tmp_path, renderer, row, container):
     import copy
 
     tokenizer = copy.deepcopy(renderer.tokenizer)
@@ -146,10 +146,10 @@ def test_tool_calls_are_learned_and_what_tools_answer_is_not(tmp_path, renderer,
     (chat,) = load_chats(write(tmp_path / f"rows.{container}", [row]))
     (made,) = Renderer(tokenizer).rows(chat)
     assert '"name": "weather"' in made.text and "41" in made.text
-    learned = tokenizer.decode([token for token, flag in zip(made.ids, made.learned, strict=True) if flag])
-    assert learned == '<call>weather {"city": "الرياض"}</call><|im_end|>Hot.<|im_end|>'
+    targets = tokenizer.decode([token for token, flag in zip(made.ids, made.loss_mask, strict=True) if flag])
+    assert targets == '<call>weather {"city": "الرياض"}</call><|im_end|>Hot.<|im_end|>'
     (last,) = Renderer(tokenizer, learn="last").rows(chat)
-    assert tokenizer.decode([token for token, flag in zip(last.ids, last.learned, strict=True) if flag]) == "Hot.<|im_end|>"
+    assert tokenizer.decode([token for token, flag in zip(last.ids, last.loss_mask, strict=True) if flag]) == "Hot.<|im_end|>"
 
 
 def test_a_template_that_knows_no_tools_is_told(renderer, tmp_path):
@@ -161,13 +161,13 @@ def test_a_template_that_knows_no_tools_is_told(renderer, tmp_path):
         renderer.rows(load_chats(tools)[0])
 
 
-def test_of_a_prompt_nothing_is_learned_nor_of_a_message_of_weight_0(renderer, tmp_path):
+def test_a_prompt_and_a_message_of_weight_0_hold_no_targets(renderer, tmp_path):
     first, second = {"role": "assistant", "content": "one"}, {"role": "assistant", "content": "two"}
     prompts = write(tmp_path / "p.jsonl", [{"prompt": [ASK, first, ASK], "completion": [second]}])
     chats = write(tmp_path / "c.jsonl", [{"messages": [ASK, {**first, "weight": 0}, ASK, second]}, {"messages": [first, ASK, second]}])
     for chat in load_chats(prompts, chats):
         (row,) = renderer.rows(chat)
-        assert renderer.tokenizer.decode([token for token, flag in zip(row.ids, row.learned, strict=True) if flag]) == "two<|im_end|>"
+        assert renderer.tokenizer.decode([token for token, flag in zip(row.ids, row.loss_mask, strict=True) if flag]) == "two<|im_end|>"
     only = write(tmp_path / "b.jsonl", [{"messages": [first, ASK]}])
     with pytest.raises(OlpackError, match="no answer to learn"):
         renderer.rows(load_chats(only)[0])
@@ -244,8 +244,8 @@ def test_a_weight_says_how_often_a_row_is_seen(tmp_path, renderer):
     held_out = write(tmp_path / "b.jsonl", [{"instruction": "other", "output": "a"}])
     counts = {}
     for weight in (0.25, 1.0, 2.5):
-        learned, scored = load_rows([Source(path, weight=weight)], [held_out], renderer, max_length=64, eval_share=0.1)
-        counts[weight] = [sum(row.source == f"a.jsonl:{number}" for row in learned) for number in range(1, 201)]
+        train_rows, scored = render_rows(*load_sides([Source(path, weight=weight)], [held_out], eval_share=0.1), renderer, max_length=64)
+        counts[weight] = [sum(row.source == f"a.jsonl:{number}" for row in train_rows) for number in range(1, 201)]
         assert len(scored) == 1
     assert 25 < sum(counts[0.25]) < 75 and max(counts[0.25]) == 1
     assert counts[1.0] == [1] * 200
@@ -255,11 +255,11 @@ def test_a_weight_says_how_often_a_row_is_seen(tmp_path, renderer):
     assert any(times(chat) for chat in split(chats, 0.2)[1])
 
 
-def test_a_held_out_row_that_is_also_learned_is_refused_in_whatever_form(tmp_path, renderer):
-    learned = write(tmp_path / "a.jsonl", [{"instruction": "q", "output": "a"}])
+def test_a_held_out_row_that_is_also_trained_is_refused_in_whatever_form(tmp_path, renderer):
+    train = write(tmp_path / "a.jsonl", [{"instruction": "q", "output": "a"}])
     apart = write(tmp_path / "b.jsonl", [{"messages": [{"role": "user", "content": "q", "id": 7}, {"role": "assistant", "content": "a"}]}])
     with pytest.raises(OlpackError, match=r"b.jsonl:1 is also in the training data \(a.jsonl:1\)"):
-        load_rows([learned], [apart], renderer, max_length=64, eval_share=0.1)
+        render_rows(*load_sides([train], [apart], eval_share=0.1), renderer, max_length=64)
 
 
 @pytest.mark.parametrize("form", ROWS)
@@ -270,9 +270,9 @@ def test_the_split_is_stable_in_every_form_and_parts_no_twins(tmp_path, form):
     few = load_chats(write(tmp_path / "a.jsonl", rows(0, 200)))
     more = load_chats(write(tmp_path / "b.jsonl", rows(1000, 50)), tmp_path / "a.jsonl", tmp_path / "a.jsonl")
     apart = {chat.digest for chat in split(few, 0.1)[1]}
-    learned, again = ({chat.digest for chat in side} for side in split(more, 0.1))
+    trained, again = ({chat.digest for chat in side} for side in split(more, 0.1))
     assert 5 < len(apart) < 40
-    assert apart <= again and not learned & again
+    assert apart <= again and not trained & again
 
 
 def test_a_text_has_nothing_to_ask():

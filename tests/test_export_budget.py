@@ -190,7 +190,7 @@ def test_a_budget_without_measured_losses_is_refused(model, tmp_path):
     with pytest.raises(OlpackError, match="is a budget: .* `olpack build` measures"):
         converter().export(model, [Target("5bpw", tmp_path / "out.gguf")])
     (tmp_path / "broken.json").write_text("{}")
-    with pytest.raises(OlpackError, match="holds no measured sensitivity"):
+    with pytest.raises(OlpackError, match="contains no measured sensitivity"):
         converter().export(model, [Target("5bpw", tmp_path / "out.gguf")], sensitivity=tmp_path / "broken.json")
     assert not (tmp_path / "out.gguf").exists()
 

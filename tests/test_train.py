@@ -60,7 +60,7 @@ def test_it_learns_and_writes_an_adapter_that_peft_loads(base, tmp_path, quantiz
     held_out = make_rows(8, seed=9)
     forward = Forward(model.eval(), CPU, checkpointing=False)
     with torch.no_grad():
-        loss = forward.loss(flatten(held_out, CPU)).item() / sum(row.learned_count for row in held_out)
+        loss = forward.loss(flatten(held_out, CPU)).item() / sum(row.target_count for row in held_out)
     assert loss == pytest.approx(result.eval_loss_after, rel=1e-4 if quantization == "none" and result.device == "cpu" else 0.1)
 
 

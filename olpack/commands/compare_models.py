@@ -43,8 +43,8 @@ def compare_models(names: Sequence[str], prompts: Sequence[str], file: Path | No
         OlpackError: no server, a model that it lacks, a file that holds no prompts.
     """
     from olpack.compare import MeasureSettings
-    from olpack.compare.outputs import write_outputs
-    from olpack.compare.served import compare_served, settings_for
+    from olpack.compare.report import write_outputs
+    from olpack.compare.served_models import compare_served, settings_for
     from olpack.deploy.client import OllamaClient
 
     client = OllamaClient()
@@ -85,7 +85,7 @@ def _read(path: Path) -> tuple[list[list[dict]], list[Task]]:
 
 
 def _has_checks(path: Path) -> bool:
-    """Whether the first line of a JSONL file is a task; what is wrong with the file is told by whoever reads it whole."""
+    """Whether the first line of a JSONL file is a task; the reader of the whole file reports what is wrong with it."""
     try:
         with path.open(encoding="utf-8-sig") as file:
             first = json.loads(next((line for line in file if line.strip()), "null"))

@@ -1,4 +1,4 @@
-"""`olpack data check`: every problem of the data with its place, and what it looks like in figures. Needs no GPU and loads no weights."""
+"""`olpack data check`: every problem of the data with its place, and the figures of the rows. It needs no GPU and loads no weights."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Part:
         chats: rows of the file that are used; those that the weight of its source leaves out are not.
         rows: rows that the model sees of them: more, where the template rewrites earlier turns.
         seen: rows that it sees in one epoch, by the weight of the source; of held-out ones each once.
-        tokens, learned: of `rows`, all and learned ones.
+        tokens, targets: of `rows`, all tokens and target tokens.
     """
 
     name: str
@@ -55,12 +55,16 @@ class Part:
     rows: int = 0
     seen: int = 0
     tokens: int = 0
-    learned: int = 0
+    targets: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        fields = asdict(self)
+        return {"learned" if name == "targets" else name: value for name, value in fields.items()}
 
 
 @dataclass
 class Side:
-    """What is learned, or what is held out.
+    """The training rows, or the held-out rows.
 
     Attributes:
         parts: by file, in order.
@@ -76,7 +80,7 @@ class Side:
         ends = {"median": percentile(self.lengths, 0.5), "p95": percentile(self.lengths, 0.95), "max": max(self.lengths, default=0)}
         bins = [list(pair) for pair in histogram(self.lengths)]
         return {
-            "sources": [asdict(part) for part in self.parts],
+            "sources": [part.as_json() for part in self.parts],
             "tokens_per_row": ends,
             "histogram": bins,
             "answers_per_chat": {str(turns): count for turns, count in sorted(self.turns.items())},
@@ -85,7 +89,7 @@ class Side:
 
 @dataclass
 class Report:
-    """What was found.
+    """The result of a check.
 
     Attributes:
         findings: all problems and warnings, those that fail a build first.
@@ -114,10 +118,10 @@ class Report:
 
 
 def check_data(train: Sequence[Source], held_out: Sequence[Source], renderer: Renderer, *, max_length: int, eval_share: float) -> Report:
-    """Look at every row, as `load_rows` would, and go on after a problem.
+    """Look at every row, as `render_rows` would, and go on after a problem.
 
     Args:
-        train, held_out, renderer, max_length, eval_share: as `load_rows` takes them; a share of 0 holds nothing out.
+        train, held_out, renderer, max_length, eval_share: as `load_sides` and `render_rows` take them; a share of 0 holds nothing out.
 
     Raises:
         OlpackError: a source is missing or cannot be read at all.
@@ -128,11 +132,11 @@ def check_data(train: Sequence[Source], held_out: Sequence[Source], renderer: Re
         apart = list(_read(held_out, findings))
     else:
         chats, apart = split(chats, eval_share)
-    learned = [chat for chat in chats if times(chat)]
-    for name, side in (("to learn", chats), ("held out", apart)):
-        if not side and (eval_share or side is chats):
+    seen = [chat for chat in chats if times(chat)]
+    for name, some in (("to train on", chats), ("held out", apart)):
+        if not some and (eval_share or some is chats):
             findings.append(Finding("data", "too few rows", f"No row is {name}.", True))
-    if chats and not learned:
+    if chats and not seen:
         findings.append(Finding("data", "too few rows", "No row is left at this `weight`.", True))
     for chat, twin in leaks(chats, apart):
         findings.append(Finding(chat.source, "leakage", f"It is held out, and also in the training data ({twin.source}).", True))
@@ -141,8 +145,8 @@ def check_data(train: Sequence[Source], held_out: Sequence[Source], renderer: Re
         name, _, keys = sentence.partition(": not read: ")
         findings.append(Finding(name, "not read", f"Keys that are not read: {keys}.", False))
     report = Report(findings, Side(), Side(), max_length)
-    with progress.task("reading the data", total=len(learned) + len(apart), unit="rows") as task:
-        for side, some in ((report.train, learned), (report.held_out, apart)):
+    with progress.task("reading the data", total=len(seen) + len(apart), unit="rows") as task:
+        for side, some in ((report.train, seen), (report.held_out, apart)):
             _render(side, some, report, renderer, task)
     findings.sort(key=lambda finding: not finding.fails)
     return report
@@ -181,8 +185,8 @@ def _render(side: Side, chats: list[Chat], report: Report, renderer: Renderer, t
     for chat, rows in zip(chats, renderer.batches(chats), strict=True):
         task.advance()
         if isinstance(rows, OlpackError):
-            said = rows.problem.removeprefix(f"{chat.source}: ")
-            report.findings.append(Finding(chat.source, "template", f"{said[0].upper()}{said[1:].rstrip('.')}.", True))
+            problem = rows.problem.removeprefix(f"{chat.source}: ")
+            report.findings.append(Finding(chat.source, "template", f"{problem[0].upper()}{problem[1:].rstrip('.')}.", True))
             continue
         name = chat.source.rpartition(":")[0]
         part = parts.setdefault(name, Part(name, chat.form))
@@ -190,19 +194,19 @@ def _render(side: Side, chats: list[Chat], report: Report, renderer: Renderer, t
         part.rows += len(rows)
         part.seen += len(rows) * (times(chat) if side is report.train else 1)
         part.tokens += sum(len(row.ids) for row in rows)
-        part.learned += sum(row.learned_count for row in rows)
+        part.targets += sum(row.target_count for row in rows)
         side.lengths += [len(row.ids) for row in rows]
         side.turns[sum(message["role"] == "assistant" for message in chat.messages)] += 1
         longest = max(len(row.ids) for row in rows)
         if longest > report.max_length:
-            said = f"It has {longest:,} tokens, and at most {report.max_length:,} are allowed (`data.max_length`, and the base's context)."
-            report.findings.append(Finding(chat.source, "too long", said, True))
+            text = f"It has {longest:,} tokens, and at most {report.max_length:,} are allowed (`data.max_length`, and the base's context)."
+            report.findings.append(Finding(chat.source, "too long", text, True))
         contents = [chat.text] if chat.text is not None else [message["content"] for message in chat.messages]
-        if found := next((match for content in contents if (match := special.search(content))), None):
-            said = f"Its text holds {found[0]}, which the model reads as a token that steers it."
-            report.findings.append(Finding(chat.source, "special token", said, False))
-        if said := next((said for row in rows if (said := stray_mark(row, renderer))), ""):
-            report.findings.append(Finding(chat.source, "reasoning", said, False))
+        if token := next((match for content in contents if (match := special.search(content))), None):
+            text = f"Its text contains {token[0]}, which the model reads as a special token."
+            report.findings.append(Finding(chat.source, "special token", text, False))
+        if text := next((text for row in rows if (text := stray_mark(row, renderer))), ""):
+            report.findings.append(Finding(chat.source, "reasoning", text, False))
     side.parts = list(parts.values())
 
 

@@ -1,10 +1,10 @@
 """From chats to token rows, through the model's own chat template.
 
-Which tokens are learned is found by rendering prefixes of the conversation: what `messages[:i + 1]` adds to `messages[:i]` with the
+The loss mask is found by rendering prefixes of the conversation: what `messages[:i + 1]` adds to `messages[:i]` with the
 generation prompt is the assistant's turn. No generation markers in the template are needed (most published ones have none).
 
 Some templates write an earlier turn otherwise than it was answered: Qwen3's drop the thinking of all but the last. Such a chat becomes several
-rows. Each ends with one answer, after exactly what the server sends when it asks for that answer, and every answer is learned once.
+rows. Each ends with one answer, after exactly what the server sends when it asks for that answer, and every answer's tokens are targets once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from olpack.errors import OlpackError
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 _REASONING = ("reasoning_content", "reasoning", "thinking")  # names of one field of a message
 _PROBE = "olpack"  # stands for reasoning, to see where a template writes it
@@ -41,11 +41,18 @@ _AT_ONCE = 256  # chats that are tokenized together
 
 @dataclass(frozen=True)
 class _Written:
-    """The text of one row, which characters of it are learned, as (start, end) of each part, the last one first, and where no token reaches over."""
+    """The text of one row, which characters of it are targets, as (start, end) of each part, the last one first, and where no token reaches over."""
 
     text: str
     spans: list[tuple[int, int]] = field(default_factory=list)
     cuts: tuple[int, ...] = ()
+
+
+def apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict], *, ask: bool, tools: list[dict] | None) -> str:
+    """One conversation as the tokenizer's chat template writes it; with `ask`, up to where the assistant's answer begins."""
+    text = tokenizer.apply_chat_template(messages, tools=None if tools is None else [*tools], tokenize=False, add_generation_prompt=ask)
+    assert isinstance(text, str)  # of one conversation, without tokenizing
+    return text
 
 
 class Renderer:
@@ -61,7 +68,7 @@ class Renderer:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, end_ids: list[int] | None = None, learn: Learn = "all", moment: datetime | None = None):
         if not tokenizer.is_fast:
             raise OlpackError(
-                "The base has only a slow tokenizer, which cannot say where its tokens stand in the text.",
+                "The base has only a slow tokenizer, which does not report where its tokens stand in the text.",
                 "Save it as a fast one: a tokenizer.json beside the weights.",
             )
         if not tokenizer.chat_template:
@@ -77,8 +84,8 @@ class Renderer:
 
     def text(self, messages: list[dict], *, ask: bool = False, tools: list[dict] | None = None) -> str:
         """The conversation as the template writes it; with `ask`, up to where the assistant's answer begins."""
-        with written_by(self.moment and self.moment.strftime):
-            return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=ask)
+        with written_by(self.moment.strftime if self.moment else None):
+            return apply_template(self.tokenizer, messages, ask=ask, tools=tools)
 
     def prompt(self, messages: list[dict]) -> list[int]:
         """Token ids of a conversation that waits for the assistant's answer."""
@@ -87,11 +94,11 @@ class Renderer:
     def rows(self, chat: Chat) -> list[TokenRow]:
         """One chat as token rows: one, or several where the template rewrites earlier turns, in the order of the turns.
 
-        Every assistant's turn is learned (or the last), up to and including the token that ends it; its tool calls too, but not what the
-        tools answer. A plain text is learned from end to end, and an end token is added.
+        Target tokens are those of every assistant's turn (or of the last), up to and including the token that ends it; those of its tool calls
+        too, but not those of what the tools answer. Of a plain text all tokens are target tokens, and an end token is added.
 
         Raises:
-            OlpackError: the template refuses the conversation, leaves out what is to be learned, or leaves nothing to learn.
+            OlpackError: the template refuses the conversation, leaves out a part of an answer, or leaves no target token.
         """
         made = next(self.batches([chat]))
         if isinstance(made, OlpackError):
@@ -116,7 +123,7 @@ class Renderer:
                     continue
                 names = [f"{chat.source} ({at} of {len(parts)})" for at in range(1, len(parts) + 1)] if len(parts) > 1 else [chat.source]
                 rows = [self._marked(part, *next(tokens), name) for part, name in zip(parts, names, strict=True)]
-                lost = next((row for row in rows if not row.learned_count), None)
+                lost = next((row for row in rows if not row.target_count), None)
                 yield (
                     OlpackError(f"{lost.source}: the rendered row has no token to learn.", "Give the assistant an answer, or remove the row.")
                     if lost
@@ -126,8 +133,9 @@ class Renderer:
     def end_of_turn(self) -> str | None:
         """The special token with which the template ends an assistant's turn; None where it ends it in another way."""
         row = self.rows(Chat([{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello."}], "a greeting"))[-1]
-        last = max(index for index, learned in enumerate(row.learned) if learned)
-        return self.tokenizer.convert_ids_to_tokens(row.ids[last]) if row.ids[last] in self.end_ids else None
+        last = max(index for index, is_target in enumerate(row.loss_mask) if is_target)
+        token = self.tokenizer.convert_ids_to_tokens(row.ids[last])
+        return token if row.ids[last] in self.end_ids and isinstance(token, str) else None
 
     def _written(self, chat: Chat) -> list[_Written] | OlpackError:
         try:
@@ -157,7 +165,7 @@ class Renderer:
     def _turns(self, chat: Chat) -> list[_Written]:
         """From the last turn to the first: each goes into the row behind it, if that begins just as the turn was served."""
         messages, tools = self._with_marks(chat), chat.tools
-        turns = [index for index in range(max(chat.context, 1), len(messages)) if _is_learned(messages[index])]
+        turns = [index for index in range(max(chat.context, 1), len(messages)) if _is_target(messages[index])]
         rows: list[_Written] = []
         for index in reversed(turns[-1:] if self.learn == "last" else turns):
             begin, until = self._served(messages[:index], messages[index], tools)
@@ -174,7 +182,7 @@ class Renderer:
         return rows[::-1]
 
     def _with_marks(self, chat: Chat) -> list[dict]:
-        """The messages, those that hold reasoning in their text in the way that the template takes it.
+        """The messages, those with reasoning in their text in the way that the template takes it.
 
         Where the generation prompt opens the reasoning, what a model writes has no mark that opens it. Some templates look for both marks, and
         some for a field of the message.
@@ -211,7 +219,7 @@ class Renderer:
         asked, whole = self.text(messages, ask=True, tools=tools), self.text([*messages, message], tools=tools)
         if whole.startswith(asked):
             return len(asked), whole
-        # The generation prompt says more than the turn itself does, such as an empty thinking block. The turn is put together from both.
+        # The generation prompt writes more than the turn itself does, such as an empty thinking block. The turn is put together from both.
         plain = [self.text([*messages, {"role": "assistant", "content": letter}], tools=tools) for letter in "ab"]
         header = _shared(*plain)
         before, part = self.text(messages, tools=tools), min(_shared(asked, whole), header)
@@ -223,13 +231,13 @@ class Renderer:
         ending = plain[0][header + 1 :] if plain[0][header:].startswith("a") else None
         as_plain = whole.startswith(plain[0][:header])
         opened, reasoning, content = _opened(asked), _reasoning(message), message["content"]
-        inside = opened is not None and opened.end in content
+        inside = opened if opened is not None and opened.end in content else None
         if not reasoning and not inside and (empty := self._without_reasoning(messages, message, tools, asked)):
             return len(asked), empty
         if inside and ending is not None and not message.get("tool_calls"):
-            head, _, rest = content.partition(opened.begin)
-            said = content if opened.end in head or not rest else rest.removeprefix(opened.text.removeprefix(opened.begin))
-            return len(asked), asked + said + ending
+            head, _, rest = content.partition(inside.begin)
+            answer = content if inside.end in head or not rest else rest.removeprefix(inside.text.removeprefix(inside.begin))
+            return len(asked), asked + answer + ending
         if opened and ending is not None and as_plain:
             return len(asked), f"{asked}{reasoning}\n{opened.end}\n\n{whole[header:]}"
         return len(asked), asked + _beyond(asked, whole, part, header if as_plain else None)
@@ -241,7 +249,7 @@ class Renderer:
         return asked + behind.replace(_PROBE, "", 1) if whole.startswith(asked) and behind.lstrip().startswith(_PROBE) else None
 
     def _refuse_dropped(self, message: dict, tools: list[dict] | None, text: str, begin: int) -> None:
-        """Templates that know no tools, or no reasoning, leave them out without a word."""
+        """Templates that know no tools, or no reasoning, leave them out without an error."""
         written = [_reasoning(message), *(block[2] for block in _BLOCK.finditer(message["content"]))]
         if any(reasoning.strip() not in text[begin:] for reasoning in written):
             raise OlpackError(
@@ -277,7 +285,7 @@ class Renderer:
             apart, places = self.tokens(text, tuple(within))
             if self.tokenizer.decode(apart) == self.tokenizer.decode(ids):  # else the tokenizer begins each text with a space of its own
                 ids, offsets, ends, cuts = apart, places, [end for _, end in places], tuple(within)
-        learned = [False] * len(ids)
+        loss_mask = [False] * len(ids)
         for start, end in written.spans:
             # Of a token that stands for white space alone, some tokenizers give the place behind it as its beginning and its end.
             first, last = bisect_right(ends, start), bisect_right(ends, end)
@@ -289,14 +297,14 @@ class Renderer:
                 if ids[at] in self.end_ids:
                     last = at + 1
                     break
-            learned[first:last] = [True] * (last - first)
-        return TokenRow(ids, learned, text, source, cuts)
+            loss_mask[first:last] = [True] * (last - first)
+        return TokenRow(ids, loss_mask, text, source, cuts)
 
 
 def pieces(row: TokenRow, renderer: Renderer, by_kind: bool = True) -> Iterator[tuple[str, bool, bool]]:
-    """(text, learned, special) of each run of tokens of one kind; joined, their texts are the row's text."""
+    """(text, is_target, special) of each run of tokens of one kind; joined, their texts are the row's text."""
     _, offsets = renderer.tokens(row.text, row.cuts)
-    kinds = [(learned, by_kind and number in renderer.end_ids) for number, learned in zip(row.ids, row.learned, strict=True)]
+    kinds = [(is_target, by_kind and number in renderer.end_ids) for number, is_target in zip(row.ids, row.loss_mask, strict=True)]
     at = 0
     for kind, run in groupby(zip(kinds, offsets, strict=True), key=lambda pair: pair[0]):
         *_, (_, (_, end)) = run
@@ -336,7 +344,8 @@ def _beyond(asked: str, whole: str, part: int, header: int | None) -> str:
         part: where they part.
         header: where the answer's own text begins; None where the template writes its reasoning before it.
     """
-    part = re.search(r"([<\[][^<>\[\]\s]*)?\Z", asked[:part]).start()  # no mark is cut in two
+    if cut := re.search(r"[<\[][^<>\[\]\s]*\Z", asked[:part]):
+        part = cut.start()  # no mark is cut in two
     if header is None:
         mark = _opened(asked[:part])
         return whole[part - len(mark.text) if mark and mark.end in asked[part:] else part :]
@@ -351,7 +360,7 @@ def _reasoning(message: dict) -> str:
     return found if isinstance(found, str) else ""
 
 
-def _is_learned(message: dict) -> bool:
+def _is_target(message: dict) -> bool:
     return message["role"] == "assistant" and message.get("weight", 1) != 0
 
 

@@ -1,4 +1,4 @@
-"""What a row of data is, before and after the chat template."""
+"""A row of data, before and after the chat template."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _MEANING = ("role", "content", "reasoning_content", "thinking", "name")  # of a 
 
 @dataclass(frozen=True)
 class Chat:
-    """One conversation, or one plain text, as its file holds it.
+    """One conversation, or one plain text, as its file contains it.
 
     Attributes:
         messages: turns in order, each with `role` and `content`, and what else the template may read. Empty for a plain text.
         source: where it stands, "train.jsonl:17".
         tools: what the assistant may call, as JSON schemas; None where there is nothing.
-        context: so many messages at the beginning are read and never learned.
-        text: a plain text, which is learned from end to end.
+        context: so many messages at the beginning are read and have no target tokens.
+        text: a plain text, all of whose tokens are target tokens.
         form: that of its file.
         weight: how often it is seen in an epoch.
-        unread: keys of its row that say something and that the form does not read, by their path; of a message also those for the template.
+        unread: keys of its row that have a value and that the form does not read, by their path; of a message also those for the template.
     """
 
     messages: list[dict]
@@ -76,7 +76,7 @@ def _meaning(messages: list[dict]) -> list[dict]:
 
 @dataclass(frozen=True)
 class Problem:
-    """A row that is no example, and why.
+    """A row that is no example, and the reason.
 
     Attributes:
         source: where it stands, "train.jsonl:17".
@@ -97,20 +97,20 @@ class TokenRow:
 
     Attributes:
         ids: token ids, the special tokens of the chat template included.
-        learned: one flag per id: True where the token is part of an assistant's turn (its end-of-turn token included).
-            The loss, and the perplexity, are taken over these tokens only, each predicted from all tokens before it.
+        loss_mask: one flag per id: True for a target token, one that is part of an assistant's turn (its end-of-turn token included).
+            The loss, and the perplexity, are taken over target tokens only, each predicted from all tokens before it.
         text: the rendered conversation, of which `ids` are the tokens.
         source: where the row stands, "eval.jsonl:3".
         cuts: characters of `text` that no token reaches over, because an answer begins there that would else share a token with its prompt.
     """
 
     ids: list[int]
-    learned: list[bool]
+    loss_mask: list[bool]
     text: str
     source: str
     cuts: tuple[int, ...] = ()
 
     @property
-    def learned_count(self) -> int:
-        """How many tokens are learned. The first token is predicted from nothing and never counts."""
-        return sum(self.learned[1:])
+    def target_count(self) -> int:
+        """The number of target tokens. The first token is predicted from nothing and never counts."""
+        return sum(self.loss_mask[1:])

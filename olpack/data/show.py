@@ -1,14 +1,18 @@
-"""What `olpack data check` and `olpack data show` print: figures and findings, and a row with its learned tokens marked."""
+"""What `olpack data check` and `olpack data show` print: figures and findings, and a row with its target tokens marked."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from olpack.data.check import Report, Side, histogram, percentile
 from olpack.data.render import Renderer, pieces
 from olpack.data.rows import TokenRow
 
-BEGIN, END = "⟦", "⟧"  # around what is learned, where there are no colours
+if TYPE_CHECKING:
+    from rich.console import Console
+
+BEGIN, END = "⟦", "⟧"  # around target tokens, where there are no colours
 _BAR = 40
 _PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}  # control codes would act on the terminal
 
@@ -25,10 +29,11 @@ def print_report(report: Report) -> None:
         console.print(Text(f"{finding.place}: {'' if finding.fails else 'warning: '}{finding.text}", style=style or ""), soft_wrap=True)
     if report.findings:
         console.print()
-    columns = [("", "left"), ("form", "left"), ("rows", "right"), ("seen an epoch", "right"), ("tokens", "right"), ("learned", "right")]
     table = Table(box=None, pad_edge=False, show_edge=False, header_style="")
-    for title, justify in columns:
-        table.add_column(title, justify=justify)
+    for title in ("", "form"):
+        table.add_column(title)
+    for title in ("rows", "seen an epoch", "tokens", "target tokens"):
+        table.add_column(title, justify="right")
     for title, side in (("train", report.train), ("eval", report.held_out)):
         for part in side.parts:
             rows = f"{part.chats:,}" if part.rows == part.chats else f"{part.chats:,} as {part.rows:,}"
@@ -38,7 +43,7 @@ def print_report(report: Report) -> None:
                 rows,
                 f"{part.seen:,}" if side is report.train else "–",
                 f"{part.tokens:,}",
-                f"{part.learned / max(part.tokens, 1):.0%}",
+                f"{part.targets / max(part.tokens, 1):.0%}",
             )
     console.print(table)
     for title, side in (("train", report.train), ("eval", report.held_out)):
@@ -50,7 +55,7 @@ def print_report(report: Report) -> None:
     console.print(f"\n{problems}, {warnings:,} {'warning' if warnings == 1 else 'warnings'}")
 
 
-def _print_side(console, title: str, side: Side, limit: int) -> None:
+def _print_side(console: Console, title: str, side: Side, limit: int) -> None:
     from rich.table import Table
 
     lengths = side.lengths
@@ -73,7 +78,7 @@ def _print_side(console, title: str, side: Side, limit: int) -> None:
 
 
 def print_row(row: TokenRow, renderer: Renderer, title: str) -> None:
-    """A row as the model sees it: in colours on a terminal that has them, else with marks around what is learned; byte for byte in a file or pipe.
+    """A row as the model sees it: in colours on a terminal that has them, else with marks around target tokens; byte for byte in a file or pipe.
 
     Args:
         row: as `renderer` made it.
@@ -84,16 +89,16 @@ def print_row(row: TokenRow, renderer: Renderer, title: str) -> None:
 
     console = Console(highlight=False, markup=False, emoji=False)
     colours = console.is_terminal and not console.no_color
-    counts = f"{len(row.ids):,} tokens, {row.learned_count:,} learned ({row.learned_count / len(row.ids):.0%})"
-    legend = "learned in green, special tokens in magenta" if colours else f"what is learned stands in {BEGIN} {END}"
+    counts = f"{len(row.ids):,} tokens, {row.target_count:,} target tokens ({row.target_count / len(row.ids):.0%})"
+    legend = "target tokens in green, special tokens in magenta" if colours else f"target tokens stand in {BEGIN} {END}"
     written = "".join(_coloured(row, renderer) if colours else _marked(row, renderer))
     written = written.translate(_PICTURES) if console.is_terminal and not colours else written
     console.file.write(f"{title}: {counts}; {legend}\n\n{written}{'' if written.endswith(chr(10)) else chr(10)}")
 
 
 def _marked(row: TokenRow, renderer: Renderer) -> Iterator[str]:
-    for text, learned, _ in pieces(row, renderer, by_kind=False):
-        yield f"{BEGIN}{text}{END}" if learned else text
+    for text, is_target, _ in pieces(row, renderer, by_kind=False):
+        yield f"{BEGIN}{text}{END}" if is_target else text
 
 
 def _coloured(row: TokenRow, renderer: Renderer) -> Iterator[str]:
@@ -106,7 +111,7 @@ def _coloured(row: TokenRow, renderer: Renderer) -> Iterator[str]:
         (False, True): Style(color="magenta"),
         (False, False): Style(dim=True),
     }
-    for text, learned, special in pieces(row, renderer):
+    for text, is_target, special in pieces(row, renderer):
         # Line by line: a colour that goes on over a line break is lost in a pager.
         lines = text.translate(_PICTURES).split("\n")
-        yield "\n".join(styles[learned, special].render(line, color_system=ColorSystem.STANDARD) for line in lines)
+        yield "\n".join(styles[is_target, special].render(line, color_system=ColorSystem.STANDARD) for line in lines)

@@ -104,7 +104,7 @@ def collect_importance(gguf: Path, rows: Sequence[Sequence[int]], out: Path, *, 
 def measure_sensitivity(
     gguf: Path,
     rows: Sequence[Sequence[int]],
-    loss_mask: Sequence[Sequence[bool]],
+    loss_masks: Sequence[Sequence[bool]],
     out: Path,
     *,
     key: str,
@@ -118,7 +118,7 @@ def measure_sensitivity(
     Args:
         gguf: the model in F16 or BF16. It is loaded as a whole.
         rows: token ids, each row read from an empty context, once for each matrix.
-        loss_mask: the target tokens, whose predictions count: a flag for each id of each row.
+        loss_masks: for each row one flag per id: True where the token is a target token, whose prediction counts.
         out: where the figures go, in JSON.
         key: tells apart what the figures depend on: model, rows, importance matrix.
         importance: the importance matrix with which the files will be quantized.
@@ -133,4 +133,4 @@ def measure_sensitivity(
     from olpack.export.client import worker
 
     with worker() as converter:
-        return converter.measure(gguf, rows, loss_mask, out, key=key, importance=importance, threads=threads)
+        return converter.measure(gguf, rows, loss_masks, out, key=key, importance=importance, threads=threads)

@@ -44,7 +44,7 @@ _SAMPLE = 1 << 16  # weights of a matrix on which the errors of its types are co
 def measure(
     gguf: str,
     rows: list[list[int]],
-    loss_mask: list[list[bool]],
+    loss_masks: list[list[bool]],
     importance: str | None,
     out: str,
     key: str,
@@ -63,7 +63,7 @@ def measure(
     total = (len(names) + 1) * sum(map(len, rows))
     where = LoadedWeights()
     with Engine(Path(gguf), max(map(len, rows)), threads, watch=where, writable=True) as engine, ThreadPoolExecutor(usable_processors()) as pool:
-        reference = _Reference(engine, rows, loss_mask, lambda count: report(count, total))
+        reference = _Reference(engine, rows, loss_masks, lambda count: report(count, total))
         where.check()
         if not reference.finite:
             return SensitivityResult(finite=False)
@@ -105,8 +105,8 @@ class _Reference:
         finite: whether they are numbers: in F16 some models overflow.
     """
 
-    def __init__(self, engine: Any, rows: Sequence[Sequence[int]], loss_mask: Sequence[Sequence[bool]], advance: Callable[[int], None]):
-        self._engine, self._rows, self._loss_mask = engine, rows, loss_mask
+    def __init__(self, engine: Any, rows: Sequence[Sequence[int]], loss_masks: Sequence[Sequence[bool]], advance: Callable[[int], None]):
+        self._engine, self._rows, self._loss_masks = engine, rows, loss_masks
         most = max(1, _REFERENCE_BYTES // (4 * engine.vocabulary_size))
         self._kept: list[np.ndarray] = []
         for scores in self._scores(advance):
@@ -120,8 +120,8 @@ class _Reference:
         return float(np.mean([kl_divergence(kept, scores) for kept, scores in zip(self._kept, self._scores(advance), strict=False)]))
 
     def _scores(self, advance: Callable[[int], None]) -> Iterator[np.ndarray]:
-        for ids, mask in zip(self._rows, self._loss_mask, strict=True):
-            for _, logits in self._engine.scored(ids, mask):
+        for ids, loss_mask in zip(self._rows, self._loss_masks, strict=True):
+            for _, logits in self._engine.scored(ids, loss_mask):
                 yield log_softmax(logits)
             advance(len(ids))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,9 @@ from olpack.errors import OlpackError
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
+
+# Kinds whose kernel takes the weight of `out_proj` itself, so that an adapter on it would do nothing: peft refuses to put one there.
+_MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 
 
 @dataclass(frozen=True)
@@ -281,6 +285,34 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, torch.nn.Linear):
         return module.out_features, module.in_features
     return (module.weight.shape[1], module.weight.shape[0]) if isinstance(module, Conv1D) else None
+
+
+def adapter_shapes(model: MetaModel, targets: str | list[str] = "all-linear") -> dict[str, tuple[int, int]]:
+    """(rows, columns) of the linear layers of the text model that get an adapter: all but the output layer and Mamba's last layer, those of the
+    given names, or those whose full names a regular expression matches, as peft takes a `target_modules` that is a text.
+
+    Raises:
+        OlpackError: a text that is neither a name nor a regular expression.
+    """
+    text = {id(module) for module in model.module.get_decoder().modules()}
+    named = [targets] if isinstance(targets, str) else targets
+    if named != ["all-linear"] and not model.shape.tied:
+        text.add(id(model.module.get_output_embeddings()))
+    layers = {name: shape for name, module in model.module.named_modules() if (shape := linear_shape(module)) and id(module) in text}
+    if model.config.model_type in _MAMBA:
+        layers = {name: shape for name, shape in layers.items() if not name.endswith(".out_proj")}
+    if named == ["all-linear"]:
+        return layers
+    found = {name: shape for name, shape in layers.items() if any(f".{name}".endswith(f".{target}") for target in named)}
+    if found or not isinstance(targets, str):
+        return found
+    try:
+        return {name: shape for name, shape in layers.items() if re.fullmatch(targets, name)}
+    except (re.error, RecursionError) as error:
+        raise OlpackError(
+            f"`train.target_modules` is '{targets}', which is neither the name of a layer nor a regular expression ({error}).",
+            "Give a list of names, `all-linear`, or an expression for full names.",
+        ) from error
 
 
 def _kind(name: str) -> Literal["full", "sliding", "none"]:

@@ -1,4 +1,4 @@
-"""The order in which rows are learned, and how they are put together for the model: end to end in one flat row, with no padding."""
+"""The order of rows in training, and how they are put together for the model: end to end in one flat row, with no padding."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ class FlatRow:
         positions: int64 [1, tokens], of each token in its own sample, from 0.
         starts: int32 [samples + 1], where each sample begins, and the end.
         longest: tokens of the longest sample.
-        before: int64 [learned], places of the tokens from which a learned token is predicted.
-        targets: int64 [learned], ids of the learned tokens.
+        before: int64 [targets], places of the tokens from which a target token is predicted.
+        targets: int64 [targets], ids of the target tokens.
     """
 
     ids: torch.Tensor
@@ -75,11 +75,11 @@ def flatten(rows: list[TokenRow], device: torch.device) -> FlatRow:
     """Rows as one flat row on a device. The first token of a sample is predicted from nothing, so it is never a target."""
     # By way of numpy, which reads Python's numbers ten times faster.
     ids = torch.from_numpy(np.fromiter(chain.from_iterable(row.ids for row in rows), np.int64))
-    learned = torch.from_numpy(np.fromiter(chain.from_iterable(row.learned for row in rows), bool))
+    loss_mask = torch.from_numpy(np.fromiter(chain.from_iterable(row.loss_mask for row in rows), bool))
     lengths = torch.tensor([len(row.ids) for row in rows])
     starts = F.pad(lengths.cumsum(0), (1, 0))
-    learned[starts[:-1]] = False
-    places = learned.nonzero()[:, 0]
+    loss_mask[starts[:-1]] = False
+    places = loss_mask.nonzero()[:, 0]
     tensors = {
         "ids": ids[None],
         "positions": (torch.arange(len(ids)) - starts[:-1].repeat_interleave(lengths))[None],

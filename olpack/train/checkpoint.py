@@ -29,7 +29,7 @@ class State:
 
     Attributes:
         step: optimizer steps done.
-        learned: learned tokens so far.
+        learned: target tokens so far.
         seconds: wall time of the run's earlier parts.
         timed, timed_s: tokens and seconds of steps, evaluations and the first steps of each part left out.
         budget: tokens of a micro-batch; smaller than set once memory ran out.

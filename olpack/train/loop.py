@@ -1,4 +1,4 @@
-"""The training loop: fixed order of rows, loss over learned tokens of the whole batch, evaluations, checkpoints in time and at an interrupt."""
+"""The training loop: fixed order of rows, loss over target tokens of the whole batch, evaluations, checkpoints in time and at an interrupt."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ from olpack.data import TokenRow
 from olpack.errors import OlpackError
 from olpack.model.base import Base
 from olpack.recipe import Train
-from olpack.train import TrainResult
 from olpack.train.adapter import save_adapter
 from olpack.train.batches import flatten, micro_batches, schedule
 from olpack.train.checkpoint import Checkpoint, State, adapter_weights
+from olpack.train.device import compute_dtype, pick_device
 from olpack.train.forward import Forward
 from olpack.train.metrics import Metrics
-from olpack.train.model import compute_dtype, load_with_adapter, pick_device
+from olpack.train.model import load_with_adapter
 from olpack.train.ops.flat_parameters import Joined
 from olpack.train.ops.pinned import HostMemory
 from olpack.train.planner import Fit, choose
 from olpack.train.ranks import ALONE, Ranks, deal, shard
+from olpack.train.result import TrainResult
 from olpack.workspace import folder_atomically
 
 EVALUATIONS = 10  # of a run, where the recipe does not say how often
@@ -172,7 +173,7 @@ def _steps(
             optimizer.zero_grad(set_to_none=True)
             state.step += 1
             seen = sum(len(row.ids) for row in chosen)
-            state.learned += sum(row.learned_count for row in chosen)
+            state.learned += sum(row.target_count for row in chosen)
             if state.step > warm:
                 state.timed += seen
                 state.timed_s += time.monotonic() - begun
@@ -188,7 +189,7 @@ def _steps(
 def evaluation_interval(steps: int, train_tokens: int, eval_tokens: int, settings: Train) -> int:
     """Steps from one evaluation to the next; there is one at the end too.
 
-    A token that is evaluated goes forward, one that is learned goes forward and back through frozen weights, which is twice the work. The
+    A token that is evaluated goes forward, one of a training step goes forward and back through frozen weights, which is twice the work. The
     number of evaluations follows from that, not from a clock, so that a run that goes on elsewhere makes the same ones.
 
     Args:
@@ -264,13 +265,13 @@ def _interrupt_between_steps(ranks: Ranks) -> Iterator[Callable[[], None]]:
 
 
 def _backward(forward: Forward, trained: Joined, rows: list[TokenRow], state: State, ranks: Ranks = ALONE) -> float:
-    """Gradients of the mean loss over all learned tokens of a batch, at `trained.parameters`; returns that loss.
+    """Gradients of the mean loss over all target tokens of a batch, at `trained.parameters`; returns that loss.
 
-    The sum over micro-batches is divided by the batch's count of learned tokens, so the result does not depend on how the
+    The sum over micro-batches is divided by the batch's count of target tokens, so the result does not depend on how the
     batch was cut. Where memory runs out the micro-batch is halved and the batch begun anew. Of several processes each goes through its rows,
     and all have the gradients and the loss of all rows.
     """
-    count = sum(row.learned_count for row in rows)
+    count = sum(row.target_count for row in rows)
     while True:
         total, failed, loss = 0.0, False, None
         trained.begin()
@@ -323,7 +324,7 @@ def _groups(rows: list[TokenRow], budget: int, ranks: Ranks) -> Iterator[tuple[l
 def evaluate(
     forward: Forward, rows: list[TokenRow], budget: int, title: str, ranks: Ranks = ALONE, stop_if_asked: Callable[[], None] | None = None
 ) -> float:
-    """Mean negative log-probability per learned token over `rows`, in nats."""
+    """Mean negative log-probability per target token over `rows`, in nats."""
     total = 0.0
     forward.model.eval()
     try:
@@ -335,7 +336,7 @@ def evaluate(
                     stop_if_asked()
     finally:
         forward.model.train()
-    return ranks.sum(total)[0] / sum(row.learned_count for row in rows)
+    return ranks.sum(total)[0] / sum(row.target_count for row in rows)
 
 
 def learning_rate(step: int, steps: int, settings: Train) -> float:

@@ -2,7 +2,7 @@
 
 Without checkpointing nothing is computed twice, so that is chosen where it holds enough tokens to keep the GPU busy; with it, the largest
 micro-batch that fits: in a long run with attention's results kept, and where little would fit otherwise with the output layer in host memory.
-What fits is estimated from the model's shape and from the rows that will be learned.
+What fits is estimated from the model's shape and from the training rows.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def on_gpu(
     Args:
         model: the base without data.
         host: bytes of host memory that may be locked, all GPUs together, for attention's results to be kept.
-        rows: that are learned, of which the longest and the largest micro-batch decide.
+        rows: training rows, of which the longest and the largest micro-batch decide.
         stored: bytes of a base that comes quantized, as `stored_bytes` counts them.
         whole: weights of modules that are trained as a whole.
         gpus: that share each step's rows.
@@ -159,8 +159,8 @@ def on_gpu(
     busy = min(_BUSY, budgets[-1]) if asked == "auto" else 0
 
     def using(estimate, sharded: bool, checkpointing: bool, may_wait: bool, budget: int) -> Fit:
-        largest, learned = sizes.largest(budget)
-        training = estimate(largest, learned)
+        largest, targets = sizes.largest(budget)
+        training = estimate(largest, targets)
         head_waits = may_wait and training.total(True) > room
         worth = checkpointing and sizes.tokens >= _WORTH * largest * gpus
         keeps = worth and training.keeps_within(room, host // gpus, head_waits=head_waits)
@@ -192,7 +192,7 @@ def _largest_that_fits(budgets: list[int], fit_of: Callable[[int], Fit]) -> Fit 
 def _estimator(model: MetaModel, settings: Train, stored: int | None, whole: int, shards: int):
     from olpack.train.memory import estimate_training, logits_bytes
 
-    # What `olpack.train.ops.low_rank` takes; the rest goes through peft's layers.
+    # What `olpack.train.ops.lora` takes; the rest goes through peft's layers.
     fused = settings.dropout == 0 and settings.method in ("lora", "rslora") and (stored is not None or settings.quantization != "int8")
     counted = estimate_training(
         model,
@@ -207,14 +207,14 @@ def _estimator(model: MetaModel, settings: Train, stored: int | None, whole: int
         fused=fused,
         pieces=not whole,
     )
-    return lambda tokens, learned: counted.scaled(tokens / _COUNTED, logits_bytes(model.shape, learned, not whole))
+    return lambda tokens, targets: counted.scaled(tokens / _COUNTED, logits_bytes(model.shape, targets, not whole))
 
 
 def _without(sizes: _Sizes, estimate, budgets: list[int]) -> tuple[int, int]:
     """(tokens, bytes) of the smallest micro-batch that would have been worth it without checkpointing."""
     budget = next(budget for budget in budgets if budget >= min(_BUSY, budgets[-1]))
-    largest, learned = sizes.largest(budget)
-    return largest, estimate(largest, learned).total(False)
+    largest, targets = sizes.largest(budget)
+    return largest, estimate(largest, targets).total(False)
 
 
 def _told(fit: Fit, sizes: _Sizes, without: tuple[int, int] | None = None) -> Fit:
@@ -255,7 +255,7 @@ class _Sizes:
         if all(len(rows[index].ids) < self.longest for batch in some for index in batch):
             some.append([next(index for index, row in enumerate(rows) if len(row.ids) == self.longest)])
         self._hands = [hand for batch in some for hand in deal([rows[index] for index in batch], gpus) if hand]
-        self._learned = {id(row): row.learned_count for hand in self._hands for row in hand}
+        self._targets = {id(row): row.target_count for hand in self._hands for row in hand}
 
     def budgets(self) -> list[int]:
         """Budgets worth a try, ascending, in steps of an eighth; each holds the longest row."""
@@ -264,6 +264,6 @@ class _Sizes:
         return sorted({most, self.longest} | {size for size in steps if self.longest < size < most})
 
     def largest(self, budget: int) -> tuple[int, int]:
-        """The most tokens of a micro-batch, and the most learned tokens of one."""
+        """The most tokens of a micro-batch, and the most target tokens of one."""
         groups = [group for hand in self._hands for group in micro_batches(hand, budget)]
-        return max(sum(len(row.ids) for row in group) for group in groups), max(sum(self._learned[id(row)] for row in group) for group in groups)
+        return max(sum(len(row.ids) for row in group) for group in groups), max(sum(self._targets[id(row)] for row in group) for group in groups)

@@ -54,7 +54,7 @@ def untrained_tokens(
     added = set(tokenizer.added_tokens_decoder)
     judged = {places[id(meta.module.get_input_embeddings())]: added.intersection(chain.from_iterable(row.ids for row in rows))}
     if not meta.shape.tied:
-        targets = added.intersection(chain.from_iterable(compress(row.ids, row.learned) for row in rows))
+        targets = added.intersection(chain.from_iterable(compress(row.ids, row.loss_mask) for row in rows))
         judged[places[id(meta.module.get_output_embeddings())]] = targets
     headers = read_tensor_headers(base.path)
     names = BaseNames(headers)
