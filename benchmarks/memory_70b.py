@@ -57,7 +57,7 @@ class Puncher(threading.Thread):
         self.join()
 
 
-def export_hollow(work: Path) -> None:
+def export_sparse_base(work: Path) -> None:
     """The pass as the worker does it, in this process; prints its figures as JSON."""
     from olpack.export.converter import use_converter
     from olpack.llamacpp.cores import usable_processors
@@ -68,7 +68,7 @@ def export_hollow(work: Path) -> None:
     from olpack.export.write import write_files
 
     began = time.monotonic()
-    model, plans, *_ = _prepare(work / "base", list(QUANTS), str(work / "adapter"), None, {})
+    model, plans, *_ = _prepare(work / "base", list(QUANTS), {"adapter": work / "adapter"})
     figures = {
         "parameters": model.parameters,
         "largest": 4 * max(tensor.elements for tensor in model.tensors.values()),
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker is not None:
-        export_hollow(arguments.worker)
+        export_sparse_base(arguments.worker)
         return
     from olpack.export.client import environment
 

@@ -109,7 +109,7 @@ def test_an_adapter_without_numbers_is_refused(base, tmp_path):
     weights[f"{KEY}.lora_B.weight"].fill_(float("nan"))
     from olpack.errors import OlpackError
 
-    with pytest.raises(OlpackError, match=r"'model\.layers\.0\.self_attn\.v_proj\.weight' holds an infinite or undefined value"):
+    with pytest.raises(OlpackError, match=r"'model\.layers\.0\.self_attn\.v_proj\.weight' has an infinite or undefined value"):
         converter().export(base, [Target("F32", tmp_path / "model.gguf")], adapter=write(tmp_path / "adapter", weights))
     assert not (tmp_path / "model.gguf").exists()
 

@@ -71,10 +71,10 @@ def test_bits_go_where_they_count():
         "zero": MatrixLoss(0, "q3_K", dict.fromkeys(errors, 0)),
     }
     shapes = dict.fromkeys(losses, (64, 256))
-    chosen = choose(shapes, losses, 3 * 64 * 144, weighed=False, alignment=32)
+    chosen = choose(shapes, losses, 3 * 64 * 144, with_importance=False, alignment=32)
     assert chosen["zero"] == "q2_K" and errors[chosen["keen"]] < errors[chosen["deaf"]]
     with pytest.raises(ValueError) as error:
-        choose(shapes, losses, 3 * 64 * 84 - 1, weighed=False, alignment=32)
+        choose(shapes, losses, 3 * 64 * 84 - 1, with_importance=False, alignment=32)
     assert error.value.args == (3 * 64 * 84,)
 
 
@@ -190,7 +190,7 @@ def test_a_budget_without_measured_losses_is_refused(model, tmp_path):
     with pytest.raises(OlpackError, match="is a budget: .* `olpack build` measures"):
         converter().export(model, [Target("5bpw", tmp_path / "out.gguf")])
     (tmp_path / "broken.json").write_text("{}")
-    with pytest.raises(OlpackError, match="holds no measured sensitivity"):
+    with pytest.raises(OlpackError, match="contains no measured sensitivity"):
         converter().export(model, [Target("5bpw", tmp_path / "out.gguf")], sensitivity=tmp_path / "broken.json")
     assert not (tmp_path / "out.gguf").exists()
 

@@ -300,7 +300,7 @@ def forget(tensors: dict[str, InputSquares]) -> None:
         (lambda own, other, out: changed(own, out, negate), "is damaged at 'blk.0.ffn_up.weight'"),
         (
             lambda own, other, out: changed(own, out, forget),
-            "IQ2_XS needs the importance of every tensor, and the matrix says nothing of 'blk.1.ffn_up.weight'",
+            "IQ2_XS needs the importance of every tensor, and the matrix lacks 'blk.1.ffn_up.weight'",
         ),
     ],
 )
@@ -319,7 +319,7 @@ def test_a_model_is_no_matrix(models, unquantized):
 
 def test_tensors_without_importance_are_quantized_as_llama_cpp_does(models, unquantized, matrices, tmp_path):
     partial = changed(matrices["qwen3-tied"], tmp_path / "partial.gguf", forget)
-    assert "says nothing of blk.1.ffn_up.weight" in converter().check(models["qwen3-tied"], ["Q4_K_M"], importance=partial).warnings[0]
+    assert "The importance matrix lacks blk.1.ffn_up.weight" in converter().check(models["qwen3-tied"], ["Q4_K_M"], importance=partial).warnings[0]
     (file,) = converter().export(models["qwen3-tied"], [Target("Q4_K_M", tmp_path / "out.gguf")], importance=partial)
     quantize(unquantized["qwen3-tied"]["BF16"], tmp_path / "usual.gguf", "Q4_K_M", partial)
     assert file.path.read_bytes() == (tmp_path / "usual.gguf").read_bytes()
@@ -334,7 +334,7 @@ def test_rows_that_cannot_be_read_leave_nothing(unquantized, tmp_path, rows, sai
 
 def test_experts_that_no_token_is_sent_to_are_told(unquantized, tmp_path, capfd):
     converter().collect(unquantized["qwen3-experts"]["F32"], [[7]], tmp_path / "matrix.gguf", dataset="rows")
-    assert "18 of 24 experts' matrices were given no token" in capfd.readouterr().err
+    assert "18 of 24 experts' matrices got no token" in capfd.readouterr().err
 
 
 def test_experts_without_importance_data_are_quantized(tmp_path, capfd):
@@ -347,7 +347,7 @@ def test_experts_without_importance_data_are_quantized(tmp_path, capfd):
     converter().collect(plain.path, ROWS, tmp_path / "matrix.gguf", dataset="rows", threads=1)
     counts = read_importance(tmp_path / "matrix.gguf").tensors["blk.0.ffn_up_exps.weight"].counts
     assert counts.sum() == TOKENS and not counts[40:].any()
-    assert "experts' matrices were given no token" in capfd.readouterr().err
+    assert "experts' matrices got no token" in capfd.readouterr().err
     (file,) = converter().export(source, [Target("IQ2_XXS", tmp_path / "out.gguf")], importance=tmp_path / "matrix.gguf")
     assert file.types["ffn_up_exps"] == {"iq2_xxs": 1}
     made, wanted = (

@@ -132,7 +132,7 @@ def test_on_an_unquantized_base_there_is_one_merge(base, tmp_path, settings):
     model = as_if_trained(base, Train(quantization="none", rank=8, **settings), tmp_path / "adapter")
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters() if parameter.requires_grad)
     assert (logits(merged(base, tmp_path / "adapter", tmp_path / "merged", dequantized=False)) - logits(model)).abs().max() < 1e-4
-    with pytest.raises(OlpackError, match="does not say how olpack quantized its base.*merge_base: original"):
+    with pytest.raises(OlpackError, match="does not record how olpack quantized its base.*merge_base: original"):
         read_adapter(tmp_path / "adapter", read_tensor_headers(base.path), dequantized=True)
 
 

@@ -83,7 +83,7 @@ def export(source: Path, targets: Sequence[Target], **options: Unpack[ExportOpti
 
 
 def collect_importance(gguf: Path, rows: Sequence[Sequence[int]], out: Path, *, dataset: str, threads: int | None = None) -> None:
-    """Have a model read text, and write how much each column of its weights matters for it: an importance matrix in llama.cpp's GGUF form.
+    """Run a model over text, and write the importance of each column of its weights for it: an importance matrix in llama.cpp's GGUF form.
 
     Args:
         gguf: the model, best in 16 or 8 bits.
@@ -116,7 +116,7 @@ def measure_sensitivity(
     What was measured is kept after each matrix, and a later call with the same key goes on from there.
 
     Args:
-        gguf: the model in F16 or BF16. It is held in memory.
+        gguf: the model in F16 or BF16. It is loaded as a whole.
         rows: token ids, each row read from an empty context, once for each matrix.
         loss_masks: for each row one flag per id: True where the token is a target token, whose prediction counts.
         out: where the figures go, in JSON.

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 import regex
 
@@ -52,8 +52,8 @@ _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
-class LowRank:
-    """The change of one weight: the names of A and B in the adapter's file, and what their product is multiplied by."""
+class LowRankUpdate:
+    """The update of one weight: the names of A and B in the adapter's file, and the scale of their product."""
 
     a: str
     b: str
@@ -75,15 +75,18 @@ class LowRank:
         return outer * b[:rows], inner * a[:, :columns]
 
 
+TrainedTokens = tuple[str, tuple[int, ...]]  # the name of the rows in the adapter's file, and their numbers
+
+
 @dataclass(frozen=True)
 class Adapter:
     """What an adapter changes in a base, by the names of the base's tensors.
 
     Attributes:
         file: its safetensors.
-        low_rank: weights that get an addition.
+        low_rank: weights that get a low-rank update.
         replaced: tensors that were trained as a whole (`modules_to_save`, biases), by the name in the adapter's file.
-        held: how training held the base, where the adapter is to be added to that; with the weights that were held so.
+        quantization: of the base in training, where the adapter is to be added to the dequantized weights; `quantized` names those weights.
         tokens: rows of an embedding or output layer that were trained by themselves, as (name in the file, row numbers); they replace the base's.
         untied: the output layer that the base has not, because it uses its embedding as such, to the embedding's name: training made two
             matrices of the one.
@@ -91,18 +94,18 @@ class Adapter:
     """
 
     file: Path
-    low_rank: dict[str, LowRank]
+    low_rank: dict[str, LowRankUpdate]
     replaced: dict[str, str]
-    held: FrozenQuantization | None = None
-    held_weights: frozenset[str] = frozenset()
-    tokens: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    quantization: FrozenQuantization | None = None
+    quantized: frozenset[str] = frozenset()
+    tokens: dict[str, TrainedTokens] = field(default_factory=dict)
     untied: dict[str, str] = field(default_factory=dict)
     vocabulary: int | None = None
 
     @property
     def tensors(self) -> set[str]:
         """The base's tensors that are changed, and an output layer that it has not."""
-        return {*self.low_rank, *self.replaced, *self.tokens, *self.untied, *self.held_weights}
+        return {*self.low_rank, *self.replaced, *self.tokens, *self.untied, *self.quantized}
 
     def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of a changed tensor, from that of the base's."""
@@ -118,14 +121,15 @@ class Adapter:
         import torch
         from safetensors import safe_open
 
+        quantization = self.quantization if name in self.quantized else None
         with safe_open(str(self.file), framework="pt") as file:
             if name in self.replaced:  # for a targeted embedding peft saves the base's matrix too
                 weight = file.get_tensor(self.replaced[name])
             if name in self.tokens:
-                key, rows = self.tokens[name]
-                return weight.to(torch.float32).index_copy(0, torch.tensor(rows), file.get_tensor(key).to(torch.float32))
+                key, ids = self.tokens[name]
+                return weight.to(torch.float32).index_copy(0, torch.tensor(ids), file.get_tensor(key).to(torch.float32))
             if name not in self.low_rank:
-                return self.held.round_trip(weight) if name in self.held_weights else weight.to(torch.float32)
+                return quantization.round_trip(weight) if quantization else weight.to(torch.float32)
             change = self.low_rank[name]
             if change.stack is not None:
                 b, a = (file.get_tensor(key).to(torch.float32) for key in (change.b, change.a))
@@ -133,8 +137,8 @@ class Adapter:
             rows, columns = weight.shape[::-1] if change.transposed else weight.shape
             b, a = change.factors(file, rows, columns)
             norms = file.get_tensor(change.magnitude).to(torch.float32) if change.magnitude else None
-        if name in self.held_weights:
-            weight, b, a = self._as_held(weight, b, a, change.scale)
+        if quantization:
+            weight, b, a = _as_trained(quantization, weight, b, a, change.scale)
         product = b @ a
         # In place: a further matrix of the weight's size would cost as much time as the product itself.
         changed = (product.T if change.transposed else product).mul_(change.scale).add_(weight)
@@ -144,17 +148,23 @@ class Adapter:
         factor = norms / torch.linalg.norm(changed.T if change.transposed else changed, dim=1)
         return changed.mul_(factor.view(1, -1) if change.transposed else factor.view(-1, 1))
 
-    def _as_held(self, weight: torch.Tensor, b: torch.Tensor, a: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The weight that training saw, and the B and A that it added to it. The second half of an adapter that did not begin at zero is what it
-        began with, negated: PiSSA had taken that out of the weight before it was quantized, LoftQ had not."""
-        import torch
 
-        if self.held.initialization == "default":
-            return self.held.round_trip(weight), b, a
-        rank = len(a) // 2
-        if self.held.initialization == "pissa":
-            weight = weight.to(getattr(torch, self.held.dtype)).float() + scale * (b[:, rank:] @ a[rank:])
-        return self.held.round_trip(weight), b[:, :rank].contiguous(), a[:rank]
+def _as_trained(
+    quantization: FrozenQuantization, weight: torch.Tensor, b: torch.Tensor, a: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The dequantized weight of training, and the B and A that were added to it.
+
+    The second half of an adapter that did not begin at zero is its initial value, negated: PiSSA subtracts that from the weight before it is
+    quantized, LoftQ does not.
+    """
+    import torch
+
+    if quantization.initialization == "default":
+        return quantization.round_trip(weight), b, a
+    rank = len(a) // 2
+    if quantization.initialization == "pissa":
+        weight = weight.to(getattr(torch, quantization.dtype)).float() + scale * (b[:, rank:] @ a[rank:])
+    return quantization.round_trip(weight), b[:, :rank].contiguous(), a[:rank]
 
 
 def read_adapter(folder: Path, base: Mapping[str, TensorHeader], *, dequantized: bool = False, tied: bool = False) -> Adapter:
@@ -163,7 +173,7 @@ def read_adapter(folder: Path, base: Mapping[str, TensorHeader], *, dequantized:
     Args:
         folder: holds adapter_config.json and adapter_model.safetensors.
         base: the base's tensors by their names in its checkpoint, those of a quantized one as `dequantized_headers` gives them.
-        dequantized: add to the weights as training held them, which `settings.json` beside the adapter tells.
+        dequantized: add to the weights as training dequantized them; `settings.json` beside the adapter records how.
         tied: the base's configuration says that one matrix is embedding and output layer; a base without an output layer is so in any case.
 
     Raises:
@@ -181,7 +191,7 @@ def read_adapter(folder: Path, base: Mapping[str, TensorHeader], *, dequantized:
     # Matrices that were trained as a whole come first, because an addition to one has its shape.
     parsed = [(key, *_parse(key, folder)) for key in sorted(header)]
     for key, module, kind in sorted(parsed, key=lambda one: one[2] != "whole"):
-        reader.take(key, module, kind)
+        reader.add(key, module, kind)
     low_rank, replaced, tokens = reader.low_rank, reader.replaced, reader.tokens
     if not low_rank and not replaced and not tokens:
         raise OlpackError(f"The adapter '{folder}' changes nothing: its file holds no tensors.", "Train it again.")
@@ -194,8 +204,8 @@ def read_adapter(folder: Path, base: Mapping[str, TensorHeader], *, dequantized:
     adapter = Adapter(file, low_rank, replaced, tokens=tokens, untied=untied, vocabulary=reader.vocabulary(untied))
     if not dequantized:
         return adapter
-    held = read_held(folder)
-    return replace(adapter, held=held, held_weights=frozenset(names.find(f"{module}.weight") for module in held.modules))
+    quantization = read_quantization(folder)
+    return replace(adapter, quantization=quantization, quantized=frozenset(names.find(f"{module}.weight") for module in quantization.modules))
 
 
 class _Reader:
@@ -203,23 +213,23 @@ class _Reader:
 
     def __init__(self, folder: Path, config: dict, header: Mapping[str, TensorHeader], base: Mapping[str, TensorHeader], names: BaseNames):
         self._folder, self._config, self._header, self._base, self._names = folder, config, header, base, names
-        self.low_rank: dict[str, LowRank] = {}
+        self.low_rank: dict[str, LowRankUpdate] = {}
         self.replaced: dict[str, str] = {}
-        self.tokens: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self.tokens: dict[str, TrainedTokens] = {}
 
-    def take(self, key: str, module: str, kind: str) -> None:
+    def add(self, key: str, module: str, kind: str) -> None:
         """Note what a tensor of the file does. `module` and `kind` are as `_parse` gives them."""
         folder, header, names, found = self._folder, self._header, self._names, self._header[key]
         if kind == "whole":
-            self._take_whole(key, module)
+            self._add_whole(key, module)
         elif kind == _TOKENS:
-            self._take_tokens(key, module)
+            self._add_tokens(key, module)
         elif kind.endswith("A"):
             other = key.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
             if other not in header:
                 raise OlpackError(f"The adapter '{folder}' has '{key}' and no '{other}'.", "It was not saved completely: save it again.")
             if self._config.get("target_parameters") and names.get(f"{module}.weight") is None:
-                self._take_stack(key, other, module)
+                self._add_stack(key, other, module)
                 return
             name = names.find(f"{module}.weight")
             transposed = kind == "lora_embedding_A" or bool(self._config.get("fan_in_fan_out"))
@@ -236,7 +246,7 @@ class _Reader:
             if magnitude is not None:
                 shape = self._shape(name)
                 _expect_shape(folder, magnitude, header[magnitude].shape, shape[1:] if transposed else shape[:1])
-            self.low_rank[name] = LowRank(key, other, _scale(folder, self._config, module, rank=found.shape[0]), transposed, magnitude)
+            self.low_rank[name] = LowRankUpdate(key, other, _scale(folder, self._config, module, rank=found.shape[0]), transposed, magnitude)
         elif kind == _VECTORS[0]:
             vectors = key, key.replace(*_VECTORS)
             if lost := [part for part in (*_SHARED, vectors[1]) if part not in header]:
@@ -248,7 +258,7 @@ class _Reader:
             rows, columns = self._shape(name)[::-1] if transposed else self._shape(name)
             if header[key].shape != (rows,) or header[b].shape[0] < rows or header[a].shape[1] < columns:
                 _expect_shape(folder, key, (header[key].shape[0], header[a].shape[1]), (rows, columns))
-            self.low_rank[name] = LowRank(a, b, 1.0, transposed, vectors=vectors)
+            self.low_rank[name] = LowRankUpdate(a, b, 1.0, transposed, vectors=vectors)
         elif kind in (_VECTORS[1], "shared"):
             pass  # read with the vector of the rows
         elif kind == _NORMS:
@@ -262,9 +272,11 @@ class _Reader:
         """Of a tensor before low-rank additions."""
         if name in self.replaced:
             return self._header[self.replaced[name]].shape
-        return self._base[name if name in self._base else self._names.embedding].shape
+        stored = name if name in self._base else self._names.embedding
+        assert stored is not None  # a tensor that the base does not store is the output layer, and the embedding in its place
+        return self._base[stored].shape
 
-    def _take_whole(self, key: str, tensor: str) -> None:
+    def _add_whole(self, key: str, tensor: str) -> None:
         if ".original_module." in tensor:  # the matrix before training, which peft saves beside the trained one of a resized vocabulary
             return
         tensor = re.sub(r"\.(modules_to_save|token_adapter|base_layer)(?=\.)", "", tensor)
@@ -275,7 +287,7 @@ class _Reader:
         if name not in self.replaced or ".modules_to_save." in key:
             self.replaced[name] = key
 
-    def _take_tokens(self, key: str, module: str) -> None:
+    def _add_tokens(self, key: str, module: str) -> None:
         asked = self._config.get("trainable_token_indices") or self._config.get("token_indices")
         if isinstance(asked, dict):
             asked = next((rows for place, rows in asked.items() if f".{module}".endswith(f".{place}")), next(iter(asked.values()), None))
@@ -294,12 +306,12 @@ class _Reader:
             )
         self.tokens[name] = key, tuple(asked)
 
-    def _take_stack(self, a: str, b: str, module: str) -> None:
+    def _add_stack(self, a: str, b: str, module: str) -> None:
         shapes = {name: header.shape for name, header in self._base.items()}
         for name, parameter, rank, stack in find_stacks(
             self._folder, self._config, module, self._header[a].shape, self._header[b].shape, shapes, self._names.get
         ):
-            self.low_rank[name] = LowRank(a, b, _scale(self._folder, self._config, parameter, rank=rank), transposed=False, stack=stack)
+            self.low_rank[name] = LowRankUpdate(a, b, _scale(self._folder, self._config, parameter, rank=rank), transposed=False, stack=stack)
 
     # -- one matrix as embedding and as output layer ------------------------------------------------------------------------------------------
 
@@ -310,47 +322,35 @@ class _Reader:
         twice (`ensure_weight_tying`, a resized vocabulary), and where single tokens of the embedding were trained.
         """
         embedding, head = self._names.embedding, self._names.head
-        changes = self.low_rank, self.replaced, self.tokens
-        here, there = ([change.get(name) for change in changes] for name in (embedding, head))
+        if embedding is None:
+            return {}
+        here, there = self._change(embedding), self._change(head)
         if not any(here) and not any(there):
             return {}
-        if here[2] and there != [None] * 3 and not there[2]:
+        if here.tokens and any(there) and not there.tokens:
             raise OlpackError(
                 f"The adapter '{self._folder}' trained single tokens of the embedding and '{head}' otherwise, and the base uses one "
                 "matrix for both, which peft cannot compute.",
                 "Train one of the two.",
             )
-        only_tokens = here[2] and not here[0] and not any(there)
-        kept = not any(there) and bool(self._config.get("ensure_weight_tying"))
-        if only_tokens or kept or (any(here) and any(there) and self._same(file, here, there)):
-            for change, mine in zip(changes, here, strict=True):
-                change.pop(head, None)
-                if head in self._base and mine:
-                    change[head] = mine
+        only_tokens = here.tokens and not here.low_rank and not any(there)
+        tied = not any(there) and bool(self._config.get("ensure_weight_tying"))
+        if only_tokens or tied or (any(here) and any(there) and _same(file, here, there)):
+            stored = head in self._base
+            _copy(self.low_rank, head, here.low_rank if stored else None)
+            _copy(self.replaced, head, here.replaced if stored else None)
+            _copy(self.tokens, head, here.tokens if stored else None)
             return {}
         return {} if head in self._base else {head: embedding}
 
-    def _same(self, file: Path, here: list, there: list) -> bool:
-        from safetensors import safe_open
-
-        if [bool(change) for change in here] != [bool(change) for change in there]:
-            return False
-        with safe_open(str(file), framework="pt") as opened:
-            (low, whole, tokens), (low_too, whole_too, tokens_too) = here, there
-            if low and not (
-                low.scale == low_too.scale
-                and low.transposed
-                and not low_too.transposed
-                and _equal(opened, low.a, low_too.b, turned=True)
-                and _equal(opened, low.b, low_too.a, turned=True)
-            ):
-                return False
-            if tokens and (tokens[1] != tokens_too[1] or not _equal(opened, tokens[0], tokens_too[0])):
-                return False
-            return not whole or _equal(opened, whole, whole_too)
+    def _change(self, name: str) -> _Change:
+        return _Change(self.low_rank.get(name), self.replaced.get(name), self.tokens.get(name))
 
     def vocabulary(self, untied: Mapping[str, str]) -> int | None:
         """Rows of the embedding where they are not as many as the base's."""
+        embedding = self._names.embedding
+        if embedding is None:
+            return None
         names = [name for name in self._names.vocabularies if name in self._base or name in untied]
         rows = {name: self._shape(name)[0] for name in names}
         if len(set(rows.values())) > 1:
@@ -359,8 +359,49 @@ class _Reader:
                 f"The adapter '{self._folder}' has {count:,} rows for '{one}', because its vocabulary was resized, and '{other}' has {too:,}.",
                 "Save it with save_pretrained(…, save_embedding_layers=True), which saves both.",
             )
-        found = next(iter(rows.values()), None)
-        return found if names and found != self._base[self._names.embedding].shape[0] else None
+        found = next(iter(rows.values()))
+        return found if found != self._base[embedding].shape[0] else None
+
+
+class _Change(NamedTuple):
+    """What training changed of one tensor."""
+
+    low_rank: LowRankUpdate | None
+    replaced: str | None
+    tokens: TrainedTokens | None
+
+
+_T = TypeVar("_T")
+
+
+def _copy(changes: dict[str, _T], name: str, change: _T | None) -> None:
+    """Set what is changed of a tensor; None: nothing."""
+    changes.pop(name, None)
+    if change is not None:
+        changes[name] = change
+
+
+def _same(file: Path, embedding: _Change, head: _Change) -> bool:
+    """Whether embedding and output layer were changed alike, so that both are one matrix still."""
+    from safetensors import safe_open
+
+    with safe_open(str(file), framework="pt") as opened:
+
+        def low_rank(one: LowRankUpdate | None, other: LowRankUpdate | None) -> bool:
+            if one is None or other is None:
+                return one is other
+            turned = one.transposed and not other.transposed
+            return turned and one.scale == other.scale and _equal(opened, one.a, other.b, turned=True) and _equal(opened, one.b, other.a, turned=True)
+
+        def tokens(one: TrainedTokens | None, other: TrainedTokens | None) -> bool:
+            if one is None or other is None:
+                return one is other
+            return one[1] == other[1] and _equal(opened, one[0], other[0])
+
+        def whole(one: str | None, other: str | None) -> bool:
+            return one is other if one is None or other is None else _equal(opened, one, other)
+
+        return low_rank(embedding.low_rank, head.low_rank) and tokens(embedding.tokens, head.tokens) and whole(embedding.replaced, head.replaced)
 
 
 def _equal(file: Any, one: str, other: str, *, turned: bool = False) -> bool:
@@ -368,14 +409,14 @@ def _equal(file: Any, one: str, other: str, *, turned: bool = False) -> bool:
 
     if turned:
         return torch.equal(file.get_tensor(one).T, file.get_tensor(other))
-    one, other = file.get_slice(one), file.get_slice(other)
-    if one.get_shape() != other.get_shape() or one.get_dtype() != other.get_dtype():
+    mine, theirs = file.get_slice(one), file.get_slice(other)
+    if mine.get_shape() != theirs.get_shape() or mine.get_dtype() != theirs.get_dtype():
         return False
-    return all(torch.equal(one[first : first + 4096], other[first : first + 4096]) for first in range(0, one.get_shape()[0], 4096))
+    return all(torch.equal(mine[first : first + 4096], theirs[first : first + 4096]) for first in range(0, mine.get_shape()[0], 4096))
 
 
-def read_held(folder: Path) -> FrozenQuantization:
-    """How training held the base of an adapter.
+def read_quantization(folder: Path) -> FrozenQuantization:
+    """How training quantized the base of an adapter.
 
     Raises:
         OlpackError: olpack did not train it, or on a base that it did not quantize.
@@ -384,7 +425,7 @@ def read_held(folder: Path) -> FrozenQuantization:
     found = json.loads(path.read_text(encoding="utf-8")).get("held") if path.is_file() else None
     if found is None:
         raise OlpackError(
-            f"The adapter '{folder}' does not say how olpack quantized its base, so there are no weights that training saw instead.",
+            f"The adapter '{folder}' does not record how olpack quantized its base, so the dequantized weights of training are unknown.",
             "Set `train.merge_base: original`.",
         )
     return FrozenQuantization(**found)
@@ -433,7 +474,7 @@ def _check_numbers(path: Path, config: dict) -> None:
     def number(value: object) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
-    def refuse(what: str) -> None:
+    def refuse(what: str) -> NoReturn:
         raise OlpackError(f"'{path}' is no valid adapter configuration: {what}.", "Save the adapter again.")
 
     if config["peft_type"] == "LORA" and not number(config.get("lora_alpha")):

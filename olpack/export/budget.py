@@ -1,4 +1,4 @@
-"""A budget: the type of each matrix that loses least on the user's data, in a file of at most so many bytes."""
+"""A budget: the type of each matrix with the least total loss on the user's data, in a file of at most so many bytes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _UNITS = 1 << 17  # of size, at most, that the search tells apart: a second of w
 
 @dataclass(frozen=True)
 class MatrixLoss:
-    """What was measured of one matrix.
+    """The measured sensitivity of one matrix.
 
     Attributes:
         divergence: KL divergence in nats a token of the model with only this matrix rounded to `probe`.
@@ -42,37 +42,39 @@ class MatrixLoss:
 
 
 def read_sensitivity(path: Path) -> dict[str, MatrixLoss]:
-    """What `olpack.export.measure_sensitivity` found, by tensor name.
+    """The figures of `olpack.export.measure_sensitivity`, by tensor name.
 
     Raises:
-        OlpackError: there is no such file, or it is none of these.
+        OlpackError: no such file, or one without these figures.
     """
     try:
         matrices = json.loads(path.read_text(encoding="utf-8"))["matrices"]
         return {name: MatrixLoss(**fields) for name, fields in matrices.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise OlpackError(f"'{path}' holds no measured sensitivity.", "Delete it, and build again.") from error
+        raise OlpackError(f"'{path}' contains no measured sensitivity.", "Delete it, and build again.") from error
 
 
-def candidates(columns: int, weighed: bool) -> list[str]:
+def candidates(columns: int, with_importance: bool) -> list[str]:
     """The types that a matrix may get, by the length of its rows, and whether the importance of its columns is known."""
     types = _TYPES if library.fits(library.tensor_type(_TYPES[0]), columns) else _TYPES_OF_SHORT_ROWS
-    return [name for name in types if weighed or name not in _WITH_IMPORTANCE]
+    return [name for name in types if with_importance or name not in _WITH_IMPORTANCE]
 
 
-def choosable(hollow: Path) -> list[str]:
-    """The tensors that llama.cpp quantizes, of the model of which this is the header."""
-    return [name for name, type_ in library.type_plan(hollow, _Q8_0).tensors if type_ == library.tensor_type("q8_0")]
+def choosable(header_gguf: Path) -> list[str]:
+    """The tensors that llama.cpp quantizes, of a model's header-only GGUF."""
+    return [name for name, type_ in library.type_plan(header_gguf, _Q8_0).tensors if type_ == library.tensor_type("q8_0")]
 
 
-def choose(shapes: Mapping[str, tuple[int, int]], losses: Mapping[str, MatrixLoss], limit: int, *, weighed: bool, alignment: int) -> dict[str, str]:
+def choose(
+    shapes: Mapping[str, tuple[int, int]], losses: Mapping[str, MatrixLoss], limit: int, *, with_importance: bool, alignment: int
+) -> dict[str, str]:
     """The types with which all matrices together take at most so many bytes and lose least.
 
     Args:
         shapes: (rows, columns) of each matrix, by name.
-        losses: what was measured of them. Empty before that: then each loses by the bits of its type.
+        losses: of each matrix, as measured. Empty before that: then the bits of a type decide its loss.
         limit: bytes.
-        weighed: whether there is an importance matrix.
+        with_importance: whether there is an importance matrix.
         alignment: each matrix takes a multiple of so many bytes.
 
     Raises:
@@ -80,7 +82,7 @@ def choose(shapes: Mapping[str, tuple[int, int]], losses: Mapping[str, MatrixLos
     """
     options, sizes, lost = [], [], []
     for name, (rows, columns) in shapes.items():
-        types = list(losses[name].errors) if losses else candidates(columns, weighed)
+        types = list(losses[name].errors) if losses else candidates(columns, with_importance)
         packed = [rows * library.row_size(library.tensor_type(type_), columns) for type_ in types]
         options.append(types)
         sizes.append([-(-size // alignment) * alignment for size in packed])
@@ -112,13 +114,13 @@ def cheapest(sizes: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], 
         The index of the option for each item; None where even the smallest are too large.
     """
     smallest = [min(options) for options in sizes]
-    room = limit - sum(smallest)
-    if room < 0:
+    budget = limit - sum(smallest)
+    if budget < 0:
         return None
     extra = [[size - least for size in options] for options, least in zip(sizes, smallest, strict=True)]
-    room = min(room, sum(max(options) for options in extra))
-    unit = max(1, int(np.gcd.reduce([size for options in extra for size in options])), -(-room // _UNITS))
-    cells = room // unit + 1
+    budget = min(budget, sum(max(options) for options in extra))
+    unit = max(1, int(np.gcd.reduce([size for options in extra for size in options])), -(-budget // _UNITS))
+    cells = budget // unit + 1
     best = np.zeros(cells)
     taken = np.zeros((len(sizes), cells), np.uint8)
     for item, (options, lost) in enumerate(zip(extra, losses, strict=True)):

@@ -1,4 +1,4 @@
-"""The parent's end of the worker: starts the process, hands it jobs, shows its progress, and cleans up after it."""
+"""The client of the export worker: starts the process, sends it jobs, shows its progress, and removes what it left."""
 
 from __future__ import annotations
 
@@ -11,16 +11,29 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Unpack
+from typing import IO, Any, TypeVar, Unpack
 
 import psutil
+from pydantic import TypeAdapter
 
 from olpack import progress, workers
 from olpack.errors import OlpackError
-from olpack.export.job import ExportedFile, ExportedPart, ExportOptions, ExportPlan, Target, TokenDifference, TokenText, partial_path, remove_partial
+from olpack.export.job import (
+    ExportedFile,
+    ExportOptions,
+    ExportPlan,
+    ImportanceCounts,
+    SensitivityResult,
+    Target,
+    TokenText,
+    partial_path,
+    remove_partial,
+)
 from olpack.llamacpp.library import INSTALL
 from olpack.llamacpp.source import converter_source
 from olpack.quants import check_tensor_types, quant_type
+
+_Result = TypeVar("_Result")
 
 
 class Converter:
@@ -30,10 +43,10 @@ class Converter:
             converter.check(base, ["Q4_K_M"])
 
     Raises:
-        OlpackError: the converter cannot be had (see `converter_source`).
+        OlpackError: the converter cannot be fetched (see `converter_source`).
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         source = converter_source()
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 — closed with the worker
         self._process = subprocess.Popen(
@@ -44,13 +57,20 @@ class Converter:
             stderr=self._log,
             encoding="utf-8",
         )
+        assert self._process.stdin is not None and self._process.stdout is not None  # both are pipes
+        self._jobs: IO[str] = self._process.stdin
+        self._messages: IO[str] = self._process.stdout
 
     def __enter__(self) -> Converter:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process. Partial files of a job go with it."""
         self._end()
-        self._process.stdout.close()
+        self._messages.close()
         self._log.close()
 
     @property
@@ -67,7 +87,8 @@ class Converter:
         self, source: Path, quants: Sequence[str], *, out: Path | None = None, texts: Sequence[TokenText] = (), **options: Unpack[ExportOptions]
     ) -> ExportPlan:
         """As `olpack.export.check_export`."""
-        found = self._do(
+        return self._do(
+            ExportPlan,
             "checking the model",
             "texts",
             do="check",
@@ -77,7 +98,6 @@ class Converter:
             texts=[asdict(text) for text in texts],
             options=_as_json(options),
         )
-        return ExportPlan(**{**found, "differences": [TokenDifference(**one) for one in found["differences"]]})
 
     def export(self, source: Path, targets: Sequence[Target], **options: Unpack[ExportOptions]) -> list[ExportedFile]:
         """As `olpack.export.export`."""
@@ -86,15 +106,16 @@ class Converter:
         wanted = [(quant_type(target.quant).name, target.path.absolute()) for target in targets]
         if options.get("sensitivity") is None and (budgets := [target.quant for target in targets if quant_type(target.quant).budget]):
             raise OlpackError(
-                f"'{budgets[0]}' is a budget: its types are chosen by what they lose on rows of data.",
+                f"'{budgets[0]}' is a budget: its types are chosen by their losses on rows of data.",
                 "Name it among the `quants` of a recipe, and `olpack build` measures that.",
             )
         if len({path for _, path in wanted}) < len(wanted):
-            raise OlpackError("Two quant types are to be written to the same file.", "Give each its own path.")
+            raise OlpackError("Two quant types have the same file as target.", "Give each its own path.")
         for _, path in wanted:
-            _make_place(path)
+            _prepare_folder(path)
         try:
-            files = self._do(
+            return self._do(
+                list[ExportedFile],
                 f"exporting {', '.join(quant for quant, _ in wanted)}",
                 do="export",
                 source=_text(source),
@@ -105,12 +126,12 @@ class Converter:
             for _, path in wanted:  # the worker removes them itself, unless it was killed
                 remove_partial(partial_path(path, self.pid))
             raise
-        return [_exported(fields) for fields in files]
 
     def collect(self, gguf: Path, rows: Sequence[Sequence[int]], out: Path, *, dataset: str, threads: int | None = None) -> None:
         """As `olpack.export.collect_importance`."""
-        _make_place(out)
-        found = self._do(
+        _prepare_folder(out)
+        counts = self._do(
+            ImportanceCounts,
             "collecting the importance matrix",
             "tokens",
             do="collect",
@@ -120,9 +141,9 @@ class Converter:
             dataset=dataset,
             threads=threads,
         )
-        if found["unused"]:
+        if counts.unused:
             progress.warn(
-                f"{found['unused']:,} of {found['experts']:,} experts' matrices were given no token by these rows: nothing is known of them, "
+                f"{counts.unused:,} of {counts.experts:,} experts' matrices got no token from these rows, so their importance is unknown, "
                 "and the types that need an importance matrix will be poor there."
             )
 
@@ -138,8 +159,9 @@ class Converter:
         threads: int | None = None,
     ) -> bool:
         """As `olpack.export.measure_sensitivity`."""
-        _make_place(out)
-        found = self._do(
+        _prepare_folder(out)
+        return self._do(
+            SensitivityResult,
             "measuring what each matrix loses",
             "tokens",
             do="measure",
@@ -150,20 +172,19 @@ class Converter:
             out=_text(out),
             key=key,
             threads=threads,
-        )
-        return found["finite"]
+        ).finite
 
-    def _do(self, title: str, unit: str = "B", **job: object) -> object:
-        """Hand over a job, show its progress, and return its result or raise its error."""
+    def _do(self, result: type[_Result], title: str, unit: str = "B", **job: object) -> _Result:
+        """Send a job, show its progress, and return its result, which has the given type, or raise its error."""
         try:
-            self._process.stdin.write(json.dumps(job) + "\n")
-            self._process.stdin.flush()
+            self._jobs.write(json.dumps(job) + "\n")
+            self._jobs.flush()
             with ExitStack() as shown:
                 task = None
-                for line in self._process.stdout:
+                for line in self._messages:
                     message = json.loads(line)
                     if "result" in message:
-                        return message["result"]
+                        return TypeAdapter(result).validate_python(message["result"])
                     if "error" in message:
                         raise OlpackError(**message["error"])
                     if "crash" in message:
@@ -197,7 +218,7 @@ class Converter:
         if at_once:
             self._process.terminate()
         with suppress(BrokenPipeError):
-            self._process.stdin.close()
+            self._jobs.close()
         try:
             self._process.wait(timeout=30)
         except subprocess.TimeoutExpired:
@@ -205,13 +226,13 @@ class Converter:
             self._process.wait()
 
 
-class _Shared:
+class _SharedWorker:
     """The worker of a block of `one_worker`; None before its first job."""
 
     converter: Converter | None = None
 
 
-_shared: _Shared | None = None
+_shared: _SharedWorker | None = None
 
 
 @contextmanager
@@ -221,13 +242,13 @@ def one_worker() -> Iterator[None]:
     if _shared is not None:
         yield
         return
-    _shared = mine = _Shared()
+    _shared = mine = _SharedWorker()
     try:
         yield
     finally:
         _shared = None
         if mine.converter is not None:
-            mine.converter.__exit__()
+            mine.converter.close()
 
 
 @contextmanager
@@ -251,10 +272,10 @@ def environment() -> dict[str, str]:
     }
 
 
-def _make_place(path: Path) -> None:
-    """Make the folder for a file, and remove what killed exports left of it there."""
+def _prepare_folder(path: Path) -> None:
+    """Make the folder for a file, and remove the partial files of killed exports from it."""
     if path.is_dir():
-        raise OlpackError(f"'{path}' is a folder, and a file is to be written there.", "Move it away, or name another file.")
+        raise OlpackError(f"'{path}' is a folder, so no file can be written there.", "Move it away, or name another file.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(path.parent, os.W_OK):
@@ -265,11 +286,6 @@ def _make_place(path: Path) -> None:
         pid = left.name.removesuffix(".partial").rpartition(".")[2]
         if pid.isdecimal() and not psutil.pid_exists(int(pid)):
             remove_partial(left)
-
-
-def _exported(fields: dict[str, Any]) -> ExportedFile:
-    parts = [ExportedPart(**{**part, "path": Path(part["path"])}) for part in fields["parts"]]
-    return ExportedFile(**{**fields, "path": Path(fields["path"]), "parts": parts})
 
 
 def _as_json(options: ExportOptions) -> dict[str, Any]:

@@ -83,7 +83,7 @@ class SourceTensor:
     shape: tuple[int, ...]
     type_name: str
     nbytes: int
-    _load: Callable[[], np.ndarray]
+    _load: Callable[[], np.ndarray] | None
 
     @property
     def elements(self) -> int:
@@ -92,7 +92,8 @@ class SourceTensor:
 
     def load(self) -> np.ndarray:
         """Its values: float32 [rows, columns] where `type_name` is a float type, else the bytes, uint8 [bytes]. Can be called once."""
-        load, self._load = self._load, None  # what the converter kept to compute it is let go with the function
+        load, self._load = self._load, None  # the function keeps what the converter needs to compute the values
+        assert load is not None, f"{self.name} was loaded before"
         return load()
 
 

@@ -2,7 +2,7 @@
 
 With E experts of rank r, A is [r * E, a] with the experts outside, and B is [b, r * E] with the experts inside. Which side of the parameter
 [E, s1, s2] is a's and which is b's depends on peft's version: up to 0.18 a = s1, since 0.19.1 the layer's input, which is s2 where the experts
-are stored as [out, in], as nearly all are; 0.19.0 did the opposite of that. Where s1 and s2 differ, the shapes tell.
+are stored as [out, in], as nearly all are; 0.19.0 did the opposite of that. Where s1 and s2 differ, the shapes decide.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from olpack.errors import OlpackError
 if TYPE_CHECKING:
     import torch
 
-# Parameters of a layer's experts in the order in which transformers registers them, with what a checkpoint that holds each expert by itself
-# calls their parts: rows of the first part come first.
+# Parameters of a layer's experts in the order in which transformers registers them, with the names of their parts in a checkpoint that stores
+# each expert by itself: rows of the first part come first.
 _PARAMETERS = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "up_proj": (("up_proj",),), "down_proj": (("down_proj",), ("w2",))}
 _BY_INPUT = (0, 19, 1)  # the first version of peft that takes the layer's input for A's side, whichever way the experts are stored
 
@@ -85,10 +85,11 @@ def find_stacks(
         (tensor, parameter, rank, how its change is computed).
 
     Raises:
-        OlpackError: the base has no such parameter, or shapes and version do not tell which side is which.
+        OlpackError: the base has no such parameter, or neither shapes nor version decide which side is which.
     """
-    depth = len(re.search(r"((?:\.base_layer)*)$", module)[1]) // len(".base_layer")
-    layer = module.removesuffix(".base_layer" * depth)
+    layer, depth = module, 0
+    while layer.endswith(".base_layer"):
+        layer, depth = layer.removesuffix(".base_layer"), depth + 1
     asked = config.get("target_parameters") or []
     targets = [name for name in _PARAMETERS if any(f".{layer}.{name}".endswith(f".{target}") for target in asked)]
     if depth >= len(targets):
@@ -98,29 +99,46 @@ def find_stacks(
         )
     parameter = targets[-1 - depth]
     name = f"{layer}.{parameter}"
-    places = _places(layer, parameter, base, find)
-    if not places:
+    stacked = _stacked(layer, parameter, base, find)
+    parts = [] if stacked else _parts_of_experts(layer, parameter, base)
+    if not stacked and not parts:
         raise OlpackError(
             f"The adapter is for another base: it changes '{name}', which the base does not have.", "Name the base that it was trained on."
         )
-    count = 1 + max(expert for _, expert, _ in places) if places[0][1] is not None else base[places[0][0]][0]
-    sides = base[places[0][0]][-2:] if places[0][1] is None else (max(rows[1] for _, _, rows in places), base[places[0][0]][1])
-    swapped = _swapped(folder, config, name, a[-1], b[0], sides, places[0][1] is None and _transposed(layer, base, find))
+    if stacked:
+        count, *sides = base[stacked]
+    else:
+        count, sides = 1 + max(part.expert for part in parts), [max(part.stop for part in parts), base[parts[0].tensor][1]]
+    swapped = _swapped(folder, config, name, a[-1], b[0], (sides[0], sides[1]), bool(stacked) and _transposed(layer, base, find))
     if a[0] % count or a[0] != b[-1]:
         raise OlpackError(
             f"The adapter '{folder}' has {a[0]} rows of A for the {count} experts of '{name}'.", "Name the base that it was trained on."
         )
-    for tensor, expert, rows in places:
-        yield tensor, name, a[0] // count, Stack(count, swapped, expert, rows)
+    rank = a[0] // count
+    if stacked:
+        yield stacked, name, rank, Stack(count, swapped)
+    for part in parts:
+        yield part.tensor, name, rank, Stack(count, swapped, part.expert, (part.start, part.stop))
 
 
-def _places(
-    layer: str, parameter: str, base: Mapping[str, tuple[int, ...]], find: Callable[[str], str | None]
-) -> list[tuple[str, int | None, tuple[int, int] | None]]:
-    """(tensor, expert, rows of the stacked matrix) of a parameter: one for the whole stack, or one for each part of each expert."""
-    for name in (f"{layer}.{parameter}", f"{layer}.{parameter}.weight"):
-        if (found := find(name)) is not None and len(base[found]) == 3:
-            return [(found, None, None)]
+@dataclass(frozen=True)
+class _Part:
+    """A tensor of one expert, and the rows of that expert's parameter that it is."""
+
+    tensor: str
+    expert: int
+    start: int
+    stop: int
+
+
+def _stacked(layer: str, parameter: str, base: Mapping[str, tuple[int, ...]], find: Callable[[str], str | None]) -> str | None:
+    """The base's tensor with a parameter of all experts, None where it stores each expert by itself."""
+    names = (find(name) for name in (f"{layer}.{parameter}", f"{layer}.{parameter}.weight"))
+    return next((name for name in names if name is not None and len(base[name]) == 3), None)
+
+
+def _parts_of_experts(layer: str, parameter: str, base: Mapping[str, tuple[int, ...]]) -> list[_Part]:
+    """The base's tensors that are a parameter of the experts, one for each part of each expert."""
     block = re.match(r".*?\.\d+\.", f"{layer}.")
     stem = block[0] if block else ""
     for parts in _PARAMETERS[parameter]:
@@ -128,7 +146,7 @@ def _places(
         found = [(name, int(match[1]), parts.index(match[2])) for name in base if (match := pattern.fullmatch(name))]
         if found:
             height = base[found[0][0]][0]
-            return [(name, expert, (height * part, height * (part + 1))) for name, expert, part in found]
+            return [_Part(name, expert, height * part, height * (part + 1)) for name, expert, part in found]
     return []
 
 

@@ -1,4 +1,4 @@
-"""An importance matrix: how much each column of a weight matrix matters, and its file in llama.cpp's GGUF form.
+"""An importance matrix: the weight of each column of a weight matrix, and its file in llama.cpp's GGUF form.
 
 The error of a weight costs as much as what the weight is multiplied with, so a quantizer that knows the mean square of each column's input
 puts the error where it costs least. The form is that of llama.cpp's tools/imatrix: `<tensor>.in_sum2` and `<tensor>.counts`, float32.
@@ -7,7 +7,6 @@ llama-quantize takes such a file, and what llama-imatrix writes is read here.
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from olpack.errors import OlpackError
+from olpack.export.gguf_writer import header_bytes
+from olpack.export.job import ImportanceCounts
 from olpack.llamacpp.activations import InputSquares, input_squares
 from olpack.workspace import write_atomically
 
@@ -41,7 +42,7 @@ class ImportanceMatrix:
     chunk_size: int
 
     def weights(self, name: str, matrices: int) -> np.ndarray:
-        """What the quantizer weighs the error of each column with: the mean square of its input, as llama.cpp's tools/quantize computes it.
+        """The weights of the columns' errors in the quantizer: the mean squares of their inputs, as llama.cpp's tools/quantize computes them.
 
         Args:
             name: of the tensor.
@@ -65,7 +66,7 @@ def read_importance(path: Path) -> ImportanceMatrix:
     import gguf
 
     if not path.is_file():
-        raise OlpackError(f"There is no importance matrix '{path}'.", "Correct the path, or have one collected: export.importance: train.")
+        raise OlpackError(f"There is no importance matrix '{path}'.", "Correct the path, or set export.importance: train, which collects one.")
     try:
         reader = gguf.GGUFReader(path)
         found = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
@@ -74,7 +75,7 @@ def read_importance(path: Path) -> ImportanceMatrix:
     except (ValueError, OSError, IndexError, KeyError) as error:
         raise OlpackError(
             f"'{path}' is no importance matrix in llama.cpp's GGUF form.",
-            "Collect it anew; one in the older form becomes a GGUF with `llama-imatrix --in-file OLD.dat -o NEW.gguf`.",
+            "Collect it again; one in the older form becomes a GGUF with `llama-imatrix --in-file OLD.dat -o NEW.gguf`.",
         ) from error
     tensors = {}
     for key in found:
@@ -85,13 +86,13 @@ def read_importance(path: Path) -> ImportanceMatrix:
 
 
 def _squares(path: Path, name: str, sums: np.ndarray | None, counts: np.ndarray | None) -> InputSquares:
-    damaged = OlpackError(f"The importance matrix '{path}' is damaged at '{name}'.", "Collect it anew.")
+    damaged = OlpackError(f"The importance matrix '{path}' is damaged at '{name}'.", "Collect it again.")
     if sums is None or counts is None or (sums.dtype, counts.dtype) != (np.float32, np.float32) or sums.size % (counts.size or 1):
         raise damaged
     if not (np.isfinite(sums).all() and np.isfinite(counts).all()):
         raise OlpackError(
-            f"The importance matrix '{path}' holds an infinite or undefined value for '{name}'.",
-            "The model that it was collected on computes no numbers: check its files, and collect it anew.",
+            f"The importance matrix '{path}' has an infinite or undefined value for '{name}'.",
+            "The model that it was collected on computes no numbers: check its files, and collect it again.",
         )
     if sums.min(initial=0) < 0 or counts.min(initial=0) < 0:
         raise damaged
@@ -99,7 +100,7 @@ def _squares(path: Path, name: str, sums: np.ndarray | None, counts: np.ndarray 
 
 
 def write_importance(matrix: ImportanceMatrix, path: Path) -> None:
-    """Write an importance matrix as llama-imatrix does: tensors by name, each with its sums and counts. It is there whole or not at all.
+    """Write an importance matrix as llama-imatrix does: tensors by name, each with its sums and counts. The file appears when it is complete.
 
     Raises:
         OlpackError: the file cannot be written.
@@ -118,13 +119,8 @@ def write_importance(matrix: ImportanceMatrix, path: Path) -> None:
             values = np.ascontiguousarray(array, np.float32)
             writer.add_tensor_info(key, values.shape if len(values) > 1 else values.shape[1:], values.dtype, values.nbytes)
             data.append(values.tobytes().ljust(-(-values.nbytes // _ALIGNMENT) * _ALIGNMENT, b"\0"))
-    header = io.BytesIO()
-    writer.fout, writer.state = [header], gguf.gguf_writer.WriterState.EMPTY
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    padding = bytes(-header.tell() % _ALIGNMENT)
-    write_atomically(path, b"".join([header.getvalue(), padding, *data]))
+    header = header_bytes(writer)
+    write_atomically(path, b"".join([header, bytes(-len(header) % _ALIGNMENT), *data]))
 
 
 @dataclass(frozen=True)
@@ -133,8 +129,8 @@ class ColumnWeights:
 
     Attributes:
         by_tensor: float32 [matrices, columns] by tensor name. None where the matrix is still to be collected, on this model.
-        keys: what the files that are made with it say about it in their headers.
-        unknown: tensors that the matrix has and the model has not.
+        keys: that record it in the headers of the files that are made with it.
+        unknown: tensors that are in the matrix and not in the model.
     """
 
     by_tensor: dict[str, np.ndarray] | None
@@ -155,8 +151,8 @@ def column_weights(path: Path, tensors: Mapping[str, Any]) -> ColumnWeights:
     matrix = read_importance(path)
     weights = {}
     for name in (name for name in matrix.tensors if name in tensors):
-        *stacked, _, columns = (1, *tensors[name].shape)
-        matrices, found = math.prod(stacked), matrix.tensors[name].sums.size
+        shape: tuple[int, ...] = tensors[name].shape
+        columns, matrices, found = shape[-1], math.prod(shape[:-2]), matrix.tensors[name].sums.size
         if found != matrices * columns:
             raise OlpackError(
                 f"The importance matrix '{path}' is for another model: it has {found:,} values for '{name}', and this one needs "
@@ -173,9 +169,9 @@ def column_weights(path: Path, tensors: Mapping[str, Any]) -> ColumnWeights:
 
 
 def _header_keys(path: Path, matrix: ImportanceMatrix) -> dict[str, str | int]:
-    """What llama-quantize writes of a matrix, in its order and cut as there, so that the files are the same and tell where they come from.
+    """The keys that llama-quantize writes of a matrix, in its order and truncated as there, so that the files are the same.
 
-    Of the path only the name is written, as by a llama-quantize that is called beside the file: the folder is nobody else's business.
+    Of the path only the name is written, as by a llama-quantize that runs in the file's folder: the folder is private.
     """
 
     def cut(text: str) -> str:
@@ -190,8 +186,8 @@ def _header_keys(path: Path, matrix: ImportanceMatrix) -> dict[str, str | int]:
     return keys
 
 
-def collect(gguf: str, rows: list[list[int]], out: str, dataset: str, threads: int | None, report: Callable[[int, int], None]) -> dict:
-    """`olpack.export.collect_importance`, over the pipe. Returns how many experts there are, and how many of them no token was sent to."""
+def collect(gguf: str, rows: list[list[int]], out: str, dataset: str, threads: int | None, report: Callable[[int, int], None]) -> ImportanceCounts:
+    """`olpack.export.collect_importance`, over the pipe."""
     total = sum(len(row) for row in rows)
     found = input_squares(Path(gguf), rows, threads=threads, advance=lambda count: report(count, total))
     tensors = {name: InputSquares(squares.sums.astype(np.float32), squares.counts) for name, squares in found.items()}
@@ -203,4 +199,4 @@ def collect(gguf: str, rows: list[list[int]], out: str, dataset: str, threads: i
             )
     write_importance(ImportanceMatrix(tensors, [dataset], -(-total // CHUNK), CHUNK), Path(out))
     counts = [squares.counts for squares in tensors.values() if squares.counts.size > 1]
-    return {"experts": sum(count.size for count in counts), "unused": sum(int((count == 0).sum()) for count in counts)}
+    return ImportanceCounts(experts=sum(count.size for count in counts), unused=sum(int((count == 0).sum()) for count in counts))

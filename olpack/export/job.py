@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypedDict
 
-LATER = "later"  # in place of an importance matrix: it will be collected on the model that is checked
+LATER: Literal["later"] = "later"  # in place of an importance matrix, which will be collected on the model that is checked
 
 
 @dataclass(frozen=True)
@@ -146,10 +146,10 @@ class ExportPlan:
     Attributes:
         architecture: llama.cpp's name, "qwen3".
         pre_tokenizer: llama.cpp's name of the BPE pre-tokenizer, "qwen2"; empty for vocabularies that have none.
-        context_length: tokens, from the configuration; None where it does not say.
+        context_length: tokens, from the configuration; None where it names none.
         parameters: weights in the model.
         sizes: exact bytes of each file, by the quant type's name.
-        warnings: what the user should know and need not change, one sentence each: tensors for which llama.cpp falls back
+        warnings: what the user should know, one sentence each: tensors for which llama.cpp falls back
             to another type, a base that is trained in a lower precision.
         texts: how many texts were given.
         differences: those of them that llama.cpp reads as other tokens than training.
@@ -165,9 +165,33 @@ class ExportPlan:
     differences: list[TokenDifference] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class ImportanceCounts:
+    """Experts' matrices in a model whose importance matrix was collected.
+
+    Attributes:
+        experts: how many there are; 0 where the model has no experts.
+        unused: how many of them got no token.
+    """
+
+    experts: int
+    unused: int
+
+
+@dataclass(frozen=True)
+class SensitivityResult:
+    """Whether a measurement of sensitivity ended with figures.
+
+    Attributes:
+        finite: all predictions were numbers. In F16 some models overflow.
+    """
+
+    finite: bool
+
+
 def partial_path(path: Path, pid: int) -> Path:
-    """Where a file is written until it is complete: beside its place, with the writing process in its name. Parts are written into a
-    folder of this name."""
+    """Where a file is written until it is complete: beside its final path, with the writing process in its name. Parts are written into
+    a folder of this name."""
     return path.with_name(f".{path.name}.{pid}.partial")
 
 

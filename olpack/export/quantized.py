@@ -1,17 +1,17 @@
-"""Bases that are stored quantized: which of them can be read, and what their tensors are once they are dequantized.
+"""Bases that are stored quantized: which of them can be read, and their tensors after dequantization.
 
 llama.cpp's converter dequantizes GPTQ, fp8, compressed-tensors and some more while it reads them; bitsandbytes does so for what it made,
 and AWQ, HQQ, EETQ and AQLM are unpacked by olpack.model.packed.
-An adapter names the weights that it was trained on, which such a checkpoint holds under other names and in other shapes.
+An adapter names the weights that it was trained on, which such a checkpoint stores under other names and in other shapes.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from olpack.errors import OlpackError
 from olpack.model.checkpoint import TensorHeader, read_tensor_headers
@@ -19,7 +19,7 @@ from olpack.model.packed import layout_of, quantization_of
 
 _ORIGINAL = "Take the original model in 16 bits: an adapter that was trained on this one fits it, too."
 
-# By `quant_method` of config.json's quantization_config: what nobody here can read, and why.
+# By `quant_method` of config.json's quantization_config: what cannot be read here, and why.
 _UNREADABLE = {
     "auto-round": ("AutoRound", "which has several packings of its own", "Export it from AutoRound again in the format auto_gptq."),
     "fbgemm_fp8": ("FBGEMM's fp8", "with scales of its own"),
@@ -189,18 +189,19 @@ def _of_aqlm(source: Path, stored: Mapping[str, TensorHeader]) -> dict[str, Tens
 
 
 def _of_compressed_tensors(source: Path, settings: Mapping[str, Any], stored: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:
-    kind, groups = settings.get("format"), settings.get("config_groups") or {}
+    kind = settings.get("format")
+    groups: Mapping[str, Mapping[str, Any]] = settings.get("config_groups") or {}
     if kind not in ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized"):
         return dict(stored)  # formats that llama.cpp has itself (NVFP4, MXFP4), or that the converter refuses in its own words
 
-    def refuse(what: str) -> None:
+    def refuse(what: str) -> NoReturn:
         raise OlpackError(f"'{source}' is stored by compressed-tensors as {kind} {what}, which llama.cpp's converter does not take.", _ORIGINAL)
 
     if settings.get("transform_config"):
         refuse("with rotated weights (transform_config)")
     if len(groups) != 1:
         refuse(f"with {len(groups)} groups of settings")
-    weights = next(iter(groups.values())).get("weights") or {}
+    weights: Mapping[str, Any] = next(iter(groups.values())).get("weights") or {}
     strategy, size = weights.get("strategy"), weights.get("group_size")
     packed = kind == "pack-quantized"
     if strategy not in (("group",) if packed else ("channel", "block")):
@@ -217,6 +218,7 @@ def _of_compressed_tensors(source: Path, settings: Mapping[str, Any], stored: Ma
             scale = stored.get(f"{weight}_scale")
             if scale is None or f"{weight}_shape" not in stored:
                 raise OlpackError(f"'{source}' has '{name}' without its scale or its shape.", "Download the model again.")
+            assert isinstance(size, int)  # as checked above
             headers[weight] = _restored(found, (found.shape[0], scale.shape[1] * size))
     return headers
 
@@ -231,6 +233,7 @@ def dequantize_packed(model: Any) -> None:
     from conversion import LazyTorchTensor
 
     tensors, layout = model.model_tensors, layout_of(model.hparams)
+    assert layout is not None, "called for a quantization without a layout"
 
     def unpack(*parts: Any) -> Any:
         return layout.dequantize(dict(zip(layout.parts, parts, strict=True)))
@@ -262,6 +265,7 @@ def dequantize_bitsandbytes(model: Any) -> None:
     from conversion import LazyTorchTensor
 
     tensors = model.model_tensors
+    dequantize: Callable[..., Any]
     for name in list(tensors):
         weight, in_4_bits, quant_type = name.partition(_STATE)
         if in_4_bits:
@@ -269,13 +273,13 @@ def dequantize_bitsandbytes(model: Any) -> None:
             parts = {part: tensors.pop(f"{weight}.{part}")() for part in _STATE_PARTS if f"{weight}.{part}" in tensors}
             shape = json.loads(bytes(state.tolist()))["shape"]
             names = (f"quant_state.bitsandbytes__{quant_type}", *parts)
-            arguments = (tensors[weight](), names, (state, *parts.values()))
+            arguments: tuple[Any, ...] = (tensors[weight](), names, (state, *parts.values()))
             dequantize = _from_4_bits
         elif name.endswith(".SCB"):
             weight = name.removesuffix("SCB") + "weight"
             layout = tensors.pop(f"{weight}_format", None)
             if layout is not None and int(LazyTorchTensor.to_eager(layout())) != _ROWS_OF_INT8:
-                raise OlpackError(f"'{weight}' holds int8 values in the order of one kind of GPU.", _ORIGINAL)
+                raise OlpackError(f"'{weight}' has int8 values in the order of one kind of GPU.", _ORIGINAL)
             arguments = (tensors[weight](), tensors.pop(name)())
             shape, dequantize = arguments[0].shape, _from_int8
         else:

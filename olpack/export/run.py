@@ -1,4 +1,4 @@
-"""The two jobs of the worker: to check what an export would do, and to do it."""
+"""Two jobs of the worker: to check an export, and to run it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +19,8 @@ from olpack.export.converter import SourceModel, open_model
 from olpack.export.gguf_source import open_gguf
 from olpack.export.grown import grown_tokenizer
 from olpack.export.importance import ColumnWeights, column_weights
-from olpack.export.job import LATER, ExportOptions, ExportPlan, TokenDifference, TokenText, partial_path, remove_partial
-from olpack.export.plan import FilePlan, hollow_file, plan_files
+from olpack.export.job import LATER, ExportedFile, ExportedPart, ExportOptions, ExportPlan, TokenDifference, TokenText, partial_path, remove_partial
+from olpack.export.plan import FilePlan, header_only_gguf, plan_files
 from olpack.export.quantized import dequantized_headers
 from olpack.export.split import part_names, split_plan
 from olpack.export.verify import settle_pretokenizer, training_tokenizer, verify_file, verify_model
@@ -32,28 +32,26 @@ from olpack.quants import quant_type
 Report = Callable[[int, int], None]
 
 
-def check(source: str, quants: list[str], out: str | None, texts: list[dict], options: ExportOptions, report: Report) -> dict:
-    """`olpack.export.check_export`, over the pipe. Returns the fields of an `ExportPlan`."""
+def check(source: str, quants: list[str], out: str | None, texts: list[dict], options: ExportOptions, report: Report) -> ExportPlan:
+    """`olpack.export.check_export`, over the pipe."""
     model, plans, _, warnings, differences = _prepare(Path(source), quants, options, [TokenText(**text) for text in texts], report)
     if out is not None:
         check_space([Path(out, plan.quant.name) for plan in plans], plans)
     context = model.key(f"{model.architecture}.context_length")
-    return asdict(
-        ExportPlan(
-            architecture=model.architecture,
-            pre_tokenizer=model.key("tokenizer.ggml.pre") or "",
-            context_length=None if context is None else int(context),
-            parameters=model.parameters,
-            sizes={plan.quant.name: plan.size for plan in plans},
-            warnings=warnings,
-            texts=len(texts),
-            differences=differences,
-        )
+    return ExportPlan(
+        architecture=model.architecture,
+        pre_tokenizer=model.key("tokenizer.ggml.pre") or "",
+        context_length=None if context is None else int(context),
+        parameters=model.parameters,
+        sizes={plan.quant.name: plan.size for plan in plans},
+        warnings=warnings,
+        texts=len(texts),
+        differences=differences,
     )
 
 
-def export(source: str, targets: list[tuple[str, str]], options: ExportOptions, report: Report) -> list[dict]:
-    """`olpack.export.export`, over the pipe. Returns the fields of one `ExportedFile` for each target."""
+def export(source: str, targets: list[tuple[str, str]], options: ExportOptions, report: Report) -> list[ExportedFile]:
+    """`olpack.export.export`, over the pipe."""
     started = time.monotonic()
     model, plans, weights, warnings, _ = _prepare(Path(source), [quant for quant, _ in targets], options)
     parameters, keys = model.parameters, dict(model.keys)
@@ -80,28 +78,28 @@ def export(source: str, targets: list[tuple[str, str]], options: ExportOptions, 
             file.clean()
     seconds = time.monotonic() - started
     exported = []
-    for plan, file, found in zip(plans, files, digests, strict=True):
-        parts = [{"path": str(path), "size": part.size, "sha256": digest} for path, part, digest in zip(file.paths, file.parts, found, strict=True)]
+    for plan, file, of_parts in zip(plans, files, digests, strict=True):
+        parts = [ExportedPart(path, part.size, digest) for path, part, digest in zip(file.paths, file.parts, of_parts, strict=True)]
         exported.append(
-            {
-                "quant": plan.quant.name,
-                "path": str(file.paths[0]),
-                "size": file.size,
-                "sha256": found[0],
-                "parameters": parameters,
-                "bits_per_weight": 8 * plan.data_size / parameters,
-                "seconds": seconds,
-                "parts": parts if len(parts) > 1 else [],
-                "types": plan.types,
-                "needs_importance": plan.needs_importance,
-                "warnings": warnings,
-            }
+            ExportedFile(
+                quant=plan.quant.name,
+                path=file.paths[0],
+                size=file.size,
+                sha256=of_parts[0],
+                parameters=parameters,
+                bits_per_weight=8 * plan.data_size / parameters,
+                seconds=seconds,
+                parts=parts if len(parts) > 1 else [],
+                types=plan.types,
+                needs_importance=plan.needs_importance,
+                warnings=warnings,
+            )
         )
     return exported
 
 
 class _Output:
-    """One GGUF on its way to its place: the paths of its parts, and where they are until all are complete."""
+    """One GGUF under way: the paths of its parts, and their temporary paths until all are complete."""
 
     def __init__(self, path: Path, parts: list[FilePlan]):
         self.parts = parts
@@ -119,7 +117,7 @@ class _Output:
             self._place.mkdir()
 
     def finish(self) -> None:
-        """Move everything to its place; the first part last, because it is the one that is opened."""
+        """Move every part to its path; the first part last, because it is the one that is opened."""
         for path, (_, place) in reversed(list(zip(self.paths, self.partial, strict=True))):
             place.replace(path)
 
@@ -149,9 +147,9 @@ def _prepare(
         differences = []
     else:
         differences = settle_pretokenizer(folder, tokenizer, model, texts, report)
-    with hollow_file(model) as hollow:
-        plans = plan_files(model, hollow, types, importance=weights, tensor_types=options.get("tensor_types", {}), losses=losses)
-        warnings += verify_model(folder, tokenizer, hollow, model.keys)
+    with header_only_gguf(model) as header_gguf:
+        plans = plan_files(model, header_gguf, types, importance=weights, tensor_types=options.get("tensor_types", {}), losses=losses)
+        warnings += verify_model(folder, tokenizer, header_gguf, model.keys)
     for plan in plans:
         if plan.fallbacks:
             more = f", and {len(plan.fallbacks) - 1} more tensors" if len(plan.fallbacks) > 1 else ""
@@ -166,7 +164,7 @@ def _prepare(
         return model, plans, {}, warnings, differences
     if unweighted := list(dict.fromkeys(name for plan in plans for name in plan.unweighted)):
         more = f" and {len(unweighted) - 1} more tensors" if len(unweighted) > 1 else ""
-        warnings.append(f"The importance matrix says nothing of {unweighted[0]}{more}, quantized as without one.")
+        warnings.append(f"The importance matrix lacks {unweighted[0]}{more}, quantized as without one.")
     if weights.unknown:
         more = f" and {len(weights.unknown) - 1} more tensors" if len(weights.unknown) > 1 else ""
         warnings.append(f"The importance matrix also has {weights.unknown[0]}{more}: is it of another model?")
@@ -198,7 +196,7 @@ def _open_file(source: Path, options: ExportOptions, header: dict) -> SourceMode
 
 
 def check_space(paths: list[Path], plans: list[FilePlan]) -> None:
-    """Raises OlpackError if the folders of `paths` cannot take the planned files."""
+    """Raises OlpackError if the disks of `paths` have too little free space for the planned files."""
     wanted: dict[int, int] = {}
     place: dict[int, Path] = {}
     for path, plan in zip(paths, plans, strict=True):
@@ -211,5 +209,5 @@ def check_space(paths: list[Path], plans: list[FilePlan]) -> None:
         if needed > free:
             raise OlpackError(
                 f"The files need {progress.quantity(needed, 'B')} in '{place[device]}', and {progress.quantity(free, 'B')} are free.",
-                "Make room, name another folder, or ask for fewer quant types.",
+                "Free space, name another folder, or choose fewer quant types.",
             )

@@ -1,7 +1,7 @@
 """How much a model's predictions change when one of its matrices is rounded: measured on the user's rows, matrix by matrix.
 
-The model lies in memory in 16 bits, as llama.cpp loaded it. One matrix after the other is overwritten with what a small type makes of it, the
-rows are read, and the matrix is put back. What counts is the KL divergence of the predictions from those of the untouched model.
+llama.cpp loads the model in 16 bits. One matrix after the other is overwritten with its values rounded to a small type, the rows are read,
+and the matrix is restored. The figure is the KL divergence of the predictions from those of the unchanged model.
 
 What the other types would cost follows from the error that they make in the weights: KL divergence has its minimum, zero, where nothing
 changes, so to leading order it is quadratic in the change, half of δᵀFδ with F the Fisher information (Kullback, Information Theory and
@@ -24,7 +24,8 @@ from olpack.errors import OlpackError
 from olpack.export.budget import MatrixLoss, candidates, choosable
 from olpack.export.gguf_source import open_gguf
 from olpack.export.importance import column_weights
-from olpack.export.plan import hollow_file
+from olpack.export.job import SensitivityResult
+from olpack.export.plan import header_only_gguf
 from olpack.export.write import CHUNK
 from olpack.llamacpp import library
 from olpack.llamacpp.cores import usable_processors
@@ -36,7 +37,7 @@ from olpack.workspace import write_atomically
 # hundreds of matrices too, and still be small enough for the divergence to be quadratic in it.
 _PROBES = ("q3_K", "q4_0")
 
-_REFERENCE_BYTES = 1 << 30  # of memory for the untouched model's log-probabilities, in float32
+_REFERENCE_BYTES = 1 << 30  # of memory for the unchanged model's log-probabilities, in float32
 _SAMPLE = 1 << 16  # weights of a matrix on which the errors of its types are compared: sums over so many differ by less than a percent
 
 
@@ -49,29 +50,30 @@ def measure(
     key: str,
     threads: int | None,
     report: Callable[[int, int], None],
-) -> dict:
-    """`olpack.export.measure_sensitivity`, over the pipe. Returns {"finite": whether all predictions are numbers}."""
+) -> SensitivityResult:
+    """`olpack.export.measure_sensitivity`, over the pipe."""
     from olpack.llamacpp.engine import Engine  # loads llama.cpp
 
     model = open_gguf(Path(gguf))
-    weights = column_weights(Path(importance), model.tensors).by_tensor if importance else {}
-    with hollow_file(model) as hollow:
-        names = choosable(hollow)
-    found = _kept(Path(out), key)
+    weights = column_weights(Path(importance), model.tensors).by_tensor if importance else None
+    weights = weights or {}
+    with header_only_gguf(model) as header_gguf:
+        names = choosable(header_gguf)
+    found = _measured_before(Path(out), key)
     total = (len(names) + 1) * sum(map(len, rows))
     where = LoadedWeights()
     with Engine(Path(gguf), max(map(len, rows)), threads, watch=where, writable=True) as engine, ThreadPoolExecutor(usable_processors()) as pool:
         reference = _Reference(engine, rows, loss_masks, lambda count: report(count, total))
         where.check()
         if not reference.finite:
-            return {"finite": False}
+            return SensitivityResult(finite=False)
         for name in names:
             source = model.tensors.pop(name)
             if name in found or name not in where:
                 report(sum(map(len, rows)), total)
                 continue
             original = source.load()
-            experts = weights.get(name, [None])
+            experts: Sequence[np.ndarray | None] = list(weights[name]) if name in weights else [None]
             types = candidates(original.shape[1], name in weights)
             probe = next(type_ for type_ in _PROBES if type_ in types)
             errors = dict(zip(types, pool.map(partial(_squared_error, values=original, experts=experts), types), strict=True))
@@ -81,23 +83,23 @@ def measure(
             finally:
                 where.write(name, _as(source.type_name, original))
             if not np.isfinite(divergence):
-                return {"finite": False}
+                return SensitivityResult(finite=False)
             found[name] = MatrixLoss(divergence, probe, errors)
             write_atomically(Path(out), json.dumps({"key": key, "matrices": {name: vars(loss) for name, loss in found.items()}}, indent=1) + "\n")
-    return {"finite": True}
+    return SensitivityResult(finite=True)
 
 
-def _kept(path: Path, key: str) -> dict[str, MatrixLoss]:
-    """What an earlier run with the same key has measured: it may have been interrupted."""
+def _measured_before(path: Path, key: str) -> dict[str, MatrixLoss]:
+    """The figures of an earlier run with the same key, which may have been interrupted."""
     try:
-        held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        earlier: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return {name: MatrixLoss(**fields) for name, fields in held["matrices"].items()} if held.get("key") == key else {}
+    return {name: MatrixLoss(**fields) for name, fields in earlier["matrices"].items()} if earlier.get("key") == key else {}
 
 
 class _Reference:
-    """The untouched model's predictions, and how far from them a changed one's are.
+    """The unchanged model's predictions, and how far from them a changed one's are.
 
     Attributes:
         finite: whether they are numbers: in F16 some models overflow.
@@ -138,7 +140,7 @@ def _squared_error(type_name: str, values: np.ndarray, experts: Sequence[np.ndar
 
 
 def _rounded(type_name: str, values: np.ndarray, experts: Sequence[np.ndarray | None], pool: ThreadPoolExecutor) -> np.ndarray:
-    """What a type makes of a matrix, float32 of the same shape."""
+    """A matrix rounded to a type, float32 of the same shape."""
     rows, columns = values.shape
     step, of_one = max(1, CHUNK // columns), rows // len(experts)
     parts = [
@@ -153,7 +155,7 @@ def _round(type_name: str, values: np.ndarray, importance: np.ndarray | None) ->
     type_ = library.tensor_type(type_name)
     packed = np.empty((len(values), library.row_size(type_, values.shape[1])), np.uint8)
     if not library.quantize_rows(type_, values, packed, importance):
-        raise OlpackError("The model holds weights too large to be quantized.", "Leave the budget out, or take another checkpoint.")
+        raise OlpackError("The model has weights that are too large to be quantized.", "Leave the budget out, or take another checkpoint.")
     rounded = np.empty_like(values)
     library.dequantize_rows(type_, packed, rounded)
     return rounded

@@ -1,4 +1,4 @@
-"""What llama.cpp makes of a header: a model that it loads, the tokens that the model's own tokenizer makes of text, the keys that were meant."""
+"""Checks of a header in llama.cpp: it loads the model, splits text as the model's own tokenizer does, and reads every key as written."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _AROUND = 4  # tokens shown on both sides of a difference
 def training_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer that training uses, None for a GGUF or a folder without tokenizer.json.
 
-    It is not always what that file says: of some classes (GPT2Tokenizer, Qwen2Tokenizer) transformers takes the vocabulary from the file and
+    It is not always what that file describes: of some classes (GPT2Tokenizer, Qwen2Tokenizer) transformers takes the vocabulary from the file and
     splits text in the way of the class.
     """
     from tokenizers import Tokenizer
@@ -75,7 +75,7 @@ def settle_pretokenizer(
         Where llama.cpp's tokens are not training's; one entry for each text that differs.
     """
     key = model.keys.get("tokenizer.ggml.pre")
-    names = [None]
+    names: list[str | None] = [None]
     if key is not None and tokenizer is not None and "ByteLevel" in str(tokenizer.pre_tokenizer):
         try:
             recognized = [recognize(folder)]
@@ -86,7 +86,8 @@ def settle_pretokenizer(
         texts = [*texts, TokenText("", [_SAMPLE], tokenizer.encode(_SAMPLE, add_special_tokens=False).ids)]
     if not texts:
         return []
-    best, found = -1, []
+    best = -1
+    found: dict[int, TokenDifference] = {}
     for name in names:
         with vocabulary_file(model, name) as file, Vocabulary(file) as vocabulary:
             differing = token_differences(vocabulary, texts, report if best < 0 else lambda *_: None)
@@ -170,11 +171,11 @@ def verify_file(parts: Sequence[tuple[FilePlan, Path]], keys: Mapping[str, Any])
     """Check a written file against its plan: its size, its file type, and every text in its header.
 
     Args:
-        parts: what the file consists of, mostly one: what it should hold, and where it is.
+        parts: of the file, mostly one: the plan of each, and its path.
         keys: the header's keys, as in `SourceModel.keys`.
 
     Raises:
-        OlpackError: llama.cpp does not read back what was meant.
+        OlpackError: llama.cpp reads something else than was written.
     """
     for plan, path in parts:
         if path.stat().st_size != plan.size:
@@ -185,7 +186,7 @@ def verify_file(parts: Sequence[tuple[FilePlan, Path]], keys: Mapping[str, Any])
 
 
 def _verify_keys(vocabulary: Vocabulary, keys: Mapping[str, Any], more: Mapping[str, str] = {}) -> None:
-    """Check that llama.cpp reads every text of a header as it was meant.
+    """Check that llama.cpp reads every text of a header as it was written.
 
     Args:
         vocabulary: of the file.
@@ -200,5 +201,5 @@ def _verify_keys(vocabulary: Vocabulary, keys: Mapping[str, Any], more: Mapping[
         if vocabulary.key(name) != value:
             raise OlpackError(
                 f"llama.cpp reads {vocabulary.key(name)!r} as '{name}', and {value!r} was written.",
-                "Leave characters out that text cannot contain, such as a null.",
+                "Remove characters that text cannot contain, such as a null.",
             )

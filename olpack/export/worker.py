@@ -16,7 +16,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
+from typing import Any
 
 from olpack.errors import OlpackError
 
@@ -25,14 +27,14 @@ def main() -> None:
     """Serve jobs until the input ends."""
     pipe = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints stays out of the pipe
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what a Ctrl-C means
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the client decides what a Ctrl-C means
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
     lock = threading.Lock()
 
     def send(**message: object) -> None:
         with lock:
-            pipe.write(json.dumps(message) + "\n")
+            pipe.write(json.dumps(message, default=_plain) + "\n")
             pipe.flush()
 
     jobs = _read_jobs()
@@ -46,22 +48,32 @@ def main() -> None:
                 converter_ready = True
             from olpack.export import importance, run, sensitivity
 
-            do = {"check": run.check, "export": run.export, "collect": importance.collect, "measure": sensitivity.measure}[job.pop("do")]
-            send(result=do(**job, report=_reporter(send)))
+            functions: dict[str, Callable[..., object]] = {
+                "check": run.check,
+                "export": run.export,
+                "collect": importance.collect,
+                "measure": sensitivity.measure,
+            }
+            send(result=functions[job.pop("do")](**job, report=_reporter(send)))
         except OlpackError as error:
             send(error={"problem": error.problem, "remedy": error.remedy})
         except Exception:
             send(crash=traceback.format_exc())
 
 
-def _read_jobs() -> queue.SimpleQueue[dict | None]:
-    jobs: queue.SimpleQueue[dict | None] = queue.SimpleQueue()
+def _plain(value: object) -> object:
+    """What JSON has no form for: results are dataclasses, with paths in them."""
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
+
+
+def _read_jobs() -> queue.SimpleQueue[dict[str, Any] | None]:
+    jobs: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
 
     def read() -> None:
         for line in sys.stdin:
             jobs.put(json.loads(line))
         jobs.put(None)
-        time.sleep(1)  # an idle worker is gone by now; a busy one has lost its parent
+        time.sleep(1)  # an idle worker is gone by now; a busy one has lost its client
         _thread.interrupt_main(signal.SIGTERM)
 
     threading.Thread(target=read, daemon=True).start()

@@ -28,7 +28,7 @@ from olpack.export.converter import FLOATS, SourceModel, SourceTensor
 from olpack.export.plan import FilePlan, padded
 from olpack.llamacpp import library
 
-MEMORY = 1 << 30  # bytes of tensors in flight, beside the largest one
+MEMORY = 1 << 30  # bytes of tensors in memory, beside the largest one
 CHUNK = 1 << 19  # weights that a thread quantizes at a time: 2 MB of float32
 _FLUSH = 64 << 20  # bytes of a file after which the system is told to write them to the disk
 
@@ -52,7 +52,7 @@ def write_files(
         round_to_bf16: round what llama.cpp's converter would store in 16 bits first, as it would.
         importance: float32 [matrices, columns] by tensor name, the weight of each column's error; for a stack of experts one row each. It
             changes nothing in tensors of a type that has nothing to choose.
-        advance: told the bytes that were written, from several threads.
+        advance: gets the bytes of each write, from several threads.
 
     Returns:
         For each file the SHA-256 of its parts, in hex. The files are on the disk (fsync) by then.
@@ -60,10 +60,10 @@ def write_files(
     Raises:
         OlpackError: a weight that is infinite or not a number, one too large for a type, a disk that fills up.
     """
-    flight = _Flight()
-    writers = [_FileWriter(parts, flight, advance) for parts in files]
-    works = deque(_Work(model.tensors.pop(name), [writer.types[name] for writer in writers], flight) for name in writers[0].types)
-    flight.limit = MEMORY + max(work.nbytes for work in works)
+    memory = MemoryBudget()
+    writers = [_FileWriter(parts, memory, advance) for parts in files]
+    works = deque(_TensorJob(model.tensors.pop(name), [writer.types[name] for writer in writers], memory) for name in writers[0].types)
+    memory.limit = MEMORY + max(work.nbytes for work in works)
     loaders = ThreadPoolExecutor(max(1, threads // 2), thread_name_prefix="load")
     quantizers = ThreadPoolExecutor(threads, thread_name_prefix="quantize")
     try:
@@ -71,7 +71,7 @@ def write_files(
             writer.start()
         while works:
             work = works.popleft()
-            flight.take(work.nbytes)
+            memory.acquire(work.nbytes)
             work.loaded = loaders.submit(work.load, quantizers, round_to_bf16, importance.get(work.source.name))
             for writer in writers:
                 writer.todo.put(work)
@@ -79,9 +79,9 @@ def write_files(
             writer.todo.put(None)
         for writer in writers:
             writer.join()
-        flight.check()
+        memory.check()
     except BaseException as error:
-        flight.fail(error)
+        memory.fail(error)
         raise
     finally:
         for pool in (loaders, quantizers):
@@ -92,22 +92,23 @@ def write_files(
     return [writer.digests for writer in writers]
 
 
-class _Flight:
-    """How many bytes of tensors are in memory, of at most `limit`, and whether something went wrong."""
+class MemoryBudget:
+    """The bytes of tensors in memory, of at most `limit`, and the failure of a thread, which ends every wait."""
 
     def __init__(self) -> None:
         self.limit, self._used = 0, 0
         self._changed = threading.Condition()
         self.failure: BaseException | None = None
 
-    def take(self, nbytes: int) -> None:
-        """Wait until there is room for so many bytes, then add them. Raises the failure of another thread."""
+    def acquire(self, nbytes: int) -> None:
+        """Wait until so many bytes are free within the limit, then take them. Raises the failure of another thread."""
         with self._changed:
             self._changed.wait_for(lambda: self.failure or self._used + nbytes <= self.limit)
             self.check()
             self._used += nbytes
 
-    def give(self, nbytes: int) -> None:
+    def release(self, nbytes: int) -> None:
+        """Give so many bytes back."""
         with self._changed:
             self._used -= nbytes
             self._changed.notify_all()
@@ -122,17 +123,17 @@ class _Flight:
             raise self.failure
 
 
-class _Work:
-    """One tensor on its way: its values, and its bytes in every type that some file wants.
+class _TensorJob:
+    """One tensor of the pass: its values, and its bytes in every type that some file needs.
 
     Attributes:
         nbytes: that it takes at most: what is read, that in float32, and what is made of it. The first two only until it is quantized.
     """
 
-    def __init__(self, source: SourceTensor, types: Sequence[int], flight: _Flight):
+    def __init__(self, source: SourceTensor, types: Sequence[int], memory: MemoryBudget):
         self.source = source
         self.types = sorted(set(types))
-        self._flight, self._readers, self._left = flight, len(types), 0
+        self._memory, self._readers, self._left = memory, len(types), 0
         self._lock = threading.Lock()
         columns = source.shape[-1] if source.shape else 1
         self._made = sum(source.elements // columns * library.row_size(type_, columns) for type_ in self.types)
@@ -168,6 +169,7 @@ class _Work:
 
     def wait(self) -> None:
         """Until `data` is complete. Raises what went wrong on the way."""
+        assert self.loaded is not None  # a tensor is queued for the writers once its loading is submitted
         self.loaded.result()
         for chunk in self._chunks:
             chunk.result()
@@ -177,7 +179,7 @@ class _Work:
         # A NaN carries through min and max, so two quick passes find every kind of unusable weight.
         if not (np.isfinite(rows.min()) and np.isfinite(rows.max())):
             raise OlpackError(
-                f"The weight '{self.source.origin}' holds an infinite or undefined value (inf or NaN).",
+                f"The weight '{self.source.origin}' has an infinite or undefined value (inf or NaN).",
                 "The base or the adapter is damaged, or its training diverged: take another checkpoint.",
             )
         if rounding != "F32":
@@ -185,14 +187,14 @@ class _Work:
         for type_, out in self.data.items():
             if type_ != library.tensor_type("f32") and not library.quantize_rows(type_, rows, out[part], importance):
                 raise OlpackError(
-                    f"The weight '{self.source.origin}' holds values too large to be quantized.",
+                    f"The weight '{self.source.origin}' has values that are too large to be quantized.",
                     "Leave the quant types below 16 bits out, or take another checkpoint.",
                 )
         with self._lock:
             self._left -= 1
             last = self._left == 0
         if last:
-            self._flight.give(self._read)
+            self._memory.release(self._read)
 
     def written(self) -> None:
         """One file has what it needs. After the last one nothing of the tensor stays in memory."""
@@ -201,7 +203,7 @@ class _Work:
             last = self._readers == 0
         if last:
             self.data = {}
-            self._flight.give(self._made)
+            self._memory.release(self._made)
 
 
 def _round(rows: np.ndarray, type_name: str) -> None:
@@ -214,13 +216,13 @@ def _round(rows: np.ndarray, type_name: str) -> None:
 class _FileWriter(threading.Thread):
     """Appends tensors to one file in order, part by part, and hashes what it writes."""
 
-    def __init__(self, parts: Sequence[tuple[FilePlan, Path]], flight: _Flight, advance: Callable[[int], None]):
+    def __init__(self, parts: Sequence[tuple[FilePlan, Path]], memory: MemoryBudget, advance: Callable[[int], None]):
         super().__init__(name=f"write-{parts[0][0].quant.name}", daemon=True)
         self.types = {name: type_ for plan, _ in parts for name, type_, _ in plan.tensors}
-        self.todo: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+        self.todo: queue.SimpleQueue[_TensorJob | None] = queue.SimpleQueue()
         self.digests: list[str] = []
         self._flushed = 0
-        self._parts, self._flight, self._advance = parts, flight, advance
+        self._parts, self._memory, self._advance = parts, memory, advance
 
     def run(self) -> None:
         try:
@@ -233,12 +235,12 @@ class _FileWriter(threading.Thread):
         except OSError as error:
             failure = OlpackError(
                 f"Writing '{self._parts[0][1].parent}' failed: {os.strerror(error.errno) if error.errno else error}.",
-                "Make room on the disk, or name another folder.",
+                "Free space on the disk, or name another folder.",
             )
             failure.__cause__ = error
-            self._flight.fail(failure)
-        except BaseException as error:  # whatever it is, the main thread must learn of it and end the pass
-            self._flight.fail(error)
+            self._memory.fail(failure)
+        except BaseException as error:  # whatever it is, the main thread must get it and end the pass
+            self._memory.fail(error)
 
     def _write(self, plan: FilePlan, file: BinaryIO) -> bool:
         """Write one part; False where the pass ends early."""
@@ -246,7 +248,7 @@ class _FileWriter(threading.Thread):
         self._append(file, digest, plan.header)
         for _ in plan.tensors:
             work = self.todo.get()
-            if work is None or self._flight.failure is not None:
+            if work is None or self._memory.failure is not None:
                 return False
             work.wait()
             data = work.data[self.types[work.source.name]].reshape(-1)
@@ -259,7 +261,7 @@ class _FileWriter(threading.Thread):
         return True
 
     def _append(self, file: BinaryIO, digest: hashlib._Hash, data: np.ndarray | bytes) -> None:
-        view = memoryview(data)
+        view = memoryview(data) if isinstance(data, bytes) else data.data
         while view.nbytes:
             written = file.write(view)
             digest.update(view[:written])
@@ -268,9 +270,9 @@ class _FileWriter(threading.Thread):
             self._flush(file)
 
     def _flush(self, file: BinaryIO) -> None:
-        """Have the disk begin with what is written, instead of waiting for fsync at the end with gigabytes of it.
+        """Have the system begin to write to the disk, instead of leaving gigabytes to the fsync at the end.
 
-        Linux starts to write what is said not to be needed, and keeps it in its cache as long as it is not on the disk.
+        With POSIX_FADV_DONTNEED Linux starts to write dirty pages, and keeps them in its cache until they are on the disk.
         """
         written = file.tell()
         if written - self._flushed >= _FLUSH and hasattr(os, "posix_fadvise"):

@@ -36,13 +36,13 @@ def _of_folder(job: dict[str, Any]) -> dict[str, Any]:
     from olpack.export import converter
 
     converter.use_converter(Path(job["converter"]))
-    from olpack.export.plan import hollow_file, plan_files
+    from olpack.export.plan import header_only_gguf, plan_files
     from olpack.quants import quant_type
 
     model = converter.open_model(Path(job["folder"]), vocabulary=False)
-    with hollow_file(model) as hollow:
-        plans = plan_files(model, hollow, [quant_type(name) for name in job["quants"]])
-        found = dry_run(hollow, job["setting"])
+    with header_only_gguf(model) as header_gguf:
+        plans = plan_files(model, header_gguf, [quant_type(name) for name in job["quants"]])
+        found = dry_run(header_gguf, job["setting"])
     return {**found, "tensors": {plan.quant.name: [[name, nbytes] for name, _, nbytes in plan.tensors] for plan in plans}}
 
 

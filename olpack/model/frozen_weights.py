@@ -1,4 +1,4 @@
-"""What the frozen base is held in while an adapter is trained on it, and what its weights are then."""
+"""Quantization of the frozen base weights in training, and the weights that it leaves."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FrozenQuantization:
-    """How training held the base; `settings.json` beside an adapter keeps it.
+    """How training quantized the frozen base weights. `settings.json` beside an adapter records it under "held".
 
     Attributes:
         kind: `train.quantization`.
         double_quantization: of the scales of nf4 and fp4.
         dtype: in which the model was loaded and computed, "float32" or "bfloat16".
-        initialization: `train.initialization`. For pissa, what was held is the weight less the adapter's first value.
-        modules: the text model's linear layers that were held so, by module name.
+        initialization: `train.initialization`. With pissa, the weight less the adapter's initial value was quantized.
+        modules: names of the text model's linear layers that were quantized.
     """
 
     kind: str
@@ -32,7 +32,7 @@ class FrozenQuantization:
     def round_trip(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight as a layer computes with it, float32 [rows, columns].
 
-        int8 is what LLM.int8 holds; on a GPU that also rounds the layer's inputs, which no weight can stand for.
+        int8 are the weights of LLM.int8; on a GPU that also rounds the layer's inputs, which no weight can stand for.
         """
         import torch
 
@@ -40,24 +40,24 @@ class FrozenQuantization:
         return _ROUND_TRIPS[self.kind](self, weight.to(dtype)).to(dtype).float()
 
 
-def _in_4_bits(held: FrozenQuantization, weight: torch.Tensor) -> torch.Tensor:
+def _in_4_bits(quantization: FrozenQuantization, weight: torch.Tensor) -> torch.Tensor:
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     from olpack.model.four_bits import check_kernel
 
     check_kernel()
-    return dequantize_4bit(*quantize_4bit(weight.contiguous(), quant_type=held.kind, compress_statistics=held.double_quantization))
+    return dequantize_4bit(*quantize_4bit(weight.contiguous(), quant_type=quantization.kind, compress_statistics=quantization.double_quantization))
 
 
-def _in_int8(held: FrozenQuantization, weight: torch.Tensor) -> torch.Tensor:
+def _in_int8(quantization: FrozenQuantization, weight: torch.Tensor) -> torch.Tensor:
     from bitsandbytes.functional import int8_vectorwise_quant
 
     codes, maxima, _ = int8_vectorwise_quant(weight.half())
     return codes.to(weight.dtype) * (maxima.unsqueeze(1) * (1 / 127))
 
 
-def _by_hqq(held: FrozenQuantization, weight: torch.Tensor) -> torch.Tensor:
-    bits = int(held.kind.removeprefix("hqq"))
+def _by_hqq(quantization: FrozenQuantization, weight: torch.Tensor) -> torch.Tensor:
+    bits = int(quantization.kind.removeprefix("hqq"))
     return dequantize_hqq(*quantize_hqq(weight, bits), bits, (weight.shape[0], weight.shape[1]))
 
 
