@@ -26,7 +26,7 @@ import numpy as np
 from olpack.errors import OlpackError
 from olpack.export import pretokenizer
 from olpack.export.adapter import Adapter
-from olpack.export.quantized import dequantize_bitsandbytes, dequantize_packed
+from olpack.export.quantized import replace_dequantization
 from olpack.model.checkpoint import TOKENIZER_FILES, read_tensor_headers
 
 FLOATS = ("F32", "F16", "BF16")  # types of GGUF tensors that can be quantized
@@ -149,9 +149,7 @@ def open_model(
     with torch.inference_mode(), ExitStack() as scratch:
         model = _construct(source, name)
         origins = _record_origins(model)
-        method = (model.hparams.get("quantization_config") or {}).get("quant_method")
-        if own := dequantize_bitsandbytes if method == "bitsandbytes" else dequantize_packed if method in ("awq", "hqq", "eetq", "aqlm") else None:
-            model.dequant_model = lambda: own(model)
+        replace_dequantization(model)
         if adapter is not None:
             _merge(model, adapter)
         if tokenizer is not None:

@@ -20,9 +20,9 @@ from pathlib import Path
 
 from olpack.errors import OlpackError
 from olpack.export.adapter import Adapter, read_adapter
-from olpack.export.quantized import dequantized_headers
 from olpack.llamacpp.source import converter_source
 from olpack.model.checkpoint import read_config, read_tensor_headers
+from olpack.model.quantized import dequantized_headers
 from olpack.workspace import file_digest
 
 _TYPE = "f16"  # half the size of float32; its rounding (2^-11) is far below that of any quantized base

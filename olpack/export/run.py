@@ -21,12 +21,12 @@ from olpack.export.grown import grown_tokenizer
 from olpack.export.importance import ColumnWeights, column_weights
 from olpack.export.job import LATER, ExportedFile, ExportedPart, ExportOptions, ExportPlan, TokenDifference, TokenText, partial_path, remove_partial
 from olpack.export.plan import FilePlan, header_only_gguf, plan_files
-from olpack.export.quantized import dequantized_headers
 from olpack.export.split import part_names, split_plan
 from olpack.export.verify import settle_pretokenizer, training_tokenizer, verify_file, verify_model
 from olpack.export.write import write_files
 from olpack.llamacpp.cores import usable_processors
 from olpack.model.checkpoint import check_tokenizer_files, read_config, read_tensor_headers
+from olpack.model.quantized import dequantized_headers
 from olpack.quants import quant_type
 
 Report = Callable[[int, int], None]

@@ -1,6 +1,6 @@
 """How quantized checkpoints pack the weight of a linear layer, and the weight that the packed tensors stand for.
 
-    layout = layout_of(config)                        # None where the base is not quantized, or is by something that other code reads
+    layout = layout_of(config)                        # of olpack.model.quantized; None where the base is not quantized, or other code unpacks it
     weight = layout.dequantize({"qweight": …, …})     # float32 [rows, columns]
 
 A layer's tensors are named after its module: "model.layers.0.mlp.up_proj" + ".qweight". Training keeps them as they are and dequantizes when
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,7 @@ _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 _EETQ_ORDER = (0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15)
 _EETQ_TILE = 64
 
-_HQQ_UNUSED = (
+HQQ_UNUSED = (
     "group_size",
     "axis",
     "packing",
@@ -186,53 +186,6 @@ def _unpack(values: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
     if dim == 0:
         return ((values.unsqueeze(1) >> shifts.view(1, -1, 1)) & (2**bits - 1)).flatten(0, 1)
     return ((values.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(1)
-
-
-def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What config.json says of how the weights are quantized; empty where they are not."""
-    return config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config") or {}
-
-
-def layout_of(config: Mapping[str, Any]) -> Layout | None:
-    """The layout of a base's packed weights by its config.json; None where there is none or it is not one of these.
-
-    `dequantized_headers` of olpack.export.quantized says whether a checkpoint keeps to its layout.
-    """
-    settings = quantization_of(config)
-    method = settings.get("quant_method")
-    if method == "gptq":
-        return Gptq(
-            "GPTQ",
-            "qweight",
-            ("qweight", "qzeros", "scales", "g_idx"),
-            bits=settings.get("bits", 4),
-            less_one=settings.get("checkpoint_format", "gptq") == "gptq",
-        )
-    if method == "awq":
-        return Awq("AWQ", "qweight", ("qweight", "qzeros", "scales"))
-    if method == "fp8":
-        block = settings.get("weight_block_size")
-        return Scaled("fp8", "weight_scale_inv", ("weight", "weight_scale_inv"), block=tuple(block) if block else None)
-    if method == "compressed-tensors":
-        groups: Mapping[str, Mapping[str, Any]] = settings.get("config_groups") or {}
-        weights = next(iter(groups.values()), {}).get("weights") or {}
-        if settings.get("format") == "pack-quantized":
-            return CompressedInts(
-                "compressed-tensors",
-                "weight_packed",
-                ("weight_packed", "weight_scale", "weight_shape"),
-                ("weight_zero_point",),
-                bits=weights.get("num_bits", 4),
-            )
-        block = weights.get("block_structure")
-        return Scaled("compressed-tensors", "weight_scale", ("weight", "weight_scale"), block=tuple(block) if block else None)
-    if method == "hqq":
-        return Hqq("HQQ", "W_q", ("W_q", "scale", "zero", "nbits", "shape"), unused=_HQQ_UNUSED)
-    if method == "eetq":
-        return Eetq("EETQ", "weight_scales", ("weight", "weight_scales"))
-    if method == "aqlm":
-        return Aqlm("AQLM", "codes", ("codes", "codebooks", "scales"), bits=settings.get("nbits_per_codebook", 16))
-    return None
 
 
 # -- HQQ ------------------------------------------------------------------------------------------------------------------------------------

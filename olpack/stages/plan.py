@@ -136,7 +136,7 @@ def estimate(build: Build, vram: float | None = None) -> Estimate:
     """
     import torch
 
-    from olpack.model.packed import quantization_of
+    from olpack.model.quantized import quantization_method
     from olpack.train.batches import schedule
     from olpack.train.device import pick_device
     from olpack.train.memory import frozen_bytes
@@ -151,7 +151,7 @@ def estimate(build: Build, vram: float | None = None) -> Estimate:
     tokens = sum(len(row.ids) for row in rows)
     parameters = exported.parameters
     full = 4 if device.type == "cpu" else 2
-    came = quantization_of(build.base.config).get("quant_method", "")
+    came = quantization_method(build.base.config)
     held = asked.quantization if asked.quantization != "none" else "float32" if full == 4 else "bfloat16"
     passes = asked.epochs * tokens * 4 + 2 * sum(len(row.ids) for row in held_out) * 2  # forward 2, backward of activations 2, per weight and token
     return Estimate(

@@ -17,7 +17,7 @@ from olpack.errors import OlpackError
 from olpack.model.base import Base
 from olpack.model.checkpoint import read_tensor_headers
 from olpack.model.names import BaseNames
-from olpack.model.packed import quantization_of
+from olpack.model.quantized import quantization_of
 from olpack.model.shape import MetaModel, adapter_shapes
 from olpack.recipe import Train
 from olpack.train.frozen import HqqLinear

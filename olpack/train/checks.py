@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from olpack.errors import OlpackError
 from olpack.model.base import Base
-from olpack.model.packed import HQQ_GROUP, layout_of, quantization_of
+from olpack.model.packed import HQQ_GROUP
+from olpack.model.quantized import dequantized_headers, method_of, quantization_method, quantization_of
 from olpack.model.shape import MetaModel, adapter_shapes
 from olpack.recipe import Train
 from olpack.train.planner import SHARDABLE
 
 _TOWERS = re.compile("vision|visual|audio|projector|embed_vision")  # of models that see or hear: not trained, and not exported
-_BITSANDBYTES = "bitsandbytes"
 _TAKE_ORIGINAL = "Take the original model in 16 bits as base; `train.quantization` quantizes it to 4 or 8 bits."
 
 
@@ -106,7 +106,6 @@ def check_training(base: Base, settings: Train, *, on_gpu: bool) -> None:
 
 def _refuse_lacking(base: Base, meta: MetaModel) -> None:
     """Raises OlpackError for a weight of the text model that the checkpoint lacks: transformers would fill it with random numbers."""
-    from olpack.export.quantized import dequantized_headers
     from olpack.model.checkpoint import read_tensor_headers
 
     stored = dequantized_headers(base.path, base.config, read_tensor_headers(base.path))
@@ -123,24 +122,24 @@ def _refuse_lacking(base: Base, meta: MetaModel) -> None:
 
 
 def _check_quantized(base: Base, settings: Train, on_gpu: bool) -> None:
-    from olpack.export.quantized import dequantized_headers
     from olpack.model.checkpoint import read_tensor_headers
 
-    method = quantization_of(base.config).get("quant_method")
+    name, method = quantization_method(base.config), method_of(base.config)
     dequantized_headers(base.path, base.config, read_tensor_headers(base.path))
-    if layout_of(base.config) is None and method != _BITSANDBYTES:
-        raise OlpackError(f"{base.label} is quantized by {method}, which olpack exports and does not train on.", _TAKE_ORIGINAL)
+    if method is None or not method.trains:
+        raise OlpackError(f"{base.label} is quantized by {name}, which olpack exports and does not train on.", _TAKE_ORIGINAL)
     if settings.initialization != "default":
         raise OlpackError(
-            f"`train.initialization: {settings.initialization}` begins with the original weights, and {base.label} comes quantized ({method}).",
+            f"`train.initialization: {settings.initialization}` begins with the original weights, and {base.label} comes quantized ({name}).",
             "Set it to `default`, or take the original model in 16 bits as base.",
         )
     if settings.merge_base == "dequantized":
         raise OlpackError(
-            f"{base.label} comes quantized ({method}): its adapter is always merged into the dequantized weights.",
+            f"{base.label} comes quantized ({name}): its adapter is always merged into the dequantized weights.",
             "Leave out `train.merge_base`.",
         )
-    if method == _BITSANDBYTES and settings.method == "dora" and quantization_of(base.config).get("load_in_8bit") and not on_gpu:
+    in_8_bits = method.dequantizer == "bitsandbytes" and quantization_of(base.config).get("load_in_8bit")
+    if in_8_bits and settings.method == "dora" and not on_gpu:
         raise OlpackError("DoRA on an int8 base needs a GPU: on a CPU peft loses the scales of int8.", "Set `train.method` to lora.")
 
 

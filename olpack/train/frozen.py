@@ -18,11 +18,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from olpack.errors import OlpackError
-from olpack.export.quantized import dequantized_headers
 from olpack.model.base import Base
 from olpack.model.checkpoint import TensorHeader, read_tensor_headers
 from olpack.model.names import short_name
-from olpack.model.packed import Layout, dequantize_hqq, layout_of, quantize_hqq
+from olpack.model.packed import Layout, dequantize_hqq, quantize_hqq
+from olpack.model.quantized import dequantized_headers, layout_of
 
 _METHOD = "olpack"  # our name among transformers' quantizers
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from olpack.errors import OlpackError
 from olpack.model.base import Base
 from olpack.model.frozen_weights import FrozenQuantization
-from olpack.model.packed import quantization_of
+from olpack.model.quantized import quantization_of
 from olpack.recipe import Train
 from olpack.train.adapter import Start, adapter_config, begin
 from olpack.train.device import compute_dtype

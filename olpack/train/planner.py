@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from olpack.machine import GPU_MARGIN
-from olpack.model.packed import quantization_of
+from olpack.model.quantized import quantization_of
 from olpack.progress import quantity
 from olpack.train.batches import micro_batches, schedule
 
