@@ -1,4 +1,4 @@
-"""What a training step keeps in memory: frozen weights, adapter, gradients, optimizer, activations and logits.
+"""Memory of a training step: frozen weights, adapter, gradients, optimizer, activations and logits.
 
 Activations are counted, not estimated: the model runs forward on torch's meta device, and the bytes of all tensors that autograd saves for the
 backward pass are added up. What olpack's own functions save instead of transformers' and peft's follows from formulas (`layer_terms`): attention

@@ -1,4 +1,4 @@
-"""Sizes that the functions of this room keep to, and that the memory estimate counts with. Imports no torch."""
+"""Sizes that the functions of `olpack.train.ops` and the memory estimate have in common. Imports no torch."""
 
 from __future__ import annotations
 

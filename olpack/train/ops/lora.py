@@ -115,7 +115,7 @@ def _frozen_weight(base: torch.nn.Module) -> Callable[[torch.dtype], torch.Tenso
         return None
     if isinstance(base, _Packed):
         return lambda dtype: base.dequantize().to(dtype)
-    # Taken now, because a weight that is spread over several GPUs no longer has it.
+    # Read now, because a weight that is sharded over several GPUs no longer has it.
     if (state := getattr(base.weight, "quant_state", None)) is not None:
         from bitsandbytes.functional import dequantize_4bit
 

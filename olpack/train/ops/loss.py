@@ -1,7 +1,7 @@
 """Cross-entropy of a packed batch from its last hidden states, with the output layer applied to a chunk of target tokens at a time.
 
 All logits of 16,384 tokens and a vocabulary of 128,256 would be 8 GB in float32. The output layer is frozen, so the gradient of the hidden states
-is known as soon as a chunk's logits are, and the logits need not be kept.
+is known as soon as a chunk's logits are, and the logits need not be saved.
 """
 
 from __future__ import annotations
