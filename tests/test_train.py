@@ -72,7 +72,7 @@ def test_fewer_rows_than_a_batch_are_one_step_that_trains(base, tmp_path):
     assert len(second) == 14 and all(weight.any() for weight in second)
 
 
-def test_the_base_is_held_in_nf4_with_double_quantization(base):
+def test_the_base_is_quantized_to_nf4_with_double_quantization(base):
     from bitsandbytes.nn import Linear4bit
 
     model = load_with_adapter(base, Train(), CPU).model
@@ -82,7 +82,7 @@ def test_the_base_is_held_in_nf4_with_double_quantization(base):
     assert all("lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
-def test_codes_to_be_spread_over_gpus_are_not_stored_as_16_bit_numbers(base):
+def test_codes_to_be_sharded_over_gpus_are_not_stored_as_16_bit_numbers(base):
     """A GPU's copies of those keep numbers, and not the bits of what is none (bitsandbytes' issue 1945)."""
     from bitsandbytes.nn import Linear4bit
 
@@ -103,7 +103,7 @@ def test_gradients_do_not_depend_on_how_a_batch_is_cut(base):
     assert torch.allclose(*gradients, rtol=1e-3, atol=1e-6)
 
 
-def test_parameters_are_learned_where_they_are_joined_and_where_they_are_not(base, monkeypatch):
+def test_flat_parameters_train_like_single_ones(base, monkeypatch):
     rows, weights, counts = make_rows(8), [], []
     for small, large, most in ((10**9, 0, 0), (2000, 4000, 10**9), (0, 10**9, 9000), (0, 10**9, 10**9)):
         for name, value in {"SMALL": small, "LARGE": large, "_MOST": most}.items():
@@ -124,7 +124,7 @@ def test_parameters_are_learned_where_they_are_joined_and_where_they_are_not(bas
         assert all(torch.allclose(parameter, other[name], atol=1e-6) for other in weights[1:])
 
 
-def test_memory_that_runs_out_while_gradients_are_joined_counts_none_twice(base, monkeypatch):
+def test_memory_that_runs_out_while_gradients_are_flat_counts_none_twice(base, monkeypatch):
     monkeypatch.setattr("olpack.train.ops.flat_parameters.SMALL", 0)
     rows, gradients = make_rows(8), []
     for fails in (False, True):
@@ -151,7 +151,7 @@ def test_gradient_checkpointing_gives_the_same_run(base, tmp_path):
     assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=1e-4)
 
 
-def test_the_model_is_gone_when_the_gpus_memory_is_given_free(base, tmp_path, monkeypatch):
+def test_the_model_is_gone_when_the_gpus_memory_is_freed(base, tmp_path, monkeypatch):
     models, alive = [], []
 
     def load(*given, **named):

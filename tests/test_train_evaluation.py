@@ -171,7 +171,7 @@ def test_what_fits_is_the_fastest_that_does(model):
     assert none.tokens == max(len(row.ids) for row in rows) and "more than the" in none.summary
 
 
-def test_an_output_layer_that_embeds_in_a_way_of_its_own_does_not_wait():
+def test_an_output_layer_that_embeds_in_a_way_of_its_own_is_not_offloaded():
     """Gemma 3's embedding scales what it looks up, with a number on the GPU."""
     shape = {**SHAPE, "model_type": "gemma3_text", "head_dim": 128, "tie_word_embeddings": True}
     scaled = planner.on_gpu(MetaModel(shape, "shape"), make_rows(400), Train(batch_size=64), 100 << 20)
@@ -180,30 +180,30 @@ def test_an_output_layer_that_embeds_in_a_way_of_its_own_does_not_wait():
     assert shared.offload_head and shared.training.head == 2 * 2048 * 32000
 
 
-def test_the_output_layer_stays_where_waiting_gains_nothing():
+def test_the_output_layer_stays_where_offloading_gains_nothing():
     wide = MetaModel({**SHAPE, "vocab_size": 262_144}, "shape")
     rows, settings = make_rows(400), Train(batch_size=64)
-    found = [planner.on_gpu(wide, rows, settings, room) for room in range(1 << 30, 5 << 30, 64 << 20)]
+    found = [planner.on_gpu(wide, rows, settings, available) for available in range(1 << 30, 5 << 30, 64 << 20)]
     assert any(one.offload_head for one in found)
     assert all(one.training.total(True) > one.available for one in found if one.offload_head)
 
 
-def test_an_output_layer_with_an_adapter_does_not_wait(model):
+def test_an_output_layer_with_an_adapter_is_not_offloaded(model):
     settings = Train(batch_size=64, target_modules=["q_proj", "lm_head"])
     assert planner.on_gpu(model, make_rows(400), settings, 100 << 20).training.head == 0
 
 
-def test_attention_is_kept_where_there_is_room_and_a_long_run(model):
+def test_attention_outputs_are_offloaded_where_they_fit_and_the_run_is_long(model):
     rows = make_rows(400)
     settings = Train(batch_size=64, epochs=40, gradient_checkpointing=True)
-    host = 64 << 30
-    kept = planner.on_gpu(model, rows, settings, 80 << 30, pinnable=host)
-    assert kept.offload_attention and "attention outputs offloaded" in kept.summary
+    pinnable = 64 << 30
+    offloaded = planner.on_gpu(model, rows, settings, 80 << 30, pinnable=pinnable)
+    assert offloaded.offload_attention and "attention outputs offloaded" in offloaded.summary
     without = planner.on_gpu(model, rows, settings, 80 << 30)
-    assert not without.offload_attention and without.bytes < kept.bytes and without.tokens == kept.tokens
-    assert not planner.on_gpu(model, rows, settings, 80 << 30, pinnable=sum(kept.pinned_parts.values()) - 1).offload_attention
-    assert not planner.on_gpu(model, rows, settings, kept.bytes - 1, pinnable=host).offload_attention
-    assert not planner.on_gpu(model, rows, settings.model_copy(update={"epochs": 1}), 80 << 30, pinnable=host).offload_attention
+    assert not without.offload_attention and without.bytes < offloaded.bytes and without.tokens == offloaded.tokens
+    assert not planner.on_gpu(model, rows, settings, 80 << 30, pinnable=sum(offloaded.pinned_parts.values()) - 1).offload_attention
+    assert not planner.on_gpu(model, rows, settings, offloaded.bytes - 1, pinnable=pinnable).offload_attention
+    assert not planner.on_gpu(model, rows, settings.model_copy(update={"epochs": 1}), 80 << 30, pinnable=pinnable).offload_attention
 
 
 def test_inputs_that_torch_checkpoints_are_on_the_gpu():
@@ -236,7 +236,7 @@ def test_what_the_recipe_sets_is_left_as_it_is(model):
     assert (found.tokens, found.checkpointing) == (100, False)
 
 
-def test_layers_are_spread_where_one_gpu_does_not_hold_them(model):
+def test_layers_are_sharded_where_they_do_not_fit_into_one_gpu(model):
     rows, settings = make_rows(400), Train(batch_size=64)
     whole = planner.on_gpu(model, rows, settings.model_copy(update={"sharding": "none"}), 80 << 30, gpus=4)
     spread = planner.on_gpu(model, rows, settings.model_copy(update={"sharding": "full"}), 80 << 30, gpus=4)

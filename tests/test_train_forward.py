@@ -1,4 +1,4 @@
-"""The fast way over flat rows computes what peft and transformers compute, row by row: losses, gradients, logits."""
+"""The forward pass over packed batches computes what peft and transformers compute row by row: losses, gradients, logits."""
 
 from __future__ import annotations
 
@@ -83,9 +83,9 @@ def test_loss_and_gradients_are_those_of_the_plain_way(tmp_path, kind, quantizat
     plain = with_adapter(base, train)
     wanted = sum(plain_loss(plain, row) for row in ROWS)
     wanted.backward()
-    for checkpointing, keep in ((False, False), (True, False), (True, True)):
+    for checkpointing, offload_attention in ((False, False), (True, False), (True, True)):
         model = with_adapter(base, train)
-        forward = Forward(model, CPU, checkpointing=checkpointing, offload_attention=keep)
+        forward = Forward(model, CPU, checkpointing=checkpointing, offload_attention=offload_attention)
         assert forward.packs
         loss = forward.loss(pack(ROWS, CPU))
         loss.backward()
@@ -217,7 +217,7 @@ def raising(error: type[Exception]):
     return function
 
 
-def test_the_input_of_a_layer_is_given_free_when_its_gradients_are_known(tmp_path, monkeypatch):
+def test_the_input_of_a_layer_is_freed_when_its_gradients_are_known(tmp_path, monkeypatch):
     alive, seen = weakref.WeakSet(), []
 
     class Watched(recomputation._SavedLayer):
@@ -251,7 +251,7 @@ def test_dropout_is_the_same_when_it_is_computed_again(tmp_path):
     assert after_one == after_two
 
 
-def test_a_model_whose_attention_mixes_the_samples_learns_row_by_row(tmp_path, monkeypatch, capsys):
+def test_a_model_whose_attention_mixes_the_samples_trains_row_by_row(tmp_path, monkeypatch, capsys):
     def careless(module, query, key, value, attention_mask, scaling=None, **_):
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
         return mixed.transpose(1, 2), None
@@ -293,13 +293,13 @@ def test_groups_are_filled_by_best_fit():
     assert sum(map(len, groups)) == len(rows)
 
 
-def test_a_flat_row_never_asks_for_the_first_token_of_a_sample():
+def test_the_first_token_of_a_sample_is_never_a_target():
     rows = [TokenRow([5, 6, 7], [True, True, False], "", ""), TokenRow([8, 9], [True, True], "", "")]
-    flat = pack(rows, CPU)
-    assert flat.ids.tolist() == [[5, 6, 7, 8, 9]]
-    assert flat.positions.tolist() == [[0, 1, 2, 0, 1]]
-    assert flat.starts.tolist() == [0, 3, 5]
-    assert (flat.before.tolist(), flat.targets.tolist()) == ([0, 3], [6, 9])
+    batch = pack(rows, CPU)
+    assert batch.ids.tolist() == [[5, 6, 7, 8, 9]]
+    assert batch.positions.tolist() == [[0, 1, 2, 0, 1]]
+    assert batch.starts.tolist() == [0, 3, 5]
+    assert (batch.before.tolist(), batch.targets.tolist()) == ([0, 3], [6, 9])
 
 
 def attention_of(query, key, value, window, softcap):
@@ -314,7 +314,7 @@ def attention_of(query, key, value, window, softcap):
 
 
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (4, None), (None, 3.0), (4, 3.0), (100, None)])
-def test_attention_over_flat_rows(window, softcap):
+def test_attention_over_packed_batches(window, softcap):
     torch.manual_seed(0)
     lengths, heads, key_heads, size = (7, 1, 12), 4, 2, 16
     query, key, value = (torch.randn(1, count, sum(lengths), size) for count in (heads, key_heads, key_heads))
@@ -326,7 +326,7 @@ def test_attention_over_flat_rows(window, softcap):
 
 
 @pytest.mark.parametrize("softcap", [None, 4.0])
-def test_the_loss_of_the_head_in_pieces(monkeypatch, softcap):
+def test_chunked_cross_entropy(monkeypatch, softcap):
     torch.manual_seed(0)
     monkeypatch.setattr("olpack.train.ops.limits.CHUNK_LOGITS", 3 * 50)
     head, hidden, targets = torch.nn.Linear(8, 50), torch.randn(10, 8), torch.randint(0, 50, (10,))
@@ -342,7 +342,7 @@ def test_the_loss_of_the_head_in_pieces(monkeypatch, softcap):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_an_output_layer_that_waits_elsewhere_gives_the_same_loss(tmp_path, monkeypatch, tied):
+def test_an_offloaded_output_layer_gives_the_same_loss(tmp_path, monkeypatch, tied):
     model = with_adapter(Base("tiny", write_model(tmp_path / "model", tied=tied)), Train(rank=4))
     forward = Forward(model, CPU, checkpointing=True)
     wanted, moved = forward.loss(pack(ROWS, CPU)).item(), []

@@ -1,6 +1,6 @@
-"""What waits in host memory during a step: where it is put, and that the same is learned.
+"""Activation offloading: the places in pinned memory, and gradients that are the same as without.
 
-The copies, which a GPU makes meanwhile, are made at once.
+The copies, which a GPU makes beside the computation, are made at once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 class Stream:
-    """Of copies that are done when they are asked for."""
+    """A stream whose copies are done when they are asked for."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -43,7 +43,7 @@ class Stream:
 
 
 class Runtime:
-    """CUDA's, as far as it locks memory."""
+    """The part of CUDA's runtime that locks memory."""
 
     def __init__(self):
         self.locked: dict[int, int] = {}
@@ -81,41 +81,42 @@ def runtime(monkeypatch) -> Runtime:
     return runtime
 
 
-def test_memory_is_given_out_and_taken_back_like_a_stack(runtime):
-    host = PinnedMemory(4096, CPU)
-    first, second = host.allocate(torch.empty(3, 5)), host.allocate(torch.empty(2, 100, dtype=torch.float16))
+def test_pinned_memory_is_a_stack(runtime):
+    memory = PinnedMemory(4096, CPU)
+    first, second = memory.allocate(torch.empty(3, 5)), memory.allocate(torch.empty(2, 100, dtype=torch.float16))
     (address,) = runtime.locked
     assert runtime.locked == {address: 4096} and (first.shape, first.dtype) == ((3, 5), torch.float32)
     assert (first.data_ptr(), second.data_ptr()) == (address, address + 512)
-    before = host.used
-    third = host.allocate(torch.empty(1000, dtype=torch.int8))
-    host.release(before)
-    assert host.allocate(torch.empty(7)).data_ptr() == third.data_ptr() == address + before
-    large = host.allocate(torch.empty(4096, dtype=torch.int8))  # no place for it
-    assert runtime.by_torch[0] is large and host.used == before + 512
-    del host
+    before = memory.used
+    third = memory.allocate(torch.empty(1000, dtype=torch.int8))
+    memory.release(before)
+    assert memory.allocate(torch.empty(7)).data_ptr() == third.data_ptr() == address + before
+    large = memory.allocate(torch.empty(4096, dtype=torch.int8))  # no place for it
+    assert runtime.by_torch[0] is large and memory.used == before + 512
+    del memory
     gc.collect()
     assert not runtime.locked
     assert first.fill_(1.0).sum() == 15  # which is still there
 
 
 @pytest.mark.parametrize("size", [0, 1 << 20])
-def test_where_the_system_locks_no_memory_torch_is_asked(runtime, size):
+def test_where_the_system_locks_no_memory_torch_allocates(runtime, size):
     runtime.answer = 2
     found = PinnedMemory(size, CPU).allocate(torch.empty(10))
     assert found is runtime.by_torch[0] and found.shape == (10,)
     assert not runtime.locked
 
 
-@pytest.mark.parametrize("keep", [False, True])
-def test_the_same_is_learned_and_the_estimate_holds_all_of_it(tmp_path, monkeypatch, runtime, keep):
+@pytest.mark.parametrize("offload_attention", [False, True])
+def test_offloading_changes_no_gradient_and_stays_within_the_estimate(tmp_path, monkeypatch, runtime, offload_attention):
     base = Base("tiny", write_model(tmp_path / "model", num_hidden_layers=4))
     plain, model = (with_adapter(base, Train(rank=4)) for _ in range(2))
     Forward(plain, CPU, checkpointing=False).loss(pack(ROWS, CPU)).backward()
     most, taken, allocate = [], [], PinnedMemory.allocate
     tokens = sum(len(row.ids) for row in ROWS)
-    size = 2 * estimate_training(MetaModel(base.config, "tiny"), rank=4, tokens=tokens, precision="nf4").pinned(offload_attention=keep)  # for float32
-    host = PinnedMemory(size, CPU)
+    estimate = estimate_training(MetaModel(base.config, "tiny"), rank=4, tokens=tokens, precision="nf4")
+    size = 2 * estimate.pinned(offload_attention=offload_attention)  # for float32
+    memory = PinnedMemory(size, CPU)
 
     def watched(self, like: torch.Tensor) -> torch.Tensor:
         found = allocate(self, like)
@@ -124,22 +125,22 @@ def test_the_same_is_learned_and_the_estimate_holds_all_of_it(tmp_path, monkeypa
         return found
 
     monkeypatch.setattr(PinnedMemory, "allocate", watched)
-    forward = Forward(model, CPU, checkpointing=True, pinned=host, offload_attention=keep)
-    assert not taken  # trials do not wait until the memory is there
+    forward = Forward(model, CPU, checkpointing=True, pinned=memory, offload_attention=offload_attention)
+    assert not taken  # the checks do not wait until the memory is locked
     forward.loss(pack(ROWS, CPU))  # a pass that comes to no end
     forward.forget()
     forward.loss(pack(ROWS, CPU)).backward()
     same_gradients(model, plain, 1e-5)
     assert taken and not runtime.by_torch
-    assert host.used == 0 and 0.4 * size < max(most) <= size
+    assert memory.used == 0 and 0.4 * size < max(most) <= size
 
 
 def test_an_end_while_the_memory_is_being_locked_leaves_nothing_locked(runtime, monkeypatch):
     go, register = threading.Event(), runtime.cudaHostRegister
     monkeypatch.setattr(runtime, "cudaHostRegister", lambda *asked: go.wait(10) and register(*asked))
-    host = PinnedMemory(4096, CPU)
-    locking = host._locking
-    del host
+    memory = PinnedMemory(4096, CPU)
+    locking = memory._locking
+    del memory
     gc.collect()
     go.set()
     locking.join()
