@@ -136,7 +136,18 @@ def _without_weights(base: Path, config: dict, scratch: Path) -> Path:
 def _convert(base: Path, adapter: Path, out: Path) -> None:
     script = converter_source() / "convert_lora_to_gguf.py"
     done = subprocess.run(
-        [sys.executable, str(script), "--base", str(base.absolute()), "--outfile", str(out.absolute()), "--outtype", _TYPE, str(adapter.absolute())],
+        [
+            sys.executable,
+            "-P",
+            str(script),
+            "--base",
+            str(base.absolute()),
+            "--outfile",
+            str(out.absolute()),
+            "--outtype",
+            _TYPE,
+            str(adapter.absolute()),
+        ],
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
