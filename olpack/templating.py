@@ -127,8 +127,8 @@ def _failures(file: str, what: str) -> Iterator[None]:
         with bounded():
             yield
     except jinja2.TemplateSyntaxError as error:
-        raise OlpackError(f"{what} has an error in line {error.lineno}: {error.message}.", remedy) from None
+        raise OlpackError(f"{what} has an error in line {error.lineno}: {str(error.message).rstrip('.')}.", remedy) from None
     except (jinja2.TemplateError, Exceeded, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise OlpackError(f"{what} fails: {error}.", remedy) from None
+        raise OlpackError(f"{what} fails: {str(error).rstrip('.')}.", remedy) from None
     except MemoryError:
         raise OlpackError(f"{what} fails: it takes more than {MEMORY >> 20} MiB of memory.", remedy) from None

@@ -34,26 +34,13 @@ def render_report(results: Results, template: str, metrics: Path | None = None, 
     """
     from markupsafe import Markup
 
-    filters: dict[str, Callable] = {
-        "size": lambda count: MISSING if count is None else quantity(count, "B"),
-        "rate": rate,
-        "range": _range,
-        "seconds": seconds,
-        "plain": lambda value: MISSING if value is None else plain(value),
-        "share": share,
-        "error": _error,
-        "loss": _loss,
-        "change": _change,
-        "types": types_in_short,
-        "blocks": lambda text: split_blocks([("same", text)]),
-    }
     loss_plot = plot_loss(_read_metrics(metrics))
     plots = {"quality_plot": plot_quality(results), "divergence_plot": plot_divergence(results), "loss_plot": loss_plot}
     return render(
         template,
         "report.html.j2",
         "The report's template",
-        filters=filters,
+        filters=_filters(),
         autoescape=True,
         results=results,
         identity=identity,
@@ -73,13 +60,30 @@ def render_report(results: Results, template: str, metrics: Path | None = None, 
     )
 
 
+def _filters() -> dict[str, Callable]:
+    """The filters of the report's template."""
+    return {
+        "size": lambda count: MISSING if count is None else quantity(count, "B"),
+        "rate": rate,
+        "range": _range,
+        "seconds": seconds,
+        "plain": lambda value: MISSING if value is None else plain(value),
+        "share": share,
+        "error": _error,
+        "loss": _loss,
+        "change": _change,
+        "types": types_in_short,
+        "blocks": lambda text: split_blocks([("same", text)]),
+    }
+
+
 def check_template(template: str) -> None:
     """Refuse a report's template that does not compile, before anything is measured.
 
     Raises:
         OlpackError: with the line.
     """
-    compiled(template, "report.html.j2", "The report's template", autoescape=True)
+    compiled(template, "report.html.j2", "The report's template", filters=_filters(), autoescape=True)
 
 
 def write_report(results: Results, path: Path, template: str, metrics: Path | None = None, identity: str | None = None) -> None:
