@@ -295,7 +295,7 @@ def sharded(tmp_path_factory) -> Path:
     [
         (lambda folder: shards(folder)[1].unlink(), r"lacks model-00002-of-0000\d\.safetensors of its weights"),
         (lose_one_without_an_index, r"lacks model-00002-of-0000\d\.safetensors of its weights"),
-        (cut, "bytes, and its header promises"),
+        (cut, "bytes, and its header declares"),
         (lambda folder: shards(folder)[1].write_text(POINTER), r"model-00002-of-0000\d\.safetensors' is a Git LFS pointer"),
         (lambda folder: (folder / INDEX).write_text(POINTER), r"index\.json' is a Git LFS pointer"),
         (lambda folder: (folder / "tokenizer.json").write_text(POINTER), r"tokenizer\.json' is a Git LFS pointer"),

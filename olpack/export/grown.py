@@ -39,7 +39,7 @@ def grown_tokenizer(folder: Path, source: Path, adapter: Adapter, base: Mapping[
     own, new = (_tokens(place / "tokenizer.json") for place in (source, folder))
     more = {index: text for index, text in new.items() if index not in own}
     if not own or not more or any(new.get(index) != text for index, text in own.items()):
-        return None, None  # the base's tokens, or a tokenizer of another model that lies there by chance
+        return None, None  # the base's tokens, or an unrelated tokenizer of another model
     if max(more) < rows:
         return folder, None
     token = more[max(more)]

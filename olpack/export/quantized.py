@@ -27,7 +27,7 @@ _UNREADABLE = {
     "fp_quant": ("FP-Quant", "of weights that were rotated before"),
     "gemma": ("Gemma's own quantization", "in a packing of its own"),
     "higgs": ("HIGGS", "of weights that were rotated before"),
-    "metal": ("Metal's kernels", "whose integers lie in the order of its GPU kernels"),
+    "metal": ("Metal's kernels", "whose integers are in the order of its GPU kernels"),
     "mxfp8": ("MXFP8", "8-bit floats with a shared exponent"),
     "nvfp4": ("NVFP4 of transformers", "4-bit floats in a packing of its own"),
     "quanto": ("Quanto", "whose tensors only its library can unpack"),

@@ -212,7 +212,7 @@ def type_plan(header: Path, ftype: int, *, overrides: Sequence[tuple[str, int]] 
         header: a GGUF whose data may be a hole; only its header is read.
         ftype: a value of `enum llama_ftype`.
         overrides: (regular expression, tensor type) pairs. The first that is found in a tensor's name decides its type.
-        with_importance: whether there will be an importance matrix. llama.cpp chooses some types otherwise then, and `needs_importance`
+        with_importance: whether there will be an importance matrix. llama.cpp then chooses some other types, and `needs_importance`
             is False.
 
     Raises:

@@ -30,7 +30,7 @@ SERVER_VARIABLES = ("enable_thinking", "thinking", "date_string", "datetime")
 SPECIAL_TOKENS = ("bos_token", "eos_token")
 """Texts that the server takes from the GGUF's vocabulary: from token 11 where it names none, which training rendered as nothing."""
 
-# An undefined name gives the undefined value; a name that nobody sets must be used for it.
+# An undefined name gives the undefined value; a name that nothing sets must be used for it.
 _NEVER_SET = "olpack_never_set"
 
 _COMMENT = (
