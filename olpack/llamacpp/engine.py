@@ -95,7 +95,6 @@ class Engine:
         vocabulary_size: entries of the output layer.
         begin_token: the token that a text begins with where the model needs one; `tokenize` does not add it. None where it needs none.
         end_token: the token with which a text ends.
-        trained_context: tokens that the model was made for.
 
     Raises:
         OlpackError: no such file, or one that llama.cpp refuses; its reason is in the message.
@@ -129,7 +128,6 @@ class Engine:
         begin = llama_cpp.llama_vocab_bos(self._vocab)
         self.begin_token: int | None = begin if llama_cpp.llama_vocab_get_add_bos(self._vocab) and begin >= 0 else None
         self.end_token: int = llama_cpp.llama_vocab_eos(self._vocab)
-        self.trained_context: int = llama_cpp.llama_model_n_ctx_train(self._model)
         self.context = context
         self._outputs = max(1, min(_BATCH, max_outputs or _LOGITS_BYTES // (4 * self.vocabulary_size)))
 
