@@ -198,12 +198,12 @@ def test_a_budget_without_measured_losses_is_refused(model, tmp_path):
 def test_a_build_with_a_budget(tmp_path, ollama_double):
     root = make_workspace(tmp_path / "work", write_base(tmp_path / "base"))
     build, words = root / "build/oracle", ("build", "oracle", "--json", "--set", "train.epochs=1", "--set", "compare.reference=false")
-    code, printed, said = olpack(root, "plan", "oracle", "--json", "--set", "quants=[{budget: 5 bpw}]")
+    code, printed, message = olpack(root, "plan", "oracle", "--json", "--set", "quants=[{budget: 5 bpw}]")
     estimate = json.loads(printed)["estimate"]
     assert code == 0 and set(estimate["disk_bytes"]) == {"5BPW"} and estimate["sensitivity_bytes"] > 2 * estimate["parameters"]
 
-    code, printed, said = olpack(root, *words, "--set", "quants=[{budget: 5 bpw}]", server=ollama_double.url)
-    assert code == 0, said
+    code, printed, message = olpack(root, *words, "--set", "quants=[{budget: 5 bpw}]", server=ollama_double.url)
+    assert code == 0, message
     made = files(build)
     assert {"gguf/oracle-5BPW.gguf", "modelfiles/5bpw.Modelfile", "sensitivity.json", "stages/sensitivity.json"} <= set(made)
     assert "sensitivity-source.gguf" not in made
@@ -213,8 +213,8 @@ def test_a_build_with_a_budget(tmp_path, ollama_double):
     assert {tag.model for tag in OllamaClient(ollama_double.url).tags()} == {"oracle:5bpw", "oracle:latest"}
 
     # Another budget costs no new measurement, and the first file stays.
-    code, _, said = olpack(root, "export", "oracle", "--set", "train.epochs=1", "--set", "quants=[{budget: 5 bpw}, {size: 700 kB}]")
-    assert code == 0, said
+    code, _, message = olpack(root, "export", "oracle", "--set", "train.epochs=1", "--set", "quants=[{budget: 5 bpw}, {size: 700 kB}]")
+    assert code == 0, message
     after = files(build)
     assert {name for name in after if after[name] != made.get(name)} == {"gguf/oracle-700KB.gguf", "stages/export-700KB.json", "plan.json"}
     assert (build / "gguf/oracle-700KB.gguf").stat().st_size <= 700_000

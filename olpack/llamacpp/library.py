@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING
 
 from olpack.errors import OlpackError
 from olpack.llamacpp import kquants
+from olpack.llamacpp.source import VERSION
 
 if TYPE_CHECKING:
     import numpy as np
 
 # Over what is there, into the Python that runs olpack, and never from a wheel that pip built and cached without the option.
-INSTALL = f"{sys.executable} -m pip install --force-reinstall --no-deps --no-cache-dir -C cmake.args=-DGGML_NATIVE=OFF llama-cpp-python==0.3.36"
+INSTALL = f"{sys.executable} -m pip install --force-reinstall --no-deps --no-cache-dir -C cmake.args=-DGGML_NATIVE=OFF llama-cpp-python=={VERSION}"
 
 
 def load_llama_cpp():
