@@ -14,7 +14,8 @@ from olpack.compare.results import read_results
 from olpack.errors import OlpackError
 from olpack.machine import GIB, Machine, this_machine
 from olpack.memory.estimate import MemoryEstimate, estimate
-from olpack.memory.footprint import KV_TYPES, Setting, plan, read
+from olpack.memory.footprint import KV_TYPES, plan, read
+from olpack.memory.job import Setting
 from olpack.memory.published import CHOICE
 from olpack.memory.recommend import Advice, recommend, recommend_files, recommend_model
 from olpack.memory.subject import Subject, find, typical

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 from olpack.errors import OlpackError
-from olpack.memory.footprint import Footprint, ModelLayout, Setting, plan, read
+from olpack.memory.footprint import Footprint, ModelLayout, plan, read
+from olpack.memory.job import Setting
 from olpack.memory.published import rule_of_thumb
 from olpack.memory.subject import Subject
 from olpack.model.shape import MetaModel, Parameters, Shape
