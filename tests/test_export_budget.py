@@ -18,7 +18,7 @@ from usual_way import quantize
 from olpack.deploy.client import OllamaClient
 from olpack.errors import OlpackError
 from olpack.export import Target
-from olpack.export.budget import MatrixLoss, cheapest, choose, read_sensitivity
+from olpack.export.budget import MatrixLoss, choose, read_sensitivity, solve_knapsack
 from olpack.llamacpp.engine import Engine
 from olpack.llamacpp.graph import LoadedWeights
 from olpack.quants import Budget, quant_type
@@ -46,7 +46,7 @@ def test_the_choice_is_the_best_there_is():
         limit = draw.randint(1, 200)
         every = [list(zip(*choice, strict=True)) for choice in itertools.product(*map(zip, sizes, losses))]
         best = min((sum(lost) for taken, lost in every if sum(taken) <= limit), default=None)
-        chosen = cheapest(sizes, losses, limit)
+        chosen = solve_knapsack(sizes, losses, limit)
         assert (chosen is None) == (best is None)
         if chosen is not None:
             assert sum(options[index] for options, index in zip(sizes, chosen, strict=True)) <= limit
@@ -59,7 +59,7 @@ def test_large_sizes_are_rounded_without_breaking_the_limit():
     sizes = [[each * weights // 8 for each in bits] for weights in (draw.randrange(10**6, 10**7) for _ in range(50))]
     losses = [[sensitivity * 4.0**-each for each in bits] for sensitivity in (draw.random() for _ in sizes)]
     limit = sum(options[2] for options in sizes)
-    chosen = cheapest(sizes, losses, limit)
+    chosen = solve_knapsack(sizes, losses, limit)
     assert 0.999 * limit < sum(options[index] for options, index in zip(sizes, chosen, strict=True)) <= limit
 
 

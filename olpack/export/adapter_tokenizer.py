@@ -12,7 +12,7 @@ from olpack.model.checkpoint import TOKENIZER_FILES, TensorHeader
 from olpack.model.names import BaseNames
 
 
-def grown_tokenizer(folder: Path, source: Path, adapter: Adapter, base: Mapping[str, TensorHeader]) -> tuple[Path | None, str | None]:
+def adapter_tokenizer(folder: Path, source: Path, adapter: Adapter, base: Mapping[str, TensorHeader]) -> tuple[Path | None, str | None]:
     """The folder whose tokenizer goes into the file in place of the base's, if one does, and a warning where one cannot.
 
     Args:
