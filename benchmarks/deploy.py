@@ -47,7 +47,7 @@ def write_files(work: Path) -> tuple[list[TagFile], list[Path]]:
     base = Base("builtin/tiny-coder", BUILTIN / "tiny-coder")
     template = base.tokenizer().chat_template
     targets = [Target(quant, work / f"coder-{quant}.gguf") for quant in QUANTS]
-    made = export(base.path, targets, chat_template=protect(template, pins_for(template, {})))
+    made = export(base.path, targets, chat_template=protect(template, pins_for(template)))
     files = [TagFile(quant_type(file.quant).tag, file.path, file.sha256) for file in made]
     adapters = [work / "one.gguf", work / "two.gguf"]
     for seed, path in enumerate(adapters):

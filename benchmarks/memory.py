@@ -123,7 +123,8 @@ def measured(path: Path, context: int, outputs: int, mapped: bool) -> dict[str, 
 def rows_of(label: str, folder: Path, work: Path) -> list[str]:
     """One row of the table for each quant and context length."""
     from olpack.export import Target, export
-    from olpack.memory.footprint import Setting, plan, read
+    from olpack.memory.footprint import plan, read
+    from olpack.memory.job import Setting
     from olpack.memory.subject import Subject
     from olpack.model.base import config_of
 

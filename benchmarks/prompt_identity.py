@@ -42,7 +42,7 @@ def as_served(template: str, messages: list[dict]) -> str:
 
 def compare(template: str) -> tuple[int, int, int]:
     """(conversations accepted in training, identical untouched, identical protected)."""
-    protected = protect(template, pins_for(template, {}))
+    protected = protect(template, pins_for(template))
     accepted = untouched = pinned = 0
     for messages in HARD.values():
         try:

@@ -41,7 +41,7 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """RAM and GPUs of this machine: NVIDIA's through nvidia-smi, any that torch can use otherwise."""
+    """RAM and GPUs of this machine: NVIDIA's through nvidia-smi, else those that torch can use."""
     limit = _container_limit()
     total = psutil.virtual_memory().total
     return Machine(min(total, limit or total), _from_driver() or _from_torch())
@@ -51,9 +51,9 @@ def _from_driver() -> tuple[int, ...]:
     command = shutil.which("nvidia-smi")
     if command is None:
         return ()
-    asked = subprocess.run([command, "--query-gpu=memory.total", "--format=csv,noheader,nounits"], capture_output=True, text=True)
-    sizes = [line.strip() for line in asked.stdout.splitlines()]
-    return tuple(int(size) << 20 for size in sizes if size.isdecimal()) if asked.returncode == 0 else ()
+    result = subprocess.run([command, "--query-gpu=memory.total", "--format=csv,noheader,nounits"], capture_output=True, text=True)
+    sizes = [line.strip() for line in result.stdout.splitlines()]
+    return tuple(int(size) << 20 for size in sizes if size.isdecimal()) if result.returncode == 0 else ()
 
 
 def _from_torch() -> tuple[int, ...]:

@@ -101,12 +101,12 @@ def refused(base: Path, adapter: Path) -> str:
     ("settings", "reason"),
     [
         ({"peft_type": "IA3"}, "of the kind IA3, and only LoRA and VeRA can be merged"),
-        ({"use_dora": True}, "lacks the norms of DoRA for 'model.layers.0.self_attn.q_proj', and its configuration says use_dora: true"),
+        ({"use_dora": True}, "lacks the norms of DoRA for 'model.layers.0.self_attn.q_proj', and its configuration has use_dora: true"),
         ({"init_lora_weights": "olora"}, "began as 'olora', which also changes the base's weights. Merge it with peft where it was trained"),
         ({"lora_bias": True}, "uses biases in its B matrices (lora_bias)"),
         ({"init_lora_weights": "pissa_niter_4"}, "began as 'pissa_niter_4', which also changes the base's weights"),
-        ({"r": 16}, "has rank 4, and its configuration says 16"),
-        ({"trainable_token_indices": [1, 2]}, "names single trained tokens, and its file holds none"),
+        ({"r": 16}, "has rank 4, and its configuration gives 16"),
+        ({"trainable_token_indices": [1, 2]}, "names single trained tokens, and its file contains none"),
     ],
 )
 def test_an_adapter_that_is_more_than_a_product_is_refused(base, adapter, settings, reason):

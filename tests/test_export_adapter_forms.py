@@ -156,4 +156,4 @@ def test_a_configuration_without_alpha_or_nested_without_end_is_refused(base, tm
 def test_tokens_that_were_not_saved_are_missed(base, tmp_path):
     adapter = write_adapter(tmp_path / "adapter", base, target_modules=["v_proj"])
     change_config(adapter, trainable_token_indices=[1, 2])
-    assert "names single trained tokens, and its file holds none" in refused(base, adapter)
+    assert "names single trained tokens, and its file contains none" in refused(base, adapter)

@@ -1,4 +1,4 @@
-"""Adapters that change embedding, output layer or vocabulary: the file holds the matrices that training computed with."""
+"""Adapters that change embedding, output layer or vocabulary: the file has the matrices that training computed with."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_single_tokens_of_an_untied_base_replace_rows(bases, tmp_path, tokens):
 def test_tokens_that_the_configuration_does_not_name_are_refused(bases, tmp_path):
     adapter = write_adapter(tmp_path / "adapter", bases[True], target_modules=V, trainable_token_indices=[1, 2])
     change_config(adapter, trainable_token_indices=[1])
-    assert "holds 2 trained tokens of 'model.embed_tokens', and its configuration does not name as many" in refused(bases[True], adapter)
+    assert "contains 2 trained tokens of 'model.embed_tokens', and its configuration does not name as many" in refused(bases[True], adapter)
     change_config(adapter, trainable_token_indices=[1, 512])
     assert "trained token 512, and the base's embedding has 512 rows" in refused(bases[True], adapter)
 

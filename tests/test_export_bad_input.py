@@ -94,12 +94,12 @@ def take_away_the_tokenizer(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (truncate, "and its header promises"),
-        (lambda folder: (folder / "model.safetensors").open("ab").write(bytes(8)), "and its header promises"),
+        (truncate, "and its header declares"),
+        (lambda folder: (folder / "model.safetensors").open("ab").write(bytes(8)), "and its header declares"),
         (declare_a_wrong_size, "is damaged: the size of 'model.embed_tokens.weight' does not fit its shape"),
         (swap_with_a_wider_model, "tensor 'blk.0.ffn_gate.weight' has wrong shape; expected 256, 512, got 256, 768, 1, 1. Compare its config.json"),
         (lose_a_tensor, "llama.cpp would refuse the model made from"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights (no model*.safetensors)"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "contains no weights (no model*.safetensors)"),
         (rename_to_pickle, "has its weights as pickle only (pytorch_model.bin)"),
         (take_away_the_tokenizer, "has no tokenizer (no tokenizer.json or tokenizer.model)"),
         (use_other_pattern, "llama.cpp has no pre-tokenizer like the one in"),

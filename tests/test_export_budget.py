@@ -18,7 +18,7 @@ from usual_way import quantize
 from olpack.deploy.client import OllamaClient
 from olpack.errors import OlpackError
 from olpack.export import Target
-from olpack.export.budget import MatrixLoss, cheapest, choose, read_sensitivity
+from olpack.export.budget import MatrixLoss, choose, read_sensitivity, solve_knapsack
 from olpack.llamacpp.engine import Engine
 from olpack.llamacpp.graph import LoadedWeights
 from olpack.quants import Budget, quant_type
@@ -46,7 +46,7 @@ def test_the_choice_is_the_best_there_is():
         limit = draw.randint(1, 200)
         every = [list(zip(*choice, strict=True)) for choice in itertools.product(*map(zip, sizes, losses))]
         best = min((sum(lost) for taken, lost in every if sum(taken) <= limit), default=None)
-        chosen = cheapest(sizes, losses, limit)
+        chosen = solve_knapsack(sizes, losses, limit)
         assert (chosen is None) == (best is None)
         if chosen is not None:
             assert sum(options[index] for options, index in zip(sizes, chosen, strict=True)) <= limit
@@ -59,7 +59,7 @@ def test_large_sizes_are_rounded_without_breaking_the_limit():
     sizes = [[each * weights // 8 for each in bits] for weights in (draw.randrange(10**6, 10**7) for _ in range(50))]
     losses = [[sensitivity * 4.0**-each for each in bits] for sensitivity in (draw.random() for _ in sizes)]
     limit = sum(options[2] for options in sizes)
-    chosen = cheapest(sizes, losses, limit)
+    chosen = solve_knapsack(sizes, losses, limit)
     assert 0.999 * limit < sum(options[index] for options, index in zip(sizes, chosen, strict=True)) <= limit
 
 
@@ -198,12 +198,12 @@ def test_a_budget_without_measured_losses_is_refused(model, tmp_path):
 def test_a_build_with_a_budget(tmp_path, ollama_double):
     root = make_workspace(tmp_path / "work", write_base(tmp_path / "base"))
     build, words = root / "build/oracle", ("build", "oracle", "--json", "--set", "train.epochs=1", "--set", "compare.reference=false")
-    code, printed, said = olpack(root, "plan", "oracle", "--json", "--set", "quants=[{budget: 5 bpw}]")
+    code, printed, message = olpack(root, "plan", "oracle", "--json", "--set", "quants=[{budget: 5 bpw}]")
     estimate = json.loads(printed)["estimate"]
     assert code == 0 and set(estimate["disk_bytes"]) == {"5BPW"} and estimate["sensitivity_bytes"] > 2 * estimate["parameters"]
 
-    code, printed, said = olpack(root, *words, "--set", "quants=[{budget: 5 bpw}]", server=ollama_double.url)
-    assert code == 0, said
+    code, printed, message = olpack(root, *words, "--set", "quants=[{budget: 5 bpw}]", server=ollama_double.url)
+    assert code == 0, message
     made = files(build)
     assert {"gguf/oracle-5BPW.gguf", "modelfiles/5bpw.Modelfile", "sensitivity.json", "stages/sensitivity.json"} <= set(made)
     assert "sensitivity-source.gguf" not in made
@@ -213,8 +213,8 @@ def test_a_build_with_a_budget(tmp_path, ollama_double):
     assert {tag.model for tag in OllamaClient(ollama_double.url).tags()} == {"oracle:5bpw", "oracle:latest"}
 
     # Another budget costs no new measurement, and the first file stays.
-    code, _, said = olpack(root, "export", "oracle", "--set", "train.epochs=1", "--set", "quants=[{budget: 5 bpw}, {size: 700 kB}]")
-    assert code == 0, said
+    code, _, message = olpack(root, "export", "oracle", "--set", "train.epochs=1", "--set", "quants=[{budget: 5 bpw}, {size: 700 kB}]")
+    assert code == 0, message
     after = files(build)
     assert {name for name in after if after[name] != made.get(name)} == {"gguf/oracle-700KB.gguf", "stages/export-700KB.json", "plan.json"}
     assert (build / "gguf/oracle-700KB.gguf").stat().st_size <= 700_000

@@ -95,7 +95,7 @@ def test_the_sides_of_older_versions_are_turned(tmp_path, middle):
     if middle == 512:  # the shapes tell
         assert_merged(base, tmp_path / "adapter", merged, tmp_path)
     else:
-        assert "does not say which version of peft made it (peft_version)" in refused(base, tmp_path / "adapter")
+        assert "does not name the version of peft that made it (peft_version)" in refused(base, tmp_path / "adapter")
 
 
 def test_experts_that_are_stored_the_other_way_round_are_merged(tmp_path):

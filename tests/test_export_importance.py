@@ -253,7 +253,7 @@ def test_types_for_single_tensors_are_those_of_llama_cpp(models, unquantized, ma
 
 
 @pytest.mark.parametrize(
-    ("types", "said"),
+    ("types", "message"),
     [
         ({"atn_v": "q6_K"}, "has no tensor named like 'atn_v'"),
         ({"attn_norm": "q6_K"}, "quantizes no tensor named like 'attn_norm'"),
@@ -264,8 +264,8 @@ def test_types_for_single_tensors_are_those_of_llama_cpp(models, unquantized, ma
         ({"ffn_up": "iq2_xs"}, "Q4_0 needs an importance matrix"),
     ],
 )
-def test_types_that_cannot_be_given_are_refused(models, types, said):
-    with pytest.raises(OlpackError, match=re.escape(said)) as error:
+def test_types_that_cannot_be_given_are_refused(models, types, message):
+    with pytest.raises(OlpackError, match=re.escape(message)) as error:
         converter().check(models["qwen3-tied"], ["Q4_0"], tensor_types=types)
     assert error.value.remedy
 
@@ -290,7 +290,7 @@ def forget(tensors: dict[str, InputSquares]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("matrix", "said"),
+    ("matrix", "message"),
     [
         (lambda own, other, out: out, "There is no importance matrix"),
         (lambda own, other, out: out.write_text("blk") and out, "is no importance matrix in llama.cpp's GGUF form"),
@@ -304,9 +304,9 @@ def forget(tensors: dict[str, InputSquares]) -> None:
         ),
     ],
 )
-def test_a_matrix_that_does_not_fit_is_refused_before_any_work(models, matrices, tmp_path, matrix, said):
+def test_a_matrix_that_does_not_fit_is_refused_before_any_work(models, matrices, tmp_path, matrix, message):
     path = matrix(matrices["qwen3-tied"], matrices["llama-deep"], tmp_path / "changed.gguf")
-    with pytest.raises(OlpackError, match=re.escape(said)) as error:
+    with pytest.raises(OlpackError, match=re.escape(message)) as error:
         converter().export(models["qwen3-tied"], [Target("IQ2_XS", tmp_path / "out.gguf")], importance=path)
     assert error.value.remedy
     assert not (tmp_path / "out.gguf").exists()
@@ -325,9 +325,9 @@ def test_tensors_without_importance_are_quantized_as_llama_cpp_does(models, unqu
     assert file.path.read_bytes() == (tmp_path / "usual.gguf").read_bytes()
 
 
-@pytest.mark.parametrize(("rows", "said"), [([], "There is no text"), ([[5, 9999]], "llama.cpp stopped with code")])
-def test_rows_that_cannot_be_read_leave_nothing(unquantized, tmp_path, rows, said):
-    with pytest.raises(OlpackError, match=said):
+@pytest.mark.parametrize(("rows", "message"), [([], "There is no text"), ([[5, 9999]], "llama.cpp stopped with code")])
+def test_rows_that_cannot_be_read_leave_nothing(unquantized, tmp_path, rows, message):
+    with pytest.raises(OlpackError, match=message):
         converter().collect(unquantized["qwen3-tied"]["F32"], rows, tmp_path / "matrix.gguf", dataset="rows")
     assert list(tmp_path.iterdir()) == []
 

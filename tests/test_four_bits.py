@@ -88,10 +88,10 @@ def test_what_a_dequantized_merge_starts_from_is_what_training_saw(kernel):
 
 
 def test_doctor_names_a_kernel_that_is_replaced(kernel):
-    said = doctor._nf4()
-    assert ("which bitsandbytes gets wrong here" in said) == (four_bits.check_kernel() is not None)
+    message = doctor._nf4()
+    assert ("which bitsandbytes gets wrong here" in message) == (four_bits.check_kernel() is not None)
     if kernel != "as it is":
-        assert "which bitsandbytes gets wrong here" in said
+        assert "which bitsandbytes gets wrong here" in message
 
 
 def test_a_kernel_that_is_right_stays(kernel):

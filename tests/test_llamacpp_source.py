@@ -38,7 +38,7 @@ def test_an_unpacked_source_archive_is_taken_too(tmp_path, monkeypatch):
     assert converter_source() == checkout
 
 
-@pytest.mark.parametrize(("name", "reason"), [("nothing", "holds no llama.cpp converter"), ("nothing.tar.gz", "there is no such file")])
+@pytest.mark.parametrize(("name", "reason"), [("nothing", "contains no llama.cpp converter"), ("nothing.tar.gz", "there is no such file")])
 def test_a_wrong_place_is_refused(tmp_path, monkeypatch, name, reason):
     monkeypatch.setenv("OLPACK_LLAMA_CPP", str(tmp_path / name))
     with pytest.raises(OlpackError, match=reason):

@@ -22,7 +22,8 @@ from olpack.commands.recommend import advise, estimate_model
 from olpack.errors import OlpackError
 from olpack.export import Target
 from olpack.machine import GIB, Machine
-from olpack.memory.footprint import Footprint, Setting, plan, read
+from olpack.memory.footprint import Footprint, plan, read
+from olpack.memory.job import Setting
 from olpack.memory.recommend import place
 from olpack.memory.subject import Subject, find, typical
 from olpack.memory.table import print_estimate

@@ -295,7 +295,7 @@ def sharded(tmp_path_factory) -> Path:
     [
         (lambda folder: shards(folder)[1].unlink(), r"lacks model-00002-of-0000\d\.safetensors of its weights"),
         (lose_one_without_an_index, r"lacks model-00002-of-0000\d\.safetensors of its weights"),
-        (cut, "bytes, and its header promises"),
+        (cut, "bytes, and its header declares"),
         (lambda folder: shards(folder)[1].write_text(POINTER), r"model-00002-of-0000\d\.safetensors' is a Git LFS pointer"),
         (lambda folder: (folder / INDEX).write_text(POINTER), r"index\.json' is a Git LFS pointer"),
         (lambda folder: (folder / "tokenizer.json").write_text(POINTER), r"tokenizer\.json' is a Git LFS pointer"),
@@ -331,11 +331,11 @@ def test_a_convolution_never_reaches_into_the_next_row(tmp_path):
     root = oracle.make_workspace(tmp_path / "workspace", tmp_path / "base")
     small = ["train.quantization=none", "train.epochs=2", "quants=[F16]", "compare.reference=false"]
     changes = [word for change in small for word in ("--set", change)]
-    code, _, said = oracle.olpack(root, "build", "oracle", "--no-deploy", *changes)
-    assert code == 0, said
-    said = " ".join(said.split())
-    assert "carry a state from token to token" in said and "rows one by one" in said
-    loss = float(re.search(r"eval loss [\d.]+ -> ([\d.]+)", said)[1])
+    code, _, message = oracle.olpack(root, "build", "oracle", "--no-deploy", *changes)
+    assert code == 0, message
+    message = " ".join(message.split())
+    assert "carry a state from token to token" in message and "rows one by one" in message
+    loss = float(re.search(r"eval loss [\d.]+ -> ([\d.]+)", message)[1])
     results = json.loads((root / "build/oracle/compare/results.json").read_text())
     assert math.log(results["quants"][0]["perplexity"]["value"]) == pytest.approx(loss, abs=0.01)
 

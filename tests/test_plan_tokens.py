@@ -26,8 +26,8 @@ RECIPE = "base: ../../base\ndata: {train: train.jsonl}\ntrain: {rank: 4, quantiz
 def model(tmp_path_factory) -> SourceModel:
     """tiny-coder's header, as the converter makes it."""
     folder = tmp_path_factory.mktemp("gguf")
-    code, _, said = olpack(folder, "quantize", "builtin/tiny-coder", "--quant", "Q8_0")
-    assert code == 0, said
+    code, _, message = olpack(folder, "quantize", "builtin/tiny-coder", "--quant", "Q8_0")
+    assert code == 0, message
     keys = {}
     for name, field in gguf.GGUFReader(folder / "tiny-coder-Q8_0.gguf").fields.items():
         if not name.startswith("GGUF."):
@@ -89,16 +89,16 @@ def test_the_tokenizer_that_training_loads_decides_and_not_the_file(tmp_path, ki
     path.write_text(json.dumps(content))
     path = tmp_path / "base/tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": kind}))
-    code, printed, said = olpack(tmp_path, "plan", "mine", "--json")
-    assert code == 0, said
+    code, printed, message = olpack(tmp_path, "plan", "mine", "--json")
+    assert code == 0, message
     found = json.loads(printed)["estimate"]
     assert (found["pre_tokenizer"], found["texts_differing"]) == (name, 0) and found["texts_read"] > 40
 
 
 def test_rows_that_only_the_tokenizer_composes_are_refused_with_the_form_that_they_need(tmp_path):
     workspace(tmp_path, answer="It is 14 in the cafe\u0301.", normalizer={"type": "NFC"})
-    code, _, said = olpack(tmp_path, "plan", "mine")
-    text = " ".join(said.split())
+    code, _, message = olpack(tmp_path, "plan", "mine")
+    text = " ".join(message.split())
     assert code == 1 and "composes characters (NFC), and llama.cpp does not" in text and "None of its pre-tokenizers" not in text
 
 
@@ -119,17 +119,17 @@ def workspace(tmp_path: Path, answer: str = "It is 4.", normalizer: dict | None 
 def test_rows_that_llama_cpp_reads_otherwise_are_refused_before_training(tmp_path):
     """llama.cpp normalizes nothing."""
     workspace(tmp_path, answer="HELLO, it is 14.", normalizer={"type": "Lowercase"})
-    code, _, said = olpack(tmp_path, "build", "mine", "--no-deploy")
-    text = " ".join(said.split())
+    code, _, message = olpack(tmp_path, "build", "mine", "--no-deploy")
+    text = " ".join(message.split())
     assert code == 1 and "llama.cpp reads train.jsonl:" in text and "in place of" in text and "Take the tokenizer files" in text
     assert not (tmp_path / "build/mine/adapter").exists()
 
 
 def test_a_made_up_conversation_that_differs_is_a_warning(tmp_path):
     workspace(tmp_path, normalizer={"type": "Replace", "pattern": {"String": "naïve"}, "content": "naive"})
-    code, _, said = olpack(tmp_path, "plan", "mine")
-    text = " ".join(said.split())
-    assert code == 0, said
+    code, _, message = olpack(tmp_path, "plan", "mine")
+    text = " ".join(message.split())
+    assert code == 0, message
     assert "warning: llama.cpp reads the conversation with emoji and joiners as other tokens than training does" in text
     assert text.count("as other tokens than training does") == 1
 
@@ -142,17 +142,17 @@ NO_SYSTEM = (
 
 
 @pytest.mark.parametrize(
-    ("modelfile", "said"),
+    ("modelfile", "message"),
     [
         ("modelfile: {system: Be brief.}\n", "(modelfile.system): System role not supported"),
         ("modelfile: {messages: [{role: user, content: Hi}]}\n", "(modelfile.messages): roles must alternate"),
     ],
 )
-def test_what_the_template_refuses_of_every_request_is_refused(tmp_path, modelfile, said):
+def test_what_the_template_refuses_of_every_request_is_refused(tmp_path, modelfile, message):
     workspace(tmp_path, template=NO_SYSTEM, modelfile=modelfile)
     code, _, printed = olpack(tmp_path, "plan", "mine")
     text = " ".join(printed.split())
-    assert code == 1 and f"refuses what each request would begin with {said}" in text, printed
+    assert code == 1 and f"refuses what each request would begin with {message}" in text, printed
 
 
 def test_the_same_template_serves_without(tmp_path):

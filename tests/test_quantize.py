@@ -26,8 +26,8 @@ def olpack(folder: Path, *words: object) -> tuple[int, str, str]:
 
 
 def test_a_folder_becomes_a_file_for_each_quant(model, tmp_path):
-    code, printed, said = olpack(tmp_path, model, "--quant", "q4_k_m", "--quant", "Q8_0", "--quant", "Q8_0")
-    assert code == 0, said
+    code, printed, message = olpack(tmp_path, model, "--quant", "q4_k_m", "--quant", "Q8_0", "--quant", "Q8_0")
+    assert code == 0, message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parrot-Q4_K_M.gguf", "parrot-Q8_0.gguf"]
     (expected,) = converter().export(model, [Target("Q4_K_M", tmp_path / "expected.gguf")])
     assert (tmp_path / "parrot-Q4_K_M.gguf").read_bytes() == expected.path.read_bytes()
@@ -37,8 +37,8 @@ def test_a_folder_becomes_a_file_for_each_quant(model, tmp_path):
 
 def test_a_gguf_and_the_folder_it_came_from_become_the_same_file(model, tmp_path):
     assert olpack(tmp_path, model, "--quant", "BF16", "--name", "bird")[0] == 0
-    code, printed, said = olpack(tmp_path, "bird-BF16.gguf", "--quant", "Q5_K_M", "--out", "made", "--json")
-    assert code == 0, said
+    code, printed, message = olpack(tmp_path, "bird-BF16.gguf", "--quant", "Q5_K_M", "--out", "made", "--json")
+    assert code == 0, message
     (row,) = json.loads(printed)
     assert row["path"] == str(tmp_path / "made/bird-BF16-Q5_K_M.gguf")
     assert olpack(tmp_path, model, "--quant", "Q5_K_M", "--name", "bird")[0] == 0
@@ -54,8 +54,8 @@ def test_an_adapter_is_merged_on_the_way(model, tmp_path):
 
 
 def test_a_split_file_is_listed_part_by_part(model, tmp_path):
-    code, printed, said = olpack(tmp_path, model, "--quant", "F16", "--split", "0.7MB")
-    assert code == 0, said
+    code, printed, message = olpack(tmp_path, model, "--quant", "F16", "--split", "0.7MB")
+    assert code == 0, message
     parts = sorted(path.name for path in tmp_path.iterdir())
     assert len(parts) > 1 and all("-of-" in name for name in parts)
     assert [line.split()[-1] for line in printed.splitlines() if "-of-" in line] == [*parts]
@@ -91,9 +91,9 @@ def test_what_cannot_be_done_is_refused_before_any_work(model, sources, tmp_path
         "whole": sources / "whole-F16.gguf",
         "toothless": sources / "toothless",
     }
-    code, printed, said = olpack(folder, *(word.format(**places) for word in words))
+    code, printed, message = olpack(folder, *(word.format(**places) for word in words))
     assert code == 1
-    assert reason in said
+    assert reason in message
     assert printed == ""
     assert list(folder.iterdir()) == []
     assert before == {path: path.read_bytes() for path in sources.glob("*.gguf")}
@@ -127,15 +127,15 @@ def test_what_is_no_size_is_refused(text):
 def test_quants_that_fall_back_or_agree_are_named(tmp_path):
     """ggml-org/llama.cpp#28474: rows of 64 fit no K-quant."""
     narrow = write_model(tmp_path / "narrow", hidden_size=64, intermediate_size=160, num_attention_heads=2, num_key_value_heads=1, head_dim=32)
-    code, printed, said = olpack(tmp_path, narrow, "--quant", "Q4_K_M", "--quant", "Q6_K", "--quant", "Q8_0", "--json")
-    assert code == 0, said
-    assert "Q4_K_M does not fit this model's shapes everywhere:" in " ".join(said.split())
-    assert "Q6_K and Q8_0 have the same type for every tensor of this model: one of them is enough." in " ".join(said.split())
+    code, printed, message = olpack(tmp_path, narrow, "--quant", "Q4_K_M", "--quant", "Q6_K", "--quant", "Q8_0", "--json")
+    assert code == 0, message
+    assert "Q4_K_M does not fit this model's shapes everywhere:" in " ".join(message.split())
+    assert "Q6_K and Q8_0 have the same type for every tensor of this model: one of them is enough." in " ".join(message.split())
     by_quant = {row["quant"]: row for row in json.loads(printed)}
     assert by_quant["Q6_K"]["types"] == by_quant["Q8_0"]["types"] != by_quant["Q4_K_M"]["types"]
     assert not any(warning.startswith("Q8_0") for warning in by_quant["Q8_0"]["warnings"])
 
 
 def test_nothing_is_said_where_every_type_fits(model, tmp_path):
-    code, _, said = olpack(tmp_path, model, "--quant", "Q4_K_M", "--quant", "Q8_0")
-    assert code == 0 and "does not fit" not in said and "same type" not in said
+    code, _, message = olpack(tmp_path, model, "--quant", "Q4_K_M", "--quant", "Q8_0")
+    assert code == 0 and "does not fit" not in message and "same type" not in message

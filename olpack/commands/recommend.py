@@ -14,7 +14,8 @@ from olpack.compare.results import read_results
 from olpack.errors import OlpackError
 from olpack.machine import GIB, Machine, this_machine
 from olpack.memory.estimate import MemoryEstimate, estimate
-from olpack.memory.footprint import KV_TYPES, Setting, plan, read
+from olpack.memory.footprint import KV_TYPES, plan, read
+from olpack.memory.job import Setting
 from olpack.memory.published import CHOICE
 from olpack.memory.recommend import Advice, recommend, recommend_files, recommend_model
 from olpack.memory.subject import Subject, find, typical
@@ -46,7 +47,7 @@ def advise(
         kv_type: of the KV cache in llama.cpp: f16, q8_0 or q4_0.
         max_loss: growth of perplexity that is accepted; by default the package's, or 0.03.
         quants: quant types to look at; by default the package's, or a usual choice.
-        out: the folder that holds the builds.
+        out: the folder of the builds.
 
     Raises:
         OlpackError: both or neither of models and size, no such model, or one that llama.cpp does not know.
@@ -122,8 +123,8 @@ def _setting(context: int | None, kv_type: str) -> Setting:
     return Setting(context or _CONTEXT, kv_type.lower())
 
 
-def _quants(asked: Sequence[str] | None, choice: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(quant_type(name).name for name in asked or choice))
+def _quants(names: Sequence[str] | None, choice: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(quant_type(name).name for name in names or choice))
 
 
 def _machine(vram: float | None, ram: float | None) -> Machine:

@@ -2,7 +2,7 @@
 
 The merge of one weight is W + scale * (B @ A) in float32, as in "LoRA: Low-Rank Adaptation of Large Language Models" (Hu et al.,
 2021), with scale = alpha / r, or alpha / sqrt(r) for rank-stabilized adapters (Kalajdzievski, 2023). DoRA (Liu et al., 2024) then gives
-each output's column of weights a trained norm: m * W' / |W'|. VeRA (Kopiczko et al., 2024) learns two vectors for each weight between random
+each output's column of weights a trained norm: m * W' / |W'|. VeRA (Kopiczko et al., 2024) trains two vectors for each weight between random
 matrices that all weights share, cut to the weight's size: (b * B) @ (d * A).
 """
 
@@ -171,10 +171,10 @@ def read_adapter(folder: Path, base: Mapping[str, TensorHeader], *, dequantized:
     """Read an adapter's configuration and header, and find the base's tensor for each of its own.
 
     Args:
-        folder: holds adapter_config.json and adapter_model.safetensors.
+        folder: with adapter_config.json and adapter_model.safetensors.
         base: the base's tensors by their names in its checkpoint, those of a quantized one as `dequantized_headers` gives them.
         dequantized: add to the weights as training dequantized them; `settings.json` beside the adapter records how.
-        tied: the base's configuration says that one matrix is embedding and output layer; a base without an output layer is so in any case.
+        tied: whether the base's configuration ties embedding and output layer; a base without an output layer is tied in any case.
 
     Raises:
         OlpackError: no LoRA adapter, a kind that cannot be merged this way, or one for another base.
@@ -194,10 +194,10 @@ def read_adapter(folder: Path, base: Mapping[str, TensorHeader], *, dequantized:
         reader.add(key, module, kind)
     low_rank, replaced, tokens = reader.low_rank, reader.replaced, reader.tokens
     if not low_rank and not replaced and not tokens:
-        raise OlpackError(f"The adapter '{folder}' changes nothing: its file holds no tensors.", "Train it again.")
+        raise OlpackError(f"The adapter '{folder}' changes nothing: its file contains no tensors.", "Train it again.")
     if config.get("trainable_token_indices") and not tokens:
         raise OlpackError(
-            f"The configuration of the adapter '{folder}' names single trained tokens, and its file holds none.",
+            f"The configuration of the adapter '{folder}' names single trained tokens, and its file contains none.",
             "It was not saved completely: save it again.",
         )
     untied = reader.untie(file) if tied or names.headless else {}
@@ -239,7 +239,7 @@ class _Reader:
             magnitude = next((norms for norms in (f"{stem}.{_NORMS}", f"{stem}.{_NORMS}.weight") if norms in header), None)
             if (magnitude is not None) != bool(self._config.get("use_dora")):
                 raise OlpackError(
-                    f"The adapter '{folder}' {'has' if magnitude else 'lacks'} the norms of DoRA for '{module}', and its configuration says "
+                    f"The adapter '{folder}' {'has' if magnitude else 'lacks'} the norms of DoRA for '{module}', and its configuration has "
                     f"use_dora: {json.dumps(bool(self._config.get('use_dora')))}.",
                     "It was not saved completely: save it again.",
                 )
@@ -294,7 +294,7 @@ class _Reader:
         name, shape = self._names.find(f"{module}.weight"), self._header[key].shape
         if not isinstance(asked, list) or not all(type(row) is int for row in asked) or (len(asked),) != shape[:1]:
             raise OlpackError(
-                f"The adapter '{self._folder}' holds {shape[0]} trained tokens of '{module}', and its configuration does not name as many.",
+                f"The adapter '{self._folder}' contains {shape[0]} trained tokens of '{module}', and its configuration does not name as many.",
                 "It was not saved completely: save it again.",
             )
         rows, *columns = self._shape(name)
@@ -498,12 +498,12 @@ def _parse(key: str, folder: Path) -> tuple[str, str]:
         return key, "shared"
     if "_orig_mod." in key:
         raise OlpackError(
-            f"The adapter '{folder}' holds '{key}': it was saved from a model that torch.compile had wrapped, and peft finds no module "
+            f"The adapter '{folder}' contains '{key}': it was saved from a model that torch.compile had wrapped, and peft finds no module "
             "of such a name.",
             "Save it from the model itself (model._orig_mod.save_pretrained), or take '_orig_mod.' out of the names.",
         )
     if not key.startswith(_PREFIX):
-        raise OlpackError(f"The adapter '{folder}' holds '{key}', a name that peft does not give.", "Save it with peft's save_pretrained.")
+        raise OlpackError(f"The adapter '{folder}' contains '{key}', a name that peft does not give.", "Save it with peft's save_pretrained.")
     name = key
     while name.startswith(_PREFIX):  # a model that was wrapped twice has the prefix twice
         name = name.removeprefix(_PREFIX)
@@ -517,7 +517,7 @@ def _parse(key: str, folder: Path) -> tuple[str, str]:
         return match[1], match[2]
     if ".lora_" in name:
         raise OlpackError(
-            f"The adapter '{folder}' holds '{key}', which a plain LoRA merge would lose.",
+            f"The adapter '{folder}' contains '{key}', which a plain LoRA merge would lose.",
             "Merge it with peft (merge_and_unload) and export the merged folder.",
         )
     return name, "whole"
@@ -548,6 +548,6 @@ def _scale(folder: Path, config: dict, module: str, rank: int) -> float:
 
     named = setting(config.get("rank_pattern") or {}, config.get("r") or rank)
     if named != rank:
-        raise OlpackError(f"The adapter's '{module}' has rank {rank}, and its configuration says {named}.", "Save the adapter again.")
+        raise OlpackError(f"The adapter's '{module}' has rank {rank}, and its configuration gives {named}.", "Save the adapter again.")
     alpha = setting(config.get("alpha_pattern") or {}, config["lora_alpha"])
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank

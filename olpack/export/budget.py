@@ -60,7 +60,7 @@ def candidates(columns: int, with_importance: bool) -> list[str]:
     return [name for name in types if with_importance or name not in _WITH_IMPORTANCE]
 
 
-def choosable(header_gguf: Path) -> list[str]:
+def quantizable_tensors(header_gguf: Path) -> list[str]:
     """The tensors that llama.cpp quantizes, of a model's header-only GGUF."""
     return [name for name, type_ in library.type_plan(header_gguf, _Q8_0).tensors if type_ == library.tensor_type("q8_0")]
 
@@ -92,13 +92,13 @@ def choose(
                 for type_, size in zip(types, packed, strict=True)
             ]
         )
-    chosen = cheapest(sizes, lost, limit)
+    chosen = solve_knapsack(sizes, lost, limit)
     if chosen is None:
         raise ValueError(sum(map(min, sizes)))
     return {name: types[index] for name, types, index in zip(shapes, options, chosen, strict=True)}
 
 
-def cheapest(sizes: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], limit: int) -> list[int] | None:
+def solve_knapsack(sizes: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], limit: int) -> list[int] | None:
     """The choice of one option for each item that loses least in all, of those whose sizes add up to no more than a limit.
 
     A multiple-choice knapsack, solved by dynamic programming over the size (Kellerer, Pferschy and Pisinger, Knapsack Problems, section

@@ -104,7 +104,7 @@ class SourceModel:
     Attributes:
         architecture: llama.cpp's name.
         tensors: by GGUF name, in the converter's order.
-        keys: the header as the converter's writer holds it, key to `GGUFValue`, in order.
+        keys: the header in the converter's writer, key to `GGUFValue`, in order.
         packed: arrays among their values as a file has them, by `id`. To pack a vocabulary takes most of a second, and all files have the same.
     """
 
@@ -138,11 +138,11 @@ def open_model(
     """Open a model folder with llama.cpp's converter. Reads configuration, tokenizer and tensor headers; no weight is loaded.
 
     The arguments are those of `olpack.export.export`, and `vocabulary`: False where the folder has no tokenizer and only shapes are
-    asked for. llama.cpp loads such a model, but can turn no text into tokens with it. `tokenizer`: a folder whose tokenizer takes the place of
+    needed. llama.cpp loads such a model, but can turn no text into tokens with it. `tokenizer`: a folder whose tokenizer takes the place of
     the model's own, because the adapter's vocabulary is another.
 
     Raises:
-        OlpackError: what the converter does not know or refuses, in its words where they say more.
+        OlpackError: what the converter does not know or refuses, with its own message.
     """
     import torch
 
@@ -221,7 +221,7 @@ def _construct(source: Path, name: str | None) -> Any:
 
 
 def _predicts_ahead(names: Iterable[str], hparams: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint holds layers for multi-token prediction: under names of their own, or numbered after the last layer."""
+    """Whether a checkpoint has layers for multi-token prediction: under names of their own, or numbered after the last layer."""
     layers = hparams.get("num_hidden_layers") or (hparams.get("text_config") or {}).get("num_hidden_layers")
     for name in names:
         if re.search(r"(^|\.)mtp\.", name):
@@ -398,7 +398,7 @@ def _text(token: str | bytes) -> str:
 
 
 def set_keys(writer: Any, chat_template: str | None, end_of_turn: str | None, metadata: Mapping[str, str]) -> None:
-    """Put the keys that an export was asked for into a `GGUFWriter`. The arguments are those of `olpack.export.export`."""
+    """Put the keys of an export's options into a `GGUFWriter`. The arguments are those of `olpack.export.export`."""
     import gguf
 
     if chat_template is not None:

@@ -90,11 +90,11 @@ def find_stacks(
     layer, depth = module, 0
     while layer.endswith(".base_layer"):
         layer, depth = layer.removesuffix(".base_layer"), depth + 1
-    asked = config.get("target_parameters") or []
-    targets = [name for name in _PARAMETERS if any(f".{layer}.{name}".endswith(f".{target}") for target in asked)]
+    targets_asked = config.get("target_parameters") or []
+    targets = [name for name in _PARAMETERS if any(f".{layer}.{name}".endswith(f".{target}") for target in targets_asked)]
     if depth >= len(targets):
         raise OlpackError(
-            f"The adapter '{folder}' changes parameters of '{layer}' that cannot be merged ({', '.join(map(str, asked))}).",
+            f"The adapter '{folder}' changes parameters of '{layer}' that cannot be merged ({', '.join(map(str, targets_asked))}).",
             "Merge it with peft (merge_and_unload) and export the merged folder.",
         )
     parameter = targets[-1 - depth]
@@ -172,7 +172,7 @@ def _swapped(folder: Path, config: dict, name: str, a: int, b: int, sides: tuple
     version = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", str(config.get("peft_version") or ""))
     if version is None:
         raise OlpackError(
-            f"The adapter '{folder}' does not say which version of peft made it (peft_version), and '{name}' is square: versions "
+            f"The adapter '{folder}' does not name the version of peft that made it (peft_version), and '{name}' is square: versions "
             "before 0.19 mean its sides the other way round.",
             "Put the version into its adapter_config.json, or merge it with the peft that made it.",
         )

@@ -61,7 +61,7 @@ def read_importance(path: Path) -> ImportanceMatrix:
     """Read an importance matrix.
 
     Raises:
-        OlpackError: there is no such file, it is no importance matrix in llama.cpp's GGUF form, or it holds values that are no sums of squares.
+        OlpackError: there is no such file, it is no importance matrix in llama.cpp's GGUF form, or it contains values that are no sums of squares.
     """
     import gguf
 

@@ -124,7 +124,7 @@ def _plain(folder: Path, adapter: Adapter, scratch: Path) -> Path:
 
 
 def _without_weights(base: Path, config: dict, scratch: Path) -> Path:
-    """A base's folder as llama.cpp's script wants it: it looks at the form of a base's weights, of which an adapter needs none."""
+    """A base's folder without its weights: llama.cpp's script refuses bases by the form of their weights, and an adapter needs none."""
     scratch.mkdir(parents=True)
     for file in base.iterdir():
         if file.is_file() and "safetensors" not in file.name:
@@ -154,8 +154,8 @@ def _convert(base: Path, adapter: Path, out: Path) -> None:
         errors="replace",
     )
     if done.returncode or not out.is_file():
-        said = [line.strip() for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
-        reason = next((line for line in reversed(said) if "Error" in line or "ERROR" in line), said[-1])
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
+        reason = next((line for line in reversed(lines) if "Error" in line or "ERROR" in line), lines[-1])
         raise OlpackError(
             f"llama.cpp cannot make an adapter by itself for '{base}': {reason.rstrip('.')}.",
             "Set `package: merged`: what can be merged is not bound to this form.",

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from olpack.errors import OlpackError
-from olpack.export.budget import MatrixLoss, choosable, choose
+from olpack.export.budget import MatrixLoss, choose, quantizable_tensors
 from olpack.export.converter import FLOATS, SourceModel
 from olpack.export.gguf_writer import header_bytes
 from olpack.export.importance import ColumnWeights
@@ -158,7 +158,7 @@ def _within_budget(
     """(the quant with the file type of the nearest mix, patterns for the types of its tensors: the user's first)."""
     like = _plan(model, header_gguf, replace(quant, ftype=QUANT_TYPES["Q4_K_M"].ftype), importance, tensor_types)
     now = {name: (type_, nbytes) for name, type_, nbytes in like.tensors}
-    matrices = [name for name in choosable(header_gguf) if not any(re.search(pattern, name) for pattern in tensor_types)]
+    matrices = [name for name in quantizable_tensors(header_gguf) if not any(re.search(pattern, name) for pattern in tensor_types)]
     unused = [name for name in matrices if losses and name not in losses]  # no pass over the rows uses them
     shapes = {}
     for name in matrices:

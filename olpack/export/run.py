@@ -14,10 +14,10 @@ import numpy as np
 from olpack import progress
 from olpack.errors import OlpackError
 from olpack.export.adapter import read_adapter
+from olpack.export.adapter_tokenizer import adapter_tokenizer
 from olpack.export.budget import read_sensitivity
 from olpack.export.converter import SourceModel, open_model
 from olpack.export.gguf_source import open_gguf
-from olpack.export.grown import grown_tokenizer
 from olpack.export.importance import ColumnWeights, column_weights
 from olpack.export.job import LATER, ExportedFile, ExportedPart, ExportOptions, ExportPlan, TokenDifference, TokenText, partial_path, remove_partial
 from olpack.export.plan import FilePlan, header_only_gguf, plan_files
@@ -180,7 +180,7 @@ def _open_folder(source: Path, options: ExportOptions, header: dict, warnings: l
         return open_model(source, **header), source
     tied = config.get("text_config", config).get("tie_word_embeddings", config.get("tie_word_embeddings")) is True
     change = read_adapter(Path(adapter), headers, dequantized=options.get("merge_base") == "dequantized", tied=tied)
-    tokenizer, warning = grown_tokenizer(Path(adapter), source, change, headers)
+    tokenizer, warning = adapter_tokenizer(Path(adapter), source, change, headers)
     if warning:
         warnings.append(warning)
     return open_model(source, adapter=change, tokenizer=tokenizer, **header), tokenizer or source

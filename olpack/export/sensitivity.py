@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from olpack.errors import OlpackError
-from olpack.export.budget import MatrixLoss, candidates, choosable
+from olpack.export.budget import MatrixLoss, candidates, quantizable_tensors
 from olpack.export.gguf_source import open_gguf
 from olpack.export.importance import column_weights
 from olpack.export.job import SensitivityResult
@@ -58,7 +58,7 @@ def measure(
     weights = column_weights(Path(importance), model.tensors).by_tensor if importance else None
     weights = weights or {}
     with header_only_gguf(model) as header_gguf:
-        names = choosable(header_gguf)
+        names = quantizable_tensors(header_gguf)
     found = _measured_before(Path(out), key)
     total = (len(names) + 1) * sum(map(len, rows))
     where = LoadedWeights()

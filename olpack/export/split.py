@@ -1,6 +1,6 @@
 """A GGUF in several files, as llama.cpp's `gguf-split` makes them and its loader finds them: NAME-00001-of-00003.gguf and so on.
 
-The first part carries all keys, every part says which one it is, and the tensors follow one another through the parts.
+The first part carries all keys, every part carries its own number, and the tensors follow one another through the parts.
 """
 
 from __future__ import annotations

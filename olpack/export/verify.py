@@ -94,7 +94,7 @@ def settle_pretokenizer(
         read = min(differing, default=len(texts))
         if read > best:
             best, found = read, differing
-            if name is not None:
+            if key is not None and name is not None:
                 model.keys["tokenizer.ggml.pre"] = replace(key, value=name)
         if all(texts[place].made_up for place in differing):
             break
@@ -128,7 +128,8 @@ def verify_model(source: Path, tokenizer: Tokenizer | None, gguf: Path, keys: Ma
         A warning where they differ, else nothing.
 
     Raises:
-        OlpackError: llama.cpp does not accept the header or the vocabulary, lacks a tensor, or wants one in another shape; or reads a text otherwise.
+        OlpackError: llama.cpp does not accept the header or the vocabulary, lacks a tensor, expects one in another shape, or reads another
+            text than was written.
     """
     try:
         opened = Vocabulary(gguf, whole=True)

@@ -2,7 +2,7 @@
 
     this thread     hands out tensor after tensor, as far ahead as the memory allows
     loaders         read tensors and merge the adapter into them, several at a time, because each is the work of one thread
-    quantizers      take rows of what is loaded: each chunk to every type that some file wants, while it is in the cache
+    quantizers      take rows of what is loaded: each chunk to every type that some file needs, while it is in the cache
     one per file    waits for the next tensor, appends and hashes it
 
 All the heavy calls (torch, ggml, write, SHA-256) release the GIL, so these really run at the same time.
@@ -30,7 +30,7 @@ from olpack.llamacpp import library
 
 MEMORY = 1 << 30  # bytes of tensors in memory, beside the largest one
 CHUNK = 1 << 19  # weights that a thread quantizes at a time: 2 MB of float32
-_FLUSH = 64 << 20  # bytes of a file after which the system is told to write them to the disk
+_FLUSH = 64 << 20  # bytes of a file after which the system is asked to write them to the disk
 
 
 def write_files(
@@ -46,7 +46,7 @@ def write_files(
 
     Args:
         model: the opened model.
-        files: for each the parts that it consists of, mostly one: what it holds, and where it is written. It is written in place: give
+        files: for each the parts that it consists of, mostly one: the plan of each, and its path. It is written in place: give
             temporary names. All files list the same tensors in the same order.
         threads: how many quantize.
         round_to_bf16: round what llama.cpp's converter would store in 16 bits first, as it would.
@@ -158,7 +158,7 @@ class _TensorJob:
         step = max(1, CHUNK // columns)
         rounding = self.source.type_name if round_to_bf16 else "F32"
         weights = [None] if importance is None else importance
-        rows_of_one = rows // len(weights)  # a chunk lies within one expert, because each has its own weights
+        rows_of_one = rows // len(weights)  # a chunk is within one expert, because each has its own weights
         parts = [
             (slice(start, min(start + step, first + rows_of_one)), columns_weights)
             for first, columns_weights in zip(range(0, rows, rows_of_one), weights, strict=True)

@@ -93,9 +93,8 @@ class Engine:
 
     Attributes:
         vocabulary_size: entries of the output layer.
-        begin_token: the token that a text begins with where the model wants one; `tokenize` does not add it. None where it wants none.
+        begin_token: the token that a text begins with where the model needs one; `tokenize` does not add it. None where it needs none.
         end_token: the token with which a text ends.
-        trained_context: tokens that the model was made for.
 
     Raises:
         OlpackError: no such file, or one that llama.cpp refuses; its reason is in the message.
@@ -123,13 +122,12 @@ class Engine:
             model_params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
         self._model = llama_cpp.llama_model_load_from_file(os.fsencode(self.path), model_params)
         if not self._model:
-            raise OlpackError(f"llama.cpp cannot load {self.path}: {_log.reason()}.", "Is the file whole? `olpack export` makes it anew.")
+            raise OlpackError(f"llama.cpp cannot load {self.path}: {_log.reason()}.", "Is the file whole? `olpack export` makes it again.")
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self.vocabulary_size: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
         begin = llama_cpp.llama_vocab_bos(self._vocab)
         self.begin_token: int | None = begin if llama_cpp.llama_vocab_get_add_bos(self._vocab) and begin >= 0 else None
         self.end_token: int = llama_cpp.llama_vocab_eos(self._vocab)
-        self.trained_context: int = llama_cpp.llama_model_n_ctx_train(self._model)
         self.context = context
         self._outputs = max(1, min(_BATCH, max_outputs or _LOGITS_BYTES // (4 * self.vocabulary_size)))
 
@@ -137,7 +135,7 @@ class Engine:
         params.n_ctx = context
         params.n_batch = params.n_ubatch = _BATCH
         params.n_outputs_max = self._outputs
-        params.swa_full = False  # one sequence that only grows or begins anew: a sliding layer needs no more than its window
+        params.swa_full = False  # one sequence that only grows or starts again: a sliding layer needs no more than its window
         params.n_threads = params.n_threads_batch = threads or usable_cores()
         params.no_perf = True
         if watch is not None:
@@ -220,7 +218,7 @@ class Engine:
         """
         template = self.metadata("tokenizer.chat_template")
         if not template:
-            raise OlpackError(f"{self.path} has no chat template, so it cannot be asked in turns.", "Give plain text instead.")
+            raise OlpackError(f"{self.path} has no chat template, so it cannot answer a conversation.", "Give plain text instead.")
         special = {
             name: self.token_bytes(token, special=True).decode(errors="replace")
             for name, token in (
@@ -287,7 +285,7 @@ class Engine:
         """Answer a conversation (messages), or go on from token ids.
 
         Args:
-            max_tokens: most tokens of the answer; None, or negative as Ollama has it: as many as the context holds.
+            max_tokens: most tokens of the answer; None, or negative as Ollama has it: as many as fit into the context.
 
         Raises:
             OlpackError: the prompt fills the context, or the template refuses the conversation.
@@ -296,14 +294,14 @@ class Engine:
         ids = self.tokenize(self.chat_prompt(messages)) if messages else [token for token in prompt if not isinstance(token, dict)]
         remaining = self.context - len(ids)
         if remaining < 1:
-            raise OlpackError(f"The prompt has {len(ids)} tokens and the context holds {self.context}.", "Set num_ctx higher, or say less.")
+            raise OlpackError(f"The prompt has {len(ids)} tokens and the context has {self.context}.", "Set num_ctx higher, or shorten the prompt.")
         limit = remaining if max_tokens is None or max_tokens < 0 else min(max_tokens, remaining)
         generation = Generation(iter(()))
         generation._pieces = _until_stop(self._pieces(ids, limit, sampling, generation), sampling.stop, generation)
         return generation
 
     def _pieces(self, ids: list[int], limit: int, sampling: Sampling, generation: Generation) -> Iterator[str]:
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character's bytes can lie in several tokens
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character's bytes can be in several tokens
         chain = _sampler_chain(sampling, self.vocabulary_size)
         try:
             self._start(ids)
@@ -423,13 +421,13 @@ class _Log:
         llama_cpp.llama_log_set(self._callback, None)
 
     def reason(self) -> str:
-        """The first of the latest errors, which names the cause; the later ones say that loading failed."""
+        """The first of the latest errors, which names the cause; the later ones report that loading failed."""
         return self._errors[0] if self._errors else "no reason given"
 
     def _take(self, level: int, text: bytes, _: object) -> None:
         line = text.decode(errors="replace")
         if level == _GGML_ERROR and line.strip():
-            # "llama_model_load: error loading model: unknown model architecture: 'x'": the function's name says nothing to a user
+            # "llama_model_load: error loading model: unknown model architecture: 'x'": the function's name means nothing to a user
             self._errors.append(line.strip().split(": ", 1)[-1].removeprefix("error loading model: ").rstrip("."))
 
 

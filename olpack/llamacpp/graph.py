@@ -13,7 +13,7 @@ from olpack.llamacpp.library import INSTALL, ggml
 
 
 class Tensor(ctypes.Structure):
-    """`struct ggml_tensor` of the llama.cpp that is installed (ggml.h)."""
+    """`struct ggml_tensor` of the installed llama.cpp (ggml.h)."""
 
     _fields_ = [
         ("type", ctypes.c_int),
@@ -38,7 +38,7 @@ def check_layout(address: int) -> None:
     expected = (address + Tensor.name.offset, Tensor.from_address(address).data)
     if (ggml().ggml_get_name(address), ggml().ggml_get_data(address)) != expected:
         raise OlpackError(
-            "The installed llama.cpp is not the one that olpack was made for: its tensors are laid out otherwise.", f"Install that one: {INSTALL}"
+            "The installed llama.cpp is not the one that olpack was made for: its tensors have another memory layout.", f"Install that one: {INSTALL}"
         )
 
 
@@ -55,9 +55,9 @@ def plain_name(name: bytes) -> str:
 
 
 class LoadedWeights:
-    """Where the matrices of a loaded model lie, so that they can be overwritten. Give it to `Engine` as `watch`, with `writable`.
+    """The addresses of a loaded model's matrices, so that they can be overwritten. Give it to `Engine` as `watch`, with `writable`.
 
-    A matrix is known once a pass has used it. The same one may lie in two places: a tied embedding is on the CPU as the input layer, and on
+    A matrix is known once a pass has used it. The same one may be in two places: a tied embedding is on the CPU as the input layer, and on
     a GPU as the output layer.
     """
 
@@ -78,7 +78,7 @@ class LoadedWeights:
                 while view_of := Tensor.from_address(place).view_src:
                     place = view_of
                 name = Tensor.from_address(place).name
-                if b"#" not in name:  # what the scheduler copies from one device to another is made anew in each pass
+                if b"#" not in name:  # what the scheduler copies from one device to another is made again in each pass
                     self._found.setdefault(name.decode(), set()).add(place)
         except BaseException as error:  # nothing can be raised through C
             self._failure = error
@@ -93,7 +93,7 @@ class LoadedWeights:
         return name in self._found
 
     def write(self, name: str, data: np.ndarray) -> None:
-        """Put other values in a matrix's place, on whatever device it lies.
+        """Overwrite a matrix, on whatever device it is.
 
         Args:
             name: of the tensor in the GGUF.

@@ -143,7 +143,7 @@ def _cached(compiler: str) -> Path:
 
 @functools.cache
 def _processor() -> tuple[list[str], str]:
-    """(flags for the compiler, what the processor can do). Only Linux says the latter in a file; elsewhere the common instructions serve."""
+    """(flags for the compiler, what the processor can do). Only Linux lists the features in a file; elsewhere the common instructions serve."""
     machine = platform.machine()
     try:
         features = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING
 
 from olpack.errors import OlpackError
 from olpack.llamacpp import kquants
+from olpack.llamacpp.source import VERSION
 
 if TYPE_CHECKING:
     import numpy as np
 
 # Over what is there, into the Python that runs olpack, and never from a wheel that pip built and cached without the option.
-INSTALL = f"{sys.executable} -m pip install --force-reinstall --no-deps --no-cache-dir -C cmake.args=-DGGML_NATIVE=OFF llama-cpp-python==0.3.36"
+INSTALL = f"{sys.executable} -m pip install --force-reinstall --no-deps --no-cache-dir -C cmake.args=-DGGML_NATIVE=OFF llama-cpp-python=={VERSION}"
 
 
 def load_llama_cpp():
@@ -212,7 +213,7 @@ def type_plan(header: Path, ftype: int, *, overrides: Sequence[tuple[str, int]] 
         header: a GGUF whose data may be a hole; only its header is read.
         ftype: a value of `enum llama_ftype`.
         overrides: (regular expression, tensor type) pairs. The first that is found in a tensor's name decides its type.
-        with_importance: whether there will be an importance matrix. llama.cpp chooses some types otherwise then, and `needs_importance`
+        with_importance: whether there will be an importance matrix. llama.cpp then chooses some other types, and `needs_importance`
             is False.
 
     Raises:

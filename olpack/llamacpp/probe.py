@@ -53,7 +53,7 @@ def check_library() -> None:
 
 
 def _record(folder: Path) -> Path:
-    """The file that says that these libraries passed: it is named after their paths, sizes and times."""
+    """The file that records that these libraries passed. Its name is a hash of their paths, sizes and times."""
     import platformdirs
 
     libraries = sorted(path for path in folder.iterdir() if path.is_file())

@@ -25,7 +25,7 @@ ARCHIVE_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a
 ARCHIVE_SIZE = 76_589_250  # bytes, for the progress bar
 VARIABLE = "OLPACK_LLAMA_CPP"
 
-# What is needed of llama.cpp's tree. LICENSE comes along because the licence asks for it.
+# The files that are needed of llama.cpp's tree. The licence requires LICENSE among them.
 _FILES = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "LICENSE")
 _FOLDERS = ("conversion", "gguf-py")
 _TREE = PurePosixPath(f"llama_cpp_python-{VERSION}/vendor/llama.cpp")
@@ -46,7 +46,7 @@ def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
 
 
 def converter_source() -> Path:
-    """The folder that holds `convert_hf_to_gguf.py`, `conversion/` and `gguf-py/`.
+    """The folder with `convert_hf_to_gguf.py`, `conversion/` and `gguf-py/`.
 
     `OLPACK_LLAMA_CPP` wins: a llama.cpp checkout, an unpacked llama-cpp-python source archive, or that archive itself. Else the
     user's cache, which is filled once through pip (and so through the index, proxy and certificates that pip is set up with).
@@ -87,7 +87,7 @@ def _checked(folder: Path) -> Path:
         if _is_complete(candidate):
             return candidate.resolve()
     raise OlpackError(
-        f"{VARIABLE} is '{folder}', which holds no llama.cpp converter (convert_hf_to_gguf.py, conversion/, gguf-py/).",
+        f"{VARIABLE} is '{folder}', which contains no llama.cpp converter (convert_hf_to_gguf.py, conversion/, gguf-py/).",
         f"Point it to a llama.cpp checkout or to {ARCHIVE}, or unset it to have the right release fetched.",
     )
 
@@ -193,7 +193,7 @@ def _unpack(archive: Path, folder: Path) -> None:
                 with read, target.open("wb") as write:
                     shutil.copyfileobj(read, write)
         if not _is_complete(scratch):
-            raise OlpackError(f"'{archive}' does not hold llama.cpp's converter.", f"Unset {VARIABLE} to have the right release fetched.")
+            raise OlpackError(f"'{archive}' does not contain llama.cpp's converter.", f"Unset {VARIABLE} to have the right release fetched.")
         try:
             scratch.rename(folder)
         except OSError:
@@ -202,7 +202,7 @@ def _unpack(archive: Path, folder: Path) -> None:
     except OSError as error:
         raise OlpackError(
             f"llama.cpp's converter could not be stored in '{folder}': {error.strerror}.",
-            "Make room or give write access there, or set XDG_CACHE_HOME to another folder.",
+            "Free space or give write access there, or set XDG_CACHE_HOME to another folder.",
         ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -51,7 +51,7 @@ class Vocabulary:
         return buffer.value.decode("utf-8")
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text, without the tokens that a model wants around it."""
+        """Token ids of a text, without the tokens that a model adds around it."""
         data = text.encode("utf-8")
         tokens = (self._llama.llama_token * (len(data) + 8))()
         count = self._llama.llama_tokenize(self._vocab, data, len(data), tokens, len(tokens), False, True)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 from olpack.errors import OlpackError
-from olpack.memory.footprint import Footprint, ModelLayout, Setting, plan, read
+from olpack.memory.footprint import Footprint, ModelLayout, plan, read
+from olpack.memory.job import Setting
 from olpack.memory.published import rule_of_thumb
 from olpack.memory.subject import Subject
 from olpack.model.shape import MetaModel, Parameters, Shape
@@ -100,7 +101,7 @@ def estimate(subject: Subject, quants: Sequence[str], setting: Setting, *, rank:
 
     Raises:
         OlpackError: the configuration makes no model, or the GGUF none that llama.cpp loads. Where only the converter or llama.cpp does
-            not know the architecture, the estimate goes without their figures and a note says why.
+            not know the architecture, the estimate lacks their figures and a note gives the reason.
     """
     if subject.gguf is not None:
         from olpack.model.gguf_header import read_header
@@ -155,7 +156,7 @@ def _notes(model: MetaModel, loaded: list[Loaded], training: dict[str, TrainingM
         f"cache ({quantity(loaded[1].cache, 'B')} in 16 bits) and, in training, logits and activations."
     ]
     if count.experts:
-        notes.append(f"bitsandbytes quantizes no stacked experts: {quantity(2 * count.experts, 'B')} stay in 16 bits whatever is asked.")
+        notes.append(f"bitsandbytes quantizes no stacked experts: {quantity(2 * count.experts, 'B')} stay in 16 bits in any case.")
     notes.append(
         "Peak of training: with checkpointing, the layer that is computed again and the logits are not in memory at the same time; the larger "
         "counts. Every token of the batch counts as a target token. The GPU's own context, about half a GB, comes on top."

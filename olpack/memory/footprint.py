@@ -10,11 +10,13 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter
 
 from olpack import progress, workers
 from olpack.errors import OlpackError
 from olpack.llamacpp.library import INSTALL, row_size
+from olpack.memory.job import Answer, DryRun, Job, Result, Setting
 from olpack.memory.subject import Subject
 from olpack.model.gguf_header import read_header
 from olpack.model.shape import write_header_only_checkpoint
@@ -25,25 +27,6 @@ KV_TYPES = ("f16", "q8_0", "q4_0")
 _VOCABULARY, _TOKEN = 3_500_000, 310
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 _INPUTS = ("token_embd", "per_layer_token_embd", "position_embd", "token_types")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How llama.cpp runs a model: one sequence, one GPU stream.
-
-    Attributes:
-        context: tokens of the context.
-        kv_type: tensor type of keys and values.
-        flash_attention: whether it is used; None lets llama.cpp choose, as it does by default.
-        micro_batch: tokens computed at once (n_ubatch). 512 is the default of llama.cpp and of Ollama.
-        outputs: positions of a micro-batch for which logits are reserved. llama.cpp's server and Ollama reserve all; olpack's own engine 1.
-    """
-
-    context: int
-    kv_type: str = "f16"
-    flash_attention: bool | None = None
-    micro_batch: int = 512
-    outputs: int = 512
 
 
 @dataclass(frozen=True)
@@ -154,10 +137,9 @@ def plan(subject: Subject, quants: Sequence[str], setting: Setting) -> tuple[lis
     source = converter_source()
     with tempfile.TemporaryDirectory(prefix="olpack-") as scratch, progress.task(f"asking llama.cpp about {subject.label}"):
         write_header_only_checkpoint(subject.model, Path(scratch))
-        job = {"file": None, "folder": scratch, "converter": str(source), "quants": list(quants), "setting": asdict(setting)}
-        found = _work(job, subject.label)
+        result = _work(Job(setting, folder=scratch, converter=str(source), quants=list(quants)), subject.label)
     vocabulary = _VOCABULARY + _TOKEN * subject.model.shape.vocabulary
-    return [_footprint(quant, setting, found["tensors"][quant], found, vocabulary) for quant in quants], _layout(found)
+    return [_footprint(quant, setting, result.tensors[quant], result.run, vocabulary) for quant in quants], _layout(result.run)
 
 
 def read(path: Path, setting: Setting) -> tuple[Footprint, ModelLayout]:
@@ -170,14 +152,14 @@ def read(path: Path, setting: Setting) -> tuple[Footprint, ModelLayout]:
     if (header.integer("split.count") or 1) > 1:
         raise OlpackError(f"{path} is one part of a GGUF in several files.", "Join them with llama-gguf-split --merge.")
     tensors = [(name, math.prod(shape) // shape[0] * row_size(type_, shape[0])) for name, (shape, type_) in header.tensors.items()]
-    found = _work({"file": str(path.absolute()), "setting": asdict(setting)}, path.name)
+    run = _work(Job(setting, file=str(path.absolute())), path.name).run
     by_number = {quant.ftype: quant.name for quant in QUANT_TYPES.values()}
     quant = by_number.get(header.integer("general.file_type"), path.stem)
-    return _footprint(quant, setting, tensors, found, 0), _layout(found)
+    return _footprint(quant, setting, tensors, run, 0), _layout(run)
 
 
-def _footprint(quant: str, setting: Setting, tensors: Sequence[tuple[str, int]], found: dict[str, Any], vocabulary: int) -> Footprint:
-    layers = int(found["info"].get("n_layer_all") or found["info"]["n_layer"])
+def _footprint(quant: str, setting: Setting, tensors: Sequence[tuple[str, int]], run: DryRun, vocabulary: int) -> Footprint:
+    layers = int(run.info.get("n_layer_all") or run.info["n_layer"])
     blocks, inputs, output, tied = [0] * layers, 0, 0, True
     for name, size in tensors:
         if match := _BLOCK.match(name):
@@ -188,9 +170,9 @@ def _footprint(quant: str, setting: Setting, tensors: Sequence[tuple[str, int]],
             output += size
             tied = tied and not name.startswith("output.")
     cache = [0.0] * layers
-    for size, _, of_layers in found["caches"]:
-        for layer in of_layers:  # llama.cpp logs the sum of a cache; layers of one cache have the same number of cells
-            cache[layer] += size / len(of_layers)
+    for shared in run.caches:
+        for layer in shared.layers:  # llama.cpp logs the sum of a cache; layers of one cache have the same number of cells
+            cache[layer] += shared.nbytes / len(shared.layers)
     return Footprint(
         quant,
         setting,
@@ -199,35 +181,33 @@ def _footprint(quant: str, setting: Setting, tensors: Sequence[tuple[str, int]],
         output,
         tied,
         tuple(cache),
-        found["state_bytes"],
-        found["compute_bytes"],
-        found["output_bytes"],
-        found["process_bytes"] + vocabulary,
+        run.state_bytes,
+        run.compute_bytes,
+        run.output_bytes,
+        run.process_bytes + vocabulary,
     )
 
 
-def _layout(found: dict[str, Any]) -> ModelLayout:
-    info = found["info"]
-    recurrent = found["state_bytes"] > 0
-    return ModelLayout(info["arch"], int(info["n_layer"]), info.get("n_head_kv", "?"), tuple(found["sliding"]), recurrent, found["flash"])
+def _layout(run: DryRun) -> ModelLayout:
+    layers, kv_heads = int(run.info["n_layer"]), run.info.get("n_head_kv", "?")
+    return ModelLayout(run.info["arch"], layers, kv_heads, tuple(run.sliding), run.state_bytes > 0, run.flash)
 
 
-def _work(job: dict[str, Any], label: str) -> dict[str, Any]:
+def _work(job: Job, label: str) -> Result:
     """Run one job in a worker process."""
     child = subprocess.run(
         workers.command("olpack.memory.worker"),
-        input=json.dumps(job),
+        input=json.dumps(asdict(job)),
         env=workers.environment(),
         capture_output=True,
         encoding="utf-8",
         errors="replace",
     )
     if child.returncode == 0:
-        answer = json.loads(child.stdout)
-        if "error" in answer:
-            error = answer["error"]
-            raise OlpackError(error["problem"].replace(job.get("folder") or "\0", label), error["remedy"])
-        return answer["result"]
+        answer = TypeAdapter(Answer).validate_json(child.stdout)
+        if answer.result is None:
+            raise OlpackError(answer.problem.replace(job.folder, label) if job.folder else answer.problem, answer.remedy)
+        return answer.result
     raise workers.exit_error(
         f"The process that asked llama.cpp about {label}",
         child.returncode,

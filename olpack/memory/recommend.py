@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from olpack.machine import Machine
-from olpack.memory.footprint import Footprint, Setting, plan, read
+from olpack.memory.footprint import Footprint, plan, read
+from olpack.memory.job import Setting
 from olpack.memory.published import SOURCE, published_loss, rule_of_thumb
 from olpack.memory.subject import Subject
 from olpack.progress import quantity

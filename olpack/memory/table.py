@@ -10,7 +10,7 @@ from rich.text import Text
 from olpack.compare.table import plain
 from olpack.machine import Machine
 from olpack.memory.estimate import TITLES, MemoryEstimate
-from olpack.memory.footprint import Setting
+from olpack.memory.job import Setting
 from olpack.memory.published import rule_of_thumb
 from olpack.memory.recommend import Advice, Candidate
 from olpack.progress import quantity

@@ -1,4 +1,4 @@
-"""The base model: where it is, what it is called, and what its folder says of it."""
+"""The base model: its folder, its label, and the facts in its configuration files."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Base:
 
     @cached_property
     def leftover_quantization(self) -> bool:
-        """Whether config.json says bitsandbytes and no tensor is packed so, as after `merge_and_unload` of a QLoRA model."""
+        """Whether config.json names bitsandbytes and no tensor is packed so, as after `merge_and_unload` of a QLoRA model."""
         settings = _json(self.path / "config.json").get("quantization_config")
         if not isinstance(settings, dict) or settings.get("quant_method") != "bitsandbytes" or not any(self.path.glob("*.safetensors")):
             return False
@@ -59,7 +59,7 @@ class Base:
 
     @property
     def context_length(self) -> int:
-        """Longest sequence in tokens that the model was made for; 4096 where neither its configuration nor transformers' default for it says."""
+        """Longest sequence in tokens that the model was made for; 4096 where neither its configuration nor transformers' default gives one."""
         names = ("max_position_embeddings", "n_positions", "max_sequence_length")
         text = self.config.get("text_config", self.config)
         return int(next((text[key] for key in names if text.get(key)), None) or self._default(names) or 4096)
@@ -72,7 +72,7 @@ class Base:
         plain = {key: value for key, value in self.config.items() if key not in ("quantization_config", "auto_map")}
         try:
             full = AutoConfig.for_model(**plain).get_text_config(decoder=True)
-        except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError):  # no model for transformers; `MetaModel` says so
+        except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError):  # no model for transformers; `MetaModel` reports it
             return None
         return next((value for name in names if (value := getattr(full, name, None))), None)
 
@@ -119,7 +119,7 @@ class Base:
         """The base's tokenizer, from its folder and without any network.
 
         Raises:
-            OlpackError: the folder holds none that loads, or the class that it names does not fit its vocabulary.
+            OlpackError: no tokenizer in the folder loads, or the class that it names does not fit its vocabulary.
         """
         from transformers import AutoTokenizer
 
@@ -134,7 +134,7 @@ class Base:
         return tokenizer
 
     def _refuse_lost_spaces(self, tokenizer) -> None:
-        """Some classes split text in their own way, whatever tokenizer.json says: LlamaTokenizerFast finds no spaces in a byte-level vocabulary.
+        """Some classes split text in their own way, whatever is in tokenizer.json: LlamaTokenizerFast loses the spaces of a byte-level vocabulary.
 
         Both token sequences are read by tokenizer.json, so a tokenizer that leaves out spaces on purpose is no fault.
         """
@@ -179,7 +179,7 @@ def resolve(label: str, *, relative_to: Path, revision: str | None = None, weigh
         if path.is_dir():
             return Base(label, _checked(path, weights))
         if path.is_file():
-            raise OlpackError(f"{label} is a file, not a model's folder.", "Name the folder that holds config.json and the safetensors.")
+            raise OlpackError(f"{label} is a file, not a model's folder.", "Name the folder with config.json and the safetensors.")
     if label.startswith((".", "/", "~")) or label.count("/") != 1:
         raise OlpackError(f"There is no folder {label}.", "`base` is builtin/tiny-coder, a model's folder, or a Hub id such as Qwen/Qwen3-0.6B.")
     return _from_hub(label, revision, weights)
@@ -242,7 +242,7 @@ def _refuse_custom_code(config: dict[str, Any], label: str) -> None:
 
 @contextmanager
 def _hub_failures(repo: str, revision: str | None) -> Iterator[None]:
-    """Say in a sentence why something could not be had from the Hub."""
+    """Raise an OlpackError for whatever fails on the Hub."""
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -260,7 +260,7 @@ def _hub_failures(repo: str, revision: str | None) -> Iterator[None]:
             f"{repo} is gated: its owner must grant access.", "Accept its licence on its page there, then run `hf auth login`, or set HF_TOKEN."
         ) from None
     except HFValidationError:
-        raise OlpackError(f"There is no folder {repo}, and a Hub id is written otherwise.", "Check its spelling: Qwen/Qwen3-0.6B is one.") from None
+        raise OlpackError(f"There is no folder {repo}, and it is not a valid Hub id.", "Check its spelling: Qwen/Qwen3-0.6B is one.") from None
     except RevisionNotFoundError:
         raise OlpackError(f"{repo} has no revision {revision}.", "Name one of its branches, tags or commits as `revision`.") from None
     except RepositoryNotFoundError:
@@ -284,7 +284,7 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError) as error:
         raise OlpackError(f"{path} cannot be read as JSON: {error}.", "Fetch the model again.") from None
     if not isinstance(value, dict):
-        raise OlpackError(f"{path} does not hold an object.", "Fetch the model again.")
+        raise OlpackError(f"{path} does not contain an object.", "Fetch the model again.")
     return value
 
 

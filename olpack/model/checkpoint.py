@@ -1,4 +1,4 @@
-"""A model's folder, judged by its names, its configuration and the headers of its safetensors files. Loads no weight."""
+"""A model's folder, checked by its names, its configuration and the headers of its safetensors files. Loads no weight."""
 
 from __future__ import annotations
 
@@ -45,19 +45,21 @@ def read_config(source: Path) -> dict:
         refuse_adapter(source)
         ggufs = sorted(source.glob("*.gguf"))
         if ggufs:
-            raise OlpackError(f"'{source}' holds a GGUF ({ggufs[0].name}) and no config.json.", "Name the GGUF itself, or the folder of the model.")
+            raise OlpackError(
+                f"'{source}' contains a GGUF ({ggufs[0].name}) and no config.json.", "Name the GGUF itself, or the folder of the model."
+            )
         raise OlpackError(f"'{source}' is no model folder: it has no config.json.", "Name a folder with config.json, a tokenizer and safetensors.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise OlpackError(f"'{path}' is no valid JSON: {error}.", "Download the model again.") from error
     if not isinstance(config, dict):
-        raise OlpackError(f"'{path}' holds no JSON object.", "Download the model again.")
+        raise OlpackError(f"'{path}' contains no JSON object.", "Download the model again.")
     return config
 
 
 def refuse_adapter(source: Path) -> None:
-    """Raises OlpackError if the folder holds an adapter, naming the base that it was trained on."""
+    """Raises OlpackError if the folder contains an adapter, naming the base that it was trained on."""
     path = source / "adapter_config.json"
     if not path.is_file():
         return
@@ -72,7 +74,7 @@ def refuse_adapter(source: Path) -> None:
 
 
 def check_tokenizer_files(source: Path) -> None:
-    """Raises OlpackError if the folder holds no tokenizer, or a pointer in place of one."""
+    """Raises OlpackError if the folder contains no tokenizer, or a pointer in place of one."""
     found = [source / name for name in TOKENIZERS if (source / name).is_file()]
     for file in found:
         _refuse_pointer(file)
@@ -111,7 +113,7 @@ def read_tensor_headers(source: Path) -> dict[str, TensorHeader]:
                 f"'{index}' names {len(missing)} tensors that its files lack, the first is '{missing[0]}'.", "Download the model again."
             )
     if not tensors:
-        raise OlpackError(f"The safetensors in '{source}' hold no tensors.", "Download the model again.")
+        raise OlpackError(f"The safetensors in '{source}' contain no tensors.", "Download the model again.")
     return tensors
 
 
@@ -135,11 +137,11 @@ def _weight_files(source: Path) -> list[Path]:
             f"'{source}' has its weights as pickle only ({pickles[0].name}), which can run code when it is read.",
             "Take a revision with safetensors, or save the model with save_pretrained(safe_serialization=True).",
         )
-    raise OlpackError(f"'{source}' holds no weights (no model*.safetensors).", "Finish the download of the model.")
+    raise OlpackError(f"'{source}' contains no weights (no model*.safetensors).", "Finish the download of the model.")
 
 
 def _all_shards(files: list[Path]) -> list[Path]:
-    """The files, and those that their names (`model-00001-of-00003`) speak of, unless one file holds the whole model."""
+    """The files, and those that their names (`model-00001-of-00003`) imply, unless one file contains the whole model."""
     if any(file.name == "model.safetensors" for file in files):
         return files
     spoken = {
@@ -163,10 +165,10 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def read_safetensors_header(file: Path) -> dict[str, TensorHeader]:
-    """The tensors of one safetensors file, after a check that the file holds all the bytes that its header promises.
+    """The tensors of one safetensors file, after a check that the file has all the bytes that its header declares.
 
     Raises:
-        OlpackError: the file is truncated, longer than its header says, or no safetensors file.
+        OlpackError: the file is truncated, longer than its header declares, or no safetensors file.
     """
     _refuse_pointer(file)
     size = file.stat().st_size
@@ -188,7 +190,7 @@ def read_safetensors_header(file: Path) -> dict[str, TensorHeader]:
             raise OlpackError(f"'{file}' is no safetensors file: its header cannot be read.", "Download it again.") from error
     if size != 8 + length + end:
         raise OlpackError(
-            f"'{file}' has {size:,} bytes, and its header promises {8 + length + end:,}.",
+            f"'{file}' has {size:,} bytes, and its header declares {8 + length + end:,}.",
             "It is truncated or was swapped: download it again.",
         )
     return tensors

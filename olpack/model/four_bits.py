@@ -1,7 +1,7 @@
 """bitsandbytes' 4 bits on a CPU, whose kernel is only used for what it computes right on this machine.
 
 Versions up to 0.50.2 take the scale of another block on CPUs with AVX-512 where a row is no whole number of blocks, as in a matrix of 50 x 48.
-Whatever uses 4 bits goes through one operator of torch, which `check_kernel` puts right for the whole process.
+Whatever uses 4 bits goes through one operator of torch, which `check_kernel` replaces for the whole process where it is wrong.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 _OPERATOR = ("bitsandbytes", "dequantize_4bit")
-_BLOCK = 64  # numbers that share a scale, where nothing else is asked
+_BLOCK = 64  # numbers that share a scale, by default
 _WHOLE_ROWS, _BROKEN_ROWS = [(8, 2 * _BLOCK), (3, _BLOCK)], [(50, 48), (33, 96), (5, _BLOCK + 2)]
 
 Dequantize = Callable[[torch.Tensor, torch.Tensor, int, str, Sequence[int], torch.dtype], torch.Tensor]
-"""(packed, scales, numbers of a block, "nf4" or "fp4", shape, dtype) to the dense matrix; two numbers lie in a byte, the first in its high half."""
+"""(packed, scales, numbers of a block, "nf4" or "fp4", shape, dtype) to the dense matrix; a byte packs two numbers, the first in its high half."""
 
 
 @functools.cache

@@ -53,7 +53,7 @@ class Layout:
         marker: the tensor by which a packed layer is recognized.
         parts: all tensors that the packing needs.
         optional: tensors that some checkpoints have besides.
-        unused: tensors that say nothing of the weight.
+        unused: tensors that are not needed for the weight.
     """
 
     name: str
@@ -125,7 +125,7 @@ class Scaled(Layout):
 
 @dataclass(frozen=True)
 class Hqq(Layout):
-    """scale * (code - zero), where codes lie in groups of neighbours (axis 1) or across the rows (axis 0), and fewer than 8 bits share a byte."""
+    """scale * (code - zero), where codes are in groups of neighbours (axis 1) or across the rows (axis 0), and fewer than 8 bits share a byte."""
 
     def dequantize(self, parts: Parts) -> torch.Tensor:
         rows, columns = (int(n) for n in parts["shape"].tolist())
@@ -165,7 +165,7 @@ class Aqlm(Layout):
 class Eetq(Layout):
     """int8 times a scale for each row, in the order of EETQ's kernels for GPUs since Turing (its cutlass_preprocessors.cc).
 
-    Of the transposed weight, sixteen rows at a time change places, and the columns of two rows lie interleaved in tiles of 64; bytes are stored
+    Of the transposed weight, sixteen rows at a time change places, and the columns of two rows are interleaved in tiles of 64; bytes are stored
     with 128 added, the second and third of each four exchanged.
     """
 
@@ -222,7 +222,7 @@ def quantize_hqq(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.T
             break
         best, least = zero, mean
         size = error.abs()
-        shrunk = (size - size.pow(_HQQ_NORM - 1) / beta).clamp_(min=0) * error.sign()  # what the p-norm lets stay an outlier
+        shrunk = (size - size.pow(_HQQ_NORM - 1) / beta).clamp_(min=0) * error.sign()  # the outliers under the p-norm
         zero = (codes - (values - shrunk) * inverse).mean(1, keepdim=True)
         beta *= _HQQ_GROWTH
     scale, zero = (1 / inverse).half(), best.half()

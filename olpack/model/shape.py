@@ -33,7 +33,7 @@ class Parameters:
         embedding: token embeddings of the text model.
         head: the output layer; 0 where it is the embedding (tied).
         linear: weights of the text model's linear layers, the output layer not among them.
-        experts: weights that transformers holds as stacked experts.
+        experts: weights in stacked experts.
         other: norms, biases, routers that are no linear layers.
         towers: of all that is no text model: vision and audio towers, projectors.
         active: of the text model, those that one token goes through (all but the experts that are not chosen).
@@ -66,7 +66,7 @@ class Shape:
         head_dim, value_dim: width of a key and of a value.
         intermediate: width of the feed-forward layers; of one expert where there are only experts.
         tied: the output layer is the embedding.
-        context_length: tokens the model was made for, None where its configuration does not say.
+        context_length: tokens the model was made for, None where its configuration gives none.
         window: tokens that a sliding-window layer sees, None where there is none.
         kinds: of each layer: "full" attends to the whole context, "sliding" to the window, "none" keeps no keys and values.
         experts, experts_used: of each layer, and for each token; 0 without experts.

@@ -9,9 +9,10 @@ from pathlib import Path
 from olpack.errors import OlpackError
 from olpack.export.adapter import Adapter
 from olpack.model.checkpoint import TOKENIZER_FILES, TensorHeader
+from olpack.model.names import BaseNames
 
 
-def grown_tokenizer(folder: Path, source: Path, adapter: Adapter, base: Mapping[str, TensorHeader]) -> tuple[Path | None, str | None]:
+def adapter_tokenizer(folder: Path, source: Path, adapter: Adapter, base: Mapping[str, TensorHeader]) -> tuple[Path | None, str | None]:
     """The folder whose tokenizer goes into the file in place of the base's, if one does, and a warning where one cannot.
 
     Args:
@@ -23,7 +24,7 @@ def grown_tokenizer(folder: Path, source: Path, adapter: Adapter, base: Mapping[
     Raises:
         OlpackError: the vocabulary grew, and the adapter's folder has no tokenizer.
     """
-    embedding = next((name for name in base if name.endswith(("embed_tokens.weight", "wte.weight"))), None)
+    embedding = BaseNames(base).embedding
     rows = base[embedding].shape[0] if embedding else 0
     has_one = any((folder / name).is_file() for name in TOKENIZER_FILES if name not in ("tokenizer_config.json", "chat_template.jinja"))
     if adapter.vocabulary is not None:
@@ -36,10 +37,10 @@ def grown_tokenizer(folder: Path, source: Path, adapter: Adapter, base: Mapping[
                 "Put the tokenizer that it was trained with there (tokenizer.save_pretrained).",
             )
         return None, None
-    own, new = (_tokens(place / "tokenizer.json") for place in (source, folder))
-    more = {index: text for index, text in new.items() if index not in own}
-    if not own or not more or any(new.get(index) != text for index, text in own.items()):
-        return None, None  # the base's tokens, or a tokenizer of another model that lies there by chance
+    tokens, new = (_tokens(place / "tokenizer.json") for place in (source, folder))
+    more = {index: text for index, text in new.items() if index not in tokens}
+    if not tokens or not more or any(new.get(index) != text for index, text in tokens.items()):
+        return None, None  # the base's tokens, or an unrelated tokenizer of another model
     if max(more) < rows:
         return folder, None
     token = more[max(more)]
