@@ -292,7 +292,7 @@ def test_importance_concerns_only_what_gains_by_it(workspace):
     assert code == 0 and "with the importance matrix" in printed, said
     with_it, other = json.loads((root / "compare/results.json").read_text())["quants"]
     assert with_it["divergence_without_importance"]["mean"] > 0 and other["divergence_without_importance"] is None
-    assert not (root / "compare/temporary").exists() and "What the importance matrix gave" in (root / "compare/report.html").read_text()
+    assert not (root / "compare/temporary").exists() and "Effect of the importance matrix" in (root / "compare/report.html").read_text()
 
     # It serves other quants too, and a lost one is collected again only when something needs it.
     more = build_of(workspace, "export.importance=train", "quants=[Q4_K_M, Q8_0, Q4_0]")
@@ -455,7 +455,7 @@ def test_a_comparison_that_was_begun_is_called_so(workspace):
 
 def test_a_context_without_room_is_refused_before_any_work(workspace):
     code, _, said = olpack(workspace, "plan", "oracle", "--set", "modelfile.parameters.num_ctx=32", "--set", "compare.generated_tokens=32")
-    assert code == 1 and "num_ctx 32 leaves no room for a prompt beside the 32 tokens" in " ".join(said.split())
+    assert code == 1 and "num_ctx 32 leaves no space for a prompt beside the 32 tokens" in " ".join(said.split())
 
 
 def test_what_needs_no_weights_fetches_none(workspace, monkeypatch):

@@ -163,7 +163,7 @@ def _column(title: str, hint: str, figures: Sequence[_Figure | None]) -> Column:
 
 
 def _lengths(results: Results) -> list[tuple[str, dict[str, PromptSpeed]]]:
-    """The prompt lengths that speed was taken at: (in words, the speeds by tag of the quant).
+    """The prompt lengths at which speed was measured: (as text, the speeds by tag of the quant).
 
     A server counts the tokens of a prompt anew each time, so lengths within a tenth are the same length.
     """
