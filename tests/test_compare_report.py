@@ -165,7 +165,7 @@ def test_the_report_says_what_the_fine_tune_gave_and_the_quants_took(template):
 
 def test_the_report_says_what_the_importance_matrix_gave_and_which_types_a_budget_chose(template):
     page = render_report(with_choices(four()), template)
-    table = re.search(r"Effect of the importance matrix.*?</table>", page, re.DOTALL)[0]
+    table = re.search(r"What the importance matrix gave.*?</table>", page, re.DOTALL)[0]
     assert all(figure in table for figure in (">3.33<", ">12.50<", ">-73.33%<", "± 2.52%")) and table.count("<tr") == 2
     assert "<dt>Q4_K_M</dt><dd>token_embd q6_K, attn_v q6_K ×6 q5_K ×2, ffn_down q4_K ×8</dd>" in page
     plain = render_report(against_the_unquantized(four()), template)
@@ -203,7 +203,7 @@ def test_flags_that_several_quants_have_are_told_once_and_serious_ones_first(tem
 
 def test_models_of_a_server_have_a_page_without_what_only_files_have(template):
     page = render_report(served(), template)
-    assert "2 models side by side" in page and "only the server has the files" in page and "494M" in page and "on the GPU" in page
+    assert "2 models side by side" in page and "the files lie with the server" in page and "494M" in page and "on the GPU" in page
     for present in ("joules per", "<th>8</th>", "1 without answer", "<th>2048–2049</th>", "Ollama 0.33.0"):
         assert present in page
     for absent in ("bits per", "perplexity<", "KL divergence", "load, cold", "before the training", "Take ", "held-out"):

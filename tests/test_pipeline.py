@@ -292,7 +292,7 @@ def test_importance_concerns_only_what_gains_by_it(workspace):
     assert code == 0 and "with the importance matrix" in printed, said
     with_it, other = json.loads((root / "compare/results.json").read_text())["quants"]
     assert with_it["divergence_without_importance"]["mean"] > 0 and other["divergence_without_importance"] is None
-    assert not (root / "compare/temporary").exists() and "Effect of the importance matrix" in (root / "compare/report.html").read_text()
+    assert not (root / "compare/temporary").exists() and "What the importance matrix gave" in (root / "compare/report.html").read_text()
 
     # It serves other quants too, and a lost one is collected again only when something needs it.
     more = build_of(workspace, "export.importance=train", "quants=[Q4_K_M, Q8_0, Q4_0]")
