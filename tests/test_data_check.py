@@ -12,13 +12,15 @@ import pytest
 from oracle import olpack
 
 from olpack import recipe
-from olpack.data import Chat, HubSet, Renderer, load_chats
+from olpack.data import Chat, HubSet, Renderer, Source, load_chats
 from olpack.data.chats import times
 from olpack.data.check import histogram, percentile
 from olpack.data.show import pieces
 from olpack.errors import OlpackError
 from olpack.model.base import BUILTIN, Base
 from olpack.stages.build import Build
+from olpack.stages.requests import held_out_requests, questions
+from olpack.stages.steps import stage_of
 
 RECIPE = "base: builtin/tiny-coder\ndata: {train: train.jsonl, eval: eval.jsonl, max_length: 64}\n"
 
@@ -122,7 +124,7 @@ def test_show_prints_a_row_byte_for_byte(tmp_path):
     code, printed, _ = olpack(tmp_path, "data", "show", "support", "1", "--eval")
     assert code == 0 and "eval row 1, eval.jsonl:1" in printed
     code, _, said = olpack(tmp_path, "data", "show", "support", "21")
-    assert code == 1 and "There is no row 21: to learn are 20." in said
+    assert code == 1 and "There is no row 21: the training side has 20." in said
 
 
 def test_on_a_terminal_colours_mark_target_tokens(tmp_path, monkeypatch):
@@ -167,6 +169,18 @@ def test_rows_that_a_weight_leaves_out_are_no_problem_here_and_none_in_a_build(t
     assert [finding["text"] for finding in found["findings"]] == ["No row is left at this `weight`."]
     with pytest.raises(OlpackError, match="no row left at this weight"):
         train_rows()
+
+
+@pytest.mark.parametrize("sides", ["train: train.jsonl, eval: eval.jsonl", "train: train.jsonl, eval_share: 0.3"])
+def test_one_build_parses_each_source_once(tmp_path, monkeypatch, sides):
+    root = package(tmp_path, GOOD, [chat("e", "a")], RECIPE.replace("train: train.jsonl, eval: eval.jsonl", sides))
+    build = Build(recipe.load(root / "modelfiles/support/recipe.yaml"))
+    parsed, read = [], Source.read
+    monkeypatch.setattr(Source, "read", lambda source: parsed.append(source.label) or read(source))
+    train, held_out = build.rows
+    assert len(train) + len(held_out) == (20 if "eval:" in sides else 19)
+    assert len(held_out_requests(build)) == len(held_out) and len(questions(build)) == min(3, len(held_out))
+    assert sorted(parsed) == (["eval.jsonl", "train.jsonl"] if "eval:" in sides else ["train.jsonl"])
 
 
 def test_held_out_rows_are_seen_once_and_an_empty_source_is_a_problem(tmp_path):
@@ -264,7 +278,7 @@ def test_a_plan_prints_names_as_they_are(tmp_path):
 
 
 def test_held_out_texts_and_tool_calls_are_no_questions_and_answers(tmp_path):
-    from olpack.stages.work import _examples, questions
+    from olpack.stages.requests import examples, questions
 
     call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}
     asked = {"role": "user", "content": "q"}
@@ -275,7 +289,7 @@ def test_held_out_texts_and_tool_calls_are_no_questions_and_answers(tmp_path):
     path.write_text(data)
     build = Build(recipe.load(path))
     assert questions(build) == [[asked], [{"role": "user", "content": "e"}]]
-    assert _examples(build) == [("e", "a")]
+    assert examples(build) == [("e", "a")]
     path.write_text(data.replace(", eval.jsonl]", "]"))
     assert questions(Build(recipe.load(path))) == []
 
@@ -283,7 +297,7 @@ def test_held_out_texts_and_tool_calls_are_no_questions_and_answers(tmp_path):
 def test_what_decides_the_rows_decides_the_key(tmp_path):
     def key(data: str, stage: str = "train") -> str:
         package(tmp_path, GOOD, [chat("e", "a")], f"base: builtin/tiny-coder\ndata: {data}\n")
-        return Build(recipe.load(tmp_path / "modelfiles/support/recipe.yaml")).inputs(stage)
+        return stage_of(stage).all_inputs(Build(recipe.load(tmp_path / "modelfiles/support/recipe.yaml")))
 
     plain = key("{train: train.jsonl, eval: eval.jsonl}")
     assert key("{train: {file: train.jsonl}, eval: [eval.jsonl]}") == plain

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from olpack.data import Chat, Renderer, Source, load_rows
+from olpack.data import Chat, Renderer, Source, load_sides, render_rows
 from olpack.data.check import check_data
 from olpack.errors import OlpackError
 from olpack.model.base import BUILTIN, Base
@@ -117,8 +117,8 @@ def test_earlier_answers_that_only_close_their_reasoning_are_given_to_the_templa
 @pytest.mark.parametrize(
     ("template", "answer", "said"),
     [
-        (TURN + END + ASK, ORPHAN, "Its target tokens hold </think> more often than reasoning is opened."),
-        (TURN + END + THINK, f"Well.\n</think>{ORPHAN}", "Its target tokens hold </think> more often than reasoning is opened."),
+        (TURN + END + ASK, ORPHAN, "Its target tokens contain </think> more often than reasoning is opened."),
+        (TURN + END + THINK, f"Well.\n</think>{ORPHAN}", "Its target tokens contain </think> more often than reasoning is opened."),
         (TURN + END + NO_THINK, INLINE, "The generation prompt ends with </think>, and the answer opens reasoning behind it."),
         (TURN + END + ASK, INLINE, None),
         (TURN + CUT + THINK, INLINE, None),
@@ -133,6 +133,6 @@ def test_marks_that_do_not_fit_are_a_warning(tiny, tmp_path, capsys, template, a
     renderer = with_template(tiny, template)
     report = check_data([Source(path)], [], renderer, max_length=64, eval_share=0.1)
     assert not report.fails and [finding.text for finding in report.findings] == [said] * 3 * bool(said)
-    load_rows([path], [], renderer, max_length=64, eval_share=0.1)
+    render_rows(*load_sides([path], [], eval_share=0.1), renderer, max_length=64)
     printed = capsys.readouterr().err
     assert (f"{said} This is so of 3 rows" in " ".join(printed.split())) if said else "more often" not in printed and "behind it" not in printed

@@ -13,7 +13,7 @@ from olpack import recipe
 from olpack.compare.results import read_results
 from olpack.errors import OlpackError
 from olpack.machine import GIB, Machine, this_machine
-from olpack.memory.estimate import Estimate, estimate
+from olpack.memory.estimate import MemoryEstimate, estimate
 from olpack.memory.footprint import KV_TYPES, Setting, plan, read
 from olpack.memory.published import CHOICE
 from olpack.memory.recommend import Advice, recommend, recommend_files, recommend_model
@@ -22,7 +22,7 @@ from olpack.quants import quant_type
 from olpack.stages.build import Build
 from olpack.workspace import packages, recipe_path
 
-_CONTEXT = 4096  # where nobody has named one; what olpack gives a package too
+_CONTEXT = 4096  # tokens, by default; a package's default, too
 
 
 def advise(
@@ -41,7 +41,7 @@ def advise(
     Args:
         models: one package, folder or Hub id, or any number of GGUFs of one model.
         params: in place of `models`: a number of parameters, "8B".
-        vram, ram: in place of what the machine has, in GB as memory is sold (2^30 bytes). What is left out is this machine's.
+        vram, ram: in place of this machine's memory, in GiB; what is left out is this machine's.
         context: tokens; by default the package's num_ctx, or 4096.
         kv_type: of the KV cache in llama.cpp: f16, q8_0 or q4_0.
         max_loss: growth of perplexity that is accepted; by default the package's, or 0.03.
@@ -49,14 +49,14 @@ def advise(
         out: the folder that holds the builds.
 
     Raises:
-        OlpackError: not one thing is asked about, there is no such thing, or llama.cpp does not know it.
+        OlpackError: both or neither of models and size, no such model, or one that llama.cpp does not know.
     """
     if bool(models) == bool(params):
-        raise OlpackError("Say what is to run: a package, GGUFs, or a size.", "For example: `olpack recommend --params 8B --vram 8`.")
+        raise OlpackError("Either models (a package, GGUFs) or a size must be named.", "For example: `olpack recommend --params 8B --vram 8`.")
     machine = _machine(vram, ram)
     files = [Path(model) for model in models if model.lower().endswith(".gguf")]
     if files and (len(files) < len(models) or quants):
-        raise OlpackError("A GGUF is what it is: other models and quant types do not go with it.", "Name GGUFs only, and no --quant.")
+        raise OlpackError("GGUFs cannot be combined with other models or with quant types.", "Name GGUFs only, and no --quant.")
     if files:
         for file in files:
             find(str(file))
@@ -66,13 +66,15 @@ def advise(
     if models and "/" not in models[0] and (models[0] in packages() or not Path(models[0]).exists()):
         overrides = [f"quants=[{', '.join(quants)}]"] if quants else []
         build = Build(recipe.load(recipe_path(models[0]), overrides), out, weights=False)
-        return _advise_build(build, machine, _setting(context or build.package.parameters["num_ctx"], kv_type), max_loss)
+        num_ctx = build.package.num_ctx
+        assert isinstance(num_ctx, int)  # a package's parameters are checked, and num_ctx is always among them
+        return _advise_build(build, machine, _setting(context or num_ctx, kv_type), max_loss)
     subject = typical(params) if params else find(models[0])
     return recommend_model(subject, _quants(quants, CHOICE), machine, _setting(context, kv_type), max_loss)
 
 
 def _advise_build(build: Build, machine: Machine, setting: Setting, max_loss: float | None) -> Advice:
-    """Advice on a package: on its files where they are built, with the figures of its comparison where there is one."""
+    """Advice on a package: on its GGUFs where they are built, with the figures of its comparison where there is one."""
     results = read_results(build.paths.results) if build.paths.results.is_file() else None
     paths = [build.paths.gguf(quant.name) for quant in build.quants]
     subject = Subject(build.recipe.base, build.base.config)
@@ -92,7 +94,7 @@ def estimate_model(
     rank: int = 16,
     tokens: int = 2048,
     quants: Sequence[str] | None = None,
-) -> Estimate:
+) -> MemoryEstimate:
     """What a model takes for inference and training.
 
     Args:
@@ -103,17 +105,20 @@ def estimate_model(
         tokens: that go through the model at once in training.
 
     Raises:
-        OlpackError: not one thing is asked about, there is no such thing, or it makes no model.
+        OlpackError: both or neither of model and size, no such model, or a configuration that makes no model.
     """
-    if bool(model) == bool(params):
-        raise OlpackError("Say what to estimate: a model, or a size.", "For example: `olpack estimate --params 8B`.")
-    subject: Subject = typical(params) if params else find(model)
+    if model and not params:
+        subject = find(model)
+    elif params and not model:
+        subject = typical(params)
+    else:
+        raise OlpackError("One model or one size must be named.", "For example: `olpack estimate --params 8B`.")
     return estimate(subject, _quants(quants, CHOICE), _setting(context, kv_type), rank=rank, tokens=tokens)
 
 
 def _setting(context: int | None, kv_type: str) -> Setting:
     if kv_type.lower() not in KV_TYPES:
-        raise OlpackError(f"'{kv_type}' is no type of the KV cache.", f"It is one of {', '.join(KV_TYPES)}.")
+        raise OlpackError(f"The KV cache cannot have the type '{kv_type}'.", f"Use one of {', '.join(KV_TYPES)}.")
     return Setting(context or _CONTEXT, kv_type.lower())
 
 
@@ -126,4 +131,4 @@ def _machine(vram: float | None, ram: float | None) -> Machine:
         return this_machine()
     found = this_machine() if vram is None or ram is None else Machine(0)
     gpus = found.gpus if vram is None else (round(vram * GIB),) if vram else ()
-    return Machine(found.ram if ram is None else round(ram * GIB), gpus, told=True)
+    return Machine(found.ram if ram is None else round(ram * GIB), gpus, given=True)

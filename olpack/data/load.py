@@ -1,4 +1,4 @@
-"""From a recipe's data to rows that a base can learn."""
+"""From a recipe's data to rows that a base can be trained on."""
 
 from __future__ import annotations
 
@@ -14,43 +14,57 @@ from olpack.data.sources import Source
 from olpack.errors import OlpackError
 
 
-def load_rows(
-    train: Sequence[Source | Path], held_out: Sequence[Source | Path], renderer: Renderer, *, max_length: int, eval_share: float
-) -> tuple[list[TokenRow], list[TokenRow]]:
-    """Read both sides of the data and render them.
+def load_sides(train: Sequence[Source | Path], held_out: Sequence[Source | Path], *, eval_share: float) -> tuple[list[Chat], list[Chat]]:
+    """Read the training chats and the held-out chats.
 
     Args:
-        train: rows to learn. Those of a source with a weight stand in the result as often as that says.
-        held_out: rows to score, each once; empty: `eval_share` of the training rows is set apart.
+        train: sources of training chats. Chats that their weight leaves out are among the result.
+        held_out: sources of held-out chats; empty: `eval_share` of the training chats is set apart.
+        eval_share: from 0 to 1.
+
+    Returns:
+        (train, eval) chats in the order of their files.
+
+    Raises:
+        OlpackError: a file or a row is wrong, or nothing is left on one side.
+    """
+    chats = load_chats(*train)
+    if held_out:
+        return chats, load_chats(*held_out)
+    chats, apart = split(chats, eval_share)
+    names = ", ".join(
+        str(source if isinstance(source, Path) else source.place if isinstance(source.place, Path) else source.label) for source in train
+    )
+    if not chats or not apart:
+        raise OlpackError(f"{names} has too few rows to set {eval_share:.0%} of them apart.", "Name a file of held-out rows as `data.eval`.")
+    return chats, apart
+
+
+def render_rows(chats: Sequence[Chat], held_out: Sequence[Chat], renderer: Renderer, *, max_length: int) -> tuple[list[TokenRow], list[TokenRow]]:
+    """Render both sides of the data.
+
+    Args:
+        chats: training chats. Those with a weight stand in the result as often as that says.
+        held_out: chats to score, each once.
         renderer: with the base's tokenizer and chat template.
         max_length: longest row in tokens.
 
     Returns:
-        (train, eval) rows in the order of their files. A chat of which the template rewrites earlier turns makes several.
+        (train, eval) rows in the order of the chats. A chat of which the template rewrites earlier turns makes several.
 
     Raises:
-        OlpackError: a file or a row is wrong, a row is too long, is on both sides, or nothing is left on one side.
+        OlpackError: the template refuses a chat, a row is too long or is on both sides, or the weights leave no training row.
     """
-    chats = load_chats(*train)
-    if not held_out:
-        chats, apart = split(chats, eval_share)
-        if not chats or not apart:
-            raise OlpackError(
-                f"{', '.join(map(_name, train))} has too few rows to set {eval_share:.0%} of them apart.",
-                "Name a file of held-out rows as `data.eval`.",
-            )
-    else:
-        apart = load_chats(*held_out)
-    for chat, twin in leaks(chats, apart):
+    for chat, twin in leaks(chats, held_out):
         raise OlpackError(
             f"{chat.source} is also in the training data ({twin.source}), so its score would mean nothing.", "Remove it from one of the files."
         )
     if not (trained := [chat for chat in chats if times(chat)]):
-        raise OlpackError(f"{', '.join(map(_name, train))} has no row left at this weight.", "Raise `weight`.")
-    for sentence in unread_keys([*chats, *apart], str(renderer.tokenizer.chat_template)):
+        raise OlpackError("The training data has no row left at this weight.", "Raise `weight`.")
+    for sentence in unread_keys([*chats, *held_out], str(renderer.tokenizer.chat_template)):
         progress.say(sentence)
-    with progress.task("reading the data", total=len(trained) + len(apart), unit="rows") as task:
-        made = _rendered([*trained, *apart], renderer, task)
+    with progress.task("reading the data", total=len(trained) + len(held_out), unit="rows") as task:
+        made = _rendered([*trained, *held_out], renderer, task)
     _refuse_long([row for rows in made for row in rows], max_length)
     if parted := sum(len(rows) > 1 for rows in made):
         progress.say(f"{parted:,} of {len(made):,} chats become several rows each: the chat template writes earlier turns otherwise than the last")
@@ -68,7 +82,7 @@ def nth_row(number: int, train: Sequence[Source], other: Sequence[Source], rende
 
     Args:
         number: which row; of a chat that makes several, each counts.
-        train, other, renderer, eval_share: as `load_rows` takes them; a share of 0 holds nothing out.
+        train, other, renderer, eval_share: as `load_sides` and `render_rows` take them; a share of 0 holds nothing out.
         held_out: count the held-out rows, not the training rows.
 
     Raises:
@@ -86,17 +100,17 @@ def nth_row(number: int, train: Sequence[Source], other: Sequence[Source], rende
         if seen + len(rows) >= number:
             return rows[number - seen - 1]
         seen += len(rows)
-    raise OlpackError(f"There is no row {number}: {'held out' if held_out else 'to learn'} are {seen:,}.")
-
-
-def _name(source: Source | Path) -> str:
-    return str(source if isinstance(source, Path) else source.place if isinstance(source.place, Path) else source.label)
+    raise OlpackError(f"There is no row {number}: the {'held-out' if held_out else 'training'} side has {seen:,}.")
 
 
 def _rendered(chats: list[Chat], renderer: Renderer, task: progress.Task) -> list[list[TokenRow]]:
-    made, refused = [], []
+    made: list[list[TokenRow]] = []
+    refused: list[OlpackError] = []
     for rows in renderer.batches(chats):
-        (refused if isinstance(rows, OlpackError) else made).append(rows)
+        if isinstance(rows, OlpackError):
+            refused.append(rows)
+        else:
+            made.append(rows)
         task.advance()
     if refused:
         refuse([error.problem for error in refused], refused[0].remedy)

@@ -27,7 +27,7 @@ class Place:
         where: "gpu", "split" between GPU and RAM, "ram", or "nowhere".
         gpu_layers: layers on the GPU (n_gpu_layers of llama.cpp, num_gpu of Ollama), the output layer counted as one.
         layers: of the model, counted likewise.
-        gpu_bytes, ram_bytes: what lies where. Where it fits nowhere, what it would take in RAM.
+        gpu_bytes, ram_bytes: what it takes on each. Where it fits nowhere, what it would take in RAM.
     """
 
     where: Literal["gpu", "split", "ram", "nowhere"]
@@ -44,10 +44,10 @@ class Candidate:
     Attributes:
         footprint: what it takes.
         place: where it runs.
-        loss: growth of perplexity, 0.01 is one per cent; None where nobody knows.
+        loss: growth of perplexity, 0.01 is one per cent; None where no figure is known.
         measured: whether the loss was measured on this very file.
         tokens_per_s: generation as measured on this very file and this machine; None where it was not.
-        rule_bytes: what the tutorials' rule of thumb says; None where it has no figure.
+        rule_bytes: what the tutorials' rule of thumb gives; None where it has no figure.
     """
 
     footprint: Footprint
@@ -64,7 +64,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """A quant to take, and why, in one sentence."""
+    """A recommended quant, and the reason in one sentence."""
 
     quant: str
     reason: str
@@ -72,7 +72,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Advice:
-    """The whole answer. `best` and `fastest` are None where nothing fits, or nothing is within the accepted loss."""
+    """What fits, and what to take. `best` and `fastest` are None where nothing fits, or nothing is within the accepted loss."""
 
     label: str
     parameters: int
@@ -107,7 +107,7 @@ class Advice:
             "parameters": self.parameters,
             "setting": asdict(self.setting),
             "max_loss": self.max_loss,
-            "machine": {"ram_bytes": self.machine.ram, "gpu_bytes": list(self.machine.gpus), "found": not self.machine.told},
+            "machine": {"ram_bytes": self.machine.ram, "gpu_bytes": list(self.machine.gpus), "found": not self.machine.given},
             "quants": rows,
             "best": self.best and asdict(self.best),
             "fastest": self.fastest and asdict(self.fastest),
@@ -121,9 +121,9 @@ def place(footprint: Footprint, machine: Machine) -> Place:
     for count in range(layers if machine.gpus else 0, 0, -1):
         # Each further GPU computes a part of the graph with buffers of its own.
         on_gpu = footprint.on_gpu(count) + (len(machine.gpus) - 1) * footprint.compute_bytes
-        if on_gpu <= machine.gpu_room and footprint.in_ram(count) <= machine.ram_room:
+        if on_gpu <= machine.available_gpu and footprint.in_ram(count) <= machine.available_ram:
             return Place("gpu" if count == layers else "split", count, layers, on_gpu, footprint.in_ram(count))
-    fits = footprint.total <= machine.ram_room
+    fits = footprint.total <= machine.available_ram
     return Place("ram" if fits else "nowhere", 0, layers, 0, footprint.total)
 
 
@@ -133,15 +133,15 @@ def recommend(
     measured = {quant.quant: quant for quant in results.quants} if results else {}
     candidates = []
     for footprint in footprints:
-        found = measured.get(footprint.quant)
-        known = found is not None and found.loss is not None
-        speed = found.speed.generation_tokens_per_s if found and found.speed and not machine.told else None
+        result = measured.get(footprint.quant)
+        loss = result.loss if result else None
+        speed = result.speed.generation_tokens_per_s if result and result.speed and not machine.given else None
         candidates.append(
             Candidate(
                 footprint,
                 place(footprint, machine),
-                found.loss.relative if known else published_loss(footprint.quant),
-                known,
+                loss.relative if loss else published_loss(footprint.quant),
+                loss is not None,
                 speed.median if speed else None,
                 rule_of_thumb(footprint.quant, parameters),
             )
@@ -180,8 +180,8 @@ def _best(candidates: list[Candidate], machine: Machine) -> Choice | None:
     chosen = min(whole or fit, key=lambda c: (c.loss is None, c.loss, c.footprint.weights))
     where = {"gpu": "wholly on the GPU", "split": "on GPU and RAM together", "ram": "in RAM"}[chosen.place.where]
     used = chosen.place.gpu_bytes if chosen.place.where == "gpu" else chosen.place.ram_bytes + chosen.place.gpu_bytes
-    room = machine.gpu_room if chosen.place.where == "gpu" else machine.ram_room + machine.gpu_room
-    reason = f"{chosen.quant} loses least of those that fit {where}: it takes {quantity(used, 'B')} of the {quantity(room, 'B')} to be had"
+    available = machine.available_gpu if chosen.place.where == "gpu" else machine.available_ram + machine.available_gpu
+    reason = f"{chosen.quant} loses least of those that fit {where}: it takes {quantity(used, 'B')} of {quantity(available, 'B')} available"
     larger = [c for c in candidates if c.footprint.weights > chosen.footprint.weights and c.place.where != chosen.place.where]
     if larger:
         beyond = min(larger, key=lambda c: c.footprint.weights)
@@ -197,40 +197,40 @@ def _fastest(candidates: list[Candidate], max_loss: float) -> Choice | None:
         return None
     within = f"within the {max_loss:.1%} accepted"
     if all(c.tokens_per_s for c in accepted):
-        chosen = max(accepted, key=lambda c: c.tokens_per_s)
-        said = f"generates fastest of those {within}, {chosen.tokens_per_s:,.0f} tokens/s measured here"
+        chosen = max(accepted, key=lambda c: c.tokens_per_s or 0.0)
+        reason = f"generates fastest of those {within}, {chosen.tokens_per_s:,.0f} tokens/s measured here"
     else:
         chosen = min(accepted, key=lambda c: (c.place.layers - c.place.gpu_layers, c.footprint.weights))
-        said = f"has the least to read for each token of those {within}, {quantity(chosen.footprint.weights, 'B')} of weights"
+        reason = f"has the least to read for each token of those {within}, {quantity(chosen.footprint.weights, 'B')} of weights"
     smaller = [c for c in candidates if c.footprint.weights < chosen.footprint.weights and c.loss is not None and c.loss > max_loss]
     rest = f"; {smaller[-1].quant}, smaller, loses {smaller[-1].loss:.1%}" if smaller else ""
-    return Choice(chosen.quant, f"{chosen.quant} {said}{rest}.")
+    return Choice(chosen.quant, f"{chosen.quant} {reason}{rest}.")
 
 
 def _notes(candidates: list[Candidate], parameters: int, machine: Machine, setting: Setting) -> list[str]:
     notes = []
     if any(not c.measured and c.loss is not None for c in candidates):
         notes.append(f"Losses in brackets are not of this model but of {SOURCE}.")
-    kept = "1 GiB of each GPU and " if machine.gpus else ""
-    notes.append(f"Left free: {kept}2 GiB of RAM, for driver, screen and system. GPU layers count the output layer as one.")
-    if told := _against_rule(candidates, parameters, machine, setting):
-        notes.append(told)
+    gpus = "1 GiB of each GPU and " if machine.gpus else ""
+    notes.append(f"Left free: {gpus}2 GiB of RAM, for driver, screen and system. GPU layers count the output layer as one.")
+    if comparison := _against_rule(candidates, parameters, machine, setting):
+        notes.append(comparison)
     return notes
 
 
 def _against_rule(candidates: list[Candidate], parameters: int, machine: Machine, setting: Setting) -> str:
-    """What the tutorials' rule would take here, and what that takes in truth."""
-    ruled = [c for c in candidates if c.rule_bytes is not None]
+    """The quant that the tutorials' rule would choose here, and what it really takes."""
+    ruled = [(c, c.rule_bytes) for c in candidates if c.rule_bytes is not None]
     if not ruled:
         return ""
     size = sum(machine.gpus) or machine.ram
-    fits = [c for c in ruled if c.rule_bytes <= size]
-    chosen = max(fits or ruled[:1], key=lambda c: c.footprint.weights)
-    taken = f"takes {chosen.quant}" if fits else f"finds nothing that fits, not even {chosen.quant}"
-    needed, rule = chosen.footprint.total, chosen.rule_bytes
-    bits = f"{8 * chosen.footprint.weights / parameters:.2f} bits a weight in truth"
+    fits = [(c, rule) for c, rule in ruled if rule <= size]
+    chosen, rule = max(fits or ruled[:1], key=lambda one: one[0].footprint.weights)
+    outcome = f"chooses {chosen.quant}" if fits else f"finds nothing that fits, not even {chosen.quant}"
+    needed = chosen.footprint.total
+    bits = f"{8 * chosen.footprint.weights / parameters:.2f} bits a weight"
     return (
-        f"The rule of thumb, GB per billion parameters × 1.2, {taken}: {quantity(rule, 'B')}. Computed are {quantity(needed, 'B')} "
-        f"({needed / rule - 1:+.0%}); the rule knows neither the quant's real size ({bits}) nor the context "
+        f"The rule of thumb, GB per billion parameters × 1.2, {outcome}: {quantity(rule, 'B')}. Computed: {quantity(needed, 'B')} "
+        f"({needed / rule - 1:+.0%}); the rule ignores the quant's real size ({bits}) and the context "
         f"({quantity(chosen.footprint.cache, 'B')} of KV cache for {setting.context:,} tokens)."
     )

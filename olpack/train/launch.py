@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from olpack import progress, workers
 from olpack.errors import OlpackError
-from olpack.train import TrainResult
+from olpack.train.result import TrainResult
 
 if TYPE_CHECKING:
     from olpack.recipe import Train

@@ -1,0 +1,92 @@
+"""The plan for a person: what will be done, what it takes, and each setting with where it came from."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from olpack import progress
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def print_plan(plan: dict) -> None:
+    """The plan for a person: what will be done, what it takes, and each setting with where it came from."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(soft_wrap=False, markup=False, emoji=False)  # a path or a reason may hold what reads like markup
+    estimate = plan["estimate"]
+    counts = f"  {estimate['parameters'] / 1e6:,.1f} M parameters, builds into {plan['build']}"
+    console.print(Text.assemble((plan["name"], "bold"), counts), highlight=False)
+    steps = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for title in ("step", "what will happen", "because"):
+        steps.add_column(title, overflow="fold")
+    for step in plan["steps"]:
+        steps.add_row(step["step"], "run" if step["stale"] else "nothing", step["stale"] or "done, and its inputs are the same")
+    if plan["server"] is None:
+        steps.add_row("deploy", "nothing", "no Ollama server answers")
+    console.print(steps, "")
+    needs = Table(box=None, pad_edge=False, show_header=False)
+    epochs = plan["settings"]["train.epochs"]["value"]
+    needs.add_row(
+        "data",
+        f"{estimate['train_rows']:,} training rows, {estimate['eval_rows']:,} held out; {estimate['train_tokens']:,} tokens a pass, "
+        f"{estimate['learned_tokens'] / estimate['train_tokens']:.0%} of them target tokens",
+    )
+    same = f"{estimate['texts_read'] - estimate['texts_differing']:,} of {estimate['texts_read']:,} texts become the same tokens in llama.cpp"
+    needs.add_row("tokenizer", same + (f", by its pre-tokenizer {estimate['pre_tokenizer']}" if estimate["pre_tokenizer"] else ""))
+    needs.add_row(
+        "training",
+        f"{estimate['steps']:,} steps ({epochs:g} epochs) on {estimate['device']}"
+        + (f", about {progress.duration(estimate['train_seconds'])}" if estimate["train_seconds"] else ""),
+    )
+    if estimate["fit"]["training"]:
+        needs.add_row("adapter", f"{estimate['adapter_parameters']:,} weights")
+        _add_memory(needs, estimate["fit"], estimate["held"])
+    else:
+        size = progress.quantity(estimate["adapter_bytes"], "B")
+        needs.add_row("adapter", f"{estimate['adapter_parameters']:,} weights, {size} with gradients and optimizer")
+        needs.add_row(
+            "frozen base",
+            f"{progress.quantity(estimate['weights_bytes'], 'B')} in memory as {estimate['held']}, activations and logits besides "
+            "(`--vram 24` plans for a GPU of 24 GiB)",
+        )
+    files = ", ".join(f"{quant} {progress.quantity(size, 'B')}" for quant, size in estimate["disk_bytes"].items())
+    needs.add_row("disk", f"{progress.quantity(sum(estimate['disk_bytes'].values()), 'B')}: {files}; no intermediate files")
+    if estimate["importance_bytes"]:
+        needs.add_row(
+            "while exporting", f"{progress.quantity(estimate['importance_bytes'], 'B')} more disk: a Q8_0 to collect the importance matrix on"
+        )
+    if estimate["sensitivity_bytes"]:
+        needs.add_row(
+            "while exporting",
+            f"{progress.quantity(estimate['sensitivity_bytes'], 'B')} more disk, and as much memory: the fine-tune in 16 bits, "
+            "to measure what each matrix loses",
+        )
+    if estimate["temporary_bytes"]:
+        needs.add_row("while comparing", f"{progress.quantity(estimate['temporary_bytes'], 'B')} more disk: the unquantized fine-tune and its logits")
+    console.print(needs, "", highlight=False)
+    settings = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for title in ("setting", "value", "from"):
+        settings.add_column(title, overflow="fold")
+    for key, setting in plan["settings"].items():
+        value = setting["value"]
+        settings.add_row(key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), setting["from"])
+    console.print(settings, highlight=False)
+
+
+def _add_memory(needs: Table, fit: dict, quantization: str) -> None:
+    """GPU memory of a training step by what it is for, and the settings that make it fit."""
+    parts = {name if name != "base" else f"base as {quantization}": size for name, size in fit["parts"].items()}
+    needs.add_row("GPU memory", _sizes(parts))
+    needs.add_row("", fit["said"])
+    if fit["host_parts"]:
+        needs.add_row("pinned memory", f"for each GPU: {_sizes(fit['host_parts'])}")
+
+
+def _sizes(parts: dict[str, int]) -> str:
+    return "; ".join(f"{name} {progress.quantity(size, 'B')}" for name, size in parts.items())
