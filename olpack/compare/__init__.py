@@ -1,4 +1,4 @@
-"""Which quant, and why: speed, memory and quality of the files that ship, and the report.
+"""Which quant, and why: speed, memory and quality of the published files, and the report.
 
     results = measure(files, rows, prompts, MeasureSettings(), server=None, name="coding-assistant", cache=folder)
     write_results(results, folder / "results.json")
@@ -6,9 +6,9 @@
     write_report(results, folder / "report.html", template=text_of_report_html_j2, metrics=folder / "metrics.jsonl")
 
 Public here:
-    MeasureSettings, ComparedFile      what to measure
-    ReferenceModels                       what to hold it against: the unquantized fine-tune, the base, quants without their importance matrix
-    measure(files, rows, prompts, settings, server, name, cache, yardstick) -> Results
+    MeasureSettings, ComparedFile   what to measure, and how
+    ReferenceModels                 what to compare it with: the unquantized fine-tune, the base, quants without their importance matrix
+    measure(files, rows, prompts, settings, server, name, cache, references, tasks, examples) -> Results
     Results, read_results(path), write_results(results, path)
     recommend(results) -> Recommendation | None    (measure has already put it into the results)
     print_table(results, console=None), markdown_table(results) -> str

@@ -159,7 +159,7 @@ def flag_same_types(quants: Sequence[QuantResult], types: Mapping[str, Mapping[s
 def flag_neighbours(quants: Sequence[QuantResult], target_tokens: Sequence[int]) -> None:
     """Flag every file whose perplexity is above that of a smaller one by more than chance explains.
 
-    More bits should not predict worse. Both files were scored on the same rows, so the difference of their losses is taken row by row
+    More bits should not predict worse. Both files were scored on the same rows, so the difference of their losses is computed row by row
     (`perplexity.paired_loss`), which leaves out how hard the rows are; it counts where it is more than three of its standard errors. With
     fewer than two rows there is no error, and so no flag. A file flagged here is no failure by itself: an older type (Q4_1) can be worse than
     a smaller newer one. It is one that nobody should choose.

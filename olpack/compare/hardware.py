@@ -21,7 +21,7 @@ _WATCH_S = 0.5
 
 
 def describe_machine(server_version: str | None) -> MachineInfo:
-    """This machine and the versions of what runs. It takes half a second, to measure how busy the machine is without us."""
+    """This machine and the versions of the software. It takes half a second, to measure how busy the machine is without us."""
     versions = {"olpack": olpack.__version__, "llama-cpp-python": version("llama-cpp-python"), "Python": platform.python_version()}
     if server_version:
         versions["Ollama"] = server_version

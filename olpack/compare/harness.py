@@ -33,7 +33,7 @@ _RESAMPLES = 1000  # for metrics whose standard error is bootstrapped
 
 
 def check_suites(names: Sequence[str], folder: Path | None) -> None:
-    """Refuse names that the harness does not know. Takes some seconds: it reads the heads of thousands of YAML files.
+    """Refuse names that the harness does not know. This takes some seconds: the harness reads the heads of thousands of YAML files.
 
     Raises:
         OlpackError: there is no such suite.

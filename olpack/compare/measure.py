@@ -221,7 +221,7 @@ def add_figures(result: QuantResult, units: Units, speed: Speed | None, problems
     serious = result.perplexity is None
     result.flags = [Flag(code="failed", text=text, serious=serious) for text in dict.fromkeys(str(error) for error in problems)]
     if speed and speed.others:
-        text = f"while its speed was measured, the server also kept {', '.join(speed.others)} loaded"
+        text = f"while its speed was measured, the server also had {', '.join(speed.others)} loaded"
         result.flags.append(Flag(code="shared", text=text, serious=False))
 
 

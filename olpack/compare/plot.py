@@ -165,7 +165,7 @@ def _label(
         label = axes.annotate(
             text, point, xytext=shift, textcoords="offset points", ha="center", va="center", color=_INK, fontweight="bold" if heavy else "normal"
         )
-        label.set_in_layout(False)  # else the axes would shrink to make room
+        label.set_in_layout(False)  # else the axes would shrink to make space
 
 
 def _figure(salt: str) -> tuple[Figure, Axes]:

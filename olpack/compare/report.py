@@ -50,7 +50,7 @@ def render_report(results: Results, template: str, metrics: Path | None = None, 
         flags=_flags(results),
         lengths=_lengths(results),
         losses=_losses(results),
-        gains=importance_gains(results),
+        gains=_gains(results),
         answers=[_grouped(results, [quant.answers[at] if quant.answers else None for quant in results.quants]) for at in range(len(results.prompts))],
         system=_system(results),
         tasks=_tasks(results),
@@ -158,7 +158,7 @@ def _column(title: str, hint: str, figures: Sequence[_Figure | None]) -> Column:
 
 
 def _lengths(results: Results) -> list[tuple[str, dict[str, PromptSpeed]]]:
-    """The prompt lengths that speed was taken at: (in words, the speeds by tag of the quant).
+    """The prompt lengths at which speed was measured: (as text, the speeds by tag of the quant).
 
     A server counts the tokens of a prompt anew each time, so lengths within a tenth are the same length.
     """
@@ -189,6 +189,21 @@ def _losses(results: Results) -> dict[str, Loss]:
             relative, error = paired_loss(nll, best_nll, results.rows.learned_tokens)
             losses[name] = Loss(reference=best.tag, relative=relative, standard_error=error)
     return losses
+
+
+def _gains(results: Results) -> list[dict[str, object]]:
+    """The gains of importance matrices under the names that the template has for them; a user's own template has these too."""
+    return [
+        {
+            "quant": gain.quant,
+            "tag": gain.tag,
+            "weighed": gain.with_importance,
+            "unweighed": gain.without_importance,
+            "change": gain.change,
+            "standard_error": gain.standard_error,
+        }
+        for gain in importance_gains(results)
+    ]
 
 
 def _grouped(results: Results, answers: Sequence[Answer | None]) -> tuple[list[AnswerGroup], list[str]]:

@@ -75,7 +75,7 @@ class Speed(_Record):
         "(weights, KV cache, compute buffers; not memory on a GPU). Through a server: what /api/ps calls size",
     )
     gpu_memory_bytes: int | None = Field(None, description="through a server: what /api/ps calls size_vram; embedded: null")
-    others: list[str] = Field([], description="through a server: other models that it kept loaded meanwhile")
+    others: list[str] = Field([], description="through a server: other models that were loaded meanwhile")
 
 
 class Perplexity(_Record):

@@ -8,7 +8,7 @@ Only the server has their weights, so there is no perplexity, and no recommendat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ from olpack.deploy.names import same
 from olpack.errors import OlpackError
 
 if TYPE_CHECKING:
-    from olpack.deploy.client import OllamaClient
+    from olpack.deploy.client import OllamaClient, Tag
     from olpack.recipe.tasks import Task
 
 
@@ -53,13 +53,13 @@ def compare_served(
             flagged in its result and does not stop the others.
     """
     listed = [_find(client, model) for model in models]
-    version, names = client.version(), [model.name for model in listed]
+    version, names = client.version(), [model.model for model in listed]
     machine = describe_machine(version)
     engine = f"Ollama {version}"  # without its address: the figures are those of the same server under another address too
     keys = speed_keys(engine, machine.cpu, settings) | answer_keys(engine, prompts, tasks, settings)
     store = Cache(cache)
     known = [
-        Units(store, model.name.replace("/", "+").replace(":", "+"), {unit: key | {"file": model.digest} for unit, key in keys.items()})
+        Units(store, model.model.replace("/", "+").replace(":", "+"), {unit: key | {"file": model.digest} for unit, key in keys.items()})
         for model in listed
     ]
     problems = measure_speeds(known, visit_through_server(client, names, known, settings), settings.repeats)
@@ -67,53 +67,37 @@ def compare_served(
     for model, units, failed in zip(listed, known, problems, strict=True):
         for unit, asked in (("answers", list(prompts)), ("tasks", [task.messages for task in tasks])):
             if asked and unit not in units.known:
-                failed += _answer(client, model.name, unit, asked, settings, units)
+                failed += _answer(client, model.model, unit, asked, settings, units)
         try:
-            check_answers(tasks, units, model.name)
+            check_answers(tasks, units, model.model)
         except OlpackError as error:
             failed.append(error)
-        quants.append(result := model.identity())
+        quants.append(result := _identity(model))
         add_figures(result, units, speed_of(units, engine=engine, threads=None, generated_tokens=settings.generated_tokens), failed)
         flag_answers(result, prompts, ExpectedScripts(()))
     return gather(" · ".join(names), machine, settings, prompts, tasks, quants, problems)
 
 
-@dataclass(frozen=True)
-class _ServedModel:
-    """A model as the server lists it: its name, the digest of its manifest, its size in bytes, and what the server reports of its weights."""
-
-    name: str
-    digest: str
-    size: int
-    parameters: str | None
-    quantization: str | None
-
-    def identity(self) -> QuantResult:
-        """The result of the model before anything is measured."""
-        return QuantResult(
-            quant=self.name,
-            tag=self.name,
-            file="",
-            sha256=self.digest,
-            size_bytes=self.size,
-            parameters=self.parameters,
-            quantization=self.quantization,
-        )
+def _find(client: OllamaClient, model: str) -> Tag:
+    wanted, tags = model if ":" in model.rpartition("/")[2] else f"{model}:latest", client.tags()
+    tag = next((tag for tag in tags if same(tag.model, wanted)), None)
+    if tag is None:
+        names = ", ".join(tag.model for tag in tags) or "none"
+        raise OlpackError(f"The Ollama server at {client.url} has no model {wanted}.", f"It has: {names}. `ollama pull {model}` fetches one.")
+    return tag
 
 
-def _find(client: OllamaClient, model: str) -> _ServedModel:
-    wanted = model if ":" in model.rpartition("/")[2] else f"{model}:latest"
-    names = []
-    for entry in client.tags():
-        if entry.model is None or entry.digest is None or entry.size is None:
-            continue
-        if same(entry.model, wanted):
-            details = entry.details
-            parameters, quantization = (details.parameter_size, details.quantization_level) if details else (None, None)
-            return _ServedModel(entry.model, entry.digest, entry.size, parameters, quantization)
-        names.append(entry.model)
-    listed = ", ".join(names) or "none"
-    raise OlpackError(f"The Ollama server at {client.url} has no model {wanted}.", f"It has: {listed}. `ollama pull {model}` fetches one.")
+def _identity(tag: Tag) -> QuantResult:
+    """The result of a model before anything is measured."""
+    return QuantResult(
+        quant=tag.model,
+        tag=tag.model,
+        file="",
+        sha256=tag.digest,
+        size_bytes=tag.size,
+        parameters=tag.parameters,
+        quantization=tag.quantization,
+    )
 
 
 def _answer(

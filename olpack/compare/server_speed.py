@@ -223,7 +223,7 @@ class ServerSpeed:
 
     @cached_property
     def _digests(self) -> dict[str, str]:
-        return {tag.model.casefold(): tag.digest for tag in self._client.tags() if tag.model and tag.digest}
+        return {tag.model.casefold(): tag.digest for tag in self._client.tags()}
 
     def _warn_of_others(self, loaded: Sequence[ProcessResponse.Model]) -> None:
         others = {entry.model for entry in loaded if entry.model and not any(self._is(entry, ours) for ours in self._models)}

@@ -47,7 +47,7 @@ class MeasureSettings:
     """How to measure.
 
     Attributes:
-        prompt_lengths: prompt lengths in tokens at which prompt speed is taken.
+        prompt_lengths: prompt lengths in tokens at which prompt speed is measured.
         generated_tokens: tokens generated in one timed run.
         repeats: timed runs of each speed figure, divided among the rounds; each round begins with one more run, which is discarded.
         clients: numbers of concurrent clients, measured through a server only; none: concurrency is not measured.

@@ -8,7 +8,7 @@ The job (`Job`) is JSON on stdin. The events on stdout are JSON lines, each flus
     {"event": "result", "unit": "perplexity", "data": {…}}         a SpeedRound, Perplexity or Divergence, {"rows": …} of logits, {"answers": […]}
     {"event": "failed", "unit": "answers", "problem": "…", "remedy": "…"}
 
-How speed is taken (as llama-bench does): a prompt is a run of random token ids, new for each repeat; generation feeds one random token
+How speed is measured (as llama-bench does): a prompt is a run of random token ids, new for each repeat; generation feeds one random token
 after another, and choosing them takes no time. The first run of each is discarded.
 """
 

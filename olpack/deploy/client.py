@@ -91,11 +91,15 @@ class Tag:
         model: its whole name, "coding-assistant:q4_K_M".
         digest: of its manifest, 64 hexadecimal digits.
         size: of all its blobs, in bytes.
+        parameters: their number as the server reports it, "7.6B"; None where it does not.
+        quantization: the quant type as the server reports it, "Q4_K_M"; None where it does not.
     """
 
     model: str
     digest: str
     size: int
+    parameters: str | None
+    quantization: str | None
 
 
 class GenerateFields(TypedDict, total=False):
@@ -185,7 +189,7 @@ class OllamaClient:
     def tags(self) -> list[Tag]:
         """Every model that is registered."""
         with self._failures("listing its models"):
-            return [Tag(listed.model, listed.digest or "", listed.size or 0) for listed in self._typed.list().models if listed.model]
+            return [_tag(listed.model, listed) for listed in self._typed.list().models if listed.model]
 
     def ps(self) -> list[ollama.ProcessResponse.Model]:
         """Every model that is loaded, with `size` and `size_vram` in bytes and `context_length` in tokens."""
@@ -448,6 +452,12 @@ class OllamaClient:
             413: "A proxy before it does not let files of this size through.",
         }.get(error.status_code, again if error.status_code >= 500 else "")
         return OlpackError(f"{server} refused while {doing}: {reason}.", remedy)
+
+
+def _tag(model: str, listed: ollama.ListResponse.Model) -> Tag:
+    details = listed.details
+    parameters, quantization = (details.parameter_size, details.quantization_level) if details else (None, None)
+    return Tag(model, listed.digest or "", listed.size or 0, parameters, quantization)
 
 
 def _short(error: object) -> str:
