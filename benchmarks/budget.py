@@ -21,6 +21,7 @@ from olpack import recipe
 from olpack.compare.perplexity import ratio
 from olpack.export import Target, export
 from olpack.stages.build import Build
+from olpack.stages.run import run
 
 MIXES = ("Q2_K", "IQ3_S", "Q3_K_M", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_M")
 BUDGETS = (3.5, 4.5, 5.5)
@@ -36,7 +37,7 @@ def main() -> None:
     )
     build = Build(asked, out=arguments.work)
     for stage in ("train", "export"):
-        build.run(stage)
+        run(build, stage)
     _, held_out = build.rows
     measured, targets = Measured(arguments.work, held_out), [row.target_count for row in held_out]
 

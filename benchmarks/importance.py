@@ -21,6 +21,7 @@ from olpack.export import Target, collect_importance, export
 from olpack.llamacpp.engine import Engine
 from olpack.llamacpp.logits import kl_divergence, log_softmax
 from olpack.stages.build import Build
+from olpack.stages.run import run
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 QUANTS = ("Q2_K", "Q3_K_M", "IQ3_S", "IQ4_XS", "Q4_0", "Q4_K_M")
@@ -34,7 +35,7 @@ def main() -> None:
     arguments = parser.parse_args()
     asked = recipe.load(REPOSITORY / "modelfiles/coding-assistant/recipe.yaml", ["train.epochs=1"])
     build = Build(asked, out=arguments.work)
-    build.run("train")
+    run(build, "train")
     rows, held_out = build.rows
     measured = Measured(arguments.work, held_out)
 

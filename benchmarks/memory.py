@@ -91,7 +91,7 @@ def measure(path: str, context: int, outputs: int, mapped: bool) -> dict[str, in
     """In a fresh process: bytes of llama.cpp's buffers, by kind, and by how much the resident set grew at most."""
     import psutil
 
-    from olpack.compare.worker import _peak_resident
+    from olpack.compare.hardware import peak_resident
     from olpack.llamacpp.library import captured_log, load_llama_cpp
 
     llama = load_llama_cpp()
@@ -106,7 +106,7 @@ def measure(path: str, context: int, outputs: int, mapped: bool) -> dict[str, in
         tokens = (llama.llama_token * 512)(*range(512))
         for _ in range(1 if mapped else context // 512):
             assert llama.llama_decode(handle, llama.llama_batch_get_one(tokens, 512)) == 0
-    found = {"resident": _peak_resident() - before, "model": 0, "KV": 0, "RS": 0, "compute": 0, "output": 0}
+    found = {"resident": peak_resident() - before, "model": 0, "KV": 0, "RS": 0, "compute": 0, "output": 0}
     for kind, size in _BUFFER.findall("".join(log)):
         found[kind] += round(float(size) * (1 << 20))
     return found
@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=Path, help="a GGUF with a vocabulary, for the random models")
     arguments = parser.parse_args()
     sys.path.insert(0, str(REPOSITORY))
-    from olpack.compare.machine import cpu_model
+    from olpack.compare.hardware import cpu_model
 
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)

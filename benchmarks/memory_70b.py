@@ -119,14 +119,14 @@ def main() -> None:
     if arguments.worker is not None:
         export_hollow(arguments.worker)
         return
-    from olpack.export.client import worker_environment
+    from olpack.export.client import environment
 
     with tempfile.TemporaryDirectory(dir=arguments.work) as scratch:
         work = Path(scratch)
         write_base(work / "base", HIDDEN, INTERMEDIATE, arguments.layers, ROWS, llama=True, sparse=True)
         write_adapter(work / "adapter", work / "base", zero=True)
         command = [sys.executable, __file__, "--worker", str(work)]
-        child = subprocess.run(command, env=worker_environment(), stdout=subprocess.PIPE, text=True, check=True)
+        child = subprocess.run(command, env=environment(), stdout=subprocess.PIPE, text=True, check=True)
     publish(table(arguments.layers, json.loads(child.stdout.splitlines()[-1])), arguments.output)
 
 

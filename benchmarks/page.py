@@ -23,7 +23,7 @@ def command_line(script: str, text: str | None) -> argparse.ArgumentParser:
 
 def measured_here(script: str) -> str:
     """When, where and with what a benchmark ran, and the command that runs it again."""
-    from olpack.compare.machine import describe_machine
+    from olpack.compare.hardware import describe_machine
 
     machine = describe_machine(None)
     versions = ", ".join(f"{name} {number}" for name, number in machine.versions.items())

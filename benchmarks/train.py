@@ -70,9 +70,10 @@ def texts(tokenizer, count: int) -> list[str]:
 def run_olpack(folder: Path, checkpointing: bool, profile: bool) -> dict:
     import torch
 
+    from olpack.train.device import compute_dtype
     from olpack.train.ops.pointwise import compile_kernels
 
-    compile_kernels(json.loads((folder / "config.json").read_text()), RANK)
+    compile_kernels(torch.device("cuda"), compute_dtype(torch.device("cuda")), json.loads((folder / "config.json").read_text()), RANK)
     from transformers import AutoTokenizer
 
     from olpack.data import TokenRow

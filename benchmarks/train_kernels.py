@@ -18,6 +18,7 @@ import triton
 from page import command_line, publish
 
 from olpack.train.ops import kernels, pointwise
+from olpack.train.ops.low_rank import MlpLowRank
 
 os.environ["TORCHDYNAMO_DISABLE"] = "0"  # which olpack sets: here torch's compiler is a peer
 HIDDEN, MIDDLE, HEADS, WORDS, RANK = 4096, 14336, 32, 128256, 16
@@ -52,7 +53,7 @@ def cases(tokens: int) -> dict[str, tuple[Callable, Callable, int]]:
     heads, cos, sin = numbers(tokens, HEADS, 128), numbers(tokens, 128), numbers(tokens, 128)
     logits, targets = numbers(512, WORDS), torch.randint(0, WORDS, (512,), device="cuda")
     gated, upped, dmiddle = (numbers(tokens, MIDDLE) for _ in range(3))
-    adapters = pointwise.LowRank(numbers(tokens, 2 * RANK), *(0.1 * numbers(MIDDLE, RANK) for _ in range(2)), 0.01 * numbers(RANK, MIDDLE))
+    adapters = MlpLowRank(numbers(tokens, 2 * RANK), *(0.1 * numbers(MIDDLE, RANK) for _ in range(2)), 0.01 * numbers(RANK, MIDDLE))
     dlow, gate = numbers(tokens, RANK), pointwise.gate_of(F.silu)
     packed, state = quantize_4bit(numbers(MIDDLE, HIDDEN), quant_type="nf4", compress_statistics=True)
     row, wide = 2 * tokens * HIDDEN, 2 * tokens * MIDDLE

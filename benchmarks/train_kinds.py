@@ -18,11 +18,13 @@ from pathlib import Path
 import torch
 
 from olpack import progress, recipe
-from olpack.compare.machine import describe_machine
+from olpack.compare.hardware import describe_machine
 from olpack.llamacpp.engine import Engine, Sampling
 from olpack.model.base import BUILTIN
+from olpack.stages import records
 from olpack.stages.build import Build
-from olpack.train.model import pick_device
+from olpack.stages.run import run
+from olpack.train.device import pick_device
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from quantized_bases import write_quantized
@@ -113,9 +115,9 @@ def measure(folder: Path, name: str, packing: str, settings: dict, work: Path) -
     }
     (package / "recipe.yaml").write_text(json.dumps(asked))
     build = Build(recipe.load(package / "recipe.yaml"), folder / "build")
-    build.run("train")
-    build.run("export")
-    result = build.result("train")
+    run(build, "train")
+    run(build, "export")
+    result = records.result(build.paths, "train")
     row = {
         "name": name,
         "device": result["device"],

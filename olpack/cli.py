@@ -139,15 +139,17 @@ def build(
     as_json: Json = False,
 ) -> None:
     """Do every stage that is stale: train, export, modelfiles, deploy, compare."""
-    from olpack.stages.build import STAGES
+    from olpack.stages.steps import NAMES
 
-    if only is not None and only not in STAGES:
-        raise typer.BadParameter(f"{only} is no stage; they are {', '.join(STAGES)}.", param_hint="--only")
+    if only is not None and only not in NAMES:
+        raise typer.BadParameter(f"{only} is no stage; they are {', '.join(NAMES)}.", param_hint="--only")
     _run(_build_of(name, settings, quant, out, as_json, deploy=not no_deploy), only, as_json, deploy=not no_deploy)
 
 
 def _run(build: Build, only: str | None, as_json: bool, deploy: bool = True, changes: Callable[[], dict[str, Any]] = dict) -> None:
-    done = build.run(only)
+    from olpack.stages.run import run
+
+    done = run(build, only)
     if not done:
         progress.say(f"{build.recipe.name} is up to date: nothing to do in {only or 'any stage'}")
     if as_json:
@@ -161,7 +163,7 @@ def _run(build: Build, only: str | None, as_json: bool, deploy: bool = True, cha
 def _closing(build: Build, deploy: bool) -> None:
     """The table, where the report lies, and the line to paste."""
     from olpack.compare import print_table, read_results
-    from olpack.stages.work import recommended
+    from olpack.stages.compare import recommended
 
     print_table(read_results(build.paths.results))
     print(f"\nreport   {build.paths.report}")
@@ -177,9 +179,10 @@ def _closing(build: Build, deploy: bool) -> None:
 
 
 def _outcome(build: Build, done: list) -> dict[str, Any]:
-    from olpack.stages.work import recommended
+    from olpack.stages.compare import recommended
+    from olpack.stages.steps import all_steps
 
-    steps = build.steps()
+    steps = all_steps(build)
     return {
         "name": build.recipe.name,
         "done": [step.unit for step in done],
@@ -200,7 +203,8 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Print every setting with its origin, the checks, sizes and time, and which stages are stale. Changes nothing."""
-    from olpack.stages.plan import describe, estimate, print_plan
+    from olpack.commands.plan import print_plan
+    from olpack.stages.plan import describe, estimate
 
     asked = _build_of(name, settings, quant, out, as_json)
     found = describe(asked, estimate(asked, vram))
@@ -332,7 +336,8 @@ def compare(
             print(f"\nreport   {folder / 'report.html'}")
     if earlier is not None and not as_json:
         from olpack.compare import read_results
-        from olpack.compare.against import changes, print_changes
+        from olpack.compare.changes import changes
+        from olpack.compare.table import print_changes
 
         print()
         print_changes(changes(earlier, read_results(folder / "results.json")), earlier)
@@ -345,7 +350,7 @@ def _changes(earlier: Any, folder: Path) -> dict[str, Any]:
     from dataclasses import asdict
 
     from olpack.compare import read_results
-    from olpack.compare.against import changes
+    from olpack.compare.changes import changes
 
     return {"against": earlier.created, "changes": [asdict(change) for change in changes(earlier, read_results(folder / "results.json"))]}
 
@@ -373,7 +378,7 @@ def recommend(
     as_json: Json = False,
 ) -> None:
     """Say which quant fits this machine, or the one described: what runs where, the best, the fastest, and why."""
-    from olpack.memory import advise
+    from olpack.commands.recommend import advise
 
     if as_json:
         progress.use("json")
@@ -398,7 +403,7 @@ def estimate(
     as_json: Json = False,
 ) -> None:
     """Say what a model takes for inference and training: FP32 to 4 bits, each quant, LoRA and QLoRA. Fetches no weights."""
-    from olpack.memory import estimate_model
+    from olpack.commands.recommend import estimate_model
 
     if as_json:
         progress.use("json")

@@ -1,4 +1,4 @@
-"""The memory of a machine: what is there, and what a model may have of it."""
+"""The memory of a machine, and how much of it is available to a model."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ class Machine:
     Attributes:
         ram: of the machine, or of the container that this process runs in.
         gpus: of each GPU; empty without one.
-        told: False where it was found, True where the user said so.
+        given: whether the user gave these sizes; False where they were detected.
     """
 
     ram: int
     gpus: tuple[int, ...] = ()
-    told: bool = False
+    given: bool = False
 
     @property
-    def ram_room(self) -> int:
-        """What a model may have of the RAM."""
+    def available_ram(self) -> int:
+        """Bytes of RAM that a model may use."""
         return max(0, self.ram - RAM_MARGIN)
 
     @property
-    def gpu_room(self) -> int:
-        """What a model may have of all GPUs together."""
+    def available_gpu(self) -> int:
+        """Bytes that a model may use on all GPUs together."""
         return sum(max(0, size - GPU_MARGIN) for size in self.gpus)
 
 
@@ -58,7 +58,7 @@ def _from_driver() -> tuple[int, ...]:
 
 def _from_torch() -> tuple[int, ...]:
     if sys.platform == "linux" and not any(Path(device).exists() for device in ("/dev/nvidia0", "/dev/kfd", "/dev/dxg")):
-        return ()  # without a driver's device torch finds nothing either, and takes seconds to say so
+        return ()  # without a driver's device torch finds nothing either, and takes seconds for that
     import torch
 
     return tuple(torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count()))

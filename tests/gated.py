@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import torch
 
-from olpack.train.ops.pointwise import LowRank
+from olpack.train.ops.low_rank import MlpLowRank
 
 
 def gated_mlp(
-    function: Callable, gated: torch.Tensor, upped: torch.Tensor, dmiddle: torch.Tensor, adapters: LowRank, dlow: torch.Tensor
+    function: Callable, gated: torch.Tensor, upped: torch.Tensor, dmiddle: torch.Tensor, adapters: MlpLowRank, dlow: torch.Tensor
 ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
     """((middle, low), gradients of gated, upped and the members of `adapters`), in float32."""
     gated, upped, h, gate_b, up_b, down_a = (each.detach().float().requires_grad_() for each in (gated, upped, *adapters))

@@ -13,7 +13,7 @@ import tiny_gguf
 import torch
 from test_compare_measure import SETTINGS, quant_file
 
-from olpack.compare import Yardstick, measure
+from olpack.compare import ReferenceModels, measure
 from olpack.compare.divergence import LogitsWriter, open_logits, summarize
 from olpack.data.rows import TokenRow
 from olpack.errors import OlpackError
@@ -59,7 +59,7 @@ def dequantized(path: Path) -> torch.nn.Module:
     return model
 
 
-def yardstick(folder: Path, temporary: Path, wrote: list[str] | None = None, **changes: object) -> Yardstick:
+def reference_models(folder: Path, temporary: Path, wrote: list[str] | None = None, **changes: object) -> ReferenceModels:
     """The model's own GGUF as the reference, another model as the base."""
     tokenizer = tiny_gguf.tokenizer()
 
@@ -73,7 +73,7 @@ def yardstick(folder: Path, temporary: Path, wrote: list[str] | None = None, **c
         if wrote is not None:
             wrote.append(f"base {quant}")
 
-    return Yardstick(
+    return ReferenceModels(
         **{
             "folder": temporary / "temporary",
             "write_reference": write_reference,
@@ -99,7 +99,7 @@ def by_transformers(path: Path, rows: list[TokenRow]) -> list[torch.Tensor]:
 
 def test_the_figures_are_those_of_transformers_on_the_dequantized_weights(folder, rows, tmp_path):
     files = [quant_file(folder, name) for name in ("F16", "Q8_0-F32", "Q4_0-F32", "Q8_0", "Q4_0")]
-    results = measure(files, rows, [], FAST, None, "tiny", None, yardstick(folder, tmp_path))
+    results = measure(files, rows, [], FAST, None, "tiny", None, reference_models(folder, tmp_path))
     exact = by_transformers(folder / "F16.gguf", rows)
     targets = [[row.ids[at] for at in range(1, len(row.ids)) if row.loss_mask[at]] for row in rows]
     for result in results.quants:
@@ -123,7 +123,7 @@ def test_the_figures_are_those_of_transformers_on_the_dequantized_weights(folder
 
 def test_the_reference_is_made_only_where_a_figure_needs_it(folder, rows, tmp_path):
     wrote: list[str] = []
-    asked = yardstick(folder, tmp_path, wrote)
+    asked = reference_models(folder, tmp_path, wrote)
     files = [quant_file(folder, "Q8_0")]
     first = measure(files, rows, [], FAST, None, "tiny", tmp_path / "cache", asked)
     assert wrote == ["F16", "base Q8_0"]
@@ -140,12 +140,14 @@ def test_what_an_importance_matrix_gave_is_measured_on_a_file_that_is_there_for_
     """Q4_0 stands for a quant without its matrix, whose file with it is Q8_0."""
     wrote: list[str] = []
 
-    def write_unweighed(quant: str, path: Path) -> None:
+    def write_without_importance(quant: str, path: Path) -> None:
         assert quant == "Q8_0" and not list(path.parent.glob("*.gguf"))
         path.write_bytes((folder / "Q4_0.gguf").read_bytes())
         wrote.append("without")
 
-    asked = yardstick(folder, tmp_path, wrote, write_base=None, write_unweighed=write_unweighed, unweighed_keys={"Q8_0": "c"})
+    asked = reference_models(
+        folder, tmp_path, wrote, write_base=None, write_without_importance=write_without_importance, without_importance_keys={"Q8_0": "c"}
+    )
     files = [quant_file(folder, "Q8_0"), quant_file(folder, "Q4_0")]
     first = measure(files, rows, [], FAST, None, "tiny", tmp_path / "cache", asked)
     assert wrote == ["F16", "without"] and not (tmp_path / "temporary").exists()
@@ -183,7 +185,9 @@ def test_where_f16_overflows_bf16_is_the_reference(folder, rows, tmp_path):
     for kind in ("F16", "BF16"):
         tiny_gguf.write(tmp_path / f"{kind}.gguf", huge, tokenizer, gguf.GGMLQuantizationType[kind])
     wrote: list[str] = []
-    results = measure([quant_file(tmp_path, "BF16")], rows, [], FAST, None, "tiny", None, yardstick(tmp_path, tmp_path, wrote, write_base=None))
+    results = measure(
+        [quant_file(tmp_path, "BF16")], rows, [], FAST, None, "tiny", None, reference_models(tmp_path, tmp_path, wrote, write_base=None)
+    )
     assert wrote == ["F16", "BF16"] and results.reference.quant == "BF16" and results.base is None
     assert results.quants[0].divergence.mean == pytest.approx(0, abs=1e-9)
 
@@ -193,7 +197,7 @@ def test_without_room_for_the_reference_the_rest_is_measured(folder, rows, tmp_p
         path.write_bytes(b"the beginning")
         raise OlpackError("The files need 16.0 GB.", "Make room.")
 
-    results = measure([quant_file(folder, "Q8_0")], rows, [], FAST, None, "tiny", None, yardstick(folder, tmp_path, write_reference=full))
+    results = measure([quant_file(folder, "Q8_0")], rows, [], FAST, None, "tiny", None, reference_models(folder, tmp_path, write_reference=full))
     (flag,) = results.flags
     assert flag.code == "reference" and "16.0 GB" in flag.text and not flag.serious
     (quant,) = results.quants
@@ -208,7 +212,7 @@ def test_nothing_is_left_when_the_user_interrupts(folder, rows, tmp_path, at):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        measure([quant_file(folder, "Q8_0")], rows, [], FAST, None, "tiny", None, yardstick(folder, tmp_path, **{at: interrupted}))
+        measure([quant_file(folder, "Q8_0")], rows, [], FAST, None, "tiny", None, reference_models(folder, tmp_path, **{at: interrupted}))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -6,8 +6,7 @@ import pytest
 from test_compare_results import quant
 from tiny_models import write_model
 
-from olpack.compare.flags import flag_answers, flag_neighbours, flag_same_types
-from olpack.compare.language import Scripts, dominant_script
+from olpack.compare.flags import ExpectedScripts, dominant_script, flag_answers, flag_neighbours, flag_same_types
 from olpack.compare.recommend import set_losses
 from olpack.compare.results import QuantResult
 
@@ -54,12 +53,12 @@ def test_the_script_of_most_letters(text, script):
     ],
 )
 def test_another_script_than_expected(examples, request_, answer, switched):
-    assert Scripts(examples).switched(request_, answer) == switched
+    assert ExpectedScripts(examples).switched(request_, answer) == switched
 
 
 def test_answers_in_another_script_are_flagged():
     one = quant("Q4_0", 10, None, answer=JAPANESE)
-    flag_answers(one, [[{"role": "system", "content": JAPANESE}, {"role": "user", "content": ENGLISH}]], Scripts([]))
+    flag_answers(one, [[{"role": "system", "content": JAPANESE}, {"role": "user", "content": ENGLISH}]], ExpectedScripts([]))
     (flag,) = one.flags
     assert one.answers[0].flags == ["script"] and flag.code == "script" and flag.text.startswith("1 of 1 answers") and not flag.serious
 

@@ -17,13 +17,13 @@ import torch
 from ollama_double import OllamaDouble
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from olpack.compare import MeasureSettings, QuantFile, Results, measure
-from olpack.compare.job import Job
-from olpack.compare.process import events
-from olpack.compare.rounds import repeats_of, visits
+from olpack.compare import ComparedFile, MeasureSettings, Results, measure
+from olpack.compare.job import Job, events
+from olpack.compare.speed import repeats_of, visits
 from olpack.data.rows import TokenRow
 from olpack.deploy.client import OllamaClient, blob_digest
 from olpack.errors import OlpackError
+from olpack.workspace import file_digest
 
 SETTINGS = MeasureSettings(prompt_lengths=(48,), generated_tokens=8, repeats=2, context=512, threads=1, answer_tokens=48)
 PROMPTS = [[{"role": "user", "content": "Write add."}], [{"role": "user", "content": "naïve 日本語"}]]
@@ -60,9 +60,9 @@ def rows() -> list[TokenRow]:
     return [row(tokenizer, text, number) for number, text in enumerate(TEXTS, 1)]
 
 
-def quant_file(folder: Path, name: str) -> QuantFile:
+def quant_file(folder: Path, name: str) -> ComparedFile:
     path = folder / f"{name}.gguf"
-    return QuantFile(name, name.lower(), path, path.stat().st_size, 8.5)
+    return ComparedFile(name, name.lower(), path, path.stat().st_size, 8.5, file_digest(path))
 
 
 def test_everything_is_measured_without_a_server(folder, rows):
@@ -94,7 +94,7 @@ def test_a_worker_killed_by_a_signal_does_not_stop_the_others(folder, rows, tmp_
     crashed, sound = results.quants
     assert crashed.speed is None and crashed.perplexity is None
     (flag,) = crashed.flags
-    assert flag.serious and "crashed (SIGABRT) on CRASH.gguf" in flag.text and "GGML_NATIVE=OFF" in flag.text and "GGML_ASSERT" in flag.text
+    assert flag.serious and "measured CRASH.gguf crashed (SIGABRT)" in flag.text and "GGML_NATIVE=OFF" in flag.text and "GGML_ASSERT" in flag.text
     assert sound.perplexity is not None and not any(flag.serious for flag in sound.flags)
     assert results.recommendation.quant == "F32"
     assert {path.name for path in tmp_path.iterdir()} == {"f32.speed-0.json", "f32.speed-1.json", "f32.perplexity.json", "f32.answers.json"}
@@ -122,7 +122,7 @@ def test_what_was_measured_survives_a_later_crash(folder, rows):
     )
     seen = []
     stream = events(job)
-    with pytest.raises(OlpackError, match=r"crashed \(SIGSEGV\) on ENDLESS.gguf"):
+    with pytest.raises(OlpackError, match=r"measured ENDLESS.gguf crashed \(SIGSEGV\)"):
         for event in stream:
             seen.append(event)
             if event["event"] == "result" and event["unit"] == "perplexity":

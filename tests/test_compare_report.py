@@ -12,7 +12,7 @@ from test_compare_results import TOKENS, against_the_unquantized, four, quant, r
 
 from olpack import workspace
 from olpack.compare import Results, render_report, write_report
-from olpack.compare.differences import compare_words, group_answers, split_blocks
+from olpack.compare.answer_diff import compare_words, group_answers, split_blocks
 from olpack.compare.plot import plot_divergence, plot_loss, plot_quality
 from olpack.compare.recommend import set_losses
 from olpack.compare.results import Answer, CheckScore, Concurrency, Flag, PromptSpeed, Scores, Spread, SuiteScore, TaskAsked

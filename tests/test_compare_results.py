@@ -11,10 +11,9 @@ import pytest
 from rich.console import Console
 
 from olpack.compare import Results, markdown_table, print_table, read_results, recommend, write_results
-from olpack.compare.answers import flags_of
-from olpack.compare.choices import gains, types_in_short
-from olpack.compare.csv import to_csv
+from olpack.compare.changes import importance_gains
 from olpack.compare.divergence import summarize
+from olpack.compare.flags import flags_of
 from olpack.compare.perplexity import paired_loss, perplexity
 from olpack.compare.recommend import set_losses
 from olpack.compare.results import (
@@ -22,7 +21,7 @@ from olpack.compare.results import (
     BaseResult,
     CheckScore,
     Flag,
-    Machine,
+    MachineInfo,
     Perplexity,
     PromptSpeed,
     QuantResult,
@@ -34,6 +33,7 @@ from olpack.compare.results import (
     SuiteScore,
     TaskAsked,
 )
+from olpack.compare.table import to_csv, types_in_short
 from olpack.errors import OlpackError
 
 TOKENS = [10, 20, 30]
@@ -76,7 +76,7 @@ def results(*quants: QuantResult, tolerance: float = 0.01) -> Results:
         created="2026-01-02T03:04:05+00:00",
         quants=list(quants),
         prompts=[[{"role": "user", "content": "Reverse a list."}]],
-        machine=Machine(cpu="A CPU", cores=2, memory_bytes=16_000_000_000, system="Debian", busy=0.1, versions={"olpack": "0.1.0"}),
+        machine=MachineInfo(cpu="A CPU", cores=2, memory_bytes=16_000_000_000, system="Debian", busy=0.1, versions={"olpack": "0.1.0"}),
         settings={"repeats": 3, "answer_tokens": 64, "tolerance": tolerance},
         rows=Rows(count=3, learned_tokens=TOKENS, digest="0" * 64),
     )
@@ -191,7 +191,7 @@ def with_choices(made: Results) -> Results:
 def test_what_was_chosen_for_a_quant_and_what_it_gave_is_told():
     made = with_choices(four())
     # By hand: S = (2.5, 2.5, 15), T = (5, 10, 60), share 20/75; deviations 2.5 - 4/3, 2.5 - 8/3, 15 - 16.
-    (gain,) = gains(made)
+    (gain,) = importance_gains(made)
     error = math.sqrt(3 / 2 * ((7 / 6) ** 2 + (1 / 6) ** 2 + 1)) / 75
     assert (gain.quant, gain.change, gain.standard_error) == ("Q4_0", pytest.approx(20 / 75 - 1), pytest.approx(error))
     short = types_in_short(made.quants[1].types)

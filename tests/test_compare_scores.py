@@ -16,8 +16,7 @@ from test_compare_measure import SETTINGS, quant_file
 
 from olpack import recipe
 from olpack.compare import measure
-from olpack.compare.sandbox import holds
-from olpack.compare.scores import load_function, score, standard_error
+from olpack.compare.scores import asserts_hold, load_function, score, standard_error
 from olpack.errors import OlpackError
 from olpack.recipe.tasks import load_tasks, parse_task
 
@@ -80,14 +79,14 @@ def test_the_expected_answer_may_be_the_conversations_own():
 )
 def test_code_that_misbehaves_is_stopped(code, limits):
     started, before = time.monotonic(), set(psutil.Process().children(recursive=True))
-    assert not holds(code, ["pass"], **limits)
+    assert not asserts_hold(code, ["pass"], **limits)
     assert time.monotonic() - started < 30
     assert not [child for child in set(psutil.Process().children(recursive=True)) - before if child.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_code_works_in_a_folder_that_vanishes(tmp_path):
     note = tmp_path / "where"
-    assert holds(f"import os\nopen('x', 'w').write('y')\nopen({str(note)!r}, 'w').write(os.getcwd())", ["assert os.path.exists('x')"])
+    assert asserts_hold(f"import os\nopen('x', 'w').write('y')\nopen({str(note)!r}, 'w').write(os.getcwd())", ["assert os.path.exists('x')"])
     assert not Path(note.read_text()).exists()
 
 

@@ -13,13 +13,11 @@ from ollama_double_store import CHATML
 from oracle import olpack
 
 from olpack.compare import MeasureSettings, read_results
-from olpack.compare.answers import answer_of
-from olpack.compare.flags import flag_answers, flag_same_types
-from olpack.compare.language import Scripts
+from olpack.compare.flags import ExpectedScripts, answer_of, flag_answers, flag_same_types
 from olpack.compare.recommend import recommend, set_losses
 from olpack.compare.results import Perplexity, PromptSpeed, QuantResult, Speed, Spread
 from olpack.compare.scores import load_function, score_answers
-from olpack.compare.served import compare_served, settings_for
+from olpack.compare.served_models import compare_served, settings_for
 from olpack.deploy import protect
 from olpack.deploy.client import OllamaClient, blob_digest
 from olpack.errors import OlpackError
@@ -181,11 +179,11 @@ def quant(name: str, size: int, nll: float | None) -> QuantResult:
 
 
 def test_the_reason_names_what_was_not_measured():
-    from olpack.compare.results import Machine, Results
+    from olpack.compare.results import MachineInfo, Results
 
     quants = [quant("Q4_0", 1, None), quant("Q4_K_M", 2, 10.0), quant("Q8_0", 3, 10.0)]
     set_losses(quants, [10, 10])
-    machine = Machine(cpu="", cores=1, memory_bytes=1, system="", busy=0, versions={})
+    machine = MachineInfo(cpu="", cores=1, memory_bytes=1, system="", busy=0, versions={})
     advice = recommend(advice_on := Results(name="x", created="", machine=machine, settings={}, quants=quants))
     assert advice.quant == "Q4_K_M"
     assert "Not compared, because the perplexity is missing: Q4_0." in advice.reason
@@ -198,22 +196,23 @@ def test_the_reason_names_what_was_not_measured():
 
 
 def test_a_file_without_its_speed_can_be_recommended(tmp_path, ollama_double):
-    from olpack.compare.outcome import quant_result
-    from olpack.compare.units import Cache, Units
+    from olpack.compare.cache import Cache, Units
+    from olpack.compare.measure import add_figures
 
-    units = Units(Cache(None), "q", {})
-    units.found["perplexity"] = quant("Q4_0", 1, 1.0).perplexity.model_dump()
-    whole = quant_result(units, None, [OlpackError("no answer")], quant="Q4_0", tag="q4_0", file="f", sha256="0", size_bytes=1)
-    assert [flag.serious for flag in whole.flags] == [False]
-    del units.found["perplexity"]
-    assert quant_result(units, None, [OlpackError("no answer")], quant="Q4_0", tag="q4_0", file="f", sha256="0", size_bytes=1).flags[0].serious
+    units, result = Units(Cache(None), "q", {}), QuantResult(quant="Q4_0", tag="q4_0", file="f", sha256="0", size_bytes=1)
+    units.known["perplexity"] = quant("Q4_0", 1, 1.0).perplexity.model_dump()
+    add_figures(result, units, None, [OlpackError("no answer")])
+    assert [flag.serious for flag in result.flags] == [False]
+    del units.known["perplexity"]
+    add_figures(result, units, None, [OlpackError("no answer")])
+    assert result.flags[0].serious
 
 
 def test_two_quants_of_the_same_types_are_named():
     quants = [quant("Q4_0", 1, 1.0), quant("Q4_K_M", 2, 1.0), quant("Q8_0", 3, 1.0)]
     flag_same_types(quants, {"Q4_0": {"attn_q": {"q8_0": 2}}, "Q4_K_M": {"attn_q": {"q8_0": 2}}, "Q8_0": {}})
     assert [[flag.text for flag in one.flags] for one in quants] == [[], ["its tensors have the same types as those of Q4_0"], []]
-    flag_answers(quants[0], [], Scripts(()))
+    flag_answers(quants[0], [], ExpectedScripts(()))
 
 
 # Files of the user

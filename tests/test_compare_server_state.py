@@ -22,6 +22,7 @@ from olpack.deploy.client import OllamaClient
 from olpack.deploy.register import point_latest
 from olpack.errors import OlpackError
 from olpack.recipe import load
+from olpack.stages import compare
 from olpack.stages.build import Build
 
 
@@ -62,7 +63,7 @@ def results_of(workspace: Path):
 
 def stale(workspace: Path, server: str | None = None) -> str:
     """Why the comparison is stale, "" where it is not."""
-    return Build(load(workspace / "modelfiles/oracle/recipe.yaml"), workspace / "build", server=server).step("compare").reason
+    return compare.STAGE.step(Build(load(workspace / "modelfiles/oracle/recipe.yaml"), workspace / "build", server=server)).reason
 
 
 def test_the_loss_of_the_file_is_that_of_training(workspace):

@@ -19,7 +19,8 @@ from olpack.data.show import pieces
 from olpack.errors import OlpackError
 from olpack.model.base import BUILTIN, Base
 from olpack.stages.build import Build
-from olpack.stages.work import held_out_requests, questions
+from olpack.stages.requests import held_out_requests, questions
+from olpack.stages.steps import stage_of
 
 RECIPE = "base: builtin/tiny-coder\ndata: {train: train.jsonl, eval: eval.jsonl, max_length: 64}\n"
 
@@ -277,7 +278,7 @@ def test_a_plan_prints_names_as_they_are(tmp_path):
 
 
 def test_held_out_texts_and_tool_calls_are_no_questions_and_answers(tmp_path):
-    from olpack.stages.work import _examples, questions
+    from olpack.stages.requests import examples, questions
 
     call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}
     asked = {"role": "user", "content": "q"}
@@ -288,7 +289,7 @@ def test_held_out_texts_and_tool_calls_are_no_questions_and_answers(tmp_path):
     path.write_text(data)
     build = Build(recipe.load(path))
     assert questions(build) == [[asked], [{"role": "user", "content": "e"}]]
-    assert _examples(build) == [("e", "a")]
+    assert examples(build) == [("e", "a")]
     path.write_text(data.replace(", eval.jsonl]", "]"))
     assert questions(Build(recipe.load(path))) == []
 
@@ -296,7 +297,7 @@ def test_held_out_texts_and_tool_calls_are_no_questions_and_answers(tmp_path):
 def test_what_decides_the_rows_decides_the_key(tmp_path):
     def key(data: str, stage: str = "train") -> str:
         package(tmp_path, GOOD, [chat("e", "a")], f"base: builtin/tiny-coder\ndata: {data}\n")
-        return Build(recipe.load(tmp_path / "modelfiles/support/recipe.yaml")).inputs(stage)
+        return stage_of(stage).all_inputs(Build(recipe.load(tmp_path / "modelfiles/support/recipe.yaml")))
 
     plain = key("{train: train.jsonl, eval: eval.jsonl}")
     assert key("{train: {file: train.jsonl}, eval: [eval.jsonl]}") == plain

@@ -14,8 +14,9 @@ from oracle import CHAT, make_workspace, olpack, write_base
 from olpack.commands.doctor import examine
 from olpack.deploy.client import OllamaClient
 from olpack.recipe import load
+from olpack.stages import export
 from olpack.stages.build import Build
-from olpack.stages.work import _prompts_said
+from olpack.stages.compare import _prompts_said
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +144,7 @@ def test_only_exports_whose_files_change_have_another_key(workspace):
     for template in (CHAT, "{{ bos_token }}" + CHAT, "{{ eos_token }}" + CHAT):
         settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": template}))
         build = Build(load(recipe), out=workspace / "build")
-        keys[template] = build.inputs("export", "Q8_0").get("pinned in the chat template")
+        keys[template] = export.STAGE.all_inputs(build, "export-Q8_0").get("pinned in the chat template")
         assert build.base.absent_tokens == (keys[template] or [])
     assert list(keys.values()) == [None, ["bos_token"], None]
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"bos_token": "<|im_start|>", "chat_template": "{{ bos_token }}" + CHAT}))

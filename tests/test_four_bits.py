@@ -15,7 +15,7 @@ from olpack.model.base import Base
 from olpack.model.frozen_weights import Held
 from olpack.recipe import Train
 from olpack.train.model import load_with_adapter
-from olpack.train.ops.low_rank import _frozen_weight
+from olpack.train.ops.lora import _frozen_weight
 
 CPU = torch.device("cpu")
 SHAPES = [(96, 128), (50, 48), (33, 96), (7, 33), (2, 2), (300, 70)]

@@ -58,7 +58,7 @@ def test_another_archive_is_refused(tmp_path, monkeypatch, empty_cache):
 def test_without_an_index_the_error_says_what_to_do(tmp_path, monkeypatch, empty_cache):
     monkeypatch.setenv("PIP_INDEX_URL", (tmp_path / "no-index").as_uri())
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
-    with pytest.raises(OlpackError, match=f"could not be fetched: pip said .*get {ARCHIVE} elsewhere and set OLPACK_LLAMA_CPP"):
+    with pytest.raises(OlpackError, match=f"could not be fetched: pip reports .*get {ARCHIVE} elsewhere and set OLPACK_LLAMA_CPP"):
         converter_source()
     assert list(empty_cache.iterdir()) == []
 

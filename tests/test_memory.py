@@ -18,10 +18,10 @@ from rich.console import Console
 from tiny_models import converter, write_model
 
 from olpack.cli import main
+from olpack.commands.recommend import advise, estimate_model
 from olpack.errors import OlpackError
 from olpack.export import Target
 from olpack.machine import GIB, Machine
-from olpack.memory import advise, estimate_model
 from olpack.memory.footprint import Footprint, Setting, plan, read
 from olpack.memory.recommend import place
 from olpack.memory.subject import Subject, find, typical
@@ -116,9 +116,9 @@ print("".join(log))
 def test_an_estimate_is_what_llama_cpp_then_allocates(files, quant, context, kv_type):
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-c", LOAD, str(files[quant]), str(context), kv_type]
-    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    log = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     sizes: dict[str, float] = {}
-    for kind, size in re.findall(r"(model|KV|compute|output) buffer size =\s*([\d.]+) MiB", said):
+    for kind, size in re.findall(r"(model|KV|compute|output) buffer size =\s*([\d.]+) MiB", log):
         sizes[kind] = sizes.get(kind, 0) + float(size) * (1 << 20)
     found, layout = read(files[quant], Setting(context, kv_type))
     assert found.weights == pytest.approx(sizes["model"], abs=20_000)  # the log has two decimals, and tensors are aligned
@@ -263,8 +263,8 @@ def test_the_cache_of_windows_and_latent_attention(name, tmp_path, olpack):
     """unslothai/unsloth#4757, gpustack/gguf-parser-go#28, alvarobartt/hf-mem#60."""
     gigabytes, config = CACHES[name]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    code, printed, said = olpack("estimate", "config.json", "--context", "131072", "--quant", "Q4_K_M", "--json")
-    assert code == 0, said
+    code, printed, message = olpack("estimate", "config.json", "--context", "131072", "--quant", "Q4_K_M", "--json")
+    assert code == 0, message
     (found,) = json.loads(printed)["llama_cpp"]
     assert found["kv"] / 1e9 == pytest.approx(gigabytes, abs=0.05)
 
@@ -453,7 +453,7 @@ def test_seven_billion_parameters_on_8_gigabytes():
     places = {candidate.quant: candidate.place.where for candidate in advice.candidates}
     assert places["Q4_K_M"] == places["Q6_K"] == "gpu" and places["Q8_0"] == "split"
     assert (advice.best.quant, advice.fastest.quant) == ("Q6_K", "Q4_K_M")
-    assert any("Mistral-7B-v0.3" in note for note in advice.notes) and any("takes Q5_K_M: 5.4 GB" in note for note in advice.notes)
+    assert any("Mistral-7B-v0.3" in note for note in advice.notes) and any("chooses Q5_K_M: 5.4 GB" in note for note in advice.notes)
     found = {candidate.quant: candidate.footprint.weights for candidate in advice.candidates}
     assert found["Q4_K_M"] == pytest.approx(4.37e9, rel=0.005)  # the published file of this model has 4.37 GB
 
@@ -462,8 +462,8 @@ def test_thirty_four_billion_parameters_on_24_gigabytes():
     advice = advise(params="34b", vram=24, ram=64, quants=["Q4_K_M", "Q5_K_M", "Q8_0"])
     assert [candidate.place.where for candidate in advice.candidates] == ["gpu", "split", "split"]
     assert advice.best.quant == advice.fastest.quant == "Q4_K_M"
-    # Where the rule of thumb misleads: it takes Q4_K_M for any context, and eight times the context no longer fits.
-    assert any("takes Q4_K_M: 20.6 GB" in note for note in advice.notes)
+    # Where the rule of thumb misleads: it chooses Q4_K_M for any context, and eight times the context no longer fits.
+    assert any("chooses Q4_K_M: 20.6 GB" in note for note in advice.notes)
     short = advice.candidates[0].footprint
     long = replace(short, layer_cache=tuple(8 * size for size in short.layer_cache))
     assert place(long, advice.machine).where == "split"
@@ -486,8 +486,8 @@ def test_a_typical_shape_has_the_size_that_was_asked_for(size, parameters):
 
 def test_recommend_in_words_and_in_json(files, olpack):
     words = ("recommend", *map(str, files.values()), "--vram", "0", "--ram", "8", "--context", "512")
-    code, told, _ = olpack(*words)
-    assert code == 0 and "Best:    Q8_0 loses least of those that fit in RAM" in told and "Llama 3 8B on wikitext-2" in told
+    code, printed, _ = olpack(*words)
+    assert code == 0 and "Best:    Q8_0 loses least of those that fit in RAM" in printed and "Llama 3 8B on wikitext-2" in printed
     found = json.loads(olpack(*words, "--json")[1])
     assert found["machine"] == {"ram_bytes": 8 * GIB, "gpu_bytes": [], "found": False} and found["best"]["quant"] == "Q8_0"
     row = found["quants"][0]
@@ -496,18 +496,18 @@ def test_recommend_in_words_and_in_json(files, olpack):
 
 
 def test_estimate_of_a_file_in_words_and_in_json(files, olpack):
-    code, told, _ = olpack("estimate", str(files["Q8_0"]))
-    assert code == 0 and "qwen3" in told and "A GGUF is not trained" in told
+    code, printed, _ = olpack("estimate", str(files["Q8_0"]))
+    assert code == 0 and "qwen3" in printed and "A GGUF cannot be trained" in printed
     found = json.loads(olpack("estimate", str(files["Q8_0"]), "--json")[1])
     assert [row["quant"] for row in found["llama_cpp"]] == ["Q8_0"] and found["transformers"] == []
 
 
 def test_estimate_of_a_model_without_its_weights(folder):
     found = estimate_model(str(folder), rank=8, tokens=256, quants=["q4_k_m"])
-    told = StringIO()
-    print_estimate(found, Console(file=told, width=100))
+    printed = StringIO()
+    print_estimate(found, Console(file=printed, width=100))
     for part in ("2 layers, hidden 256, 4 heads, 2 KV heads of 64", "4-bit NF4", "Q4_K_M", "QLoRA, checkpointing", "get_memory_footprint"):
-        assert part in told.getvalue()
+        assert part in printed.getvalue()
     data = found.as_json()
     assert [row["precision"] for row in data["transformers"]] == ["float32", "bfloat16", "int8", "nf4"]
     assert data["transformers"][0]["weights"] == 4 * data["parameters"]["total"] == data["transformers"][0]["rule"]
@@ -534,13 +534,13 @@ def test_an_architecture_that_llama_cpp_does_not_know_still_has_figures(folder, 
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
-        (("recommend",), "Say what is to run"),
-        (("recommend", "--params", "many"), "no number of parameters"),
+        (("recommend",), "Either models"),
+        (("recommend", "--params", "many"), "is not a number of parameters"),
         (("recommend", "absent"), "There is no modelfiles/absent/recipe.yaml"),
         (("recommend", "absent.gguf"), "There is no file absent.gguf"),
-        (("recommend", "--params", "8B", "--kv", "q2_K"), "no type of the KV cache"),
+        (("recommend", "--params", "8B", "--kv", "q2_K"), "KV cache cannot have the type"),
         (("estimate", "--params", "8B", "--quant", "Q4_X"), "no quant type"),
         (("estimate", "./absent"), "There is no ./absent"),
         (("estimate", "text.json"), "cannot be read as JSON"),
@@ -549,13 +549,13 @@ def test_an_architecture_that_llama_cpp_does_not_know_still_has_figures(folder, 
         (("estimate", "broken.gguf"), "no whole GGUF"),
     ],
 )
-def test_what_cannot_be_answered_is_said_in_a_sentence(words, said, tmp_path, olpack):
+def test_what_cannot_be_answered_has_an_error_of_one_line(words, message, tmp_path, olpack):
     (tmp_path / "text.json").write_text("no JSON")
     (tmp_path / "empty.json").write_text("{}")
     (tmp_path / "unknown.json").write_text('{"model_type": "of-tomorrow"}')
     (tmp_path / "broken.gguf").write_bytes(b"GGUF")
-    code, _, told = olpack(*words)
-    assert code == 1 and said in told and len(told.splitlines()) == 1, told
+    code, _, printed = olpack(*words)
+    assert code == 1 and message in printed and len(printed.splitlines()) == 1, printed
 
 
 def test_a_header_that_llama_cpp_refuses(files, tmp_path):

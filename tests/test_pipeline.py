@@ -16,7 +16,9 @@ from oracle import CHAT, RECIPE, files, make_workspace, olpack, write_base, writ
 from olpack import recipe
 from olpack.deploy.client import OllamaClient
 from olpack.errors import OlpackError
+from olpack.stages import calibration, compare, export, modelfiles
 from olpack.stages.build import Build
+from olpack.stages.steps import all_steps, stage_of
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +78,7 @@ def test_the_gguf_says_what_it_is_made_from(built):
     fields = GGUFReader(built / "build/oracle/gguf/oracle-Q8_0.gguf").fields
     assert fields["general.name"].contents() == "oracle"
     assert fields["general.architecture"].contents() == "qwen3"
+    assert {"olpack.version", "olpack.base", "olpack.base_digest", "olpack.training"} <= set(fields)
     assert fields["tokenizer.chat_template"].contents().endswith(CHAT)
     assert fields["olpack.version"].contents()
     tokens = fields["tokenizer.ggml.tokens"].contents()
@@ -120,9 +123,9 @@ def test_a_changed_system_prompt_trains_and_exports_nothing(workspace):
 @pytest.mark.parametrize(("keep", "trains"), [("best", True), ("last", False)])
 def test_other_held_out_rows_train_where_they_choose_the_adapter(workspace, keep, trains):
     build = recipe.load(workspace / "modelfiles/oracle/recipe.yaml", [f"train.keep={keep}"])
-    before = [Build(build).inputs(stage) for stage in ("train", "compare")]
+    before = [stage_of(stage).all_inputs(Build(build)) for stage in ("train", "compare")]
     write_rows(workspace / "modelfiles/oracle/eval.jsonl", 5, first=200)
-    after = [Build(build).inputs(stage) for stage in ("train", "compare")]
+    after = [stage_of(stage).all_inputs(Build(build)) for stage in ("train", "compare")]
     assert (before[0] != after[0]) is trains
     assert before[1] != after[1]
 
@@ -238,7 +241,7 @@ def test_a_file_that_was_lost_is_made_again(workspace):
         path.unlink(missing_ok=True)
         if damaged is not None:
             path.write_bytes(damaged)
-        assert reason in build_of(workspace).step("export", "Q8_0").reason
+        assert reason in export.STAGE.step(build_of(workspace), "export-Q8_0").reason
     code, printed, _ = olpack(workspace, "export", "oracle", "--json")
     assert code == 0
     assert json.loads(printed)["done"] == ["export-Q8_0"]
@@ -276,7 +279,7 @@ def test_importance_concerns_only_what_gains_by_it(workspace):
     from gguf import GGUFReader
 
     root, before = workspace / "build/oracle", files(workspace / "build/oracle")
-    assert not any(name.startswith("export.") for step in build_of(workspace).steps() for name in step.inputs)
+    assert not any(name.startswith("export.") for step in all_steps(build_of(workspace)) for name in step.inputs)
     assert done(workspace, "export.importance=train") == ["export-Q4_K_M"]
     after = files(root)
     assert after["gguf/oracle-Q8_0.gguf"] == before["gguf/oracle-Q8_0.gguf"]
@@ -295,11 +298,11 @@ def test_importance_concerns_only_what_gains_by_it(workspace):
 
     # It serves other quants too, and a lost one is collected again only when something needs it.
     more = build_of(workspace, "export.importance=train", "quants=[Q4_K_M, Q8_0, Q4_0]")
-    assert [step.unit for step in more.steps() if step.stale and step.stage == "export"] == ["export-Q4_0"]
-    assert more.uncollected(more.steps()) == []
+    assert [step.unit for step in all_steps(more) if step.stale and step.stage == "export"] == ["export-Q4_0"]
+    assert calibration.awaiting_importance(more, all_steps(more)) == []
     (root / "importance.gguf").unlink()
-    assert [step.unit for step in more.steps() if step.stale and step.stage == "export"] == ["export-Q4_0"]
-    assert len(more.uncollected(more.steps())) == 2
+    assert [step.unit for step in all_steps(more) if step.stale and step.stage == "export"] == ["export-Q4_0"]
+    assert len(calibration.awaiting_importance(more, all_steps(more))) == 2
 
 
 def test_without_a_quant_to_collect_on_there_is_a_file_for_a_while(workspace):
@@ -326,9 +329,9 @@ def test_a_matrix_of_ones_own_and_types_for_single_tensors(workspace):
     for quant in ("Q4_K_M", "Q8_0"):
         written = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(workspace / f"build/oracle/gguf/oracle-{quant}.gguf").tensors}
         assert (written["blk.0.attn_v.weight"], written["blk.0.attn_q.weight"]) == ("Q6_K", "Q5_K")
-    assert not any(step.stale for step in build_of(workspace, *own).steps() if step.stage == "export")
+    assert not any(step.stale for step in all_steps(build_of(workspace, *own)) if step.stage == "export")
     other_order = build_of(workspace, own[0], "export.tensor_types={attn: q5_K, attn_v: q6_k}")
-    assert [step.reason for step in other_order.steps() if step.stage == "export"] == ["export.tensor_types changed"] * 2
+    assert [step.reason for step in all_steps(other_order) if step.stage == "export"] == ["export.tensor_types changed"] * 2
 
 
 @pytest.mark.parametrize(
@@ -449,7 +452,7 @@ def test_figures_taken_through_a_server_hold_while_it_is_down(workspace, ollama_
 def test_a_comparison_that_was_begun_is_called_so(workspace):
     path = workspace / "build/oracle/stages/compare.json"
     path.write_text(json.dumps({"inputs": {}, "outputs": {}, "result": {"recommended": "q8_0"}}))
-    assert build_of(workspace).step("compare").reason == "begun and not finished"
+    assert compare.STAGE.step(build_of(workspace)).reason == "begun and not finished"
 
 
 def test_a_context_without_room_is_refused_before_any_work(workspace):
@@ -586,7 +589,7 @@ def test_the_users_own_package_and_template_win(workspace):
 
         assert recipe_path("coding-assistant") == Path("modelfiles/coding-assistant/recipe.yaml")
         build = Build(recipe.load(recipe_path("oracle")))
-        assert build.step("modelfiles").reason == "templates/Modelfile.j2 changed"
+        assert modelfiles.STAGE.step(build).reason == "templates/Modelfile.j2 changed"
     assert olpack(workspace, "build", "oracle", "--only", "modelfiles")[0] == 0
     assert (workspace / "build/oracle/modelfiles/q8_0.Modelfile").read_text().endswith("# mine\n")
 

@@ -21,10 +21,9 @@ from olpack.data import Renderer
 from olpack.errors import OlpackError
 from olpack.export import Target
 from olpack.model.base import BUILTIN, Base, resolve
-from olpack.model.shape import MetaModel
+from olpack.model.shape import MetaModel, adapter_shapes
 from olpack.recipe import Train
 from olpack.train.checks import check_training
-from olpack.train.memory import adapter_shapes
 from olpack.train.model import load_with_adapter
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}

@@ -11,9 +11,12 @@ import pytest
 from gguf.gguf_writer import GGUFValue
 from oracle import olpack
 
+from olpack.export import verify
 from olpack.export.converter import SourceModel
 from olpack.export.job import TokenText
-from olpack.export.verify import settle_pretokenizer, token_differences
+from olpack.export.plan import vocabulary_file
+from olpack.export.verify import settle_pretokenizer, token_differences, training_tokenizer
+from olpack.llamacpp.vocabulary import Vocabulary
 from olpack.model.base import BUILTIN
 
 RECIPE = "base: ../../base\ndata: {train: train.jsonl}\ntrain: {rank: 4, quantization: none}\nquants: [Q8_0]\ncompare: {reference: false}\n"
@@ -38,14 +41,14 @@ def test_the_pre_tokenizer_that_splits_as_the_tokenizer_does_is_taken(model, wro
     """The converter's hash covers one text, and tokenizers that split otherwise can share it."""
     value = model.keys["tokenizer.ggml.pre"]
     asked = SourceModel(model.architecture, {}, {**model.keys, "tokenizer.ggml.pre": GGUFValue(wrong, value.type, value.sub_type)})
-    settle_pretokenizer(BUILTIN / "tiny-coder", asked)
+    settle_pretokenizer(BUILTIN / "tiny-coder", training_tokenizer(BUILTIN / "tiny-coder"), asked)
     assert asked.key("tokenizer.ggml.pre") == "qwen2"
 
 
 def test_a_choice_that_splits_right_stays(model):
     value = model.keys["tokenizer.ggml.pre"]
     asked = SourceModel(model.architecture, {}, {**model.keys, "tokenizer.ggml.pre": GGUFValue("qwen2", value.type, value.sub_type)})
-    settle_pretokenizer(BUILTIN / "tiny-coder", asked)
+    settle_pretokenizer(BUILTIN / "tiny-coder", training_tokenizer(BUILTIN / "tiny-coder"), asked)
     assert asked.keys["tokenizer.ggml.pre"].value == "qwen2"
 
 
@@ -57,8 +60,46 @@ def test_the_first_token_that_differs_is_found(model):
     ids = tokenizer.encode(text).ids
     seen = []
     same = TokenText("a:1", [text[:10], text[10:]], tokenizer.encode(text[:10]).ids + tokenizer.encode(text[10:]).ids)
-    (found,) = token_differences(model, [same, TokenText("a:2", [text], [*ids[:6], 77, *ids[7:]])], lambda done, total: seen.append((done, total)))
+    texts = [same, TokenText("a:2", [text], [*ids[:6], 77, *ids[7:]])]
+    with vocabulary_file(model) as file, Vocabulary(file) as vocabulary:
+        found = token_differences(vocabulary, texts, lambda done, total: seen.append((done, total)))[1]
     assert (found.source, found.before, found.trained[0], found.read[0]) == ("a:2", ids[2:6], 77, ids[6]) and seen == [(1, 2)] * 2
+
+
+def test_the_rows_decide_where_the_sample_leaves_it_open(model, monkeypatch):
+    from tokenizers import Tokenizer
+
+    text = verify._SAMPLE
+    monkeypatch.setattr(verify, "_SAMPLE", "a")
+    tokenizer, value = Tokenizer.from_file(str(BUILTIN / "tiny-coder/tokenizer.json")), model.keys["tokenizer.ggml.pre"]
+    for texts, name in (([], "gpt-2"), ([TokenText("a:1", [text], tokenizer.encode(text).ids)], "qwen2")):
+        asked = SourceModel(model.architecture, {}, {**model.keys, "tokenizer.ggml.pre": GGUFValue("gpt-2", value.type, value.sub_type)})
+        assert settle_pretokenizer(BUILTIN / "tiny-coder", tokenizer, asked, texts) == []
+        assert asked.key("tokenizer.ggml.pre") == name
+
+
+@pytest.mark.parametrize(("kind", "name"), [("TokenizersBackend", "smollm"), ("GPT2Tokenizer", "gpt-2")])
+def test_the_tokenizer_that_training_loads_decides_and_not_the_file(tmp_path, kind, name):
+    """Of a GPT2Tokenizer transformers takes the vocabulary from tokenizer.json, and not how that splits."""
+    workspace(tmp_path, answer="It is    14,\n\n  and 1  2   3.")
+    path = tmp_path / "base/tokenizer.json"
+    content = json.loads(path.read_text())
+    digits = {"type": "Digits", "individual_digits": True}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}]}
+    path.write_text(json.dumps(content))
+    path = tmp_path / "base/tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": kind}))
+    code, printed, said = olpack(tmp_path, "plan", "mine", "--json")
+    assert code == 0, said
+    found = json.loads(printed)["estimate"]
+    assert (found["pre_tokenizer"], found["texts_differing"]) == (name, 0) and found["texts_read"] > 40
+
+
+def test_rows_that_only_the_tokenizer_composes_are_refused_with_the_form_that_they_need(tmp_path):
+    workspace(tmp_path, answer="It is 14 in the cafe\u0301.", normalizer={"type": "NFC"})
+    code, _, said = olpack(tmp_path, "plan", "mine")
+    text = " ".join(said.split())
+    assert code == 1 and "composes characters (NFC), and llama.cpp does not" in text and "None of its pre-tokenizers" not in text
 
 
 def workspace(tmp_path: Path, answer: str = "It is 4.", normalizer: dict | None = None, template: str | None = None, modelfile: str = "") -> None:

@@ -13,7 +13,7 @@ from ollama_double_store import CHATML
 from oracle import olpack
 
 from olpack.compare import read_results
-from olpack.compare.against import changes
+from olpack.compare.changes import changes
 from olpack.compare.results import Spread
 from olpack.deploy import protect
 from olpack.deploy.client import OllamaClient, blob_digest

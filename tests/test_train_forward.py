@@ -17,9 +17,10 @@ from olpack.train import forward as forward_module
 from olpack.train.batches import flatten, micro_batches
 from olpack.train.forward import Forward
 from olpack.train.model import load_with_adapter
-from olpack.train.ops import attention, low_rank, pointwise
+from olpack.train.ops import attention, lora, pointwise
 from olpack.train.ops import checkpointing as recomputation
 from olpack.train.ops.loss import head_loss
+from olpack.train.ops.low_rank import MlpLowRank
 
 CPU = torch.device("cpu")
 SENTENCEPIECE = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
@@ -191,7 +192,7 @@ def test_a_layer_is_computed_again_without_its_last_product_where_gradients_stay
     model = with_adapter(Base("tiny", write_model(tmp_path / "model", kind, **settings)), Train(rank=4))
     forward = Forward(model, CPU, checkpointing=True)
     products = []
-    monkeypatch.setattr(low_rank, "_up", lambda x, h, layer, up=low_rank._up: products.append(layer) or up(x, h, layer))
+    monkeypatch.setattr(lora, "_up", lambda x, h, layer, up=lora._up: products.append(layer) or up(x, h, layer))
     loss = forward.loss(flatten(ROWS, CPU))
     made = len(products)
     loss.backward()
@@ -203,7 +204,7 @@ def test_a_backward_pass_that_fails_leaves_nothing_skipped(tmp_path, monkeypatch
     forward = Forward(model, CPU, checkpointing=True)
     wanted, loss = forward.loss(flatten(ROWS, CPU)).item(), forward.loss(flatten(ROWS, CPU))
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
-        patch.setattr(low_rank, "_up", raising(torch.OutOfMemoryError))
+        patch.setattr(lora, "_up", raising(torch.OutOfMemoryError))
         loss.backward()
     forward.forget()
     assert forward.loss(flatten(ROWS, CPU)).item() == wanted
@@ -327,7 +328,7 @@ def test_attention_over_flat_rows(window, softcap):
 @pytest.mark.parametrize("softcap", [None, 4.0])
 def test_the_loss_of_the_head_in_pieces(monkeypatch, softcap):
     torch.manual_seed(0)
-    monkeypatch.setattr("olpack.train.ops.loss.PIECE", 3 * 50)
+    monkeypatch.setattr("olpack.train.ops.limits.CHUNK_LOGITS", 3 * 50)
     head, hidden, targets = torch.nn.Linear(8, 50), torch.randn(10, 8), torch.randint(0, 50, (10,))
     head.requires_grad_(False)
     first, second = (hidden.clone().requires_grad_() for _ in range(2))
@@ -367,7 +368,7 @@ def test_the_norm_and_its_gradient(offset):
 def test_the_gates_and_their_gradients(function):
     torch.manual_seed(0)
     gated, upped, dmiddle = torch.randn(3, 6, 8).unbind(0)
-    adapters = pointwise.LowRank(torch.randn(6, 4), torch.randn(8, 2), torch.randn(8, 2), torch.randn(2, 8))
+    adapters = MlpLowRank(torch.randn(6, 4), torch.randn(8, 2), torch.randn(8, 2), torch.randn(2, 8))
     wanted, gradients = gated_mlp(function, gated, upped, dmiddle, adapters, dlow := torch.randn(6, 2))
     gate, (of_gate, of_up) = pointwise.gate_of(function), adapters.halves
     assert not gate.adds(adapters)  # on a CPU the large products do

@@ -94,13 +94,13 @@ def test_a_run_goes_on_with_another_number_of_processes(base, tmp_path, monkeypa
     [
         (
             ['{"event": "crash", "text": "IndexError: no such token"}', '{"event": "crash", "text": "the peer is gone"}'],
-            r"A training process failed: IndexError: no such token The same command goes on from the last checkpoint",
+            r"A training process ended with exit code 1: IndexError: no such token The same command goes on from the last checkpoint",
         ),
         (
             ['{"event": "crash", "text": "the peer is gone"}', '{"event": "error", "problem": "Too long.", "remedy": "Shorten."}'],
             r"^Too long\. Shorten\.$",
         ),
-        (["a banner", "[1]"], "A training process failed: it said nothing"),
+        (["a banner", "[1]"], "A training process ended with exit code 1: it printed no reason"),
     ],
 )
 def test_what_goes_wrong_in_a_process_is_a_sentence(tmp_path, said, expected):

@@ -18,6 +18,7 @@ from olpack.recipe import Train
 from olpack.train.batches import flatten
 from olpack.train.forward import Forward
 from olpack.train.ops import kernels, pointwise
+from olpack.train.ops.low_rank import MlpLowRank
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WIDE = {"rtol": 1e-5, "atol": 1e-5}
@@ -69,7 +70,7 @@ def test_a_gate_with_its_adapters(gate, tokens, columns, rank):
     half = torch.float16
     gated, upped, dmiddle = numbers(3, tokens, columns, dtype=half).unbind(0)
     of_b = (numbers(columns, rank, dtype=half) / rank**0.5 for _ in range(2))
-    adapters = pointwise.LowRank(numbers(tokens, 2 * rank, dtype=half), *of_b, numbers(rank, columns, dtype=half) / columns**0.5)
+    adapters = MlpLowRank(numbers(tokens, 2 * rank, dtype=half), *of_b, numbers(rank, columns, dtype=half) / columns**0.5)
     dlow = numbers(tokens, rank, dtype=half)
     assert kernels.takes(adapters)
     wanted, gradients = gated_mlp(FUNCTIONS[gate], gated, upped, dmiddle, adapters, dlow)
@@ -99,9 +100,9 @@ def test_a_gate_alone(gate):
 
 
 def test_what_a_kernel_does_not_take():
-    def adapters(rank: int, dtype: torch.dtype) -> pointwise.LowRank:
+    def adapters(rank: int, dtype: torch.dtype) -> MlpLowRank:
         sizes = ((4, 2 * rank), (8, rank), (8, rank), (rank, 8))
-        return pointwise.LowRank(*(torch.empty(*size, dtype=dtype) for size in sizes))
+        return MlpLowRank(*(torch.empty(*size, dtype=dtype) for size in sizes))
 
     assert kernels.takes(adapters(kernels.MOST_RANK, torch.bfloat16))
     assert not kernels.takes(adapters(kernels.MOST_RANK + 1, torch.bfloat16))
@@ -148,7 +149,7 @@ def test_each_kernel_runs_once_before_it_is_used(monkeypatch):
 
     monkeypatch.setattr(kernels, "gradients", too_large)
     kernels.run_once(DEVICE, torch.float16, **sizes, rank=20)
-    ranks = {rank: pointwise.LowRank(*(torch.empty(rank, rank, dtype=torch.float16) for _ in range(4))) for rank in (16, 20)}
+    ranks = {rank: MlpLowRank(*(torch.empty(rank, rank, dtype=torch.float16) for _ in range(4))) for rank in (16, 20)}
     assert kernels.takes(ranks[16]) and not kernels.takes(ranks[20])
 
 
@@ -176,7 +177,7 @@ class Driver:  # of a GPU that is not here
     get_active_torch_device = lambda self: torch.device("cpu")
 
 driver.set_active(Driver())
-from olpack.train import kernels
+from olpack.train.ops import kernels
 list(kernels.compile_for(torch.bfloat16, hidden=4096, middle=14336, head=128, words=128256, rank=int(sys.argv[2])))
 for name in sorted(name for name in dir(kernels) if name.endswith("_kernel")):
     for compiled in getattr(kernels, name).device_caches[0][0].values():

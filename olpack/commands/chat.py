@@ -92,8 +92,9 @@ def _embedded(name: str, tag: str, out: Path | None) -> Answer:
     """Answers of a GGUF in the build folder, with the system prompt and the parameters of its recipe."""
     from olpack import recipe
     from olpack.quants import quant_type
-    from olpack.stages.build import ADAPTER, Build
-    from olpack.stages.work import recommended
+    from olpack.stages.build import Build
+    from olpack.stages.compare import recommended
+    from olpack.stages.export import ADAPTER
     from olpack.workspace import recipe_path
 
     build = Build(recipe.load(recipe_path(name)), out, weights=False)
@@ -106,11 +107,13 @@ def _embedded(name: str, tag: str, out: Path | None) -> Answer:
     from olpack.llamacpp.probe import check_library
 
     check_library()
+    from olpack.deploy.parameters import number
     from olpack.llamacpp.engine import Engine, Sampling
 
-    parameters = build.package.parameters
+    package = build.package
     with progress.task(f"loading {path.name}"):
-        engine = Engine(path, parameters["num_ctx"], adapter=build.paths.gguf(ADAPTER) if build.paths.base else None)
-    start = [{"role": "system", "content": build.package.system}] if build.package.system else []
-    start += build.package.messages
-    return lambda messages: iter(engine.generate([*start, *messages], parameters.get("num_predict"), Sampling.of(parameters)))
+        engine = Engine(path, package.num_ctx, adapter=build.paths.gguf(ADAPTER) if build.paths.base else None)
+    start = [{"role": "system", "content": package.system}] if package.system else []
+    start += package.messages
+    tokens = int(number(package.parameters, "num_predict", -1))
+    return lambda messages: iter(engine.generate([*start, *messages], tokens, Sampling.of(package.parameters)))

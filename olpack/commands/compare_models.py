@@ -43,8 +43,8 @@ def compare_models(names: Sequence[str], prompts: Sequence[str], file: Path | No
         OlpackError: no server, a model that it lacks, a file that holds no prompts.
     """
     from olpack.compare import MeasureSettings
-    from olpack.compare.outputs import write_outputs
-    from olpack.compare.served import compare_served, settings_for
+    from olpack.compare.report import write_outputs
+    from olpack.compare.served_models import compare_served, settings_for
     from olpack.deploy.client import OllamaClient
 
     client = OllamaClient()

@@ -7,8 +7,11 @@ from typing import Any
 
 from olpack import progress
 from olpack.errors import OlpackError
+from olpack.stages import compare, modelfiles, records
 from olpack.stages.build import Build
-from olpack.stages.work import recommended, registered, registrable
+from olpack.stages.compare import recommended
+from olpack.stages.deploy import quant_files, registered
+from olpack.stages.steps import all_steps
 
 
 def _exported(build: Build) -> list:
@@ -17,14 +20,14 @@ def _exported(build: Build) -> list:
     Raises:
         OlpackError: one of them is not there, or no longer what the recipe says.
     """
-    for step in build.steps():
+    for step in all_steps(build):
         if step.stage in ("train", "export") and step.stale:
             raise OlpackError(f"{build.recipe.name} is not built: {step.unit} is stale ({step.reason}).", f"Run `olpack build {build.recipe.name}`.")
-    return registrable(build)
+    return quant_files(build)
 
 
 def _modelfiles(build: Build) -> list[Path]:
-    if (step := build.step("modelfiles")).stale:
+    if (step := modelfiles.STAGE.step(build)).stale:
         raise OlpackError(
             f"The Modelfiles of {build.recipe.name} are stale: {step.reason}.", f"Run `olpack build {build.recipe.name} --only modelfiles`."
         )
@@ -48,7 +51,7 @@ def check(build: Build) -> list[str]:
 
     client, lines = OllamaClient(), []
     client.require()
-    for file in registrable(build):
+    for file in quant_files(build):
         model = f"{build.recipe.name}:{file.tag}"
         shown = client.show(model)
         if shown is None:
@@ -97,7 +100,7 @@ def push_to_hub(build: Build, repo: str, private: bool | None) -> str:
             f"Push the merged form: `olpack build {build.recipe.name} --set package=merged`, with `package: merged` in the recipe.",
         )
     files = _exported(build)
-    table = "" if build.step("compare").stale else markdown_table(read_results(build.paths.results))
+    table = "" if compare.STAGE.step(build).stale else markdown_table(read_results(build.paths.results))
     card = hub_card(
         template_source("hub_card.md.j2"),
         repo=repo,
@@ -141,8 +144,8 @@ def _registered(build: Build) -> list:
 
 def facts(build: Build) -> dict[str, Any]:
     """What is known of a build, for `olpack show`."""
-    steps = {step.unit: step for step in build.steps()}
-    deployed = build.result("deploy")
+    steps = {step.unit: step for step in all_steps(build)}
+    deployed = records.result(build.paths, "deploy")
     return {
         "name": build.recipe.name,
         "recipe": str(build.recipe.folder / "recipe.yaml"),

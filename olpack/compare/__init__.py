@@ -6,8 +6,8 @@
     write_report(results, folder / "report.html", template=text_of_report_html_j2, metrics=folder / "metrics.jsonl")
 
 Public here:
-    MeasureSettings, QuantFile      what to measure
-    Yardstick                       what to hold it against: the unquantized fine-tune, the base, quants without their importance matrix
+    MeasureSettings, ComparedFile      what to measure
+    ReferenceModels                       what to hold it against: the unquantized fine-tune, the base, quants without their importance matrix
     measure(files, rows, prompts, settings, server, name, cache, yardstick) -> Results
     Results, read_results(path), write_results(results, path)
     recommend(results) -> Recommendation | None    (measure has already put it into the results)
@@ -19,17 +19,17 @@ from __future__ import annotations
 
 from olpack.compare.measure import measure
 from olpack.compare.recommend import recommend
+from olpack.compare.reference_models import ReferenceModels
 from olpack.compare.report import render_report, write_report
 from olpack.compare.results import Results, read_results, write_results
-from olpack.compare.settings import MeasureSettings, QuantFile
+from olpack.compare.settings import ComparedFile, MeasureSettings
 from olpack.compare.table import markdown_table, print_table
-from olpack.compare.yardstick import Yardstick
 
 __all__ = [
+    "ComparedFile",
     "MeasureSettings",
-    "QuantFile",
+    "ReferenceModels",
     "Results",
-    "Yardstick",
     "markdown_table",
     "measure",
     "print_table",

@@ -1,7 +1,7 @@
 """How far a quant's predictions are from the unquantized model's: KL divergence and equal top tokens, position by position.
 
-The reference's logits are kept in a temporary file, because it and a quant need not fit into memory together. They are measured on the GGUFs
-themselves, so llama.cpp's own rounding (its kernels quantize activations too) is part of the figure, as it is when they serve.
+The reference's logits are written to a temporary file, because it and a quant need not fit into memory together. They are measured on the GGUFs
+themselves, so llama.cpp's own rounding (its kernels quantize activations too) is part of the figure, as it is when they are served.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from olpack.compare.job import LOGITS_BYTES
 from olpack.compare.perplexity import ratio
 from olpack.compare.results import Divergence
+from olpack.compare.settings import LOGITS_BYTES
 from olpack.errors import OlpackError
 
 _RESAMPLES = 1000
@@ -22,7 +22,7 @@ _PERCENTILE = 0.99
 
 
 class LogitsWriter:
-    """Keeps a reference's logits over the target tokens of whole rows, from the first on, for as long as they fit into `LOGITS_BYTES`.
+    """Writes a reference's logits at the target tokens of whole rows, from the first row on, as far as they fit into `LOGITS_BYTES`.
 
     The file is float32 of shape [positions, vocabulary], with no header. It is written as a stream: a full disk is then an error, where
     a write into mapped memory would be a signal.
@@ -33,7 +33,7 @@ class LogitsWriter:
         vocabulary: entries of one position.
 
     Attributes:
-        rows: how many rows are kept.
+        rows: how many rows fit.
     """
 
     def __init__(self, path: Path, row_tokens: Sequence[int], vocabulary: int):
@@ -48,7 +48,7 @@ class LogitsWriter:
             self._file.close()
 
     def add(self, row: int, logits: np.ndarray) -> None:
-        """Keep the logits of the row's next position, if the row is one of those that fit.
+        """Write the logits of the row's next position, float32 of shape [vocabulary], if the row is one of those that fit.
 
         Raises:
             OlpackError: the disk is full.
@@ -66,7 +66,7 @@ class LogitsWriter:
 
 
 def open_logits(path: Path, positions: int, vocabulary: int) -> np.ndarray:
-    """What a `LogitsWriter` kept: float32 of shape [positions, vocabulary], read from the disk as it is used.
+    """What a `LogitsWriter` wrote: float32 of shape [positions, vocabulary], read from the disk as it is used.
 
     Raises:
         OlpackError: the file was made with another vocabulary.
@@ -87,7 +87,7 @@ def summarize(reference: str, rows: Sequence[Sequence[float]], same_top: Sequenc
     Args:
         reference: quant type of the reference, "F16".
         rows: KL divergence in nats of every scored position, by row; finite.
-        same_top: positions of each row at which both models hold the same token for the likeliest.
+        same_top: positions of each row at which both models give the same token the highest probability.
     """
     counts = [len(row) for row in rows]
     sums = [float(np.sum(row)) for row in rows]

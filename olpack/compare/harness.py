@@ -1,10 +1,10 @@
 """Standard suites (MMLU, GSM8K, HumanEval, TruthfulQA, …) on a GGUF, through lm-evaluation-harness and the embedded engine.
 
-The harness wants log-probabilities of given continuations, which Ollama's server does not tell, so it runs on the file that ships. What it
-asks is what it asks of any base model, with its own prompts and no chat template: figures compare with those that others publish.
+The harness needs log-probabilities of given continuations, which Ollama's server does not return, so it runs on the file that is published,
+with its own prompts and no chat template, as on any base model: the figures are comparable to published ones.
 
-Suites are the harness's tasks, groups and tags by name, and the YAML files of a folder of one's own. Their data come from the Hugging Face
-Hub, or from where the YAML says.
+Suites are the harness's tasks, groups and tags by name, and the YAML files of the user's folder. Their data come from the Hugging Face Hub,
+or from the source that the YAML names.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ try:
 except ImportError:
     raise OlpackError("Suites need lm-evaluation-harness, which is not installed.", "Run `pip install 'olpack[harness]'`.") from None
 
-_ANSWER_TOKENS = 256  # of a generated answer where the suite does not say: the harness's own default
+_ANSWER_TOKENS = 256  # of a generated answer where the suite sets no limit: the harness's own default
 _RESAMPLES = 1000  # for metrics whose standard error is bootstrapped
 
 
@@ -50,19 +50,19 @@ def run_suite(engine: Engine, name: str, folder: Path | None, limit: int | None,
     """Every metric of one suite.
 
     Args:
-        engine: the loaded model. Longer contexts than it holds lose their beginning.
+        engine: the loaded model. Texts longer than its context lose their beginning.
         name: a task, group or tag of the harness.
         folder: further tasks in YAML.
         limit: at most this many questions of each task.
         show: called with (done, total) requests.
 
     Raises:
-        OlpackError: the harness fails, as where data cannot be had without a network.
+        OlpackError: the harness fails, as without a network for its data.
     """
     # The harness asks before it runs a model's code (HumanEval); the same variable answers for its metric.
     unsafe = os.environ.get("HF_ALLOW_CODE_EVAL") == "1"
     try:
-        found = simple_evaluate(
+        evaluated = simple_evaluate(
             model=EngineModel(engine, show),
             tasks=[name],
             task_manager=_tasks(name, folder),
@@ -76,19 +76,20 @@ def run_suite(engine: Engine, name: str, folder: Path | None, limit: int | None,
     except Exception as error:
         raise OlpackError(f"The suite '{name}' failed: {type(error).__name__}: {error}.", "Try it with `lm-eval` itself to see where.") from None
     scores = []
-    for task in [name] if name in found["results"] else found["results"]:  # a tag has no figures of its own
-        figures = found["results"][task]
+    results = evaluated["results"]
+    for task in [name] if name in results else results:  # a tag has no figures of its own
+        figures = results[task]
         for key, value in figures.items():
-            metric, _, kept = key.partition(",")
-            if not kept or metric.endswith("_stderr") or not isinstance(value, int | float):
+            metric, _, filtered = key.partition(",")
+            if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
-            error = figures.get(f"{metric}_stderr,{kept}")
+            standard_error = figures.get(f"{metric}_stderr,{filtered}")
             scores.append(
                 SuiteScore(
                     suite=task,
-                    metric=metric if kept == "none" else f"{metric}, {kept}",
+                    metric=metric if filtered == "none" else f"{metric}, {filtered}",
                     value=value,
-                    standard_error=error if isinstance(error, int | float) else None,
+                    standard_error=standard_error if isinstance(standard_error, int | float) else None,
                     limit=limit,
                 )
             )
@@ -128,16 +129,15 @@ class EngineModel(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
         """Token ids; where the model wants a beginning-of-sequence token, with it, unless `add_special_tokens` is False."""
         ids, begin = self._engine.tokenize(string), self._engine.begin_token
-        wants_begin = add_special_tokens is not False and begin is not None and ids[:1] != [begin]
-        return [begin, *ids] if wants_begin else ids
+        return ids if begin is None or add_special_tokens is False or ids[:1] == [begin] else [begin, *ids]
 
     def _loglikelihood_tokens(self, requests: list[tuple], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        found = []
+        scored = []
         previous, logits = None, np.empty(0)
         for done, (_, context, continuation) in enumerate(requests, 1):
             ids = (context + continuation)[-self._engine.context :]
             count = min(len(continuation), len(ids) - 1)
-            # The choices of a question often differ in their last token alone, and are asked one after the other.
+            # The choices of a question, which come one after the other, often differ in their last token alone.
             if previous != (ids[:-1], count):
                 wanted = [False] * (len(ids) - count) + [True] * count
                 logits = np.array([scores for _, scores in self._engine.scored(ids, wanted)])
@@ -146,20 +146,20 @@ class EngineModel(TemplateLM):
             top = logits.max(-1)
             normalizer = top + np.log(np.exp(logits - top[:, None]).sum(-1))
             total = float((logits[np.arange(count), tokens] - normalizer).sum())
-            found.append((total, bool((logits.argmax(-1) == tokens).all())))
+            scored.append((total, bool((logits.argmax(-1) == tokens).all())))
             if not disable_tqdm:
                 self._show(done, len(requests))
-        return found
+        return scored
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        found = []
+        totals = []
         for done, request in enumerate(requests, 1):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
             windows = utils.get_rolling_token_windows(ids, self.prefix_token_id, self._engine.context - 1, 1)
             parts = [(None, *utils.make_disjoint_window(window)) for window in windows]
-            found.append(sum(total for total, _ in self._loglikelihood_tokens(parts, disable_tqdm=True)))
+            totals.append(sum(total for total, _ in self._loglikelihood_tokens(parts, disable_tqdm=True)))
             self._show(done, len(requests))
-        return found
+        return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         answers = []

@@ -1,18 +1,27 @@
-"""What a worker is told: one GGUF, and which figures of it are wanted."""
+"""One GGUF measured by a worker process: the job that the worker gets, its events as they come, and the error for each way in which it dies."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import tempfile
+from collections.abc import Generator
+from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel
 
-# The reference's logits may take this much disk: 7,000 positions of a 38k vocabulary or 1,766 of a 152k one. On that many the mean is known
-# to some percent of itself, which tells quants apart; ten times as many positions would only divide its error by three.
-LOGITS_BYTES = 1 << 30
+from olpack import progress, workers
+from olpack.compare.cache import Units
+from olpack.errors import OlpackError
+from olpack.llamacpp.library import INSTALL
+
+_NOUNS = {"speed": "runs", "concurrency": "loads", "rows": "rows", "answers": "answers", "tasks": "answers", "suites": "requests"}
 
 
 class SpeedJob(BaseModel):
-    """One round of what `olpack.compare.MeasureSettings` says about speed."""
+    """One round of the speed that `MeasureSettings` describe."""
 
     round: int
     prompt_lengths: list[int]
@@ -21,15 +30,15 @@ class SpeedJob(BaseModel):
 
 
 class RowJob(BaseModel):
-    """A TokenRow."""
+    """A TokenRow: token ids, which of them are targets, and the text that they encode."""
 
     ids: list[int]
     loss_mask: list[bool]
     text: str
 
 
-class LogitsJob(BaseModel):
-    """A reference's logits on the disk, as `divergence.LogitsWriter` keeps them: of the first `rows` rows."""
+class ReferenceLogits(BaseModel):
+    """A reference's logits on the disk, as `divergence.LogitsWriter` writes them: of the first `rows` rows."""
 
     path: Path
     quant: str
@@ -37,7 +46,7 @@ class LogitsJob(BaseModel):
 
 
 class SuitesJob(BaseModel):
-    """Suites of lm-evaluation-harness, as `olpack.compare.MeasureSettings` names them."""
+    """Suites of lm-evaluation-harness, as `MeasureSettings` name them."""
 
     names: list[str]
     folder: Path | None
@@ -47,8 +56,8 @@ class SuitesJob(BaseModel):
 class Job(BaseModel):
     """What to measure of which file. A unit that is None or False is left out.
 
-    `threads` are for what is timed, `untimed_threads` for all else. `keep_logits` is where the unquantized model leaves its logits,
-    `divergence` what it left.
+    `threads` are for what is timed, `untimed_threads` for all else. `write_logits` is the file into which the unquantized model's logits are
+    written, `divergence` the logits that a quant is compared with.
     """
 
     path: Path
@@ -61,8 +70,94 @@ class Job(BaseModel):
     rows: list[RowJob] = []
     speed: SpeedJob | None = None
     perplexity: bool = False
-    keep_logits: Path | None = None
-    divergence: LogitsJob | None = None
+    write_logits: Path | None = None
+    divergence: ReferenceLogits | None = None
     answers: list[list[dict]] | None = None
     tasks: list[list[dict]] | None = None
     suites: SuitesJob | None = None
+
+
+def run_worker(job: Job, name: str, units: Units) -> list[OlpackError]:
+    """Measure what the job asks for, into `units`. `name` is for the progress shown.
+
+    Returns:
+        what went wrong.
+    """
+    problems = []
+    shown = UnitProgress(f"measuring {name}")
+    try:
+        with closing(events(job)) as stream:
+            for event in stream:
+                if event["event"] == "progress":
+                    shown.show(event["unit"], event["done"], event["total"])
+                elif event["event"] == "result":
+                    units.add(event["unit"], event["data"])
+                else:
+                    problems.append(OlpackError(event["problem"], event["remedy"]))
+    except OlpackError as error:
+        problems.append(error)
+    finally:
+        shown.close()
+    return problems
+
+
+class UnitProgress:
+    """One progress task per unit, one after the other."""
+
+    def __init__(self, title: str):
+        self._title, self._unit = title, ""
+        self._open = ExitStack()
+        self._task: progress.Task | None = None
+
+    def show(self, unit: str, done: int, total: int) -> None:
+        """Show that `done` of `total` of a unit's runs, rows or answers are measured."""
+        if self._task is None or unit != self._unit or total != self._task.total:
+            self._open.close()
+            self._task = self._open.enter_context(progress.task(f"{self._title}: {unit}", total, _NOUNS[unit]))
+            self._unit = unit
+        self._task.advance(done - self._task.done)
+
+    def close(self) -> None:
+        """End the task that is shown."""
+        self._open.close()
+
+
+def events(job: Job) -> Generator[dict[str, Any], None, None]:
+    """Run a worker and yield its events as they come. Leaving the loop early ends the worker.
+
+    Raises:
+        OlpackError: the worker died, by a signal or otherwise, after the events that were yielded.
+    """
+    with tempfile.TemporaryFile() as errors:
+        worker = subprocess.Popen(
+            workers.command("olpack.compare.worker"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=workers.environment(offline=False),  # suites take their data from the Hub
+        )
+        assert worker.stdin and worker.stdout  # both are pipes
+        try:
+            try:
+                worker.stdin.write(job.model_dump_json().encode())
+                worker.stdin.close()
+            except BrokenPipeError:
+                pass  # it died before reading; its exit status shows how
+            for line in worker.stdout:
+                yield json.loads(line)
+            code = worker.wait()
+        finally:
+            if worker.poll() is None:
+                worker.kill()
+                worker.wait()
+            worker.stdout.close()
+        if code != 0:
+            errors.seek(0)
+            raise workers.exit_error(
+                f"The process that measured {job.path.name}",
+                code,
+                errors.read().decode(errors="replace"),
+                "Run `olpack doctor`.",
+                crash_remedy=f"If every file crashes it, the build of llama.cpp does not suit this machine; this one runs everywhere: {INSTALL}",
+                memory_remedy="Close other programs, or load with a shorter context (num_ctx).",
+            )

@@ -4,25 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import TypeAdapter
+
 from olpack import progress
-from olpack.compare import keys, speed
-from olpack.compare.cache import Cache
-from olpack.compare.flags import flag_answers, flag_neighbours, flag_same_types
-from olpack.compare.job import Job, RowJob, SuitesJob
-from olpack.compare.language import Scripts
-from olpack.compare.machine import describe_machine
-from olpack.compare.outcome import gather, quant_result
+from olpack.compare.cache import (
+    DIVERGENCE_WITHOUT_IMPORTANCE,
+    Cache,
+    Keys,
+    Units,
+    answer_keys,
+    row_keys,
+    speed_keys,
+    suite_keys,
+    suite_unit,
+)
+from olpack.compare.flags import ExpectedScripts, flag_answers, flag_neighbours, flag_rows, flag_same_types
+from olpack.compare.hardware import describe_machine
+from olpack.compare.job import Job, RowJob, SuitesJob, run_worker
 from olpack.compare.recommend import recommend, set_losses
-from olpack.compare.results import Flag, QuantResult, Results, Rows
+from olpack.compare.reference_models import ReferenceFigures, ReferenceModels, measure_references, measure_without_importance
+from olpack.compare.results import Divergence, Flag, MachineInfo, Perplexity, QuantResult, Results, Rows, Scores, Speed, SuiteScore, TaskAsked
 from olpack.compare.scores import check_answers
-from olpack.compare.settings import MeasureSettings, QuantFile
-from olpack.compare.units import UNWEIGHED, Units, run_worker, suite_unit
-from olpack.compare.yardstick import Held, Yardstick, hold, measure_unweighed
+from olpack.compare.server_speed import visit_through_server
+from olpack.compare.settings import ComparedFile, MeasureSettings
+from olpack.compare.speed import measure_speeds, speed_of, visit_embedded
 from olpack.data.rows import TokenRow
 from olpack.errors import OlpackError
 from olpack.llamacpp.cores import usable_cores
@@ -32,38 +42,38 @@ from olpack.workspace import file_digest, value_digest
 if TYPE_CHECKING:
     from olpack.deploy.client import OllamaClient
 
-_BUSY = 0.3  # share of the CPU time used by others from which figures suffer
+_BUSY = 0.3  # share of the CPU time used by other processes from which figures suffer
 
 
 def measure(
-    files: Sequence[QuantFile],
+    files: Sequence[ComparedFile],
     rows: Sequence[TokenRow],
     prompts: Sequence[list[dict]],
     settings: MeasureSettings,
     server: OllamaClient | None,
     name: str,
     cache: Path | None = None,
-    yardstick: Yardstick | None = None,
+    references: ReferenceModels | None = None,
     tasks: Sequence[Task] = (),
     examples: Sequence[tuple[str, str]] = (),
 ) -> Results:
     """Speed, memory, perplexity and answers of every file, with the recommendation.
 
     Speed, load time and memory come from the server where there is one, else from the embedded engine, in rounds that visit every file;
-    perplexity and answers always come from the embedded engine, on the GGUF that ships.
+    perplexity and answers always come from the embedded engine, on the GGUF that is published.
 
     Args:
-        files: the GGUFs; the order is kept.
+        files: the GGUFs; the results have their order.
         rows: held-out rows; empty: no perplexity, and so no recommendation.
         prompts: conversations (lists of messages, the last from the user) that every quant answers.
         server: a client of the Ollama server that has `<name>:<tag>` of every file, or None.
         name: of the package.
-        cache: folder that keeps what was measured, one JSON file per quant and kind of figure, under a key of all that it depends on.
-            An interrupted comparison goes on from there, and an unchanged quant is not measured again. None: nothing is kept.
-        yardstick: how to make what the files are held against. It is made only if a figure that is not in the cache needs it, and removed
-            at once. None, or no rows: no KL divergence and no figures of the base.
+        cache: folder for what was measured, one JSON file per quant and kind of figure, under a key of all that it depends on.
+            An interrupted comparison goes on from there, and an unchanged quant is not measured again. None: nothing is stored.
+        references: how to make the models that the files are compared with. They are made only if a figure that is not in the cache needs
+            them, and removed at once. None, or no rows: no KL divergence and no figures of the base.
         tasks: what every file, and the base, is asked and scored on.
-        examples: (request, answer) of held-out rows, which say in what script answers are expected.
+        examples: (request, answer) of held-out rows, which show in what script answers are expected.
 
     Raises:
         OlpackError: nothing could be measured of any file. One file that fails is flagged in its result and does not stop the others.
@@ -73,42 +83,42 @@ def measure(
     machine = describe_machine(server_version)
     job = _job(embedded, rows, settings, machine.busy)
     described = _describe_rows(rows) if rows else None
-    yardstick = yardstick if rows else None
+    references = references if rows else None
     timed_by = f"Ollama {server_version}" if server else f"{embedded}, {job.threads} threads"
-    depends = keys.of_speed(timed_by, machine.cpu, settings) | keys.of_answers(embedded, prompts, tasks, settings)
-    depends |= keys.of_suites(embedded, settings)
+    keys = speed_keys(timed_by, machine.cpu, settings) | answer_keys(embedded, prompts, tasks, settings) | suite_keys(embedded, settings)
     if described:
-        depends |= keys.of_rows(embedded, described, yardstick and yardstick.reference_key)
+        keys |= row_keys(embedded, described, references.reference_key if references else None)
 
     store = Cache(cache)
-    files = [file if file.sha256 else replace(file, sha256=file_digest(file.path)) for file in files]
-    known = [_units(store, file, depends, yardstick) for file in files]
+    known = [_units(store, file, keys, references) for file in files]
     if server:
-        visit = speed.served(server, [f"{name}:{file.tag}" for file in files], known, settings)
+        visit = visit_through_server(server, [f"{name}:{file.tag}" for file in files], known, settings)
     else:
-        visit = speed.embedded(files, known, job, settings)
-    problems = speed.measure_speeds(known, visit, settings.repeats)
-    held = Held()
+        visit = visit_embedded(files, known, job, settings)
+    problems = measure_speeds(known, visit, settings.repeats)
+    figures = ReferenceFigures()
     with ExitStack() as temporary:
-        if yardstick:
-            needed = any(units.lacks("divergence") or units.lacks(UNWEIGHED) for units in known)
-            held = hold(yardstick, job, depends, store, needed, temporary, tasks)
+        if references:
+            needed = any(units.lacks("divergence") or units.lacks(DIVERGENCE_WITHOUT_IMPORTANCE) for units in known)
+            figures = measure_references(references, job, keys, store, needed, temporary, tasks)
         for file, units, failed in zip(files, known, problems, strict=True):
-            failed += _measure_quality(file, units, job, settings, prompts, tasks, held)
-            if held.logits and units.lacks(UNWEIGHED):
-                held.problems += measure_unweighed(yardstick, file.quant, job, held.logits, units)
+            failed += _measure_quality(file, units, job, settings, prompts, tasks, figures)
+            if references and references.write_without_importance and figures.logits and units.lacks(DIVERGENCE_WITHOUT_IMPORTANCE):
+                write, folder = references.write_without_importance, references.folder
+                figures.problems += measure_without_importance(write, folder, file.quant, job, figures.logits, units)
 
-    ran = {"engine": f"Ollama {server_version}" if server else embedded, "threads": None if server else job.threads}
-    quants, scripts = [], Scripts(examples)
+    engine, threads = (f"Ollama {server_version}", None) if server else (embedded, job.threads)
+    quants, scripts = [], ExpectedScripts(examples)
     for file, units, failed in zip(files, known, problems, strict=True):
-        figures = speed.speed_of(units, **ran, generated_tokens=settings.generated_tokens)
-        quants.append(result := quant_result(units, figures, failed, **_identity(file)))
-        _flag_rows(result, described)
+        quants.append(result := _identity(file))
+        add_figures(result, units, speed_of(units, engine=engine, threads=threads, generated_tokens=settings.generated_tokens), failed)
+        if described:
+            flag_rows(result, described)
         flag_answers(result, prompts, scripts)
     flag_same_types(quants, {file.quant: file.tensors for file in files})
     results = gather(name, machine, settings, prompts, tasks, quants, problems)
-    results.rows, results.reference, results.base = described, held.reference, held.base
-    results.flags = [Flag(code="reference", text=str(problem), serious=False) for problem in held.problems]
+    results.rows, results.reference, results.base = described, figures.reference, figures.base
+    results.flags = [Flag(code="reference", text=str(problem), serious=False) for problem in figures.problems]
     if described:
         set_losses(quants, described.learned_tokens)
         flag_neighbours(quants, described.learned_tokens)
@@ -117,12 +127,12 @@ def measure(
 
 
 def _job(engine: str, rows: Sequence[TokenRow], settings: MeasureSettings, busy: float) -> Job:
-    """What every worker is told, with nothing to measure yet. `busy` is the share of the CPU time that others use."""
+    """The job of every worker, with nothing to measure yet. `busy` is the share of the CPU time that other processes use."""
     threads = untimed = settings.threads or usable_cores()
     if busy > _BUSY:
-        # Threads that share a core with somebody else's work make all the others wait: fewer of them are much faster then.
+        # A thread that shares its core with another process makes all other threads wait: fewer threads are much faster then.
         untimed = max(1, round(threads * (1 - busy)))
-        progress.warn(f"Others use {busy:.0%} of this machine's CPU time: measuring will take long, and speeds will come out low.")
+        progress.warn(f"Other processes use {busy:.0%} of this machine's CPU time: measuring will take long, and speeds will come out low.")
     return Job(
         path=Path(),
         engine=engine,
@@ -134,22 +144,38 @@ def _job(engine: str, rows: Sequence[TokenRow], settings: MeasureSettings, busy:
     )
 
 
-def _units(store: Cache, file: QuantFile, depends: keys.Keys, yardstick: Yardstick | None) -> Units:
+def _units(store: Cache, file: ComparedFile, keys: Keys, references: ReferenceModels | None) -> Units:
     weights = {"file": file.sha256} | ({"adapter": file_digest(file.adapter)} if file.adapter else {})
-    own = {unit: rest | weights for unit, rest in depends.items()}
-    if yardstick and (key := yardstick.unweighed_keys.get(file.quant)):
-        own[UNWEIGHED] = depends["divergence"] | {"file": key}
+    own = {unit: key | weights for unit, key in keys.items()}
+    if references and (digest := references.without_importance_keys.get(file.quant)):
+        own[DIVERGENCE_WITHOUT_IMPORTANCE] = keys["divergence"] | {"file": digest}
     return Units(store, file.tag, own)
 
 
 def _measure_quality(
-    file: QuantFile, units: Units, job: Job, settings: MeasureSettings, prompts: Sequence[list[dict]], tasks: Sequence[Task], held: Held
+    file: ComparedFile,
+    units: Units,
+    job: Job,
+    settings: MeasureSettings,
+    prompts: Sequence[list[dict]],
+    tasks: Sequence[Task],
+    figures: ReferenceFigures,
 ) -> list[OlpackError]:
-    """Whatever speed is not, as far as it is not known; what went wrong comes back."""
-    wanted = {"perplexity": bool(job.rows), "divergence": held.logits, "answers": list(prompts), "tasks": [task.messages for task in tasks]}
-    missing = {unit: value for unit, value in wanted.items() if value and unit not in units.found}
+    """Measure whatever speed is not and is not known yet.
+
+    Returns:
+        what went wrong.
+    """
+    wanted: dict[str, object] = {
+        "perplexity": bool(job.rows),
+        "divergence": figures.logits,
+        "answers": list(prompts),
+        "tasks": [task.messages for task in tasks],
+    }
+    missing = {unit: value for unit, value in wanted.items() if value and unit not in units.known}
     if suites := [suite for suite in settings.suites if units.lacks(suite_unit(suite))]:
-        missing["suites"] = SuitesJob(names=suites, folder=settings.suite_folder, limit=settings.suite_limit)
+        folder = Path(settings.suite_folder) if settings.suite_folder else None
+        missing["suites"] = SuitesJob(names=suites, folder=folder, limit=settings.suite_limit)
     problems = []
     if missing:
         problems += run_worker(job.model_copy(update={"path": file.path, "adapter": file.adapter, **missing}), file.quant, units)
@@ -160,27 +186,17 @@ def _measure_quality(
     return problems
 
 
-def _identity(file: QuantFile) -> dict:
-    return {
-        "quant": file.quant,
-        "tag": file.tag,
-        "file": file.path.name,
-        "sha256": file.sha256,
-        "size_bytes": file.size,
-        "bits_per_weight": file.bits_per_weight,
-        "types": file.types,
-    }
-
-
-def _flag_rows(result: QuantResult, rows: Rows | None) -> None:
-    """Flag a file that computes no numbers on the rows, or reads them otherwise than training did."""
-    score = result.perplexity
-    if score is not None and score.value is None:
-        result.flags.append(Flag(code="broken", text="the model's probabilities are no numbers: this file is broken", serious=True))
-    if score is not None and score.same_tokens_rows < rows.count:
-        different = rows.count - score.same_tokens_rows
-        text = f"its tokenizer turns {different} of {rows.count} rows into other tokens than training saw: it is not served what it learned"
-        result.flags.append(Flag(code="tokenizer", text=text, serious=True))
+def _identity(file: ComparedFile) -> QuantResult:
+    """The result of a file before anything is known of it."""
+    return QuantResult(
+        quant=file.quant,
+        tag=file.tag,
+        file=file.path.name,
+        sha256=file.sha256,
+        size_bytes=file.size,
+        bits_per_weight=file.bits_per_weight,
+        types={kind: dict(counts) for kind, counts in file.types.items()},
+    )
 
 
 def _describe_rows(rows: Sequence[TokenRow]) -> Rows:
@@ -189,3 +205,53 @@ def _describe_rows(rows: Sequence[TokenRow]) -> Rows:
         learned_tokens=[row.target_count for row in rows],
         digest=value_digest([[row.ids, row.loss_mask, row.text] for row in rows]),
     )
+
+
+def add_figures(result: QuantResult, units: Units, speed: Speed | None, problems: Sequence[OlpackError]) -> None:
+    """Fill in what is known of one file or model, and what went wrong as flags."""
+    result.speed = speed
+    result.perplexity = units.get("perplexity", Perplexity)
+    result.divergence = units.get("divergence", Divergence)
+    result.divergence_without_importance = units.get(DIVERGENCE_WITHOUT_IMPORTANCE, Divergence)
+    result.answers, result.task_answers = units.answers("answers"), units.answers("tasks")
+    result.scores = units.get("scores", Scores)
+    suites = [data["scores"] for unit, data in units.known.items() if unit.startswith(suite_unit(""))]
+    result.suites = [SuiteScore.model_validate(score) for scores in suites for score in scores]
+    # The same crash ends every measurement: one flag is enough. A file whose quality is known can be recommended without its speed.
+    serious = result.perplexity is None
+    result.flags = [Flag(code="failed", text=text, serious=serious) for text in dict.fromkeys(str(error) for error in problems)]
+    if speed and speed.others:
+        text = f"while its speed was measured, the server also kept {', '.join(speed.others)} loaded"
+        result.flags.append(Flag(code="shared", text=text, serious=False))
+
+
+def gather(
+    name: str,
+    machine: MachineInfo,
+    settings: MeasureSettings,
+    prompts: Sequence[list[dict]],
+    tasks: Sequence[Task],
+    quants: list[QuantResult],
+    problems: Sequence[Sequence[OlpackError]],
+) -> Results:
+    """The results of all files or models together. `problems` are what went wrong, by file.
+
+    Raises:
+        OlpackError: nothing could be measured of any file; the first thing that went wrong.
+    """
+    if any(problems) and not any(quant.speed or quant.perplexity or quant.answers for quant in quants):
+        raise next(failed[0] for failed in problems if failed)
+    asked = [TaskAsked(messages=task.messages, check=task.check, expected=_expected(task), source=task.source) for task in tasks]
+    return Results(
+        name=name,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        machine=machine,
+        settings=TypeAdapter(MeasureSettings).dump_python(settings, mode="json"),
+        prompts=list(prompts),
+        tasks=asked,
+        quants=quants,
+    )
+
+
+def _expected(task: Task) -> str | list[str]:
+    return f"{task.expected[0].name}:{task.expected[1]}" if task.check == "function" else task.expected

@@ -1,4 +1,4 @@
-"""Perplexity and its loss, with standard errors in which the row is the sampling unit: the tokens of one row are not independent."""
+"""Perplexity and its growth, with standard errors in which the row is the sampling unit: the tokens of one row are not independent."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def perplexity(row_nll: Sequence[float], row_tokens: Sequence[int]) -> tuple[flo
     the delta method makes exp(L) times its root the standard error of exp(L).
 
     Args:
-        row_nll: S_r, nats.
+        row_nll: S_r, in nats.
         row_tokens: T_r, at least one token in all.
 
     Returns:
@@ -35,11 +35,11 @@ def paired_loss(row_nll: Sequence[float], reference_nll: Sequence[float], row_to
     return growth - 1, None if error is None else growth * error
 
 
-def ratio(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float | None]:
-    """Mean per token, ΣS/ΣT, of what was summed over the tokens of each row, and its standard error as in `perplexity`.
+def ratio(sums: Sequence[float], counts: Sequence[float]) -> tuple[float, float | None]:
+    """Mean per token, ΣS/ΣT, of sums over the tokens of each row, and its standard error as in `perplexity`.
 
     Args:
-        sums: S_r, of anything that a token has: nats, or 1 where something holds.
+        sums: S_r, of anything that a token has: nats, or 1 where a condition is true.
         counts: T_r, at least one token in all.
     """
     total = sum(counts)

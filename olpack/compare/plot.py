@@ -5,14 +5,20 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from olpack.compare.results import QuantResult, Results
 from olpack.progress import quantity
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.typing import RcKeyType
+
 # matplotlib knows no CSS, so it draws in these stand-ins, which are then replaced.
 _INK, _FAINT, _ACCENT, _OTHER = "#010203", "#040506", "#070809", "#0a0b0c"
 _CSS = {_INK: "currentColor", _FAINT: "var(--faint)", _ACCENT: "var(--accent)", _OTHER: "var(--other)"}
-_SIZE = (4.3, 3.2)  # inches: three fill a desktop page, and one a phone, with letters of about the size of the page's small ones
+_SIZE = (4.3, 3.2)  # inches: three fill a desktop page, one a phone, with letters of about the size of the page's small print
 
 
 def plot_quality(results: Results) -> str | None:
@@ -21,52 +27,52 @@ def plot_quality(results: Results) -> str | None:
     Quality is the loss of perplexity, or, of models that have none, the share of the tasks that they solve. Error bars: lowest and highest
     repeat of the speed; one standard error of the quality.
     """
-    timed = [quant for quant in results.quants if quant.speed and quant.speed.generation_tokens_per_s]
-    if len(points := [quant for quant in timed if quant.loss is not None]) >= 2:
-        title = "perplexity above the best, %"
-        quality = [(100 * quant.loss.relative, quant.loss.standard_error) for quant in points]
-    elif len(points := [quant for quant in timed if quant.scores is not None]) >= 2:
-        title = "tasks solved, %"
-        quality = [(100 * quant.scores.mean, quant.scores.standard_error) for quant in points]
+    timed = [(quant, quant.speed.generation_tokens_per_s) for quant in results.quants if quant.speed and quant.speed.generation_tokens_per_s]
+    by_loss = [(quant, speed, 100 * quant.loss.relative, quant.loss.standard_error) for quant, speed in timed if quant.loss]
+    by_tasks = [(quant, speed, 100 * quant.scores.mean, quant.scores.standard_error) for quant, speed in timed if quant.scores]
+    if len(by_loss) >= 2:
+        title, points = "perplexity above the best, %", by_loss
+    elif len(by_tasks) >= 2:
+        title, points = "tasks solved, %", by_tasks
     else:
         return None
     figure, axes = _figure("quality")
-    largest = max(quant.size_bytes for quant in points)
-    for quant, (value, error) in zip(points, quality, strict=True):
-        speed, color = quant.speed.generation_tokens_per_s, _color(quant, results)
+    largest = max(quant.size_bytes for quant, *_ in points)
+    for quant, speed, value, error in points:
+        color = _color(quant, results)
         spread = [[speed.median - speed.low], [speed.high - speed.median]]
         axes.errorbar(speed.median, value, xerr=spread, yerr=100 * (error or 0), color=color, linewidth=1, capsize=2)
         axes.scatter(speed.median, value, s=260 * quant.size_bytes / largest, color=color, alpha=0.85, linewidths=0, zorder=3)
-    axes.margins(x=0.3, y=0.25)  # room for the labels
+    axes.margins(x=0.3, y=0.25)  # space for the labels
     axes.set_xlim(left=max(0, axes.get_xlim()[0]))
     axes.set_xlabel("generated tokens/s  (further right is faster)")
     axes.set_ylabel(title)
     axes.grid(color=_FAINT, linewidth=0.6)
-    data = [(quant.speed.generation_tokens_per_s.median, value) for quant, (value, _) in zip(points, quality, strict=True)]
-    texts = [f"{_short(quant.quant)} · {quantity(quant.size_bytes, 'B')}" for quant in points]
+    data = [(speed.median, value) for _, speed, value, _ in points]
+    texts = [f"{_short(quant.quant)} · {quantity(quant.size_bytes, 'B')}" for quant, *_ in points]
     bars = []
-    for quant, (value, error) in zip(points, quality, strict=True):
-        speed, part = quant.speed.generation_tokens_per_s, 100 * (error or 0)
+    for _, speed, value, error in points:
+        part = 100 * (error or 0)
         bars += [(speed.low + step / 12 * (speed.high - speed.low), value) for step in range(13)]
         bars += [(speed.median, value + step * part) for step in (-1, -0.5, 0.5, 1)]
-    _label(axes, texts, data, [_color(quant, results) == _ACCENT for quant in points], beside=bars)
+    _label(figure, axes, texts, data, [_color(quant, results) == _ACCENT for quant, *_ in points], beside=bars)
     return _svg(figure, "Speed and quality of each quant")
 
 
 def plot_divergence(results: Results) -> str | None:
     """KL divergence from the unquantized fine-tune by size of the file: mean with one standard error, and 99th percentile.
 
-    None where fewer than two quants have one. A quant whose predictions are the same to the last bit has no place on the axis, which is
-    logarithmic: from Q8_0 to Q2_K is a factor of thousands.
+    None where fewer than two quants have one. The axis is logarithmic, because from Q8_0 to Q2_K is a factor of thousands; a quant whose
+    predictions are the same to the last bit is not on it.
     """
-    points = [quant for quant in results.quants if quant.divergence and quant.divergence.mean > 0]
+    points = [(quant, quant.divergence) for quant in results.quants if quant.divergence and quant.divergence.mean > 0]
     if len(points) < 2:
         return None
-    unit, name = (1e9, "GB") if max(quant.size_bytes for quant in points) >= 1e9 else (1e6, "MB")
+    unit, name = (1e9, "GB") if max(quant.size_bytes for quant, _ in points) >= 1e9 else (1e6, "MB")
     figure, axes = _figure("divergence")
     axes.set_yscale("log")
-    for quant in points:
-        size, far, color = quant.size_bytes / unit, quant.divergence, _color(quant, results)
+    for quant, far in points:
+        size, color = quant.size_bytes / unit, _color(quant, results)
         mean, error, p99 = 1000 * far.mean, 1000 * (far.standard_error or 0), 1000 * far.p99
         axes.plot([size, size], [mean, p99], color=color, linewidth=0.8, linestyle=(0, (2, 2)), zorder=2)
         axes.errorbar(size, mean, yerr=error, color=color, linewidth=1, capsize=2, marker="o", markersize=7)
@@ -76,13 +82,11 @@ def plot_divergence(results: Results) -> str | None:
     axes.set_ylabel("KL divergence, millinats per token")
     axes.grid(color=_FAINT, linewidth=0.6)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    data = [(quant.size_bytes / unit, 1000 * quant.divergence.mean) for quant in points]
-    strokes = [
-        (size, mean + step / 12 * (1000 * quant.divergence.p99 - mean))
-        for quant, (size, mean) in zip(points, data, strict=True)
-        for step in range(13)
-    ]
-    _label(axes, [_short(quant.quant) for quant in points], data, [_color(quant, results) == _ACCENT for quant in points], beside=strokes)
+    data = [(quant.size_bytes / unit, 1000 * far.mean) for quant, far in points]
+    strokes = [(size, mean + step / 12 * (1000 * far.p99 - mean)) for (_, far), (size, mean) in zip(points, data, strict=True) for step in range(13)]
+    _label(
+        figure, axes, [_short(quant.quant) for quant, _ in points], data, [_color(quant, results) == _ACCENT for quant, _ in points], beside=strokes
+    )
     return _svg(figure, "KL divergence of each quant by its size")
 
 
@@ -116,22 +120,30 @@ def _color(quant: QuantResult, results: Results) -> str:
 
 
 def _short(name: str) -> str:
-    """A model's name without its namespace, cut to what a plot has room for."""
+    """A model's name without its namespace, cut to a length that fits into a plot."""
     name = name.rpartition("/")[2]
     return name if len(name) <= 20 else f"{name[:11]}…{name[-8:]}"
 
 
-def _label(axes, texts: Sequence[str], points: Sequence[tuple[float, float]], bold: Sequence[bool], beside: Sequence[tuple[float, float]]) -> None:
-    """Name every point, at that place near it where the name covers least of points, of other names, and of what lies `beside`."""
-    axes.figure.draw_without_rendering()  # settles the axes, so that distances on the paper are known
+def _label(
+    figure: Figure,
+    axes: Axes,
+    texts: Sequence[str],
+    points: Sequence[tuple[float, float]],
+    bold: Sequence[bool],
+    beside: Sequence[tuple[float, float]],
+) -> None:
+    """Write the name of every point near it, where it covers least of the points, the other names, and the marks at `beside`."""
+    figure.draw_without_rendering()  # fixes the axes, so that distances on the paper are known
 
     def box(point: tuple[float, float], width: float, height: float) -> tuple[float, float, float, float]:
-        """Left, bottom, right, top in points (1/72 inch) of what stands centred on a point of the data."""
-        x, y = axes.transData.transform(point) * 72 / axes.figure.dpi
+        """Left, bottom, right, top in points (1/72 inch) of a box centred on a point of the data."""
+        x, y = axes.transData.transform(point) * 72 / figure.dpi
         return x - width / 2, y - height / 2, x + width / 2, y + height / 2
 
     taken = [box(point, 12, 12) for point in points] + [box(point, 4, 4) for point in beside]
-    left, bottom, right, top = axes.get_window_extent().extents * 72 / axes.figure.dpi
+    extent = axes.get_window_extent()
+    left, bottom, right, top = (side * 72 / figure.dpi for side in (extent.x0, extent.y0, extent.x1, extent.y1))
     for text, point, heavy in zip(texts, points, bold, strict=True):
         width = (5.9 if heavy else 5.4) * len(text)
         centred = box(point, width, 11)
@@ -156,11 +168,11 @@ def _label(axes, texts: Sequence[str], points: Sequence[tuple[float, float]], bo
         label.set_in_layout(False)  # else the axes would shrink to make room
 
 
-def _figure(salt: str):
+def _figure(salt: str) -> tuple[Figure, Axes]:
     import matplotlib
     from matplotlib.figure import Figure
 
-    style = {
+    style: dict[RcKeyType, str | float] = {
         "svg.fonttype": "none",
         "svg.hashsalt": salt,
         "font.family": "sans-serif",
@@ -180,7 +192,7 @@ def _figure(salt: str):
         return figure, figure.add_subplot()
 
 
-def _svg(figure, title: str) -> str:
+def _svg(figure: Figure, title: str) -> str:
     import matplotlib
 
     target = io.StringIO()

@@ -1,4 +1,4 @@
-"""The report: one HTML file with everything inside, for a browser without a network and for paper."""
+"""The report: one HTML file with everything inside, for a browser without a network and for paper; and the other files of a comparison."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from olpack.compare.choices import gains, types_in_short
-from olpack.compare.differences import Said, group_answers, split_blocks
+from olpack.compare.answer_diff import AnswerGroup, group_answers, split_blocks
+from olpack.compare.changes import importance_gains
 from olpack.compare.perplexity import paired_loss
 from olpack.compare.plot import plot_divergence, plot_loss, plot_quality
-from olpack.compare.results import Answer, BaseResult, Loss, PromptSpeed, Reference, Results, Spread
-from olpack.compare.table import MISSING, plain, rate, seconds
+from olpack.compare.results import Answer, BaseResult, Loss, PromptSpeed, Reference, Results, Spread, write_results
+from olpack.compare.table import MISSING, markdown_table, plain, rate, seconds, to_csv, types_in_short
 from olpack.errors import OlpackError
 from olpack.progress import quantity
 from olpack.workspace import write_atomically
 
-_ALL_TASKS = 30  # up to so many are listed one by one; of more, those that the files do not all do alike
-_UNFOLDED = 12  # answers to so many tasks are open when the page is
+_ALL_TASKS = 30  # up to so many are listed one by one; of more, those on which the scores differ
+_UNFOLDED = 12  # answers to at most so many tasks are unfolded when the page opens
 
 
 def render_report(results: Results, template: str, metrics: Path | None = None, identity: str | None = None) -> str:
     """The page as text.
 
     Args:
-        template: source of a Jinja template such as `report.html.j2`. Values are escaped. What it gets is said at its top.
+        template: source of a Jinja template such as `report.html.j2`. Values are escaped. Its head lists its variables.
         metrics: the training's metrics.jsonl; None, or no such file: no loss curve.
-        identity: how the served prompts compare with the trained ones, "prompt identical: 42/42"; None where that was not looked at.
+        identity: how the served prompts compare with the trained ones, "prompt identical: 42/42"; None where that was not checked.
 
     Raises:
         OlpackError: the template does not render.
@@ -61,8 +61,10 @@ def render_report(results: Results, template: str, metrics: Path | None = None, 
             flags=_flags(results),
             lengths=_lengths(results),
             losses=_losses(results),
-            gains=gains(results),
-            answers=[_said(results, [quant.answers and quant.answers[at] for quant in results.quants]) for at in range(len(results.prompts))],
+            gains=importance_gains(results),
+            answers=[
+                _grouped(results, [quant.answers[at] if quant.answers else None for quant in results.quants]) for at in range(len(results.prompts))
+            ],
             system=_system(results),
             tasks=_tasks(results),
             suites=list(dict.fromkeys((score.suite, score.metric) for quant in results.quants for score in quant.suites)),
@@ -94,9 +96,26 @@ def write_report(results: Results, path: Path, template: str, metrics: Path | No
     write_atomically(Path(path), render_report(results, template, metrics, identity))
 
 
+def write_outputs(results: Results, folder: Path, template: str, metrics: Path | None = None, identity: str | None = None) -> list[Path]:
+    """Write `results.json`, `results.csv`, `results.md` and `report.html` into a folder; each is replaced whole or not at all.
+
+    Args:
+        template, metrics, identity: as for `write_report`.
+
+    Returns:
+        the files, `results.json` first.
+    """
+    paths = [folder / name for name in ("results.json", "results.csv", "results.md", "report.html")]
+    write_results(results, paths[0])
+    write_atomically(paths[1], to_csv(results))
+    write_atomically(paths[2], f"# {results.name}\n\n{markdown_table(results)}\n")
+    write_report(results, paths[3], template, metrics=metrics, identity=identity)
+    return paths
+
+
 @dataclass(frozen=True)
 class Column:
-    """One thing to see of every quant in one look.
+    """One figure of every quant, to compare at a glance.
 
     Attributes:
         title: what it is.
@@ -109,17 +128,25 @@ class Column:
     cells: list[tuple[str, str, float] | None]
 
 
+_Figure = tuple[float, str, str]  # the value, and the value and its error as text
+
+
 def _glance(results: Results) -> list[Column]:
-    """What each quant costs, gives and keeps. A thing that nobody measured has no column."""
-    size, speed, loss, top, solved = [], [], [], [], []
+    """Size, speed and quality of each quant. A figure that no quant has gets no column."""
+    size: list[_Figure | None] = []
+    speed: list[_Figure | None] = []
+    loss: list[_Figure | None] = []
+    top: list[_Figure | None] = []
+    solved: list[_Figure | None] = []
     for quant in results.quants:
-        rates, far, scores = quant.speed and quant.speed.generation_tokens_per_s, quant.divergence, quant.scores
         size.append((quant.size_bytes, quantity(quant.size_bytes, "B"), ""))
-        speed.append(rates and (rates.median, rate(rates), _range(rates)))
-        best = quant.loss and quant.loss.reference == quant.tag
-        loss.append(quant.loss and (quant.loss.relative, *(("the best", "") if best else _loss(quant.loss))))
-        top.append(far and (far.same_top, share(far.same_top), _error(far.same_top_standard_error)))
-        solved.append(scores and (scores.mean, share(scores.mean), _error(scores.standard_error)))
+        rates = quant.speed.generation_tokens_per_s if quant.speed else None
+        speed.append((rates.median, rate(rates), _range(rates)) if rates else None)
+        texts = ("the best", "") if quant.loss and quant.loss.reference == quant.tag else _loss(quant.loss) if quant.loss else ("", "")
+        loss.append((quant.loss.relative, *texts) if quant.loss else None)
+        far, scores = quant.divergence, quant.scores
+        top.append((far.same_top, share(far.same_top), _error(far.same_top_standard_error)) if far else None)
+        solved.append((scores.mean, share(scores.mean), _error(scores.standard_error)) if scores else None)
     columns = [
         _column("size", "less is better", size),
         _column("generated tokens/s", "more is better", speed),
@@ -130,9 +157,9 @@ def _glance(results: Results) -> list[Column]:
     return [column for column in columns if any(column.cells)]
 
 
-def _column(title: str, hint: str, figures: Sequence[tuple[float, str, str] | None]) -> Column:
+def _column(title: str, hint: str, figures: Sequence[_Figure | None]) -> Column:
     longest = max((figure[0] for figure in figures if figure), default=0) or 1
-    return Column(title, hint, [figure and (figure[1], figure[2], max(0, figure[0]) / longest) for figure in figures])
+    return Column(title, hint, [(figure[1], figure[2], max(0, figure[0]) / longest) if figure else None for figure in figures])
 
 
 def _lengths(results: Results) -> list[tuple[str, dict[str, PromptSpeed]]]:
@@ -140,9 +167,9 @@ def _lengths(results: Results) -> list[tuple[str, dict[str, PromptSpeed]]]:
 
     A server counts the tokens of a prompt anew each time, so lengths within a tenth are the same length.
     """
-    found = [(prompt.prompt_tokens, quant.tag, prompt) for quant in results.quants if quant.speed for prompt in quant.speed.prompt]
+    prompts = [(prompt.prompt_tokens, quant.tag, prompt) for quant in results.quants if quant.speed for prompt in quant.speed.prompt]
     groups: list[list[tuple[int, str, PromptSpeed]]] = []
-    for one in sorted(found, key=lambda one: one[0]):
+    for one in sorted(prompts, key=lambda one: one[0]):
         if groups and one[0] <= 1.1 * groups[-1][0][0]:
             groups[-1].append(one)
         else:
@@ -155,42 +182,43 @@ def _words(low: int, high: int) -> str:
 
 
 def _losses(results: Results) -> dict[str, Loss]:
-    """The losses of "base" and "reference", taken as the quants' own: against the best of these, row by row on the same rows."""
+    """The losses of "base" and "reference", computed as the quants' own: against the best of these, row by row on the same rows."""
     best = next((quant for quant in results.quants if quant.loss and quant.loss.reference == quant.tag), None)
-    if best is None or results.rows is None:
+    best_nll = best.perplexity.finite_nll if best and best.perplexity else None
+    if best is None or best_nll is None or results.rows is None:
         return {}
-    held: dict[str, BaseResult | Reference | None] = {"base": results.base, "reference": results.reference}
+    models: dict[str, BaseResult | Reference | None] = {"base": results.base, "reference": results.reference}
     losses = {}
-    for name, file in held.items():
-        if file and file.perplexity and None not in file.perplexity.row_nll:
-            relative, error = paired_loss(file.perplexity.row_nll, best.perplexity.row_nll, results.rows.learned_tokens)
+    for name, model in models.items():
+        if model and model.perplexity and (nll := model.perplexity.finite_nll) is not None:
+            relative, error = paired_loss(nll, best_nll, results.rows.learned_tokens)
             losses[name] = Loss(reference=best.tag, relative=relative, standard_error=error)
     return losses
 
 
-def _said(results: Results, answers: Sequence[Answer | None]) -> tuple[list[Said], list[str]]:
-    """The quants' answers to one prompt, equal ones put together, and the names of those who gave none."""
+def _grouped(results: Results, answers: Sequence[Answer | None]) -> tuple[list[AnswerGroup], list[str]]:
+    """The quants' answers to one prompt, equal ones grouped, and the names of the quants that gave none."""
     names = [quant.quant for quant in results.quants]
     return group_answers(names, answers), [name for name, answer in zip(names, answers, strict=True) if answer is None]
 
 
 def _system(results: Results) -> str | None:
     """The system prompt, where all prompts have the same one."""
-    found = {message["content"] for prompt in results.prompts for message in prompt if message["role"] == "system"}
+    texts = {message["content"] for prompt in results.prompts for message in prompt if message["role"] == "system"}
     everywhere = all(prompt[0]["role"] == "system" for prompt in results.prompts)
-    return found.pop() if len(found) == 1 and everywhere else None
+    return texts.pop() if len(texts) == 1 and everywhere else None
 
 
 @dataclass(frozen=True)
 class TaskRow:
-    """A task, and what every file made of it.
+    """A task, with the score and the answer of every file.
 
     Attributes:
         number: from 1.
-        question: the last thing that the user says.
-        values: from 0 to 1 by name of the quant, the base's under "base"; None where it was not scored.
-        differ: the quants did not all do alike.
-        answers: of the quants, equal ones put together; empty where all did alike.
+        question: the user's last message.
+        values: scores from 0 to 1 by name of the quant, the base's under "base"; None where it was not scored.
+        differ: the quants do not all have the same score.
+        answers: of the quants, equal ones grouped; empty where all have the same score.
     """
 
     number: int
@@ -199,17 +227,17 @@ class TaskRow:
     question: str
     values: dict[str, float | None]
     differ: bool
-    answers: list[Said]
+    answers: list[AnswerGroup]
 
 
 @dataclass(frozen=True)
 class Tasks:
-    """The tasks to list, and how many there are of which kind.
+    """The tasks that are listed, and how many there are of which kind.
 
     Attributes:
-        rows: all of them, or, of many, those that the files did not all do alike.
+        rows: all tasks, or, of many, those on which the scores differ.
         solved, failed: how many every quant solved, and none.
-        unfolded: the answers are open when the page is.
+        unfolded: the answers are visible when the page opens.
     """
 
     rows: list[TaskRow]
@@ -219,28 +247,29 @@ class Tasks:
 
 
 def _tasks(results: Results) -> Tasks | None:
-    scored = [quant for quant in results.quants if quant.scores]
-    if not results.tasks or not scored:
+    scores = {quant.quant: quant.scores.values for quant in results.quants if quant.scores}
+    if not results.tasks or not scores:
         return None
+    base_scores = results.base.scores if results.base else None
     rows = []
     for at, task in enumerate(results.tasks):
-        own = [quant.scores.values[at] for quant in scored]
-        base = {"base": results.base.scores.values[at]} if results.base and results.base.scores else {}
-        values = base | {quant.quant: quant.scores.values[at] if quant.scores else None for quant in results.quants}
-        differ = len(set(own)) > 1
-        said = _said(results, [quant.task_answers and quant.task_answers[at] for quant in results.quants])[0] if differ else []
-        rows.append(TaskRow(at + 1, task.check, task.expected, task.messages[-1]["content"], values, differ, said))
-    alike = [[quant.scores.values[row.number - 1] for quant in scored] for row in rows]
+        values = {"base": base_scores.values[at]} if base_scores else {}
+        values |= {quant.quant: scores[quant.quant][at] if quant.quant in scores else None for quant in results.quants}
+        differ = len({own[at] for own in scores.values()}) > 1
+        answers = [quant.task_answers[at] if quant.task_answers else None for quant in results.quants]
+        groups = _grouped(results, answers)[0] if differ else []
+        rows.append(TaskRow(at + 1, task.check, task.expected, task.messages[-1]["content"], values, differ, groups))
+    by_task = [[own[at] for own in scores.values()] for at in range(len(rows))]
     return Tasks(
         rows=rows if len(rows) <= _ALL_TASKS else [row for row in rows if row.differ],
-        solved=sum(all(value == 1 for value in values) for values in alike),
-        failed=sum(all(value == 0 for value in values) for values in alike),
+        solved=sum(all(value == 1 for value in values) for values in by_task),
+        failed=sum(all(value == 0 for value in values) for values in by_task),
         unfolded=sum(row.differ for row in rows) <= _UNFOLDED,
     )
 
 
 def _flags(results: Results) -> list[tuple[str, str, bool]]:
-    """(names of the quants, text, serious) of every flag; what is said of several quants is said once, what is serious first."""
+    """(names of the quants, text, serious) of every flag; a flag that several quants have comes once, serious flags come first."""
     names: dict[tuple[str, bool], list[str]] = {}
     for quant in results.quants:
         for flag in quant.flags:
@@ -256,7 +285,7 @@ def share(value: float) -> str:
 
 
 def _error(value: float | None) -> str:
-    """ "± 1.2%": a standard error of a share; nothing where there is none."""
+    """ "± 1.2%": a standard error of a share; empty where there is none."""
     return "" if value is None else f"± {100 * value:.1f}%"
 
 
@@ -270,7 +299,7 @@ def _change(value: float, error: float | None) -> tuple[str, str]:
 
 
 def _range(spread: Spread | None) -> str:
-    """ "118–124": lowest and highest of the repeats; nothing where they read the same."""
+    """ "118–124": lowest and highest of the repeats; empty where both have the same text."""
     if spread is None:
         return ""
     low, high = plain(spread.low), plain(spread.high)

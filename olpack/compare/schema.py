@@ -12,16 +12,16 @@ from olpack.compare import results
 _INTRODUCTION = """\
 # results.json
 
-Written by `olpack compare` into `build/NAME/compare/`, beside `results.csv`, `results.md` and `report.html`. This page is made from the
-schema itself: `python -m olpack.compare.schema > docs/results.md`.
+Written by `olpack compare` into `build/NAME/compare/`, beside `results.csv`, `results.md` and `report.html`. This page is generated
+from the schema: `python -m olpack.compare.schema > docs/results.md`.
 
 Units are in the names: `_bytes`, `_s` (seconds), `_per_s`. Log-probabilities are natural. A figure that could not be measured is null, and a
-flag says why. `schema_version` grows when a field changes its meaning or goes away; new fields may come at any time.
+flag gives the reason. `schema_version` grows when a field changes its meaning or is removed; new fields may be added at any time.
 """
 
 
 def to_markdown() -> str:
-    """Every record of the schema, each after those that it is used by."""
+    """Every record of the schema, each after the records that use it."""
     order: list[type[BaseModel]] = []
 
     def visit(model: type[BaseModel]) -> None:
@@ -50,7 +50,7 @@ def _models(annotation: object) -> list[type[BaseModel]]:
 
 
 def _spelled(annotation: object) -> str:
-    """A type as JSON has it."""
+    """The name of a type in JSON."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_spelled(argument) for argument in arguments)
@@ -62,7 +62,7 @@ def _spelled(annotation: object) -> str:
         return "object"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return f"[{annotation.__name__}](#{annotation.__name__.lower()})"
-    names = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "null"}
+    names: dict[object, str] = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "null"}
     return names.get(annotation, "any value")
 
 

@@ -1,4 +1,9 @@
-"""Scores of answers to tasks: each answer by its task's check, from 0 to 1, and their mean with its standard error."""
+"""Scores of answers to tasks: each answer by its task's check, from 0 to 1, and their mean with its standard error.
+
+The Python of an answer runs in a process of its own with limits, in a folder that is removed. This stops an endless loop, a memory hog or a
+crash; it is no protection against malice: the code runs as the user. It comes from a model that the user has trained, and runs only because
+a task asks for it.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +12,24 @@ import importlib.util
 import inspect
 import json
 import math
+import os
+import random
 import re
+import signal
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
 from types import ModuleType
 
 from olpack import progress
-from olpack.compare import sandbox
+from olpack.compare.cache import Units
 from olpack.compare.results import CheckScore, Scores
-from olpack.compare.units import Units
 from olpack.errors import OlpackError
 from olpack.llamacpp.cores import usable_cores
 from olpack.recipe.tasks import CHECKS, Task
@@ -41,7 +51,7 @@ def score_answers(tasks: Sequence[Task], answers: Sequence[str | None], name: st
     Raises:
         OlpackError: a user's function raised, or returned no share.
     """
-    # A user's functions run in this thread, one after the other; what waits for a process of its own can wait beside others.
+    # A user's functions run in this thread, one after the other; checks that wait for a process run in parallel.
     with progress.task(f"checking {name}", len(tasks), "answers") as shown, ThreadPoolExecutor(usable_cores()) as pool:
         pairs = list(zip(tasks, answers, strict=True))
         running = [None if answer is None or task.check == "function" else pool.submit(score, task, answer) for task, answer in pairs]
@@ -65,8 +75,8 @@ def check_answers(tasks: Sequence[Task], units: Units, name: str) -> None:
     Raises:
         OlpackError: as `score_answers`.
     """
-    if "tasks" in units.found and "scores" not in units.found:
-        answers = [None if "reasoning" in answer["flags"] else answer["text"] for answer in units.found["tasks"]["answers"]]
+    if "tasks" in units.known and "scores" not in units.known:
+        answers = [None if "reasoning" in answer["flags"] else answer["text"] for answer in units.known["tasks"]["answers"]]
         if scores := score_answers(tasks, answers, name):
             units.add("scores", scores.model_dump(mode="json"))
 
@@ -74,7 +84,7 @@ def check_answers(tasks: Sequence[Task], units: Units, name: str) -> None:
 def standard_error(values: Sequence[float]) -> float | None:
     """Of the mean of independent values: s/√n. For passed and failed it is the binomial √(p(1-p)/(n-1)).
 
-    None with fewer than two values, and where all are equal: that ten of ten passed does not say that all would.
+    None with fewer than two values, and where all are equal: ten of ten passed does not show that all would.
     """
     if len(values) < 2 or min(values) == max(values):
         return None
@@ -99,16 +109,16 @@ def score(task: Task, answer: str) -> float:
         case "python":
             return float(_parses(fenced(answer)))
         case "python_asserts":
-            return float(_parses(fenced(answer)) and sandbox.holds(fenced(answer), task.expected))
+            return float(_parses(fenced(answer)) and asserts_hold(fenced(answer), task.expected))
         case "function":
-            return _own(task, answer)
+            return _share_by_function(task, answer)
     raise ValueError(task.check)
 
 
 def fenced(answer: str) -> str:
     """The first fenced block of an answer, else the answer. A block that was cut before its end counts."""
-    found = _FENCE.search(answer)
-    return found.group(1) if found else answer
+    match = _FENCE.search(answer)
+    return match.group(1) if match else answer
 
 
 def load_function(task: Task) -> Callable[..., object]:
@@ -131,6 +141,8 @@ def load_function(task: Task) -> Callable[..., object]:
 def _module(path: Path, digest: str) -> ModuleType:
     """The module of a file, run once for as long as its content stays the same."""
     spec = importlib.util.spec_from_file_location(f"olpack_task_{path.stem}_{digest[:12]}", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path.name} has no suffix of a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and the like look their module up there while it runs
     try:
@@ -141,7 +153,7 @@ def _module(path: Path, digest: str) -> ModuleType:
     return module
 
 
-def _own(task: Task, answer: str) -> float:
+def _share_by_function(task: Task, answer: str) -> float:
     function = load_function(task)
     try:
         takes_task = len(inspect.signature(function).parameters) > 1
@@ -169,3 +181,63 @@ def _parses(text: str) -> bool:
         return bool(ast.parse(text).body)
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         return False
+
+
+CPU_S = 5
+WALL_S = 10
+MEMORY_BYTES = 1 << 30
+
+# Reads the job, limits itself, and exits with the agreed code if all statements hold: an exit of the answer's own is no success.
+_RUNNER = """
+import json, os, sys
+job = json.load(sys.stdin)
+try:
+    import resource
+    for limit, value in (("RLIMIT_CPU", job["cpu"]), ("RLIMIT_AS", job["memory"]), ("RLIMIT_FSIZE", 1 << 20), ("RLIMIT_CORE", 0)):
+        resource.setrlimit(getattr(resource, limit), (value, value))
+except ImportError:
+    pass  # Windows has no such limits; the time limit applies there too
+names = {"__name__": "answer"}
+try:
+    exec(compile(job["code"], "answer", "exec"), names)
+    for statement in job["asserts"]:
+        exec(compile(statement, "task", "exec"), names)
+except BaseException:
+    os._exit(1)
+os._exit(job["success"])
+"""
+
+
+def asserts_hold(code: str, asserts: Sequence[str], *, cpu_s: int = CPU_S, wall_s: float = WALL_S, memory_bytes: int = MEMORY_BYTES) -> bool:
+    """Whether `code` and then every statement of `asserts` run without an exception, all in the same names.
+
+    Args:
+        cpu_s, wall_s, memory_bytes: limits of processor time, time, and address space; code that passes one of them fails.
+    """
+    success = random.randrange(64, 120)
+    job = {"code": code, "asserts": list(asserts), "cpu": cpu_s, "memory": memory_bytes, "success": success}
+    with tempfile.TemporaryDirectory(prefix="olpack-", ignore_cleanup_errors=True) as folder:
+        passed_on = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT", "LANG", "LD_LIBRARY_PATH") if name in os.environ}
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-c", _RUNNER],
+            cwd=folder,
+            env=passed_on | {"HOME": folder, "TMPDIR": folder, "TEMP": folder},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            process.communicate(json.dumps(job).encode(), timeout=wall_s)
+        except subprocess.TimeoutExpired:
+            return False
+        finally:
+            _kill(process)
+    return process.returncode == success
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill the process and all that it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
+    process.wait()

@@ -1,4 +1,4 @@
-"""What is to be measured, and how."""
+"""What to measure, and how."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from olpack.errors import OlpackError
 
 _SHORTEST_PROMPT = 16  # tokens
 
+# Disk space for the reference's logits: 7,000 positions of a 38k vocabulary or 1,766 of a 152k one. On that many positions the standard error
+# of the mean is a few percent of it, which distinguishes quants; ten times as many positions would only divide the error by three.
+LOGITS_BYTES = 1 << 30
+
 
 @dataclass(frozen=True)
-class QuantFile:
+class ComparedFile:
     """One GGUF to measure.
 
     Attributes:
@@ -20,19 +24,19 @@ class QuantFile:
         tag: "q4_K_M"; through a server the model is `<name>:<tag>`.
         path: the file.
         size: in bytes.
-        bits_per_weight: None where nobody knows.
-        sha256: of the file, as hexadecimal digits; None: it is read and hashed.
+        bits_per_weight: None where unknown.
+        sha256: of the file, as hexadecimal digits.
         adapter: a LoRA GGUF that is applied to it; None: there is none.
-        types: of a budget, how many matrices of each kind have which type: {"attn_v": {"q6_K": 8}}. Empty for a mix of llama.cpp's.
-        tensors: the same of any quant; empty where nobody knows.
+        types: of a budget, how many matrices of each kind have which type: {"attn_v": {"q6_K": 8}}. Empty for one of llama.cpp's own mixes.
+        tensors: the same of any quant; empty where unknown.
     """
 
     quant: str
     tag: str
     path: Path
     size: int
-    bits_per_weight: float | None = None
-    sha256: str | None = None
+    bits_per_weight: float | None
+    sha256: str
     adapter: Path | None = None
     types: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     tensors: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
@@ -45,12 +49,12 @@ class MeasureSettings:
     Attributes:
         prompt_lengths: prompt lengths in tokens at which prompt speed is taken.
         generated_tokens: tokens generated in one timed run.
-        repeats: timed runs of each speed figure, shared out over the rounds; in each round one more goes before and is discarded.
-        clients: numbers of clients that ask at once, measured through a server only; none: it is not measured.
-        context: context length to load with, in tokens. Memory depends on it: give what the package serves (num_ctx).
+        repeats: timed runs of each speed figure, divided among the rounds; each round begins with one more run, which is discarded.
+        clients: numbers of concurrent clients, measured through a server only; none: concurrency is not measured.
+        context: context length to load with, in tokens: what the package serves (num_ctx), because memory depends on it.
         threads: CPU threads of the embedded engine; None: the physical cores that this process may use.
         answer_tokens: an answer is cut here.
-        tolerance: relative growth of perplexity the recommendation accepts.
+        tolerance: relative growth of perplexity that the recommendation accepts.
         suites: tasks of lm-evaluation-harness to run on every file.
         suite_folder: a folder with tasks of one's own in YAML.
         suite_limit: at most this many questions of each; None: all.
@@ -71,6 +75,6 @@ class MeasureSettings:
     def __post_init__(self) -> None:
         if self.context < self.generated_tokens + _SHORTEST_PROMPT:
             raise OlpackError(
-                f"num_ctx {self.context} leaves no room for a prompt beside the {self.generated_tokens} tokens that a timed run generates.",
+                f"num_ctx {self.context} leaves no space for a prompt beside the {self.generated_tokens} tokens that a timed run generates.",
                 f"Set num_ctx to {self.generated_tokens + _SHORTEST_PROMPT} or more, or `compare.generated_tokens` lower.",
             )

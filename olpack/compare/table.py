@@ -1,23 +1,27 @@
-"""The comparison as a table for a terminal, or for a log without one."""
+"""The comparison as tables: for a terminal or a log, as Markdown, as CSV, and what changed since an earlier one."""
 
 from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from olpack.compare.choices import gains, types_in_short
-from olpack.compare.results import Divergence, Perplexity, QuantResult, Results, Spread
+from olpack.compare.changes import Change, importance_gains
+from olpack.compare.results import BaseResult, Divergence, Perplexity, QuantResult, Results, Spread
 from olpack.progress import quantity
 
 MISSING = "–"
 
 
 def print_table(results: Results, console: Console | None = None) -> None:
-    """Print the tables, what was chosen for the quants, the flags and the recommendation to stdout, or to `console`.
+    """Print the tables, gains and types of the quants, the flags and the recommendation to stdout, or to `console`.
 
-    The tables fit 80 columns and hold the medians of the repeats.
+    The tables fit 80 columns and contain the medians of the repeats.
     """
     console = console or Console(markup=False, emoji=False)
     chosen = results.recommendation.tag if results.recommendation else None
@@ -61,11 +65,11 @@ def markdown_table(results: Results) -> str:
 
 
 def _notes(results: Results) -> list[str]:
-    """What importance matrices gave and which types budgets chose, a line for each quant."""
+    """How importance matrices changed the divergence and which types budgets chose, a line for each quant."""
     notes = []
-    for gain in gains(results):
+    for gain in importance_gains(results):
         error = "" if gain.standard_error is None else f" ± {100 * gain.standard_error:.1f}"
-        with_it, without = (plain(1000 * divergence.mean) for divergence in (gain.weighed, gain.unweighed))
+        with_it, without = (plain(1000 * divergence.mean) for divergence in (gain.with_importance, gain.without_importance))
         notes.append(f"{gain.quant}: KL mean {with_it} mnat with the importance matrix, {without} without: {100 * gain.change:+.1f}{error}%")
     return notes + [f"{quant.quant}: {types_in_short(quant.types)}" for quant in results.quants if quant.types]
 
@@ -98,13 +102,14 @@ def _cells(quant: QuantResult, chosen: bool) -> list[str]:
 
 
 def _quality(results: Results, chosen: str | None) -> Table:
-    """Every file against the unquantized fine-tune, between the base that it came from and the fine-tune itself; task scores."""
+    """Quality and task scores of the base, of every file, and of the unquantized fine-tune, which the files are compared with."""
     tasks = ["tasks\n± s.e."] if results.tasks else []
     table = _table(["perplexity\n± s.e.", "KL mean\nmnat ± s.e.", "KL 99%\nmnat", "same top\ntoken ± s.e.", *tasks])  # thousandths of a nat
-    for mark, name, file, style in [
-        *([("", f"base {results.base.quant}", results.base, "dim")] if results.base else []),
-        *(("→" if quant.tag == chosen else "", quant.quant, quant, _style(quant, chosen)) for quant in results.quants),
-    ]:
+    rows: list[tuple[str, str, BaseResult | QuantResult, str]] = []
+    if results.base:
+        rows.append(("", f"base {results.base.quant}", results.base, "dim"))
+    rows += [("→" if quant.tag == chosen else "", quant.quant, quant, _style(quant, chosen)) for quant in results.quants]
+    for mark, name, file, style in rows:
         scores = [_share(file.scores.mean, file.scores.standard_error, 0) if file.scores else MISSING] if tasks else []
         table.add_row(mark, name, _perplexity(file.perplexity), *_divergence(file.divergence), *scores, style=style)
     if results.reference:
@@ -132,11 +137,13 @@ def _perplexity(score: Perplexity | None) -> str:
     return MISSING if score is None or score.value is None else with_error(score.value, score.standard_error)
 
 
-def _divergence(found: Divergence | None) -> list[str]:
-    if found is None:
+def _divergence(divergence: Divergence | None) -> list[str]:
+    """Mean and 99th percentile in millinats, and the share of equal top tokens."""
+    if divergence is None:
         return [MISSING] * 3
-    error = None if found.standard_error is None else 1000 * found.standard_error
-    return [with_error(1000 * found.mean, error), plain(1000 * found.p99), _share(found.same_top, found.same_top_standard_error)]
+    error = None if divergence.standard_error is None else 1000 * divergence.standard_error
+    share = _share(divergence.same_top, divergence.same_top_standard_error)
+    return [with_error(1000 * divergence.mean, error), plain(1000 * divergence.p99), share]
 
 
 def _share(value: float, error: float | None, digits: int = 1) -> str:
@@ -166,3 +173,82 @@ def plain(value: float) -> str:
         return f"{value:.1e}"
     digits = 0 if size >= 100 else 1 if size >= 20 else 2 if size >= 0.095 else 3
     return f"{value:,.{digits}f}"
+
+
+def types_in_short(types: Mapping[str, Mapping[str, int]]) -> str:
+    """ "token_embd q6_K, attn_v q6_K ×6 q8_0 ×2": the types of each kind of matrix, the commonest type first. The number follows where a
+    kind has several matrices."""
+    kinds = []
+    for kind, counts in types.items():
+        several = sum(counts.values()) > 1
+        words = [f"{name} ×{count}" if several else name for name, count in sorted(counts.items(), key=lambda pair: -pair[1])]
+        kinds.append(f"{kind} {' '.join(words)}")
+    return ", ".join(kinds)
+
+
+def print_changes(changes: Sequence[Change], old: Results) -> None:
+    """The changes since `old` as a table on stdout; figures within the noise are counted, not listed."""
+    console = Console(markup=False, emoji=False)
+    listed = [change for change in changes if change.verdict != "same"]
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for title in ("quant", "figure"):
+        table.add_column(title, no_wrap=True)
+    for title in ("before", "after", "change"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for change in listed:
+        relative = "" if change.relative is None else f"{change.relative:+.1%}"
+        style = "green" if change.verdict == "better" else "red"
+        table.add_row(change.quant, change.figure, plain(change.before), plain(change.after), relative, change.verdict, style=style)
+    if listed:
+        console.print(table)
+    same = len(changes) - len(listed)
+    console.print(Text(f"Against {old.created}: {len(listed)} figures changed, {same} are the same within their spread."), soft_wrap=True)
+
+
+def to_csv(results: Results) -> str:
+    """The figures as CSV, a line for each quant, below a line with the names of the columns, which have the units in them. What was not measured
+    is empty."""
+    rows = [_csv_row(quant, results) for quant in results.quants]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _csv_row(quant: QuantResult, results: Results) -> dict[str, object]:
+    row: dict[str, object] = {
+        "quant": quant.quant,
+        "tag": quant.tag,
+        "sha256": quant.sha256,
+        "recommended": results.recommendation is not None and results.recommendation.tag == quant.tag,
+        "size_bytes": quant.size_bytes,
+        "bits_per_weight": quant.bits_per_weight,
+    }
+    if speed := quant.speed:
+        row["engine"] = speed.engine
+        row["load_cold_s"] = speed.load_cold_s
+        spreads = {"load_warm_s": speed.load_warm_s, "generation_tokens_per_s": speed.generation_tokens_per_s}
+        spreads |= {f"prompt_tokens_per_s_at_{prompt.prompt_tokens}": prompt.tokens_per_s for prompt in speed.prompt}
+        for name, spread in spreads.items():
+            if spread is not None:
+                row |= {name: spread.median, f"{name}_low": spread.low, f"{name}_high": spread.high}
+        row["peak_memory_bytes"] = speed.peak_memory_bytes
+        row["gpu_memory_bytes"] = speed.gpu_memory_bytes
+    if quant.perplexity:
+        row |= {"perplexity": quant.perplexity.value, "perplexity_standard_error": quant.perplexity.standard_error}
+    if quant.loss:
+        row |= {"loss_relative": quant.loss.relative, "loss_standard_error": quant.loss.standard_error}
+    if quant.divergence:
+        row |= {
+            "kl_divergence": quant.divergence.mean,
+            "kl_divergence_standard_error": quant.divergence.standard_error,
+            "kl_divergence_p99": quant.divergence.p99,
+            "same_top": quant.divergence.same_top,
+        }
+    if quant.divergence_without_importance:
+        row["kl_divergence_without_importance"] = quant.divergence_without_importance.mean
+    row["flags"] = "; ".join(flag.text for flag in quant.flags)
+    return row

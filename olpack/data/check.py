@@ -121,7 +121,8 @@ def check_data(train: Sequence[Source], held_out: Sequence[Source], renderer: Re
     """Look at every row, as `render_rows` would, and go on after a problem.
 
     Args:
-        train, held_out, renderer, max_length, eval_share: as `load_sides` and `render_rows` take them; a share of 0 holds nothing out.
+        train, held_out: sources of training chats, and of held-out chats; empty: `eval_share` of the training chats is held out, 0 holds out none.
+        renderer, max_length: as `render_rows` takes them.
 
     Raises:
         OlpackError: a source is missing or cannot be read at all.

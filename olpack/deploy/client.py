@@ -91,11 +91,21 @@ class Tag:
         model: its whole name, "coding-assistant:q4_K_M".
         digest: of its manifest, 64 hexadecimal digits.
         size: of all its blobs, in bytes.
+        parameters: how many weights it has, "494.03M"; None where the server does not report it.
+        quantization: "Q4_K_M"; None where the server does not report it.
     """
 
     model: str
     digest: str
     size: int
+    parameters: str | None = None
+    quantization: str | None = None
+
+    @classmethod
+    def of(cls, listed: ollama.ListResponse.Model) -> Tag:
+        """One entry of the server's list in types."""
+        parameters, quantization = (listed.details.parameter_size, listed.details.quantization_level) if listed.details else (None, None)
+        return cls(listed.model or "", listed.digest or "", listed.size or 0, parameters, quantization)
 
 
 class GenerateFields(TypedDict, total=False):
@@ -185,7 +195,7 @@ class OllamaClient:
     def tags(self) -> list[Tag]:
         """Every model that is registered."""
         with self._failures("listing its models"):
-            return [Tag(listed.model, listed.digest or "", listed.size or 0) for listed in self._typed.list().models if listed.model]
+            return [Tag.of(listed) for listed in self._typed.list().models]
 
     def ps(self) -> list[ollama.ProcessResponse.Model]:
         """Every model that is loaded, with `size` and `size_vram` in bytes and `context_length` in tokens."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from olpack.compare.answers import flags_of
+from olpack.data.loops import repeats_itself
 from olpack.deploy.client import OllamaClient
 from olpack.errors import OlpackError
 
@@ -66,5 +66,5 @@ def smoke(client: OllamaClient, model: str, messages: Sequence[Mapping], num_pre
             f"{model} answers with nothing ({tokens} tokens, {reason or 'no reason given'}).",
             "Try another quant of it; if all are silent, look at the training's eval loss and at the prompt.",
         )
-    loops = not answer.done or "looping" in flags_of(text, reason)
+    loops = not answer.done or (reason != "stop" and bool(text.strip()) and repeats_itself(text))
     return Smoke(model, text, reason, tokens, (answer.total_duration or 0) / 1e9, loops)

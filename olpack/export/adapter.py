@@ -22,6 +22,7 @@ from olpack.errors import OlpackError
 from olpack.export.experts import Stack, find_stacks
 from olpack.model.checkpoint import TensorHeader, read_safetensors_header
 from olpack.model.frozen_weights import Held
+from olpack.model.names import EMBEDDINGS, HEAD, BaseNames
 
 if TYPE_CHECKING:
     import torch
@@ -29,9 +30,7 @@ if TYPE_CHECKING:
 _PREFIX = "base_model.model."
 _NORMS = "lora_magnitude_vector"
 _VECTORS = ("vera_lambda_b", "vera_lambda_d")
-_HEAD = "lm_head.weight"
 _PATTERN_SECONDS = 2  # for one comparison of a name with a pattern of an adapter's configuration
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
 _TOKENS = "trainable_tokens_delta"
 _SHARED = ("base_model.vera_A", "base_model.vera_B")
 
@@ -107,7 +106,7 @@ class Adapter:
 
     def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of a changed tensor, from that of the base's."""
-        return (self.vocabulary, *shape[1:]) if self.vocabulary and name.endswith((*_EMBEDDINGS, _HEAD)) else tuple(shape)
+        return (self.vocabulary, *shape[1:]) if self.vocabulary and name.endswith((*EMBEDDINGS, HEAD)) else tuple(shape)
 
     def apply(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """The changed tensor in float32.
@@ -511,57 +510,3 @@ def _scale(folder: Path, config: dict, module: str, rank: int) -> float:
         raise OlpackError(f"The adapter's '{module}' has rank {rank}, and its configuration says {named}.", "Save the adapter again.")
     alpha = setting(config.get("alpha_pattern") or {}, config["lora_alpha"])
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-
-
-class BaseNames:
-    """The base's name for a tensor that peft names after the module tree.
-
-    The two differ for models that a checkpoint nests otherwise than the class does ("language_model.model.layers…" and
-    "model.language_model.layers…"), so containers of that kind are left out of the comparison where the plain name is not found.
-
-    Attributes:
-        embedding: the base's name of its input embedding, None where it has no usual one.
-        head: the name of its output layer, also where it has none (`headless`) because it uses the embedding as such.
-    """
-
-    _CONTAINERS = ("model", "language_model", "transformer")
-
-    def __init__(self, base: Mapping[str, TensorHeader]):
-        self._base = base
-        self._short: dict[str, str] = {}
-        for name in base:
-            self._short[self._shorten(name)] = name
-        self.embedding = next((name for name in base if name.endswith(_EMBEDDINGS)), None)
-        self.headless = self.embedding is not None and "lm_head" not in {name.split(".")[-2] for name in base if "." in name}
-        self.head = self._short.get(_HEAD, _HEAD)
-
-    @property
-    def vocabularies(self) -> tuple[str, ...]:
-        """The tensors that have a row for each token."""
-        return () if self.embedding is None else (self.embedding, self.head)
-
-    def _shorten(self, name: str) -> str:
-        return ".".join(part for part in name.split(".") if part not in self._CONTAINERS)
-
-    def get(self, name: str) -> str | None:
-        """The base's name of a tensor, None where it has no such tensor. An output layer that is the embedding has the name `head`."""
-        found = name if name in self._base else self._short.get(self._shorten(name))
-        return self.head if found is None and self.headless and self._shorten(name) == _HEAD else found
-
-    def find(self, name: str) -> str:
-        """As `get`.
-
-        Raises:
-            OlpackError: the base has no such tensor.
-        """
-        found = self.get(name)
-        if found is not None:
-            return found
-        if name.endswith(".bias"):
-            raise OlpackError(
-                f"The adapter trained the bias '{name}' (bias: all or lora_only), and the base has none there.",
-                "Name the base that it was trained on, or train with bias: none.",
-            )
-        raise OlpackError(
-            f"The adapter is for another base: it changes '{name}', which the base does not have.", "Name the base that it was trained on."
-        )

@@ -6,7 +6,6 @@ import glob
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -16,8 +15,7 @@ from typing import Any, Unpack
 
 import psutil
 
-import olpack
-from olpack import progress
+from olpack import progress, workers
 from olpack.errors import OlpackError
 from olpack.export.job import ExportedFile, ExportedPart, ExportOptions, ExportPlan, Target, TokenDifference, TokenText, partial_path, remove_partial
 from olpack.llamacpp.library import INSTALL
@@ -39,9 +37,8 @@ class Converter:
         source = converter_source()
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 — closed with the worker
         self._process = subprocess.Popen(
-            # -P: the folder that the user works in may hold modules of any name
-            [sys.executable, "-P", "-m", "olpack.export.worker", str(source)],
-            env=worker_environment(),
+            workers.command("olpack.export.worker", str(source)),
+            env=environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -187,14 +184,14 @@ class Converter:
     def _death(self) -> OlpackError:
         code = self._process.wait()
         self._log.seek(0)
-        said = [line.strip() for line in self._log.read().splitlines() if line.strip()]
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code & 0xFFFFFFFF:#x}"
-        if code == -9:
-            return OlpackError(f"The export worker {how}, most likely because memory ran out.", "Close other programs and export again.")
-        reason = next((line for line in said if "GGML_ASSERT" in line), said[-1] if said else "no reason given")
-        if code in (-4, -11, 0xC0000005, 0xC000001D):  # an instruction or an address that a sound build would not use
-            return OlpackError(f"The export worker {how}: {reason}", f"Install the portable build of llama.cpp: {INSTALL}")
-        return OlpackError(f"The export worker {how}: {reason}", "Take another base, or report this with the model's name.")
+        return workers.exit_error(
+            "The export worker",
+            code,
+            self._log.read(),
+            "Take another base, or report this with the model's name.",
+            crash_remedy=f"Take another base, or, if every base crashes it, install the portable build of llama.cpp: {INSTALL}",
+            memory_remedy="Close other programs and export again.",
+        )
 
     def _end(self, *, at_once: bool = False) -> None:
         if at_once:
@@ -245,15 +242,10 @@ def worker() -> Iterator[Converter]:
     yield _shared.converter
 
 
-def worker_environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """The variables of the worker's process."""
-    packages = os.pathsep.join(filter(None, [str(Path(olpack.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
     return {
-        **os.environ,
-        "PYTHONPATH": packages,
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "GGML_NO_BACKTRACE": "1",  # an abort says its reason in one line; a debugger would add seconds and pages
+        **workers.environment(),
         "MALLOC_MMAP_THRESHOLD_": str(4 << 20),  # glibc: tensors go back to the system at once; without it the peak is double
         "THP_MEM_ALLOC_ENABLE": "1",  # torch: large tensors in large pages, of which the system has to clear and map fewer
     }

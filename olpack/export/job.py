@@ -76,6 +76,8 @@ class ExportOptions(TypedDict, total=False):
         end_of_turn: the token that ends a turn ("<|im_end|>"), recorded as `tokenizer.ggml.eot_token_id` where it is not the
             eos token. Without it, or where eos is that token already, the tokenizer's own settings stand.
         metadata: further string keys for the header ("olpack.version", "general.license"), replacing those of the same name.
+        pre_tokenizer: llama.cpp's name of the one that the files name, as a check with texts found it; by default the one that splits a sample
+            right.
         importance: an importance matrix of this model in llama.cpp's GGUF form, as `collect_importance` and llama-imatrix write it. It is
             used for every tensor and type that gains by it; a file that gains nothing (Q8_0, F16, BF16, F32) is the same without. "later", in a
             check only: it will be collected on this very model.
@@ -95,6 +97,7 @@ class ExportOptions(TypedDict, total=False):
     chat_template: str | None
     end_of_turn: str | None
     metadata: Mapping[str, str]
+    pre_tokenizer: str | None
     importance: Path | Literal["later"] | None
     tensor_types: Mapping[str, str]
     sensitivity: Path | None
@@ -111,11 +114,13 @@ class TokenText:
         source: where it stands, "train.jsonl:17".
         pieces: the text, cut where no token reaches over.
         ids: of all pieces, special tokens included.
+        made_up: whether it is none of the user's. No pre-tokenizer is looked for because of it.
     """
 
     source: str
     pieces: list[str]
     ids: list[int]
+    made_up: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,7 +151,8 @@ class ExportPlan:
         sizes: exact bytes of each file, by the quant type's name.
         warnings: what the user should know and need not change, one sentence each: tensors for which llama.cpp falls back
             to another type, a base that is trained in a lower precision.
-        differences: texts that llama.cpp reads as other tokens than training, of those that were given.
+        texts: how many texts were given.
+        differences: those of them that llama.cpp reads as other tokens than training.
     """
 
     architecture: str
@@ -155,6 +161,7 @@ class ExportPlan:
     parameters: int
     sizes: dict[str, int]
     warnings: list[str] = field(default_factory=list)
+    texts: int = 0
     differences: list[TokenDifference] = field(default_factory=list)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +19,11 @@ from olpack.export.converter import SourceModel, open_model
 from olpack.export.gguf_source import open_gguf
 from olpack.export.grown import grown_tokenizer
 from olpack.export.importance import ColumnWeights, column_weights
-from olpack.export.job import LATER, ExportOptions, ExportPlan, TokenText, partial_path, remove_partial
+from olpack.export.job import LATER, ExportOptions, ExportPlan, TokenDifference, TokenText, partial_path, remove_partial
 from olpack.export.plan import FilePlan, hollow_file, plan_files
 from olpack.export.quantized import dequantized_headers
 from olpack.export.split import part_names, split_plan
-from olpack.export.verify import settle_pretokenizer, token_differences, verify_file, verify_keys, verify_model
+from olpack.export.verify import settle_pretokenizer, training_tokenizer, verify_file, verify_model
 from olpack.export.write import write_files
 from olpack.llamacpp.cores import usable_processors
 from olpack.model.checkpoint import check_tokenizer_files, read_config, read_tensor_headers
@@ -34,8 +34,7 @@ Report = Callable[[int, int], None]
 
 def check(source: str, quants: list[str], out: str | None, texts: list[dict], options: ExportOptions, report: Report) -> dict:
     """`olpack.export.check_export`, over the pipe. Returns the fields of an `ExportPlan`."""
-    model, plans, _, warnings = _prepare(Path(source), quants, options)
-    differences = token_differences(model, [TokenText(**text) for text in texts], report) if texts else []
+    model, plans, _, warnings, differences = _prepare(Path(source), quants, options, [TokenText(**text) for text in texts], report)
     if out is not None:
         check_space([Path(out, plan.quant.name) for plan in plans], plans)
     context = model.key(f"{model.architecture}.context_length")
@@ -47,6 +46,7 @@ def check(source: str, quants: list[str], out: str | None, texts: list[dict], op
             parameters=model.parameters,
             sizes={plan.quant.name: plan.size for plan in plans},
             warnings=warnings,
+            texts=len(texts),
             differences=differences,
         )
     )
@@ -55,7 +55,7 @@ def check(source: str, quants: list[str], out: str | None, texts: list[dict], op
 def export(source: str, targets: list[tuple[str, str]], options: ExportOptions, report: Report) -> list[dict]:
     """`olpack.export.export`, over the pipe. Returns the fields of one `ExportedFile` for each target."""
     started = time.monotonic()
-    model, plans, weights, warnings = _prepare(Path(source), [quant for quant, _ in targets], options)
+    model, plans, weights, warnings, _ = _prepare(Path(source), [quant for quant, _ in targets], options)
     parameters, keys = model.parameters, dict(model.keys)
     files = [_Output(Path(path), split_plan(plan, options.get("split"))) for plan, (_, path) in zip(plans, targets, strict=True)]
     check_space([path for file in files for path in file.paths], [part for file in files for part in file.parts])
@@ -127,25 +127,31 @@ class _Output:
         remove_partial(self._place)
 
 
-def _prepare(source: Path, quants: list[str], options: ExportOptions) -> tuple[SourceModel, list[FilePlan], dict[str, np.ndarray], list[str]]:
-    """Everything up to the first weight: (model, one plan per quant, weights of the columns by tensor, warnings)."""
+def _prepare(
+    source: Path, quants: list[str], options: ExportOptions, texts: Sequence[TokenText] = (), report: Report = lambda *_: None
+) -> tuple[SourceModel, list[FilePlan], dict[str, np.ndarray], list[str], list[TokenDifference]]:
+    """Everything up to the first weight: (model, one plan per quant, weights of the columns by tensor, warnings, texts that differ)."""
     types = [quant_type(name) for name in quants]
     warnings: list[str] = []
-    tokenizer = source
+    folder = source
     header = {name: options.get(name) for name in ("name", "chat_template", "end_of_turn", "metadata")}
     if source.is_file():
         model = _open_file(source, options, header)
     else:
-        model, tokenizer = _open_folder(source, options, header, warnings)
+        model, folder = _open_folder(source, options, header, warnings)
     weights = None
     if (importance := options.get("importance")) is not None:
         weights = ColumnWeights(None, {}) if importance == LATER else column_weights(Path(importance), model.tensors)
     losses = read_sensitivity(Path(sensitivity)) if (sensitivity := options.get("sensitivity")) is not None else {}
-    settle_pretokenizer(source, model)
+    tokenizer = training_tokenizer(folder)
+    if (settled := options.get("pre_tokenizer")) and "tokenizer.ggml.pre" in model.keys:
+        model.keys["tokenizer.ggml.pre"] = replace(model.keys["tokenizer.ggml.pre"], value=settled)
+        differences = []
+    else:
+        differences = settle_pretokenizer(folder, tokenizer, model, texts, report)
     with hollow_file(model) as hollow:
         plans = plan_files(model, hollow, types, importance=weights, tensor_types=options.get("tensor_types", {}), losses=losses)
-        warnings += verify_model(tokenizer, hollow)
-        verify_keys(hollow, model.keys)
+        warnings += verify_model(folder, tokenizer, hollow, model.keys)
     for plan in plans:
         if plan.fallbacks:
             more = f", and {len(plan.fallbacks) - 1} more tensors" if len(plan.fallbacks) > 1 else ""
@@ -157,14 +163,14 @@ def _prepare(source: Path, quants: list[str], options: ExportOptions) -> tuple[S
         if len(names) > 1:
             warnings.append(f"{' and '.join(names)} have the same type for every tensor of this model: one of them is enough.")
     if weights is None or weights.by_tensor is None:
-        return model, plans, {}, warnings
+        return model, plans, {}, warnings, differences
     if unweighted := list(dict.fromkeys(name for plan in plans for name in plan.unweighted)):
         more = f" and {len(unweighted) - 1} more tensors" if len(unweighted) > 1 else ""
         warnings.append(f"The importance matrix says nothing of {unweighted[0]}{more}, quantized as without one.")
     if weights.unknown:
         more = f" and {len(weights.unknown) - 1} more tensors" if len(weights.unknown) > 1 else ""
         warnings.append(f"The importance matrix also has {weights.unknown[0]}{more}: is it of another model?")
-    return model, plans, weights.by_tensor, warnings
+    return model, plans, weights.by_tensor, warnings, differences
 
 
 def _open_folder(source: Path, options: ExportOptions, header: dict, warnings: list[str]) -> tuple[SourceModel, Path]:

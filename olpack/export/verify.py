@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from olpack.errors import OlpackError
 from olpack.export.converter import PHI3_NAMES, SourceModel
@@ -13,6 +13,9 @@ from olpack.export.job import TokenDifference, TokenText
 from olpack.export.plan import FilePlan, vocabulary_file
 from olpack.export.pretokenizer import NAMES, recognize
 from olpack.llamacpp.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 # Code, contractions in both cases, runs of spaces and of digits, and some scripts: where pre-tokenizers differ.
 _SAMPLE = """def is_prime(n: int) -> bool:
@@ -31,74 +34,115 @@ rows = [
 _AROUND = 4  # tokens shown on both sides of a difference
 
 
-def settle_pretokenizer(source: Path, model: SourceModel) -> None:
-    """Have a model's header name the pre-tokenizer that splits text as its tokenizer.json does.
+def training_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer that training uses, None for a GGUF or a folder without tokenizer.json.
 
-    The converter goes by a hash of one text's tokens, which tokenizers that split otherwise can share. Its choice stays where it splits the sample
-    right, or where no other does; then a warning of `verify_model` says so.
+    It is not always what that file says: of some classes (GPT2Tokenizer, Qwen2Tokenizer) transformers takes the vocabulary from the file and
+    splits text in the way of the class.
     """
-    path, key = source / "tokenizer.json", model.keys.get("tokenizer.ggml.pre")
-    if key is None or not path.is_file():
-        return
     from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
 
-    expected = Tokenizer.from_file(str(path)).encode(_SAMPLE, add_special_tokens=False).ids
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
     try:
-        recognized = [recognize(source)]
-    except OlpackError:
-        recognized = []
-    for name in dict.fromkeys([key.value, *recognized, *NAMES]):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
+    except (OSError, ValueError, KeyError, AttributeError):  # a class that transformers does not know: such a folder is only converted
+        return Tokenizer.from_file(str(path))
+
+
+def settle_pretokenizer(
+    folder: Path,
+    tokenizer: Tokenizer | None,
+    model: SourceModel,
+    texts: Sequence[TokenText] = (),
+    report: Callable[[int, int], None] = lambda *_: None,
+) -> list[TokenDifference]:
+    """Have a model's header name the pre-tokenizer with which llama.cpp splits text as training does.
+
+    The converter goes by a hash of one text's tokens, which tokenizers that split otherwise can share. Its choice stays where it reads all texts
+    and a sample right, or where no other reads more of them before the first that differs.
+
+    Args:
+        folder: of tokenizer.json.
+        tokenizer: the one that training uses.
+        model: changed here.
+        texts: with training's tokens; those that matter most come first.
+        report: progress over the texts.
+
+    Returns:
+        Where llama.cpp's tokens are not training's; one entry for each text that differs.
+    """
+    key = model.keys.get("tokenizer.ggml.pre")
+    names = [None]
+    if key is not None and tokenizer is not None and "ByteLevel" in str(tokenizer.pre_tokenizer):
+        try:
+            recognized = [recognize(folder)]
+        except OlpackError:
+            recognized = []
+        names = list(dict.fromkeys([key.value, *recognized, *NAMES]))
+    if tokenizer is not None:
+        texts = [*texts, TokenText("", [_SAMPLE], tokenizer.encode(_SAMPLE, add_special_tokens=False).ids)]
+    if not texts:
+        return []
+    best, found = -1, []
+    for name in names:
         with vocabulary_file(model, name) as file, Vocabulary(file) as vocabulary:
-            if vocabulary.tokenize(_SAMPLE) == expected:
+            differing = token_differences(vocabulary, texts, report if best < 0 else lambda *_: None)
+        read = min(differing, default=len(texts))
+        if read > best:
+            best, found = read, differing
+            if name is not None:
                 model.keys["tokenizer.ggml.pre"] = replace(key, value=name)
-                return
+        if all(texts[place].made_up for place in differing):
+            break
+    return [difference for difference in found.values() if difference.source]
 
 
-def token_differences(model: SourceModel, texts: Sequence[TokenText], report: Callable[[int, int], None]) -> list[TokenDifference]:
-    """Where llama.cpp's tokens of texts are not training's; one entry for each text that differs."""
-    found = []
-    with vocabulary_file(model) as file, Vocabulary(file) as vocabulary:
-        for text in texts:
-            read = [token for piece in text.pieces for token in vocabulary.tokenize(piece)]
-            if read != text.ids:
-                pairs = enumerate(zip(read, text.ids, strict=False))
-                at = next((index for index, (one, other) in pairs if one != other), min(len(read), len(text.ids)))
-                found.append(TokenDifference(text.source, text.ids[max(0, at - _AROUND) : at], text.ids[at : at + _AROUND], read[at : at + _AROUND]))
-            report(1, len(texts))
+def token_differences(vocabulary: Vocabulary, texts: Sequence[TokenText], report: Callable[[int, int], None]) -> dict[int, TokenDifference]:
+    """Where llama.cpp's tokens of texts are not training's, by the text's place."""
+    found = {}
+    for place, text in enumerate(texts):
+        read = [token for piece in text.pieces for token in vocabulary.tokenize(piece)]
+        if read != text.ids:
+            pairs = enumerate(zip(read, text.ids, strict=False))
+            at = next((index for index, (one, other) in pairs if one != other), min(len(read), len(text.ids)))
+            before = text.ids[max(0, at - _AROUND) : at]
+            found[place] = TokenDifference(text.source, before, text.ids[at : at + _AROUND], read[at : at + _AROUND])
+        report(1, len(texts))
     return found
 
 
-def verify_model(source: Path, gguf: Path) -> list[str]:
-    """Have llama.cpp load a model without its weights, and compare its tokens of a sample with the model's own.
+def verify_model(source: Path, tokenizer: Tokenizer | None, gguf: Path, keys: Mapping[str, Any]) -> list[str]:
+    """Have llama.cpp load a model without its weights, check the texts of its header, and compare its tokens of a sample with training's.
 
     Args:
-        source: the model's folder. Without a tokenizer.json no tokens are compared.
-        gguf: a GGUF of it, whose data may be missing.
+        source: the model's folder, for messages.
+        tokenizer: the one that training uses. Without it no tokens are compared.
+        gguf: a GGUF of the model, whose data may be missing.
+        keys: of its header, as in `SourceModel.keys`.
 
     Returns:
         A warning where they differ, else nothing.
 
     Raises:
-        OlpackError: llama.cpp does not accept the header or the vocabulary, lacks a tensor, or wants one in another shape.
+        OlpackError: llama.cpp does not accept the header or the vocabulary, lacks a tensor, or wants one in another shape; or reads a text otherwise.
     """
     try:
-        with Vocabulary(gguf, whole=True) as vocabulary:
-            return _token_differences(source, vocabulary)
+        opened = Vocabulary(gguf, whole=True)
     except OlpackError as error:
         reason = error.problem.rpartition(f"'{gguf}': ")[2].rpartition("error loading model: ")[2]
         raise OlpackError(
             f"llama.cpp would refuse the model made from '{source}': {' '.join(reason.split())}",
             "Compare its config.json, weights and tokenizer with the publisher's.",
         ) from error
+    with opened as vocabulary:
+        _verify_keys(vocabulary, keys)
+        return [] if tokenizer is None else _sample_differences(source, tokenizer, vocabulary)
 
 
-def _token_differences(source: Path, vocabulary: Vocabulary) -> list[str]:
-    path = source / "tokenizer.json"
-    if not path.is_file():
-        return []
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(path))
+def _sample_differences(source: Path, tokenizer: Tokenizer, vocabulary: Vocabulary) -> list[str]:
     found, expected = vocabulary.tokenize(_SAMPLE), tokenizer.encode(_SAMPLE, add_special_tokens=False).ids
     if found == expected:
         return _stripping_differences(source, tokenizer, vocabulary)
@@ -109,7 +153,7 @@ def _token_differences(source: Path, vocabulary: Vocabulary) -> list[str]:
     ]
 
 
-def _stripping_differences(source: Path, tokenizer: Any, vocabulary: Vocabulary) -> list[str]:
+def _stripping_differences(source: Path, tokenizer: Tokenizer, vocabulary: Vocabulary) -> list[str]:
     """A warning where special tokens swallow the spaces after them, as Phi-3's do, and llama.cpp, which goes by a model's name, keeps them."""
     greedy = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.rstrip]
     texts = {token: f"a{token}\n b" for token in greedy}
@@ -136,14 +180,15 @@ def verify_file(parts: Sequence[tuple[FilePlan, Path]], keys: Mapping[str, Any])
         if path.stat().st_size != plan.size:
             raise OlpackError(f"'{path}' has {path.stat().st_size:,} bytes instead of {plan.size:,}.", "Check the disk, and export again.")
     quant, first = parts[0][0].quant, parts[0][1]
-    verify_keys(first, keys, {"general.file_type": str(quant.ftype)})
+    with Vocabulary(first) as vocabulary:
+        _verify_keys(vocabulary, keys, {"general.file_type": str(quant.ftype)})
 
 
-def verify_keys(gguf: Path, keys: Mapping[str, Any], more: Mapping[str, str] = {}) -> None:
+def _verify_keys(vocabulary: Vocabulary, keys: Mapping[str, Any], more: Mapping[str, str] = {}) -> None:
     """Check that llama.cpp reads every text of a header as it was meant.
 
     Args:
-        gguf: the file, whose data may be missing.
+        vocabulary: of the file.
         keys: as in `SourceModel.keys`.
         more: further keys, with the text that llama.cpp gives for each.
 
@@ -151,10 +196,9 @@ def verify_keys(gguf: Path, keys: Mapping[str, Any], more: Mapping[str, str] = {
         OlpackError: a text differs.
     """
     meant = {name: key.value for name, key in keys.items() if isinstance(key.value, str)} | dict(more)
-    with Vocabulary(gguf) as vocabulary:
-        for name, value in meant.items():
-            if vocabulary.key(name) != value:
-                raise OlpackError(
-                    f"llama.cpp reads {vocabulary.key(name)!r} as '{name}', and {value!r} was written.",
-                    "Leave characters out that text cannot contain, such as a null.",
-                )
+    for name, value in meant.items():
+        if vocabulary.key(name) != value:
+            raise OlpackError(
+                f"llama.cpp reads {vocabulary.key(name)!r} as '{name}', and {value!r} was written.",
+                "Leave characters out that text cannot contain, such as a null.",
+            )

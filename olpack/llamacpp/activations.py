@@ -42,7 +42,7 @@ def input_squares(
         gguf: the model, of any type that llama.cpp runs.
         rows: token ids. Every token counts.
         threads: CPU threads; by default the physical cores that this process may use.
-        advance: told how many tokens were read.
+        advance: gets the number of tokens of each row that was read.
 
     Returns:
         By the tensor's name in the GGUF; `sums` in float64. The token embedding and the output layer are not in it, as in llama.cpp's default.
@@ -67,7 +67,7 @@ def input_squares(
 
 
 @dataclass
-class _Shared:
+class _SharedInput:
     """An input that several matrices in a row have (those of query, key and value do), and the matrices that it was counted for."""
 
     key: tuple
@@ -84,7 +84,7 @@ class _Collector:
         self._plain, self._experts, self._f32 = operation("MUL_MAT"), operation("MUL_MAT_ID"), tensor_type("f32")
         self._checked = False
         self._failure: BaseException | None = None
-        self._shared: _Shared | None = None
+        self._shared: _SharedInput | None = None
         self._seen: Counter[str] = Counter()
         self._latest = self._last = ""
 
@@ -103,7 +103,7 @@ class _Collector:
     def leave_out_the_rest(self) -> None:
         """From now on, end each pass at the last matrix that is collected: the output layer is a large part of a small model, and not needed.
 
-        Which matrix that is, is known once a pass was seen. It must be used once in a pass, as the rarest of all is.
+        After the first pass that matrix is known. It must be used once in a pass, as the rarest of all is.
         """
         if self._seen and self._seen[self._latest] == min(self._seen.values()):
             self._last = self._latest
@@ -122,7 +122,7 @@ class _Collector:
             return False
         # A name that is in it already begins another pass, in which the same address holds other values.
         if self._shared is not None and self._shared.key == _key(node, weight) and name not in self._shared.names:
-            self._add(name)
+            self._add(name, self._shared)
             return False
         return True
 
@@ -135,13 +135,12 @@ class _Collector:
             sums, counts = _by_expert(squares, _read(node.src[2], np.int32), experts=weight.ne[2])
         else:
             sums, counts = _by_matrix(squares, matrices=(weight.ne[3], weight.ne[2]))
-        self._shared = _Shared(_key(node, weight), sums, counts, set())
+        self._shared = _SharedInput(_key(node, weight), sums, counts, set())
         name = plain_name(weight.name)
-        self._add(name)
+        self._add(name, self._shared)
         return name != self._last
 
-    def _add(self, name: str) -> None:
-        shared = self._shared
+    def _add(self, name: str, shared: _SharedInput) -> None:
         so_far = self.found.setdefault(name, InputSquares(np.zeros(shared.sums.shape), np.zeros(shared.counts.shape, np.int64)))
         so_far.sums += shared.sums
         so_far.counts += shared.counts
@@ -156,7 +155,7 @@ def _key(node: Tensor, weight: Tensor) -> tuple:
 
 
 def _read(address: int, dtype: type) -> np.ndarray:
-    """A tensor's values, wherever they lie, as a new array of four dimensions, outermost first."""
+    """A tensor's values, on whatever device, as a new array of four dimensions, outermost first."""
     tensor, nbytes = Tensor.from_address(address), ggml().ggml_nbytes(address)
     data = np.empty(nbytes, np.uint8)
     ggml().ggml_backend_tensor_get(address, data.ctypes.data, 0, nbytes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from datetime import datetime
-from typing import ClassVar
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
@@ -16,7 +15,7 @@ from olpack.errors import OlpackError
 class _Generation(Extension):
     """`{% generation %}` marks for training what the assistant says; in rendering it changes nothing."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 — jinja2 declares it as an attribute of each instance
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)

@@ -1,4 +1,4 @@
-"""The embedded engine: a GGUF loaded by llama.cpp in this process, for measuring it and for talking to it without a server.
+"""The embedded engine: a GGUF loaded by llama.cpp in this process, for measuring it and for chatting without a server.
 
     with Engine(path, context=4096) as engine:
         for piece in engine.generate([{"role": "user", "content": "Reverse a list."}], max_tokens=200):
@@ -14,10 +14,10 @@ import codecs
 import ctypes
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -51,8 +51,8 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, parameters: dict[str, object]) -> Sampling:
-        """From a package's parameters; those that are not about sampling (num_ctx, …) are left out."""
+    def of(cls, parameters: Mapping[str, Any]) -> Sampling:
+        """From a package's checked parameters; those that are not about sampling (num_ctx, …) are left out."""
         known = {field.name for field in fields(cls)}
         chosen = {key: value for key, value in parameters.items() if key in known}
         if stop := chosen.get("stop"):
@@ -88,8 +88,8 @@ class Engine:
         max_outputs: most positions whose logits one call returns; None: as many as 64 MiB hold.
         watch: llama.cpp's evaluation callback: gets the address of a node's `ggml_tensor` and True before the node is computed; where it
             returns True, it is called again with False when the node's values are there, and ends the pass if it then returns False.
-        writable: hold the weights in memory of their own, so that they can be overwritten (`olpack.llamacpp.graph`), where they are else
-            mapped from the file.
+        writable: load the weights into memory of their own, so that they can be overwritten (`olpack.llamacpp.graph`); by default they
+            are mapped from the file.
 
     Attributes:
         vocabulary_size: entries of the output layer.
@@ -183,9 +183,9 @@ class Engine:
     def tokenize(self, text: str) -> list[int]:
         """Ids of a text. Special tokens written in it are taken as such, and no beginning-of-sequence token is added."""
         raw = text.encode()
-        room = len(raw) + 1  # a token stands for at least one byte; one more where the tokenizer puts a space in front
-        ids = (llama_cpp.llama_token * room)()
-        count = llama_cpp.llama_tokenize(self._vocab, raw, len(raw), ids, room, False, True)
+        capacity = len(raw) + 1  # a token stands for at least one byte; one more where the tokenizer puts a space in front
+        ids = (llama_cpp.llama_token * capacity)()
+        count = llama_cpp.llama_tokenize(self._vocab, raw, len(raw), ids, capacity, False, True)
         if count < 0:  # a tokenizer that normalizes can need more
             ids = (llama_cpp.llama_token * -count)()
             count = llama_cpp.llama_tokenize(self._vocab, raw, len(raw), ids, -count, False, True)
@@ -202,15 +202,15 @@ class Engine:
 
     def metadata(self, key: str) -> str | None:
         """A value of the GGUF's metadata as text, or None where it has no such key."""
-        room = 1024
+        capacity = 1024
         while True:
-            value = ctypes.create_string_buffer(room)
-            length = llama_cpp.llama_model_meta_val_str(self._model, key.encode(), value, room)
+            value = ctypes.create_string_buffer(capacity)
+            length = llama_cpp.llama_model_meta_val_str(self._model, key.encode(), value, capacity)
             if length < 0:
                 return None
-            if length < room:
+            if length < capacity:
                 return value.raw[:length].decode(errors="replace")
-            room = length + 1
+            capacity = length + 1
 
     def chat_prompt(self, messages: list[dict]) -> str:
         """The conversation as the model's own template renders it, with the opening of the assistant's turn.
@@ -271,7 +271,7 @@ class Engine:
         """Each wanted token with the logits from which it would have been drawn, given all tokens before it. Arguments as for `logprobs`.
 
         Returns:
-            (token, float64 of shape [vocabulary]) for one wanted token after the other; only one is held at a time.
+            (token, float64 of shape [vocabulary]) for one wanted token after the other; only one is in memory at a time.
         """
         self._forget(len(ids))
         # Position i predicts token i + 1.
@@ -292,12 +292,12 @@ class Engine:
         Raises:
             OlpackError: the prompt fills the context, or the template refuses the conversation.
         """
-        is_chat = bool(prompt) and isinstance(prompt[0], dict)
-        ids = self.tokenize(self.chat_prompt(prompt)) if is_chat else list(prompt)
-        room = self.context - len(ids)
-        if room < 1:
+        messages = [turn for turn in prompt if isinstance(turn, dict)]
+        ids = self.tokenize(self.chat_prompt(messages)) if messages else [token for token in prompt if not isinstance(token, dict)]
+        remaining = self.context - len(ids)
+        if remaining < 1:
             raise OlpackError(f"The prompt has {len(ids)} tokens and the context holds {self.context}.", "Set num_ctx higher, or say less.")
-        limit = room if max_tokens is None or max_tokens < 0 else min(max_tokens, room)
+        limit = remaining if max_tokens is None or max_tokens < 0 else min(max_tokens, remaining)
         generation = Generation(iter(()))
         generation._pieces = _until_stop(self._pieces(ids, limit, sampling, generation), sampling.stop, generation)
         return generation
@@ -369,21 +369,21 @@ def _chunks(outputs: Sequence[bool], most_tokens: int, most_outputs: int) -> Ite
 
 
 def _until_stop(pieces: Iterator[str], stop: Sequence[str], generation: Generation) -> Iterator[str]:
-    """Pass pieces on until a stop text appears; what may be the beginning of one is held back until that is known."""
-    held = ""
+    """Pass pieces on until a stop text appears. What may be the beginning of one stays in a buffer until that is known."""
+    buffer = ""
     for piece in pieces:
-        held += piece
-        found = [at for text in stop if (at := held.find(text)) >= 0]
-        if found:
+        buffer += piece
+        ends = [at for text in stop if (at := buffer.find(text)) >= 0]
+        if ends:
             generation.finish = "stop"
-            held = held[: min(found)]
+            buffer = buffer[: min(ends)]
             break
-        keep = max((size for text in stop for size in range(1, len(text)) if held.endswith(text[:size])), default=0)
-        if passed := held[: len(held) - keep]:
+        unsure = max((size for text in stop for size in range(1, len(text)) if buffer.endswith(text[:size])), default=0)
+        if passed := buffer[: len(buffer) - unsure]:
             yield passed
-        held = held[len(held) - keep :]
-    if held:
-        yield held
+        buffer = buffer[len(buffer) - unsure :]
+    if buffer:
+        yield buffer
 
 
 def _sampler_chain(sampling: Sampling, vocabulary_size: int) -> int:
@@ -412,7 +412,7 @@ def _sampler_chain(sampling: Sampling, vocabulary_size: int) -> int:
 
 
 class _Log:
-    """llama.cpp's log: kept from the screen, its latest errors kept for our messages."""
+    """llama.cpp's log: nothing goes to the screen, and the latest errors go into our messages."""
 
     def __init__(self) -> None:
         self._errors: deque[str] = deque(maxlen=4)
@@ -424,7 +424,7 @@ class _Log:
 
     def reason(self) -> str:
         """The first of the latest errors, which names the cause; the later ones say that loading failed."""
-        return self._errors[0] if self._errors else "it gives no reason"
+        return self._errors[0] if self._errors else "no reason given"
 
     def _take(self, level: int, text: bytes, _: object) -> None:
         line = text.decode(errors="replace")

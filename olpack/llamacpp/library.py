@@ -45,10 +45,11 @@ def library_folder() -> Path:
         OlpackError: it is not installed.
     """
     spec = importlib.util.find_spec("llama_cpp")
-    folder = Path(os.environ.get("LLAMA_CPP_LIB_PATH") or Path(spec.origin).parent / "lib") if spec else None
-    if folder is None or not folder.is_dir():
-        raise OlpackError("llama.cpp's library is not installed.", f"Install it: {INSTALL}")
-    return folder
+    if spec is not None and spec.origin is not None:
+        folder = Path(os.environ.get("LLAMA_CPP_LIB_PATH") or Path(spec.origin).parent / "lib")
+        if folder.is_dir():
+            return folder
+    raise OlpackError("llama.cpp's library is not installed.", f"Install it: {INSTALL}")
 
 
 @functools.cache

@@ -10,11 +10,10 @@ import contextlib
 import hashlib
 import os
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-from olpack.errors import OlpackError
+from olpack import workers
 from olpack.llamacpp.library import INSTALL, library_folder, load_llama_cpp, quantize_rows, row_size, tensor_type
 
 _WIDTH = 256  # one block of a K-quant
@@ -29,12 +28,9 @@ def check_library() -> None:
     passed = _record(library_folder())
     if passed.exists():
         return
-    import olpack
-
-    packages = os.pathsep.join(filter(None, [str(Path(olpack.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
     child = subprocess.run(
-        [sys.executable, "-P", "-m", "olpack.llamacpp.probe"],
-        env={**os.environ, "PYTHONPATH": packages},
+        workers.command("olpack.llamacpp.probe"),
+        env=workers.environment(),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         encoding="utf-8",
@@ -46,15 +42,14 @@ def check_library() -> None:
             passed.parent.mkdir(parents=True, exist_ok=True)
             passed.touch()
         return
-    if child.returncode < 0 or child.returncode > 255:  # a signal, or a Windows exception such as 0xC0000005
-        how = f"signal {-child.returncode}" if child.returncode < 0 else f"{child.returncode:#x}"
-        raise OlpackError(
-            f"llama.cpp crashes on this machine as soon as it runs a quantized model ({how}): its library was built for another "
-            "processor, or by a compiler that miscompiles it.",
-            f"Install the portable build: {INSTALL}",
-        )
-    last = (child.stderr.strip().splitlines() or ["no reason given"])[-1]
-    raise OlpackError(f"llama.cpp cannot run a small model on this machine: {last}", f"Install it anew: {INSTALL}")
+    raise workers.exit_error(
+        "The check whether llama.cpp runs a small quantized model on this machine",
+        child.returncode,
+        child.stderr,
+        f"Install llama.cpp again: {INSTALL}",
+        crash_remedy=f"Its library was built for another processor, or miscompiled. Install the portable build: {INSTALL}",
+        memory_remedy="Close other programs.",
+    )
 
 
 def _record(folder: Path) -> Path:

@@ -166,10 +166,10 @@ def _run_pip(command: list[str], environment: dict[str, str], home: Path) -> Non
             child.wait()
         if child.returncode != 0:
             log.seek(0)
-            said = [line.strip() for line in log.read().splitlines() if line.strip()]
-            reason = next((line for line in said if line.startswith("ERROR")), said[-1] if said else f"exit code {child.returncode}")
+            lines = [line.strip() for line in log.read().splitlines() if line.strip()]
+            reason = next((line for line in lines if line.startswith("ERROR")), lines[-1] if lines else f"exit code {child.returncode}")
             raise OlpackError(
-                f"llama.cpp's converter could not be fetched: pip said '{reason}'.",
+                f"llama.cpp's converter could not be fetched: pip reports '{reason}'.",
                 f"Connect to a package index once, or get {ARCHIVE} elsewhere and set {VARIABLE} to its path.",
             )
 
@@ -186,7 +186,9 @@ def _unpack(archive: Path, folder: Path) -> None:
                     continue
                 target = scratch.joinpath(*inside.parts)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                with tar.extractfile(member) as read, target.open("wb") as write:
+                read = tar.extractfile(member)
+                assert read is not None  # `_place` lets plain files pass only
+                with read, target.open("wb") as write:
                     shutil.copyfileobj(read, write)
         if not _is_complete(scratch):
             raise OlpackError(f"'{archive}' does not hold llama.cpp's converter.", f"Unset {VARIABLE} to have the right release fetched.")

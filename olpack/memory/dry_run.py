@@ -26,7 +26,7 @@ _LAYER = re.compile(r"^load_tensors: layer\s+(\d+) assigned to device .*is_swa =
 
 
 def dry_run(path: Path, setting: dict[str, Any]) -> dict[str, Any]:
-    """What llama.cpp says of one file.
+    """What llama.cpp reports of one file.
 
     Args:
         path: a GGUF, whose data may be a hole.
@@ -48,11 +48,11 @@ def dry_run(path: Path, setting: dict[str, Any]) -> dict[str, Any]:
         model = llama.llama_model_load_from_file(os.fsencode(path), params)
     lines = "".join(log).splitlines()
     if not model:
-        raise OlpackError(f"llama.cpp cannot load {path.name}: {_reason(lines)}.", "Make the file anew, or take another model.")
+        raise OlpackError(f"llama.cpp cannot load {path.name}: {_reason(lines)}.", "Make the file again, or take another model.")
     try:
         run = _run(llama, model, setting, before)
         sliding = [int(match[1]) for match in map(_LAYER.match, lines) if match]
-        return {"info": dict(match.groups() for match in map(_INFO.match, lines) if match), "sliding": sliding, **run}
+        return {"info": {match[1]: match[2] for match in map(_INFO.match, lines) if match}, "sliding": sliding, **run}
     finally:
         llama.llama_model_free(model)
 
@@ -97,5 +97,5 @@ def _total(pattern: re.Pattern, lines: list[str]) -> int:
 
 
 def _reason(lines: list[str]) -> str:
-    told = [line for line in lines if "error" in line.lower() or "failed" in line.lower()]
-    return (told or lines or ["no reason given"])[0].strip().rstrip(".")
+    errors = [line for line in lines if "error" in line.lower() or "failed" in line.lower()]
+    return (errors or lines or ["no reason given"])[0].strip().rstrip(".")

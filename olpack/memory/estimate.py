@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 from olpack.errors import OlpackError
-from olpack.memory.footprint import Footprint, Layout, Setting, plan, read
+from olpack.memory.footprint import Footprint, ModelLayout, Setting, plan, read
 from olpack.memory.published import rule_of_thumb
 from olpack.memory.subject import Subject
 from olpack.model.shape import MetaModel, Parameters, Shape
@@ -41,8 +41,8 @@ class Loaded:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """The whole answer. What is not known of a GGUF, whose original is not named, is None or empty."""
+class MemoryEstimate:
+    """What a model takes. Of a GGUF, the fields that need its original's configuration are None or empty."""
 
     label: str
     parameters: Parameters | None
@@ -50,7 +50,7 @@ class Estimate:
     setting: Setting
     loaded: list[Loaded]
     quants: list[Footprint]
-    layout: Layout | None
+    layout: ModelLayout | None
     rank: int
     tokens: int
     training: dict[str, Training]
@@ -60,8 +60,8 @@ class Estimate:
     def as_json(self) -> dict:
         """Plain data, bytes throughout."""
         training = {
-            name: {**asdict(found), "peak": found.total(checkpointing=False), "peak_checkpointing": found.total(checkpointing=True)}
-            for name, found in self.training.items()
+            name: {**asdict(one), "peak": one.total(checkpointing=False), "peak_checkpointing": one.total(checkpointing=True)}
+            for name, one in self.training.items()
         }
         quants = [
             {
@@ -88,7 +88,7 @@ class Estimate:
         }
 
 
-def estimate(subject: Subject, quants: Sequence[str], setting: Setting, *, rank: int, tokens: int) -> Estimate:
+def estimate(subject: Subject, quants: Sequence[str], setting: Setting, *, rank: int, tokens: int) -> MemoryEstimate:
     """Memory of a model for inference with transformers and llama.cpp, and for training.
 
     Args:
@@ -105,21 +105,21 @@ def estimate(subject: Subject, quants: Sequence[str], setting: Setting, *, rank:
     if subject.gguf is not None:
         from olpack.model.gguf_header import read_header
 
-        footprint, layout = read(subject.gguf, setting)
-        notes = ["A GGUF is not trained: name the model it was made from for the memory of training and of other precisions."]
-        return Estimate(
+        footprint, gguf_layout = read(subject.gguf, setting)
+        notes = ["A GGUF cannot be trained: name the model that it was made from for the memory of training and of other precisions."]
+        return MemoryEstimate(
             subject.label,
             None,
             None,
             setting,
             [],
             [footprint],
-            layout,
+            gguf_layout,
             rank,
             tokens,
             {},
             read_header(subject.gguf).parameters,
-            [*notes, *_llama_notes(layout, [footprint])],
+            [*notes, *_llama_notes(gguf_layout, [footprint])],
         )
     model = subject.model
     loaded = [_loaded(model, precision, setting.context) for precision in TITLES]
@@ -127,13 +127,14 @@ def estimate(subject: Subject, quants: Sequence[str], setting: Setting, *, rank:
     training = {name: estimate_training(model, rank=rank, tokens=tokens, precision=precision) for name, precision in precisions.items()}
     notes = [f"Computed for {subject.note}."] if subject.note else []
     notes += _notes(model, loaded, training)
+    footprints: list[Footprint] = []
+    layout: ModelLayout | None = None
     try:
         footprints, layout = plan(subject, quants, setting)
         notes += _llama_notes(layout, footprints)
     except OlpackError as error:
-        footprints, layout = [], None
         notes.append(f"No figures of llama.cpp: {error}")
-    return Estimate(
+    return MemoryEstimate(
         subject.label, model.parameters, model.shape, setting, loaded, footprints, layout, rank, tokens, training, model.parameters.text, notes
     )
 
@@ -145,30 +146,30 @@ def _loaded(model: MetaModel, precision: str, context: int) -> Loaded:
 
 
 def _notes(model: MetaModel, loaded: list[Loaded], training: dict[str, Training]) -> list[str]:
-    """What "parameters × bytes" forgets, in this model's figures."""
+    """What "parameters × bytes" omits, in this model's figures."""
     four, count = loaded[-1], model.parameters
     kept = 2 * (count.total - sum(rows * columns for rows, columns in model.quantizable().values()))
     notes = [
-        f'"Parameters × bytes" forgets what 4-bit leaves in 16 bits (embeddings, output layer, norms: {quantity(kept, "B")}), the '
+        f'"Parameters × bytes" omits what 4-bit leaves in 16 bits (embeddings, output layer, norms: {quantity(kept, "B")}), the '
         f"constants of quantization ({quantity(four.constants, 'B')}, which transformers' get_memory_footprint leaves out too), the KV "
         f"cache ({quantity(loaded[1].cache, 'B')} in 16 bits) and, in training, logits and activations."
     ]
     if count.experts:
         notes.append(f"bitsandbytes quantizes no stacked experts: {quantity(2 * count.experts, 'B')} stay in 16 bits whatever is asked.")
     notes.append(
-        "Peak of training: with checkpointing, the layer that is computed again and the logits are not there at the same time; the larger "
-        "counts. Every token of the batch is taken to be a target token. The GPU's own context, about half a GB, comes on top."
+        "Peak of training: with checkpointing, the layer that is computed again and the logits are not in memory at the same time; the larger "
+        "counts. Every token of the batch counts as a target token. The GPU's own context, about half a GB, comes on top."
     )
     if training["QLoRA"].activations is None:
-        notes.append("Activations are not counted: this architecture computes with data that there is none of before it is loaded.")
+        notes.append("Activations are not counted: this architecture computes with data that only a loaded model has.")
     return notes
 
 
-def _llama_notes(layout: Layout, footprints: list[Footprint]) -> list[str]:
+def _llama_notes(layout: ModelLayout, footprints: list[Footprint]) -> list[str]:
     notes = []
     if layout.sliding:
         cells = f"{len(layout.sliding)} of {layout.layers} layers keep their sliding window only"
-        notes.append(f"KV cache of llama.cpp: {cells}, rounded up with room for one batch.")
+        notes.append(f"KV cache of llama.cpp: {cells}, rounded up for one batch.")
     if layout.recurrent:
         notes.append(f"Recurrent layers keep a state of {quantity(footprints[0].state_bytes, 'B')}, whatever the context.")
     return notes

@@ -1,27 +1,23 @@
-"""What a quant takes in llama.cpp: weights, KV cache, compute graph; and how much of it a GPU of a given size holds."""
+"""What a quant takes in llama.cpp: weights, KV cache, compute graph; and how much of it fits on a GPU of a given size."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import olpack
-from olpack import progress
+from olpack import progress, workers
 from olpack.errors import OlpackError
 from olpack.llamacpp.library import INSTALL, row_size
 from olpack.memory.subject import Subject
 from olpack.model.gguf_header import read_header
-from olpack.model.shape import write_hollow_checkpoint
+from olpack.model.shape import write_header_only_checkpoint
 from olpack.quants import QUANT_TYPES
 
 KV_TYPES = ("f16", "q8_0", "q4_0")
@@ -33,7 +29,7 @@ _INPUTS = ("token_embd", "per_layer_token_embd", "position_embd", "token_types")
 
 @dataclass(frozen=True)
 class Setting:
-    """How llama.cpp is asked to run a model: one sequence, one GPU stream.
+    """How llama.cpp runs a model: one sequence, one GPU stream.
 
     Attributes:
         context: tokens of the context.
@@ -60,7 +56,7 @@ class Footprint:
         layer_weights: of each repeating layer.
         input_weights: token embeddings, which llama.cpp keeps in RAM.
         output_weights: final norm and output layer; without the output layer where it is tied to the embedding.
-        tied: a GPU that holds the output layer then holds a copy of the embedding.
+        tied: whether the output layer is the embedding; with it on the GPU, a copy of the embedding is there, too.
         layer_cache: KV cache of each layer, window and padding as llama.cpp has them; 0 for layers without one.
         state_bytes: of recurrent layers.
         compute_bytes: the largest graph's activations, mask and logits.
@@ -123,11 +119,11 @@ class Footprint:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What llama.cpp says of a model, whatever the quant.
+class ModelLayout:
+    """What llama.cpp reports of a model, whatever the quant.
 
     Attributes:
-        architecture: its name for it.
+        architecture: llama.cpp's name.
         layers, kv_heads: as it prints them; `kv_heads` is a list in text where layers differ.
         sliding: layers with a sliding window.
         recurrent: whether layers keep a state in place of keys and values.
@@ -142,13 +138,13 @@ class Layout:
     flash: bool
 
 
-def plan(subject: Subject, quants: Sequence[str], setting: Setting) -> tuple[list[Footprint], Layout]:
-    """What the quants of a model would take, without its weights.
+def plan(subject: Subject, quants: Sequence[str], setting: Setting) -> tuple[list[Footprint], ModelLayout]:
+    """The footprints of a model's quants, without its weights.
 
     Args:
         subject: a model that has a configuration.
         quants: names of quant types.
-        setting: how llama.cpp is asked to run it.
+        setting: how llama.cpp runs it.
 
     Raises:
         OlpackError: transformers, llama.cpp's converter or llama.cpp does not know the architecture, or a quant needs an importance matrix.
@@ -157,26 +153,26 @@ def plan(subject: Subject, quants: Sequence[str], setting: Setting) -> tuple[lis
 
     source = converter_source()
     with tempfile.TemporaryDirectory(prefix="olpack-") as scratch, progress.task(f"asking llama.cpp about {subject.label}"):
-        write_hollow_checkpoint(subject.model, subject.config, Path(scratch))
+        write_header_only_checkpoint(subject.model, Path(scratch))
         job = {"file": None, "folder": scratch, "converter": str(source), "quants": list(quants), "setting": asdict(setting)}
         found = _work(job, subject.label)
     vocabulary = _VOCABULARY + _TOKEN * subject.model.shape.vocabulary
     return [_footprint(quant, setting, found["tensors"][quant], found, vocabulary) for quant in quants], _layout(found)
 
 
-def read(path: Path, setting: Setting) -> tuple[Footprint, Layout]:
-    """What a GGUF takes.
+def read(path: Path, setting: Setting) -> tuple[Footprint, ModelLayout]:
+    """The footprint of a GGUF.
 
     Raises:
         OlpackError: no GGUF, one part of several, or one that llama.cpp refuses.
     """
     header = read_header(path)
-    if int(header.metadata.get("split.count", 1)) > 1:
+    if (header.integer("split.count") or 1) > 1:
         raise OlpackError(f"{path} is one part of a GGUF in several files.", "Join them with llama-gguf-split --merge.")
     tensors = [(name, math.prod(shape) // shape[0] * row_size(type_, shape[0])) for name, (shape, type_) in header.tensors.items()]
     found = _work({"file": str(path.absolute()), "setting": asdict(setting)}, path.name)
     by_number = {quant.ftype: quant.name for quant in QUANT_TYPES.values()}
-    quant = by_number.get(header.metadata.get("general.file_type"), path.stem)
+    quant = by_number.get(header.integer("general.file_type"), path.stem)
     return _footprint(quant, setting, tensors, found, 0), _layout(found)
 
 
@@ -193,7 +189,7 @@ def _footprint(quant: str, setting: Setting, tensors: Sequence[tuple[str, int]],
             tied = tied and not name.startswith("output.")
     cache = [0.0] * layers
     for size, _, of_layers in found["caches"]:
-        for layer in of_layers:  # llama.cpp tells the sum of a cache; layers of one cache have the same number of cells
+        for layer in of_layers:  # llama.cpp logs the sum of a cache; layers of one cache have the same number of cells
             cache[layer] += size / len(of_layers)
     return Footprint(
         quant,
@@ -210,21 +206,18 @@ def _footprint(quant: str, setting: Setting, tensors: Sequence[tuple[str, int]],
     )
 
 
-def _layout(found: dict[str, Any]) -> Layout:
+def _layout(found: dict[str, Any]) -> ModelLayout:
     info = found["info"]
     recurrent = found["state_bytes"] > 0
-    return Layout(info["arch"], int(info["n_layer"]), info.get("n_head_kv", "?"), tuple(found["sliding"]), recurrent, found["flash"])
+    return ModelLayout(info["arch"], int(info["n_layer"]), info.get("n_head_kv", "?"), tuple(found["sliding"]), recurrent, found["flash"])
 
 
 def _work(job: dict[str, Any], label: str) -> dict[str, Any]:
     """Run one job in a worker process."""
-    packages = os.pathsep.join(filter(None, [str(Path(olpack.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": packages, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "GGML_NO_BACKTRACE": "1"}
-    # -P: the folder that the user works in may hold modules of any name
     child = subprocess.run(
-        [sys.executable, "-P", "-m", "olpack.memory.worker"],
+        workers.command("olpack.memory.worker"),
         input=json.dumps(job),
-        env=environment,
+        env=workers.environment(),
         capture_output=True,
         encoding="utf-8",
         errors="replace",
@@ -232,12 +225,12 @@ def _work(job: dict[str, Any], label: str) -> dict[str, Any]:
     if child.returncode == 0:
         answer = json.loads(child.stdout)
         if "error" in answer:
-            told = answer["error"]
-            raise OlpackError(told["problem"].replace(job.get("folder") or "\0", label), told["remedy"])
+            error = answer["error"]
+            raise OlpackError(error["problem"].replace(job.get("folder") or "\0", label), error["remedy"])
         return answer["result"]
-    said = [line.strip() for line in child.stderr.splitlines() if line.strip()]
-    reason = next((line for line in said if "GGML_ASSERT" in line), said[-1] if said else "it said nothing")
-    how = f"was ended by {signal.Signals(-child.returncode).name}" if child.returncode < 0 else f"ended with exit code {child.returncode}"
-    raise OlpackError(
-        f"The process that asked llama.cpp about {label} {how}: {reason}", f"If `olpack doctor` finds llama.cpp broken, install it anew: {INSTALL}"
+    raise workers.exit_error(
+        f"The process that asked llama.cpp about {label}",
+        child.returncode,
+        child.stderr,
+        f"If `olpack doctor` finds llama.cpp broken, install it again: {INSTALL}",
     )

@@ -1,4 +1,4 @@
-"""What others measured once, for a model that nobody has measured here: llama.cpp's table for Llama 3 8B."""
+"""Published losses of quants, for models without measurements of their own: llama.cpp's table for Llama 3 8B."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _RISE = {
 _RULE = {"Q4_K_M": 0.5, "Q5_K_M": 0.625, "Q8_0": 1.0, "F16": 2.0}
 _RULE_MARGIN = 1.2
 
-CHOICE = ("Q3_K_M", "Q4_0", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "F16")  # offered where nobody has named any
+CHOICE = ("Q3_K_M", "Q4_0", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "F16")  # by default
 
 
 def published_loss(quant: str) -> float | None:

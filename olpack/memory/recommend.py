@@ -15,7 +15,6 @@ from olpack.progress import quantity
 
 if TYPE_CHECKING:
     from olpack.compare.results import Results
-    from olpack.stages.build import Build
 
 MAX_LOSS = 0.03  # accepted where the figures are llama.cpp's published ones: Q4_K_M is within it
 
@@ -28,7 +27,7 @@ class Place:
         where: "gpu", "split" between GPU and RAM, "ram", or "nowhere".
         gpu_layers: layers on the GPU (n_gpu_layers of llama.cpp, num_gpu of Ollama), the output layer counted as one.
         layers: of the model, counted likewise.
-        gpu_bytes, ram_bytes: what lies where. Where it fits nowhere, what it would take in RAM.
+        gpu_bytes, ram_bytes: what it takes on each. Where it fits nowhere, what it would take in RAM.
     """
 
     where: Literal["gpu", "split", "ram", "nowhere"]
@@ -45,10 +44,10 @@ class Candidate:
     Attributes:
         footprint: what it takes.
         place: where it runs.
-        loss: growth of perplexity, 0.01 is one per cent; None where nobody knows.
+        loss: growth of perplexity, 0.01 is one per cent; None where no figure is known.
         measured: whether the loss was measured on this very file.
         tokens_per_s: generation as measured on this very file and this machine; None where it was not.
-        rule_bytes: what the tutorials' rule of thumb says; None where it has no figure.
+        rule_bytes: what the tutorials' rule of thumb gives; None where it has no figure.
     """
 
     footprint: Footprint
@@ -65,7 +64,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """A quant to take, and why, in one sentence."""
+    """A recommended quant, and the reason in one sentence."""
 
     quant: str
     reason: str
@@ -73,7 +72,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Advice:
-    """The whole answer. `best` and `fastest` are None where nothing fits, or nothing is within the accepted loss."""
+    """What fits, and what to take. `best` and `fastest` are None where nothing fits, or nothing is within the accepted loss."""
 
     label: str
     parameters: int
@@ -108,7 +107,7 @@ class Advice:
             "parameters": self.parameters,
             "setting": asdict(self.setting),
             "max_loss": self.max_loss,
-            "machine": {"ram_bytes": self.machine.ram, "gpu_bytes": list(self.machine.gpus), "found": not self.machine.told},
+            "machine": {"ram_bytes": self.machine.ram, "gpu_bytes": list(self.machine.gpus), "found": not self.machine.given},
             "quants": rows,
             "best": self.best and asdict(self.best),
             "fastest": self.fastest and asdict(self.fastest),
@@ -122,25 +121,35 @@ def place(footprint: Footprint, machine: Machine) -> Place:
     for count in range(layers if machine.gpus else 0, 0, -1):
         # Each further GPU computes a part of the graph with buffers of its own.
         on_gpu = footprint.on_gpu(count) + (len(machine.gpus) - 1) * footprint.compute_bytes
-        if on_gpu <= machine.gpu_room and footprint.in_ram(count) <= machine.ram_room:
+        if on_gpu <= machine.available_gpu and footprint.in_ram(count) <= machine.available_ram:
             return Place("gpu" if count == layers else "split", count, layers, on_gpu, footprint.in_ram(count))
-    fits = footprint.total <= machine.ram_room
+    fits = footprint.total <= machine.available_ram
     return Place("ram" if fits else "nowhere", 0, layers, 0, footprint.total)
 
 
-def recommend_build(build: Build, machine: Machine, setting: Setting, max_loss: float | None) -> Advice:
-    """Advice on a package: on its files where they are built, with the figures of its comparison where there is one."""
-    from olpack.compare.results import read_results
-
-    results = read_results(build.paths.results) if build.paths.results.is_file() else None
-    paths = [build.paths.gguf(quant.name) for quant in build.quants]
-    subject = Subject(build.recipe.base, build.base.config)
-    if all(path.is_file() for path in paths):
-        footprints = [read(path, setting)[0] for path in paths]
-    else:
-        footprints = plan(subject, [quant.name for quant in build.quants], setting)[0]
-    accepted = build.recipe.compare.max_loss if max_loss is None else max_loss
-    return _advise(build.recipe.name, subject.model.parameters.text, footprints, machine, setting, accepted, results)
+def recommend(
+    label: str, parameters: int, footprints: list[Footprint], machine: Machine, setting: Setting, max_loss: float, results: Results | None = None
+) -> Advice:
+    measured = {quant.quant: quant for quant in results.quants} if results else {}
+    candidates = []
+    for footprint in footprints:
+        result = measured.get(footprint.quant)
+        loss = result.loss if result else None
+        speed = result.speed.generation_tokens_per_s if result and result.speed and not machine.given else None
+        candidates.append(
+            Candidate(
+                footprint,
+                place(footprint, machine),
+                loss.relative if loss else published_loss(footprint.quant),
+                loss is not None,
+                speed.median if speed else None,
+                rule_of_thumb(footprint.quant, parameters),
+            )
+        )
+    candidates.sort(key=lambda candidate: candidate.footprint.weights)
+    best, fastest = _best(candidates, machine), _fastest(candidates, max_loss)
+    notes = _notes(candidates, parameters, machine, setting)
+    return Advice(label, parameters, machine, setting, max_loss, candidates, best, fastest, notes)
 
 
 def recommend_files(paths: Sequence[Path], machine: Machine, setting: Setting, max_loss: float | None) -> Advice:
@@ -150,41 +159,16 @@ def recommend_files(paths: Sequence[Path], machine: Machine, setting: Setting, m
     label = paths[0].name if len(paths) == 1 else f"{len(paths)} files"
     parameters = read_header(paths[0]).parameters
     footprints = [read(path, setting)[0] for path in paths]
-    return _advise(label, parameters, footprints, machine, setting, MAX_LOSS if max_loss is None else max_loss)
+    return recommend(label, parameters, footprints, machine, setting, MAX_LOSS if max_loss is None else max_loss)
 
 
 def recommend_model(subject: Subject, quants: Sequence[str], machine: Machine, setting: Setting, max_loss: float | None) -> Advice:
     """Advice on a model that is not there, by its configuration or a typical shape."""
     footprints = plan(subject, quants, setting)[0]
-    advice = _advise(subject.label, subject.model.parameters.text, footprints, machine, setting, MAX_LOSS if max_loss is None else max_loss)
+    advice = recommend(subject.label, subject.model.parameters.text, footprints, machine, setting, MAX_LOSS if max_loss is None else max_loss)
     if subject.note:
         advice.notes.insert(0, f"Computed for {subject.note}.")
     return advice
-
-
-def _advise(
-    label: str, parameters: int, footprints: list[Footprint], machine: Machine, setting: Setting, max_loss: float, results: Results | None = None
-) -> Advice:
-    measured = {quant.quant: quant for quant in results.quants} if results else {}
-    candidates = []
-    for footprint in footprints:
-        found = measured.get(footprint.quant)
-        known = found is not None and found.loss is not None
-        speed = found.speed.generation_tokens_per_s if found and found.speed and not machine.told else None
-        candidates.append(
-            Candidate(
-                footprint,
-                place(footprint, machine),
-                found.loss.relative if known else published_loss(footprint.quant),
-                known,
-                speed.median if speed else None,
-                rule_of_thumb(footprint.quant, parameters),
-            )
-        )
-    candidates.sort(key=lambda candidate: candidate.footprint.weights)
-    best, fastest = _best(candidates, machine), _fastest(candidates, max_loss)
-    notes = _notes(candidates, parameters, machine, setting)
-    return Advice(label, parameters, machine, setting, max_loss, candidates, best, fastest, notes)
 
 
 def _best(candidates: list[Candidate], machine: Machine) -> Choice | None:
@@ -196,8 +180,8 @@ def _best(candidates: list[Candidate], machine: Machine) -> Choice | None:
     chosen = min(whole or fit, key=lambda c: (c.loss is None, c.loss, c.footprint.weights))
     where = {"gpu": "wholly on the GPU", "split": "on GPU and RAM together", "ram": "in RAM"}[chosen.place.where]
     used = chosen.place.gpu_bytes if chosen.place.where == "gpu" else chosen.place.ram_bytes + chosen.place.gpu_bytes
-    room = machine.gpu_room if chosen.place.where == "gpu" else machine.ram_room + machine.gpu_room
-    reason = f"{chosen.quant} loses least of those that fit {where}: it takes {quantity(used, 'B')} of the {quantity(room, 'B')} to be had"
+    available = machine.available_gpu if chosen.place.where == "gpu" else machine.available_ram + machine.available_gpu
+    reason = f"{chosen.quant} loses least of those that fit {where}: it takes {quantity(used, 'B')} of {quantity(available, 'B')} available"
     larger = [c for c in candidates if c.footprint.weights > chosen.footprint.weights and c.place.where != chosen.place.where]
     if larger:
         beyond = min(larger, key=lambda c: c.footprint.weights)
@@ -213,40 +197,40 @@ def _fastest(candidates: list[Candidate], max_loss: float) -> Choice | None:
         return None
     within = f"within the {max_loss:.1%} accepted"
     if all(c.tokens_per_s for c in accepted):
-        chosen = max(accepted, key=lambda c: c.tokens_per_s)
-        said = f"generates fastest of those {within}, {chosen.tokens_per_s:,.0f} tokens/s measured here"
+        chosen = max(accepted, key=lambda c: c.tokens_per_s or 0.0)
+        reason = f"generates fastest of those {within}, {chosen.tokens_per_s:,.0f} tokens/s measured here"
     else:
         chosen = min(accepted, key=lambda c: (c.place.layers - c.place.gpu_layers, c.footprint.weights))
-        said = f"has the least to read for each token of those {within}, {quantity(chosen.footprint.weights, 'B')} of weights"
+        reason = f"has the least to read for each token of those {within}, {quantity(chosen.footprint.weights, 'B')} of weights"
     smaller = [c for c in candidates if c.footprint.weights < chosen.footprint.weights and c.loss is not None and c.loss > max_loss]
     rest = f"; {smaller[-1].quant}, smaller, loses {smaller[-1].loss:.1%}" if smaller else ""
-    return Choice(chosen.quant, f"{chosen.quant} {said}{rest}.")
+    return Choice(chosen.quant, f"{chosen.quant} {reason}{rest}.")
 
 
 def _notes(candidates: list[Candidate], parameters: int, machine: Machine, setting: Setting) -> list[str]:
     notes = []
     if any(not c.measured and c.loss is not None for c in candidates):
         notes.append(f"Losses in brackets are not of this model but of {SOURCE}.")
-    kept = "1 GiB of each GPU and " if machine.gpus else ""
-    notes.append(f"Left free: {kept}2 GiB of RAM, for driver, screen and system. GPU layers count the output layer as one.")
-    if told := _against_rule(candidates, parameters, machine, setting):
-        notes.append(told)
+    gpus = "1 GiB of each GPU and " if machine.gpus else ""
+    notes.append(f"Left free: {gpus}2 GiB of RAM, for driver, screen and system. GPU layers count the output layer as one.")
+    if comparison := _against_rule(candidates, parameters, machine, setting):
+        notes.append(comparison)
     return notes
 
 
 def _against_rule(candidates: list[Candidate], parameters: int, machine: Machine, setting: Setting) -> str:
-    """What the tutorials' rule would take here, and what that takes in truth."""
-    ruled = [c for c in candidates if c.rule_bytes is not None]
+    """The quant that the tutorials' rule would choose here, and what it really takes."""
+    ruled = [(c, c.rule_bytes) for c in candidates if c.rule_bytes is not None]
     if not ruled:
         return ""
     size = sum(machine.gpus) or machine.ram
-    fits = [c for c in ruled if c.rule_bytes <= size]
-    chosen = max(fits or ruled[:1], key=lambda c: c.footprint.weights)
-    taken = f"takes {chosen.quant}" if fits else f"finds nothing that fits, not even {chosen.quant}"
-    needed, rule = chosen.footprint.total, chosen.rule_bytes
-    bits = f"{8 * chosen.footprint.weights / parameters:.2f} bits a weight in truth"
+    fits = [(c, rule) for c, rule in ruled if rule <= size]
+    chosen, rule = max(fits or ruled[:1], key=lambda one: one[0].footprint.weights)
+    outcome = f"chooses {chosen.quant}" if fits else f"finds nothing that fits, not even {chosen.quant}"
+    needed = chosen.footprint.total
+    bits = f"{8 * chosen.footprint.weights / parameters:.2f} bits a weight"
     return (
-        f"The rule of thumb, GB per billion parameters × 1.2, {taken}: {quantity(rule, 'B')}. Computed are {quantity(needed, 'B')} "
-        f"({needed / rule - 1:+.0%}); the rule knows neither the quant's real size ({bits}) nor the context "
+        f"The rule of thumb, GB per billion parameters × 1.2, {outcome}: {quantity(rule, 'B')}. Computed: {quantity(needed, 'B')} "
+        f"({needed / rule - 1:+.0%}); the rule ignores the quant's real size ({bits}) and the context "
         f"({quantity(chosen.footprint.cache, 'B')} of KV cache for {setting.context:,} tokens)."
     )

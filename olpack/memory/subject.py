@@ -1,4 +1,4 @@
-"""What is asked about: a folder, a config.json, a Hub id, a GGUF, or only a number of parameters."""
+"""The model of an estimate: a folder, a config.json, a Hub id, a GGUF, or only a number of parameters."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that is asked about.
+    """The model of an estimate.
 
     Attributes:
         label: what it is called in the output.
@@ -62,6 +62,8 @@ class Subject:
         """The model without data; of a subject with a configuration only."""
         from olpack.model.shape import MetaModel
 
+        if self.config is None:
+            raise OlpackError(f"{self.label} is a GGUF, which has no config.json.", "Name the model that it was made from.")
         return MetaModel(self.config, self.label)
 
 
@@ -69,12 +71,12 @@ def find(label: str) -> Subject:
     """A model by what a user calls it: a GGUF, a config.json, a folder, builtin/NAME, or a Hub id, of which only config.json is fetched.
 
     Raises:
-        OlpackError: there is nothing of that name, or it is no model.
+        OlpackError: there is no such model.
     """
     path = Path(label).expanduser()
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
-            raise OlpackError(f"There is no file {label}.", "Name a GGUF that is there.")
+            raise OlpackError(f"There is no file {label}.", "Correct the path.")
         return Subject(path.name, gguf=path)
     from olpack.model.base import config_of
 
@@ -82,7 +84,7 @@ def find(label: str) -> Subject:
 
 
 def typical(size: str) -> Subject:
-    """A model of a size that nobody has named: the published shape nearest to it, with layers added or left out where it is not near.
+    """A model of a size: the published shape nearest to it, with layers added or left out where the sizes differ.
 
     Args:
         size: number of parameters: "8B", "1.5b", "350M".
@@ -93,7 +95,7 @@ def typical(size: str) -> Subject:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMBT]?)\s*", size, re.IGNORECASE)
     wanted = float(found[1]) * _UNITS[found[2].upper()] if found else 0
     if not 10e6 <= wanted <= 4e12:
-        raise OlpackError(f"'{size}' is no number of parameters.", "Write it as in 8B, 1.5B or 350M.")
+        raise OlpackError(f"'{size}' is not a number of parameters.", "Write it as in 8B, 1.5B or 350M.")
     name = min(_SHAPES, key=lambda name: abs(math.log(wanted / _SHAPES[name][0])))
     parameters, config = _SHAPES[name]
     note = f"a typical shape, that of {name}"

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from olpack.compare.table import plain
 from olpack.machine import Machine
-from olpack.memory.estimate import TITLES, Estimate
+from olpack.memory.estimate import TITLES, MemoryEstimate
 from olpack.memory.footprint import Setting
 from olpack.memory.published import rule_of_thumb
 from olpack.memory.recommend import Advice, Candidate
@@ -41,7 +41,7 @@ def print_advice(advice: Advice, console: Console | None = None) -> None:
     _print_lines(console, [*lines, *advice.notes])
 
 
-def print_estimate(found: Estimate, console: Console | None = None) -> None:
+def print_estimate(found: MemoryEstimate, console: Console | None = None) -> None:
     """The model, then what it takes in transformers, in llama.cpp and in training; to stdout, or to `console`."""
     console = console or Console(markup=False, emoji=False)
     _print_lines(console, _description(found))
@@ -52,20 +52,22 @@ def print_estimate(found: Estimate, console: Console | None = None) -> None:
         console.print(table, "")
     if found.quants:
         table = _table("llama.cpp", "bits/\nweight", "weights", "KV cache", "buffers", "process", "total", "rule of\nthumb")
-        for row in found.quants:
-            sizes = (row.weights, row.cache, row.buffers, row.process_bytes, row.total, rule_of_thumb(row.quant, found.count))
-            table.add_row(row.quant, f"{8 * row.weights / found.count:.2f}", *map(_bytes, sizes))
+        for quant in found.quants:
+            sizes = (quant.weights, quant.cache, quant.buffers, quant.process_bytes, quant.total, rule_of_thumb(quant.quant, found.count))
+            table.add_row(quant.quant, f"{8 * quant.weights / found.count:.2f}", *map(_bytes, sizes))
         console.print(table, "")
     if found.training:
         title = f"training, rank {found.rank},\n{found.tokens:,} tokens at once"
         table = _table(title, "base", "adapter,\noptimizer", "activa-\ntions", "logits", "peak")
-        for name, row in found.training.items():
-            adapter = row.adapter + row.gradients + row.optimizer
+        for name, training in found.training.items():
+            adapter = training.adapter + training.gradients + training.optimizer
             for checkpointing in (True, False):
-                kept = row.checkpointed if checkpointing else row.activations
-                layer = sum(row.layer.values()) if checkpointing and kept is not None else 0
+                activations = training.checkpointed if checkpointing else training.activations
+                if activations is not None and checkpointing:
+                    activations += sum(training.layer.values())
                 title = f"{name}{', checkpointing' if checkpointing else ''}"
-                table.add_row(title, *map(_bytes, (row.weights, adapter, kept and kept + layer, row.logits, row.total(checkpointing))))
+                peak = training.total(checkpointing)
+                table.add_row(title, *map(_bytes, (training.weights, adapter, activations, training.logits, peak)))
         console.print(table, "")
     _print_lines(console, found.notes)
 
@@ -80,9 +82,10 @@ def _advice_cells(candidate: Candidate, divisor: float) -> list[str]:
     return [candidate.quant, *cells, where, loss, plain(candidate.tokens_per_s) if candidate.tokens_per_s else _NONE]
 
 
-def _description(found: Estimate) -> list[str]:
-    if found.shape is None:
-        return [f"{found.label}, {_count(found.count)} parameters, {found.layout.architecture}; {_setting(found.setting)}"]
+def _description(found: MemoryEstimate) -> list[str]:
+    if found.shape is None or found.parameters is None:
+        architecture = f", {found.layout.architecture}" if found.layout else ""
+        return [f"{found.label}, {_count(found.count)} parameters{architecture}; {_setting(found.setting)}"]
     parts = [f"{_count(size)} {title}" for kind, title in _KINDS.items() if (size := getattr(found.parameters, kind))]
     shape = found.shape
     lines = [f"{found.label}, {_count(found.parameters.total)} parameters: {', '.join(parts)}"]

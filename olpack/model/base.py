@@ -143,7 +143,7 @@ class Base:
         try:
             read = own.decode(tokenizer(text, add_special_tokens=False)["input_ids"]).strip()
         except Exception as error:  # tokenizers raises nothing narrower
-            read = error
+            read = str(error)
         if read != written:
             raise OlpackError(
                 f"transformers makes {read!r} of {text!r} with its class {type(tokenizer).__name__}, and {file} by itself makes "

@@ -120,4 +120,4 @@ def read_chat_template(path: Path) -> str | None:
     Raises:
         OlpackError: the file is no GGUF, or ends within its header.
     """
-    return read_header(path).metadata.get("tokenizer.chat_template")
+    return read_header(path).text("tokenizer.chat_template")

@@ -58,7 +58,7 @@ def _in_int8(held: Held, weight: torch.Tensor) -> torch.Tensor:
 
 def _by_hqq(held: Held, weight: torch.Tensor) -> torch.Tensor:
     bits = int(held.kind.removeprefix("hqq"))
-    return dequantize_hqq(*quantize_hqq(weight, bits), bits, tuple(weight.shape))
+    return dequantize_hqq(*quantize_hqq(weight, bits), bits, (weight.shape[0], weight.shape[1]))
 
 
 _ROUND_TRIPS = {"nf4": _in_4_bits, "fp4": _in_4_bits, "int8": _in_int8, "hqq4": _by_hqq, "hqq8": _by_hqq}

@@ -1,4 +1,4 @@
-"""What the header of a GGUF file says of the model: its scalar metadata and its tensors, without its long lists."""
+"""The header of a GGUF file: the scalar metadata and the tensors, without the long lists."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ _STRING, _ARRAY = 8, 9
 _LENGTH = struct.Struct("<Q")
 
 
+Scalar = str | int | float  # and bool, which is an int
+
+
 @dataclass(frozen=True)
 class Header:
     """The header of a GGUF file.
@@ -25,13 +28,23 @@ class Header:
         tensors: name to (lengths of the axes, innermost first; number of ggml's type).
     """
 
-    metadata: dict[str, object]
+    metadata: dict[str, Scalar]
     tensors: dict[str, tuple[tuple[int, ...], int]]
 
     @property
     def parameters(self) -> int:
         """Elements of all tensors."""
         return sum(math.prod(shape) for shape, _ in self.tensors.values())
+
+    def text(self, key: str) -> str | None:
+        """A text of the metadata, None where it has no such key or another type."""
+        value = self.metadata.get(key)
+        return value if isinstance(value, str) else None
+
+    def integer(self, key: str) -> int | None:
+        """An integer of the metadata, None where it has no such key or another type."""
+        value = self.metadata.get(key)
+        return value if isinstance(value, int) else None
 
 
 def read_header(path: Path) -> Header:
@@ -54,9 +67,9 @@ def _read(path: Path, _size: int, _modified: int, _inode: int) -> Header:
             magic, version, tensors, count = struct.unpack("<4sIQQ", file.read(24))
             if magic != b"GGUF" or version not in (2, 3):
                 raise ValueError
-            metadata = {}
+            metadata: dict[str, Scalar] = {}
             for _ in range(count):
-                key, kind = _text(file), _number(file, "<I")
+                key, kind = _text(file), _integer(file, "<I")
                 if kind == _ARRAY:
                     _skip_list(file)
                 else:
@@ -66,12 +79,16 @@ def _read(path: Path, _size: int, _modified: int, _inode: int) -> Header:
         raise OlpackError(f"{path} is no whole GGUF file.", "Make it again with 'olpack export'.") from None
 
 
-def _number(file: BinaryIO, form: str) -> int | float | bool:
+def _number(file: BinaryIO, form: str) -> int | float:
     return struct.unpack(form, file.read(struct.calcsize(form)))[0]
 
 
+def _integer(file: BinaryIO, form: str) -> int:
+    return int(_number(file, form))
+
+
 def _text(file: BinaryIO) -> str:
-    size = _number(file, "<Q")
+    size = _integer(file, "<Q")
     raw = file.read(size)
     if len(raw) < size:
         raise ValueError
@@ -79,7 +96,7 @@ def _text(file: BinaryIO) -> str:
 
 
 def _skip_list(file: BinaryIO) -> None:
-    kind, count = _number(file, "<I"), _number(file, "<Q")
+    kind, count = _integer(file, "<I"), _integer(file, "<Q")
     if kind in _SCALARS:
         file.seek(struct.calcsize(_SCALARS[kind]) * count, 1)
     elif kind == _STRING:
@@ -104,7 +121,7 @@ def _skip_texts(file: BinaryIO, count: int) -> None:
 def _tensor(file: BinaryIO) -> tuple[str, tuple[tuple[int, ...], int]]:
     """The tensor described here: name, number of axes, their lengths, type, offset."""
     name = _text(file)
-    shape = tuple(_number(file, "<Q") for _ in range(_number(file, "<I")))
-    type_ = _number(file, "<I")
+    shape = tuple(_integer(file, "<Q") for _ in range(_integer(file, "<I")))
+    type_ = _integer(file, "<I")
     file.seek(8, 1)
     return name, (shape, type_)

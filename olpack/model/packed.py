@@ -103,7 +103,7 @@ class CompressedInts(Layout):
     def dequantize(self, parts: Parts) -> torch.Tensor:
         scales = parts["weight_scale"].float()
         integers = _unpack(parts["weight_packed"], self.bits, 1)
-        zeros = 1 << (self.bits - 1)
+        zeros: torch.Tensor | int = 1 << (self.bits - 1)
         if "weight_zero_point" in parts:
             zeros = _unpack(parts["weight_zero_point"], self.bits, 0)[: len(scales)].unsqueeze(-1)
         return ((integers.unflatten(1, (scales.shape[1], -1)) - zeros) * scales.unsqueeze(-1)).flatten(1)
@@ -214,7 +214,8 @@ def layout_of(config: Mapping[str, Any]) -> Layout | None:
         block = settings.get("weight_block_size")
         return Scaled("fp8", "weight_scale_inv", ("weight", "weight_scale_inv"), block=tuple(block) if block else None)
     if method == "compressed-tensors":
-        weights = (next(iter((settings.get("config_groups") or {}).values()), {}).get("weights")) or {}
+        groups: Mapping[str, Mapping[str, Any]] = settings.get("config_groups") or {}
+        weights = next(iter(groups.values()), {}).get("weights") or {}
         if settings.get("format") == "pack-quantized":
             return CompressedInts(
                 "compressed-tensors",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,10 @@ from olpack.errors import OlpackError
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
+
+# Kinds whose kernel takes the weight of `out_proj` itself, so that an adapter on it would do nothing: peft refuses to put one there.
+_MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,11 @@ class MetaModel:
         config: the fields of a config.json.
         label: what messages call it.
 
+    Attributes:
+        published: `config`.
+        config: transformers' configuration of it, defaults included.
+        module: the model on torch's meta device.
+
     Raises:
         OlpackError: transformers does not know the architecture, or the configuration makes no model.
     """
@@ -108,6 +118,7 @@ class MetaModel:
 
         transformers.utils.logging.set_verbosity_error()
         self.label = label
+        self.published = config
         # How the weights are stored is no part of the shape, and a quantizer's modules would hide it.
         plain = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map", "dtype", "torch_dtype")}
         try:
@@ -115,7 +126,7 @@ class MetaModel:
             named = getattr(transformers, (plain.get("architectures") or [""])[0], None)
             make = named._from_config if named is not None else transformers.AutoModelForCausalLM.from_config
             with torch.device("meta"):
-                self.module: nn.Module = make(self.config, dtype=torch.bfloat16)
+                self.module: PreTrainedModel = make(self.config, dtype=torch.bfloat16)
         except ImportError as error:
             raise OlpackError(
                 f"transformers needs another package for {label}: {str(error).strip().splitlines()[0]}",
@@ -151,6 +162,7 @@ class MetaModel:
         window = first("sliding_window", "attention_chunk_size") if getattr(config, "use_sliding_window", True) else None
         names = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers
         kinds = tuple(_kind(name) if heads else "none" for name in names)
+        embedding, head = self.module.get_input_embeddings().get_parameter("weight"), self.module.get_output_embeddings().get_parameter("weight")
         return Shape(
             layers=layers,
             hidden=config.hidden_size,
@@ -159,8 +171,8 @@ class MetaModel:
             head_dim=head_dim,
             value_dim=first("v_head_dim") or head_dim,
             intermediate=max(width) if isinstance(width, list | tuple) else width or 4 * config.hidden_size,
-            vocabulary=self.module.get_input_embeddings().weight.shape[0],
-            tied=self.module.get_output_embeddings().weight is self.module.get_input_embeddings().weight,
+            vocabulary=embedding.shape[0],
+            tied=head is embedding,
             context_length=first("max_position_embeddings"),
             window=window if "sliding" in kinds else None,
             kinds=kinds,
@@ -182,7 +194,7 @@ class MetaModel:
         import torch
 
         head = self.module.get_output_embeddings()
-        linear = {id(module.weight) for module in self.module.modules() if linear_shape(module)} - {id(head.weight)}
+        linear = {id(module.get_parameter("weight")) for module in self.module.modules() if linear_shape(module)} - {id(head.weight)}
         embeddings = {id(module.weight) for module in self.module.modules() if isinstance(module, torch.nn.Embedding)}
         text = {id(parameter) for parameter in self.module.get_decoder().parameters()} | {id(parameter) for parameter in head.parameters()}
         counts = dict.fromkeys(("embedding", "head", "linear", "experts", "other", "towers"), 0)
@@ -213,9 +225,9 @@ class MetaModel:
 
         kept = get_keys_to_not_convert(self.module)
         return {
-            name: linear_shape(module)
+            name: shape
             for name, module in self.module.named_modules()
-            if type(module) in (torch.nn.Linear, Conv1D) and should_convert_module(name, kept)
+            if type(module) in (torch.nn.Linear, Conv1D) and should_convert_module(name, kept) and (shape := linear_shape(module))
         }
 
     def checkpoint(self) -> dict[str, tuple[int, ...]]:
@@ -243,8 +255,8 @@ class MetaModel:
         return [name for name in self.checkpoint() if apply_renamings(name, renamings).removeprefix(prefix) not in ends]
 
 
-def write_hollow_checkpoint(model: MetaModel, config: dict[str, Any], folder: Path) -> None:
-    """A model's folder for llama.cpp's converter: config.json, tokens without a meaning, and a safetensors file with a real header and a
+def write_header_only_checkpoint(model: MetaModel, folder: Path) -> None:
+    """A model's folder for llama.cpp's converter: config.json, placeholder tokens, and a sparse safetensors file with a real header and a
     hole in place of the weights. A few MB on the disk, whatever the model's size."""
     header, offset = {}, 0
     for name, shape in model.checkpoint().items():
@@ -257,7 +269,7 @@ def write_hollow_checkpoint(model: MetaModel, config: dict[str, Any], folder: Pa
         file.truncate(8 + len(text) + offset)
     # What the publisher's config.json leaves to transformers' defaults, the converter may want written out.
     full = {**model.config.to_dict(), "architectures": [type(model.module).__name__]}
-    full |= {key: value for key, value in config.items() if not isinstance(value, dict)}
+    full |= {key: value for key, value in model.published.items() if not isinstance(value, dict)}
     full.pop("quantization_config", None)
     (folder / "config.json").write_text(json.dumps(full, default=str), encoding="utf-8")
     # Some architectures cut the embedding to the tokens that there are; here that is all of them.
@@ -271,8 +283,36 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     from transformers.pytorch_utils import Conv1D
 
     if isinstance(module, torch.nn.Linear):
-        return tuple(module.weight.shape)
-    return tuple(reversed(module.weight.shape)) if isinstance(module, Conv1D) else None
+        return module.out_features, module.in_features
+    return (module.weight.shape[1], module.weight.shape[0]) if isinstance(module, Conv1D) else None
+
+
+def adapter_shapes(model: MetaModel, targets: str | list[str] = "all-linear") -> dict[str, tuple[int, int]]:
+    """(rows, columns) of the linear layers of the text model that get an adapter: all but the output layer and Mamba's last layer, those of the
+    given names, or those whose full names a regular expression matches, as peft takes a `target_modules` that is a text.
+
+    Raises:
+        OlpackError: a text that is neither a name nor a regular expression.
+    """
+    text = {id(module) for module in model.module.get_decoder().modules()}
+    named = [targets] if isinstance(targets, str) else targets
+    if named != ["all-linear"] and not model.shape.tied:
+        text.add(id(model.module.get_output_embeddings()))
+    layers = {name: shape for name, module in model.module.named_modules() if (shape := linear_shape(module)) and id(module) in text}
+    if model.config.model_type in _MAMBA:
+        layers = {name: shape for name, shape in layers.items() if not name.endswith(".out_proj")}
+    if named == ["all-linear"]:
+        return layers
+    found = {name: shape for name, shape in layers.items() if any(f".{name}".endswith(f".{target}") for target in named)}
+    if found or not isinstance(targets, str):
+        return found
+    try:
+        return {name: shape for name, shape in layers.items() if re.fullmatch(targets, name)}
+    except (re.error, RecursionError) as error:
+        raise OlpackError(
+            f"`train.target_modules` is '{targets}', which is neither the name of a layer nor a regular expression ({error}).",
+            "Give a list of names, `all-linear`, or an expression for full names.",
+        ) from error
 
 
 def _kind(name: str) -> Literal["full", "sliding", "none"]:

@@ -9,11 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from olpack import progress
 from olpack.errors import OlpackError
-from olpack.stages.build import Build, Step
+from olpack.stages import export, records
+from olpack.stages.build import Build
+from olpack.stages.export import ADAPTER
+from olpack.stages.modelfiles import package_inputs
+from olpack.stages.records import Record, Step
+from olpack.stages.requests import check_questions, held_out_requests, questions
+from olpack.stages.stage import Checks, Stage
 from olpack.workspace import value_digest
 
 if TYPE_CHECKING:
@@ -25,7 +31,60 @@ if TYPE_CHECKING:
 _LONG = 2  # long held-out requests among the conversations that are compared
 
 
-def check_server(build: Build) -> None:
+def units(build: Build) -> list[str]:
+    """None where no server is wanted."""
+    return ["deploy"] if build.server else []
+
+
+def inputs(build: Build, unit: str) -> dict[str, Any]:
+    """Settings, files and the server."""
+    return package_inputs(build) | exported_files(build) | {"server": build.server}
+
+
+def exported_files(build: Build) -> dict[str, Any]:
+    """Identity of each file that the export makes, under one name."""
+    return {"files": {unit.removeprefix("export-"): export.STAGE.key(build, unit) for unit in export.units(build)}}
+
+
+def stale(build: Build, unit: str, inputs: dict[str, Any], record: Record) -> str:
+    """Why a finished deploy must run again: it registered other things, or the server has them no more."""
+    changed = "" if _registers_all(inputs, record.inputs) else records.changed(inputs, record.inputs)
+    return changed or records.damage(build.paths, unit, record) or _unregistered(build, record)
+
+
+def _registers_all(inputs: dict[str, Any], before: dict[str, Any]) -> bool:
+    """Whether a deploy is part of the one that is done: the same with fewer quants, as `--quant` asks for."""
+    files, done = inputs["files"], before.get("files") or {}
+    same = all(inputs.get(name) == before.get(name) for name in inputs.keys() | before.keys() if name not in ("quants", "files"))
+    return same and all(done.get(name) == key for name, key in files.items()) and set(inputs["quants"]) <= set(before.get("quants") or [])
+
+
+def _unregistered(build: Build, record: Record) -> str:
+    from olpack.deploy.client import OllamaClient
+
+    there = {tag.model: tag.digest for tag in OllamaClient().tags()}
+    wanted = {quant.tag.lower() for quant in build.quants}  # a tag of an earlier recipe may be gone
+    made_now = [made for made in record.result["registered"] if made["model"].rpartition(":")[2].lower() in wanted]
+    lost = [made["model"] for made in made_now if there.get(made["model"]) != made["digest"]]
+    return f"the server has no {', '.join(lost)} as it was registered" if lost else ""
+
+
+def check(build: Build, checks: Checks) -> None:
+    """Refuse a server that would not take the tags, and warn of what it will do to long prompts and answers."""
+    # Reading every row takes longer than registering a changed system prompt does: it is done where rows are needed anyway.
+    for warning in length_warnings(build, build.rows[1] if checks.stages & {"train", "export", "compare"} else []):
+        progress.warn(warning)
+    if moment := build.renderer.moment:
+        progress.warn(
+            f"The base's chat template writes the date. All rows are rendered at {moment:%Y-%m-%d %H:%M:%S}, so one date is trained, "
+            "and the server writes that of each day."
+        )
+    if "deploy" in checks.stages:
+        check_questions(build)
+        _check_server(build)
+
+
+def _check_server(build: Build) -> None:
     """Refuse now what the server would not do.
 
     Raises:
@@ -76,8 +135,6 @@ def _before_the_answer(row: TokenRow) -> int:
 
 def conversations(build: Build) -> list[list[dict]]:
     """What prompts are compared on beside the made-up ones: what every quant answers, and the longest held-out requests that the server takes."""
-    from olpack.stages.work import held_out_requests, questions
-
     asked, context = questions(build), build.package.num_ctx
     package = build.package
     system = [{"role": "system", "content": package.system}] if package.system else []
@@ -91,20 +148,19 @@ def conversations(build: Build) -> list[list[dict]]:
     return asked + sorted(long, key=count)[-_LONG:]
 
 
-def deploy(build: Build, steps: list[Step]) -> None:
+def run(build: Build, steps: list[Step]) -> None:
     """Register every quant with the server, prove that the prompt is the trained one, and have one tag answer."""
     from olpack.deploy.client import OllamaClient
     from olpack.deploy.register import register
     from olpack.deploy.store import place
-    from olpack.stages.work import registered, registrable
 
     client, (step,) = OllamaClient(), steps
     version = client.require()
     store = _adapter_store(build, client, version)
     known = {record.model: record for record in registered(build)}
-    earlier = build.result("deploy").get("proved", {})
+    earlier = records.result(build.paths, "deploy").get("proved", {})
     proved = earlier if earlier.get("server") == [client.url, version] else {"server": [client.url, version]}
-    files = registrable(build)
+    files = quant_files(build)
     for file in files:
         if store:
             record = place(client, store, build.recipe.name, file, build.package)
@@ -112,14 +168,14 @@ def deploy(build: Build, steps: list[Step]) -> None:
             (record,) = register(client, build.recipe.name, [file], build.package, before=list(known.values()))
         known[record.model] = record
         # Written down after each tag: what is on the server must be known, to be removed or left alone, should the next one fail.
-        build.remember(step, {"registered": [asdict(one) for one in known.values()], "proved": proved})
+        records.remember(build.paths, step, {"registered": [asdict(one) for one in known.values()], "proved": proved})
     proved = _prove(build, client, files, proved, partial(_remember, build, step, known))
     said = {"identity": proved["summary"], "identity_warnings": proved["warnings"]}
-    build.finish(step, [], {"registered": [asdict(record) for record in known.values()], "proved": proved, **said})
+    records.finish(build.paths, step, [], {"registered": [asdict(record) for record in known.values()], "proved": proved, **said})
 
 
 def _remember(build: Build, step: Step, known: dict[str, Registered], proved: dict) -> None:
-    build.remember(step, {"registered": [asdict(record) for record in known.values()], "proved": proved})
+    records.remember(build.paths, step, {"registered": [asdict(record) for record in known.values()], "proved": proved})
 
 
 def _prove(build: Build, client: OllamaClient, files: list[TagFile], proved: dict, remember: Callable[[dict], None]) -> dict:
@@ -175,5 +231,34 @@ def check_prompts(build: Build, client: OllamaClient, tag: str, asked: list[list
 
 def _weights(build: Build, file: TagFile) -> str:
     """Identity of what makes a tag's answers: its weights, their adapter, and the template in place of theirs."""
-    adapter = build.result("export-adapter")["sha256"] if file.adapter else None
+    adapter = records.result(build.paths, f"export-{ADAPTER}")["sha256"] if file.adapter else None
     return value_digest([file.sha256, adapter, build.package.template])
+
+
+def quant_files(build: Build) -> list[TagFile]:
+    """The exported GGUFs as they are registered."""
+    from olpack.deploy.register import TagFile
+
+    adapter = build.paths.gguf(ADAPTER) if build.paths.base else None
+    made = {quant: records.result(build.paths, f"export-{quant.name}") for quant in build.quants}
+    return [TagFile(quant.tag, build.paths.gguf(quant.name), facts["sha256"], adapter) for quant, facts in made.items()]
+
+
+def registered(build: Build) -> list[Registered]:
+    """The tags that the last deploy put on the server."""
+    from olpack.deploy.register import Registered
+
+    return [Registered(**record) for record in records.result(build.paths, "deploy").get("registered", [])]
+
+
+STAGE = Stage(
+    "deploy",
+    1,
+    inputs,
+    stale,
+    units=units,
+    checked_for=frozenset({"train", "deploy"}),
+    check=check,
+    run=run,
+    needs=("train", "export"),
+)

@@ -1,27 +1,146 @@
-"""The export stage: the quants, and what has to be there before some of them: an importance matrix, the measured sensitivity."""
+"""The export stage: base and adapter become one GGUF for each quant; of an adapter package, quants of its base and a LoRA GGUF."""
 
 from __future__ import annotations
 
-import random
-from bisect import bisect_right
-from collections.abc import Callable, Mapping
-from itertools import accumulate
+import unicodedata
+from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from olpack import __version__, progress
 from olpack.errors import OlpackError
-from olpack.quants import quant_type
-from olpack.stages.build import ADAPTER, IMPORTANCE_TOKENS, SENSITIVITY_TOKENS
-from olpack.workspace import value_digest
+from olpack.quants import overridable, quant_type
+from olpack.stages import records, train
+from olpack.stages.build import Build
+from olpack.stages.calibration import (
+    SENSITIVITY,
+    awaiting_importance,
+    awaiting_sensitivity,
+    budgets,
+    collect_importance_matrix,
+    fine_tune_inputs,
+    importance_file,
+    importance_key,
+    measure_matrix_sensitivity,
+    temporary_quants,
+    uses_importance,
+)
+from olpack.stages.records import Step
+from olpack.stages.stage import Checks, Stage
 
 if TYPE_CHECKING:
-    from olpack.data import TokenRow
-    from olpack.export import ExportedFile
-    from olpack.stages.build import Build, Step
+    from transformers import PreTrainedTokenizerFast
+
+    from olpack.export import ExportedFile, TokenDifference, TokenText
+
+ADAPTER = "adapter"  # beside the names of quants: the LoRA GGUF of an adapter package
 
 
-def export(build: Build, steps: list[Step]) -> None:
+def units(build: Build) -> list[str]:
+    """One for each quant, and one for the adapter where it is not merged."""
+    return [f"export-{quant.name}" for quant in build.quants] + ([f"export-{ADAPTER}"] if build.paths.base else [])
+
+
+def inputs(build: Build, unit: str) -> dict[str, Any]:
+    """Weights, names and, where they decide anything, the recipe's choices for this quant."""
+    from olpack.llamacpp.source import VERSION
+
+    quant = unit.removeprefix("export-")
+    made: dict[str, Any] = {"llama.cpp": VERSION, "quant": quant, "name": build.paths.home(unit).name}
+    if quant != ADAPTER and (absent := build.base.absent_tokens):
+        made["pinned in the chat template"] = absent
+    if build.paths.base and quant != ADAPTER:
+        return made | {"base": build.base.digest}
+    return made | fine_tune_inputs(build) | _choices(build, quant)
+
+
+def _choices(build: Build, quant: str) -> dict[str, Any]:
+    """What the recipe's `export` decides for one quant: nothing, where its file would be the same."""
+    asked, made = build.recipe.export, {}
+    if quant == ADAPTER:
+        return {}
+    if asked.tensor_types and overridable(quant_type(quant)):
+        made["export.tensor_types"] = [list(pair) for pair in asked.tensor_types.items()]  # their order counts
+    if uses_importance(build, quant):
+        made["export.importance"] = importance_key(build)
+    if quant in budgets(build):
+        made["sensitivity"] = SENSITIVITY.key(build)
+    return made
+
+
+def check(build: Build, checks: Checks) -> None:
+    """Refuse what the converter, llama.cpp or an importance matrix would refuse, and rows that llama.cpp would read as other tokens."""
+    from olpack.export import check_export
+
+    asked = [step.inputs["quant"] for step in checks.steps if step.stage == "export" and step.unit != f"export-{ADAPTER}"]
+    quants = asked or build.recipe.quants
+    importance, texts = importance_file(build), _texts(build)
+    exported = checks.exported = check_export(
+        build.base.path,
+        quants + temporary_quants(build, checks.steps),
+        out=build.paths.gguf(quants[0]).parent,
+        importance="later" if importance == build.paths.importance else importance,
+        tensor_types=build.recipe.export.tensor_types,
+        texts=texts,
+        **header_options(build),
+    )
+    for warning in exported.warnings:
+        progress.warn(warning)
+    _judge_tokens(build, texts, exported.differences)
+    build.pre_tokenizer = exported.pre_tokenizer
+
+
+_MADE_UP = "the conversation with "  # before the label of one that olpack made up
+
+
+def _texts(build: Build) -> list[TokenText]:
+    """All rows as training tokenizes them, and the conversations that templates and servers get wrong."""
+    from olpack.deploy.identity import HARD
+    from olpack.export import TokenText
+
+    renderer, rows = build.renderer, [row for side in build.rows for row in side]
+    texts = [TokenText(row.source, [row.text[start:end] for start, end in pairwise([0, *row.cuts, len(row.text)])], list(row.ids)) for row in rows]
+    for label, conversation in HARD.items():
+        try:
+            text = renderer.text(conversation, ask=True)
+        except Exception:  # a conversation that the template refuses cannot be served either
+            continue
+        texts.append(TokenText(f"{_MADE_UP}{label}", [text], renderer.tokens(text)[0], made_up=True))
+    return texts
+
+
+def _judge_tokens(build: Build, texts: list[TokenText], differences: list[TokenDifference]) -> None:
+    """Refuse to train on rows that llama.cpp would read as other tokens; warn of made-up conversations that it would.
+
+    Raises:
+        OlpackError: with the first of the rows.
+    """
+    tokenizer, texts_of = build.renderer.tokenizer, {text.source: "".join(text.pieces) for text in texts}
+    for found in sorted(differences, key=lambda found: found.source.startswith(_MADE_UP)):
+        trained, read, before = (" ".join(map(repr, tokenizer.convert_ids_to_tokens(ids))) for ids in (found.trained, found.read, found.before))
+        text = f"llama.cpp reads {found.source} as other tokens than training does: {read} in place of {trained}, after {before or 'nothing'}"
+        if found.source.startswith(_MADE_UP):
+            progress.warn(f"{text}.")
+        elif _is_composed(tokenizer, whole := texts_of[found.source]) and not unicodedata.is_normalized("NFC", whole):
+            raise OlpackError(
+                f"{text}. The base's tokenizer composes characters (NFC), and llama.cpp does not.",
+                "Write the rows in Unicode's composed form: unicodedata.normalize('NFC', text).",
+            )
+        else:
+            raise OlpackError(
+                f"{text}. None of its pre-tokenizers splits the rows as the base's tokenizer does.",
+                "Take the tokenizer files from the model's publisher, or another base.",
+            )
+
+
+def _is_composed(tokenizer: PreTrainedTokenizerFast, text: str) -> bool:
+    """Whether a tokenizer turns a text into Unicode's composed form before it splits it."""
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    return normalizer is not None and normalizer.normalize_str(text) == unicodedata.normalize("NFC", text)
+
+
+def run(build: Build, steps: list[Step]) -> None:
     """Merge, convert and quantize in one pass; a GGUF for each stale step. An adapter package gets quants of its base, and a LoRA GGUF.
 
     Where an importance matrix is to be collected first, or the sensitivity to be measured, the quants that do without make a pass of their
@@ -35,14 +154,14 @@ def export(build: Build, steps: list[Step]) -> None:
         _export_adapter(build, alone[0])
     quants = [step for step in steps if step not in alone]
     with one_worker():
-        if waiting := build.uncollected(quants):
+        if waiting := awaiting_importance(build, quants):
             _export_quants(build, [step for step in quants if step not in waiting])
-            _collect_importance(build)
+            collect_importance_matrix(build)
             quants = waiting
-        if budgets := build.unmeasured(quants):
-            _export_quants(build, [step for step in quants if step not in budgets])
-            _measure_sensitivity(build)
-            quants = budgets
+        if measured_first := awaiting_sensitivity(build, quants):
+            _export_quants(build, [step for step in quants if step not in measured_first])
+            measure_matrix_sensitivity(build)
+            quants = measured_first
         _export_quants(build, quants)
 
 
@@ -52,19 +171,19 @@ def _export_adapter(build: Build, step: Step) -> None:
     path = build.paths.gguf(ADAPTER)
     with progress.task("exporting the adapter"):
         size, sha256 = export_adapter(build.base.path, build.paths.adapter, path)
-    build.finish(step, [path], {"size": size, "sha256": sha256}, {path: sha256})
+    records.finish(build.paths, step, [path], {"size": size, "sha256": sha256}, {path: sha256})
     progress.say(f"wrote {path} ({progress.quantity(size, 'B')})")
 
 
 def _export_quants(build: Build, steps: list[Step]) -> None:
     if not steps:
         return
-    importance = build.importance_file if any(build.weighs(step.inputs["quant"]) for step in steps) else None
+    importance = importance_file(build) if any(uses_importance(build, step.inputs["quant"]) for step in steps) else None
     paths = {step.inputs["quant"]: build.paths.gguf(step.inputs["quant"]) for step in steps}
     files = write_quants(build, paths, importance)
     for step, path, file in zip(steps, paths.values(), files, strict=True):
         kept = ("size", "sha256", "bits_per_weight", "parameters", "types", "needs_importance")
-        build.finish(step, [path], {name: getattr(file, name) for name in kept}, {path: file.sha256})
+        records.finish(build.paths, step, [path], {name: getattr(file, name) for name in kept}, {path: file.sha256})
     made = ", ".join(f"{file.quant} {progress.quantity(file.size, 'B')}" for file in files)
     progress.say(f"wrote {made} to {next(iter(paths.values())).parent}")
 
@@ -81,12 +200,12 @@ def write_quants(build: Build, paths: Mapping[str, Path], importance: Path | Non
         tensor_types=build.recipe.export.tensor_types,
         merge_base=build.recipe.train.merge_base,
         sensitivity=build.paths.sensitivity if any(quant_type(quant).budget for quant in paths) else None,
-        **said_of_a_file(build),
+        **header_options(build),
     )
 
 
-def said_of_a_file(build: Build) -> dict:
-    """What every GGUF of a build says beside its weights, as arguments of `export`. One that packages share says nothing of either."""
+def header_options(build: Build) -> dict:
+    """What the header of every GGUF of a build has beside the base's, as options of `export`. One that packages share names none of them."""
     from olpack.model.chat_template import pins_for, protect
 
     template, base = build.renderer.tokenizer.chat_template, build.paths.base
@@ -95,65 +214,15 @@ def said_of_a_file(build: Build) -> dict:
         "chat_template": protect(template, pins_for(template, {}, build.base.absent_tokens)),
         # What ends a turn is what training saw there, whatever the tokenizer calls it.
         "end_of_turn": build.renderer.end_of_turn(),
+        "pre_tokenizer": build.pre_tokenizer,
         "metadata": {
             "olpack.version": __version__,
-            "olpack.model.base": build.recipe.base,
+            "olpack.base": build.recipe.base,
             "olpack.base_digest": build.base.digest,
-            **({} if base else {"olpack.training": value_digest(build.inputs("train"))}),
+            **({} if base else {"olpack.training": train.STAGE.key(build)}),
             **({"general.license": build.base.license} if build.base.license else {}),
         },
     }
 
 
-def _collect_importance(build: Build) -> None:
-    """Read training rows with the largest quant that needs no matrix, or with a Q8_0 file that is there for this only."""
-    from olpack.export import Target, collect_importance, export
-
-    step, rows = build.step("importance"), _sample(build.rows[0], IMPORTANCE_TOKENS)
-    at_hand = [build.paths.gguf(quant) for quant in build.unweighed]
-    source = max(at_hand, key=lambda path: path.stat().st_size, default=build.paths.importance_source)
-    try:
-        if not at_hand:
-            export(build.base.path, [Target("Q8_0", source)], adapter=build.paths.adapter, merge_base=build.recipe.train.merge_base)
-        dataset = ", ".join(one.label for one in build.sources("train"))
-        collect_importance(source, [row.ids for row in rows], build.paths.importance, dataset=dataset)
-    finally:
-        build.paths.importance_source.unlink(missing_ok=True)
-    tokens = sum(len(row.ids) for row in rows)
-    build.finish(step, [build.paths.importance], {"rows": len(rows), "tokens": tokens})
-    progress.say(f"collected the importance matrix on {tokens:,} tokens of {len(rows):,} training rows")
-
-
-def _measure_sensitivity(build: Build) -> None:
-    """Round one matrix of the unquantized fine-tune after the other and read training rows: a 16-bit file is there for this only."""
-    from olpack.compare.yardstick import REFERENCE_QUANTS
-    from olpack.export import Target, export, measure_sensitivity
-
-    paths, step = build.paths, build.step("sensitivity")
-    rows = _sample(build.rows[0], SENSITIVITY_TOKENS, lambda row: row.target_count)
-    try:
-        for quant in REFERENCE_QUANTS:
-            export(build.base.path, [Target(quant, paths.sensitivity_source)], adapter=paths.adapter, merge_base=build.recipe.train.merge_base)
-            if measure_sensitivity(
-                paths.sensitivity_source,
-                [row.ids for row in rows],
-                [row.loss_mask for row in rows],
-                paths.sensitivity,
-                key=value_digest([step.key, quant]),
-                importance=build.importance_file,
-            ):
-                break
-        else:
-            raise OlpackError("The unquantized fine-tune's probabilities are no numbers.", "Train again with a lower learning rate.")
-    finally:
-        paths.sensitivity_source.unlink(missing_ok=True)
-    answers = sum(row.target_count for row in rows)
-    build.finish(step, [paths.sensitivity], {"rows": len(rows), "learned_tokens": answers})
-    progress.say(f"measured what each matrix loses on {answers:,} answer tokens of {len(rows):,} training rows")
-
-
-def _sample(rows: list[TokenRow], tokens: int, count: Callable[[TokenRow], int] = lambda row: len(row.ids)) -> list[TokenRow]:
-    """Rows drawn from all over the data, the same ones each time, with at most so many tokens as `count` counts them (but one row at least)."""
-    drawn = random.Random(0).sample(rows, len(rows))
-    ends = list(accumulate(map(count, drawn)))
-    return drawn[: max(1, bisect_right(ends, tokens))]
+STAGE = Stage("export", 2, inputs, units=units, checked_for=frozenset({"train", "export"}), check=check, run=run, needs=("train",))

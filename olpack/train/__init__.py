@@ -8,9 +8,10 @@ from __future__ import annotations
 import gc
 import os
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from olpack.train.result import TrainResult
 
 if TYPE_CHECKING:
     from olpack.data import TokenRow
@@ -22,40 +23,6 @@ __all__ = ["TrainResult", "train"]
 # Nothing in this process or its workers is compiled by torch, but bitsandbytes wraps functions for it, and the compiler that is imported then
 # takes 2 of 10 s of imports.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What training came to. Losses are mean negative log-probabilities per target token, in nats.
-
-    Attributes:
-        steps: optimizer steps.
-        kept_step: the step whose adapter was written.
-        learned_tokens: target tokens that went through the model, every epoch counted.
-        packed: whether rows went through it end to end, or one by one. There is no padding either way.
-        eval_loss_before, eval_loss_after: on the held-out rows, with the base and with the adapter that was written.
-        trainable_parameters: weights of the adapter.
-        device: "cpu", or the GPU's name.
-        gpus: how many; 0 on a CPU.
-        estimated_gpu_bytes: what was expected of one GPU's memory; None on a CPU, and where the architecture cannot be counted.
-        peak_gpu_bytes: the most of it that was allocated at once, on the GPU where that was most; None on a CPU.
-        tokens_per_s: speed of the steps, evaluations and the first steps left out; None where there were no others.
-        seconds: wall time, earlier parts of a resumed run included.
-    """
-
-    steps: int
-    kept_step: int
-    learned_tokens: int
-    packed: bool
-    eval_loss_before: float
-    eval_loss_after: float
-    trainable_parameters: int
-    device: str
-    gpus: int
-    estimated_gpu_bytes: int | None
-    peak_gpu_bytes: int | None
-    tokens_per_s: float | None
-    seconds: float
 
 
 def train(base: Base, rows: list[TokenRow], eval_rows: list[TokenRow], settings: Train, *, out: Path, checkpoint: Path, key: str) -> TrainResult:
@@ -80,9 +47,11 @@ def train(base: Base, rows: list[TokenRow], eval_rows: list[TokenRow], settings:
     if words is not None:
         job = {"base": base, "rows": rows, "eval_rows": eval_rows, "settings": settings, "out": out, "checkpoint": checkpoint, "key": key}
         return run_launched(words, job)
+    from olpack.train.device import compute_dtype, pick_device
     from olpack.train.ops.pointwise import compile_kernels
 
-    compile_kernels(base.config, settings.rank)
+    device = pick_device()
+    compile_kernels(device, compute_dtype(device), base.config, settings.rank)
     from olpack.train.loop import run  # takes seconds, most of them for transformers and peft
 
     result = run(base, rows, eval_rows, settings, out=out, checkpoint=checkpoint, key=key)

@@ -13,14 +13,13 @@ from peft import LoraConfig, PeftConfig, VeraConfig
 from peft.utils.integrations import dequantize_module_weight
 
 from olpack.errors import OlpackError
-from olpack.export.adapter import BaseNames
 from olpack.model.base import Base
 from olpack.model.checkpoint import read_tensor_headers
+from olpack.model.names import BaseNames
 from olpack.model.packed import quantization_of
-from olpack.model.shape import MetaModel
+from olpack.model.shape import MetaModel, adapter_shapes
 from olpack.recipe import Train
 from olpack.train.frozen import HqqLinear
-from olpack.train.memory import adapter_shapes
 
 if TYPE_CHECKING:
     from torch import nn

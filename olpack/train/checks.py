@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from olpack.errors import OlpackError
 from olpack.model.base import Base
 from olpack.model.packed import HQQ_GROUP, layout_of, quantization_of
-from olpack.model.shape import MetaModel
+from olpack.model.shape import MetaModel, adapter_shapes
 from olpack.recipe import Train
-from olpack.train.memory import adapter_shapes
 from olpack.train.planner import SHARDABLE
 
 _TOWERS = re.compile("vision|visual|audio|projector|embed_vision")  # of models that see or hear: not trained, and not exported

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from olpack import progress
 from olpack.data import TokenRow
 from olpack.train.batches import FlatRow, flatten
-from olpack.train.model import compute_dtype
-from olpack.train.ops import attention, low_rank, pointwise
+from olpack.train.device import compute_dtype
+from olpack.train.ops import attention, lora, pointwise
 from olpack.train.ops.checkpointing import Recompute
 from olpack.train.ops.equivalence import Pass, Trial
 from olpack.train.ops.loss import head_loss
@@ -67,7 +67,7 @@ class Forward:
 
     def _fuse(self, samples: list[FlatRow], trial: Trial) -> None:
         """Put the fused functions in, and take them out again where the model then computes something else."""
-        changed = [*pointwise.fuse_norms(self.base), *low_rank.fuse(self.model, self.dtype)]
+        changed = [*pointwise.fuse_norms(self.base), *lora.fuse(self.model, self.dtype)]
         if trial.agrees(_passes(samples, self.logits)):
             return
         for module in changed:

@@ -21,6 +21,7 @@ from olpack.errors import OlpackError
 from olpack.export.quantized import dequantized_headers
 from olpack.model.base import Base
 from olpack.model.checkpoint import TensorHeader, read_tensor_headers
+from olpack.model.names import short_name
 from olpack.model.packed import Layout, dequantize_hqq, layout_of, quantize_hqq
 
 _METHOD = "olpack"  # our name among transformers' quantizers
@@ -191,11 +192,6 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-
-
-def short_name(name: str) -> str:
-    """A module's name without the containers that a checkpoint nests otherwise than the class does."""
-    return ".".join(part for part in name.split(".") if part not in ("model", "language_model", "transformer"))
 
 
 def use_packed(config: PretrainedConfig, base: Base, dtype: torch.dtype) -> bool:

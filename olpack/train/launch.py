@@ -18,10 +18,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import olpack
-from olpack import progress
+from olpack import progress, workers
 from olpack.errors import OlpackError
-from olpack.train import TrainResult
+from olpack.train.result import TrainResult
 
 if TYPE_CHECKING:
     from olpack.recipe import Train
@@ -73,7 +72,7 @@ def run_launched(words: list[str], job: dict[str, Any]) -> TrainResult:
         # A session of its own: the terminal's Ctrl-C reaches this process alone, which asks the first of the others to stop.
         process = subprocess.Popen(
             [*words, "-m", "olpack.train.worker", str(file)],
-            env=_environment(),
+            env=workers.environment() | {"PYTHONSAFEPATH": "1"},  # the launcher starts Python, so -P cannot be given
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -142,16 +141,9 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def _death(code: int, crash: str, log: str) -> OlpackError:
-    said = (crash.strip().splitlines() or [line for line in log.splitlines() if "Error" in line] or ["it said nothing"])[-1].strip()
-    killed = "Signal 9 (SIGKILL)" in log or (code < 0 and code == -getattr(signal, "SIGKILL", 0))
-    error = OlpackError(
-        "A training process was killed from outside, most likely because memory ran out." if killed else f"A training process failed: {said}",
-        "The same command goes on from the last checkpoint.",
-    )
+    if "Signal 9 (SIGKILL)" in log:  # torchrun reports how a process ended, and itself ends with 1
+        code = workers.KILLED
+    reason = crash or "\n".join(line for line in log.splitlines() if "Error" in line)
+    error = workers.exit_error("A training process", code, reason, "The same command goes on from the last checkpoint.")
     error.add_note(crash or log[-4000:])  # shown with the traceback, which --debug asks for
     return error
-
-
-def _environment() -> dict[str, str]:
-    packages = os.pathsep.join(filter(None, [str(Path(olpack.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": packages, "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

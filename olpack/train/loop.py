@@ -22,17 +22,18 @@ from olpack.data import TokenRow
 from olpack.errors import OlpackError
 from olpack.model.base import Base
 from olpack.recipe import Train
-from olpack.train import TrainResult
 from olpack.train.adapter import save_adapter
 from olpack.train.batches import flatten, micro_batches, schedule
 from olpack.train.checkpoint import Checkpoint, State, adapter_weights
+from olpack.train.device import compute_dtype, pick_device
 from olpack.train.forward import Forward
 from olpack.train.metrics import Metrics
-from olpack.train.model import compute_dtype, load_with_adapter, pick_device
+from olpack.train.model import load_with_adapter
 from olpack.train.ops.flat_parameters import Joined
 from olpack.train.ops.pinned import HostMemory
 from olpack.train.planner import Fit, choose
 from olpack.train.ranks import ALONE, Ranks, deal, shard
+from olpack.train.result import TrainResult
 from olpack.workspace import folder_atomically
 
 EVALUATIONS = 10  # of a run, where the recipe does not say how often

@@ -8,14 +8,14 @@ queries, keys, values and its result, never the square of the length; layers wit
 from __future__ import annotations
 
 import contextlib
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from olpack.errors import OlpackError
-from olpack.model.shape import MetaModel, Shape, linear_shape
+from olpack.model.shape import MetaModel, Shape, adapter_shapes
 from olpack.progress import quantity
+from olpack.train.ops.limits import tokens_at_once
 
 # Bytes a weight of NF4 with double quantization: half a byte, an 8-bit scale for 64 weights, a float32 scale for 256 of those.
 NF4_CODES = 0.5
@@ -178,38 +178,6 @@ def frozen_bytes(model: MetaModel, precision: str, rest_bytes: int = 2) -> tuple
     return rest + round(packed * NF4_CODES), round(packed * NF4_SCALES)
 
 
-# Kinds whose kernel takes the weight of `out_proj` itself, so that an adapter on it would do nothing: peft refuses to put one there.
-_MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
-
-
-def adapter_shapes(model: MetaModel, targets: str | list[str] = "all-linear") -> dict[str, tuple[int, int]]:
-    """(rows, columns) of the linear layers of the text model that get an adapter: all but the output layer and Mamba's last layer, those of the
-    given names, or those whose full names a regular expression matches, as peft takes a `target_modules` that is a text.
-
-    Raises:
-        OlpackError: a text that is neither a name nor a regular expression.
-    """
-    text = {id(module) for module in model.module.get_decoder().modules()}
-    named = [targets] if isinstance(targets, str) else targets
-    if named != ["all-linear"] and not model.shape.tied:
-        text.add(id(model.module.get_output_embeddings()))
-    layers = {name: shape for name, module in model.module.named_modules() if (shape := linear_shape(module)) and id(module) in text}
-    if model.config.model_type in _MAMBA:
-        layers = {name: shape for name, shape in layers.items() if not name.endswith(".out_proj")}
-    if named == ["all-linear"]:
-        return layers
-    found = {name: shape for name, shape in layers.items() if any(f".{name}".endswith(f".{target}") for target in named)}
-    if found or not isinstance(targets, str):
-        return found
-    try:
-        return {name: shape for name, shape in layers.items() if re.fullmatch(targets, name)}
-    except (re.error, RecursionError) as error:
-        raise OlpackError(
-            f"`train.target_modules` is '{targets}', which is neither the name of a layer nor a regular expression ({error}).",
-            "Give a list of names, `all-linear`, or an expression for full names.",
-        ) from error
-
-
 def adapter_parameters(model: MetaModel, rank: int, targets: str | list[str] = "all-linear", method: str = "lora") -> int:
     """Weights of an adapter: rank × (rows + columns) of each layer that gets one, with DoRA a norm for each row besides; of VeRA the vectors."""
     shapes = adapter_shapes(model, targets).values()
@@ -227,7 +195,7 @@ def layer_terms(kept: Mapping[str, int], norms: int, linears: Mapping[str, tuple
         norms: bytes that the norms' inputs take.
         linears: (rows, columns) of the layers that get an adapter, by the last part of their names.
         tokens: that go through at once.
-        fused: by olpack's own functions (`olpack.train.ops.low_rank`, `pointwise`), else by transformers' and peft's modules.
+        fused: by olpack's own functions (`olpack.train.ops.lora`, `pointwise`), else by transformers' and peft's modules.
     """
     inputs = {name: 2 * tokens * columns for name, (_, columns) in linears.items()}
     if not fused:
@@ -253,8 +221,6 @@ def logits_bytes(shape: Shape, targets: int, pieces: bool = True) -> int:
     """
     if not pieces:
         return targets * shape.vocabulary * _LOGIT
-    from olpack.train.ops.loss import tokens_at_once
-
     return min(targets, tokens_at_once(targets, shape.vocabulary)) * shape.vocabulary * _PIECE_LOGIT + targets * shape.hidden * (2 + 2)
 
 

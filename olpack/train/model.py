@@ -12,18 +12,7 @@ from olpack.model.base import Base
 from olpack.model.frozen_weights import Held
 from olpack.model.packed import quantization_of
 from olpack.recipe import Train
-
-
-def pick_device() -> torch.device:
-    """The first CUDA GPU, or the CPU."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def compute_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 on a GPU that has it, float16 on an older one, float32 on a CPU (few of them multiply bfloat16 any faster)."""
-    if device.type == "cpu":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+from olpack.train.device import compute_dtype
 
 
 def load_with_adapter(base: Base, settings: Train, device: torch.device, *, sharded: bool = False):

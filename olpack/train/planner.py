@@ -192,7 +192,7 @@ def _largest_that_fits(budgets: list[int], fit_of: Callable[[int], Fit]) -> Fit 
 def _estimator(model: MetaModel, settings: Train, stored: int | None, whole: int, shards: int):
     from olpack.train.memory import estimate_training, logits_bytes
 
-    # What `olpack.train.ops.low_rank` takes; the rest goes through peft's layers.
+    # What `olpack.train.ops.lora` takes; the rest goes through peft's layers.
     fused = settings.dropout == 0 and settings.method in ("lora", "rslora") and (stored is not None or settings.quantization != "int8")
     counted = estimate_training(
         model,

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from olpack.data import TokenRow
-from olpack.export.adapter import BaseNames
 from olpack.model.base import Base
 from olpack.model.checkpoint import TensorHeader, read_tensor_headers
+from olpack.model.names import BaseNames
 from olpack.model.shape import MetaModel
 from olpack.recipe import Train
 from olpack.train.adapter import adapter_config

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from olpack.train.ops.pointwise import LowRank
+from olpack.train.ops.low_rank import MlpLowRank
 
 MOST_RANK = 64  # of an adapter whose products a kernel makes beside the gate; of a larger one the sums do not fit into registers
 _FUSED = {"enable_fp_fusion": True}  # products and sums rounded once; Triton warns that its default will change
@@ -283,13 +283,13 @@ def _adapted_gradients_kernel(
     tl.store(sums + row + 2 * columns * rank, da_down, mask=known)
 
 
-def takes(adapters: LowRank) -> bool:
+def takes(adapters: MlpLowRank) -> bool:
     """Whether the adapters' products can be made beside the gate: in 16 bits, and up to a rank."""
     rank, *others = adapters.gate_b.shape[1], adapters.up_b.shape[1], adapters.down_a.shape[0]
     return adapters.h.dtype.itemsize == 2 and others == [rank, rank] and rank <= MOST_RANK and _padded(rank) not in _refused
 
 
-def product(gated: torch.Tensor, upped: torch.Tensor, adapters: LowRank | None, gate: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+def product(gated: torch.Tensor, upped: torch.Tensor, adapters: MlpLowRank | None, gate: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`Gate.product`; without adapters the middle alone."""
     middle, gelu = torch.empty_like(gated), gate == "gelu_tanh"
     if adapters is None:
@@ -307,7 +307,7 @@ def product(gated: torch.Tensor, upped: torch.Tensor, adapters: LowRank | None, 
 
 
 def gradients(
-    dmiddle: torch.Tensor, gated: torch.Tensor, upped: torch.Tensor, adapters: LowRank | None, dlow: torch.Tensor | None, gate: str
+    dmiddle: torch.Tensor, gated: torch.Tensor, upped: torch.Tensor, adapters: MlpLowRank | None, dlow: torch.Tensor | None, gate: str
 ) -> torch.Tensor | None:
     """The gradients of gated and upped take their places. Returns those of the scaled B of gate and of up and of A of down, turned,
     float32 [3, columns, rank]; without adapters nothing, and the middle takes the place of dmiddle."""
@@ -445,7 +445,7 @@ def run_once(device: torch.device, dtype: torch.dtype, *, hidden: int, middle: i
     norm_backward(ones(1, hidden), ones(1, hidden), scale, ones(hidden), 0.0)
     rotate(ones(1, 1, head), ones(1, head), ones(1, head))
     loss(ones(1, words), torch.zeros(1, dtype=torch.int64, device=device), 0.0)
-    low = LowRank(ones(1, 2 * rank), ones(middle, rank), ones(middle, rank), ones(rank, middle))
+    low = MlpLowRank(ones(1, 2 * rank), ones(middle, rank), ones(middle, rank), ones(rank, middle))
     if takes(low):
         try:
             product(ones(1, middle), ones(1, middle), low, "silu")

@@ -9,16 +9,7 @@ from __future__ import annotations
 import torch
 
 from olpack.train.ops import pointwise
-
-PIECE = 2**26  # logits of one piece at most
-_TILE = 256  # tokens that a product takes at once on a GPU: a few more would cost as much as so many
-_PIECES = 8  # of few tokens, whose logits would take more memory than the rest of their step
-
-
-def tokens_at_once(tokens: int, words: int) -> int:
-    """How many tokens' logits are made at once."""
-    step, few = max(1, PIECE // words), tokens // _PIECES
-    return min(step - step % _TILE, max(_TILE, few - few % _TILE)) if step > _TILE else step
+from olpack.train.ops.limits import tokens_at_once
 
 
 class _HeadLoss(torch.autograd.Function):

@@ -13,12 +13,13 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from olpack import progress
+from olpack.train.ops.low_rank import Gradients, MlpLowRank
 
 _kernels: ModuleType | None = None  # `olpack.train.ops.kernels`, once it is known to work
 _compiling: threading.Thread | None = None
@@ -41,22 +42,22 @@ def _kernel(function: Callable) -> Callable:
     return call
 
 
-def compile_kernels(config: Mapping[str, Any], rank: int) -> None:
+def compile_kernels(device: torch.device, dtype: torch.dtype, config: Mapping[str, Any], rank: int) -> None:
     """Begin to compile the kernels for a GPU, beside what else a run begins with. They stay on disk: this is for the first run on a machine.
 
     Args:
-        config: the base's config.json; rank: of the adapter.
+        dtype: that the model computes in.
+        config: the base's config.json.
+        rank: of the adapter.
     """
     global _compiling
-    if not torch.cuda.is_available():
+    if device.type != "cuda":
         return
     try:  # here and not in the thread: two that import the same modules find them half made
         from olpack.train.ops import kernels
     except ImportError:  # `use_kernels` says so
         return
-    from olpack.train.model import compute_dtype
-
-    dtype, sizes = compute_dtype(torch.device("cuda")), _sizes({**config, **(config.get("text_config") or {})}, rank)
+    sizes = _sizes({**config, **(config.get("text_config") or {})}, rank)
 
     def compile_all() -> None:
         with contextlib.suppress(Exception):
@@ -222,35 +223,6 @@ def fuse_rotary(model: torch.nn.Module) -> None:
         home.apply_rotary_pos_emb = rotary
 
 
-class LowRank(NamedTuple):
-    """What the adapters of a gated MLP add.
-
-    Attributes:
-        h: [tokens, 2 · rank], the input times the gate's A and times up's.
-        gate_b, up_b: [columns, rank], scaled.
-        down_a: [rank, columns].
-    """
-
-    h: torch.Tensor
-    gate_b: torch.Tensor
-    up_b: torch.Tensor
-    down_a: torch.Tensor
-
-    @property
-    def halves(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """h of gate and of up."""
-        return self.h[:, : self.gate_b.shape[1]], self.h[:, self.gate_b.shape[1] :]
-
-
-class Gradients(NamedTuple):
-    """Of a gated MLP's adapters: those of the members of `LowRank` (so of the scaled B), of B and A in float32."""
-
-    h: torch.Tensor
-    gate_b: torch.Tensor
-    up_b: torch.Tensor
-    down_a: torch.Tensor
-
-
 class Gate:
     """A gated MLP between its large products: middle = f(gate) · up, and its gradients.
 
@@ -263,12 +235,12 @@ class Gate:
         self.name, self.function, self.slope = name, function, slope
 
     @staticmethod
-    def adds(adapters: LowRank) -> bool:
+    def adds(adapters: MlpLowRank) -> bool:
         """Whether what the adapters add is added here, by a kernel. Where there is none, a large product adds to it and saves a pass over memory."""
         kernels = kernels_for(adapters.h)
         return kernels is not None and kernels.takes(adapters)
 
-    def product(self, gated: torch.Tensor, upped: torch.Tensor, adapters: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
+    def product(self, gated: torch.Tensor, upped: torch.Tensor, adapters: MlpLowRank) -> tuple[torch.Tensor, torch.Tensor]:
         """(middle [tokens, columns], middle times down's A [tokens, rank]).
 
         Args:
@@ -284,7 +256,7 @@ class Gate:
             middle = (self.function(gated.float()) * upped.float()).to(gated.dtype)
         return middle, middle @ adapters.down_a.T
 
-    def gradients(self, dmiddle: torch.Tensor, gated: torch.Tensor, upped: torch.Tensor, adapters: LowRank, dlow: torch.Tensor) -> Gradients:
+    def gradients(self, dmiddle: torch.Tensor, gated: torch.Tensor, upped: torch.Tensor, adapters: MlpLowRank, dlow: torch.Tensor) -> Gradients:
         """Puts the gradients of gated and upped into their places; what `dmiddle` holds afterwards is of no use.
 
         Args:

@@ -1,9 +1,9 @@
-"""Two comparisons side by side: what got better or worse, and what is within the noise.
+"""What changed: between two comparisons, and by the importance matrix of a quant.
 
     changes(read_results(old), read_results(new))       # one Change for each figure that both have, by quant
 
-A change of a repeated figure counts when the ranges of its repeats do not touch; a change of perplexity, when it is more than twice its
-standard error. On the same rows that error is of the paired differences, which is far smaller than that of either value.
+A repeated figure has changed where the ranges of its repeats do not touch; perplexity, where the change is more than twice its standard
+error. On the same rows that error is of the paired differences, which is far smaller than that of either value.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from olpack.compare.perplexity import paired_loss
-from olpack.compare.results import QuantResult, Results, Spread
+from olpack.compare.perplexity import paired_loss, ratio
+from olpack.compare.results import Divergence, QuantResult, Results, Spread
 
 Verdict = Literal["better", "worse", "same"]
 
@@ -42,36 +42,12 @@ class Change:
 def changes(old: Results, new: Results) -> list[Change]:
     """Every figure that both comparisons have of a quant, in the order of the new one."""
     before = {quant.tag.lower(): quant for quant in old.quants}
-    found = []
+    every: list[Change] = []
     for quant in new.quants:
         if earlier := before.get(quant.tag.lower()):
-            found += _speeds(earlier, quant)
-            found += _qualities(earlier, quant, old, new)
-    return found
-
-
-def print_changes(found: list[Change], old: Results) -> None:
-    """The changes as a table on stdout; figures within the noise are counted, not listed."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from olpack.compare.table import plain
-
-    console = Console(markup=False, emoji=False)
-    told = [change for change in found if change.verdict != "same"]
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    for title, justify in (("quant", "left"), ("figure", "left"), ("before", "right"), ("after", "right"), ("change", "right"), ("", "left")):
-        table.add_column(title, justify=justify, no_wrap=True)
-    for change in told:
-        relative = "" if change.relative is None else f"{change.relative:+.1%}"
-        style = "green" if change.verdict == "better" else "red"
-        table.add_row(change.quant, change.figure, plain(change.before), plain(change.after), relative, change.verdict, style=style)
-    if told:
-        console.print(table)
-    same = len(found) - len(told)
-    console.print(Text(f"Against {old.created}: {len(told)} figures changed, {same} are the same within their spread."), soft_wrap=True)
+            every += _speeds(earlier, quant)
+            every += _qualities(earlier, quant, old, new)
+    return every
 
 
 def _speeds(old: QuantResult, new: QuantResult) -> Iterator[Change]:
@@ -95,8 +71,10 @@ def _qualities(old: QuantResult, new: QuantResult, before: Results, after: Resul
     one, two = old.perplexity, new.perplexity
     if one is None or two is None or one.value is None or two.value is None:
         return
-    if before.rows.digest == after.rows.digest and None not in (*one.row_nll, *two.row_nll):
-        _, error = paired_loss(two.row_nll, one.row_nll, after.rows.learned_tokens)
+    same_rows = before.rows and after.rows and before.rows.digest == after.rows.digest
+    earlier, later = one.finite_nll, two.finite_nll
+    if same_rows and after.rows and earlier is not None and later is not None:
+        _, error = paired_loss(later, earlier, after.rows.learned_tokens)
         noise = 2 * one.value * (error or 0)
     else:
         noise = 2 * math.hypot(one.standard_error or 0, two.standard_error or 0)
@@ -120,3 +98,33 @@ def _change(quant: str, figure: str, before: float, after: float, noise: float, 
     if abs(after - before) > noise:
         verdict = "better" if (after > before) == more_is_better else "worse"
     return Change(quant, figure, before, after, after / before - 1 if before else None, verdict)
+
+
+@dataclass(frozen=True)
+class ImportanceGain:
+    """How an importance matrix changed the KL divergence of a quant.
+
+    Attributes:
+        quant, tag: "Q4_K_M", "q4_K_M".
+        with_importance, without_importance: KL divergence of the quant, and of the same without its matrix.
+        change: of the mean divergence, by the matrix: -0.3 is 30 % less.
+        standard_error: of `change`, paired by row; None with fewer than two rows.
+    """
+
+    quant: str
+    tag: str
+    with_importance: Divergence
+    without_importance: Divergence
+    change: float
+    standard_error: float | None
+
+
+def importance_gains(results: Results) -> list[ImportanceGain]:
+    """Of every quant that was measured with its importance matrix and without, in the order of the results."""
+    gains = []
+    for quant in results.quants:
+        own, other = quant.divergence, quant.divergence_without_importance
+        if own and other and other.mean > 0:
+            share, error = ratio(own.row_kl, other.row_kl)
+            gains.append(ImportanceGain(quant.quant, quant.tag, own, other, share - 1, error))
+    return gains

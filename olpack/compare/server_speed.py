@@ -1,4 +1,4 @@
-"""Speed, load time and memory as an Ollama server gives them."""
+"""Speed, load time and memory as an Ollama server reports them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, TypeVar
 
 from olpack import progress
-from olpack.compare.energy import joules
+from olpack.compare.cache import CONCURRENCY, SPEED_UNITS, Units
+from olpack.compare.hardware import joules
+from olpack.compare.job import UnitProgress
 from olpack.compare.results import Concurrency, Spread
-from olpack.compare.rounds import PromptRun, SpeedRound
+from olpack.compare.speed import ROUNDS, PromptRun, SpeedRound, Visit
 from olpack.deploy.names import same
 from olpack.errors import OlpackError
 
@@ -34,15 +36,15 @@ _PROMPTS = 6  # tried before a model counts as one that only repeats itself: ran
 _NANO = 1e-9
 
 
-class ServedSpeed:
+class ServerSpeed:
     """Measures models of one server, round by round.
 
     The durations of prompt and generation are the server's own; the time to the first token is the client's, from sending the request to the
     first piece of the answer. Every prompt is a run of new random words, because prompt tokens found in the server's cache count as
-    processed; prompts go in raw, with no template. The first call of each kind is discarded. The measured models are unloaded before, and each
-    between its loads; models of others stay loaded, and a warning names them. A load is timed until one token is out; the file may be in the
-    server's page cache, so only warm load times are claimed. Generation stops where the model ends its turn, at most after `generated_tokens`.
-    Where the server breaks off an answer that repeats one token, another prompt is drawn.
+    processed; prompts are raw, with no template. The first call of each kind is discarded. The measured models are unloaded before, and each
+    between its loads; other models stay loaded, and a warning names them. A load is timed until the first token is out; the file may be in the
+    server's page cache, so only warm load times are reported. Generation stops where the model ends its turn, at most after
+    `generated_tokens`. Where the server breaks off an answer that repeats one token, another prompt is drawn.
 
     Args:
         client: of the server.
@@ -53,13 +55,13 @@ class ServedSpeed:
     def __init__(self, client: OllamaClient, models: Sequence[str], settings: MeasureSettings):
         self._client, self._models, self._settings = client, models, settings
         self._words = _Words()
-        self._foreign: set[str] = set()  # models of others that a warning has named
-        self._others: set[str] = set()  # those that were loaded in this round
+        self._warned: set[str] = set()  # other models that a warning has named
+        self._others: set[str] = set()  # other models that were loaded in this round
 
     def round(self, model: str, repeats: int, first: bool) -> Iterator[tuple[int, int] | SpeedRound]:
         """Visit a model: (done, total) any number of times, then the round.
 
-        A figure that the server fails to give is missing in the round, which says why in its `problems`.
+        A figure that the server does not report is missing in the round, and the reason is in its `problems`.
 
         Args:
             model: as the server names it.
@@ -70,26 +72,29 @@ class ServedSpeed:
             OlpackError: the server does not run the model at all.
         """
         settings, self._others = self._settings, set()
-        lengths, problems = dict.fromkeys(min(length, settings.context - settings.generated_tokens) for length in settings.prompt_lengths), []
+        problems: list[str] = []
+        lengths = dict.fromkeys(min(length, settings.context - settings.generated_tokens) for length in settings.prompt_lengths)
         done, total = 0, _LOADS + first + (len(lengths) + 1) * (repeats + 1)
         for one in self._models:
-            self._tried(problems, lambda one=one: self._unload(one))
-        loads, counts_loads = [], not problems  # of a model that stays loaded, no load can be timed
+            self._tried(problems, partial(self._unload, one))
+        loads: list[float] = []
+        counts_loads = not problems  # of a model that stays loaded, no load can be timed
         for _ in range(_LOADS + first):
             if counts_loads:
                 counts_loads = self._tried(problems, lambda: self._unload(model)) is not None
-            loads.append(self._ask(model, 8, 1).last.total_duration * _NANO)
+            loads.append(self._ask(model, 8, 1).total_s)
             yield (done := done + 1), total
 
         running = self._tried(problems, lambda: self._running(model))
         # A model trained on less context than asked for is loaded with less.
         context = min(settings.context, (running and running.context_length) or settings.context)
-        prompts, per_token = [], _CHARACTERS_PER_TOKEN
+        prompts: list[PromptRun] = []
+        per_token = _CHARACTERS_PER_TOKEN
         for asked in dict.fromkeys(max(1, min(length, context - settings.generated_tokens)) for length in lengths):
             for repeat in range(repeats + 1):
                 # The discarded first call counts how many characters a token takes. A prompt over the context would be cut in silence.
                 characters = int(asked * per_token)
-                answer = self._tried(problems, lambda characters=characters: self._ask(model, characters, 1))
+                answer = self._tried(problems, partial(self._ask, model, characters, 1))
                 if answer and answer.last.prompt_eval_count:
                     per_token = characters / answer.last.prompt_eval_count
                     if repeat and answer.last.prompt_eval_duration:
@@ -97,7 +102,8 @@ class ServedSpeed:
                         prompts.append(PromptRun(asked=asked, tokens=answer.last.prompt_eval_count, seconds=seconds, first_token_s=answer.first_s))
                 yield (done := done + 1), total
 
-        rates, energies = [], []
+        rates: list[float] = []
+        energies: list[float] = []
         for repeat in range(repeats + 1):
             before = joules()
             answer = self._tried(problems, lambda: self._ask(model, _SHORT, settings.generated_tokens))
@@ -123,7 +129,7 @@ class ServedSpeed:
 
     @staticmethod
     def _tried(problems: list[str], ask: Callable[[], Result]) -> Result | None:
-        """What `ask` returns; None where it fails, and then why is among the problems."""
+        """What `ask` returns; None where it fails, and then the reason is among the problems."""
         try:
             return ask()
         except OlpackError as error:
@@ -131,12 +137,12 @@ class ServedSpeed:
             return None
 
     def concurrency(self, model: str, clients: Sequence[int]) -> Iterator[tuple[int, int] | list[Concurrency]]:
-        """So many clients at once, each with a request of its own: (done, total) any number of times, then one entry for each number.
+        """Concurrent clients, each with a request of its own: (done, total) any number of times, then one entry for each number of clients.
 
-        The server works on as many requests at a time as OLLAMA_NUM_PARALLEL lets it; the others wait, and their waiting counts.
+        The server works on OLLAMA_NUM_PARALLEL requests at a time; the others wait, and their waiting counts.
         """
         self._ask(model, _SHORT, 1)
-        found = []
+        measured: list[Concurrency] = []
         for count in clients:
             started = time.perf_counter()
             with ThreadPoolExecutor(count) as pool:
@@ -144,8 +150,10 @@ class ServedSpeed:
             seconds = time.perf_counter() - started
             whole = [answer for answer in answers if answer is not None]
             if not whole:
-                raise OlpackError(f"The server answered none of {count} requests at once to {model}.", "Look into its log (OLLAMA_MAX_QUEUE).")
-            found.append(
+                raise OlpackError(
+                    f"The server answered none of {count} requests at once to {model}.", "Look into its log, and raise OLLAMA_MAX_QUEUE."
+                )
+            measured.append(
                 Concurrency(
                     clients=count,
                     tokens_per_s=sum(answer.last.eval_count or 0 for answer in whole) / seconds,
@@ -153,43 +161,45 @@ class ServedSpeed:
                     failed=count - len(whole),
                 )
             )
-            yield len(found), len(clients)
+            yield len(measured), len(clients)
         self._unload(model)
-        yield found
+        yield measured
 
-    def _answer_or_none(self, model: str) -> _Answer | None:
+    def _answer_or_none(self, model: str) -> _TimedAnswer | None:
         try:
             return self._ask(model, _SHORT, self._settings.generated_tokens)
         except OlpackError:  # a full queue; how many were refused is part of the result
             return None
 
-    def _ask(self, model: str, characters: int, tokens: int) -> _Answer:
-        """Time the answer to a prompt of random words; to another one where the model gets into a loop, which the server breaks off."""
+    def _ask(self, model: str, characters: int, tokens: int) -> _TimedAnswer:
+        """Time the answer to a prompt of random words. Where the server breaks off an answer in a loop, try another prompt."""
         for _ in range(_PROMPTS):
             if answer := self._stream(model, self._words.text(characters), tokens):
                 return answer
         raise OlpackError(
             f"The server broke off {_PROMPTS} answers of {model}, as it does where a model repeats one token.",
-            "Ask it something with `ollama run`: if it answers well, look into the server's log.",
+            "Ask it something with `ollama run`. If it answers well, look into the server's log.",
         )
 
-    def _stream(self, model: str, prompt: str, tokens: int) -> _Answer | None:
+    def _stream(self, model: str, prompt: str, tokens: int) -> _TimedAnswer | None:
         """A timed answer; None where the server broke it off."""
         options = {"num_ctx": self._settings.context, "num_predict": tokens, "temperature": 0}
-        started, first, last = time.perf_counter(), None, None
+        started, first, last = time.perf_counter(), 0.0, None
         for piece in self._client.stream_generate(model, prompt, options, raw=True):
             first, last = first or time.perf_counter() - started, piece
-        return _Answer(first, last) if last is not None and last.done else None
+        return _TimedAnswer(first, last) if last is not None and last.done else None
 
     def _running(self, model: str) -> ProcessResponse.Model:
-        """What /api/ps says of a loaded model. Ollama matches names without regard to case."""
+        """The entry of /api/ps of a loaded model. Ollama matches names without regard to case."""
         for entry in self._client.ps():
             if self._is(entry, model):
                 return entry
-        raise OlpackError(f"The server unloaded {model} while it was measured.", "Is memory short, or does somebody else use the server?")
+        raise OlpackError(
+            f"The server unloaded {model} while it was measured.", "Close other programs if memory is short, and stop other use of the server."
+        )
 
     def _unload(self, model: str) -> bool:
-        """Have the server unload a model, where it is loaded; True when it is not any more. Models of others stay."""
+        """Have the server unload a model, where it is loaded; True when it is not any more. Other models stay loaded."""
         loaded = self._client.ps()
         self._warn_of_others(loaded)
         if not any(self._is(entry, model) for entry in loaded):
@@ -200,44 +210,87 @@ class ServedSpeed:
         deadline = time.monotonic() + _UNLOAD_S
         while any(self._is(entry, model) for entry in self._client.ps()):
             if time.monotonic() > deadline:
-                problem = f"The server still holds {model}, {_UNLOAD_S:.0f} s after it was asked to unload it."
-                raise OlpackError(problem, "If somebody else is using it, wait; else run `ollama stop`.")
+                problem = f"{model} is still loaded {_UNLOAD_S:.0f} s after the server was asked to unload it."
+                raise OlpackError(problem, f"Wait until nobody else uses it, or run `ollama stop {model}`.")
             time.sleep(0.05)
         return True
 
     def _is(self, loaded: ProcessResponse.Model, model: str) -> bool:
-        """Whether what is loaded is this model, perhaps under another of its names, such as `:latest`."""
-        return same(loaded.model, model) or (loaded.digest is not None and loaded.digest == self._digests.get(model.casefold()))
+        """Whether a loaded model is this one, perhaps under another of its names, such as `:latest`."""
+        if loaded.model is not None and same(loaded.model, model):
+            return True
+        return loaded.digest is not None and loaded.digest == self._digests.get(model.casefold())
 
     @cached_property
     def _digests(self) -> dict[str, str]:
-        return {tag.model.casefold(): tag.digest for tag in self._client.tags()}
+        return {tag.model.casefold(): tag.digest for tag in self._client.tags() if tag.model and tag.digest}
 
     def _warn_of_others(self, loaded: Sequence[ProcessResponse.Model]) -> None:
-        found = {entry.model for entry in loaded if not any(self._is(entry, ours) for ours in self._models)}
-        self._others |= found
-        if others := found - self._foreign:
-            self._foreign |= others
-            stay = "stays" if len(others) == 1 else "stay"
+        others = {entry.model for entry in loaded if entry.model and not any(self._is(entry, ours) for ours in self._models)}
+        self._others |= others
+        if new := others - self._warned:
+            self._warned |= new
+            stay = "stays" if len(new) == 1 else "stay"
             progress.warn(
-                f"The server also runs {', '.join(sorted(others))}, which {stay} loaded: memory is short by that, and speeds come out lower "
+                f"The server also runs {', '.join(sorted(new))}, which {stay} loaded: less memory is available, and speeds come out lower "
                 "where somebody uses it."
             )
 
 
+def visit_through_server(server: OllamaClient, models: Sequence[str], known: Sequence[Units], settings: MeasureSettings) -> Visit:
+    """Visits through a server."""
+    server_speed = ServerSpeed(server, models, settings)
+
+    def visit(index: int, round: int, repeats: int) -> list[OlpackError]:
+        units, model = known[index], models[index]
+        problems: list[OlpackError] = []
+        shown = UnitProgress(f"measuring {model}")
+        try:
+            for step in server_speed.round(model, repeats, first=round == 0):
+                if isinstance(step, SpeedRound):
+                    problems += [OlpackError(problem) for problem in step.problems]
+                    units.add(SPEED_UNITS[round], step.model_dump(mode="json"), store=not problems)  # else the next comparison tries again
+                else:
+                    shown.show("speed", *step)
+            if round == ROUNDS - 1 and settings.clients and CONCURRENCY not in units.known:
+                for entries in server_speed.concurrency(model, settings.clients):
+                    if isinstance(entries, list):
+                        units.add(CONCURRENCY, {"clients": [entry.model_dump(mode="json") for entry in entries]})
+                    else:
+                        shown.show(CONCURRENCY, *entries)
+        except OlpackError as error:
+            problems.append(error)
+        finally:
+            shown.close()
+        return problems
+
+    return visit
+
+
 @dataclass(frozen=True)
-class _Answer:
-    """Seconds until the first piece of it came, and its last piece, which has the server's counts and durations (nanoseconds)."""
+class _TimedAnswer:
+    """An answer: seconds until its first piece came, and its last piece, which has the server's counts and durations (nanoseconds)."""
 
     first_s: float
     last: GenerateResponse
 
+    @property
+    def total_s(self) -> float:
+        """Seconds from the request to the end of the answer, loading included.
+
+        Raises:
+            OlpackError: the server reports none.
+        """
+        if self.last.total_duration is None:
+            raise OlpackError("The server reports no duration of its answers.", "Update Ollama.")
+        return self.last.total_duration * _NANO
+
 
 class _Words:
-    """Random words that no earlier prompt began with."""
+    """Random words, so that no prompt begins as an earlier one does."""
 
     def __init__(self) -> None:
-        self._random = random.Random(time.time_ns())  # the server may still hold prompts of an earlier run
+        self._random = random.Random(time.time_ns())  # the server's cache may still contain prompts of an earlier run
 
     def text(self, characters: int) -> str:
         words: list[str] = []

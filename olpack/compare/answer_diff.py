@@ -1,4 +1,4 @@
-"""Answers as a page shows them: equal ones once, what an answer has otherwise than the first one marked, each line in its own direction."""
+"""Answers as a page shows them: equal ones once, the differences from the first answer marked, each line in its own direction."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
 # A word, one of ASCII's punctuation marks, or indentation, which in code means something, with the end of the line before.
 _TOKEN = re.compile(r"[^\s!-/:-@\[-^`{-~]+|[!-/:-@\[-^`{-~]|\n[^\S\n]*|\A[^\S\n]+")
 _RELATED = 0.5  # share of common tokens, as difflib counts it, below which lines are not compared word by word
-_ALIKE = 0.3  # share of an answer that is in the first one too, below which it is simply another answer
-_AT_MOST = 4000  # tokens of both texts together that are compared; it takes about the square of it
-_STRUCK = 40  # characters of what is lacking that are shown; an answer is to be read as it is
+_ALIKE = 0.3  # share of an answer that is in the first one too, below which nothing is marked
+_AT_MOST = 4000  # tokens of both texts together that are compared; the time grows with their square
+_STRUCK = 40  # characters of a missing stretch that are shown; a longer one would hide the answer itself
 
 Piece = tuple[str, str]  # "same", "mark" (not in the first answer) or "del" (only in the first answer), and the text
 
 
 @dataclass(frozen=True)
 class Block:
-    """A line that stands at the margin, and the indented or empty ones after it; or a fenced block whole.
+    """A line at the margin with the indented or empty lines after it, or a whole fenced block.
 
     Attributes:
         html: escaped, with <mark> and <del> in it.
         direction: for the attribute `dir`. A function's comments in Arabic do not turn the function round: its first line decides.
-        code: it is set in a fixed-width type.
+        code: it is shown in a fixed-width type.
     """
 
     html: Markup
@@ -39,14 +39,14 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Said:
-    """One answer and all who gave it.
+class AnswerGroup:
+    """One answer and the quants that gave it.
 
     Attributes:
         names: of the quants, in their order.
         answer: as the first of them gave it.
         blocks: its text.
-        compared: "first" for the answer that others are held against, "marked", or "unlike" where so little is the same that nothing is
+        compared: "first" for the answer that others are compared with, "marked", or "unlike" where so little is the same that nothing is
             marked.
     """
 
@@ -56,26 +56,22 @@ class Said:
     compared: str
 
 
-def group_answers(names: Sequence[str], answers: Sequence[Answer | None]) -> list[Said]:
-    """Equal answers put together, in the order in which they first come. None, for a quant that did not answer, is left out."""
-    groups: dict[tuple, list[str]] = {}
-    found: dict[tuple, Answer] = {}
+def group_answers(names: Sequence[str], answers: Sequence[Answer | None]) -> list[AnswerGroup]:
+    """Equal answers grouped, in the order in which they first come. None, for a quant that did not answer, is left out."""
+    named: dict[tuple[str, ...], tuple[Answer, list[str]]] = {}
     for name, answer in zip(names, answers, strict=True):
         if answer is not None:
-            key = (answer.text, answer.finish, *answer.flags)
-            groups.setdefault(key, []).append(name)
-            found.setdefault(key, answer)
-    first = next(iter(found.values()), None)
-    said = []
-    for key, answer in found.items():
-        pieces = compare_words(first.text, answer.text)
-        compared = "first" if answer is first else "unlike" if pieces is None else "marked"
-        said.append(Said(groups[key], answer, split_blocks(pieces or [("same", answer.text)]), compared))
-    return said
+            named.setdefault((answer.text, answer.finish, *answer.flags), (answer, []))[1].append(name)
+    groups: list[AnswerGroup] = []
+    for answer, own in named.values():
+        pieces = compare_words(groups[0].answer.text, answer.text) if groups else [("same", answer.text)]
+        compared = "unlike" if pieces is None else "marked" if groups else "first"
+        groups.append(AnswerGroup(own, answer, split_blocks(pieces or [("same", answer.text)]), compared))
+    return groups
 
 
 def compare_words(first: str, text: str) -> list[Piece] | None:
-    """The text in pieces: what it has in common with `first`, what it has more ("mark") and what it lacks ("del").
+    """The text in pieces: what it has in common with `first` ("same"), what only it has ("mark"), and what only `first` has ("del").
 
     "same" and "mark" together are the text. Lines first, then words in the lines that differ; spaces within a line are not compared. None
     where too little is the same.
@@ -86,10 +82,14 @@ def compare_words(first: str, text: str) -> list[Piece] | None:
     for kind, a, a_end, b, b_end in matcher.get_opcodes():
         old, new = "".join(one[a:a_end]), "".join(two[b:b_end])
         if old and kind != "equal" and pieces and pieces[-1][1].endswith("\n"):
-            # What is lacking is shown at the end of the line before, where it moves no indentation.
+            # A missing stretch is shown at the end of the line before, where it moves no indentation.
             before, line = pieces.pop()
-            found = _compare_lines(old, new)
-            pieces += [(before, line[:-1]), found[0], ("same", "\n"), *found[1:]] if found[0][0] == "del" else [(before, line), *found]
+            compared = _compare_lines(old, new)
+            missing_first = compared[0][0] == "del"
+            if missing_first:
+                pieces += [(before, line[:-1]), compared[0], ("same", "\n"), *compared[1:]]
+            else:
+                pieces += [(before, line), *compared]
         else:
             pieces += [("same", new)] if kind == "equal" else _compare_lines(old, new)
     same = sum(len(part.split()) for kind, part in pieces if kind == "same")
@@ -118,7 +118,7 @@ def _compare_lines(first: str, text: str) -> list[Piece]:
 
 
 def split_blocks(pieces: Sequence[Piece]) -> list[Block]:
-    """A text's pieces, as `compare_words` gives them, cut into blocks. Of what is lacking only a few words of one line are shown."""
+    """The pieces of `compare_words` cut into blocks. Of what only the first answer has, at most a few words of one line are shown."""
     from markupsafe import Markup, escape
 
     text = "".join(part for kind, part in pieces if kind != "del")

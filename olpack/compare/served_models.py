@@ -1,0 +1,154 @@
+"""Any models of a server side by side, olpack's or not: speed, memory, answers, task scores.
+
+    results = compare_served(client, ["coding-assistant:q4_K_M", "qwen3:0.6b"], prompts, MeasureSettings(), cache=folder)
+
+Only the server has their weights, so there is no perplexity, and no recommendation follows from size and speed alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from olpack import progress
+from olpack.compare.cache import Cache, Units, answer_keys, speed_keys
+from olpack.compare.flags import ExpectedScripts, answer_of, flag_answers
+from olpack.compare.hardware import describe_machine
+from olpack.compare.measure import add_figures, gather
+from olpack.compare.results import QuantResult, Results
+from olpack.compare.scores import check_answers
+from olpack.compare.server_speed import visit_through_server
+from olpack.compare.settings import MeasureSettings
+from olpack.compare.speed import measure_speeds, speed_of
+from olpack.deploy.names import same
+from olpack.errors import OlpackError
+
+if TYPE_CHECKING:
+    from olpack.deploy.client import OllamaClient
+    from olpack.recipe.tasks import Task
+
+
+def compare_served(
+    client: OllamaClient,
+    models: Sequence[str],
+    prompts: Sequence[list[dict]],
+    settings: MeasureSettings,
+    tasks: Sequence[Task] = (),
+    cache: Path | None = None,
+) -> Results:
+    """Measure models of a server.
+
+    Args:
+        client: of a server that answers.
+        models: names of the server; the results have their order. A name without a tag means `:latest`.
+        prompts: conversations that every model answers, at temperature 0. A model's own system prompt applies where they have none.
+        settings: as for `measure`; those about files are ignored.
+        tasks: what every model is asked and scored on.
+        cache: as for `measure`.
+
+    Raises:
+        OlpackError: the server lacks a model (before anything is measured), or nothing could be measured of any. One model that fails is
+            flagged in its result and does not stop the others.
+    """
+    listed = [_find(client, model) for model in models]
+    version, names = client.version(), [model.name for model in listed]
+    machine = describe_machine(version)
+    engine = f"Ollama {version}"  # without its address: the figures are those of the same server under another address too
+    keys = speed_keys(engine, machine.cpu, settings) | answer_keys(engine, prompts, tasks, settings)
+    store = Cache(cache)
+    known = [
+        Units(store, model.name.replace("/", "+").replace(":", "+"), {unit: key | {"file": model.digest} for unit, key in keys.items()})
+        for model in listed
+    ]
+    problems = measure_speeds(known, visit_through_server(client, names, known, settings), settings.repeats)
+    quants = []
+    for model, units, failed in zip(listed, known, problems, strict=True):
+        for unit, asked in (("answers", list(prompts)), ("tasks", [task.messages for task in tasks])):
+            if asked and unit not in units.known:
+                failed += _answer(client, model.name, unit, asked, settings, units)
+        try:
+            check_answers(tasks, units, model.name)
+        except OlpackError as error:
+            failed.append(error)
+        quants.append(result := model.identity())
+        add_figures(result, units, speed_of(units, engine=engine, threads=None, generated_tokens=settings.generated_tokens), failed)
+        flag_answers(result, prompts, ExpectedScripts(()))
+    return gather(" · ".join(names), machine, settings, prompts, tasks, quants, problems)
+
+
+@dataclass(frozen=True)
+class _ServedModel:
+    """A model as the server lists it: its name, the digest of its manifest, its size in bytes, and what the server reports of its weights."""
+
+    name: str
+    digest: str
+    size: int
+    parameters: str | None
+    quantization: str | None
+
+    def identity(self) -> QuantResult:
+        """The result of the model before anything is measured."""
+        return QuantResult(
+            quant=self.name,
+            tag=self.name,
+            file="",
+            sha256=self.digest,
+            size_bytes=self.size,
+            parameters=self.parameters,
+            quantization=self.quantization,
+        )
+
+
+def _find(client: OllamaClient, model: str) -> _ServedModel:
+    wanted = model if ":" in model.rpartition("/")[2] else f"{model}:latest"
+    names = []
+    for entry in client.tags():
+        if same(entry.model, wanted):
+            return _ServedModel(entry.model, entry.digest, entry.size, entry.parameters, entry.quantization)
+        names.append(entry.model)
+    listed = ", ".join(names) or "none"
+    raise OlpackError(f"The Ollama server at {client.url} has no model {wanted}.", f"It has: {listed}. `ollama pull {model}` fetches one.")
+
+
+def _answer(
+    client: OllamaClient, model: str, unit: str, conversations: list[list[dict]], settings: MeasureSettings, units: Units
+) -> list[OlpackError]:
+    """Get one answer to each conversation, at temperature 0, into `units`.
+
+    Returns:
+        what went wrong.
+    """
+    options = {"temperature": 0, "num_predict": settings.answer_tokens, "num_ctx": settings.context}
+    answers = []
+    try:
+        with progress.task(f"asking {model}: {unit}", len(conversations), "answers") as shown:
+            for messages in conversations:
+                response = client.chat(model, messages, options)
+                # Without `done`, the server broke off an answer that repeats one token.
+                answer = answer_of(
+                    response.message.content or "",
+                    "stop" if response.done_reason == "stop" else "length",
+                    response.eval_count or 0,
+                    reasoning=response.message.thinking or "",
+                    broken_off=not response.done,
+                )
+                answers.append(answer.model_dump(mode="json"))
+                shown.advance()
+    except OlpackError as error:
+        return [error]
+    units.add(unit, {"answers": answers})
+    return []
+
+
+def settings_for(client: OllamaClient, models: Sequence[str], settings: MeasureSettings) -> MeasureSettings:
+    """The settings with a context that every model has: the smallest `num_ctx` that they are registered with, 4,096 where none has one. In
+    a short context fewer tokens are generated, so that a prompt fits beside them."""
+    contexts = []
+    for model in models:
+        if shown := client.show(model):
+            context = shown.parameters.get("num_ctx", 4096)
+            contexts.append(context if isinstance(context, int) else 4096)
+    smallest = min(contexts, default=4096)
+    return replace(settings, context=smallest, generated_tokens=min(settings.generated_tokens, smallest // 2))

@@ -1,0 +1,162 @@
+"""What is measured on training rows before some quants are made: an importance matrix, and the sensitivity of each matrix to rounding."""
+
+from __future__ import annotations
+
+import random
+from bisect import bisect_right
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from olpack import progress
+from olpack.errors import OlpackError
+from olpack.quants import gains_by_importance, quant_type
+from olpack.stages import records, train
+from olpack.stages.build import Build
+from olpack.stages.records import Step
+from olpack.stages.stage import Artefact
+from olpack.workspace import file_digest, value_digest
+
+if TYPE_CHECKING:
+    from olpack.data import TokenRow
+
+# Of the training rows, at most so many tokens are read for an importance matrix. 2,048 served as well as 72,895 did (benchmarks/importance.md);
+# sixteen times as many leave that for each expert where a token is sent to one in sixteen of them (8 of 128).
+_IMPORTANCE_TOKENS = 32_768
+
+# Of the answers in the training rows, so many tokens are predicted anew for each matrix of the model to measure its sensitivity. Matrices
+# differ by a factor of ten and more, their figures on so many tokens by some percent.
+_SENSITIVITY_TOKENS = 1_024
+
+
+def fine_tune_inputs(build: Build) -> dict[str, Any]:
+    """What decides the merged weights, and llama.cpp's version, which decides their form in a GGUF."""
+    from olpack.llamacpp.source import VERSION
+
+    made = {"llama.cpp": VERSION, "training": train.STAGE.key(build), "adapter": records.result(build.paths, "train").get("adapter_digest")}
+    merge_base = build.recipe.train.merge_base
+    return made if merge_base == "original" else made | {"train.merge_base": merge_base}
+
+
+def _importance_inputs(build: Build, unit: str) -> dict[str, Any]:
+    return fine_tune_inputs(build) | {"tokens": _IMPORTANCE_TOKENS}
+
+
+def _sensitivity_inputs(build: Build, unit: str) -> dict[str, Any]:
+    return fine_tune_inputs(build) | {"tokens": _SENSITIVITY_TOKENS, "importance": importance_key(build)}
+
+
+IMPORTANCE = Artefact("importance", 1, _importance_inputs)
+SENSITIVITY = Artefact("sensitivity", 1, _sensitivity_inputs)
+
+
+def importance_key(build: Build) -> str | None:
+    """Identity of the importance matrix, None where there is none."""
+    path = importance_file(build)
+    return None if path is None else IMPORTANCE.key(build) if path == build.paths.importance else file_digest(path)
+
+
+def importance_file(build: Build) -> Path | None:
+    """The importance matrix that the recipe asks for, which may still have to be collected.
+
+    Raises:
+        OlpackError: the recipe names a file that is not there.
+    """
+    asked = build.recipe.export.importance
+    if asked in ("none", "train"):
+        return build.paths.importance if asked == "train" else None
+    path = build.recipe.folder / asked
+    if not path.is_file():
+        raise OlpackError(f"There is no {path}, which `export.importance` names.", "Set it to `train`, `none`, or a file relative to the recipe.")
+    return path
+
+
+def uses_importance(build: Build, quant: str) -> bool:
+    """Whether an importance matrix decides anything in the file of a quant."""
+    return build.recipe.export.importance != "none" and gains_by_importance(quant_type(quant), build.recipe.export.tensor_types)
+
+
+def without_importance(build: Build) -> list[str]:
+    """The recipe's quants that are the same without an importance matrix: one can be collected on them."""
+    return [quant.name for quant in build.quants if not uses_importance(build, quant.name)]
+
+
+def awaiting_importance(build: Build, steps: list[Step]) -> list[Step]:
+    """Of these steps, the quants that can be made only after an importance matrix is collected."""
+    if build.recipe.export.importance != "train" or not (train.STAGE.step(build).stale or IMPORTANCE.step(build).stale):
+        return []
+    return [step for step in steps if step.stage == "export" and uses_importance(build, step.inputs["quant"])]
+
+
+def budgets(build: Build) -> set[str]:
+    """Names of the quants whose types are chosen for a size."""
+    return {quant.name for quant in build.quants if quant.budget}
+
+
+def awaiting_sensitivity(build: Build, steps: list[Step]) -> list[Step]:
+    """Of these steps, the budgets that can be made only after the sensitivity is measured."""
+    if not (train.STAGE.step(build).stale or SENSITIVITY.step(build).stale):
+        return []
+    return [step for step in steps if step.stage == "export" and step.inputs["quant"] in budgets(build)]
+
+
+def temporary_quants(build: Build, steps: list[Step]) -> list[str]:
+    """Q8_0 where it is written to collect an importance matrix on it, because the recipe has no quant that will do; F16 where it is written to
+    measure the sensitivity on it."""
+    collects = awaiting_importance(build, steps) and not without_importance(build)
+    return (["Q8_0"] if collects else []) + (["F16"] if awaiting_sensitivity(build, steps) else [])
+
+
+def collect_importance_matrix(build: Build) -> None:
+    """Read training rows with the largest quant that needs no matrix, or with a Q8_0 file that is there for this only."""
+    from olpack.export import Target, collect_importance, export
+
+    step, rows = IMPORTANCE.step(build), _sample(build.rows[0], _IMPORTANCE_TOKENS)
+    at_hand = [build.paths.gguf(quant) for quant in without_importance(build)]
+    source = max(at_hand, key=lambda path: path.stat().st_size, default=build.paths.importance_source)
+    try:
+        if not at_hand:
+            export(build.base.path, [Target("Q8_0", source)], adapter=build.paths.adapter, merge_base=build.recipe.train.merge_base)
+        dataset = ", ".join(one.label for one in build.sources("train"))
+        collect_importance(source, [row.ids for row in rows], build.paths.importance, dataset=dataset)
+    finally:
+        build.paths.importance_source.unlink(missing_ok=True)
+    tokens = sum(len(row.ids) for row in rows)
+    records.finish(build.paths, step, [build.paths.importance], {"rows": len(rows), "tokens": tokens})
+    progress.say(f"collected the importance matrix on {tokens:,} tokens of {len(rows):,} training rows")
+
+
+def measure_matrix_sensitivity(build: Build) -> None:
+    """Round one matrix of the unquantized fine-tune after the other and read training rows: a 16-bit file is there for this only."""
+    from olpack.compare.reference_models import REFERENCE_QUANTS
+    from olpack.export import Target, export, measure_sensitivity
+
+    paths, step = build.paths, SENSITIVITY.step(build)
+    rows = _sample(build.rows[0], _SENSITIVITY_TOKENS, lambda row: row.target_count)
+    try:
+        for quant in REFERENCE_QUANTS:
+            export(build.base.path, [Target(quant, paths.sensitivity_source)], adapter=paths.adapter, merge_base=build.recipe.train.merge_base)
+            if measure_sensitivity(
+                paths.sensitivity_source,
+                [row.ids for row in rows],
+                [row.loss_mask for row in rows],
+                paths.sensitivity,
+                key=value_digest([step.key, quant]),
+                importance=importance_file(build),
+            ):
+                break
+        else:
+            raise OlpackError("The unquantized fine-tune's probabilities are no numbers.", "Train again with a lower learning rate.")
+    finally:
+        paths.sensitivity_source.unlink(missing_ok=True)
+    answers = sum(row.target_count for row in rows)
+    records.finish(build.paths, step, [paths.sensitivity], {"rows": len(rows), "learned_tokens": answers})
+    progress.say(f"measured what each matrix loses on {answers:,} answer tokens of {len(rows):,} training rows")
+
+
+def _sample(rows: list[TokenRow], tokens: int, count: Callable[[TokenRow], int] = lambda row: len(row.ids)) -> list[TokenRow]:
+    """Rows drawn from all over the data, the same ones each time, with at most so many tokens as `count` counts them (but one row at least)."""
+    drawn = random.Random(0).sample(rows, len(rows))
+    ends = list(accumulate(map(count, drawn)))
+    return drawn[: max(1, bisect_right(ends, tokens))]

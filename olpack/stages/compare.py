@@ -1,0 +1,232 @@
+"""The compare stage: every quant measured, one recommended, results and report written."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from olpack import progress
+from olpack.errors import OlpackError
+from olpack.quants import quant_type
+from olpack.recipe.tasks import function_files, task_files
+from olpack.stages import deploy, export, records
+from olpack.stages.build import Build
+from olpack.stages.calibration import uses_importance
+from olpack.stages.export import ADAPTER, header_options, write_quants
+from olpack.stages.records import Record, Step
+from olpack.stages.requests import check_questions, examples, questions
+from olpack.stages.stage import Checks, Stage
+from olpack.workspace import file_digest, template_source, value_digest
+
+if TYPE_CHECKING:
+    from olpack.compare import MeasureSettings, ReferenceModels, Results
+
+_OF_THE_SPEED = ("num_ctx", "num_batch", "num_gpu", "num_thread", "use_mmap")
+
+
+def inputs(build: Build, unit: str) -> dict[str, Any]:
+    """Files, held-out rows, settings, tasks with the files of their checks, and the report's template."""
+    asked: dict[str, Any] = {name: build.package.parameters.get(name) for name in _OF_THE_SPEED} | {"modelfile.system": build.recipe.modelfile.system}
+    if build.tasks:
+        asked["compare.tasks"] = value_digest([[task.messages, task.check, [str(part) for part in task.expected]] for task in build.tasks])
+        asked |= {str(path): file_digest(path) for path in function_files(build.tasks)}
+    if build.recipe.compare.suites and build.suite_folder:
+        asked |= {str(path): file_digest(path) for path in task_files(build.suite_folder)}
+    template = {"templates/report.html.j2": template_source("report.html.j2")}
+    return deploy.exported_files(build) | build.data_inputs("eval") | build.settings("compare") | asked | template
+
+
+def stale(build: Build, unit: str, inputs: dict[str, Any], record: Record) -> str:
+    """Why a finished comparison must run again. Figures taken through a server stay while it is down."""
+    served = record.result.get("served", bool(record.inputs.get("server")))
+    before = {name: value for name, value in record.inputs.items() if name != "server"}  # earlier versions recorded the server's address
+    reason = records.changed(inputs, before) or records.damage(build.paths, unit, record)
+    return reason or ("speed was measured without the server that answers now" if build.server and not served else "")
+
+
+def check(build: Build, checks: Checks) -> None:
+    """Refuse prompts, settings, tasks, suites and a report's template with which a measurement would fail."""
+    from olpack.compare.harness import check_suites
+    from olpack.compare.report import check_template
+    from olpack.compare.scores import load_function
+
+    check_questions(build)
+    measure_settings(build)
+    check_template(template_source("report.html.j2"))
+    for task in {task.expected: task for task in build.tasks if task.check == "function"}.values():
+        load_function(task)
+    if build.recipe.compare.suites:
+        check_suites(build.recipe.compare.suites, build.suite_folder)
+
+
+def run(build: Build, steps: list[Step]) -> None:
+    """Measure every quant, recommend one, write results and report, and point `:latest` to the recommended tag."""
+    from olpack.compare import measure
+    from olpack.compare.report import write_outputs
+    from olpack.deploy.client import OllamaClient
+    from olpack.deploy.register import point_latest
+
+    asked, paths, (step,) = build.recipe.compare, build.paths, steps
+    settings = measure_settings(build)
+    _, held_out = build.rows
+    client = OllamaClient() if build.server else None
+    results = measure(
+        quant_files(build),
+        held_out[: asked.eval_rows],
+        questions(build),
+        settings,
+        client,
+        build.recipe.name,
+        cache=paths.compare / "measured",
+        references=_reference_models(build) if asked.reference else None,
+        tasks=build.tasks,
+        examples=examples(build),
+    )
+    identity = _prompts_said(build) if build.server else None
+    outputs = write_outputs(results, paths.compare, template_source("report.html.j2"), paths.adapter / "metrics.jsonl", identity)
+    best, unmoved = results.recommendation, False
+    if client and best:
+        try:
+            if left_out := _not_compared(build, results):
+                progress.warn(f"{build.recipe.name}:latest stays what it was: {', '.join(left_out)} could not be compared.")
+            else:
+                point_latest(client, build.recipe.name, best.tag)
+        except OlpackError as error:  # what was measured is worth showing all the same
+            unmoved = True
+            progress.warn(f"{build.recipe.name}:latest stays what it was: {error}")
+    outcome = {"recommended": best.tag if best else None, "served": client is not None}
+    again = f"`olpack compare {build.recipe.name}` tries again and keeps what was measured"
+    if failed := [quant.quant for quant in results.quants if any(flag.code == "failed" for flag in quant.flags)]:
+        progress.warn(f"some figures of {', '.join(failed)} could not be measured; {again}")
+    if results.flags:
+        progress.warn(
+            f"{' '.join(flag.text for flag in results.flags)} So not all that the quants are held against is known; "
+            f"{again}, with `--set compare.reference=false` it does without"
+        )
+    if failed or results.flags or unmoved:
+        records.remember(build.paths, step, outcome)
+        return
+    records.finish(build.paths, step, outputs, outcome)
+
+
+def _not_compared(build: Build, results: Results) -> list[str]:
+    """Quants that the server has of this package and that the comparison says nothing of: one that failed, or one that `--quant` left out."""
+    compared = {quant.quant for quant in results.quants if quant.loss}
+    deployed = records.read(build.paths, "deploy")
+    there = [*(deployed.inputs.get("quants", []) if deployed else []), *(quant.quant for quant in results.quants)]
+    return [quant for quant in dict.fromkeys(there) if quant not in compared]
+
+
+def measure_settings(build: Build) -> MeasureSettings:
+    """How the recipe has its quants measured.
+
+    Raises:
+        OlpackError: its settings leave no room for a prompt in the context.
+    """
+    from olpack.compare import MeasureSettings
+
+    asked = build.recipe.compare
+    return MeasureSettings(
+        prompt_lengths=tuple(asked.prompt_tokens),
+        generated_tokens=asked.generated_tokens,
+        repeats=asked.repeats,
+        answer_tokens=asked.answer_tokens,
+        clients=tuple(asked.clients),
+        context=build.package.num_ctx,
+        tolerance=asked.max_loss,
+        suites=tuple(asked.suites),
+        suite_folder=build.suite_folder and str(build.suite_folder),
+        suite_limit=asked.suite_limit,
+    )
+
+
+def _prompts_said(build: Build) -> str | None:
+    """What the last deploy found of the prompts, with what differs in made-up conversations."""
+    found = records.result(build.paths, "deploy")
+    return " ".join([found["identity"] + ".", *found.get("identity_warnings", [])]).removesuffix(".") if "identity" in found else None
+
+
+def _reference_models(build: Build) -> ReferenceModels:
+    """The unquantized fine-tune, the untuned base at Q8_0, or at the largest quant that is made where that is none of them, and the quants that
+    have an importance matrix without it."""
+    from olpack.compare import ReferenceModels
+    from olpack.export import Target
+    from olpack.export import export as write_files
+    from olpack.llamacpp.source import VERSION
+
+    training, merge_base = records.result(build.paths, "train")["adapter_digest"], build.recipe.train.merge_base
+
+    def write(quant: str, path: Path, adapter: Path | None) -> None:
+        write_files(build.base.path, [Target(quant, path)], adapter=adapter, merge_base=merge_base, **header_options(build))
+
+    return ReferenceModels(
+        folder=build.paths.compare / "temporary",
+        write_reference=partial(write, adapter=build.paths.adapter),
+        reference_key=value_digest([build.base.digest, training, VERSION, *([merge_base] if merge_base != "original" else [])]),
+        write_base=partial(write, adapter=None),
+        base_key=value_digest([build.base.digest, VERSION]),
+        base_quant=max(quant_files(build), key=lambda file: (file.quant == "Q8_0", file.size)).quant,
+        write_without_importance=lambda quant, path: write_quants(build, {quant: path}, None),
+        without_importance_keys=_without_importance_keys(build),
+    )
+
+
+def _without_importance_keys(build: Build) -> dict[str, str]:
+    """Identity of what the quants with an importance matrix are without it, by quant. Those that cannot be made without are left out."""
+    keys = {}
+    for quant in build.quants:
+        if uses_importance(build, quant.name) and not records.result(build.paths, f"export-{quant.name}")["needs_importance"]:
+            inputs = export.STAGE.all_inputs(build, f"export-{quant.name}")
+            keys[quant.name] = value_digest({name: value for name, value in inputs.items() if name != "export.importance"})
+    return keys
+
+
+def quant_files(build: Build) -> list:
+    """The exported GGUFs as the compare room takes them."""
+    from olpack.compare import ComparedFile
+
+    files = []
+    for quant in build.quants:
+        made = records.result(build.paths, f"export-{quant.name}")
+        adapter = build.paths.gguf(ADAPTER) if build.paths.base else None
+        size = made["size"] + (records.result(build.paths, f"export-{ADAPTER}")["size"] if adapter else 0)
+        types = made["types"] if quant.budget else {}
+        files.append(
+            ComparedFile(
+                quant.name, quant.tag, build.paths.gguf(quant.name), size, made["bits_per_weight"], made["sha256"], adapter, types, made["types"]
+            )
+        )
+    return files
+
+
+def temporary_bytes(build: Build, parameters: int) -> int:
+    """Most that the comparison's temporary files take at once, norms and vocabulary of the unquantized fine-tune left out.
+
+    The other files that are there for a while, one after the other and after this one, are smaller: quants without their importance matrix.
+    """
+    from olpack.compare.settings import LOGITS_BYTES
+
+    if not build.recipe.compare.reference:
+        return 0
+    vocabulary = build.meta_model.shape.vocabulary
+    positions = sum(row.target_count for row in build.rows[1][: build.recipe.compare.eval_rows])
+    return 2 * parameters + min(LOGITS_BYTES, 4 * vocabulary * positions)
+
+
+def recommended(build: Build) -> str:
+    """The tag to run: the one that the comparison recommends, or the first quant's."""
+    return records.result(build.paths, "compare").get("recommended") or quant_type(build.recipe.quants[0]).tag
+
+
+STAGE = Stage(
+    "compare",
+    1,
+    inputs,
+    stale,
+    units=lambda build: ["compare"],
+    checked_for=frozenset({"compare"}),
+    check=check,
+    run=run,
+    needs=("train", "export", "deploy"),
+)

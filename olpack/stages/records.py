@@ -1,0 +1,114 @@
+"""What a step was made from and what it wrote, as `stages/STEP.json` in the build folder, and whether its outputs are still there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from olpack.workspace import BuildPaths, file_digest, value_digest, write_atomically
+
+
+@dataclass(frozen=True)
+class Step:
+    """One unit of work that is done or stale: a whole stage, or one quant of the export.
+
+    Attributes:
+        stage: name of its stage.
+        unit: its name among all steps, "train" or "export-Q4_K_M".
+        inputs: everything that decides its outcome, by name.
+        reason: why it is stale, "" where it is done.
+        result: facts that the run that made it recorded.
+    """
+
+    stage: str
+    unit: str
+    inputs: dict[str, Any]
+    reason: str
+    result: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Digest of the inputs."""
+        return value_digest(self.inputs)
+
+    @property
+    def stale(self) -> bool:
+        """Whether it must run."""
+        return bool(self.reason)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the last run of a step wrote down.
+
+    Attributes:
+        inputs: of that run; empty where it did not finish.
+        outputs: size in bytes, modification time in ns and SHA-256 of each file, by its path in the build folder.
+        result: facts that later steps and people read.
+    """
+
+    inputs: dict[str, Any]
+    outputs: dict[str, tuple[int, int, str]]
+    result: dict[str, Any]
+
+
+def read(paths: BuildPaths, unit: str) -> Record | None:
+    """The record of a step, None before its first run or where the file does not parse."""
+    try:
+        found = json.loads(paths.home(unit).stage(unit).read_text(encoding="utf-8"))
+        return Record(found["inputs"], found["outputs"], found["result"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def result(paths: BuildPaths, unit: str) -> dict[str, Any]:
+    """The facts that the last run of a step recorded, whether it is stale by now or not; empty before the first."""
+    record = read(paths, unit)
+    return record.result if record else {}
+
+
+def changed(inputs: Mapping[str, Any], before: Mapping[str, Any]) -> str:
+    """Why inputs make a step stale, "" where they are those of its record."""
+    names = [name for name in {**inputs, **before} if inputs.get(name) != before.get(name)]
+    return f"{', '.join(names)} changed" if names else ""
+
+
+def damage(paths: BuildPaths, unit: str, record: Record) -> str:
+    """Which output of a step is missing or was changed, "" where all are as they were written."""
+    for name, (size, modified, digest) in record.outputs.items():
+        path = paths.home(unit).root / name
+        if not path.is_file():
+            return f"{path} is gone"
+        found = path.stat()
+        if found.st_size != size or (found.st_mtime_ns != modified and file_digest(path) != digest):
+            return f"{path} was changed"
+    return ""
+
+
+def finish(paths: BuildPaths, step: Step, outputs: Sequence[Path], result: dict[str, Any], digests: Mapping[Path, str] | None = None) -> None:
+    """Record that a step is done.
+
+    Args:
+        outputs: files that it wrote below the build folder.
+        result: facts for later steps and for people, as JSON values.
+        digests: SHA-256 of those outputs whose digest is known already.
+    """
+    described, root = {}, paths.home(step.unit).root
+    for path in outputs:
+        found = path.stat()
+        digest = (digests or {}).get(path) or file_digest(path)
+        described[str(path.relative_to(root))] = (found.st_size, found.st_mtime_ns, digest)
+    _write(paths, step.unit, Record(step.inputs, described, result))
+
+
+def remember(paths: BuildPaths, step: Step, result: dict[str, Any]) -> None:
+    """Record what an unfinished step has done so far. It stays stale."""
+    _write(paths, step.unit, Record({}, {}, result))
+
+
+def _write(paths: BuildPaths, unit: str, record: Record) -> None:
+    text = json.dumps({"inputs": record.inputs, "outputs": record.outputs, "result": record.result}, indent=1, ensure_ascii=False)
+    write_atomically(paths.home(unit).stage(unit), text + "\n")

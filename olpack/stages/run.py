@@ -1,0 +1,66 @@
+"""Does what is stale, stage by stage."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from olpack import progress
+from olpack.errors import OlpackError
+from olpack.stages.build import Build
+from olpack.stages.plan import check, write_plan
+from olpack.stages.records import Step
+from olpack.stages.stage import Stage
+from olpack.stages.steps import STAGES, all_steps, stage_of
+from olpack.workspace import locked
+
+
+def run(build: Build, only: str | None = None) -> list[Step]:
+    """Do what is stale, in order, and return the steps that were done.
+
+    Args:
+        only: one stage; those before it must be done already.
+
+    Raises:
+        OlpackError: a check failed (before any work), a stage failed, or a stage that `only` needs is stale.
+    """
+    stale = [step for step in all_steps(build) if step.stale]
+    stages = STAGES
+    if only is not None:
+        stages = (stage_of(only),)
+        _refuse_stale_before(build, stages[0], stale)
+        stale = [step for step in stale if step.stage == only]
+    if stale:
+        check(build, stale)
+    with locked(build.paths.root):
+        done: list[Step] = []
+        if stale:
+            write_plan(build)
+        for stage in stages:
+            # Looked at again, because what came before has changed its inputs.
+            if steps := [step for step in all_steps(build) if step.stale and step.stage == stage.name]:
+                with _timed(stage.name):
+                    stage.run(build, steps)
+                done += steps
+        return done
+
+
+def _refuse_stale_before(build: Build, stage: Stage, stale: list[Step]) -> None:
+    if stage.name == "deploy" and not build.server:
+        from olpack.deploy.client import OllamaClient
+
+        OllamaClient().require()
+    for step in stale:
+        if step.stage in stage.needs:
+            raise OlpackError(
+                f"`olpack {stage.name} {build.recipe.name}` needs {step.unit}, which is stale: {step.reason}.",
+                f"Run `olpack {step.stage} {build.recipe.name}`, or `olpack build {build.recipe.name}` for all of it.",
+            )
+
+
+@contextmanager
+def _timed(stage: str) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    progress.say(f"{stage} done in {progress.duration(time.monotonic() - started)}", stage=stage, seconds=round(time.monotonic() - started, 3))

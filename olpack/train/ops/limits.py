@@ -1,0 +1,13 @@
+"""Sizes that the functions of this room keep to, and that the memory estimate counts with. Imports no torch."""
+
+from __future__ import annotations
+
+CHUNK_LOGITS = 2**26  # logits that the chunked cross-entropy makes at once, at most
+_TILE = 256  # tokens that a matrix product on a GPU computes at once: one token more costs as much as another tile
+_CHUNKS = 8  # of a short micro-batch, whose logits would otherwise take more memory than the rest of its step
+
+
+def tokens_at_once(tokens: int, vocabulary: int) -> int:
+    """Number of tokens whose logits the chunked cross-entropy makes at once."""
+    most, share = max(1, CHUNK_LOGITS // vocabulary), tokens // _CHUNKS
+    return min(most - most % _TILE, max(_TILE, share - share % _TILE)) if most > _TILE else most
