@@ -169,7 +169,7 @@ def test_a_prompt_and_a_message_of_weight_0_hold_no_targets(renderer, tmp_path):
         (row,) = renderer.rows(chat)
         assert renderer.tokenizer.decode([token for token, flag in zip(row.ids, row.loss_mask, strict=True) if flag]) == "two<|im_end|>"
     only = write(tmp_path / "b.jsonl", [{"messages": [first, ASK]}])
-    with pytest.raises(OlpackError, match="no answer to learn"):
+    with pytest.raises(OlpackError, match="no target tokens"):
         renderer.rows(load_chats(only)[0])
 
 

@@ -1,4 +1,4 @@
-"""The data room: chats from files, and rows of tokens as the model sees them, with their loss masks."""
+"""Training data: chats from files, and rows of tokens as the model sees them, with their loss masks."""
 
 from olpack.data.chats import load_chats, split
 from olpack.data.hub import HubSet

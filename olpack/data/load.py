@@ -40,7 +40,7 @@ def render_rows(chats: Sequence[Chat], held_out: Sequence[Chat], renderer: Rende
     """Render both sides of the data.
 
     Args:
-        chats: training chats. Those with a weight stand in the result as often as that says.
+        chats: training chats. The weight of a chat decides how often its rows stand in the result.
         held_out: chats to score, each once.
         renderer: with the base's tokenizer and chat template.
         max_length: longest row in tokens.
