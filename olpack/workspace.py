@@ -1,4 +1,4 @@
-"""Where things lie, and how they get there whole: packages, templates, the build folder, atomic writes, digests, the lock.
+"""The files of packages and builds, and how they are written whole: packages, templates, the build folder, atomic writes, digests, the lock.
 
 modelfiles/NAME/recipe.yaml         what the user writes (the one in the working folder wins over the shipped one)
 templates/Modelfile.j2              likewise
@@ -74,7 +74,7 @@ def recipe_path(name: str) -> Path:
             return path
     check_package(name)
     known = ", ".join(packages()) or "none"
-    raise OlpackError(f"There is no modelfiles/{name}/recipe.yaml here, and olpack ships none of that name.", f"Packages: {known}.")
+    raise OlpackError(f"There is no modelfiles/{name}/recipe.yaml here, and olpack comes with none of that name.", f"Packages: {known}.")
 
 
 def check_package(name: str) -> None:
@@ -117,19 +117,19 @@ def render_text(source: str, file: str, what: str, *, filters: Mapping[str, Call
     try:
         return environment.from_string(source).render(values)
     except jinja2.TemplateSyntaxError as error:
-        raise OlpackError(f"{what} has an error in line {error.lineno}: {error.message}.", f"Mend it, or remove your templates/{file}.") from None
+        raise OlpackError(f"{what} has an error in line {error.lineno}: {error.message}.", f"Fix it, or remove your templates/{file}.") from None
     except jinja2.TemplateError as error:
-        raise OlpackError(f"{what} fails: {error}.", f"Mend it, or remove your templates/{file} to use the one that ships.") from None
+        raise OlpackError(f"{what} fails: {error}.", f"Fix it, or remove your templates/{file} to use the one that ships.") from None
 
 
 @dataclass(frozen=True)
 class BuildPaths:
-    """The folder of one build, and what lies where in it.
+    """The folder of one build, and the paths in it.
 
     Attributes:
         name: of the package, or of a shared base.
         root: the folder.
-        base: of a package that consists of an adapter: where the quants of its base lie.
+        base: of a package that consists of an adapter: the folder of its base's quants.
     """
 
     name: str
@@ -257,10 +257,10 @@ def locked(root: Path) -> Iterator[None]:
 def file_digest(path: Path) -> str:
     """SHA-256 of a file, as 64 hexadecimal digits. A process reads a file once, as long as nothing writes to it."""
     with path.open("rb") as file:
-        found = os.fstat(file.fileno())
-        state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        status = os.fstat(file.fileno())
+        state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         if state not in _digests:
-            settled = time.time_ns() - found.st_ctime_ns > _SAME_TIME_NS
+            settled = time.time_ns() - status.st_ctime_ns > _SAME_TIME_NS
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             if not settled:
                 return digest
@@ -278,7 +278,7 @@ def folder_fingerprint(folder: Path) -> str:
 
     A file that is no part of a model, such as notes or a GGUF made from it, does not count.
     Files up to 16 MiB are read whole; of a larger one (weights) the size, both ends and 64 slices of 4 KiB spread evenly.
-    Every step of training moves almost every weight, so two models that differ are told apart; a flipped bit is not,
+    Every step of training moves almost every weight, so two models that differ have different fingerprints; a flipped bit is not,
     and need not be: it is a key, not a checksum.
     """
     digest = hashlib.sha256()
@@ -307,7 +307,7 @@ def _model_files(folder: Path) -> Iterator[Path]:
 
 
 def free_bytes(path: Path) -> int:
-    """Free space, in bytes, of the file system on which `path` lies or will lie."""
+    """Free space, in bytes, of the file system that `path` is or will be on."""
     while not path.exists():
         path = path.absolute().parent
     return shutil.disk_usage(path).free

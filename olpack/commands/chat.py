@@ -107,13 +107,13 @@ def _embedded(name: str, tag: str, out: Path | None) -> Answer:
     from olpack.llamacpp.probe import check_library
 
     check_library()
-    from olpack.deploy.parameters import number
     from olpack.llamacpp.engine import Engine, Sampling
 
-    package = build.package
+    parameters = build.package.parameters
     with progress.task(f"loading {path.name}"):
-        engine = Engine(path, package.num_ctx, adapter=build.paths.gguf(ADAPTER) if build.paths.base else None)
-    start = [{"role": "system", "content": package.system}] if package.system else []
-    start += package.messages
-    tokens = int(number(package.parameters, "num_predict", -1))
-    return lambda messages: iter(engine.generate([*start, *messages], tokens, Sampling.of(package.parameters)))
+        engine = Engine(path, build.package.num_ctx, adapter=build.paths.gguf(ADAPTER) if build.paths.base else None)
+    start = [{"role": "system", "content": build.package.system}] if build.package.system else []
+    start += build.package.messages
+    limit = parameters.get("num_predict")
+    most = limit if isinstance(limit, int) else None
+    return lambda messages: iter(engine.generate([*start, *messages], most, Sampling.of(parameters)))

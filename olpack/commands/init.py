@@ -85,6 +85,6 @@ def _is(test: Callable[[Path], bool], given: str) -> bool:
 
 
 def _from(folder: Path, given: str) -> str:
-    """The path of what lies here as a recipe in `folder` names it."""
-    found = Path(given).expanduser()
-    return str(found) if found.is_absolute() else os.path.relpath(found.resolve(), folder.resolve())
+    """A path relative to the working folder as a recipe in `folder` names it."""
+    path = Path(given).expanduser()
+    return str(path) if path.is_absolute() else os.path.relpath(path.resolve(), folder.resolve())

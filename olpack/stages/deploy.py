@@ -134,7 +134,8 @@ def _before_the_answer(row: TokenRow) -> int:
 
 
 def conversations(build: Build) -> list[list[dict]]:
-    """What prompts are compared on beside the made-up ones: what every quant answers, and the longest held-out requests that the server takes."""
+    """The conversations, beside the made-up ones, whose prompts are compared: those that every quant answers, and the longest held-out requests
+    that fit the server's context."""
     asked, context = questions(build), build.package.num_ctx
     package = build.package
     system = [{"role": "system", "content": package.system}] if package.system else []
@@ -170,8 +171,8 @@ def run(build: Build, steps: list[Step]) -> None:
         # Written down after each tag: what is on the server must be known, to be removed or left alone, should the next one fail.
         records.remember(build.paths, step, {"registered": [asdict(one) for one in known.values()], "proved": proved})
     proved = _prove(build, client, files, proved, partial(_remember, build, step, known))
-    said = {"identity": proved["summary"], "identity_warnings": proved["warnings"]}
-    records.finish(build.paths, step, [], {"registered": [asdict(record) for record in known.values()], "proved": proved, **said})
+    summary = {"identity": proved["summary"], "identity_warnings": proved["warnings"]}
+    records.finish(build.paths, step, [], {"registered": [asdict(record) for record in known.values()], "proved": proved, **summary})
 
 
 def _remember(build: Build, step: Step, known: dict[str, Registered], proved: dict) -> None:
