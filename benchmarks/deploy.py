@@ -30,12 +30,13 @@ from page import command_line, publish
 from tiny_models import write_adapter
 
 from olpack import progress
-from olpack.deploy import Package, pins_for, protect
+from olpack.deploy import Package
 from olpack.deploy.client import OllamaClient
 from olpack.deploy.register import Registered, TagFile, register
 from olpack.export import Target, export
 from olpack.export.lora import export_adapter
 from olpack.model.base import BUILTIN, Base
+from olpack.model.chat_template import pins_for, protect
 from olpack.quants import quant_type
 
 QUANTS = ("Q4_0", "Q4_K_M", "Q5_K_M", "Q8_0", "Q6_K")
@@ -47,7 +48,7 @@ def write_files(work: Path) -> tuple[list[TagFile], list[Path]]:
     base = Base("builtin/tiny-coder", BUILTIN / "tiny-coder")
     template = base.tokenizer().chat_template
     targets = [Target(quant, work / f"coder-{quant}.gguf") for quant in QUANTS]
-    made = export(base.path, targets, chat_template=protect(template, pins_for(template, {})))
+    made = export(base.path, targets, chat_template=protect(template, pins_for(template)))
     files = [TagFile(quant_type(file.quant).tag, file.path, file.sha256) for file in made]
     adapters = [work / "one.gguf", work / "two.gguf"]
     for seed, path in enumerate(adapters):

@@ -15,11 +15,12 @@ import served_gguf
 from ollama_double import OllamaDouble
 from transformers import PreTrainedTokenizerFast
 
-from olpack.deploy import Package, protect
+from olpack.deploy import Package
 from olpack.deploy.client import OllamaClient
 from olpack.deploy.identity import check_identity
 from olpack.deploy.register import TagFile, point_latest, register
 from olpack.errors import OlpackError
+from olpack.model.chat_template import protect
 
 PACKAGE = Package(system="Be brief.", parameters={"num_ctx": 2048})
 CERTIFICATE = Path(__file__).with_name("data") / "tls/localhost.pem"

@@ -10,11 +10,12 @@ from ollama_double import OllamaDouble
 from ollama_double_store import CHATML, KnownTemplate
 from transformers import PreTrainedTokenizerFast
 
-from olpack.deploy import UNDEFINED, Package, pins_for, protect
+from olpack.deploy import Package
 from olpack.deploy.client import OllamaClient
 from olpack.deploy.identity import HARD, check_identity
 from olpack.deploy.register import TagFile, register
 from olpack.errors import OlpackError
+from olpack.model.chat_template import EMPTY, UNDEFINED, pins_for, protect
 
 MODEL = "coder:q4_K_M"
 PARAMETERS = {"num_ctx": 4096}
@@ -42,7 +43,7 @@ def _serve(client: OllamaClient, tmp_path: Path, template: str, package: Package
 
 @pytest.mark.parametrize("template", [served_gguf.CHAT, CHATML.jinja, TOOLS, DATED], ids=["thinking", "chatml", "tools", "dated"])
 def test_a_protected_template_is_served_as_trained(client: OllamaClient, tmp_path: Path, template: str) -> None:
-    _serve(client, tmp_path, protect(template, pins_for(template, {})))
+    _serve(client, tmp_path, protect(template, pins_for(template)))
     rows = [[{"role": "user", "content": "From the data."}, {"role": "assistant", "content": "An answer."}]]
     identity = check_identity(client, MODEL, _tokenizer(template), rows)
     assert identity.identical and not identity.refused
@@ -63,7 +64,7 @@ def test_a_protected_template_is_served_as_trained(client: OllamaClient, tmp_pat
     ids=["system", "messages", "both"],
 )
 def test_what_the_model_brings_along_is_expected(client: OllamaClient, tmp_path: Path, package: Package) -> None:
-    _serve(client, tmp_path, protect(served_gguf.CHAT, pins_for(served_gguf.CHAT, {})), package)
+    _serve(client, tmp_path, protect(served_gguf.CHAT, pins_for(served_gguf.CHAT)), package)
     check_identity(client, MODEL, _tokenizer(served_gguf.CHAT)).require()
 
 
@@ -122,7 +123,7 @@ def test_one_more_token_than_characters_tell(client: OllamaClient, tmp_path: Pat
 
 
 def test_conversations_that_the_template_refuses(client: OllamaClient, tmp_path: Path) -> None:
-    _serve(client, tmp_path, protect(NO_SYSTEM, pins_for(NO_SYSTEM, {})))
+    _serve(client, tmp_path, protect(NO_SYSTEM, pins_for(NO_SYSTEM)))
     identity = check_identity(client, MODEL, _tokenizer(NO_SYSTEM))
     assert identity.identical
     assert set(identity.refused) == {label for label, turns in HARD.items() if turns[0]["role"] == "system"}
@@ -133,7 +134,7 @@ def test_conversations_that_the_template_refuses(client: OllamaClient, tmp_path:
 
 def test_tools_fail_only_where_the_data_has_them(client: OllamaClient, tmp_path: Path) -> None:
     served, trained = TOOLS, TOOLS.replace("<tools>", "<functions>")
-    _serve(client, tmp_path, protect(served, pins_for(served, {})))
+    _serve(client, tmp_path, protect(served, pins_for(served)))
     identity = check_identity(client, MODEL, _tokenizer(trained))
     assert identity.identical and len(identity.untrained) == 1
     assert "tools, which the data does not use, are written otherwise" in identity.summary()
@@ -151,7 +152,7 @@ def test_an_unknown_model_and_a_server_that_cannot_show(ollama_double: OllamaDou
 
 
 def test_any_tag_against_a_tokenizer(client: OllamaClient, tmp_path: Path) -> None:
-    _serve(client, tmp_path, protect(served_gguf.CHAT, pins_for(served_gguf.CHAT, {})))
+    _serve(client, tmp_path, protect(served_gguf.CHAT, pins_for(served_gguf.CHAT)))
     client.copy(MODEL, "someone/else")
     for name in (MODEL, "Coder:q4_k_m", "someone/else"):
         check_identity(client, name, _tokenizer(served_gguf.CHAT)).require()
@@ -226,8 +227,8 @@ def test_a_difference_in_a_made_up_conversation_is_a_warning(client: OllamaClien
 def test_a_tokenizer_without_a_begin_of_sequence_token(client: OllamaClient, tmp_path: Path, pinned: bool) -> None:
     """The engine takes token 11 where the vocabulary names none; training rendered nothing."""
     template = "{{ bos_token }}" + CHATML.jinja
-    pins = pins_for(template, {}, ["bos_token"] if pinned else [])
-    assert pins == ({"bos_token": ""} if pinned else {}) and pins_for(CHATML.jinja, {}, ["bos_token", "eos_token"]) == {}
+    pins = pins_for(template, ["bos_token"] if pinned else [])
+    assert pins == ({"bos_token": EMPTY} if pinned else {}) and pins_for(CHATML.jinja, ["bos_token", "eos_token"]) == {}
     digest = served_gguf.write(tmp_path / "coder.gguf", protect(template, pins), bos=False)
     register(client, "coder", [TagFile("q4_K_M", tmp_path / "coder.gguf", digest)], PACKAGE)
     trained = PreTrainedTokenizerFast(tokenizer_object=served_gguf.tokenizer(), eos_token="<|im_end|>")

@@ -11,11 +11,12 @@ import served_gguf
 from ollama_double import Answer, OllamaDouble
 from ollama_double_store import CHATML
 
-from olpack.deploy import Package, protect
+from olpack.deploy import Package
 from olpack.deploy.client import OllamaClient
 from olpack.deploy.register import Registered, TagFile, point_latest, register
 from olpack.deploy.smoke import smoke
 from olpack.errors import OlpackError
+from olpack.model.chat_template import protect
 
 TAGS = {"q4_0": 2, "q4_K_M": 15, "q5_K_M": 17, "q8_0": 7}
 PACKAGE = Package(

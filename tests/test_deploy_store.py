@@ -16,12 +16,13 @@ from ollama_double import OllamaDouble
 from ollama_double_store import CHATML, encoded, encoded_parameters
 from transformers import PreTrainedTokenizerFast
 
-from olpack.deploy import Package, protect
+from olpack.deploy import Package
 from olpack.deploy.client import OllamaClient
 from olpack.deploy.identity import check_identity
 from olpack.deploy.register import TagFile, point_latest, register
 from olpack.deploy.store import compose, models_folder, write_store
 from olpack.errors import OlpackError
+from olpack.model.chat_template import protect
 from olpack.model.gguf_header import Header, read_header
 
 TRANSCRIPT = [json.loads(line) for line in Path(__file__).with_name("data").joinpath("ollama/transcript.jsonl").read_text().splitlines()]

@@ -17,22 +17,16 @@ Code that calls the server is imported from its module, so that checking a recip
 from olpack.deploy.modelfile import Package, ParsedModelfile, differences, parse, render, unrepresentable
 from olpack.deploy.names import check_name, same
 from olpack.deploy.parameters import PARAMETERS, check_parameters, context_warnings
-from olpack.model.chat_template import UNDEFINED, advertised, pins_for, protect, read_chat_template
 
 __all__ = [
     "PARAMETERS",
-    "UNDEFINED",
     "Package",
     "ParsedModelfile",
-    "advertised",
     "check_name",
     "check_parameters",
     "context_warnings",
     "differences",
     "parse",
-    "pins_for",
-    "protect",
-    "read_chat_template",
     "render",
     "same",
     "unrepresentable",

@@ -212,7 +212,7 @@ def header_options(build: Build) -> dict:
     template, base = build.renderer.tokenizer.chat_template, build.paths.base
     return {
         "name": build.model_name,
-        "chat_template": protect(template, pins_for(template, {}, build.base.absent_tokens)),
+        "chat_template": protect(template, pins_for(template, build.base.absent_tokens)),
         # What ends a turn is what training saw there, whatever the tokenizer calls it.
         "end_of_turn": build.renderer.end_of_turn(),
         "pre_tokenizer": build.pre_tokenizer,
