@@ -123,7 +123,7 @@ def test_kept_figures_hold_under_another_address_of_the_server(client, ollama_do
 
 
 def test_a_context_without_room_for_a_prompt_is_refused():
-    with pytest.raises(OlpackError, match=r"num_ctx 64 leaves no room for a prompt beside the 64 tokens") as error:
+    with pytest.raises(OlpackError, match=r"num_ctx 64 leaves no space for a prompt beside the 64 tokens") as error:
         dataclasses.replace(SETTINGS, context=64, generated_tokens=64)
     assert "Set num_ctx to 80 or more" in error.value.remedy
 

@@ -457,7 +457,7 @@ def test_a_comparison_that_was_begun_is_called_so(workspace):
 
 def test_a_context_without_room_is_refused_before_any_work(workspace):
     code, _, said = olpack(workspace, "plan", "oracle", "--set", "modelfile.parameters.num_ctx=32", "--set", "compare.generated_tokens=32")
-    assert code == 1 and "num_ctx 32 leaves no room for a prompt beside the 32 tokens" in " ".join(said.split())
+    assert code == 1 and "num_ctx 32 leaves no space for a prompt beside the 32 tokens" in " ".join(said.split())
 
 
 def test_what_needs_no_weights_fetches_none(workspace, monkeypatch):
