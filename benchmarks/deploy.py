@@ -30,12 +30,13 @@ from page import command_line, publish
 from tiny_models import write_adapter
 
 from olpack import progress
-from olpack.deploy import Package, pins_for, protect
+from olpack.deploy import Package
 from olpack.deploy.client import OllamaClient
 from olpack.deploy.register import Registered, TagFile, register
 from olpack.export import Target, export
 from olpack.export.lora import export_adapter
 from olpack.model.base import BUILTIN, Base
+from olpack.model.chat_template import pins_for, protect
 from olpack.quants import quant_type
 
 QUANTS = ("Q4_0", "Q4_K_M", "Q5_K_M", "Q8_0", "Q6_K")

@@ -18,9 +18,9 @@ from olpack.compare.recommend import recommend, set_losses
 from olpack.compare.results import Perplexity, PromptSpeed, QuantResult, Speed, Spread
 from olpack.compare.scores import load_function, score_answers
 from olpack.compare.served_models import compare_served, settings_for
-from olpack.deploy import protect
 from olpack.deploy.client import OllamaClient, blob_digest
 from olpack.errors import OlpackError
+from olpack.model.chat_template import protect
 from olpack.recipe.tasks import load_tasks, parse_task
 
 SETTINGS = MeasureSettings(prompt_lengths=(48,), generated_tokens=40, repeats=2, context=512, threads=1, answer_tokens=48)

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from olpack.data import Chat, Renderer, load_chats, load_sides, render_rows, split
+from olpack.data import Chat, Renderer, load_chats, render_rows, split
 from olpack.errors import OlpackError
 from olpack.model.base import BUILTIN, Base
 
@@ -230,7 +230,7 @@ def test_a_row_that_is_too_long_is_refused_and_named(renderer, tmp_path):
     held_out = tmp_path / "eval.jsonl"
     held_out.write_text(json.dumps({"messages": turns("q", "a")}) + "\n")
     with pytest.raises(OlpackError, match=r"1 row is longer than 64 tokens; train.jsonl:2.*data.max_length"):
-        render_rows(*load_sides([path], [held_out], eval_share=0.1), renderer, max_length=64)
+        render_rows(load_chats(path), load_chats(held_out), renderer, max_length=64)
 
 
 def test_a_text_is_tokenized_as_the_tokenizer_does_it_with_an_end_behind_it():

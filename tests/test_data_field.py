@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from olpack.data import Renderer, Source, load_chats, load_sides, render_rows, split
+from olpack.data import Renderer, Source, load_chats, load_split, render_rows, split
 from olpack.data.chats import unread_keys
 from olpack.data.check import check_data
 from olpack.data.forms import RowError, to_chat
@@ -172,7 +172,7 @@ def test_what_is_not_read_is_in_the_check_and_in_the_plan(tmp_path, capsys):
     assert [(finding.place, finding.kind, finding.text, finding.fails) for finding in report.findings] == [
         ("d.jsonl", "not read", "Keys that are not read: category (24 rows).", False)
     ]
-    render_rows(*load_sides([path], [], eval_share=0.1), made, max_length=64)
+    render_rows(*load_split([path], eval_share=0.1), made, max_length=64)
     assert capsys.readouterr().err.count("d.jsonl: not read: category (24 rows)") == 1
 
 
@@ -250,7 +250,7 @@ def test_a_row_that_is_longer_than_allowed_and_one_of_half_a_character_are_named
     made = renderer(tmp_path, CHATML)
     (tmp_path / "d.jsonl").write_text(json.dumps(turns("q", "a")) + "\n" + json.dumps(turns("word " * 200, "a")) + "\n")
     with pytest.raises(OlpackError, match=r"1 row is longer than 64 tokens; d.jsonl:2 has"):
-        render_rows(*load_sides([tmp_path / "d.jsonl"], [], eval_share=0.5), made, max_length=64)
+        render_rows(*load_split([tmp_path / "d.jsonl"], eval_share=0.5), made, max_length=64)
     with pytest.raises(OlpackError, match=r"line 1: message 2 has half a character"):
         chats(tmp_path, turns("q", "ok \ud83d end"))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from olpack.data import Chat, Renderer, Source, load_chats, load_sides, render_rows, split
+from olpack.data import Chat, Renderer, Source, load_chats, render_rows, split
 from olpack.data.chats import times
 from olpack.errors import OlpackError
 from olpack.model.base import BUILTIN, Base
@@ -169,7 +169,7 @@ def test_a_prompt_and_a_message_of_weight_0_hold_no_targets(renderer, tmp_path):
         (row,) = renderer.rows(chat)
         assert renderer.tokenizer.decode([token for token, flag in zip(row.ids, row.loss_mask, strict=True) if flag]) == "two<|im_end|>"
     only = write(tmp_path / "b.jsonl", [{"messages": [first, ASK]}])
-    with pytest.raises(OlpackError, match="no answer to learn"):
+    with pytest.raises(OlpackError, match="no target tokens"):
         renderer.rows(load_chats(only)[0])
 
 
@@ -244,7 +244,7 @@ def test_a_weight_says_how_often_a_row_is_seen(tmp_path, renderer):
     held_out = write(tmp_path / "b.jsonl", [{"instruction": "other", "output": "a"}])
     counts = {}
     for weight in (0.25, 1.0, 2.5):
-        train_rows, scored = render_rows(*load_sides([Source(path, weight=weight)], [held_out], eval_share=0.1), renderer, max_length=64)
+        train_rows, scored = render_rows(load_chats(Source(path, weight=weight)), load_chats(held_out), renderer, max_length=64)
         counts[weight] = [sum(row.source == f"a.jsonl:{number}" for row in train_rows) for number in range(1, 201)]
         assert len(scored) == 1
     assert 25 < sum(counts[0.25]) < 75 and max(counts[0.25]) == 1
@@ -259,7 +259,7 @@ def test_a_held_out_row_that_is_also_trained_is_refused_in_whatever_form(tmp_pat
     train = write(tmp_path / "a.jsonl", [{"instruction": "q", "output": "a"}])
     apart = write(tmp_path / "b.jsonl", [{"messages": [{"role": "user", "content": "q", "id": 7}, {"role": "assistant", "content": "a"}]}])
     with pytest.raises(OlpackError, match=r"b.jsonl:1 is also in the training data \(a.jsonl:1\)"):
-        render_rows(*load_sides([train], [apart], eval_share=0.1), renderer, max_length=64)
+        render_rows(load_chats(train), load_chats(apart), renderer, max_length=64)
 
 
 @pytest.mark.parametrize("form", ROWS)

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from olpack.data import Chat, Renderer, Source, load_sides, render_rows
+from olpack.data import Chat, Renderer, Source, load_split, render_rows
 from olpack.data.check import check_data
 from olpack.errors import OlpackError
 from olpack.model.base import BUILTIN, Base
@@ -133,6 +133,6 @@ def test_marks_that_do_not_fit_are_a_warning(tiny, tmp_path, capsys, template, a
     renderer = with_template(tiny, template)
     report = check_data([Source(path)], [], renderer, max_length=64, eval_share=0.1)
     assert not report.fails and [finding.text for finding in report.findings] == [said] * 3 * bool(said)
-    render_rows(*load_sides([path], [], eval_share=0.1), renderer, max_length=64)
+    render_rows(*load_split([path], eval_share=0.1), renderer, max_length=64)
     printed = capsys.readouterr().err
     assert (f"{said} This is so of 3 rows" in " ".join(printed.split())) if said else "more often" not in printed and "behind it" not in printed

@@ -9,8 +9,8 @@ import served_gguf
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from ollama_double_store import CHATML, edits
 
-from olpack.deploy import UNDEFINED, pins_for, protect, read_chat_template
 from olpack.errors import OlpackError
+from olpack.model.chat_template import UNDEFINED, pins_for, protect, read_chat_template
 
 MESSAGES = [{"role": "system", "content": "S"}, {"role": "user", "content": " U\n"}]
 SERVER = {"enable_thinking": True, "thinking": True, "date_string": "22 Nov 2026", "datetime": "Nov 22 2026"}

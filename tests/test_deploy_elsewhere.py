@@ -15,11 +15,12 @@ import served_gguf
 from ollama_double import OllamaDouble
 from transformers import PreTrainedTokenizerFast
 
-from olpack.deploy import Package, protect
+from olpack.deploy import Package
 from olpack.deploy.client import OllamaClient
 from olpack.deploy.identity import check_identity
-from olpack.deploy.register import TagFile, register
+from olpack.deploy.register import TagFile, point_latest, register
 from olpack.errors import OlpackError
+from olpack.model.chat_template import protect
 
 PACKAGE = Package(system="Be brief.", parameters={"num_ctx": 2048})
 CERTIFICATE = Path(__file__).with_name("data") / "tls/localhost.pem"
@@ -90,7 +91,8 @@ def _deployed(file: TagFile) -> None:
     client = OllamaClient(retry_wait_s=0.01)
     assert client.require() == "0.33.0-rc2"
     for done in ("created", "unchanged"):
-        assert [record.done for record in register(client, "coder", [file], PACKAGE, latest="q4_0")] == [done]
+        assert [record.done for record in register(client, "coder", [file], PACKAGE)] == [done]
+        point_latest(client, "coder", "q4_0")
     [piece, *_] = client.stream_chat("coder", [{"role": "user", "content": "Hi."}])
     assert piece.message.content
     client.delete("coder")

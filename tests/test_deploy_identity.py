@@ -10,11 +10,12 @@ from ollama_double import OllamaDouble
 from ollama_double_store import CHATML, KnownTemplate
 from transformers import PreTrainedTokenizerFast
 
-from olpack.deploy import UNDEFINED, Package, pins_for, protect
+from olpack.deploy import Package
 from olpack.deploy.client import OllamaClient
 from olpack.deploy.identity import HARD, check_identity
 from olpack.deploy.register import TagFile, register
 from olpack.errors import OlpackError
+from olpack.model.chat_template import UNDEFINED, pins_for, protect
 
 MODEL = "coder:q4_K_M"
 PARAMETERS = {"num_ctx": 4096}

@@ -20,7 +20,7 @@ from olpack.deploy import Package, parse, render
 from olpack.deploy.client import OllamaClient
 from olpack.deploy.hub import hub_card, push_to_hub
 from olpack.deploy.push import push_to_ollama
-from olpack.deploy.register import TagFile, register
+from olpack.deploy.register import TagFile, point_latest, register
 from olpack.errors import OlpackError
 from olpack.workspace import template_source
 
@@ -36,7 +36,8 @@ def files(tmp_path: Path) -> list[TagFile]:
 @pytest.fixture
 def client(ollama_double: OllamaDouble, files: list[TagFile]) -> OllamaClient:
     made = OllamaClient(ollama_double.url, retry_wait_s=0.01)
-    register(made, "coder", files, PACKAGE, latest="q4_K_M")
+    register(made, "coder", files, PACKAGE)
+    point_latest(made, "coder", "q4_K_M")
     ollama_double.requests.clear()
     return made
 

@@ -11,11 +11,12 @@ import served_gguf
 from ollama_double import Answer, OllamaDouble
 from ollama_double_store import CHATML
 
-from olpack.deploy import Package, protect
+from olpack.deploy import Package
 from olpack.deploy.client import OllamaClient
-from olpack.deploy.register import Registered, TagFile, register
+from olpack.deploy.register import Registered, TagFile, point_latest, register
 from olpack.deploy.smoke import smoke
 from olpack.errors import OlpackError
+from olpack.model.chat_template import protect
 
 TAGS = {"q4_0": 2, "q4_K_M": 15, "q5_K_M": 17, "q8_0": 7}
 PACKAGE = Package(
@@ -53,7 +54,8 @@ def _sent(double: OllamaDouble) -> list[str]:
 
 
 def test_the_first_time(ollama_double: OllamaDouble, client: OllamaClient, files: list[TagFile]) -> None:
-    records = register(client, "coder", files, PACKAGE, latest="q4_K_M")
+    records = register(client, "coder", files, PACKAGE)
+    point_latest(client, "coder", "q4_K_M")
     assert _sent(ollama_double) == ["upload", "create from files"] * 4 + ["copy"]
     assert [record.model for record in records] == [f"coder:{tag}" for tag in TAGS]
     assert [record.done for record in records] == ["created"] * 4
@@ -73,9 +75,11 @@ def test_the_first_time(ollama_double: OllamaDouble, client: OllamaClient, files
 
 
 def test_again_does_nothing(ollama_double: OllamaDouble, client: OllamaClient, files: list[TagFile]) -> None:
-    first = register(client, "coder", files, PACKAGE, latest="q4_K_M")
+    first = register(client, "coder", files, PACKAGE)
+    point_latest(client, "coder", "q4_K_M")
     _sent(ollama_double)
-    second = register(client, "coder", files, PACKAGE, latest="q4_K_M")
+    second = register(client, "coder", files, PACKAGE)
+    point_latest(client, "coder", "q4_K_M")
     assert _sent(ollama_double) == []
     assert [(record.done, record.bytes_sent) for record in second] == [("unchanged", 0)] * 4
     assert [record.digest for record in second] == [record.digest for record in first]
@@ -134,9 +138,11 @@ def test_a_go_template_that_would_not_run_is_refused(client: OllamaClient, tmp_p
 
 
 def test_a_new_quant_and_another_latest(ollama_double: OllamaDouble, client: OllamaClient, files: list[TagFile]) -> None:
-    register(client, "coder", files[:3], PACKAGE, latest="q4_K_M")
+    register(client, "coder", files[:3], PACKAGE)
+    point_latest(client, "coder", "q4_K_M")
     _sent(ollama_double)
-    records = register(client, "coder", files, PACKAGE, latest="q8_0")
+    records = register(client, "coder", files, PACKAGE)
+    point_latest(client, "coder", "q8_0")
     assert _sent(ollama_double) == ["upload", "create from files", "copy"]
     assert [record.done for record in records] == ["unchanged"] * 3 + ["created"]
     assert next(model.digest for model in client.tags() if model.model == "coder:latest") == records[3].digest
@@ -178,9 +184,10 @@ def test_a_file_that_the_server_rewrites(
 @pytest.mark.parametrize("other", ["other:Q4_k_m", "coder:q4_k_m"])
 def test_the_same_tag_in_another_case(ollama_double: OllamaDouble, client: OllamaClient, files: list[TagFile], other: str) -> None:
     register(client, other.partition(":")[0], [dataclasses.replace(files[1], tag=other.partition(":")[2])], PACKAGE)
-    [record] = register(client, "coder", files[1:2], PACKAGE, latest="Q4_K_M")
+    [record] = register(client, "coder", files[1:2], PACKAGE)
+    point_latest(client, "coder", "Q4_K_M")
     assert record.model == f"coder:{other.partition(':')[2]}"  # the server's spelling
-    assert register(client, "coder", files[1:2], PACKAGE, latest="q4_K_M", before=[record])[0].done == "unchanged"
+    assert register(client, "coder", files[1:2], PACKAGE, before=[record])[0].done == "unchanged"
     assert sum(model.model.startswith("coder:") for model in client.tags()) == 2
 
 
@@ -190,27 +197,26 @@ def test_a_template_that_the_server_would_replace_is_refused(client: OllamaClien
         register(client, "coder", [TagFile("q4_0", tmp_path / "bare.gguf", digest)], PACKAGE)
 
 
-def test_a_server_that_does_not_keep_what_it_was_told(ollama_double: OllamaDouble, client: OllamaClient, files: list[TagFile]) -> None:
+def test_a_server_that_drops_a_parameter(ollama_double: OllamaDouble, client: OllamaClient, files: list[TagFile]) -> None:
     ollama_double.faults.drop_parameter = "temperature"
     with pytest.raises(OlpackError, match=r"registered coder:q4_0 otherwise than asked: parameters is .* and not .*'temperature': 0.2"):
         register(client, "coder", files[:1], PACKAGE)
 
 
 @pytest.mark.parametrize(
-    ("name", "package", "latest", "said"),
+    ("name", "package", "problem"),
     [
-        ("bad name", PACKAGE, None, "its model has ' '"),
-        ("coder:q4_0", PACKAGE, None, "has a tag"),
-        ("coder", Package(), None, "'num_ctx' is not set"),
-        ("coder", Package(parameters={"num_ctx": 2048, "temprature": 1}), None, "no parameter 'temprature'"),
-        ("coder", PACKAGE, "q6_K", "latest cannot point to 'q6_K'"),
+        ("bad name", PACKAGE, "its model has ' '"),
+        ("coder:q4_0", PACKAGE, "has a tag"),
+        ("coder", Package(), "'num_ctx' is not set"),
+        ("coder", Package(parameters={"num_ctx": 2048, "temprature": 1}), "no parameter 'temprature'"),
     ],
 )
 def test_mistakes_are_refused_before_anything_is_sent(
-    ollama_double: OllamaDouble, client: OllamaClient, files: list[TagFile], name: str, package: Package, latest: str | None, said: str
+    ollama_double: OllamaDouble, client: OllamaClient, files: list[TagFile], name: str, package: Package, problem: str
 ) -> None:
-    with pytest.raises(OlpackError, match=said):
-        register(client, name, files, package, latest)
+    with pytest.raises(OlpackError, match=problem):
+        register(client, name, files, package)
     with pytest.raises(OlpackError, match="Two files would become"):
         register(client, "coder", [files[0], dataclasses.replace(files[1], tag="Q4_0")], PACKAGE)
     assert ollama_double.requests == []

@@ -11,7 +11,7 @@ from ollama_double import OllamaDouble
 
 from olpack.deploy import Package
 from olpack.deploy.client import OllamaClient
-from olpack.deploy.register import Registered, TagFile, register
+from olpack.deploy.register import Registered, TagFile, point_latest, register
 from olpack.deploy.remove import owned, remove
 
 PACKAGE = Package(parameters={"num_ctx": 2048})
@@ -30,7 +30,9 @@ def files(tmp_path: Path) -> list[TagFile]:
 
 @pytest.fixture
 def records(client: OllamaClient, files: list[TagFile]) -> list[Registered]:
-    return register(client, "coder", files[:2], PACKAGE, latest="q4_K_M")
+    registered = register(client, "coder", files[:2], PACKAGE)
+    point_latest(client, "coder", "q4_K_M")
+    return registered
 
 
 def _names(client: OllamaClient) -> list[str]:

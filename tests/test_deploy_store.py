@@ -16,12 +16,13 @@ from ollama_double import OllamaDouble
 from ollama_double_store import CHATML, encoded, encoded_parameters
 from transformers import PreTrainedTokenizerFast
 
-from olpack.deploy import Package, protect
+from olpack.deploy import Package
 from olpack.deploy.client import OllamaClient
 from olpack.deploy.identity import check_identity
-from olpack.deploy.register import TagFile, register
+from olpack.deploy.register import TagFile, point_latest, register
 from olpack.deploy.store import compose, models_folder, write_store
 from olpack.errors import OlpackError
+from olpack.model.chat_template import protect
 from olpack.model.gguf_header import Header, read_header
 
 TRANSCRIPT = [json.loads(line) for line in Path(__file__).with_name("data").joinpath("ollama/transcript.jsonl").read_text().splitlines()]
@@ -112,7 +113,8 @@ def test_a_server_writes_the_same_files(ollama_double: OllamaDouble, files: list
     stored = write_store(tmp_path / "offline", "coder", files, PACKAGE, latest="q4_K_M")
     assert [one.model for one in stored] == ["coder:q4_0", "coder:q4_K_M", "coder:q5_K_M", "coder:q8_0", "coder:latest"]
     assert [one.how for one in stored] == ["linked"] * 4 + ["there"]
-    registered = register(OllamaClient(ollama_double.url), "coder", files, PACKAGE, latest="q4_K_M")
+    registered = register(client := OllamaClient(ollama_double.url), "coder", files, PACKAGE)
+    point_latest(client, "coder", "q4_K_M")
     assert [one.digest for one in stored[:4]] == [one.digest for one in registered]
     assert stored[4].digest == stored[1].digest
     assert _tree(tmp_path / "offline") == _tree(ollama_double.store.root)
@@ -134,7 +136,7 @@ def test_a_server_serves_it(files: list[TagFile], tmp_path: Path) -> None:
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=served_gguf.tokenizer(), eos_token="<|im_end|>", bos_token="<s>")
         tokenizer.chat_template = CHATML.jinja
         assert check_identity(client, "coder:q4_K_M", tokenizer).identical
-        assert [one.done for one in register(client, "coder", files, PACKAGE, latest="q8_0")] == ["unchanged"] * 4
+        assert [one.done for one in register(client, "coder", files, PACKAGE)] == ["unchanged"] * 4
         assert client.bytes_sent == 0
 
 

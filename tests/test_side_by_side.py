@@ -15,8 +15,8 @@ from oracle import olpack
 from olpack.compare import read_results
 from olpack.compare.changes import changes
 from olpack.compare.results import Spread
-from olpack.deploy import protect
 from olpack.deploy.client import OllamaClient, blob_digest
+from olpack.model.chat_template import protect
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import converter, write_model, write_vision_model
 
 from olpack import recipe
-from olpack.data import Renderer, TokenRow, load_sides, render_rows
+from olpack.data import Renderer, TokenRow, load_chats, render_rows
 from olpack.errors import OlpackError
 from olpack.export import Target
 from olpack.export.adapter import read_adapter
@@ -196,7 +196,7 @@ def test_what_was_taught_is_what_the_file_answers(tmp_path, packing, settings):
     oracle.write_rows(tmp_path / "train.jsonl", 12)
     oracle.write_rows(tmp_path / "eval.jsonl", 4, first=100)
     renderer = Renderer(base.tokenizer(), base.end_ids())
-    taught, held_out = render_rows(*load_sides([tmp_path / "train.jsonl"], [tmp_path / "eval.jsonl"], eval_share=0.1), renderer, max_length=128)
+    taught, held_out = render_rows(load_chats(tmp_path / "train.jsonl"), load_chats(tmp_path / "eval.jsonl"), renderer, max_length=128)
     asked = Train(epochs=15, batch_size=4, learning_rate=5e-3, rank=32, **settings)
     train(base, taught, held_out, asked, out=tmp_path / "adapter", checkpoint=tmp_path / "checkpoint", key="k")
     (file,) = converter().export(base.path, [Target("F16", tmp_path / "F16.gguf")], adapter=tmp_path / "adapter", merge_base=asked.merge_base)

@@ -19,8 +19,8 @@ from olpack.errors import OlpackError
 
 
 @dataclass(frozen=True)
-class Finding:
-    """Something to know about one row.
+class RowFinding:
+    """A problem of one row, or a warning about it.
 
     Attributes:
         place: "train.jsonl:17".
@@ -97,7 +97,7 @@ class Report:
         max_length: longest row that the recipe allows, in tokens.
     """
 
-    findings: list[Finding]
+    findings: list[RowFinding]
     train: Side
     held_out: Side
     max_length: int
@@ -121,12 +121,13 @@ def check_data(train: Sequence[Source], held_out: Sequence[Source], renderer: Re
     """Look at every row, as `render_rows` would, and go on after a problem.
 
     Args:
-        train, held_out, renderer, max_length, eval_share: as `load_sides` and `render_rows` take them; a share of 0 holds nothing out.
+        train, held_out: sources of training chats, and of held-out chats; empty: `eval_share` of the training chats is held out, 0 holds out none.
+        renderer, max_length: as `render_rows` takes them.
 
     Raises:
         OlpackError: a source is missing or cannot be read at all.
     """
-    findings: list[Finding] = []
+    findings: list[RowFinding] = []
     chats = list(_read(train, findings))
     if held_out:
         apart = list(_read(held_out, findings))
@@ -135,15 +136,15 @@ def check_data(train: Sequence[Source], held_out: Sequence[Source], renderer: Re
     seen = [chat for chat in chats if times(chat)]
     for name, some in (("to train on", chats), ("held out", apart)):
         if not some and (eval_share or some is chats):
-            findings.append(Finding("data", "too few rows", f"No row is {name}.", True))
+            findings.append(RowFinding("data", "too few rows", f"No row is {name}.", True))
     if chats and not seen:
-        findings.append(Finding("data", "too few rows", "No row is left at this `weight`.", True))
+        findings.append(RowFinding("data", "too few rows", "No row is left at this `weight`.", True))
     for chat, twin in leaks(chats, apart):
-        findings.append(Finding(chat.source, "leakage", f"It is held out, and also in the training data ({twin.source}).", True))
+        findings.append(RowFinding(chat.source, "leakage", f"It is held out, and also in the training data ({twin.source}).", True))
     findings += _repeated(chats, apart)
     for sentence in unread_keys([*chats, *apart], str(renderer.tokenizer.chat_template)):
         name, _, keys = sentence.partition(": not read: ")
-        findings.append(Finding(name, "not read", f"Keys that are not read: {keys}.", False))
+        findings.append(RowFinding(name, "not read", f"Keys that are not read: {keys}.", False))
     report = Report(findings, Side(), Side(), max_length)
     with progress.task("reading the data", total=len(seen) + len(apart), unit="rows") as task:
         for side, some in ((report.train, seen), (report.held_out, apart)):
@@ -152,31 +153,31 @@ def check_data(train: Sequence[Source], held_out: Sequence[Source], renderer: Re
     return report
 
 
-def _read(sources: Sequence[Source], findings: list[Finding]) -> Iterator[Chat]:
+def _read(sources: Sequence[Source], findings: list[RowFinding]) -> Iterator[Chat]:
     for source in sources:
         row = None
         for row in source.read():
             if isinstance(row, Problem):
-                findings.append(Finding(row.source, row.kind, f"{row.text[0].upper()}{row.text[1:]}.", True))
+                findings.append(RowFinding(row.source, row.kind, f"{row.text[0].upper()}{row.text[1:]}.", True))
             else:
                 yield row
         if row is None:
-            findings.append(Finding(source.label, "too few rows", "It is empty.", True))
+            findings.append(RowFinding(source.label, "too few rows", "It is empty.", True))
 
 
-def _repeated(chats: list[Chat], apart: list[Chat]) -> Iterator[Finding]:
+def _repeated(chats: list[Chat], apart: list[Chat]) -> Iterator[RowFinding]:
     """Rows that are there twice on one side, and questions that have two answers."""
     answers: dict[str, tuple[str, Chat]] = {}
     for side in (chats, apart):
         seen: dict[str, Chat] = {}
         for chat in side:
             if (twin := seen.setdefault(chat.digest, chat)) is not chat:
-                yield Finding(chat.source, "duplicate", f"It is the same as {twin.source}.", False)
+                yield RowFinding(chat.source, "duplicate", f"It is the same as {twin.source}.", False)
             elif chat.first_answer:
                 request, answer = chat.first_answer
                 known, other = answers.setdefault(request, (answer, chat))
                 if known != answer:
-                    yield Finding(chat.source, "other answer", f"It answers the question of {other.source} in another way.", False)
+                    yield RowFinding(chat.source, "other answer", f"It answers the question of {other.source} in another way.", False)
 
 
 def _render(side: Side, chats: list[Chat], report: Report, renderer: Renderer, task: progress.Task) -> None:
@@ -186,7 +187,7 @@ def _render(side: Side, chats: list[Chat], report: Report, renderer: Renderer, t
         task.advance()
         if isinstance(rows, OlpackError):
             problem = rows.problem.removeprefix(f"{chat.source}: ")
-            report.findings.append(Finding(chat.source, "template", f"{problem[0].upper()}{problem[1:].rstrip('.')}.", True))
+            report.findings.append(RowFinding(chat.source, "template", f"{problem[0].upper()}{problem[1:].rstrip('.')}.", True))
             continue
         name = chat.source.rpartition(":")[0]
         part = parts.setdefault(name, Part(name, chat.form))
@@ -200,13 +201,13 @@ def _render(side: Side, chats: list[Chat], report: Report, renderer: Renderer, t
         longest = max(len(row.ids) for row in rows)
         if longest > report.max_length:
             text = f"It has {longest:,} tokens, and at most {report.max_length:,} are allowed (`data.max_length`, and the base's context)."
-            report.findings.append(Finding(chat.source, "too long", text, True))
+            report.findings.append(RowFinding(chat.source, "too long", text, True))
         contents = [chat.text] if chat.text is not None else [message["content"] for message in chat.messages]
         if token := next((match for content in contents if (match := special.search(content))), None):
             text = f"Its text contains {token[0]}, which the model reads as a special token."
-            report.findings.append(Finding(chat.source, "special token", text, False))
+            report.findings.append(RowFinding(chat.source, "special token", text, False))
         if text := next((text for row in rows if (text := stray_mark(row, renderer))), ""):
-            report.findings.append(Finding(chat.source, "reasoning", text, False))
+            report.findings.append(RowFinding(chat.source, "reasoning", text, False))
     side.parts = list(parts.values())
 
 

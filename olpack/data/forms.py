@@ -74,17 +74,17 @@ def _unread(form: Form, row: dict, messages: list[dict]) -> tuple[str, ...]:
     Those of a message that olpack has no use for are among them: the chat template gets them, and may read them.
     """
     read = [key for key in _READ[form] if key != "messages" or form != "sharegpt" or row.get("conversations") is None]
-    found = _other_keys(row, read)
+    unread = _other_keys(row, read)
     for message in messages:
-        found += _other_keys(message, _READ_OF_A_MESSAGE, "messages.")
+        unread += _other_keys(message, _READ_OF_A_MESSAGE, "messages.")
         if isinstance(message.get("content"), list):
             for part in message["content"]:
-                found += _other_keys(part, ("type", "text"), "messages.content.")
+                unread += _other_keys(part, ("type", "text"), "messages.content.")
         calls = message.get("tool_calls")
         for call in (json.loads(calls) if isinstance(calls, str) else calls) or []:
-            found += _other_keys(call, ("type", "function") if "function" in call else ("type", "name", "arguments"), "messages.tool_calls.")
-            found += _other_keys(call.get("function"), ("name", "arguments"), "messages.tool_calls.function.")
-    return tuple(dict.fromkeys(found))
+            unread += _other_keys(call, ("type", "function") if "function" in call else ("type", "name", "arguments"), "messages.tool_calls.")
+            unread += _other_keys(call.get("function"), ("name", "arguments"), "messages.tool_calls.function.")
+    return tuple(dict.fromkeys(unread))
 
 
 def _other_keys(value: Any, read: Iterable[str], path: str = "") -> list[str]:
@@ -166,7 +166,7 @@ def _alpaca(row: dict) -> tuple[list, int]:
 
 
 def _history(row: dict) -> list[dict]:
-    """Earlier turns of an Alpaca row: pairs of a question and its answer. A table's cell holds them as JSON."""
+    """Earlier turns of an Alpaca row: pairs of a question and its answer. A table's cell contains them as JSON."""
     pairs = row.get("history")
     if isinstance(pairs, str):
         pairs = _parsed(pairs, "`history` is no JSON") if pairs.strip() else None
@@ -246,7 +246,7 @@ def _tools(row: dict) -> list[dict] | None:
 
 
 def _list(row: dict, key: str, problem: str | None = None) -> list:
-    """A list of messages. A table's cell holds it as JSON."""
+    """A list of messages. A table's cell contains it as JSON."""
     value = row.get(key)
     if isinstance(value, str):
         value = _parsed(value, f"`{key}` is no JSON")

@@ -67,13 +67,13 @@ class HubSet:
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity_error()  # it would report that it took the latest version in the cache; here the commit decides
         with _failures(self), progress.task(f"fetching {self.id}"):
-            found = datasets.load_dataset(self.id, name=self.subset, split=self.split, revision=self.commit)
-        if not any(self.commit in file["filename"] for file in found.cache_files):  # without a network, `datasets` takes what it has
+            rows = datasets.load_dataset(self.id, name=self.subset, split=self.split, revision=self.commit)
+        if not any(self.commit in file["filename"] for file in rows.cache_files):  # without a network, `datasets` takes what it has
             raise OlpackError(
                 f"{self.id} is in the local cache at another revision only, and the Hugging Face Hub cannot be reached.",
                 "Connect once, or name the revision that is there.",
             )
-        yield from found
+        yield from rows
 
 
 @contextmanager

@@ -14,12 +14,11 @@ from olpack.data.sources import Source
 from olpack.errors import OlpackError
 
 
-def load_sides(train: Sequence[Source | Path], held_out: Sequence[Source | Path], *, eval_share: float) -> tuple[list[Chat], list[Chat]]:
-    """Read the training chats and the held-out chats.
+def load_split(train: Sequence[Source | Path], *, eval_share: float) -> tuple[list[Chat], list[Chat]]:
+    """Read the training chats and set a share of them apart for evaluation.
 
     Args:
         train: sources of training chats. Chats that their weight leaves out are among the result.
-        held_out: sources of held-out chats; empty: `eval_share` of the training chats is set apart.
         eval_share: from 0 to 1.
 
     Returns:
@@ -28,14 +27,11 @@ def load_sides(train: Sequence[Source | Path], held_out: Sequence[Source | Path]
     Raises:
         OlpackError: a file or a row is wrong, or nothing is left on one side.
     """
-    chats = load_chats(*train)
-    if held_out:
-        return chats, load_chats(*held_out)
-    chats, apart = split(chats, eval_share)
-    names = ", ".join(
-        str(source if isinstance(source, Path) else source.place if isinstance(source.place, Path) else source.label) for source in train
-    )
+    chats, apart = split(load_chats(*train), eval_share)
     if not chats or not apart:
+        names = ", ".join(
+            str(source if isinstance(source, Path) else source.place if isinstance(source.place, Path) else source.label) for source in train
+        )
         raise OlpackError(f"{names} has too few rows to set {eval_share:.0%} of them apart.", "Name a file of held-out rows as `data.eval`.")
     return chats, apart
 
@@ -44,7 +40,7 @@ def render_rows(chats: Sequence[Chat], held_out: Sequence[Chat], renderer: Rende
     """Render both sides of the data.
 
     Args:
-        chats: training chats. Those with a weight stand in the result as often as that says.
+        chats: training chats. The weight of a chat decides how often its rows stand in the result.
         held_out: chats to score, each once.
         renderer: with the base's tokenizer and chat template.
         max_length: longest row in tokens.
@@ -82,7 +78,8 @@ def nth_row(number: int, train: Sequence[Source], other: Sequence[Source], rende
 
     Args:
         number: which row; of a chat that makes several, each counts.
-        train, other, renderer, eval_share: as `load_sides` and `render_rows` take them; a share of 0 holds nothing out.
+        train, other: sources of training chats, and of held-out chats; empty: `eval_share` of the training chats is held out, 0 holds out none.
+        renderer: with the base's tokenizer and chat template.
         held_out: count the held-out rows, not the training rows.
 
     Raises:

@@ -111,7 +111,7 @@ def _beyond(error: ValueError | RecursionError) -> str:
 
 
 def _are_lines(raw: bytes) -> bool:
-    """Whether a .json file holds JSON lines, as many do: its first line is an object of its own, and not the one that holds all rows."""
+    """Whether a .json file contains JSON lines, as many do: its first line is an object of its own, and not the one with all rows."""
     try:
         first = json.loads(raw.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")[0])
     except (ValueError, RecursionError):
@@ -134,7 +134,7 @@ def _text_records(raw: bytes, parse: Callable[[str], Iterator[Record]]) -> Itera
 
 
 def _json(text: str) -> Iterator[Record]:
-    """The objects of an array, or of the array that an object holds as `data`."""
+    """The objects of an array, or of the array that an object has as `data`."""
     line, seen = 1, 0
     try:
         at = _array(text)
@@ -192,7 +192,7 @@ def _elements(text: str, at: int) -> Iterator[tuple[int, Any]]:
 
 
 def _expect_end(text: str, at: int) -> None:
-    """Behind the rows stands nothing but the rest of the object that holds them: no second array, whose rows would be lost."""
+    """Refuse anything behind the rows but the rest of the object around them: the rows of a second array would be lost."""
     if text[_next(text, 0)] == "{":
         while text[at : at + 1] == ",":
             key, at = _key(text, _next(text, at + 1))

@@ -88,7 +88,7 @@ class Renderer:
             return apply_template(self.tokenizer, messages, ask=ask, tools=tools)
 
     def prompt(self, messages: list[dict]) -> list[int]:
-        """Token ids of a conversation that waits for the assistant's answer."""
+        """Token ids of a conversation up to where the assistant's answer begins."""
         return self.tokenizer(self.text(messages, ask=True), add_special_tokens=False)["input_ids"]
 
     def rows(self, chat: Chat) -> list[TokenRow]:
@@ -125,7 +125,7 @@ class Renderer:
                 rows = [self._marked(part, *next(tokens), name) for part, name in zip(parts, names, strict=True)]
                 lost = next((row for row in rows if not row.target_count), None)
                 yield (
-                    OlpackError(f"{lost.source}: the rendered row has no token to learn.", "Give the assistant an answer, or remove the row.")
+                    OlpackError(f"{lost.source}: the rendered row has no target tokens.", "Give the assistant an answer, or remove the row.")
                     if lost
                     else rows
                 )
@@ -176,7 +176,7 @@ class Renderer:
             rows[-1].spans.append(span)
         if not rows:
             raise OlpackError(
-                "it has no answer to learn: the assistant's turns are first in the conversation, or have the weight 0.",
+                "it has no target tokens: the assistant's turns are first in the conversation, or have the weight 0.",
                 "Give the assistant something to answer, or remove the row.",
             )
         return rows[::-1]
@@ -332,8 +332,8 @@ class _Opened:
 def _opened(asked: str) -> _Opened | None:
     """The block that is open at the end of a generation prompt, None where it ends with no mark."""
     for begin, end in _PAIRS:
-        if found := re.search(rf"({begin})\s*\Z", asked):
-            return _Opened(found[1], found[0], re.sub(begin, end, found[1]))
+        if match := re.search(rf"({begin})\s*\Z", asked):
+            return _Opened(match[1], match[0], re.sub(begin, end, match[1]))
     return None
 
 
@@ -356,8 +356,8 @@ def _beyond(asked: str, whole: str, part: int, header: int | None) -> str:
 
 def _reasoning(message: dict) -> str:
     """The reasoning that stands in a field of its own, "" where there is none."""
-    found = next((message[name] for name in _REASONING if message.get(name)), "")
-    return found if isinstance(found, str) else ""
+    reasoning = next((message[name] for name in _REASONING if message.get(name)), "")
+    return reasoning if isinstance(reasoning, str) else ""
 
 
 def _is_target(message: dict) -> bool:

@@ -80,9 +80,9 @@ class Problem:
 
     Attributes:
         source: where it stands, "train.jsonl:17".
-        place: the same in words, "data/train.jsonl, line 17".
+        place: its file and line, "data/train.jsonl, line 17".
         text: what is wrong, without a full stop.
-        kind: what sort of problem it is, in a word or two.
+        kind: the sort of problem, in a word or two.
     """
 
     source: str

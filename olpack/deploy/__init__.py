@@ -1,9 +1,9 @@
-"""From GGUF files to tags of an Ollama server, and the proof that the prompt served is the prompt trained.
+"""From GGUF files to tags of an Ollama server, and the proof that the served prompt is the trained prompt.
 
     check_name("coding-assistant"); check_parameters({"temperature": 0.2})    # before any work
     text = render(package, gguf_path, template_source)                        # the Modelfile, an artefact
     client = OllamaClient(); client.require()                                 # olpack.deploy.client
-    register(client, "coding-assistant", files, package, latest="q4_K_M")     # olpack.deploy.register
+    register(client, "coding-assistant", files, package)                      # olpack.deploy.register
     smoke(client, "coding-assistant:q4_K_M", messages)                        # olpack.deploy.smoke
     check_identity(client, "coding-assistant:q4_K_M", tokenizer)              # olpack.deploy.identity
     write_store(folder, "coding-assistant", files, package)                   # olpack.deploy.store: without a server
@@ -11,28 +11,22 @@
     push_to_ollama(client, ["coding-assistant"], "me")                        # olpack.deploy.push; to the Hub: olpack.deploy.hub
     remove(client, "coding-assistant", records)                               # olpack.deploy.remove
 
-What talks to the server is imported from its module, so that checking a recipe loads no HTTP library.
+Code that calls the server is imported from its module, so that checking a recipe loads no HTTP library.
 """
 
 from olpack.deploy.modelfile import Package, ParsedModelfile, differences, parse, render, unrepresentable
 from olpack.deploy.names import check_name, same
 from olpack.deploy.parameters import PARAMETERS, check_parameters, context_warnings
-from olpack.model.chat_template import UNDEFINED, advertised, pins_for, protect, read_chat_template
 
 __all__ = [
     "PARAMETERS",
-    "UNDEFINED",
     "Package",
     "ParsedModelfile",
-    "advertised",
     "check_name",
     "check_parameters",
     "context_warnings",
     "differences",
     "parse",
-    "pins_for",
-    "protect",
-    "read_chat_template",
     "render",
     "same",
     "unrepresentable",

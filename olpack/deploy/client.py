@@ -1,6 +1,6 @@
 """A thin client of an Ollama server: typed calls through the `ollama` package, and over httpx what that package cannot do.
 
-It cannot ask for a blob before sending it (the server resets a connection that sends what it has), show an upload's progress, tell a stream
+It cannot ask for a blob before sending it (the server resets a connection that sends what it has), show an upload's progress, distinguish a stream
 that just ends from one that succeeded, read a model's system prompt and messages back, or have a prompt rendered without running it.
 Every failure leaves here as an OlpackError.
 """
@@ -295,7 +295,7 @@ class OllamaClient:
             digest: `sha256:<64 hex>` of it, as `blob_digest` gives it.
 
         Raises:
-            OlpackError: the upload broke off every time, the server's disk is full, or the file is not what the digest says.
+            OlpackError: the upload broke off every time, the server's disk is full, or the file does not match the digest.
         """
         for attempt in range(_TRIES):
             try:
@@ -362,7 +362,7 @@ class OllamaClient:
         return steps
 
     def push(self, model: str, insecure: bool = False) -> Iterator[dict]:
-        """Have the server send a model to the registry that its name says.
+        """Have the server send a model to the registry that its name gives.
 
         Args:
             model: `[host/]namespace/model:tag`.
@@ -412,7 +412,7 @@ class OllamaClient:
         try:
             yield
         except (httpx.HTTPError, httpx.StreamError, ollama.ResponseError, ConnectionError, ValueError, AttributeError) as error:
-            # The last is what the package raises for an error whose JSON is no object.
+            # The package raises the last for an error whose JSON is no object.
             raise self._explained(error, doing) from error
 
     def _absent(self) -> OlpackError:
@@ -428,7 +428,7 @@ class OllamaClient:
                 f"The certificate of {self.url} is not trusted here.",
                 "Set SSL_CERT_FILE to a file with the certificate of who issued it, or call the server by http:// where that is safe.",
             )
-        if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout, ConnectionError)):  # the last is the ollama package's word for the first
+        if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout, ConnectionError)):  # the ollama package raises the last for the first
             return self._absent()
         if isinstance(error, httpx.TimeoutException):
             return OlpackError(f"{server} sent nothing for {self._http.timeout.read:g} s while {doing}.", "It may be overloaded. " + again)

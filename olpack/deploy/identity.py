@@ -81,7 +81,7 @@ class Difference:
         conversation: its label.
         via: the way it was compared.
         expected, served: the prompts, or a summary of their tokens.
-        cause: the likely one, in words; "" where none is recognized.
+        cause: the likely one, as a clause; "" where none is recognized.
     """
 
     conversation: str
@@ -262,7 +262,7 @@ class _Check:
 
     def _compare(self, label: str, via: Via, expected: str, served: str) -> bool:
         self.compared += 1
-        # The server leaves the begin-of-sequence text to the tokenizer where that adds the token anyway; the token ids tell the rest.
+        # The server leaves the begin-of-sequence text to the tokenizer where that adds the token anyway; the token ids show the rest.
         bos = self.tokenizer.bos_token or ""
         if served in (expected, expected.removeprefix(bos)):
             return True

@@ -68,7 +68,7 @@ def render(package: Package, gguf_path: Path | str, template_source: str, adapte
         gguf_path: what FROM names. `ollama create -f` takes a relative path from the folder of the Modelfile.
         template_source: Jinja, of `templates/Modelfile.j2` or the user's own. It sees `gguf` and `adapter`, the attributes of the package,
             `problems` (what the grammar cannot express) and the filter `quoted`.
-        adapter_path: what ADAPTER names; None: the GGUF holds the fine-tuned weights.
+        adapter_path: what ADAPTER names; None: the GGUF contains the fine-tuned weights.
 
     Raises:
         OlpackError: the template does not compile, or names something that is not there.
@@ -238,18 +238,18 @@ def differences(parsed: ParsedModelfile, package: Package, adapter: str | None =
     """In what a Modelfile differs from the package, one clause each. None of them proves that a rendered file, from a user's own template
     too, is right.
     """
-    found = parsed.package
-    pairs: list[tuple[str, object, object]] = [(name, getattr(package, name), getattr(found, name)) for name in ("system", "template", "license")]
+    other = parsed.package
+    pairs: list[tuple[str, object, object]] = [(name, getattr(package, name), getattr(other, name)) for name in ("system", "template", "license")]
     pairs.append(("adapter", adapter, parsed.adapter))
     pairs.append(
         (
             "messages",
             [(turn["role"], turn["content"]) for turn in package.messages],
-            [(turn["role"], turn["content"]) for turn in found.messages],
+            [(turn["role"], turn["content"]) for turn in other.messages],
         )
     )
-    for name in dict.fromkeys([*package.parameters, *found.parameters]):
-        wanted, read = package.parameters.get(name), found.parameters.get(name)
+    for name in dict.fromkeys([*package.parameters, *other.parameters]):
+        wanted, read = package.parameters.get(name), other.parameters.get(name)
         pairs.append((f"parameter {name}", list(wanted) if isinstance(wanted, tuple) else wanted, read))
     return [
         f"{label}: the package has {_short(wanted)}, the Modelfile has {_short(read)}"

@@ -95,7 +95,7 @@ def context_warnings(num_ctx: int, trained: int | None = None, longest: int | No
     """Warnings about a context length, one sentence each.
 
     Args:
-        num_ctx: tokens that the server will keep.
+        num_ctx: tokens that the server keeps.
         trained: tokens of the longest row that training saw.
         longest: tokens that the base model was made for.
     """

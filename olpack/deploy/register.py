@@ -71,7 +71,6 @@ def register(
     name: str,
     files: Sequence[TagFile],
     package: Package,
-    latest: str | None = None,
     before: Sequence[Registered] = (),
 ) -> list[Registered]:
     """Bring the server to the state that the package describes.
@@ -82,7 +81,6 @@ def register(
         files: one for each tag.
         package: what all tags carry. Its parameters must have `num_ctx`: without it the server takes 4,096 to 262,144 by the memory of the
             machine.
-        latest: the tag that `name` alone means; None: `:latest` is left as it is.
         before: what an earlier call returned. Only needed to recognize weights that the server rewrote; without it such a tag is sent
             again.
 
@@ -92,15 +90,12 @@ def register(
     Raises:
         OlpackError: the name or a parameter is wrong (before anything is sent), the server failed, or it did not do what it was asked to.
     """
-    check_request(name, files, package, latest)
+    check_request(name, files, package)
     earlier = {canonical(record.model): record for record in before}
-    records = [_register_one(client, model := f"{name}:{file.tag}", file, package, earlier.get(canonical(model))) for file in files]
-    if latest is not None:
-        point_latest(client, name, latest)
-    return records
+    return [_register_one(client, model := f"{name}:{file.tag}", file, package, earlier.get(canonical(model))) for file in files]
 
 
-def check_request(name: str, files: Sequence[TagFile], package: Package, latest: str | None) -> None:
+def check_request(name: str, files: Sequence[TagFile], package: Package, latest: str | None = None) -> None:
     """Refuse names, tags and parameters that the server would refuse, or take and fail with later."""
     check_name(name, tagged=False)
     check_unsplit(files)

@@ -83,7 +83,7 @@ def write_store(store: Path, name: str, files: Sequence[TagFile], package: Packa
         one record for each file, in order, and one for `:latest` where it was asked for.
 
     Raises:
-        OlpackError: the name or a parameter is wrong, a file is not what its digest says, or the store cannot be written.
+        OlpackError: the name or a parameter is wrong, a file does not match its digest, or the store cannot be written.
     """
     check_request(name, files, package, latest)
     with _failures(store):
@@ -191,7 +191,7 @@ def _go_float(value: float) -> str:
 def store_of(client: OllamaClient) -> Path:
     """The folder in which a server that runs on this machine keeps its models, where it may be written.
 
-    It is the server's if it holds the very manifests that the server lists.
+    It is the server's if it contains exactly the manifests that the server lists.
 
     Raises:
         OlpackError: the server is elsewhere, its folder is not found, or cannot be written. The error's problem is the reason alone.
@@ -201,11 +201,11 @@ def store_of(client: OllamaClient) -> Path:
     remedy = "Set OLLAMA_MODELS to the folder that the server has it set to."
     listed = {canonical(tag.model): tag.digest for tag in client.tags()}
     places = [place for place in dict.fromkeys([models_folder(), *_OF_SERVICES]) if (place / "blobs").is_dir()]
-    found = [place for place in places if _manifests(place) == listed]
-    if not found:
+    stores = [place for place in places if _manifests(place) == listed]
+    if not stores:
         looked = ", ".join(map(str, dict.fromkeys([models_folder(), *_OF_SERVICES])))
         raise OlpackError(f"no folder with the models of the server at {client.url} is found ({looked})", remedy)
-    store = found[0]
+    store = stores[0]
     if not all(os.access(folder, os.W_OK) for folder in (store, store / "blobs", *(one for one in [store / "manifests"] if one.exists()))):
         raise OlpackError(f"its model store {store} cannot be written by this user", "Run olpack as the user whose store it is, or as root.")
     return store
@@ -215,12 +215,12 @@ _OF_SERVICES = (Path("/usr/share/ollama/.ollama/models"), Path("/var/lib/ollama/
 
 
 def _manifests(store: Path) -> dict[str, str]:
-    found = {}
+    digests = {}
     for path in store.glob("manifests/*/*/*/*"):
         host, namespace, model, tag = path.relative_to(store / "manifests").parts
         with suppress(OSError):
-            found[canonical(f"{host}/{namespace}/{model}:{tag}")] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return found
+            digests[canonical(f"{host}/{namespace}/{model}:{tag}")] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return digests
 
 
 def place(client: OllamaClient, store: Path, name: str, file: TagFile, package: Package) -> Registered:

@@ -103,11 +103,11 @@ class Build:
     @cached_property
     def chats(self) -> tuple[list[Chat], list[Chat]]:
         """(train, eval) chats in the order of their files, each file parsed once."""
-        from olpack.data import load_chats, load_sides
+        from olpack.data import load_chats, load_split
 
         if self.sources("eval"):
             return load_chats(*self.sources("train")), self.held_out_chats
-        return load_sides(self.sources("train"), [], eval_share=self.recipe.data.eval_share)
+        return load_split(self.sources("train"), eval_share=self.recipe.data.eval_share)
 
     @cached_property
     def held_out_chats(self) -> list[Chat]:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from olpack import progress
-from olpack.deploy import advertised
 from olpack.errors import OlpackError
+from olpack.model.chat_template import advertised
 from olpack.stages import records
 from olpack.stages.build import Build
 from olpack.stages.export import ADAPTER
