@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from oracle import olpack
 from typer.main import get_command
 
 from olpack import cli
@@ -28,3 +29,9 @@ def test_the_files_that_the_documents_link_to_are_there():
     for page in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists() or "{" in target, f"{page.name} links to {target}"
+
+
+def test_help_shows_the_first_sentence_of_each_command_whole(tmp_path):
+    for words in ([], ["data"]):
+        commands = olpack(tmp_path, *words, "--help", width=80)[1].partition("Commands:")[2].strip().splitlines()
+        assert commands and all(line.endswith(".") and not line.endswith("...") for line in commands), commands
