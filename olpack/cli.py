@@ -420,7 +420,7 @@ def estimate(
     params: Params = None,
     context: Context = None,
     kv: KvType = "f16",
-    rank: Annotated[int, typer.Option("--rank", min=1, help="Rank of the adapter.")] = 16,
+    rank: Annotated[int, typer.Option("--rank", metavar="N", min=1, help="Rank of the adapter.")] = 16,
     batch: Annotated[int, typer.Option("--batch", metavar="TOKENS", min=1, help="Tokens of a micro-batch in training.")] = 2048,
     quant: Quant = None,
     as_json: Json = False,
@@ -576,6 +576,14 @@ def list_packages(out: Out = None, as_json: Json = False) -> None:
 
     rows = package_rows(out or Path("build"))
     _print(as_json, rows, partial(print_packages, rows))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipe.yaml, for editors."""
+    from olpack import recipe
+
+    _print_json(recipe.json_schema())
 
 
 @app.command()
