@@ -32,7 +32,7 @@ from tiny_models import write_adapter
 from olpack import progress
 from olpack.deploy import Package, pins_for, protect
 from olpack.deploy.client import OllamaClient
-from olpack.deploy.register import QuantFile, Registered, register
+from olpack.deploy.register import Registered, TagFile, register
 from olpack.export import Target, export
 from olpack.export.lora import export_adapter
 from olpack.model.base import BUILTIN, Base
@@ -42,13 +42,13 @@ QUANTS = ("Q4_0", "Q4_K_M", "Q5_K_M", "Q8_0", "Q6_K")
 PACKAGE = Package(system="You write Python.", parameters={"temperature": 0.2, "top_k": 40, "num_ctx": 2048})
 
 
-def write_files(work: Path) -> tuple[list[QuantFile], list[Path]]:
+def write_files(work: Path) -> tuple[list[TagFile], list[Path]]:
     """Quants of the builtin base, and two adapters for it."""
     base = Base("builtin/tiny-coder", BUILTIN / "tiny-coder")
     template = base.tokenizer().chat_template
     targets = [Target(quant, work / f"coder-{quant}.gguf") for quant in QUANTS]
     made = export(base.path, targets, chat_template=protect(template, pins_for(template, {})))
-    files = [QuantFile(quant_type(file.quant).tag, file.path, file.sha256) for file in made]
+    files = [TagFile(quant_type(file.quant).tag, file.path, file.sha256) for file in made]
     adapters = [work / "one.gguf", work / "two.gguf"]
     for seed, path in enumerate(adapters):
         export_adapter(base.path, write_adapter(work / path.stem, base.path, seed=seed, r=16), path)
@@ -104,7 +104,7 @@ def main() -> None:
         rows: list[tuple[str, int, float]] = []
         registered: list[str] = []
 
-        def step(label: str, name: str, sent: Sequence[QuantFile], package: Package) -> None:
+        def step(label: str, name: str, sent: Sequence[TagFile], package: Package) -> None:
             made: list[Registered] = register(client, name, sent, package)
             rows.append((label, sum(record.bytes_sent for record in made), sum(record.seconds for record in made)))
             registered.extend(record.model for record in made)

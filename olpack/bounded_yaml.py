@@ -36,16 +36,16 @@ def check(text: str, subject: str) -> None:
         subject: what the text is, for the error: "recipe.yaml".
 
     Raises:
-        OlpackError: it is too large or too deep, or an alias lies inside of what it stands for.
+        OlpackError: it is too large or too deep, or an alias refers to a value that contains it.
         yaml.YAMLError: it is no YAML.
     """
     if len(text) > MOST_CHARACTERS:
         raise OlpackError(f"{subject} is longer than 1 MB.", _LIMITS)
-    whole: dict[str, tuple[int, int, int]] = {}  # of each anchor: its values, their characters, its levels
+    whole: dict[str | None, tuple[int, int, int]] = {}  # of each anchor: its values, their characters, its levels
     opened: list[list[Any]] = []  # of each list and mapping that has not ended: its anchor, `values` and `characters` before it, its levels so far
     values = characters = 0
     for event in yaml.parse(text, Loader):
-        place, levels = f"{subject}, line {event.start_mark.line + 1}", 0
+        place, levels = f"{subject}, line {event.start_mark.line + 1 if event.start_mark else 1}", 0
         if isinstance(event, yaml.CollectionStartEvent):
             opened.append([event.anchor, values, characters, 1])
             values += 1
@@ -57,7 +57,7 @@ def check(text: str, subject: str) -> None:
             whole[event.anchor] = (1, len(event.value), 0)
         elif isinstance(event, yaml.AliasEvent):
             if any(anchor == event.anchor for anchor, *_ in opened):
-                raise OlpackError(f"{place}: *{event.anchor} lies inside of what it stands for.", "Write out what is meant.")
+                raise OlpackError(f"{place}: *{event.anchor} refers to a value that contains it.", "Write the value out.")
             more, length, levels = whole.get(event.anchor, (0, 0, 0))  # one without an anchor is named by whoever reads the text
             values, characters = values + more, characters + length
         if opened:

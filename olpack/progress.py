@@ -139,20 +139,20 @@ def task(title: str, total: float | None = None, unit: str = "", done: float = 0
     finally:
         if shown._bar is not None:
             _bars.remove_task(shown._bar)
-        if mine:
+        if mine and _bars is not None:
             _bars.stop()
             _bars = None
 
 
 class Relay:
-    """Shows what another process tells in JSON lines, in this process's own way.
+    """Shows the events of another process, JSON lines, in this process's own way.
 
     with Relay() as relay:
         for line in worker.stdout:
             relay.show(json.loads(line))
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._tasks: dict[str, tuple[ExitStack, Task]] = {}
 
     def __enter__(self) -> Relay:

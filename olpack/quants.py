@@ -187,7 +187,7 @@ def check_tensor_types(tensor_types: Mapping[str, str]) -> dict[str, str]:
 
 
 def overridable(quant: QuantType) -> bool:
-    """Whether types that are chosen for single tensors have a say in a file type: llama.cpp heeds them in quantized ones only."""
+    """Whether types that are chosen for single tensors decide anything in a file type: llama.cpp uses them in quantized ones only."""
     return quant.name not in ("F32", "F16", "BF16")
 
 

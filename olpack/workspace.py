@@ -1,4 +1,4 @@
-"""Where things lie, and how they get there whole: packages, templates, the build folder, atomic writes, digests, the lock.
+"""The files of packages and builds, and how they are written whole: packages, templates, the build folder, atomic writes, digests, the lock.
 
 modelfiles/NAME/recipe.yaml         what the user writes (the one in the working folder wins over the shipped one)
 templates/Modelfile.j2              likewise
@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -74,7 +74,7 @@ def recipe_path(name: str) -> Path:
             return path
     check_package(name)
     known = ", ".join(packages()) or "none"
-    raise OlpackError(f"There is no modelfiles/{name}/recipe.yaml here, and olpack ships none of that name.", f"Packages: {known}.")
+    raise OlpackError(f"There is no modelfiles/{name}/recipe.yaml here, and olpack comes with none of that name.", f"Packages: {known}.")
 
 
 def check_package(name: str) -> None:
@@ -99,37 +99,14 @@ def template_source(name: str) -> str:
         raise OlpackError(f"{path} is not UTF-8 (byte {error.start}).", "Save it as UTF-8.") from None
 
 
-def render_text(source: str, file: str, what: str, *, filters: Mapping[str, Callable] = {}, **values: Any) -> str:
-    """What a template makes of some values; nothing in them is escaped.
-
-    Args:
-        source: of `template_source`.
-        file: its name, and `what` it is of, for the errors.
-        filters: by their names in the template.
-
-    Raises:
-        OlpackError: the template does not compile, or names something that is not there.
-    """
-    import jinja2
-
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= filters
-    try:
-        return environment.from_string(source).render(values)
-    except jinja2.TemplateSyntaxError as error:
-        raise OlpackError(f"{what} has an error in line {error.lineno}: {error.message}.", f"Mend it, or remove your templates/{file}.") from None
-    except jinja2.TemplateError as error:
-        raise OlpackError(f"{what} fails: {error}.", f"Mend it, or remove your templates/{file} to use the one that ships.") from None
-
-
 @dataclass(frozen=True)
 class BuildPaths:
-    """The folder of one build, and what lies where in it.
+    """The folder of one build, and the paths in it.
 
     Attributes:
         name: of the package, or of a shared base.
         root: the folder.
-        base: of a package that consists of an adapter: where the quants of its base lie.
+        base: of a package that consists of an adapter: the folder of its base's quants.
     """
 
     name: str
@@ -257,10 +234,10 @@ def locked(root: Path) -> Iterator[None]:
 def file_digest(path: Path) -> str:
     """SHA-256 of a file, as 64 hexadecimal digits. A process reads a file once, as long as nothing writes to it."""
     with path.open("rb") as file:
-        found = os.fstat(file.fileno())
-        state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        status = os.fstat(file.fileno())
+        state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         if state not in _digests:
-            settled = time.time_ns() - found.st_ctime_ns > _SAME_TIME_NS
+            settled = time.time_ns() - status.st_ctime_ns > _SAME_TIME_NS
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             if not settled:
                 return digest
@@ -278,7 +255,7 @@ def folder_fingerprint(folder: Path) -> str:
 
     A file that is no part of a model, such as notes or a GGUF made from it, does not count.
     Files up to 16 MiB are read whole; of a larger one (weights) the size, both ends and 64 slices of 4 KiB spread evenly.
-    Every step of training moves almost every weight, so two models that differ are told apart; a flipped bit is not,
+    Every step of training moves almost every weight, so two models that differ have different fingerprints; a flipped bit is not,
     and need not be: it is a key, not a checksum.
     """
     digest = hashlib.sha256()
@@ -307,7 +284,7 @@ def _model_files(folder: Path) -> Iterator[Path]:
 
 
 def free_bytes(path: Path) -> int:
-    """Free space, in bytes, of the file system on which `path` lies or will lie."""
+    """Free space, in bytes, of the file system that `path` is or will be on."""
     while not path.exists():
         path = path.absolute().parent
     return shutil.disk_usage(path).free

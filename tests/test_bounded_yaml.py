@@ -22,7 +22,7 @@ ENDLESS = {
     "aliases of aliases": (BOMB, "this is too large"),
     "merged aliases": (MERGED, "this is too large"),
     "a long text again and again": (LONG_TEXT, "this is too large"),
-    "a list inside of itself": ("a: &a [1, *a]\n", "line 1: *a lies inside of what it stands for"),
+    "a list inside of itself": ("a: &a [1, *a]\n", "line 1: *a refers to a value that contains it"),
     "levels": ("a: " + "[" * 400 + "]" * 400 + "\n", "this is nested too deep"),
     "levels by aliases": (CHAIN, "this is nested too deep"),
 }

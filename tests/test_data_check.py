@@ -124,7 +124,7 @@ def test_show_prints_a_row_byte_for_byte(tmp_path):
     code, printed, _ = olpack(tmp_path, "data", "show", "support", "1", "--eval")
     assert code == 0 and "eval row 1, eval.jsonl:1" in printed
     code, _, said = olpack(tmp_path, "data", "show", "support", "21")
-    assert code == 1 and "There is no row 21: to learn are 20." in said
+    assert code == 1 and "There is no row 21: the training side has 20." in said
 
 
 def test_on_a_terminal_colours_mark_target_tokens(tmp_path, monkeypatch):

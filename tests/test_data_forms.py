@@ -97,7 +97,7 @@ def test_a_folder_is_all_its_files(tmp_path):
     (tmp_path / "rows/b.jsonl").rename(tmp_path / "rows/c.jsonl")
     assert Source(tmp_path / "rows").digest() != before
     (tmp_path / "empty").mkdir()
-    with pytest.raises(OlpackError, match="holds no data"):
+    with pytest.raises(OlpackError, match="contains no data"):
         load_chats(tmp_path / "empty")
 
 

@@ -117,8 +117,8 @@ def test_earlier_answers_that_only_close_their_reasoning_are_given_to_the_templa
 @pytest.mark.parametrize(
     ("template", "answer", "said"),
     [
-        (TURN + END + ASK, ORPHAN, "Its target tokens hold </think> more often than reasoning is opened."),
-        (TURN + END + THINK, f"Well.\n</think>{ORPHAN}", "Its target tokens hold </think> more often than reasoning is opened."),
+        (TURN + END + ASK, ORPHAN, "Its target tokens contain </think> more often than reasoning is opened."),
+        (TURN + END + THINK, f"Well.\n</think>{ORPHAN}", "Its target tokens contain </think> more often than reasoning is opened."),
         (TURN + END + NO_THINK, INLINE, "The generation prompt ends with </think>, and the answer opens reasoning behind it."),
         (TURN + END + ASK, INLINE, None),
         (TURN + CUT + THINK, INLINE, None),

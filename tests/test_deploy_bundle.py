@@ -13,7 +13,7 @@ import served_gguf
 
 from olpack.deploy import Package, parse, render
 from olpack.deploy.bundle import beside, bundle
-from olpack.deploy.register import QuantFile
+from olpack.deploy.register import TagFile
 from olpack.errors import OlpackError
 from olpack.workspace import template_source
 
@@ -21,14 +21,14 @@ PACKAGE = Package(system="FROM here on,\nfrom ./there\nyou write Python.", param
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> list[QuantFile]:
+def files(tmp_path: Path) -> list[TagFile]:
     (tmp_path / "gguf").mkdir()
     made = [("q4_0", tmp_path / "gguf/coder-Q4_0.gguf", 2), ("q4_K_M", tmp_path / "gguf/coder-Q4_K_M.gguf", 15)]
-    return [QuantFile(tag, path, served_gguf.write(path, served_gguf.CHAT, number)) for tag, path, number in made]
+    return [TagFile(tag, path, served_gguf.write(path, served_gguf.CHAT, number)) for tag, path, number in made]
 
 
 @pytest.fixture
-def modelfiles(tmp_path: Path, files: list[QuantFile]) -> list[Path]:
+def modelfiles(tmp_path: Path, files: list[TagFile]) -> list[Path]:
     (tmp_path / "modelfiles").mkdir()
     paths = []
     for file in files:
@@ -43,7 +43,7 @@ def report(tmp_path: Path) -> Path:
     return tmp_path / "report.html"
 
 
-def test_what_is_in_it(files: list[QuantFile], modelfiles: list[Path], report: Path, tmp_path: Path) -> None:
+def test_what_is_in_it(files: list[TagFile], modelfiles: list[Path], report: Path, tmp_path: Path) -> None:
     out = bundle("coder", files, modelfiles, [report], tmp_path / "out/coder.zip")
     with zipfile.ZipFile(out) as archive:
         assert archive.testzip() is None
@@ -65,7 +65,7 @@ def test_what_is_in_it(files: list[QuantFile], modelfiles: list[Path], report: P
     assert [path.name for path in out.parent.iterdir()] == ["coder.zip"]
 
 
-def test_the_same_files_give_the_same_bytes(files: list[QuantFile], modelfiles: list[Path], report: Path, tmp_path: Path) -> None:
+def test_the_same_files_give_the_same_bytes(files: list[TagFile], modelfiles: list[Path], report: Path, tmp_path: Path) -> None:
     first = bundle("coder", files, modelfiles, [report], tmp_path / "first.zip").read_bytes()
     for path in (*modelfiles, report, *(file.path for file in files)):
         os.utime(path, (1, 1))
@@ -73,9 +73,7 @@ def test_the_same_files_give_the_same_bytes(files: list[QuantFile], modelfiles: 
     assert bundle("coder", files, modelfiles, [report], tmp_path / "second.zip").read_bytes() == first
 
 
-def test_a_file_beyond_what_a_plain_zip_holds(
-    files: list[QuantFile], modelfiles: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_beyond_what_a_plain_zip_holds(files: list[TagFile], modelfiles: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 100_000)
     out = bundle("coder", files, modelfiles, [], tmp_path / "coder.zip")
     with zipfile.ZipFile(out) as archive:
@@ -83,7 +81,7 @@ def test_a_file_beyond_what_a_plain_zip_holds(
         assert archive.getinfo("coder/coder-Q4_0.gguf").extract_version == zipfile.ZIP64_VERSION
 
 
-def test_a_file_that_changed_since(files: list[QuantFile], modelfiles: list[Path], tmp_path: Path) -> None:
+def test_a_file_that_changed_since(files: list[TagFile], modelfiles: list[Path], tmp_path: Path) -> None:
     out = bundle("coder", files, modelfiles, [], tmp_path / "coder.zip")
     before = out.read_bytes()
     files[0].path.write_bytes(files[0].path.read_bytes()[:-1] + b"x")
@@ -95,7 +93,7 @@ def test_a_file_that_changed_since(files: list[QuantFile], modelfiles: list[Path
 
 @pytest.mark.parametrize("moment", ["replace", "fsync"])
 def test_a_full_disk_leaves_what_was_there(
-    files: list[QuantFile], modelfiles: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+    files: list[TagFile], modelfiles: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     def fail(*_arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -108,13 +106,13 @@ def test_a_full_disk_leaves_what_was_there(
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_disk_that_is_too_small(files: list[QuantFile], modelfiles: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_too_small(files: list[TagFile], modelfiles: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("olpack.deploy.bundle.free_bytes", lambda _path: 1000)
     with pytest.raises(OlpackError, match=r"276.\d kB are needed for .*coder.zip, and 1.0 kB are free"):
         bundle("coder", files, modelfiles, [], tmp_path / "coder.zip")
 
 
-def test_mistakes(files: list[QuantFile], modelfiles: list[Path], report: Path, tmp_path: Path) -> None:
+def test_mistakes(files: list[TagFile], modelfiles: list[Path], report: Path, tmp_path: Path) -> None:
     out = tmp_path / "coder.zip"
     with pytest.raises(OlpackError, match=r"q4_K_M.Modelfile names ../gguf/coder-Q4_K_M.gguf, which is not among"):
         bundle("coder", files[:1], modelfiles, [], out)

@@ -153,7 +153,7 @@ def test_something_else_answers(ollama_double: OllamaDouble, client: OllamaClien
 
 def test_a_silent_server(ollama_double: OllamaDouble) -> None:
     ollama_double.faults.silent_s = 1.0
-    with pytest.raises(OlpackError, match=r"said nothing for 0.1 s while showing coder"):
+    with pytest.raises(OlpackError, match=r"sent nothing for 0.1 s while showing coder"):
         OllamaClient(ollama_double.url, answer_within_s=0.1).show("coder")
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from olpack.deploy import Package, protect
 from olpack.deploy.client import OllamaClient
 from olpack.deploy.identity import check_identity
-from olpack.deploy.register import QuantFile, register
+from olpack.deploy.register import TagFile, register
 from olpack.errors import OlpackError
 
 PACKAGE = Package(system="Be brief.", parameters={"num_ctx": 2048})
@@ -72,9 +72,9 @@ class Relay:
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> QuantFile:
+def file(tmp_path: Path) -> TagFile:
     path = tmp_path / "coder-Q4_0.gguf"
-    return QuantFile("q4_0", path, served_gguf.write(path, protect(served_gguf.CHAT, {}), 2))
+    return TagFile("q4_0", path, served_gguf.write(path, protect(served_gguf.CHAT, {}), 2))
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     yield monkeypatch
 
 
-def _deployed(file: QuantFile) -> None:
+def _deployed(file: TagFile) -> None:
     client = OllamaClient(retry_wait_s=0.01)
     assert client.require() == "0.33.0-rc2"
     for done in ("created", "unchanged"):
@@ -96,7 +96,7 @@ def _deployed(file: QuantFile) -> None:
     client.delete("coder")
 
 
-def test_behind_a_path(ollama_double: OllamaDouble, file: QuantFile, bare: pytest.MonkeyPatch) -> None:
+def test_behind_a_path(ollama_double: OllamaDouble, file: TagFile, bare: pytest.MonkeyPatch) -> None:
     with Relay(ollama_double.url, "/team/ollama") as relay:
         bare.setenv("OLLAMA_HOST", f"127.0.0.1:{relay.port}/team/ollama/")
         _deployed(file)
@@ -105,14 +105,14 @@ def test_behind_a_path(ollama_double: OllamaDouble, file: QuantFile, bare: pytes
             OllamaClient().require()
 
 
-def test_behind_a_proxy(ollama_double: OllamaDouble, file: QuantFile, bare: pytest.MonkeyPatch) -> None:
+def test_behind_a_proxy(ollama_double: OllamaDouble, file: TagFile, bare: pytest.MonkeyPatch) -> None:
     with Relay(ollama_double.url, "http://ollama.invalid:11434") as relay:
         bare.setenv("OLLAMA_HOST", "ollama.invalid")
         bare.setenv("http_proxy", f"http://127.0.0.1:{relay.port}")
         _deployed(file)
 
 
-def test_over_tls(ollama_double: OllamaDouble, file: QuantFile, bare: pytest.MonkeyPatch) -> None:
+def test_over_tls(ollama_double: OllamaDouble, file: TagFile, bare: pytest.MonkeyPatch) -> None:
     with Relay(ollama_double.url, tls=True) as relay:
         bare.setenv("OLLAMA_HOST", f"https://localhost:{relay.port}")
         with pytest.raises(OlpackError, match=r"certificate .* is not trusted") as caught:
@@ -130,12 +130,12 @@ def test_tls_spoken_to_a_server_without(ollama_double: OllamaDouble, bare: pytes
         OllamaClient().require()
 
 
-def test_a_slow_server(ollama_double: OllamaDouble, file: QuantFile) -> None:
+def test_a_slow_server(ollama_double: OllamaDouble, file: TagFile) -> None:
     ollama_double.faults.silent_s = 0.05
     client = OllamaClient(ollama_double.url, answer_within_s=5)
     assert register(client, "coder", [file], PACKAGE)[0].done == "created"
     ollama_double.faults.silent_s = 0.5
-    with pytest.raises(OlpackError, match=r"said nothing for 0.1 s while showing coder:q4_0") as caught:
+    with pytest.raises(OlpackError, match=r"sent nothing for 0.1 s while showing coder:q4_0") as caught:
         register(OllamaClient(ollama_double.url, answer_within_s=0.1), "coder", [file], PACKAGE)
     assert "overloaded" in caught.value.remedy
 
@@ -143,7 +143,7 @@ def test_a_slow_server(ollama_double: OllamaDouble, file: QuantFile) -> None:
 def test_a_server_that_is_restarted_while_it_is_sent_to(ollama_double: OllamaDouble, tmp_path: Path) -> None:
     """One call: the upload breaks off, the server comes back, the upload is tried again."""
     path = tmp_path / "coder-Q4_0.gguf"
-    file = QuantFile("q4_0", path, served_gguf.write(path, protect(served_gguf.CHAT, {}) + "{# long #}" * 500_000, 2))
+    file = TagFile("q4_0", path, served_gguf.write(path, protect(served_gguf.CHAT, {}) + "{# long #}" * 500_000, 2))
 
     def start_again() -> None:
         while ollama_double.faults.stop_during_upload:
@@ -163,7 +163,7 @@ def test_a_server_that_is_restarted_while_it_is_sent_to(ollama_double: OllamaDou
     assert ollama_double.count("POST", "/api/blobs/") == 2
 
 
-def test_a_server_that_is_down_for_a_while(ollama_double: OllamaDouble, file: QuantFile) -> None:
+def test_a_server_that_is_down_for_a_while(ollama_double: OllamaDouble, file: TagFile) -> None:
     register(OllamaClient(ollama_double.url), "coder", [file], PACKAGE)
     ollama_double.stop()
     with pytest.raises(OlpackError, match="No Ollama server answers"):
@@ -172,7 +172,7 @@ def test_a_server_that_is_down_for_a_while(ollama_double: OllamaDouble, file: Qu
     assert register(OllamaClient(ollama_double.url), "coder", [file], PACKAGE)[0].done == "unchanged"
 
 
-def test_a_disk_that_is_full_when_the_server_rewrites(ollama_double: OllamaDouble, file: QuantFile) -> None:
+def test_a_disk_that_is_full_when_the_server_rewrites(ollama_double: OllamaDouble, file: TagFile) -> None:
     """The upload fitted, the copy that registering makes does not; the answer's status is 200."""
     client = OllamaClient(ollama_double.url)
     ollama_double.faults.create_error = "write /models/blobs/sha256-123: no space left on device"
@@ -185,13 +185,13 @@ def test_a_disk_that_is_full_when_the_server_rewrites(ollama_double: OllamaDoubl
     assert ollama_double.count("POST", "/api/blobs/") == uploads  # what was sent has stayed
 
 
-def test_an_older_server(ollama_double: OllamaDouble, file: QuantFile) -> None:
+def test_an_older_server(ollama_double: OllamaDouble, file: TagFile) -> None:
     ollama_double.faults.version = "0.29.1"
     with pytest.raises(OlpackError, match=r"is version 0.29.1; olpack needs 0.30 or newer. Install the current one"):
         OllamaClient(ollama_double.url).require()
 
 
-def test_a_server_that_cannot_show_its_prompts(ollama_double: OllamaDouble, file: QuantFile) -> None:
+def test_a_server_that_cannot_show_its_prompts(ollama_double: OllamaDouble, file: TagFile) -> None:
     client = OllamaClient(ollama_double.url)
     register(client, "coder", [file], PACKAGE)
     ollama_double.faults.no_debug_render = True

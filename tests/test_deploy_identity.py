@@ -10,10 +10,10 @@ from ollama_double import OllamaDouble
 from ollama_double_store import CHATML, KnownTemplate
 from transformers import PreTrainedTokenizerFast
 
-from olpack.deploy import Package, pins_for, protect
+from olpack.deploy import UNDEFINED, Package, pins_for, protect
 from olpack.deploy.client import OllamaClient
 from olpack.deploy.identity import HARD, check_identity
-from olpack.deploy.register import QuantFile, register
+from olpack.deploy.register import TagFile, register
 from olpack.errors import OlpackError
 
 MODEL = "coder:q4_K_M"
@@ -37,15 +37,14 @@ def _tokenizer(template: str) -> PreTrainedTokenizerFast:
 
 def _serve(client: OllamaClient, tmp_path: Path, template: str, package: Package = PACKAGE, add_bos: bool = False) -> None:
     digest = served_gguf.write(tmp_path / "coder.gguf", template, add_bos=add_bos)
-    register(client, "coder", [QuantFile("q4_K_M", tmp_path / "coder.gguf", digest)], package)
+    register(client, "coder", [TagFile("q4_K_M", tmp_path / "coder.gguf", digest)], package)
 
 
-@pytest.mark.parametrize("trained", [{}, {"enable_thinking": False}, {"enable_thinking": True}], ids=str)
 @pytest.mark.parametrize("template", [served_gguf.CHAT, CHATML.jinja, TOOLS, DATED], ids=["thinking", "chatml", "tools", "dated"])
-def test_a_protected_template_is_served_as_trained(client: OllamaClient, tmp_path: Path, template: str, trained: dict) -> None:
-    _serve(client, tmp_path, protect(template, pins_for(template, trained)))
+def test_a_protected_template_is_served_as_trained(client: OllamaClient, tmp_path: Path, template: str) -> None:
+    _serve(client, tmp_path, protect(template, pins_for(template, {})))
     rows = [[{"role": "user", "content": "From the data."}, {"role": "assistant", "content": "An answer."}]]
-    identity = check_identity(client, MODEL, _tokenizer(template), rows, trained)
+    identity = check_identity(client, MODEL, _tokenizer(template), rows)
     assert identity.identical and not identity.refused
     # each conversation by /api/chat and by its tokens; those of one user's turn by /api/generate, too
     alone = 9 + 1
@@ -82,8 +81,8 @@ def test_thinking_that_the_server_switches_on(client: OllamaClient, tmp_path: Pa
 
 
 def test_a_date_that_the_server_sets(client: OllamaClient, tmp_path: Path) -> None:
-    _serve(client, tmp_path, protect(DATED, {"enable_thinking": False}))
-    identity = check_identity(client, MODEL, _tokenizer(DATED), variables={"enable_thinking": False})
+    _serve(client, tmp_path, protect(DATED, {"enable_thinking": UNDEFINED}))
+    identity = check_identity(client, MODEL, _tokenizer(DATED))
     causes = {difference.cause for difference in identity.differences}
     assert causes == {"the date differs; set date_string at the top of the base's chat_template.jinja"}
 
@@ -151,27 +150,22 @@ def test_an_unknown_model_and_a_server_that_cannot_show(ollama_double: OllamaDou
         check_identity(client, MODEL, _tokenizer(CHATML.jinja))
 
 
-def test_any_tag_against_a_tokenizers_folder(client: OllamaClient, tmp_path: Path) -> None:
+def test_any_tag_against_a_tokenizer(client: OllamaClient, tmp_path: Path) -> None:
     _serve(client, tmp_path, protect(served_gguf.CHAT, pins_for(served_gguf.CHAT, {})))
     client.copy(MODEL, "someone/else")
-    _tokenizer(served_gguf.CHAT).save_pretrained(tmp_path / "trained")
-    _tokenizer(CHATML.jinja + "!").save_pretrained(tmp_path / "other")
     for name in (MODEL, "Coder:q4_k_m", "someone/else"):
-        check_identity(client, name, tmp_path / "trained").require()
+        check_identity(client, name, _tokenizer(served_gguf.CHAT)).require()
     with pytest.raises(OlpackError, match="someone/else is not served with the prompt that was trained"):
-        check_identity(client, "someone/else", tmp_path / "other").require()
+        check_identity(client, "someone/else", _tokenizer(CHATML.jinja + "!")).require()
 
 
-def test_a_folder_with_nothing_to_compare_with(client: OllamaClient, tmp_path: Path) -> None:
+def test_nothing_to_compare_with(client: OllamaClient, tmp_path: Path) -> None:
     _serve(client, tmp_path, protect(CHATML.jinja, {}))
-    with pytest.raises(OlpackError, match="tokenizer in .* does not load"):
-        check_identity(client, MODEL, tmp_path)
     bare = _tokenizer("")
     bare.chat_template = None
-    bare.save_pretrained(tmp_path / "bare")
     with pytest.raises(OlpackError, match="has no chat template"):
-        check_identity(client, MODEL, tmp_path / "bare")
-    with pytest.raises(OlpackError, match="refuses every conversation: nothing of coder:q4_K_M was compared. It says: never"):
+        check_identity(client, MODEL, bare)
+    with pytest.raises(OlpackError, match="refuses every conversation: nothing of coder:q4_K_M was compared. Its message: never"):
         check_identity(client, MODEL, _tokenizer("{{ raise_exception('never') }}"))
 
 
@@ -235,7 +229,7 @@ def test_a_tokenizer_without_a_begin_of_sequence_token(client: OllamaClient, tmp
     pins = pins_for(template, {}, ["bos_token"] if pinned else [])
     assert pins == ({"bos_token": ""} if pinned else {}) and pins_for(CHATML.jinja, {}, ["bos_token", "eos_token"]) == {}
     digest = served_gguf.write(tmp_path / "coder.gguf", protect(template, pins), bos=False)
-    register(client, "coder", [QuantFile("q4_K_M", tmp_path / "coder.gguf", digest)], PACKAGE)
+    register(client, "coder", [TagFile("q4_K_M", tmp_path / "coder.gguf", digest)], PACKAGE)
     trained = PreTrainedTokenizerFast(tokenizer_object=served_gguf.tokenizer(), eos_token="<|im_end|>")
     trained.chat_template = template
     identity = check_identity(client, MODEL, trained, [ROW])

@@ -172,10 +172,10 @@ def test_a_users_own_template_that_says_something_else_is_caught() -> None:
     package = Package(system="Be brief.", parameters={"num_ctx": 2048, "temperature": 0})
     written = render(package, "m.gguf", "FROM {{ gguf }}\nSYSTEM {{ system | upper | quoted }}\nPARAMETER num_ctx 4096\nPARAMETER top_k 1\n")
     assert differences(parse(written), package) == [
-        "system: the package has 'Be brief.', the Modelfile says 'BE BRIEF.'",
-        "parameter num_ctx: the package has 2048, the Modelfile says 4096",
-        "parameter temperature: the package has 0, the Modelfile says None",
-        "parameter top_k: the package has None, the Modelfile says 1",
+        "system: the package has 'Be brief.', the Modelfile has 'BE BRIEF.'",
+        "parameter num_ctx: the package has 2048, the Modelfile has 4096",
+        "parameter temperature: the package has 0, the Modelfile has None",
+        "parameter top_k: the package has None, the Modelfile has 1",
     ]
 
 

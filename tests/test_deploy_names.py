@@ -121,9 +121,9 @@ def test_bad_parameters(parameters: dict, said: str) -> None:
     assert said in problem
 
 
-def test_a_context_longer_than_what_was_trained_is_said() -> None:
+def test_a_context_longer_than_what_was_trained_is_warned_of() -> None:
     assert context_warnings(2048, trained=2048, longest=4096) == []
     assert [text.split(":")[0] for text in context_warnings(8192, trained=2048, longest=4096)] == [
         "num_ctx 8192 is more than the 4096 tokens that the base model was made for",
-        "num_ctx 8192 is more than the 2048 tokens of the longest row trained on",
+        "num_ctx 8192 is more than the 2048 tokens of the longest trained row",
     ]

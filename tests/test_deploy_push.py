@@ -20,7 +20,7 @@ from olpack.deploy import Package, parse, render
 from olpack.deploy.client import OllamaClient
 from olpack.deploy.hub import hub_card, push_to_hub
 from olpack.deploy.push import push_to_ollama
-from olpack.deploy.register import QuantFile, register
+from olpack.deploy.register import TagFile, register
 from olpack.errors import OlpackError
 from olpack.workspace import template_source
 
@@ -28,13 +28,13 @@ PACKAGE = Package(system="You write Python.\nكود 🙂", parameters={"num_ctx"
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> list[QuantFile]:
+def files(tmp_path: Path) -> list[TagFile]:
     made = [("q4_0", tmp_path / "coder-Q4_0.gguf", 2), ("q4_K_M", tmp_path / "coder-Q4_K_M.gguf", 15)]
-    return [QuantFile(tag, path, served_gguf.write(path, served_gguf.CHAT, kind, filling=kind)) for tag, path, kind in made]
+    return [TagFile(tag, path, served_gguf.write(path, served_gguf.CHAT, kind, filling=kind)) for tag, path, kind in made]
 
 
 @pytest.fixture
-def client(ollama_double: OllamaDouble, files: list[QuantFile]) -> OllamaClient:
+def client(ollama_double: OllamaDouble, files: list[TagFile]) -> OllamaClient:
     made = OllamaClient(ollama_double.url, retry_wait_s=0.01)
     register(made, "coder", files, PACKAGE, latest="q4_K_M")
     ollama_double.requests.clear()
@@ -44,7 +44,7 @@ def client(ollama_double: OllamaDouble, files: list[QuantFile]) -> OllamaClient:
 # -- through the server --------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_push_copies_to_the_namespace_first(ollama_double: OllamaDouble, client: OllamaClient, files: list[QuantFile]) -> None:
+def test_a_push_copies_to_the_namespace_first(ollama_double: OllamaDouble, client: OllamaClient, files: list[TagFile]) -> None:
     assert push_to_ollama(client, ["coder:q4_K_M", "coder"], "me") == ["me/coder:q4_K_M", "me/coder:latest"]
     changes = [(one.path, one.body) for one in ollama_double.requests if one.path in ("/api/copy", "/api/push")]
     assert changes == [
@@ -58,7 +58,7 @@ def test_a_push_copies_to_the_namespace_first(ollama_double: OllamaDouble, clien
     assert f"sha256:{files[0].sha256}" not in ollama_double.registry
 
 
-def test_a_second_push_copies_nothing(ollama_double: OllamaDouble, client: OllamaClient, files: list[QuantFile]) -> None:
+def test_a_second_push_copies_nothing(ollama_double: OllamaDouble, client: OllamaClient, files: list[TagFile]) -> None:
     push_to_ollama(client, ["coder:q4_0"], "me")
     push_to_ollama(client, ["coder:q4_0"], "me")
     assert ollama_double.count("POST", "/api/copy") == 1
@@ -152,7 +152,7 @@ def api(hub: HubDouble) -> HfApi:
 
 
 @pytest.fixture
-def modelfiles(tmp_path: Path, files: list[QuantFile]) -> list[Path]:
+def modelfiles(tmp_path: Path, files: list[TagFile]) -> list[Path]:
     paths = []
     for file in files:
         paths.append(tmp_path / f"{file.tag}.Modelfile")
@@ -160,7 +160,7 @@ def modelfiles(tmp_path: Path, files: list[QuantFile]) -> list[Path]:
     return paths
 
 
-def test_a_package_on_the_hub(hub: HubDouble, api: HfApi, files: list[QuantFile], modelfiles: list[Path]) -> None:
+def test_a_package_on_the_hub(hub: HubDouble, api: HfApi, files: list[TagFile], modelfiles: list[Path]) -> None:
     assert push_to_hub("me/coder", files, modelfiles, PACKAGE, "# Card\n", api=api) == f"{hub.url}/me/coder"
     held = hub.files["me/coder"]
     names = {"coder-Q4_0.gguf", "coder-Q4_K_M.gguf", "q4_0.Modelfile", "q4_K_M.Modelfile", "README.md", "system", "params"}
@@ -173,7 +173,7 @@ def test_a_package_on_the_hub(hub: HubDouble, api: HfApi, files: list[QuantFile]
     assert (told.source, told.package.system) == ("./coder-Q4_K_M.gguf", PACKAGE.system)
 
 
-def test_again_sends_no_weights(hub: HubDouble, api: HfApi, files: list[QuantFile], modelfiles: list[Path]) -> None:
+def test_again_sends_no_weights(hub: HubDouble, api: HfApi, files: list[TagFile], modelfiles: list[Path]) -> None:
     push_to_hub("me/coder", files, modelfiles, PACKAGE, "# Card\n", api=api)
     sent = hub.uploaded
     assert sent == sum(file.path.stat().st_size for file in files)
@@ -182,12 +182,12 @@ def test_again_sends_no_weights(hub: HubDouble, api: HfApi, files: list[QuantFil
     assert hub.commits[-1][3] == {"system"} and "system" not in hub.files["me/coder"]
 
 
-def test_a_name_alone_is_taken_below_the_user(hub: HubDouble, api: HfApi, files: list[QuantFile], modelfiles: list[Path]) -> None:
+def test_a_name_alone_is_taken_below_the_user(hub: HubDouble, api: HfApi, files: list[TagFile], modelfiles: list[Path]) -> None:
     assert push_to_hub("coder", files, modelfiles, PACKAGE, "# Card\n", api=api).endswith("/me/coder")
     assert "me/coder" in hub.files
 
 
-def test_nobody_is_logged_in(files: list[QuantFile], modelfiles: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_is_logged_in(files: list[TagFile], modelfiles: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
@@ -195,14 +195,14 @@ def test_nobody_is_logged_in(files: list[QuantFile], modelfiles: list[Path], tmp
         push_to_hub("me/coder", files, modelfiles, PACKAGE, "# Card\n")
 
 
-def test_a_token_that_is_not_good(hub: HubDouble, files: list[QuantFile], modelfiles: list[Path]) -> None:
+def test_a_token_that_is_not_good(hub: HubDouble, files: list[TagFile], modelfiles: list[Path]) -> None:
     with pytest.raises(OlpackError, match=r"refused the push to me/coder \(401\)") as caught:
         push_to_hub("me/coder", files, modelfiles, PACKAGE, "# Card\n", api=HfApi(endpoint=hub.url, token="hf_other"))
     assert "hf auth login" in caught.value.remedy
     assert not hub.files
 
 
-def test_a_hub_that_refuses_the_commit(hub: HubDouble, api: HfApi, files: list[QuantFile], modelfiles: list[Path]) -> None:
+def test_a_hub_that_refuses_the_commit(hub: HubDouble, api: HfApi, files: list[TagFile], modelfiles: list[Path]) -> None:
     hub.refuse["/api/models/me/coder/commit/main"] = (403, "You need write access")
     with pytest.raises(OlpackError, match=r"\(403\): .*You need write access.*The token must be one that may write"):
         push_to_hub("me/coder", files, modelfiles, PACKAGE, "# Card\n", api=api)
@@ -210,33 +210,33 @@ def test_a_hub_that_refuses_the_commit(hub: HubDouble, api: HfApi, files: list[Q
 
 
 @pytest.mark.parametrize("repo", ["me/not a name", "a/b/c"])
-def test_names_that_the_hub_does_not_have(api: HfApi, files: list[QuantFile], modelfiles: list[Path], repo: str) -> None:
+def test_names_that_the_hub_does_not_have(api: HfApi, files: list[TagFile], modelfiles: list[Path], repo: str) -> None:
     with pytest.raises(OlpackError, match=f"The push to {repo} failed: Repo id must"):
         push_to_hub(repo, files, modelfiles, PACKAGE, "# Card\n", api=api)
 
 
-def test_no_network(files: list[QuantFile], modelfiles: list[Path]) -> None:
+def test_no_network(files: list[TagFile], modelfiles: list[Path]) -> None:
     with pytest.raises(OlpackError, match="The push to me/coder broke off"):
         push_to_hub("me/coder", files, modelfiles, PACKAGE, "", api=HfApi(endpoint="http://127.0.0.1:9", token="hf_test"))
 
 
-def test_a_file_that_ollama_would_not_find(hub: HubDouble, api: HfApi, files: list[QuantFile], modelfiles: list[Path]) -> None:
+def test_a_file_that_ollama_would_not_find(hub: HubDouble, api: HfApi, files: list[TagFile], modelfiles: list[Path]) -> None:
     renamed = files[0].path.rename(files[0].path.with_name("coder.gguf"))
     with pytest.raises(OlpackError, match=r"coder.gguf does not end in -Q4_0.gguf"):
         push_to_hub("me/coder", [dataclasses.replace(files[0], path=renamed)], [], PACKAGE, "", api=api)
     assert not hub.files
 
 
-def test_messages_cannot_go_along(hub: HubDouble, api: HfApi, files: list[QuantFile], modelfiles: list[Path], capsys: pytest.CaptureFixture) -> None:
+def test_messages_cannot_go_along(hub: HubDouble, api: HfApi, files: list[TagFile], modelfiles: list[Path], capsys: pytest.CaptureFixture) -> None:
     package = dataclasses.replace(PACKAGE, messages=({"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}))
     push_to_hub("me/coder", files, modelfiles, package, "# Card\n", api=api)
-    assert "hold no messages" in capsys.readouterr().err
+    assert "have no place for messages" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("base", "linked"), [("Qwen/Qwen3-0.6B", True), ("builtin/tiny-coder", False), ("../models/mine", False), ("/srv/base", False)]
 )
-def test_the_card(files: list[QuantFile], base: str, linked: bool) -> None:
+def test_the_card(files: list[TagFile], base: str, linked: bool) -> None:
     card = hub_card(
         template_source("hub_card.md.j2"),
         repo="me/coder",

@@ -13,7 +13,7 @@ from ollama_double_store import CHATML
 
 from olpack.deploy import Package, protect
 from olpack.deploy.client import OllamaClient
-from olpack.deploy.register import QuantFile, Registered, register
+from olpack.deploy.register import Registered, TagFile, register
 from olpack.deploy.smoke import smoke
 from olpack.errors import OlpackError
 
@@ -32,10 +32,10 @@ def client(ollama_double: OllamaDouble) -> OllamaClient:
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> list[QuantFile]:
+def files(tmp_path: Path) -> list[TagFile]:
     template = protect(CHATML.jinja, {})
     made = [(tag, tmp_path / f"coder-{tag.upper()}.gguf", number) for tag, number in TAGS.items()]
-    return [QuantFile(tag, path, served_gguf.write(path, template, number, filling=number)) for tag, path, number in made]
+    return [TagFile(tag, path, served_gguf.write(path, template, number, filling=number)) for tag, path, number in made]
 
 
 def _sent(double: OllamaDouble) -> list[str]:
@@ -52,7 +52,7 @@ def _sent(double: OllamaDouble) -> list[str]:
     return made
 
 
-def test_the_first_time(ollama_double: OllamaDouble, client: OllamaClient, files: list[QuantFile]) -> None:
+def test_the_first_time(ollama_double: OllamaDouble, client: OllamaClient, files: list[TagFile]) -> None:
     records = register(client, "coder", files, PACKAGE, latest="q4_K_M")
     assert _sent(ollama_double) == ["upload", "create from files"] * 4 + ["copy"]
     assert [record.model for record in records] == [f"coder:{tag}" for tag in TAGS]
@@ -72,7 +72,7 @@ def test_the_first_time(ollama_double: OllamaDouble, client: OllamaClient, files
     assert [Registered(**one) for one in json.loads(json.dumps([dataclasses.asdict(record) for record in records]))] == records
 
 
-def test_again_does_nothing(ollama_double: OllamaDouble, client: OllamaClient, files: list[QuantFile]) -> None:
+def test_again_does_nothing(ollama_double: OllamaDouble, client: OllamaClient, files: list[TagFile]) -> None:
     first = register(client, "coder", files, PACKAGE, latest="q4_K_M")
     _sent(ollama_double)
     second = register(client, "coder", files, PACKAGE, latest="q4_K_M")
@@ -100,7 +100,7 @@ def test_again_does_nothing(ollama_double: OllamaDouble, client: OllamaClient, f
     ],
     ids=str,
 )
-def test_only_what_changed(ollama_double: OllamaDouble, client: OllamaClient, files: list[QuantFile], change: dict, sent: list[str]) -> None:
+def test_only_what_changed(ollama_double: OllamaDouble, client: OllamaClient, files: list[TagFile], change: dict, sent: list[str]) -> None:
     register(client, "coder", files[:1], PACKAGE)
     _sent(ollama_double)
     changed = dataclasses.replace(PACKAGE, **change)
@@ -112,14 +112,14 @@ def test_only_what_changed(ollama_double: OllamaDouble, client: OllamaClient, fi
     assert (again.done, _sent(ollama_double)) == ("unchanged", [])
 
 
-def test_a_license_where_there_was_none(ollama_double: OllamaDouble, client: OllamaClient, files: list[QuantFile]) -> None:
+def test_a_license_where_there_was_none(ollama_double: OllamaDouble, client: OllamaClient, files: list[TagFile]) -> None:
     register(client, "coder", files[:1], dataclasses.replace(PACKAGE, license=None))
     _sent(ollama_double)
     register(client, "coder", files[:1], PACKAGE)
     assert _sent(ollama_double) == ["create from tag"]
 
 
-def test_a_go_template_that_is_taken_back(ollama_double: OllamaDouble, client: OllamaClient, files: list[QuantFile]) -> None:
+def test_a_go_template_that_is_taken_back(ollama_double: OllamaDouble, client: OllamaClient, files: list[TagFile]) -> None:
     register(client, "coder", files[:1], dataclasses.replace(PACKAGE, template=CHATML.go))
     _sent(ollama_double)
     register(client, "coder", files[:1], PACKAGE)
@@ -130,10 +130,10 @@ def test_a_go_template_that_is_taken_back(ollama_double: OllamaDouble, client: O
 def test_a_go_template_that_would_not_run_is_refused(client: OllamaClient, tmp_path: Path) -> None:
     digest = served_gguf.write(tmp_path / "thinks.gguf", protect(served_gguf.CHAT, {}))
     with pytest.raises(OlpackError, match="runs the chat template inside the GGUF of coder:q4_0, which knows tools or thinking"):
-        register(client, "coder", [QuantFile("q4_0", tmp_path / "thinks.gguf", digest)], dataclasses.replace(PACKAGE, template=CHATML.go))
+        register(client, "coder", [TagFile("q4_0", tmp_path / "thinks.gguf", digest)], dataclasses.replace(PACKAGE, template=CHATML.go))
 
 
-def test_a_new_quant_and_another_latest(ollama_double: OllamaDouble, client: OllamaClient, files: list[QuantFile]) -> None:
+def test_a_new_quant_and_another_latest(ollama_double: OllamaDouble, client: OllamaClient, files: list[TagFile]) -> None:
     register(client, "coder", files[:3], PACKAGE, latest="q4_K_M")
     _sent(ollama_double)
     records = register(client, "coder", files, PACKAGE, latest="q8_0")
@@ -142,11 +142,11 @@ def test_a_new_quant_and_another_latest(ollama_double: OllamaDouble, client: Oll
     assert next(model.digest for model in client.tags() if model.model == "coder:latest") == records[3].digest
 
 
-def test_other_weights(ollama_double: OllamaDouble, client: OllamaClient, files: list[QuantFile]) -> None:
+def test_other_weights(ollama_double: OllamaDouble, client: OllamaClient, files: list[TagFile]) -> None:
     register(client, "coder", files[:1], PACKAGE)
     _sent(ollama_double)
     path = files[0].path
-    trained = QuantFile("q4_0", path, served_gguf.write(path, protect(CHATML.jinja, {}), 2, filling=0.5))
+    trained = TagFile("q4_0", path, served_gguf.write(path, protect(CHATML.jinja, {}), 2, filling=0.5))
     [record] = register(client, "coder", [trained], PACKAGE)
     assert (_sent(ollama_double), record.done, client.show("coder:q4_0").blob) == (
         ["upload", "create from files"],
@@ -155,13 +155,13 @@ def test_other_weights(ollama_double: OllamaDouble, client: OllamaClient, files:
     )
 
 
-def test_without_a_digest_the_file_is_hashed(client: OllamaClient, files: list[QuantFile]) -> None:
-    [record] = register(client, "coder", [QuantFile("q4_0", files[0].path)], PACKAGE)
+def test_without_a_digest_the_file_is_hashed(client: OllamaClient, files: list[TagFile]) -> None:
+    [record] = register(client, "coder", [TagFile("q4_0", files[0].path)], PACKAGE)
     assert record.file == f"sha256:{files[0].sha256}"
 
 
 def test_a_file_that_the_server_rewrites(
-    ollama_double: OllamaDouble, client: OllamaClient, files: list[QuantFile], capsys: pytest.CaptureFixture
+    ollama_double: OllamaDouble, client: OllamaClient, files: list[TagFile], capsys: pytest.CaptureFixture
 ) -> None:
     facts = ollama_double.store
     digest, other = f"sha256:{files[0].sha256}", "sha256:" + "a" * 64
@@ -176,7 +176,7 @@ def test_a_file_that_the_server_rewrites(
 
 
 @pytest.mark.parametrize("other", ["other:Q4_k_m", "coder:q4_k_m"])
-def test_the_same_tag_in_another_case(ollama_double: OllamaDouble, client: OllamaClient, files: list[QuantFile], other: str) -> None:
+def test_the_same_tag_in_another_case(ollama_double: OllamaDouble, client: OllamaClient, files: list[TagFile], other: str) -> None:
     register(client, other.partition(":")[0], [dataclasses.replace(files[1], tag=other.partition(":")[2])], PACKAGE)
     [record] = register(client, "coder", files[1:2], PACKAGE, latest="Q4_K_M")
     assert record.model == f"coder:{other.partition(':')[2]}"  # the server's spelling
@@ -187,10 +187,10 @@ def test_the_same_tag_in_another_case(ollama_double: OllamaDouble, client: Ollam
 def test_a_template_that_the_server_would_replace_is_refused(client: OllamaClient, tmp_path: Path) -> None:
     digest = served_gguf.write(tmp_path / "bare.gguf", CHATML.jinja + "{# mine #}")
     with pytest.raises(OlpackError, match="replaced the chat template of coder:q4_0 by a similar one"):
-        register(client, "coder", [QuantFile("q4_0", tmp_path / "bare.gguf", digest)], PACKAGE)
+        register(client, "coder", [TagFile("q4_0", tmp_path / "bare.gguf", digest)], PACKAGE)
 
 
-def test_a_server_that_does_not_keep_what_it_was_told(ollama_double: OllamaDouble, client: OllamaClient, files: list[QuantFile]) -> None:
+def test_a_server_that_does_not_keep_what_it_was_told(ollama_double: OllamaDouble, client: OllamaClient, files: list[TagFile]) -> None:
     ollama_double.faults.drop_parameter = "temperature"
     with pytest.raises(OlpackError, match=r"registered coder:q4_0 otherwise than asked: parameters is .* and not .*'temperature': 0.2"):
         register(client, "coder", files[:1], PACKAGE)
@@ -203,20 +203,20 @@ def test_a_server_that_does_not_keep_what_it_was_told(ollama_double: OllamaDoubl
         ("coder:q4_0", PACKAGE, None, "has a tag"),
         ("coder", Package(), None, "'num_ctx' is not set"),
         ("coder", Package(parameters={"num_ctx": 2048, "temprature": 1}), None, "no parameter 'temprature'"),
-        ("coder", PACKAGE, "q6_K", "latest shall point to 'q6_K'"),
+        ("coder", PACKAGE, "q6_K", "latest cannot point to 'q6_K'"),
     ],
 )
 def test_mistakes_are_refused_before_anything_is_sent(
-    ollama_double: OllamaDouble, client: OllamaClient, files: list[QuantFile], name: str, package: Package, latest: str | None, said: str
+    ollama_double: OllamaDouble, client: OllamaClient, files: list[TagFile], name: str, package: Package, latest: str | None, said: str
 ) -> None:
     with pytest.raises(OlpackError, match=said):
         register(client, name, files, package, latest)
-    with pytest.raises(OlpackError, match="Two files shall become"):
+    with pytest.raises(OlpackError, match="Two files would become"):
         register(client, "coder", [files[0], dataclasses.replace(files[1], tag="Q4_0")], PACKAGE)
     assert ollama_double.requests == []
 
 
-def test_a_full_disk_leaves_what_was_there(ollama_double: OllamaDouble, client: OllamaClient, files: list[QuantFile]) -> None:
+def test_a_full_disk_leaves_what_was_there(ollama_double: OllamaDouble, client: OllamaClient, files: list[TagFile]) -> None:
     register(client, "coder", files[:1], PACKAGE)
     before = [(model.model, model.digest) for model in client.tags()]
     ollama_double.faults.disk_left = 200_000
@@ -230,7 +230,7 @@ def test_a_full_disk_leaves_what_was_there(ollama_double: OllamaDouble, client: 
 # -- the smoke test ------------------------------------------------------------------------------------------------------------------------
 
 
-def test_smoke(ollama_double: OllamaDouble, client: OllamaClient, files: list[QuantFile]) -> None:
+def test_smoke(ollama_double: OllamaDouble, client: OllamaClient, files: list[TagFile]) -> None:
     register(client, "coder", files[:1], PACKAGE)
     question = [{"role": "user", "content": "Write f."}]
     answer = smoke(client, "coder:q4_0", question)

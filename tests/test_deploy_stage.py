@@ -16,7 +16,7 @@ from olpack.deploy.client import OllamaClient
 from olpack.recipe import load
 from olpack.stages import export
 from olpack.stages.build import Build
-from olpack.stages.compare import _prompts_said
+from olpack.stages.compare import _prompt_identity
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_a_difference_in_a_made_up_conversation_is_recorded_and_ends_nothing(wor
     assert code == 0 and "conversations that are made up" in said and "Arabic, by its tokens" in said, said
     result = json.loads((workspace / "build/oracle/stages/deploy.json").read_text())["result"]
     assert "1 difference in made-up conversations" in result["identity"] and "Arabic" in result["identity_warnings"][0]
-    assert "Arabic" in _prompts_said(Build(load(workspace / "modelfiles/oracle/recipe.yaml"), out=workspace / "build"))
+    assert "Arabic" in _prompt_identity(Build(load(workspace / "modelfiles/oracle/recipe.yaml"), out=workspace / "build"))
     ollama_double.tokenize = lambda digest, text: counted(digest, text) + [0] * 2 * ("What is 100" in text)
     code, _, said = olpack(workspace, "deploy", "oracle", "--set", "modelfile.parameters.num_ctx=120", server=ollama_double.url)
     assert code == 0, said  # the same vocabulary was compared with that row before

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from olpack.deploy import Package, protect
 from olpack.deploy.client import OllamaClient
 from olpack.deploy.identity import check_identity
-from olpack.deploy.register import QuantFile, register
+from olpack.deploy.register import TagFile, register
 from olpack.deploy.store import compose, models_folder, write_store
 from olpack.errors import OlpackError
 from olpack.model.gguf_header import Header, read_header
@@ -35,10 +35,10 @@ PACKAGE = Package(
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> list[QuantFile]:
+def files(tmp_path: Path) -> list[TagFile]:
     template = protect(CHATML.jinja, {})
     made = [(tag, tmp_path / f"coder-{tag.upper()}.gguf", number) for tag, number in TAGS.items()]
-    return [QuantFile(tag, path, served_gguf.write(path, template, number, filling=number)) for tag, path, number in made]
+    return [TagFile(tag, path, served_gguf.write(path, template, number, filling=number)) for tag, path, number in made]
 
 
 def _recorded(path: str, model: str) -> dict:
@@ -94,7 +94,7 @@ def test_parameters_are_counted_as_the_server_shows_them(count: int, shown: str)
     assert (config["model_type"], config["model_family"], config["file_type"]) == (shown, "llama", "unknown")
 
 
-def test_the_header_of_a_gguf(files: list[QuantFile], tmp_path: Path) -> None:
+def test_the_header_of_a_gguf(files: list[TagFile], tmp_path: Path) -> None:
     header = read_header(files[1].path)
     assert (header.metadata["general.architecture"], header.metadata["general.file_type"]) == ("qwen2", 15)
     assert header.metadata["tokenizer.chat_template"] == protect(CHATML.jinja, {})
@@ -108,7 +108,7 @@ def test_the_header_of_a_gguf(files: list[QuantFile], tmp_path: Path) -> None:
 # -- as a server reads it ------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_server_writes_the_same_files(ollama_double: OllamaDouble, files: list[QuantFile], tmp_path: Path) -> None:
+def test_a_server_writes_the_same_files(ollama_double: OllamaDouble, files: list[TagFile], tmp_path: Path) -> None:
     stored = write_store(tmp_path / "offline", "coder", files, PACKAGE, latest="q4_K_M")
     assert [one.model for one in stored] == ["coder:q4_0", "coder:q4_K_M", "coder:q5_K_M", "coder:q8_0", "coder:latest"]
     assert [one.how for one in stored] == ["linked"] * 4 + ["there"]
@@ -118,7 +118,7 @@ def test_a_server_writes_the_same_files(ollama_double: OllamaDouble, files: list
     assert _tree(tmp_path / "offline") == _tree(ollama_double.store.root)
 
 
-def test_a_server_serves_it(files: list[QuantFile], tmp_path: Path) -> None:
+def test_a_server_serves_it(files: list[TagFile], tmp_path: Path) -> None:
     with OllamaDouble(tmp_path) as double:
         client = OllamaClient(double.url)
         stored = write_store(double.store.root, "coder", files, PACKAGE, latest="q8_0")  # while it runs
@@ -138,7 +138,7 @@ def test_a_server_serves_it(files: list[QuantFile], tmp_path: Path) -> None:
         assert client.bytes_sent == 0
 
 
-def test_again_does_nothing(files: list[QuantFile], tmp_path: Path) -> None:
+def test_again_does_nothing(files: list[TagFile], tmp_path: Path) -> None:
     store = tmp_path / "store"
     first = write_store(store, "coder", files, PACKAGE, latest="q4_0")
     moments = {path: path.stat().st_mtime_ns for path in store.rglob("*")}
@@ -147,7 +147,7 @@ def test_again_does_nothing(files: list[QuantFile], tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in store.rglob("*")} == moments
 
 
-def test_nothing_of_other_models_is_touched(ollama_double: OllamaDouble, files: list[QuantFile]) -> None:
+def test_nothing_of_other_models_is_touched(ollama_double: OllamaDouble, files: list[TagFile]) -> None:
     client = OllamaClient(ollama_double.url)
     register(client, "other", files[:1], PACKAGE)
     before = _tree(ollama_double.store.root)
@@ -157,7 +157,7 @@ def test_nothing_of_other_models_is_touched(ollama_double: OllamaDouble, files: 
     assert client.show("other:q4_0").system == PACKAGE.system
 
 
-def test_a_changed_package_replaces_the_manifest_only(files: list[QuantFile], tmp_path: Path) -> None:
+def test_a_changed_package_replaces_the_manifest_only(files: list[TagFile], tmp_path: Path) -> None:
     store = tmp_path / "store"
     [first] = write_store(store, "coder", files[:1], PACKAGE)
     before = set(_tree(store))
@@ -168,7 +168,7 @@ def test_a_changed_package_replaces_the_manifest_only(files: list[QuantFile], tm
 
 
 @pytest.mark.parametrize("other", ["other:Q4_k_m", "coder:q4_k_m", "Coder:q8_0"])
-def test_the_same_tag_in_another_case(ollama_double: OllamaDouble, files: list[QuantFile], other: str) -> None:
+def test_the_same_tag_in_another_case(ollama_double: OllamaDouble, files: list[TagFile], other: str) -> None:
     """The server looks a name up as some model spells it, so that is how it must lie there."""
     client, (name, _, tag) = OllamaClient(ollama_double.url), other.partition(":")
     register(client, name, [dataclasses.replace(files[0], tag=tag)], PACKAGE)
@@ -179,7 +179,7 @@ def test_the_same_tag_in_another_case(ollama_double: OllamaDouble, files: list[Q
     assert len(spelled) == len(set(spelled))
 
 
-def test_names_with_a_namespace_and_a_host(files: list[QuantFile], tmp_path: Path) -> None:
+def test_names_with_a_namespace_and_a_host(files: list[TagFile], tmp_path: Path) -> None:
     store = tmp_path / "store"
     assert [one.model for one in write_store(store, "me/coder", files[:1], PACKAGE)] == ["me/coder:q4_0"]
     assert [one.model for one in write_store(store, "my.host:5000/me/coder", files[:1], PACKAGE)] == ["my.host:5000/me/coder:q4_0"]
@@ -189,13 +189,13 @@ def test_names_with_a_namespace_and_a_host(files: list[QuantFile], tmp_path: Pat
 # -- how files get there -------------------------------------------------------------------------------------------------------------------
 
 
-def test_hard_links_take_no_space(files: list[QuantFile], tmp_path: Path) -> None:
+def test_hard_links_take_no_space(files: list[TagFile], tmp_path: Path) -> None:
     [stored] = write_store(tmp_path / "store", "coder", files[:1], PACKAGE)
     assert (tmp_path / "store/blobs" / stored.blob.replace(":", "-")).samefile(files[0].path)
     assert files[0].path.stat().st_nlink == 2
 
 
-def test_without_links_it_is_copied(files: list[QuantFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_links_it_is_copied(files: list[TagFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_paths: object) -> None:
         raise OSError(errno.EXDEV, "Invalid cross-device link")
 
@@ -206,7 +206,7 @@ def test_without_links_it_is_copied(files: list[QuantFile], tmp_path: Path, monk
     assert blob.read_bytes() == files[0].path.read_bytes() and not blob.samefile(files[0].path)
 
 
-def test_as_root_files_are_the_stores_owners(files: list[QuantFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_as_root_files_are_the_stores_owners(files: list[TagFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, given = tmp_path / "store", []
     store.mkdir()
     monkeypatch.setattr(os, "geteuid", lambda: 0)
@@ -219,7 +219,7 @@ def test_as_root_files_are_the_stores_owners(files: list[QuantFile], tmp_path: P
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_another_users_file_is_not_linked(files: list[QuantFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same: bool) -> None:
+def test_another_users_file_is_not_linked(files: list[TagFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same: bool) -> None:
     """The server could not touch it."""
     seen = Path.stat
 
@@ -234,7 +234,7 @@ def test_another_users_file_is_not_linked(files: list[QuantFile], tmp_path: Path
     assert (stored.how == "linked") is same
 
 
-def test_a_half_blob_is_replaced(files: list[QuantFile], tmp_path: Path) -> None:
+def test_a_half_blob_is_replaced(files: list[TagFile], tmp_path: Path) -> None:
     blob = tmp_path / "store/blobs" / f"sha256-{files[0].sha256}"
     blob.parent.mkdir(parents=True)
     blob.write_bytes(b"half")
@@ -242,19 +242,19 @@ def test_a_half_blob_is_replaced(files: list[QuantFile], tmp_path: Path) -> None
     assert blob.read_bytes() == files[0].path.read_bytes()
 
 
-def test_without_a_digest_the_file_is_hashed(files: list[QuantFile], tmp_path: Path) -> None:
-    [stored] = write_store(tmp_path / "store", "coder", [QuantFile("q4_0", files[0].path)], PACKAGE)
+def test_without_a_digest_the_file_is_hashed(files: list[TagFile], tmp_path: Path) -> None:
+    [stored] = write_store(tmp_path / "store", "coder", [TagFile("q4_0", files[0].path)], PACKAGE)
     assert stored.blob == f"sha256:{files[0].sha256}"
 
 
-def test_a_file_that_changed_since_leaves_nothing(files: list[QuantFile], tmp_path: Path) -> None:
+def test_a_file_that_changed_since_leaves_nothing(files: list[TagFile], tmp_path: Path) -> None:
     files[0].path.write_bytes(files[0].path.read_bytes()[:-1] + b"x")
     with pytest.raises(OlpackError, match="is not the file it was"):
         write_store(tmp_path / "store", "coder", files[:1], PACKAGE)
     assert not [path for path in _tree(tmp_path / "store") if files[0].sha256 in path or "manifests" in path or path.endswith(".tmp")]
 
 
-def test_a_manifest_is_there_whole_or_not_at_all(files: list[QuantFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_manifest_is_there_whole_or_not_at_all(files: list[TagFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = tmp_path / "store"
     write_store(store, "coder", files[:1], PACKAGE)
     before = (store / "manifests/registry.ollama.ai/library/coder/q4_0").read_bytes()
@@ -273,7 +273,7 @@ def test_a_manifest_is_there_whole_or_not_at_all(files: list[QuantFile], tmp_pat
     assert not [path for path in tree if path.endswith(".tmp")]
 
 
-def test_every_named_blob_is_there(files: list[QuantFile], tmp_path: Path) -> None:
+def test_every_named_blob_is_there(files: list[TagFile], tmp_path: Path) -> None:
     store = tmp_path / "store"
     write_store(store, "coder", files, PACKAGE, latest="q4_0")
     for path in store.glob("manifests/*/*/*/*"):
@@ -289,11 +289,11 @@ def test_every_named_blob_is_there(files: list[QuantFile], tmp_path: Path) -> No
     [
         ("bad name", PACKAGE, None, "its model has ' '"),
         ("coder", Package(), None, "'num_ctx' is not set"),
-        ("coder", PACKAGE, "q6_K", "latest shall point to 'q6_K'"),
+        ("coder", PACKAGE, "q6_K", "latest cannot point to 'q6_K'"),
     ],
 )
 def test_mistakes_are_refused_before_anything_is_written(
-    files: list[QuantFile], tmp_path: Path, name: str, package: Package, latest: str | None, said: str
+    files: list[TagFile], tmp_path: Path, name: str, package: Package, latest: str | None, said: str
 ) -> None:
     with pytest.raises(OlpackError, match=said):
         write_store(tmp_path / "store", name, files, package, latest)
@@ -302,7 +302,7 @@ def test_mistakes_are_refused_before_anything_is_written(
 
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(OlpackError, match=r"gone.gguf does not exist"):
-        write_store(tmp_path / "store", "coder", [QuantFile("q4_0", tmp_path / "gone.gguf", "0" * 64)], PACKAGE)
+        write_store(tmp_path / "store", "coder", [TagFile("q4_0", tmp_path / "gone.gguf", "0" * 64)], PACKAGE)
 
 
 def test_where_a_server_keeps_its_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tiny_models import converter, write_model
 from olpack.deploy import Package
 from olpack.deploy.bundle import bundle
 from olpack.deploy.hub import push_to_hub
-from olpack.deploy.register import QuantFile, check_request
+from olpack.deploy.register import TagFile, check_request
 from olpack.errors import OlpackError
 from olpack.export import Target
 from olpack.export.job import partial_path
@@ -100,7 +100,7 @@ def test_what_a_killed_split_export_left_is_removed_by_the_next(model, tmp_path)
     ids=["server", "bundle", "hub"],
 )
 def test_ollama_is_not_given_a_part(give, tmp_path):
-    part = QuantFile("q8_0", tmp_path / "model-q8_0-00001-of-00002.gguf")
+    part = TagFile("q8_0", tmp_path / "model-q8_0-00001-of-00002.gguf")
     with pytest.raises(OlpackError, match=r"one part of a GGUF in several files, and a tag is registered from one\. Export it unsplit"):
         give([part], Package(parameters={"num_ctx": 128}), tmp_path)
     assert list(tmp_path.iterdir()) == []

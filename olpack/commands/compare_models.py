@@ -85,7 +85,7 @@ def _read(path: Path) -> tuple[list[list[dict]], list[Task]]:
 
 
 def _has_checks(path: Path) -> bool:
-    """Whether the first line of a JSONL file is a task; what is wrong with the file is told by whoever reads it whole."""
+    """Whether the first line of a JSONL file is a task; the reader of the whole file reports what is wrong with it."""
     try:
         with path.open(encoding="utf-8-sig") as file:
             first = json.loads(next((line for line in file if line.strip()), "null"))

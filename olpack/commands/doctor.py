@@ -1,4 +1,4 @@
-"""`olpack doctor`: what of this machine is ready, what is not, and the command that mends it."""
+"""`olpack doctor`: what of this machine is ready, what is not, and the command that fixes it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Finding:
         part: what was looked at.
         state: "ready"; "missing": olpack works without it; "broken": it does not.
         detail: what was found.
-        remedy: the command that mends it, "" where nothing is wrong.
+        remedy: the command that fixes it, "" where nothing is wrong.
     """
 
     part: str

@@ -18,7 +18,7 @@ def _exported(build: Build) -> list:
     """The GGUFs of the recipe's quants.
 
     Raises:
-        OlpackError: one of them is not there, or no longer what the recipe says.
+        OlpackError: one of them does not exist, or differs from the recipe.
     """
     for step in all_steps(build):
         if step.stage in ("train", "export") and step.stale:
@@ -43,7 +43,7 @@ def check(build: Build) -> list[str]:
     """Compare what the server has of each tag with the recipe, and the prompts that it makes with the trained ones. Returns one line a tag.
 
     Raises:
-        OlpackError: a tag is not registered, says something else than the recipe, or a prompt differs.
+        OlpackError: a tag is not registered, a tag differs from the recipe, or a prompt differs.
     """
     from olpack.deploy.client import OllamaClient
     from olpack.deploy.register import drift
@@ -56,8 +56,8 @@ def check(build: Build) -> list[str]:
         shown = client.show(model)
         if shown is None:
             raise OlpackError(f"The Ollama server at {client.url} has no {model}.", f"Run `olpack deploy {build.recipe.name}`.")
-        if told := drift(shown, file, build.package):
-            raise OlpackError(f"{model} is not as the recipe says: {'; '.join(told)}.", f"Run `olpack deploy {build.recipe.name}` to set it right.")
+        if differences := drift(shown, file, build.package):
+            raise OlpackError(f"{model} differs from the recipe: {'; '.join(differences)}.", f"Run `olpack deploy {build.recipe.name}`.")
         lines.append(f"{model}  {check_prompts(build, client, file.tag, conversations(build)).summary()}")
     return lines
 

@@ -66,7 +66,7 @@ def advise(
     if models and "/" not in models[0] and (models[0] in packages() or not Path(models[0]).exists()):
         overrides = [f"quants=[{', '.join(quants)}]"] if quants else []
         build = Build(recipe.load(recipe_path(models[0]), overrides), out, weights=False)
-        num_ctx = build.package.parameters["num_ctx"]
+        num_ctx = build.package.num_ctx
         assert isinstance(num_ctx, int)  # a package's parameters are checked, and num_ctx is always among them
         return _advise_build(build, machine, _setting(context or num_ctx, kv_type), max_loss)
     subject = typical(params) if params else find(models[0])

@@ -11,7 +11,7 @@ from olpack.workspace import BuildPaths, packages, recipe_path, shipped
 
 
 def package_rows(root: Path) -> list[dict[str, Any]]:
-    """One entry for each package: its recipe, the quants that lie in its build folder, the recommended tag, the tags on the server."""
+    """One entry for each package: its recipe, the quants in its build folder, the recommended tag, the tags on the server."""
     from olpack.deploy.client import OllamaClient
 
     client = OllamaClient()
@@ -41,19 +41,19 @@ def _row(name: str, paths: BuildPaths, tags: list[str] | None) -> dict[str, Any]
 
 
 def _named_by_modelfiles(paths: BuildPaths) -> dict[str, int]:
-    """The base's quants that an adapter package is served with, which lie in the base's own folder; by quant, in bytes."""
+    """The base's quants that an adapter package is served with, from the base's own folder; by quant, in bytes."""
     from olpack.deploy.modelfile import parse
 
-    found = {}
+    sizes = {}
     for path in paths.root.glob("modelfiles/*.Modelfile"):
         try:
             read = parse(path.read_text(encoding="utf-8"))
             file = (path.parent / read.source).resolve()
             if read.adapter and file.is_file():
-                found[file.stem.removeprefix(f"{file.parent.parent.name}-")] = file.stat().st_size
+                sizes[file.stem.removeprefix(f"{file.parent.parent.name}-")] = file.stat().st_size
         except (OSError, ValueError, OlpackError):
             continue
-    return dict(sorted(found.items(), key=lambda item: item[1]))
+    return dict(sorted(sizes.items(), key=lambda item: item[1]))
 
 
 def print_packages(rows: list[dict[str, Any]]) -> None:
@@ -76,7 +76,7 @@ def print_packages(rows: list[dict[str, Any]]) -> None:
 
 
 def print_facts(facts: dict[str, Any]) -> None:
-    """What `ship.facts` found of one build."""
+    """The facts of one build (`publish.facts`)."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""Chats from the recipe's data: read, refused where they are none, split, and seen as often as their source says."""
+"""Chats from the recipe's data: read, refused where they are none, split, and repeated by the weight of their source."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from olpack.data.rows import Chat, Problem
 from olpack.data.sources import Source
 from olpack.errors import OlpackError
 
-_SHOWN = 10  # problems listed before "and N more"
+_LISTED = 10  # problems listed before "and N more"
 FORM = (
     'A row is an object such as {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}, or of another form '
     "(docs/data.md)."
@@ -20,7 +20,7 @@ FORM = (
 
 
 def load_chats(*sources: Source | Path) -> list[Chat]:
-    """Read every chat of some sources; a path is a source whose form its rows tell.
+    """Read every chat of some sources; a path is a source whose rows decide its form.
 
     Raises:
         OlpackError: a source is missing or empty, or has rows that are no chats: each named by its line.
@@ -31,7 +31,10 @@ def load_chats(*sources: Source | Path) -> list[Chat]:
         source = Source(source) if isinstance(source, Path) else source
         before = len(chats) + len(problems)
         for row in source.read():
-            (chats if isinstance(row, Chat) else problems).append(row)
+            if isinstance(row, Chat):
+                chats.append(row)
+            else:
+                problems.append(row)
         if len(chats) + len(problems) == before:
             raise OlpackError(f"{source.place if isinstance(source.place, Path) else source.label} is empty.", FORM)
     if problems:
@@ -41,8 +44,8 @@ def load_chats(*sources: Source | Path) -> list[Chat]:
 
 def refuse(problems: list[str], remedy: str) -> NoReturn:
     """Raise the first of some problems, and how many more there are."""
-    more = [f"and {len(problems) - _SHOWN} more (`olpack data check` lists all)"] if len(problems) > _SHOWN else []
-    raise OlpackError("\n".join(problems[:_SHOWN] + more), remedy)
+    more = [f"and {len(problems) - _LISTED} more (`olpack data check` lists all)"] if len(problems) > _LISTED else []
+    raise OlpackError("\n".join(problems[:_LISTED] + more), remedy)
 
 
 def split(chats: list[Chat], share: float) -> tuple[list[Chat], list[Chat]]:

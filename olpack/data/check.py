@@ -1,4 +1,4 @@
-"""`olpack data check`: every problem of the data with its place, and what it looks like in figures. Needs no GPU and loads no weights."""
+"""`olpack data check`: every problem of the data with its place, and the figures of the rows. It needs no GPU and loads no weights."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Side:
 
 @dataclass
 class Report:
-    """What was found.
+    """The result of a check.
 
     Attributes:
         findings: all problems and warnings, those that fail a build first.
@@ -133,8 +133,8 @@ def check_data(train: Sequence[Source], held_out: Sequence[Source], renderer: Re
     else:
         chats, apart = split(chats, eval_share)
     seen = [chat for chat in chats if times(chat)]
-    for name, side in (("to learn", chats), ("held out", apart)):
-        if not side and (eval_share or side is chats):
+    for name, some in (("to train on", chats), ("held out", apart)):
+        if not some and (eval_share or some is chats):
             findings.append(Finding("data", "too few rows", f"No row is {name}.", True))
     if chats and not seen:
         findings.append(Finding("data", "too few rows", "No row is left at this `weight`.", True))
@@ -185,8 +185,8 @@ def _render(side: Side, chats: list[Chat], report: Report, renderer: Renderer, t
     for chat, rows in zip(chats, renderer.batches(chats), strict=True):
         task.advance()
         if isinstance(rows, OlpackError):
-            said = rows.problem.removeprefix(f"{chat.source}: ")
-            report.findings.append(Finding(chat.source, "template", f"{said[0].upper()}{said[1:].rstrip('.')}.", True))
+            problem = rows.problem.removeprefix(f"{chat.source}: ")
+            report.findings.append(Finding(chat.source, "template", f"{problem[0].upper()}{problem[1:].rstrip('.')}.", True))
             continue
         name = chat.source.rpartition(":")[0]
         part = parts.setdefault(name, Part(name, chat.form))
@@ -199,14 +199,14 @@ def _render(side: Side, chats: list[Chat], report: Report, renderer: Renderer, t
         side.turns[sum(message["role"] == "assistant" for message in chat.messages)] += 1
         longest = max(len(row.ids) for row in rows)
         if longest > report.max_length:
-            said = f"It has {longest:,} tokens, and at most {report.max_length:,} are allowed (`data.max_length`, and the base's context)."
-            report.findings.append(Finding(chat.source, "too long", said, True))
+            text = f"It has {longest:,} tokens, and at most {report.max_length:,} are allowed (`data.max_length`, and the base's context)."
+            report.findings.append(Finding(chat.source, "too long", text, True))
         contents = [chat.text] if chat.text is not None else [message["content"] for message in chat.messages]
-        if found := next((match for content in contents if (match := special.search(content))), None):
-            said = f"Its text holds {found[0]}, which the model reads as a token that steers it."
-            report.findings.append(Finding(chat.source, "special token", said, False))
-        if said := next((said for row in rows if (said := stray_mark(row, renderer))), ""):
-            report.findings.append(Finding(chat.source, "reasoning", said, False))
+        if token := next((match for content in contents if (match := special.search(content))), None):
+            text = f"Its text contains {token[0]}, which the model reads as a special token."
+            report.findings.append(Finding(chat.source, "special token", text, False))
+        if text := next((text for row in rows if (text := stray_mark(row, renderer))), ""):
+            report.findings.append(Finding(chat.source, "reasoning", text, False))
     side.parts = list(parts.values())
 
 

@@ -1,7 +1,7 @@
 """Chat templates that write the time: `strftime_now`, which transformers and llama.cpp give them.
 
 Rows are rendered at one moment, which is recorded with the training. A server writes its own time, so its prompts differ from the trained ones
-in that, and shall differ in nothing else.
+in that, and must differ in nothing else.
 """
 
 from __future__ import annotations
@@ -47,12 +47,13 @@ def written_by(strftime: Callable[[str], str] | None) -> Iterator[None]:
         return
     from transformers.utils import chat_template_utils
 
-    before = chat_template_utils.datetime
-    chat_template_utils.datetime = SimpleNamespace(now=lambda: SimpleNamespace(strftime=strftime))
+    names = vars(chat_template_utils)
+    before = names["datetime"]
+    names["datetime"] = SimpleNamespace(now=lambda: SimpleNamespace(strftime=strftime))
     try:
         yield
     finally:
-        chat_template_utils.datetime = before
+        names["datetime"] = before
 
 
 def mark(form: str) -> str:
@@ -73,12 +74,12 @@ def times_of_day(text: str) -> bool:
 
 
 def _pattern(form: str) -> str:
-    found = []
+    patterns = []
     for part in re.split(r"(%-?\w)", form):
         if not re.fullmatch(r"%-?\w", part):
-            found.append(re.escape(part))
+            patterns.append(re.escape(part))
         elif part[-1] in _DIGITS:
-            found.append(r"\d{1,6}" if part[1] == "-" else _DIGITS[part[-1]])
+            patterns.append(r"\d{1,6}" if part[1] == "-" else _DIGITS[part[-1]])
         else:
-            found.append(r"[^\W\d_]+\.?" if part[-1] in _WORDS else r"[^\n]+?")
-    return "".join(found)
+            patterns.append(r"[^\W\d_]+\.?" if part[-1] in _WORDS else r"[^\n]+?")
+    return "".join(patterns)

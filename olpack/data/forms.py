@@ -41,7 +41,7 @@ _SHAREGPT_ROLES = {
 
 
 class RowError(ValueError):
-    """Why a row is no example. `kind` says what sort of problem it is."""
+    """Why a row is no example. `kind` is the sort of problem, in a word or two."""
 
     def __init__(self, text: str, kind: str = "form"):
         super().__init__(text)
@@ -53,7 +53,7 @@ def form_of(row: Any) -> Form | None:
     if not isinstance(row, dict):
         return None
     form = next((form for form, keys in KEYS.items() if all(row.get(key) is not None for key in keys)), None)
-    if form == "chat" and isinstance(row["messages"], list) and row["messages"] and _says_from(row["messages"][0]):
+    if form == "chat" and isinstance(row["messages"], list) and row["messages"] and _is_sharegpt(row["messages"][0]):
         return "sharegpt"
     return form
 
@@ -69,32 +69,32 @@ _READ: dict[Form, tuple[str, ...]] = {  # all that is read of a row
 
 
 def _unread(form: Form, row: dict, messages: list[dict]) -> tuple[str, ...]:
-    """Keys of a row that say something and that its form does not read, by their path: "category", "messages.content.cache_control".
+    """Keys of a row that have a value and that its form does not read, by their path: "category", "messages.content.cache_control".
 
     Those of a message that olpack has no use for are among them: the chat template gets them, and may read them.
     """
     read = [key for key in _READ[form] if key != "messages" or form != "sharegpt" or row.get("conversations") is None]
-    found = _said(row, read)
+    found = _other_keys(row, read)
     for message in messages:
-        found += _said(message, _READ_OF_A_MESSAGE, "messages.")
+        found += _other_keys(message, _READ_OF_A_MESSAGE, "messages.")
         if isinstance(message.get("content"), list):
             for part in message["content"]:
-                found += _said(part, ("type", "text"), "messages.content.")
+                found += _other_keys(part, ("type", "text"), "messages.content.")
         calls = message.get("tool_calls")
         for call in (json.loads(calls) if isinstance(calls, str) else calls) or []:
-            found += _said(call, ("type", "function") if "function" in call else ("type", "name", "arguments"), "messages.tool_calls.")
-            found += _said(call.get("function"), ("name", "arguments"), "messages.tool_calls.function.")
+            found += _other_keys(call, ("type", "function") if "function" in call else ("type", "name", "arguments"), "messages.tool_calls.")
+            found += _other_keys(call.get("function"), ("name", "arguments"), "messages.tool_calls.function.")
     return tuple(dict.fromkeys(found))
 
 
-def _said(value: Any, read: Iterable[str], path: str = "") -> list[str]:
-    """The other keys of an object that hold something; a column may have no name."""
+def _other_keys(value: Any, read: Iterable[str], path: str = "") -> list[str]:
+    """The keys of an object that have a value and are not among those read; a column may have no name."""
     rest = value.items() if isinstance(value, dict) else ()
-    return [f"{path}{key}" or "(no name)" for key, held in rest if key not in read and held not in (None, "", [], {}) and held == held]
+    return [f"{path}{key}" or "(no name)" for key, inner in rest if key not in read and inner not in (None, "", [], {}) and inner == inner]
 
 
 def to_chat(form: Form, row: Any) -> dict[str, Any]:
-    """What a row says, as arguments of `Chat`: `messages`, `tools`, `context`, `text`, `unread`.
+    """The content of a row, as arguments of `Chat`: `messages`, `tools`, `context`, `text`, `unread`.
 
     Raises:
         RowError: it does not fit the form, or is no example.
@@ -109,7 +109,7 @@ def to_chat(form: Form, row: Any) -> dict[str, Any]:
     messages, context = {"chat": _chat, "sharegpt": _sharegpt, "completion": _completion, "alpaca": _alpaca}[form](row)
     checked = [_message(message, number) for number, message in enumerate(messages, 1)]
     if not any(message["role"] == "assistant" for message in checked[context:]):
-        raise RowError("there is no assistant's turn, so nothing to learn", "nothing to learn")
+        raise RowError("there is no assistant's turn, so there are no target tokens", "nothing to learn")
     return {"messages": checked, "tools": _tools(row), "context": context, "unread": _unread(form, row, messages)}
 
 
@@ -128,30 +128,30 @@ def _system(row: dict) -> list[dict]:
 
 
 def _turn(turn: Any, number: int) -> Any:
-    if not _says_from(turn):
+    if not _is_sharegpt(turn):
         return turn
-    who, said = turn["from"], turn.get("value")
+    who, text = turn["from"], turn.get("value")
     role = _SHAREGPT_ROLES.get(who.lower()) if isinstance(who, str) else None
     if role is None:
         raise RowError(f"turn {number} is from {who!r}, and not from one of {', '.join(_SHAREGPT_ROLES)}")
     if role == "function_call":
-        calls = _parsed(said, f"turn {number}, the function call, is no JSON")
+        calls = _parsed(text, f"turn {number}, the function call, is no JSON")
         return {"role": "assistant", "content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
     rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
-    return {"role": role, "content": said, **rest}
+    return {"role": role, "content": text, **rest}
 
 
-def _says_from(turn: Any) -> bool:
+def _is_sharegpt(turn: Any) -> bool:
     return isinstance(turn, dict) and "from" in turn and "role" not in turn
 
 
 def _completion(row: dict) -> tuple[list, int]:
-    sides = []
+    sides: list[list] = []
     for key, role in (("prompt", "user"), ("completion", "assistant")):
-        said = row.get(key)
-        if isinstance(said, str) and role == "assistant" and not said.strip():
+        value = row.get(key)
+        if isinstance(value, str) and role == "assistant" and not value.strip():
             raise RowError(f"`{key}` is empty", "empty answer")
-        sides.append([{"role": role, "content": said}] if isinstance(said, str) else _list(row, key, "neither a text nor a list of messages"))
+        sides.append([{"role": role, "content": value}] if isinstance(value, str) else _list(row, key, "neither a text nor a list of messages"))
     prompt, completion = sides
     return prompt + completion, len(prompt)
 
@@ -216,7 +216,8 @@ def _tool_calls(calls: Any, number: int) -> Iterator[dict]:
     """Calls as templates want them: the function in `function`, its arguments an object."""
     calls = _parsed(calls, f"message {number}: `tool_calls` is no JSON") if isinstance(calls, str) else calls
     for call in calls if isinstance(calls, list) else [None]:
-        function = call.get("function", call) if isinstance(call, dict) else None
+        call = call if isinstance(call, dict) else {}
+        function = call.get("function", call)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise RowError(f"message {number} has a tool call without the name of a function")
         arguments = function.get("arguments") or {}
@@ -244,13 +245,13 @@ def _tools(row: dict) -> list[dict] | None:
     return _whole(wrapped, "`tools`")
 
 
-def _list(row: dict, key: str, said: str | None = None) -> list:
+def _list(row: dict, key: str, problem: str | None = None) -> list:
     """A list of messages. A table's cell holds it as JSON."""
     value = row.get(key)
     if isinstance(value, str):
         value = _parsed(value, f"`{key}` is no JSON")
     if not isinstance(value, list) or not value:
-        raise RowError(f"`{key}` is {said}" if said else f"there is no list of `{key}`")
+        raise RowError(f"`{key}` is {problem}" if problem else f"there is no list of `{key}`")
     return value
 
 
@@ -260,11 +261,11 @@ def _text(row: dict, key: str) -> str:
     return row[key]
 
 
-def _parsed(text: Any, said: str) -> Any:
+def _parsed(text: Any, problem: str) -> Any:
     try:
         return json.loads(text)
     except (TypeError, ValueError, RecursionError):
-        raise RowError(said) from None
+        raise RowError(problem) from None
 
 
 def _whole(value: Any, name: str) -> Any:

@@ -39,7 +39,7 @@ class HubSet:
         """The commit that the revision stands for, from the Hub, or from its local cache where it cannot be reached. A commit is itself.
 
         Raises:
-            OlpackError: there is no such data set or revision, or it is neither here nor to be had.
+            OlpackError: there is no such data set or revision, or it is neither in the cache nor reachable.
         """
         if self.revision and re.fullmatch("[0-9a-f]{40}", self.revision):
             return self.revision
@@ -52,18 +52,20 @@ class HubSet:
             except LocalEntryNotFoundError:
                 raise
             except EntryNotFoundError:
-                return HfApi().dataset_info(self.id, revision=self.revision).sha
+                if commit := HfApi().dataset_info(self.id, revision=self.revision).sha:
+                    return commit
+                raise OlpackError(f"The Hugging Face Hub names no commit of the data set {self.id}.", "Name a commit as `revision`.") from None
 
     def rows(self) -> Iterator[dict]:
         """Every row, fetched where it is not in the local cache.
 
         Raises:
-            OlpackError: there is no such split or subset, it is gated, or it cannot be had.
+            OlpackError: there is no such split or subset, it is gated, or cannot be fetched.
         """
         import datasets
 
         datasets.disable_progress_bars()
-        datasets.logging.set_verbosity_error()  # it would say that it took the latest version it has; here the commit decides
+        datasets.logging.set_verbosity_error()  # it would report that it took the latest version in the cache; here the commit decides
         with _failures(self), progress.task(f"fetching {self.id}"):
             found = datasets.load_dataset(self.id, name=self.subset, split=self.split, revision=self.commit)
         if not any(self.commit in file["filename"] for file in found.cache_files):  # without a network, `datasets` takes what it has
@@ -76,7 +78,7 @@ class HubSet:
 
 @contextmanager
 def _failures(asked: HubSet) -> Iterator[None]:
-    """Say in a sentence why a data set could not be had."""
+    """Explain in one sentence why a data set could not be fetched."""
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -107,7 +109,7 @@ def _failures(asked: HubSet) -> Iterator[None]:
             f"{name} is not in the local cache and the Hugging Face Hub cannot be reached.", "Connect once, or save it as a file and name that."
         ) from None
     except ValueError as error:  # a split or subset that is not there, with those that are
-        said = " ".join(str(error).split("\nExample")[0].split())
-        raise OlpackError(f"{name} cannot be read so: {said}", "Name one of those that it has as `split` or `subset`.") from None
+        reason = " ".join(str(error).split("\nExample")[0].split())
+        raise OlpackError(f"{name} cannot be read: {reason}", "Name one of those that it has as `split` or `subset`.") from None
     except (httpx.HTTPError, DatasetsError, RuntimeError, OSError) as error:
         raise OlpackError(f"{name} could not be fetched: {str(error).strip().splitlines()[0]}", "Run the same command again to go on.") from None

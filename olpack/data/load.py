@@ -1,4 +1,4 @@
-"""From a recipe's data to rows that a base can learn."""
+"""From a recipe's data to rows that a base can be trained on."""
 
 from __future__ import annotations
 
@@ -100,13 +100,17 @@ def nth_row(number: int, train: Sequence[Source], other: Sequence[Source], rende
         if seen + len(rows) >= number:
             return rows[number - seen - 1]
         seen += len(rows)
-    raise OlpackError(f"There is no row {number}: {'held out' if held_out else 'to learn'} are {seen:,}.")
+    raise OlpackError(f"There is no row {number}: the {'held-out' if held_out else 'training'} side has {seen:,}.")
 
 
 def _rendered(chats: list[Chat], renderer: Renderer, task: progress.Task) -> list[list[TokenRow]]:
-    made, refused = [], []
+    made: list[list[TokenRow]] = []
+    refused: list[OlpackError] = []
     for rows in renderer.batches(chats):
-        (refused if isinstance(rows, OlpackError) else made).append(rows)
+        if isinstance(rows, OlpackError):
+            refused.append(rows)
+        else:
+            made.append(rows)
         task.advance()
     if refused:
         refuse([error.problem for error in refused], refused[0].remedy)

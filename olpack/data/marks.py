@@ -33,7 +33,7 @@ def stray_mark(row: TokenRow, renderer: Renderer) -> str:
         for begin, end in marks if is_target else ():
             opened = before.rstrip()
             if text.count(end) > text.count(begin) + opened.endswith(begin):
-                return f"Its target tokens hold {end} more often than reasoning is opened."
+                return f"Its target tokens contain {end} more often than reasoning is opened."
             if opened.endswith(end) and text.lstrip().startswith(begin):
                 return f"The generation prompt ends with {end}, and the answer opens reasoning behind it."
         before = text

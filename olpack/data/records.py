@@ -7,7 +7,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ _DECODER = json.JSONDecoder()
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What stands on a line: a value, or the reason why it cannot be read.
+    """The value on a line, or the reason why it cannot be read.
 
     Attributes:
         number: the line that it begins on, or the row of a table, from 1.
@@ -50,7 +50,7 @@ def counts_rows(path: Path) -> bool:
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """Every record of a file, of which the suffix tells the kind.
+    """Every record of a file, whose suffix gives its kind.
 
     Raises:
         OlpackError: the file is missing, of another kind, or cannot be read at all.
@@ -106,7 +106,7 @@ def _json_lines(raw: bytes) -> Iterator[Record]:
 
 
 def _beyond(error: ValueError | RecursionError) -> str:
-    """What is said of a value that Python's reader does not take."""
+    """The problem of a value that Python's reader does not take."""
     return TOO_DEEP if isinstance(error, RecursionError) else f"a number of more than {sys.get_int_max_str_digits():,} digits"
 
 
@@ -119,7 +119,7 @@ def _are_lines(raw: bytes) -> bool:
     return isinstance(first, dict) and not isinstance(first.get("data"), list)
 
 
-def _text_records(raw: bytes, parse) -> Iterator[Record]:
+def _text_records(raw: bytes, parse: Callable[[str], Iterator[Record]]) -> Iterator[Record]:
     """Records of a file that is read as a whole. Where it is not UTF-8, each line that is not."""
     try:
         text = raw.decode("utf-8").removeprefix("\ufeff")
@@ -205,7 +205,9 @@ def _expect_end(text: str, at: int) -> None:
 
 
 def _next(text: str, at: int) -> int:
-    return _SPACE.match(text, at).end()
+    space = _SPACE.match(text, at)
+    assert space  # the pattern matches the empty text, too
+    return space.end()
 
 
 def _expect(text: str, at: int, mark: str) -> int:

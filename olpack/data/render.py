@@ -24,7 +24,7 @@ from olpack.errors import OlpackError
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 _REASONING = ("reasoning_content", "reasoning", "thinking")  # names of one field of a message
 _PROBE = "olpack"  # stands for reasoning, to see where a template writes it
@@ -48,6 +48,13 @@ class _Written:
     cuts: tuple[int, ...] = ()
 
 
+def apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict], *, ask: bool, tools: list[dict] | None) -> str:
+    """One conversation as the tokenizer's chat template writes it; with `ask`, up to where the assistant's answer begins."""
+    text = tokenizer.apply_chat_template(messages, tools=None if tools is None else [*tools], tokenize=False, add_generation_prompt=ask)
+    assert isinstance(text, str)  # of one conversation, without tokenizing
+    return text
+
+
 class Renderer:
     """Turns chats into token rows with one tokenizer.
 
@@ -61,7 +68,7 @@ class Renderer:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, end_ids: list[int] | None = None, learn: Learn = "all", moment: datetime | None = None):
         if not tokenizer.is_fast:
             raise OlpackError(
-                "The base has only a slow tokenizer, which cannot say where its tokens stand in the text.",
+                "The base has only a slow tokenizer, which does not report where its tokens stand in the text.",
                 "Save it as a fast one: a tokenizer.json beside the weights.",
             )
         if not tokenizer.chat_template:
@@ -77,8 +84,8 @@ class Renderer:
 
     def text(self, messages: list[dict], *, ask: bool = False, tools: list[dict] | None = None) -> str:
         """The conversation as the template writes it; with `ask`, up to where the assistant's answer begins."""
-        with written_by(self.moment and self.moment.strftime):
-            return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=ask)
+        with written_by(self.moment.strftime if self.moment else None):
+            return apply_template(self.tokenizer, messages, ask=ask, tools=tools)
 
     def prompt(self, messages: list[dict]) -> list[int]:
         """Token ids of a conversation that waits for the assistant's answer."""
@@ -127,7 +134,8 @@ class Renderer:
         """The special token with which the template ends an assistant's turn; None where it ends it in another way."""
         row = self.rows(Chat([{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello."}], "a greeting"))[-1]
         last = max(index for index, is_target in enumerate(row.loss_mask) if is_target)
-        return self.tokenizer.convert_ids_to_tokens(row.ids[last]) if row.ids[last] in self.end_ids else None
+        token = self.tokenizer.convert_ids_to_tokens(row.ids[last])
+        return token if row.ids[last] in self.end_ids and isinstance(token, str) else None
 
     def _written(self, chat: Chat) -> list[_Written] | OlpackError:
         try:
@@ -174,7 +182,7 @@ class Renderer:
         return rows[::-1]
 
     def _with_marks(self, chat: Chat) -> list[dict]:
-        """The messages, those that hold reasoning in their text in the way that the template takes it.
+        """The messages, those with reasoning in their text in the way that the template takes it.
 
         Where the generation prompt opens the reasoning, what a model writes has no mark that opens it. Some templates look for both marks, and
         some for a field of the message.
@@ -211,7 +219,7 @@ class Renderer:
         asked, whole = self.text(messages, ask=True, tools=tools), self.text([*messages, message], tools=tools)
         if whole.startswith(asked):
             return len(asked), whole
-        # The generation prompt says more than the turn itself does, such as an empty thinking block. The turn is put together from both.
+        # The generation prompt writes more than the turn itself does, such as an empty thinking block. The turn is put together from both.
         plain = [self.text([*messages, {"role": "assistant", "content": letter}], tools=tools) for letter in "ab"]
         header = _shared(*plain)
         before, part = self.text(messages, tools=tools), min(_shared(asked, whole), header)
@@ -223,13 +231,13 @@ class Renderer:
         ending = plain[0][header + 1 :] if plain[0][header:].startswith("a") else None
         as_plain = whole.startswith(plain[0][:header])
         opened, reasoning, content = _opened(asked), _reasoning(message), message["content"]
-        inside = opened is not None and opened.end in content
+        inside = opened if opened is not None and opened.end in content else None
         if not reasoning and not inside and (empty := self._without_reasoning(messages, message, tools, asked)):
             return len(asked), empty
         if inside and ending is not None and not message.get("tool_calls"):
-            head, _, rest = content.partition(opened.begin)
-            said = content if opened.end in head or not rest else rest.removeprefix(opened.text.removeprefix(opened.begin))
-            return len(asked), asked + said + ending
+            head, _, rest = content.partition(inside.begin)
+            answer = content if inside.end in head or not rest else rest.removeprefix(inside.text.removeprefix(inside.begin))
+            return len(asked), asked + answer + ending
         if opened and ending is not None and as_plain:
             return len(asked), f"{asked}{reasoning}\n{opened.end}\n\n{whole[header:]}"
         return len(asked), asked + _beyond(asked, whole, part, header if as_plain else None)
@@ -241,7 +249,7 @@ class Renderer:
         return asked + behind.replace(_PROBE, "", 1) if whole.startswith(asked) and behind.lstrip().startswith(_PROBE) else None
 
     def _refuse_dropped(self, message: dict, tools: list[dict] | None, text: str, begin: int) -> None:
-        """Templates that know no tools, or no reasoning, leave them out without a word."""
+        """Templates that know no tools, or no reasoning, leave them out without an error."""
         written = [_reasoning(message), *(block[2] for block in _BLOCK.finditer(message["content"]))]
         if any(reasoning.strip() not in text[begin:] for reasoning in written):
             raise OlpackError(
@@ -336,7 +344,8 @@ def _beyond(asked: str, whole: str, part: int, header: int | None) -> str:
         part: where they part.
         header: where the answer's own text begins; None where the template writes its reasoning before it.
     """
-    part = re.search(r"([<\[][^<>\[\]\s]*)?\Z", asked[:part]).start()  # no mark is cut in two
+    if cut := re.search(r"[<\[][^<>\[\]\s]*\Z", asked[:part]):
+        part = cut.start()  # no mark is cut in two
     if header is None:
         mark = _opened(asked[:part])
         return whole[part - len(mark.text) if mark and mark.end in asked[part:] else part :]

@@ -1,4 +1,4 @@
-"""What a row of data is, before and after the chat template."""
+"""A row of data, before and after the chat template."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _MEANING = ("role", "content", "reasoning_content", "thinking", "name")  # of a 
 
 @dataclass(frozen=True)
 class Chat:
-    """One conversation, or one plain text, as its file holds it.
+    """One conversation, or one plain text, as its file contains it.
 
     Attributes:
         messages: turns in order, each with `role` and `content`, and what else the template may read. Empty for a plain text.
         source: where it stands, "train.jsonl:17".
         tools: what the assistant may call, as JSON schemas; None where there is nothing.
-        context: so many messages at the beginning are read and hold no target tokens.
+        context: so many messages at the beginning are read and have no target tokens.
         text: a plain text, all of whose tokens are target tokens.
         form: that of its file.
         weight: how often it is seen in an epoch.
-        unread: keys of its row that say something and that the form does not read, by their path; of a message also those for the template.
+        unread: keys of its row that have a value and that the form does not read, by their path; of a message also those for the template.
     """
 
     messages: list[dict]
@@ -76,7 +76,7 @@ def _meaning(messages: list[dict]) -> list[dict]:
 
 @dataclass(frozen=True)
 class Problem:
-    """A row that is no example, and why.
+    """A row that is no example, and the reason.
 
     Attributes:
         source: where it stands, "train.jsonl:17".

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from olpack.data.check import Report, Side, histogram, percentile
 from olpack.data.render import Renderer, pieces
 from olpack.data.rows import TokenRow
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 BEGIN, END = "⟦", "⟧"  # around target tokens, where there are no colours
 _BAR = 40
@@ -25,10 +29,11 @@ def print_report(report: Report) -> None:
         console.print(Text(f"{finding.place}: {'' if finding.fails else 'warning: '}{finding.text}", style=style or ""), soft_wrap=True)
     if report.findings:
         console.print()
-    columns = [("", "left"), ("form", "left"), ("rows", "right"), ("seen an epoch", "right"), ("tokens", "right"), ("target tokens", "right")]
     table = Table(box=None, pad_edge=False, show_edge=False, header_style="")
-    for title, justify in columns:
-        table.add_column(title, justify=justify)
+    for title in ("", "form"):
+        table.add_column(title)
+    for title in ("rows", "seen an epoch", "tokens", "target tokens"):
+        table.add_column(title, justify="right")
     for title, side in (("train", report.train), ("eval", report.held_out)):
         for part in side.parts:
             rows = f"{part.chats:,}" if part.rows == part.chats else f"{part.chats:,} as {part.rows:,}"
@@ -50,7 +55,7 @@ def print_report(report: Report) -> None:
     console.print(f"\n{problems}, {warnings:,} {'warning' if warnings == 1 else 'warnings'}")
 
 
-def _print_side(console, title: str, side: Side, limit: int) -> None:
+def _print_side(console: Console, title: str, side: Side, limit: int) -> None:
     from rich.table import Table
 
     lengths = side.lengths

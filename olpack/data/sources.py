@@ -15,7 +15,7 @@ from olpack.data.rows import Chat, Form, Problem
 from olpack.errors import OlpackError
 from olpack.workspace import file_digest, value_digest
 
-_LOOKED_AT = 20  # rows from which the form of a file is told
+_LOOKED_AT = 20  # rows that decide the form of a file
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Source:
 
     Attributes:
         place: a file, a folder of files, or a data set on the Hub.
-        form: of all its rows; None where each file's own rows tell it.
+        form: of all its rows; None where each file's own rows decide it.
         weight: how often its rows are seen in an epoch: 2 for twice each, 0.5 for half of them.
-        name: a file or folder as the recipe writes it; "" where only its own name is to be said.
+        name: a file or folder as the recipe writes it; "" where only its own name is known.
     """
 
     place: Path | HubSet
@@ -67,24 +67,24 @@ class Source:
 
     def _chats(self, records: Iterator[Record], label: str, name: str, unit: str) -> Iterator[Chat | Problem]:
         first = list(islice(records, _LOOKED_AT))
-        form = self.form or _told_by(first, name)
+        form = self.form or _common_form(first, name)
         for record in chain(first, records):
             source, place = f"{label}:{record.number}", f"{name}, {unit} {record.number}"
             if record.problem:
                 yield Problem(source, place, record.problem, "unreadable")
                 continue
             try:
-                said = to_chat(form, record.value)
+                fields = to_chat(form, record.value)
             except RowError as error:
                 yield Problem(source, place, str(error), error.kind)
             except RecursionError:
                 yield Problem(source, place, TOO_DEEP, "unreadable")
             else:
-                yield Chat(source=source, form=form, weight=self.weight, **said)
+                yield Chat(source=source, form=form, weight=self.weight, **fields)
 
 
 def _files(place: Path) -> list[Path]:
-    """The files of a source: itself, or what a folder holds of them, sorted by name. Hidden ones are an editor's or a system's, no data."""
+    """The files of a source: itself, or those in a folder, sorted by name. Hidden files belong to an editor or the system and are no data."""
     if not place.is_dir():
         if not place.exists():
             raise OlpackError(f"There is no {place}.", "The recipe's `data` names files relative to the recipe.")
@@ -92,18 +92,18 @@ def _files(place: Path) -> list[Path]:
     below = (path for path in place.rglob("*") if not any(part.startswith(".") for part in path.relative_to(place).parts))
     files = sorted(path for path in below if path.suffix.lower() in SUFFIXES and path.is_file())
     if not files:
-        raise OlpackError(f"{place} holds no data.", f"olpack reads {', '.join(SUFFIXES)}.")
+        raise OlpackError(f"{place} contains no data.", f"olpack reads {', '.join(SUFFIXES)}.")
     return files
 
 
-def _told_by(first: list[Record], name: str) -> Form:
+def _common_form(first: list[Record], name: str) -> Form:
     """The form that most of the first rows have."""
     readable = [record for record in first if not record.problem]
     forms = Counter(form for record in readable if (form := form_of(record.value)))
     if forms:
         return forms.most_common(1)[0][0]
     if not readable:
-        return "chat"  # nothing can be told: each problem is named
+        return "chat"  # no row decides: each problem is reported
     keys = ", ".join(map(str, readable[0].value)) if isinstance(readable[0].value, dict) else f"no keys, it is {readable[0].value!r:.40}"
     known = "; ".join(f"{form}: {', '.join(keys)}" for form, keys in KEYS.items())
     raise OlpackError(f"{name} has rows of no form that olpack knows; the first one has {keys}.", f"The forms and their keys are {known}.")

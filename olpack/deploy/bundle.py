@@ -20,7 +20,7 @@ from pathlib import Path
 from olpack import progress
 from olpack.deploy.modelfile import parse, quoted
 from olpack.deploy.names import check_name
-from olpack.deploy.register import QuantFile, check_unsplit
+from olpack.deploy.register import TagFile, check_unsplit
 from olpack.errors import OlpackError
 from olpack.workspace import free_bytes
 
@@ -28,7 +28,7 @@ _CHUNK = 1 << 20
 _README, _SUMS = _OWN = ("README.txt", "SHA256SUMS")
 
 
-def bundle(name: str, files: Sequence[QuantFile], modelfiles: Sequence[Path], report: Sequence[Path], out: Path) -> Path:
+def bundle(name: str, files: Sequence[TagFile], modelfiles: Sequence[Path], report: Sequence[Path], out: Path) -> Path:
     """Write the archive.
 
     Args:
@@ -42,7 +42,7 @@ def bundle(name: str, files: Sequence[QuantFile], modelfiles: Sequence[Path], re
         `out`.
 
     Raises:
-        OlpackError: a file is missing, twice there, one part of a split GGUF, or not what its digest says, a Modelfile names a GGUF that is
+        OlpackError: a file is missing, twice there, one part of a split GGUF, or does not match its digest, a Modelfile names a GGUF that is
             not in the archive, or the archive cannot be written or read back.
     """
     check_name(name, tagged=False)
@@ -85,15 +85,14 @@ def beside(modelfile: Path, ggufs: set[str]) -> str:
     for command, place in places.items():
         line = f"{command.upper()} {quoted(place)}"
         if Path(place).name not in ggufs:
-            told = f"{modelfile} names {named[command]}, which is not among the GGUFs that go with it."
-            raise OlpackError(told, "Run 'olpack build' again.")
+            raise OlpackError(f"{modelfile} names {named[command]}, which is not among the GGUFs that go with it.", "Run 'olpack build' again.")
         text = re.sub(rf"(?im)^[ \t]*{command}[ \t].*$", line.replace("\\", r"\\"), text, count=1)
     if parse(text) != replace(before, source=places["from"], adapter=places.get("adapter")):
         raise OlpackError(f"The FROM of {modelfile} could not be changed.", "Put it before every other line of templates/Modelfile.j2.")
     return text
 
 
-def _readme(name: str, files: Sequence[QuantFile], modelfiles: Sequence[Path]) -> str:
+def _readme(name: str, files: Sequence[TagFile], modelfiles: Sequence[Path]) -> str:
     chosen = modelfiles[0].name if modelfiles else "Modelfile"
     tag = chosen.removesuffix(".Modelfile")
     tags = ", ".join(file.tag for file in files)
@@ -162,14 +161,15 @@ def _whole(out: Path, size: int) -> Iterator[Path]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if free_bytes(out.parent) < size:
-            told = f"{progress.quantity(size, 'B')} are needed for {out}, and {progress.quantity(free_bytes(out.parent), 'B')} are free."
-            raise OlpackError(told, "Free some space, or write it to another disk.")
+            raise OlpackError(
+                f"{progress.quantity(size, 'B')} are needed for {out}, and {progress.quantity(free_bytes(out.parent), 'B')} are free.",
+                "Free some space, or write it to another disk.",
+            )
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, out)
     except OSError as error:
-        told = f"{out} could not be written: {error.strerror or error}."
-        raise OlpackError(told, "Free some space, or write it to another disk.") from None
+        raise OlpackError(f"{out} could not be written: {error.strerror or error}.", "Free some space, or write it to another disk.") from None
     finally:
         temporary.unlink(missing_ok=True)

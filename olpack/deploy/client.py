@@ -16,14 +16,16 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypedDict, Unpack
 from urllib.parse import urlsplit
 from urllib.request import proxy_bypass
 
 import httpx
 
 from olpack import progress
-from olpack.deploy.model_info import Shown, read_shown
+from olpack.deploy.model_info import ModelInfo, read_model_info
 from olpack.deploy.proxies import socks_proxies, without_socks
 from olpack.errors import OlpackError
 
@@ -31,7 +33,7 @@ with without_socks():  # importing it makes a client, which a SOCKS proxy in the
     import ollama
 
 OLDEST = (0, 30)
-"""The first version that runs every GGUF in llama.cpp's own server, as all that is known here about rendering assumes."""
+"""The first version that runs every GGUF in llama.cpp's own server, which `render_chat` and the checks of templates rely on."""
 
 _NO_ADAPTERS = (0, 34, 1)
 _CHUNK = 1 << 20
@@ -61,14 +63,14 @@ def server_url(host: str | None) -> str:
     except ValueError as error:
         raise OlpackError(f"OLLAMA_HOST is {given!r}, which is no address: {error}.", "Write it as host:port, such as 127.0.0.1:11434.") from None
     if scheme not in ("http", "https"):
-        raise OlpackError(f"OLLAMA_HOST is {given!r}, and {scheme}:// is not spoken here.", "Use http:// or https://.")
+        raise OlpackError(f"OLLAMA_HOST is {given!r}, and olpack does not speak {scheme}://.", "Use http:// or https://.")
     port = port or ({"http": 80, "https": 443}[scheme] if mark else 11434)
     name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(name, f"[{name}]" if ":" in name else name)
     return f"{scheme}://{name}:{port}{parts.path.rstrip('/')}"
 
 
 def _is_here(url: str) -> bool:
-    name = urlsplit(url).hostname
+    name = urlsplit(url).hostname or ""
     try:
         return ipaddress.ip_address(name).is_loopback
     except ValueError:
@@ -79,6 +81,34 @@ def creates_adapters(version: str) -> bool:
     """Whether a server of that version registers models with an adapter. From 0.34.1 on it only serves those that are there."""
     numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:3])
     return numbers < _NO_ADAPTERS
+
+
+@dataclass(frozen=True)
+class Tag:
+    """One model that the server lists.
+
+    Attributes:
+        model: its whole name, "coding-assistant:q4_K_M".
+        digest: of its manifest, 64 hexadecimal digits.
+        size: of all its blobs, in bytes.
+    """
+
+    model: str
+    digest: str
+    size: int
+
+
+class GenerateFields(TypedDict, total=False):
+    """Arguments of `ollama.Client.generate` beside model, prompt and options."""
+
+    raw: bool
+    system: str
+
+
+class ChatFields(TypedDict, total=False):
+    """Arguments of `ollama.Client.chat` beside model, messages and options."""
+
+    tools: Sequence[Mapping[str, Any]]
 
 
 class OllamaClient:
@@ -99,17 +129,17 @@ class OllamaClient:
         self.bytes_sent = 0
         self._retry_wait_s = retry_wait_s
         here = _is_here(self.url)
-        settings = {
-            "timeout": httpx.Timeout(answer_within_s, connect=1.0 if here else 10.0),
-            # A proxy is for what is elsewhere; `ollama` goes to its own machine directly, too.
-            "trust_env": not here and not proxy_bypass(urlsplit(self.url).hostname or ""),
-            "verify": httpx.create_ssl_context(),  # with SSL_CERT_FILE, which is for this machine as well
-            "follow_redirects": True,
-        }
+        timeout = httpx.Timeout(answer_within_s, connect=1.0 if here else 10.0)
+        # A proxy is for what is elsewhere; `ollama` goes to its own machine directly, too.
+        proxied = not here and not proxy_bypass(urlsplit(self.url).hostname or "")
+        certificates = httpx.create_ssl_context()  # with SSL_CERT_FILE, which is for this machine as well
         key = os.environ.get("OLLAMA_API_KEY")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
         try:
-            self._typed = ollama.Client(self.url, **settings)
-            self._http = httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {key}"} if key else {}, **settings)
+            self._typed = ollama.Client(self.url, timeout=timeout, trust_env=proxied, verify=certificates, follow_redirects=True)
+            self._http = httpx.Client(
+                base_url=self.url, headers=headers, timeout=timeout, trust_env=proxied, verify=certificates, follow_redirects=True
+            )
         except ImportError:
             named = ", ".join(f"{name}={value}" for name, value in socks_proxies().items())
             raise OlpackError(
@@ -141,7 +171,7 @@ class OllamaClient:
         version = self.version()
         if version is None:
             with self._failures("asking for its version"):
-                self._http.get("/api/version")  # says why, where that is known
+                self._http.get("/api/version")  # its error gives the reason, where that is known
             raise self._absent()
         numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
         # A server built from a checkout calls itself 0.0.0.
@@ -152,28 +182,30 @@ class OllamaClient:
             )
         return version
 
-    def tags(self) -> list[ollama.ListResponse.Model]:
-        """Every model that is registered, with `model` (its name), `digest` (of its manifest) and `size` in bytes."""
+    def tags(self) -> list[Tag]:
+        """Every model that is registered."""
         with self._failures("listing its models"):
-            return list(self._typed.list().models)
+            return [Tag(listed.model, listed.digest or "", listed.size or 0) for listed in self._typed.list().models if listed.model]
 
     def ps(self) -> list[ollama.ProcessResponse.Model]:
         """Every model that is loaded, with `size` and `size_vram` in bytes and `context_length` in tokens."""
         with self._failures("listing what is loaded"):
             return list(self._typed.ps().models)
 
-    def show(self, model: str) -> Shown | None:
-        """What a model was registered with; None where there is no such model."""
+    def show(self, model: str) -> ModelInfo | None:
+        """What a model was registered with; None where the server has no such model."""
         with self._failures(f"showing {model}"):
             answer = self._http.post("/api/show", json={"model": model})
             if answer.status_code == 404:
                 return None
-            return read_shown(self._json(answer))
+            return read_model_info(self._json(answer))
 
     # -- running a model -------------------------------------------------------------------------------------------------------------------
 
-    def generate(self, model: str, prompt: str, options: Mapping[str, object] | None = None, **fields: object) -> ollama.GenerateResponse:
-        """One answer to one prompt. `fields` are the other arguments of `ollama.Client.generate` (raw, system, keep_alive, logprobs, …).
+    def generate(
+        self, model: str, prompt: str, options: Mapping[str, object] | None = None, **fields: Unpack[GenerateFields]
+    ) -> ollama.GenerateResponse:
+        """One answer to one prompt.
 
         Returns:
             the answer; its durations are nanoseconds.
@@ -182,25 +214,23 @@ class OllamaClient:
             return self._typed.generate(model, prompt, options=options, stream=False, **fields)
 
     def stream_generate(
-        self, model: str, prompt: str, options: Mapping[str, object] | None = None, **fields: object
+        self, model: str, prompt: str, options: Mapping[str, object] | None = None, **fields: Unpack[GenerateFields]
     ) -> Iterator[ollama.GenerateResponse]:
         """The answer to one prompt, piece by piece; the last piece has `done` and the durations."""
         with self._failures(f"running {model}"):
             yield from self._typed.generate(model, prompt, options=options, stream=True, **fields)
 
-    def chat(self, model: str, messages: Sequence[Mapping], options: Mapping[str, object] | None = None, **fields: object) -> ollama.ChatResponse:
-        """One answer to a conversation. `fields` are the other arguments of `ollama.Client.chat` (tools, think, keep_alive, logprobs,
-        …).
-        """
+    def chat(
+        self, model: str, messages: Sequence[Mapping], options: Mapping[str, object] | None = None, **fields: Unpack[ChatFields]
+    ) -> ollama.ChatResponse:
+        """One answer to a conversation; its durations are nanoseconds."""
         with self._failures(f"running {model}"):
             return self._typed.chat(model, messages, options=options, stream=False, **fields)
 
-    def stream_chat(
-        self, model: str, messages: Sequence[Mapping], options: Mapping[str, object] | None = None, **fields: object
-    ) -> Iterator[ollama.ChatResponse]:
+    def stream_chat(self, model: str, messages: Sequence[Mapping], options: Mapping[str, object] | None = None) -> Iterator[ollama.ChatResponse]:
         """The answer to a conversation, piece by piece; the last piece has `done` and the durations."""
         with self._failures(f"running {model}"):
-            yield from self._typed.chat(model, messages, options=options, stream=True, **fields)
+            yield from self._typed.chat(model, messages, options=options, stream=True)
 
     def unload(self, model: str) -> bool:
         """Free the memory that a model takes. False where it was removed while it was loaded: the server refuses then, and keeps it for a while."""
@@ -213,17 +243,17 @@ class OllamaClient:
                 return False
         return True
 
-    def render_chat(self, model: str, messages: Sequence[Mapping], **fields: object) -> str:
-        """The exact prompt that the server makes of a conversation, its own system prompt and messages included. The model is loaded for
-        it.
+    def render_chat(self, model: str, messages: Sequence[Mapping], **fields: Unpack[ChatFields]) -> str:
+        """The exact prompt that the server makes of a conversation, its own system prompt and messages included. The server loads the model
+        for it.
         """
         return self._rendered("/api/chat", {"model": model, "messages": list(messages), **fields})
 
-    def render_generate(self, model: str, prompt: str, **fields: object) -> str:
-        """The exact prompt that the server makes of a plain one. `fields`: system, …"""
+    def render_generate(self, model: str, prompt: str, **fields: Unpack[GenerateFields]) -> str:
+        """The exact prompt that the server makes of a plain one."""
         return self._rendered("/api/generate", {"model": model, "prompt": prompt, **fields})
 
-    def _rendered(self, path: str, body: dict) -> str:
+    def _rendered(self, path: str, body: dict[str, Any]) -> str:
         with self._failures(f"rendering a prompt for {body['model']}"):
             # A server that does not know the request would answer: one token is enough to find out.
             answer = self._json(self._http.post(path, json={**body, "stream": False, "_debug_render_only": True, "options": {"num_predict": 1}}))
@@ -269,10 +299,10 @@ class OllamaClient:
                     self._send(path, digest)
                 return
             except (httpx.TransportError, ollama.ResponseError) as error:
-                told = getattr(error, "status_code", 0)
-                if told == 400 and "digest mismatch" in str(error):
+                status = getattr(error, "status_code", 0)
+                if status == 400 and "digest mismatch" in str(error):
                     raise OlpackError(f"{path} is not the file it was when it was made.", "Make it again with 'olpack export'.") from None
-                final = attempt == _TRIES - 1 or _NO_SPACE.search(str(error)) or 400 <= told < 500
+                final = attempt == _TRIES - 1 or _NO_SPACE.search(str(error)) or 400 <= status < 500
                 if final:
                     raise self._explained(error, f"uploading {path.name}") from None
                 wait = self._retry_wait_s * 2**attempt
@@ -301,13 +331,13 @@ class OllamaClient:
             body: of `/api/create`: `model`, and `from` or `files`, and so on.
 
         Returns:
-            the server's words for what it did, in order, "success" last.
+            the server's status messages, in order, "success" last.
 
         Raises:
-            OlpackError: the server refused (also in the middle of an answer that began with 200), or stopped without saying success.
+            OlpackError: the server refused (also in the middle of an answer that began with 200), or stopped without reporting success.
         """
         content = json.dumps(body, ensure_ascii=False).encode()
-        said: list[str] = []
+        steps: list[str] = []
         name = body["model"]
         with self._failures(f"registering {name}"), progress.task(f"registering {name}", unit="steps") as task:
             self.bytes_sent += len(content)
@@ -315,17 +345,17 @@ class OllamaClient:
                 for line in self._lines(answer):
                     if "error" in line:
                         raise ollama.ResponseError(str(line["error"]), answer.status_code)
-                    said.append(str(line.get("status", "")))
-                    task.advance(note=said[-1][:60])
+                    steps.append(str(line.get("status", "")))
+                    task.advance(note=steps[-1][:60])
                 if answer.status_code >= 400:
                     raise ollama.ResponseError(answer.reason_phrase, answer.status_code)
-        if said[-1:] != ["success"]:
-            last = f" after {said[-1]!r}" if said else ""
+        if steps[-1:] != ["success"]:
+            last = f" after {steps[-1]!r}" if steps else ""
             raise OlpackError(
-                f"The Ollama server at {self.url} stopped registering {name}{last} without saying success.",
+                f"The Ollama server at {self.url} stopped registering {name}{last} without reporting success.",
                 "Look into its log, then run this again.",
             )
-        return said
+        return steps
 
     def push(self, model: str, insecure: bool = False) -> Iterator[dict]:
         """Have the server send a model to the registry that its name says.
@@ -338,7 +368,7 @@ class OllamaClient:
             lines of progress: `status`, and for a layer under way `digest`, `total` and `completed` (absent for 0) in bytes.
 
         Raises:
-            OlpackError: the server or the registry refused (also in the middle), or the server stopped without saying success.
+            OlpackError: the server or the registry refused (also in the middle), or the server stopped without reporting success.
         """
         last = ""
         with self._failures(f"pushing {model}"):
@@ -352,7 +382,7 @@ class OllamaClient:
                     raise ollama.ResponseError(answer.reason_phrase, answer.status_code)
         if last != "success":
             raise OlpackError(
-                f"The Ollama server at {self.url} stopped pushing {model} without saying success.",
+                f"The Ollama server at {self.url} stopped pushing {model} without reporting success.",
                 "Run this again: what has been sent stays there.",
             )
 
@@ -397,15 +427,15 @@ class OllamaClient:
         if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout, ConnectionError)):  # the last is the ollama package's word for the first
             return self._absent()
         if isinstance(error, httpx.TimeoutException):
-            return OlpackError(f"{server} said nothing for {self._http.timeout.read:g} s while {doing}.", "It may be overloaded. " + again)
+            return OlpackError(f"{server} sent nothing for {self._http.timeout.read:g} s while {doing}.", "It may be overloaded. " + again)
         if isinstance(error, httpx.HTTPError):
             return OlpackError(f"{server} broke off while {doing}: {_short(error)}.", "It may have been stopped, or its disk may be full. " + again)
         if not isinstance(error, ollama.ResponseError):
             return OlpackError(
                 f"{server} answered with something that is not Ollama's while {doing}.", "Is OLLAMA_HOST right, or does a proxy answer?"
             )
-        said = _short(error.error)
-        if _NO_SPACE.search(said):
+        reason = _short(error.error)
+        if _NO_SPACE.search(reason):
             return OlpackError(
                 f"{server} has no space left on its disk ({doing}).",
                 "Free some ('ollama list', 'ollama rm NAME'), or start it with OLLAMA_MODELS on a larger disk. "
@@ -417,7 +447,7 @@ class OllamaClient:
             404: "'ollama list' shows what it has; 'olpack deploy NAME' registers a package.",
             413: "A proxy before it does not let files of this size through.",
         }.get(error.status_code, again if error.status_code >= 500 else "")
-        return OlpackError(f"{server} refused while {doing}: {said}.", remedy)
+        return OlpackError(f"{server} refused while {doing}: {reason}.", remedy)
 
 
 def _short(error: object) -> str:

@@ -2,8 +2,8 @@
 
     push_to_hub("me/coding-assistant", files, modelfiles, package, hub_card(template_source("hub_card.md.j2"), ...))
 
-The Hub hands Ollama a GGUF by the quant at the end of its name, and with it what the files `system`, `params` (JSON) and `template` (a Go
-template) of the repository say: https://huggingface.co/docs/hub/ollama. Without `template` it derives one from the GGUF's chat template,
+The Hub hands Ollama a GGUF by the quant at the end of its name, and with it the files `system`, `params` (JSON) and `template` (a Go
+template) of the repository: https://huggingface.co/docs/hub/ollama. Without `template` it derives one from the GGUF's chat template,
 which may differ from it; the Modelfiles that go along are free of that.
 """
 
@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 from olpack import progress
 from olpack.deploy.bundle import beside
 from olpack.deploy.modelfile import Package
-from olpack.deploy.register import QuantFile, check_unsplit
+from olpack.deploy.register import TagFile, check_unsplit
 from olpack.errors import OlpackError
-from olpack.workspace import render_text
+from olpack.templating import render
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -35,7 +35,7 @@ def hub_card(
     repo: str,
     name: str,
     base: str,
-    files: Sequence[QuantFile],
+    files: Sequence[TagFile],
     package: Package,
     license: str | None = None,
     recommended: str | None = None,
@@ -71,7 +71,7 @@ def hub_card(
         {"name": _quant(file), "tag": file.tag, "file": file.path.name, "size": progress.quantity(file.path.stat().st_size, "B")} for file in files
     ]
     first = next((quant for quant in quants if recommended and quant["tag"].lower() == recommended.lower()), quants[0])
-    return render_text(
+    return render(
         template_source,
         "hub_card.md.j2",
         "The model card's template",
@@ -90,7 +90,7 @@ def hub_card(
 
 def push_to_hub(
     repo: str,
-    files: Sequence[QuantFile],
+    files: Sequence[TagFile],
     modelfiles: Sequence[Path],
     package: Package,
     card: str,
@@ -128,7 +128,7 @@ def push_to_hub(
                 "Rename it, or export it again with olpack.",
             )
     if package.messages:
-        progress.warn("The Hub's files for Ollama hold no messages: models pulled from hf.co lack those of this package.")
+        progress.warn("The Hub's files for Ollama have no place for messages: models pulled from hf.co lack those of this package.")
     texts = {"README.md": card} | _for_ollama(package)
     texts |= {path.name: beside(path, {file.path.name for file in files}) for path in modelfiles}
     weights = [CommitOperationAdd(file.path.name, file.path) for file in files]
@@ -140,7 +140,7 @@ def push_to_hub(
                 task.advance(0, note=file.path.name)
                 api.preupload_lfs_files(repo, [addition])
                 task.advance(file.path.stat().st_size)
-        # A prompt or a parameter that the package no longer has must not go on being served.
+        # A prompt or a parameter that the package no longer has must not stay in the repository.
         stale = [name for name in _FOR_OLLAMA if name not in texts and name in api.list_repo_files(repo)]
         api.create_commit(
             repo,
@@ -158,15 +158,15 @@ def push_to_hub(
 def _for_ollama(package: Package) -> dict[str, str]:
     """The files that the Hub hands on to Ollama; what the package lacks is left out."""
     parameters = {name: list(value) if isinstance(value, tuple) else value for name, value in package.parameters.items()}
-    held = {
+    texts = {
         "template": package.template,
         "system": package.system,
         "params": json.dumps(parameters, indent=2, ensure_ascii=False) + "\n" if parameters else None,
     }
-    return {name: text for name, text in held.items() if text}
+    return {name: text for name, text in texts.items() if text}
 
 
-def _quant(file: QuantFile) -> str:
+def _quant(file: TagFile) -> str:
     """The quant as the Hub spells it: tags are the same in another case."""
     return file.tag.upper()
 
@@ -179,18 +179,18 @@ def _failures(repo: str) -> Iterator[None]:
         yield
     except HfHubHTTPError as error:
         status = error.response.status_code
-        told = " ".join((error.server_message or str(error)).split())
+        reason = " ".join((error.server_message or str(error)).split())
         remedy = {
             401: "Log in again with 'hf auth login'.",
             403: "The token must be one that may write there: make one at https://huggingface.co/settings/tokens, then 'hf auth login'.",
             404: "Check the name: USER/REPO, where USER is you or an organization that you belong to.",
         }.get(status, "Run this again: what has been uploaded is not sent twice.")
-        raise OlpackError(f"The Hugging Face Hub refused the push to {repo} ({status}): {told}", remedy) from None
+        raise OlpackError(f"The Hugging Face Hub refused the push to {repo} ({status}): {reason}", remedy) from None
     except (HTTPError, OSError) as error:
         raise OlpackError(
             f"The push to {repo} broke off: {' '.join(str(error).split())[:200]}.",
             "Run this again: what has been uploaded is not sent twice.",
         ) from None
-    except (ValueError, RuntimeError) as error:  # its words for a wrong name, bad metadata, a part that failed
-        told = " ".join(str(error.__cause__ or error).split())
-        raise OlpackError(f"The push to {repo} failed: {told[:300]}", "Mend that, then run this again.") from None
+    except (ValueError, RuntimeError) as error:  # huggingface_hub raises these for a wrong name, bad metadata, a part that failed
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise OlpackError(f"The push to {repo} failed: {reason[:300]}", "Fix that, then run this again.") from None

@@ -1,12 +1,11 @@
 """Is the served prompt the trained prompt? The server renders conversations, and each is compared with the tokenizer's own rendering.
 
-    identity = check_identity(client, "coding-assistant:q4_K_M", tokenizer, rows, variables={"enable_thinking": False})
+    identity = check_identity(client, "coding-assistant:q4_K_M", tokenizer, rows)
     identity.summary()        # "prompt identical: 42/42"
 
-Characters first, byte for byte, through /api/chat and (where one user's turn is all there is to say) /api/generate. Then token ids, as far
-as the server
-tells them: /api/generate returns those of its prompt, /api/chat their number. A doubled begin-of-sequence token shows there and nowhere
-    else.
+Characters come first, byte for byte, through /api/chat and (for a conversation of one user's turn) /api/generate. Then come token ids, as far
+as the server reports them: /api/generate returns those of its prompt, /api/chat their number. A doubled begin-of-sequence token shows there
+and nowhere else.
 """
 
 from __future__ import annotations
@@ -15,15 +14,15 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from olpack import progress
 from olpack.data import dates
-from olpack.deploy.client import OllamaClient
-from olpack.deploy.model_info import Shown
+from olpack.data.render import apply_template
+from olpack.deploy.client import ChatFields, GenerateFields, OllamaClient
+from olpack.deploy.model_info import ModelInfo
+from olpack.deploy.parameters import number
 from olpack.errors import OlpackError
-from olpack.model.base import Base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,7 +80,7 @@ class Difference:
     Attributes:
         conversation: its label.
         via: the way it was compared.
-        expected, served: the prompts, or what is told of their tokens.
+        expected, served: the prompts, or a summary of their tokens.
         cause: the likely one, in words; "" where none is recognized.
     """
 
@@ -106,7 +105,7 @@ class Identity:
         model: with its tag.
         compared: comparisons made.
         differences: those that failed.
-        untrained: differences with tools in the prompt, where the data has none: worth telling, not a reason to fail.
+        untrained: differences with tools in the prompt, where the data has none: reported, not a reason to fail.
         refused: labels of conversations that the chat template itself does not accept, with its reason. They cannot have been trained on.
         rows: conversations of the data that were compared.
     """
@@ -167,9 +166,8 @@ def _listed(differences: Sequence[Difference]) -> str:
 def check_identity(
     client: OllamaClient,
     model: str,
-    tokenizer: PreTrainedTokenizerBase | Path,
+    tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Sequence[Mapping]] = (),
-    variables: Mapping[str, Any] | None = None,
     tokens: Literal["all", "few"] = "all",
 ) -> Identity:
     """Compare the prompts of a registered tag with the tokenizer's.
@@ -177,41 +175,38 @@ def check_identity(
     Args:
         client: of a server that has the model.
         model: with its tag.
-        tokenizer: the one trained with, or its folder: its chat template unprotected, as training rendered with it.
+        tokenizer: the one trained with: its chat template unprotected, as training rendered with it.
         conversations: some from the data, beside the hard ones. An assistant's turn at the end is left off.
-        variables: template variables that training set.
         tokens: whose prompts by /api/generate and whose token ids are compared, too, the latter with one generated token for each: of all
             conversations, or, where only texts around them changed since, of the first one and the longest of the data.
 
     Raises:
-        OlpackError: no such model, a tokenizer that does not load or has no chat template, a template that refuses a conversation of the
+        OlpackError: no such model, a tokenizer that has no chat template, a template that refuses a conversation of the
             data or all the hard ones, or a server that cannot show prompts.
     """
-    if isinstance(tokenizer, Path):
-        tokenizer = Base(str(tokenizer), tokenizer).tokenizer()
     if not tokenizer.chat_template:
         raise OlpackError(
             f"The tokenizer to compare the prompts of {model} with has no chat template.",
-            "Name the folder of the model that was trained, with its tokenizer_config.json or chat_template.jinja.",
+            "Take the instruct version of the base, or add a chat_template.jinja to its folder.",
         )
-    shown = client.show(model)
-    if shown is None:
+    info = client.show(model)
+    if info is None:
         raise OlpackError(f"The Ollama server at {client.url} has no {model}.", "Register it with 'olpack deploy'.")
     named = {f"row {number} of the data": _question(list(turns)) for number, turns in enumerate(conversations, 1)}
     longest = max(named, key=lambda label: sum(len(turn.get("content") or "") for turn in named[label]), default="")
-    check = _Check(client, model, shown, tokenizer, dict(variables or {}), None if tokens == "all" else {next(iter(HARD)), longest})
+    check = _Check(client, model, info, tokenizer, None if tokens == "all" else {next(iter(HARD)), longest})
     with progress.task(f"comparing prompts of {model}", len(HARD) + len(named) + 1, "conversations") as task:
         for label, turns in {**HARD, **named}.items():
             check.conversation(label, turns)
             task.advance()
-        if "tools" in shown.capabilities:
+        if "tools" in info.capabilities:
             check.conversation(_WITH_TOOL, HARD["one question"], tools=[_TOOL])
         task.advance()
     if lost := [label for label in named if label in check.refused]:
         raise OlpackError(f"The chat template refuses {lost[0]}: {check.refused[lost[0]]}.", "Change the data to what the template accepts.")
     if not check.compared:
         reason = next(iter(check.refused.values()))
-        raise OlpackError(f"The chat template refuses every conversation: nothing of {model} was compared.", f"It says: {reason}")
+        raise OlpackError(f"The chat template refuses every conversation: nothing of {model} was compared.", f"Its message: {reason}")
     uses_tools = any(turn["role"] == "tool" or turn.get("tool_calls") for turns in named.values() for turn in turns)
     untrained = () if uses_tools else tuple(difference for difference in check.differences if difference.conversation == _WITH_TOOL)
     return Identity(model, check.compared, tuple(one for one in check.differences if one not in untrained), untrained, check.refused, len(named))
@@ -229,9 +224,8 @@ class _Check:
 
     client: OllamaClient
     model: str
-    shown: Shown
+    info: ModelInfo
     tokenizer: PreTrainedTokenizerBase
-    variables: dict[str, Any]
     tokens: set[str] | None  # labels of the conversations whose tokens are compared; None: all
     compared: int = 0
     differences: list[Difference] = field(default_factory=list)
@@ -243,19 +237,17 @@ class _Check:
         dated = dates.is_dated(self.tokenizer.chat_template)
         try:
             with dates.written_by(dates.mark if dated else None):
-                expected = self.tokenizer.apply_chat_template(seen, tools=tools, tokenize=False, add_generation_prompt=True, **self.variables)
-        except Exception as error:  # templates refuse what they do not know with exceptions of their own
+                expected = apply_template(self.tokenizer, seen, ask=True, tools=tools)
+        except Exception as error:  # a template refuses a conversation with an exception of its author's own
             self.refused[label] = " ".join(str(error).split())
             return
-        extra = {"tools": tools} if tools else {}
-        served = self.client.render_chat(self.model, turns, **extra)
+        served = self.client.render_chat(self.model, turns, **_with_tools(tools))
         same = self._compare(label, "chat", expected, served)
         # With messages of the model's own, a system prompt stands before them by /api/generate and after them by /api/chat.
-        plain = None if tools or (self.shown.messages and turns[0]["role"] == "system") else _plain(turns)
+        plain = None if tools or (self.info.messages and turns[0]["role"] == "system") else _plain(turns)
         if plain is not None and (self.tokens is None or label in self.tokens):
             system, prompt = plain
-            extra = {"system": system} if system else {}
-            same &= self._compare(label, "generate", expected, self.client.render_generate(self.model, prompt, **extra))
+            same &= self._compare(label, "generate", expected, self.client.render_generate(self.model, prompt, **_with_system(system)))
         if same and (self.tokens is None or label in self.tokens) and not dates.times_of_day(expected):
             bos = self.tokenizer.bos_token or ""
             text = (bos if expected.startswith(bos) and not served.startswith(bos) else "") + served if dated else expected
@@ -263,9 +255,9 @@ class _Check:
 
     def _as_the_server_sees(self, turns: list[dict]) -> list[dict]:
         """The model's own system prompt and messages go before what is asked, as the server puts them."""
-        seen = [*self.shown.messages, *turns]
-        if self.shown.system and turns[0]["role"] != "system":
-            seen = [{"role": "system", "content": self.shown.system}, *seen]
+        seen = [*self.info.messages, *turns]
+        if self.info.system and turns[0]["role"] != "system":
+            seen = [{"role": "system", "content": self.info.system}, *seen]
         return seen
 
     def _compare(self, label: str, via: Via, expected: str, served: str) -> bool:
@@ -276,29 +268,36 @@ class _Check:
             return True
         if dates.same_but_for_dates(expected, served) or dates.same_but_for_dates(expected.removeprefix(bos), served):
             return True
-        self.differences.append(Difference(label, via, expected, served, _cause(expected, served, bos, self.shown)))
+        self.differences.append(Difference(label, via, expected, served, _cause(expected, served, bos, self.info)))
         return False
 
     def _compare_tokens(self, label: str, expected: str, turns: list[dict], plain: tuple[str, str] | None, tools: list[dict] | None) -> None:
         self.compared += 1
         ids = list(self.tokenizer(expected, add_special_tokens=False)["input_ids"])
-        one = {"num_predict": 1, "temperature": 0}
-        context = int(self.shown.parameters.get("num_ctx", 0))
+        options = {"num_predict": 1, "temperature": 0}
+        context = number(self.info.parameters, "num_ctx")
+        served: list[int] = []
         if plain is not None:
             system, prompt = plain
-            answer = self.client.generate(self.model, prompt, options=one, **({"system": system} if system else {}))
-            found = list(answer.context or ())[: len(ids)]
+            generated = self.client.generate(self.model, prompt, options=options, **_with_system(system))
+            count, served = generated.prompt_eval_count or 0, list(generated.context or ())[: len(ids)]
         else:
-            answer = self.client.chat(self.model, turns, options=one, **({"tools": tools} if tools else {}))
-            found = []
-        count = answer.prompt_eval_count or 0
-        if count != len(ids) or (found and found != ids):
-            told = "the same text becomes other tokens"
+            count = self.client.chat(self.model, turns, options=options, **_with_tools(tools)).prompt_eval_count or 0
+        if count != len(ids) or (served and served != ids):
+            cause = "the same text becomes other tokens"
             if count == len(ids) + 1:
-                told = "the begin-of-sequence token is there twice"
+                cause = "the begin-of-sequence token is there twice"
             elif count < len(ids) and len(ids) > context // 2:
-                told = f"cut to {count} of {len(ids)} tokens, with num_ctx {context}"
-            self.differences.append(Difference(label, "tokens", f"{len(ids)} tokens: {ids[:24]}", f"{count} tokens: {found[:24]}", told))
+                cause = f"cut to {count} of {len(ids)} tokens, with num_ctx {context}"
+            self.differences.append(Difference(label, "tokens", f"{len(ids)} tokens: {ids[:24]}", f"{count} tokens: {served[:24]}", cause))
+
+
+def _with_tools(tools: list[dict] | None) -> ChatFields:
+    return {"tools": tools} if tools else {}
+
+
+def _with_system(system: str) -> GenerateFields:
+    return {"system": system} if system else {}
 
 
 def _plain(turns: list[dict]) -> tuple[str, str] | None:
@@ -309,10 +308,11 @@ def _plain(turns: list[dict]) -> tuple[str, str] | None:
     return (before[0]["content"] if before else ""), last["content"]
 
 
-def _cause(expected: str, served: str, bos: str, shown: Shown) -> str:
+def _cause(expected: str, served: str, bos: str, info: ModelInfo) -> str:
     if bos and served == bos + expected:
         return "the begin-of-sequence text is there twice"
-    if "{{" in (shown.template or "") and ("range .Messages" in shown.template or ".Prompt" in shown.template):
+    template = info.template or ""
+    if "{{" in template and ("range .Messages" in template or ".Prompt" in template):
         return _GO
     if "".join(expected.split()) == "".join(served.split()):
         return "whitespace was trimmed or added by the server"

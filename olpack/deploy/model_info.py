@@ -1,15 +1,18 @@
-"""What `/api/show` says about a model, in types."""
+"""The answer of `/api/show` about one model, in types."""
 
 from __future__ import annotations
 
 import ast
 import re
 from dataclasses import dataclass, field
+from typing import Any
+
+from olpack.deploy.parameters import ParameterValue
 
 
 @dataclass(frozen=True)
-class Shown:
-    """What a model was registered with, as the server tells it.
+class ModelInfo:
+    """What a model was registered with, as the server reports it.
 
     Attributes:
         blob: digest of its weights, `sha256:<64 hex>`; None where the server names no blob.
@@ -27,19 +30,19 @@ class Shown:
     system: str | None = None
     template: str | None = None
     license: str | None = None
-    parameters: dict[str, object] = field(default_factory=dict)
-    messages: tuple[dict, ...] = ()
+    parameters: dict[str, ParameterValue] = field(default_factory=dict)
+    messages: tuple[dict[str, str], ...] = ()
     capabilities: tuple[str, ...] = ()
-    details: dict = field(default_factory=dict)
-    model_info: dict = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+    model_info: dict[str, Any] = field(default_factory=dict)
 
 
-def read_shown(answer: dict) -> Shown:
+def read_model_info(answer: dict[str, Any]) -> ModelInfo:
     """The answer of `/api/show` in types."""
     # The first line that begins so is the weights' own, and an adapter's comes right after it: the model's texts follow these.
     weights = re.search(r"^FROM .*sha256-([0-9a-f]{64})\s*(?:^ADAPTER .*sha256-([0-9a-f]{64})\s*)?$", answer.get("modelfile") or "", re.MULTILINE)
     blob, adapter = weights.groups() if weights else (None, None)
-    return Shown(
+    return ModelInfo(
         blob=blob and f"sha256:{blob}",
         adapter=adapter and f"sha256:{adapter}",
         system=answer.get("system") or None,
@@ -53,27 +56,29 @@ def read_shown(answer: dict) -> Shown:
     )
 
 
-def read_parameters(text: str) -> dict[str, object]:
+def read_parameters(text: str) -> dict[str, ParameterValue]:
     """Parameters from the server's two columns: a name, then a number, a bool, or a text in Go's quotes. A list has one line for each
     item.
     """
-    parameters: dict[str, object] = {}
+    parameters: dict[str, ParameterValue] = {}
+    stops: list[str] = []
     for line in text.splitlines():
         name, _, written = line.partition(" ")
         value = _value(written.strip())
         if name == "stop":
-            parameters.setdefault(name, []).append(value)
+            stops.append(str(value))
+            parameters[name] = stops
         else:
             parameters[name] = value
     return parameters
 
 
-def _value(written: str) -> object:
+def _value(written: str) -> int | float | bool | str:
     if written in ("true", "false"):
         return written == "true"
     if written.startswith('"'):
         # Go quotes as Python does, but for \U, which has 8 digits in both; the closing quote is the only bare one.
-        return ast.literal_eval(written)
+        return str(ast.literal_eval(written))
     try:
         number = float(written)
     except ValueError:

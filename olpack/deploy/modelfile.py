@@ -2,7 +2,7 @@
 
 The grammar has two ways to quote, `"…"` and triple quotes, and no escapes. So a text with a line that ends in three quotes cannot be
 written, and characters that Go calls unprintable (no-break spaces, joiners, right-to-left marks) vanish without a message. The JSON of the
-API carries both, which is why models are registered over it, and the Modelfile says what it could not hold.
+API carries both, which is why models are registered over it, and the Modelfile lists what it cannot express.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from olpack.deploy.parameters import PARAMETERS
+from olpack import templating
+from olpack.deploy.parameters import PARAMETERS, ParameterValue, number
 from olpack.errors import OlpackError
-from olpack.workspace import render_text
 
 COMMANDS = ("from", "adapter", "template", "system", "parameter", "message", "license", "renderer", "parser", "requires", "draft")
 ROLES = ("system", "user", "assistant")
@@ -37,9 +37,14 @@ class Package:
 
     system: str | None = None
     template: str | None = None
-    parameters: dict[str, object] = field(default_factory=dict)
+    parameters: dict[str, ParameterValue] = field(default_factory=dict)
     license: str | None = None
-    messages: tuple[dict, ...] = ()
+    messages: tuple[dict[str, str], ...] = ()
+
+    @property
+    def num_ctx(self) -> int:
+        """Tokens of context that the server keeps; 0 where the package leaves that to the server."""
+        return int(number(self.parameters, "num_ctx"))
 
 
 @dataclass(frozen=True)
@@ -59,16 +64,16 @@ def render(package: Package, gguf_path: Path | str, template_source: str, adapte
     """The Modelfile of one quant.
 
     Args:
-        package: what it shall say.
+        package: what the Modelfile contains.
         gguf_path: what FROM names. `ollama create -f` takes a relative path from the folder of the Modelfile.
         template_source: Jinja, of `templates/Modelfile.j2` or the user's own. It sees `gguf` and `adapter`, the attributes of the package,
-            `problems` (what the grammar cannot hold) and the filter `quoted`.
+            `problems` (what the grammar cannot express) and the filter `quoted`.
         adapter_path: what ADAPTER names; None: the GGUF holds the fine-tuned weights.
 
     Raises:
         OlpackError: the template does not compile, or names something that is not there.
     """
-    return render_text(
+    return templating.render(
         template_source,
         "Modelfile.j2",
         "The Modelfile template",
@@ -108,8 +113,8 @@ def parse(text: str) -> ParsedModelfile:
     adapter: str | None = None
     texts: dict[str, str] = {}
     licenses: list[str] = []
-    parameters: dict[str, object] = {}
-    messages: list[dict] = []
+    parameters: dict[str, ParameterValue] = {}
+    messages: list[dict[str, str]] = []
     others: list[tuple[str, str]] = []
     for command, word, value in _commands(text):
         if command == "from":
@@ -132,12 +137,13 @@ def parse(text: str) -> ParsedModelfile:
     return ParsedModelfile(source, package, adapter, tuple(others))
 
 
-def _set_parameter(parameters: dict[str, object], name: str, value: str) -> None:
+def _set_parameter(parameters: dict[str, ParameterValue], name: str, value: str) -> None:
     known = PARAMETERS.get(name)
     if known is None:
         raise OlpackError(f"The Modelfile sets {name!r}, which is no parameter of Ollama.", f"It has: {', '.join(PARAMETERS)}.")
     if known.kind == "texts":
-        parameters.setdefault(name, []).append(value)
+        before = parameters.get(name, [])
+        parameters[name] = [*before, value] if isinstance(before, list) else [value]
         return
     try:
         parameters[name] = (
@@ -216,21 +222,21 @@ def _refused(line: int, reason: str) -> OlpackError:
 
 
 def unrepresentable(package: Package) -> list[str]:
-    """Which texts of a package the Modelfile's grammar cannot hold, and why, one sentence each. The API carries all of them."""
+    """Which texts of a package the Modelfile's grammar cannot express, and why, one sentence each. The API carries all of them."""
     problems = []
     for label, text in _texts(package):
         try:
-            held = parse(f"FROM x\nSYSTEM {quoted(text)}\n").package.system
+            read = parse(f"FROM x\nSYSTEM {quoted(text)}\n").package.system
         except OlpackError:
-            held = None
-        if held != text:
+            read = None
+        if read != text:
             problems.append(f"{label[0].upper()}{label[1:]} {_reason(text)}.")
     return problems
 
 
 def differences(parsed: ParsedModelfile, package: Package, adapter: str | None = None) -> list[str]:
-    """What a Modelfile says otherwise than the package, one sentence each: the proof that a rendered file (with a user's own template, too)
-    is right.
+    """In what a Modelfile differs from the package, one clause each. None of them proves that a rendered file, from a user's own template
+    too, is right.
     """
     found = parsed.package
     pairs: list[tuple[str, object, object]] = [(name, getattr(package, name), getattr(found, name)) for name in ("system", "template", "license")]
@@ -246,14 +252,14 @@ def differences(parsed: ParsedModelfile, package: Package, adapter: str | None =
         wanted, read = package.parameters.get(name), found.parameters.get(name)
         pairs.append((f"parameter {name}", list(wanted) if isinstance(wanted, tuple) else wanted, read))
     return [
-        f"{label}: the package has {_short(wanted)}, the Modelfile says {_short(read)}"
+        f"{label}: the package has {_short(wanted)}, the Modelfile has {_short(read)}"
         for label, wanted, read in pairs
         if _or_nothing(wanted) != _or_nothing(read)
     ]
 
 
 def _or_nothing(value: object) -> object:
-    """An empty text or list says what an absent one says."""
+    """An empty text or list means the same as an absent one."""
     return None if value in ("", [], ()) else value
 
 
@@ -263,7 +269,8 @@ def _texts(package: Package) -> Iterator[tuple[str, str]]:
             yield f"the {name} {'text' if name == 'license' else 'prompt' if name == 'system' else ''}".strip(), text
     for index, turn in enumerate(package.messages, 1):
         yield f"message {index} ({turn['role']})", turn["content"]
-    for text in package.parameters.get("stop", ()):
+    stops = package.parameters.get("stop", [])
+    for text in stops if isinstance(stops, (list, tuple)) else []:
         yield f"the stop text {text!r}", text
 
 

@@ -10,9 +10,10 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 Kind = Literal["int", "float", "bool", "texts"]
+ParameterValue: TypeAlias = int | float | bool | str | list[str] | tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,9 @@ def _problem(name: str, value: object) -> str | None:
     if not _is(known.kind, value):
         example = f", as in [{value!r}]" if name == "stop" and isinstance(value, str) else ""
         return f"The parameter {name!r} must be {_NOUN[known.kind]}{example}, and is {value!r}."
-    if known.kind == "texts":
+    if isinstance(value, (list, tuple)):
         return "The parameter 'stop' has an empty text in it, which would stop every answer at once." if "" in value else None
-    if (known.low is not None and value < known.low) or (known.high is not None and value > known.high):
+    if isinstance(value, (int, float)) and ((known.low is not None and value < known.low) or (known.high is not None and value > known.high)):
         return f"The parameter {name!r} must lie between {known.low:g} and {known.high:g}, and is {value!r}."
     return None
 
@@ -84,8 +85,14 @@ def _is(kind: Kind, value: object) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
+def number(parameters: Mapping[str, ParameterValue], name: str, default: int = 0) -> int | float:
+    """The value of a numeric parameter; the default where it is not set."""
+    value = parameters.get(name, default)
+    return value if isinstance(value, (int, float)) else default
+
+
 def context_warnings(num_ctx: int, trained: int | None = None, longest: int | None = None) -> list[str]:
-    """What to tell the user about a context length, one sentence each.
+    """Warnings about a context length, one sentence each.
 
     Args:
         num_ctx: tokens that the server will keep.
@@ -96,24 +103,24 @@ def context_warnings(num_ctx: int, trained: int | None = None, longest: int | No
     if longest is not None and num_ctx > longest:
         warnings.append(f"num_ctx {num_ctx} is more than the {longest} tokens that the base model was made for: answers beyond them degrade.")
     if trained is not None and num_ctx > trained:
-        warnings.append(f"num_ctx {num_ctx} is more than the {trained} tokens of the longest row trained on: beyond them only the base has learned.")
+        warnings.append(f"num_ctx {num_ctx} is more than the {trained} tokens of the longest trained row: the fine-tune saw no longer context.")
     return warnings
 
 
 _WITHOUT_END = 10
-"""So many times `num_ctx` an answer gets long on a server, where `num_predict` sets no end."""
+"""How many times `num_ctx` an answer gets long on a server, where `num_predict` sets no end."""
 
 
-def answer_warnings(parameters: Mapping[str, object]) -> list[str]:
-    """What to tell the user about the length of answers, one sentence each.
+def answer_warnings(parameters: Mapping[str, ParameterValue]) -> list[str]:
+    """Warnings about the length of answers, one sentence each.
 
     Args:
         parameters: of the package, with `num_ctx` among them.
     """
-    if parameters.get("num_predict", -1) >= 0:
+    if number(parameters, "num_predict", -1) >= 0:
         return []
-    tokens = _WITHOUT_END * parameters["num_ctx"]
-    penalty = "" if parameters.get("repeat_penalty", 1) > 1 else " and repeat_penalty, such as 1.1,"
+    tokens = _WITHOUT_END * number(parameters, "num_ctx")
+    penalty = "" if number(parameters, "repeat_penalty", 1) > 1 else " and repeat_penalty, such as 1.1,"
     return [
         f"modelfile.parameters sets no num_predict: an answer that comes to repeat itself goes on for {tokens:,} tokens on a server. "
         f"Set num_predict, such as 1024,{penalty} in the recipe."
@@ -121,7 +128,7 @@ def answer_warnings(parameters: Mapping[str, object]) -> list[str]:
 
 
 def prompt_warnings(prompts: Mapping[str, int], num_ctx: int) -> list[str]:
-    """What to tell the user about held-out rows whose prompts a server would cut, one sentence each.
+    """Warnings about held-out rows whose prompts a server would cut, one sentence each.
 
     Args:
         prompts: tokens before the last answer of each row, by the row's place, "eval.jsonl:3".
@@ -133,13 +140,13 @@ def prompt_warnings(prompts: Mapping[str, int], num_ctx: int) -> list[str]:
     return [
         *([f"{_rows(above)} as long as num_ctx {num_ctx} or longer: the server cuts such prompts."] if above else []),
         *(
-            [f"{_rows(half)} longer than half of num_ctx {num_ctx}, where some servers cut prompts without a word; deploy checks the longest."]
+            [f"{_rows(half)} longer than half of num_ctx {num_ctx}, where some servers cut prompts without a message; deploy checks the longest."]
             if half
             else []
         ),
     ]
 
 
-def _rows(found: list[tuple[str, int]]) -> str:
-    named = ", ".join(f"{place} of {count} tokens" for place, count in found[:3]) + (", …" if len(found) > 3 else "")
-    return f"The prompts of {len(found)} held-out rows ({named}) are" if len(found) > 1 else f"The prompt of a held-out row ({named}) is"
+def _rows(prompts: list[tuple[str, int]]) -> str:
+    named = ", ".join(f"{place} of {count} tokens" for place, count in prompts[:3]) + (", …" if len(prompts) > 3 else "")
+    return f"The prompts of {len(prompts)} held-out rows ({named}) are" if len(prompts) > 1 else f"The prompt of a held-out row ({named}) is"

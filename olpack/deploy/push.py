@@ -27,7 +27,7 @@ _REMEDIES = {
 
 
 def push_to_ollama(client: OllamaClient, models: Sequence[str], namespace: str | None = None, insecure: bool = False) -> list[str]:
-    """Send tags to the registry that their names say. What is there already is not sent again.
+    """Send tags to the registry that their names give. What is there already is not sent again.
 
     Args:
         client: of a server that has the models.
@@ -50,7 +50,7 @@ def push_to_ollama(client: OllamaClient, models: Sequence[str], namespace: str |
         asked, pushed = there[canonical(model)], there.get(canonical(target))
         if pushed is None or pushed.digest != asked.digest:
             client.copy(model, target)
-        _push(client, target, asked.size or 0, insecure)
+        _push(client, target, asked.size, insecure)
     return targets
 
 
@@ -62,7 +62,7 @@ def _target(model: str, namespace: str | None) -> str:
         return model
     if not namespace:
         raise OlpackError(
-            f"{model} cannot be pushed: its name does not say whose it is.",
+            f"{model} cannot be pushed: its name has no namespace.",
             f"Name your account on ollama.com with --ollama: it becomes YOU/{parsed.model}:{parsed.tag}.",
         )
     target = f"{namespace.rstrip('/')}/{parsed.model}:{parsed.tag}"

@@ -1,8 +1,8 @@
 """Registering a package: several tags, one after the other, and of each only what changed.
 
-The state of the server is read first and compared with the package field by field. A tag that says the same is left alone. A field that is
+The state of the server is read first and compared with the package field by field. A tag that has the same fields is left alone. A field that is
 new or has another value is set through `from` the tag itself, which touches no weights. A field that must go, or other weights, take
-`files`: what is inherited through `from` cannot be removed. Then the state is read back, and anything that is not as asked is named.
+`files`: what is inherited through `from` cannot be removed. Then the state is read back, and an error names each field that differs from the package.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Literal
 
 from olpack import progress
 from olpack.deploy.client import OllamaClient, blob_digest
-from olpack.deploy.model_info import Shown
+from olpack.deploy.model_info import ModelInfo
 from olpack.deploy.modelfile import Package
 from olpack.deploy.names import canonical, check_name, same
 from olpack.deploy.parameters import check_parameters
@@ -27,14 +27,14 @@ Done = Literal["created", "updated", "unchanged"]
 
 
 @dataclass(frozen=True)
-class QuantFile:
+class TagFile:
     """One GGUF to register.
 
     Attributes:
         tag: what follows the colon, "q4_K_M".
         path: the file.
         sha256: of the file, 64 hexadecimal digits; None: it is read and hashed.
-        adapter: a LoRA GGUF that the server shall apply to it; None: there is none.
+        adapter: a LoRA GGUF that the server applies to it; None: there is none.
     """
 
     tag: str
@@ -69,7 +69,7 @@ class Registered:
 def register(
     client: OllamaClient,
     name: str,
-    files: Sequence[QuantFile],
+    files: Sequence[TagFile],
     package: Package,
     latest: str | None = None,
     before: Sequence[Registered] = (),
@@ -82,7 +82,7 @@ def register(
         files: one for each tag.
         package: what all tags carry. Its parameters must have `num_ctx`: without it the server takes 4,096 to 262,144 by the memory of the
             machine.
-        latest: the tag that `name` alone shall mean; None: `:latest` is left as it is.
+        latest: the tag that `name` alone means; None: `:latest` is left as it is.
         before: what an earlier call returned. Only needed to recognize weights that the server rewrote; without it such a tag is sent
             again.
 
@@ -100,7 +100,7 @@ def register(
     return records
 
 
-def check_request(name: str, files: Sequence[QuantFile], package: Package, latest: str | None) -> None:
+def check_request(name: str, files: Sequence[TagFile], package: Package, latest: str | None) -> None:
     """Refuse names, tags and parameters that the server would refuse, or take and fail with later."""
     check_name(name, tagged=False)
     check_unsplit(files)
@@ -108,76 +108,77 @@ def check_request(name: str, files: Sequence[QuantFile], package: Package, lates
     for file in files:
         check_name(f"{name}:{file.tag}")
         if tags.count(file.tag.lower()) > 1:
-            raise OlpackError(f"Two files shall become {name}:{file.tag}.", "Tags are matched without regard to case: give each file its own.")
+            raise OlpackError(f"Two files would become {name}:{file.tag}.", "Tags are matched without regard to case: give each file its own.")
     if latest is not None and latest.lower() not in tags:
-        raise OlpackError(f"{name}:latest shall point to {latest!r}, which is none of: {', '.join(file.tag for file in files)}.", "Name one of them.")
+        raise OlpackError(
+            f"{name}:latest cannot point to {latest!r}, which is none of: {', '.join(file.tag for file in files)}.", "Name one of them."
+        )
     problems = check_parameters(package.parameters)
     if "num_ctx" not in package.parameters:
         problems.append("The parameter 'num_ctx' is not set, and the server's own choice depends on the machine.")
     if problems:
-        raise OlpackError(" ".join(problems), "Mend modelfile.parameters in the recipe.")
+        raise OlpackError(" ".join(problems), "Fix modelfile.parameters in the recipe.")
 
 
-def check_unsplit(files: Sequence[QuantFile]) -> None:
+def check_unsplit(files: Sequence[TagFile]) -> None:
     """Refuse a GGUF of which a file is only a part: a tag is made from one file here, and servers before 0.34 know no other way."""
     for file in files:
         if re.search(r"-\d{5}-of-\d{5}\.gguf$", file.path.name):
             raise OlpackError(f"'{file.path}' is one part of a GGUF in several files, and a tag is registered from one.", "Export it unsplit.")
 
 
-def _register_one(client: OllamaClient, model: str, file: QuantFile, package: Package, earlier: Registered | None) -> Registered:
+def _register_one(client: OllamaClient, model: str, file: TagFile, package: Package, earlier: Registered | None) -> Registered:
     started, sent = time.monotonic(), client.bytes_sent
     digest = f"sha256:{file.sha256}" if file.sha256 else blob_digest(file.path)
     adapter = blob_digest(file.adapter) if file.adapter else None
     fields = _wanted(file, package)
-    shown = client.show(model)
-    changed = _differing(fields, shown) if shown else []
+    before = client.show(model)
+    changed = _differing(fields, before) if before else []
     done: Done
-    same_weights = shown is not None and shown.adapter == adapter and _same_weights(shown, digest, earlier)
-    if not same_weights or _needs_files(changed, fields, shown, package):
-        done = "updated" if shown else "created"
+    if before is None or before.adapter != adapter or not _same_weights(before, digest, earlier) or _needs_files(changed, fields, before, package):
+        done = "updated" if before else "created"
         client.upload(file.path, digest)
         adapters = {}
-        if file.adapter:
+        if file.adapter and adapter:
             client.upload(file.adapter, adapter)
             adapters = {"adapters": {file.adapter.name: adapter}}
         client.create({"model": model, "files": {file.path.name: digest}, **adapters, **_fields(package)})
+        after = _read_back(client, model, file, package)
     elif changed:
         done = "updated"
         client.create({"model": model, "from": model, **{field: fields[field] for field in changed}})
+        after = _read_back(client, model, file, package)
     else:
         done = "unchanged"
-    if done != "unchanged":
-        shown = client.show(model)
-        _refuse_drift(model, shown, file, package)
-        if shown.blob != digest:
-            progress.warn(f"The server rewrote {file.path.name} for {model}; until it is restarted, the file takes its space twice.")
+        after = before
+    if done != "unchanged" and after.blob != digest:
+        progress.warn(f"The server rewrote {file.path.name} for {model}; until it is restarted, the file takes its space twice.")
     # The server lists a tag in the case in which it first met it.
     listed = next(tag for tag in client.tags() if same(tag.model, model))
     record = Registered(
-        listed.model, listed.digest, shown.blob or digest, digest, client.bytes_sent - sent, round(time.monotonic() - started, 3), done
+        listed.model, listed.digest, after.blob or digest, digest, client.bytes_sent - sent, round(time.monotonic() - started, 3), done
     )
     figures = f" ({progress.quantity(record.bytes_sent, 'B')} sent, {progress.duration(record.seconds)})" if done != "unchanged" else ""
     progress.say(f"{done} {record.model}{figures}")
     return record
 
 
-def drift(shown: Shown, file: QuantFile, package: Package) -> list[str]:
+def drift(info: ModelInfo, file: TagFile, package: Package) -> list[str]:
     """In what a registered tag differs from its package beside the weights, one clause each: "parameters is {…} and not {…}"."""
     fields = _wanted(file, package)
-    told = [f"{field} is {_short(getattr(shown, field))} and not {_short(fields.get(field))}" for field in _differing(fields, shown)]
+    clauses = [f"{field} is {_short(getattr(info, field))} and not {_short(fields.get(field))}" for field in _differing(fields, info)]
     adapter = blob_digest(file.adapter) if file.adapter else None
-    return told if shown.adapter == adapter else [*told, f"adapter is {shown.adapter} and not {adapter}"]
+    return clauses if info.adapter == adapter else [*clauses, f"adapter is {info.adapter} and not {adapter}"]
 
 
-def _wanted(file: QuantFile, package: Package) -> dict[str, object]:
-    # Without a Go template of the package's own, the GGUF's is to run, and nothing that the server takes for it.
+def _wanted(file: TagFile, package: Package) -> dict[str, object]:
+    # Without a Go template of the package's own, the server must run the GGUF's own template and no substitute.
     return {**_fields(package), "template": package.template or read_chat_template(file.path)}
 
 
 def _fields(package: Package) -> dict[str, object]:
     """The package as fields of `/api/create`; what it lacks is left out."""
-    fields = {
+    fields: dict[str, object] = {
         "system": package.system,
         "template": package.template,
         "parameters": {name: list(value) if isinstance(value, tuple) else value for name, value in package.parameters.items()},
@@ -187,45 +188,51 @@ def _fields(package: Package) -> dict[str, object]:
     return {field: value for field, value in fields.items() if value}
 
 
-def _differing(fields: dict[str, object], shown: Shown) -> list[str]:
+def _differing(fields: dict[str, object], info: ModelInfo) -> list[str]:
     """Names of the fields in which the server's state is not what `fields` ask for."""
-    found = {
-        "system": shown.system,
-        "template": shown.template,
-        "parameters": shown.parameters,
-        "license": shown.license,
-        "messages": list(shown.messages),
+    registered: dict[str, object] = {
+        "system": info.system,
+        "template": info.template,
+        "parameters": info.parameters,
+        "license": info.license,
+        "messages": list(info.messages),
     }
     if fields.get("template") is None:  # neither the package nor the GGUF has one: whatever the server shows stands for "none"
-        del found["template"]
-    return [field for field, value in found.items() if _comparable(value) != _comparable(fields.get(field))]
+        del registered["template"]
+    return [field for field, value in registered.items() if _comparable(value) != _comparable(fields.get(field))]
 
 
 def _comparable(value: object) -> object:
-    """A field without what the server does not tell: the order of stop texts, and the difference of empty and absent."""
+    """A field without what the server does not report: the order of stop texts, and the difference of empty and absent."""
     if isinstance(value, dict):
         return {name: sorted(item) if isinstance(item, (list, tuple)) else item for name, item in value.items()}
     return value or None
 
 
-def _same_weights(shown: Shown, digest: str, earlier: Registered | None) -> bool:
-    return shown.blob == digest or (earlier is not None and (earlier.file, earlier.blob) == (digest, shown.blob))
+def _same_weights(info: ModelInfo, digest: str, earlier: Registered | None) -> bool:
+    return info.blob == digest or (earlier is not None and (earlier.file, earlier.blob) == (digest, info.blob))
 
 
-def _needs_files(changed: Sequence[str], fields: dict[str, object], shown: Shown, package: Package) -> bool:
+def _needs_files(changed: Sequence[str], fields: dict[str, object], info: ModelInfo, package: Package) -> bool:
     """Whether a change cannot go through `from`, which inherits what is not named and adds a licence to the one that is there."""
     return (
         any(field not in fields for field in changed)
-        or ("parameters" in changed and not shown.parameters.keys() <= package.parameters.keys())
-        or ("license" in changed and shown.license is not None)
+        or ("parameters" in changed and not info.parameters.keys() <= package.parameters.keys())
+        or ("license" in changed and info.license is not None)
         or ("template" in changed and package.template is None)
     )
 
 
-def _refuse_drift(model: str, shown: Shown | None, file: QuantFile, package: Package) -> None:
-    if shown is None:
-        raise OlpackError(f"The Ollama server said that it registered {model}, and does not have it.", "Look into its log, then run this again.")
-    differing = _differing(_wanted(file, package), shown)
+def _read_back(client: OllamaClient, model: str, file: TagFile, package: Package) -> ModelInfo:
+    """What the server has of a tag that it just registered.
+
+    Raises:
+        OlpackError: it does not have the tag, or the tag differs from the package.
+    """
+    info = client.show(model)
+    if info is None:
+        raise OlpackError(f"The Ollama server reported that it registered {model}, and does not have it.", "Look into its log, then run this again.")
+    differing = _differing(_wanted(file, package), info)
     if "template" in differing and package.template is None:
         raise OlpackError(
             f"The Ollama server replaced the chat template of {model} by a similar one of its own: prompts would not be as trained.",
@@ -236,10 +243,11 @@ def _refuse_drift(model: str, shown: Shown | None, file: QuantFile, package: Pac
             f"The Ollama server runs the chat template inside the GGUF of {model}, which knows tools or thinking, not the recipe's.",
             "Leave modelfile.template out of the recipe.",
         )
-    if told := drift(shown, file, package):
+    if clauses := drift(info, file, package):
         raise OlpackError(
-            f"The Ollama server registered {model} otherwise than asked: {'; '.join(told)}.", "Remove the tag with 'ollama rm' and deploy again."
+            f"The Ollama server registered {model} otherwise than asked: {'; '.join(clauses)}.", "Remove the tag with 'ollama rm' and deploy again."
         )
+    return info
 
 
 def _short(value: object) -> str:
@@ -248,6 +256,11 @@ def _short(value: object) -> str:
 
 
 def point_latest(client: OllamaClient, name: str, tag: str) -> None:
+    """Make `NAME:latest` a copy of one of the package's tags.
+
+    Raises:
+        OlpackError: the server does not have that tag.
+    """
     digests = {canonical(listed.model): listed.digest for listed in client.tags()}
     source, latest = f"{name}:{tag}", f"{name}:latest"
     if canonical(source) not in digests:

@@ -30,13 +30,13 @@ def owned(client: OllamaClient, name: str, records: Sequence[Registered]) -> lis
     weights = {record.blob for record in records}
     latest = canonical(f"{name}:latest")
     ours = {canonical(record.model) for record in records if canonical(record.model).rpartition(":")[0] == latest.rpartition(":")[0]}
-    found = []
+    models = []
     for tag in client.tags():
         if canonical(tag.model) in ours | {latest}:
-            shown = client.show(tag.model)
-            if shown is not None and shown.blob in weights:
-                found.append(tag.model)
-    return sorted(found, key=lambda model: (canonical(model) != latest, model))
+            info = client.show(tag.model)
+            if info is not None and info.blob in weights:
+                models.append(tag.model)
+    return sorted(models, key=lambda model: (canonical(model) != latest, model))
 
 
 def remove(client: OllamaClient, name: str, records: Sequence[Registered]) -> list[str]:

@@ -26,7 +26,7 @@ from olpack import progress
 from olpack.deploy.client import OllamaClient, blob_digest
 from olpack.deploy.modelfile import Package
 from olpack.deploy.names import DEFAULT_HOST, DEFAULT_NAMESPACE, Name, canonical, parse_name
-from olpack.deploy.register import QuantFile, Registered, check_request, drift
+from olpack.deploy.register import Done, Registered, TagFile, check_request, drift
 from olpack.errors import OlpackError
 from olpack.model.gguf_header import Header, read_header
 from olpack.quants import QUANT_TYPES
@@ -34,7 +34,7 @@ from olpack.quants import QUANT_TYPES
 _IMAGE = "application/vnd.ollama.image."
 _CONFIG = "application/vnd.docker.container.image.v1+json"
 _MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
-# The server takes the number 0, which is F32, for a file that does not say.
+# Where a file does not give its type, the server reads the number 0, which is F32.
 _FILE_TYPES = {kind.ftype: name for name, kind in QUANT_TYPES.items() if kind.ftype}
 _CHUNK = 1 << 20
 
@@ -50,7 +50,7 @@ class Stored:
         digest: of its manifest, 64 hexadecimal digits.
         blob: digest of its weights, `sha256:<64 hex>`.
         how: the weights got there: a hard link, a clone that shares blocks, a copy, or they were there.
-        done: whether the manifest was written, or said the same before.
+        done: whether the manifest was written, or was the same before.
     """
 
     model: str
@@ -66,7 +66,7 @@ def models_folder() -> Path:
     return Path(named) if named else Path.home() / ".ollama" / "models"
 
 
-def write_store(store: Path, name: str, files: Sequence[QuantFile], package: Package, latest: str | None = None) -> list[Stored]:
+def write_store(store: Path, name: str, files: Sequence[TagFile], package: Package, latest: str | None = None) -> list[Stored]:
     """Put a package into a model store.
 
     Blobs first, each under its name only when it is whole, and the manifest last. A tag that is there is replaced; what it alone used stays
@@ -77,7 +77,7 @@ def write_store(store: Path, name: str, files: Sequence[QuantFile], package: Pac
         name: of the package, without a tag.
         files: one for each tag. Hard links are safe: an export puts a new file in place of an old one and never writes into it.
         package: what all tags carry, with `num_ctx` among its parameters.
-        latest: the tag that `name` alone shall mean; None: `:latest` is left as it is.
+        latest: the tag that `name` alone means; None: `:latest` is left as it is.
 
     Returns:
         one record for each file, in order, and one for `:latest` where it was asked for.
@@ -129,13 +129,13 @@ def compose(weights: str, size: int, header: Header, package: Package, adapter: 
     layers: list[dict[str, object]] = [{"mediaType": f"{_IMAGE}model", "digest": weights, "size": size}]
     layers += [{"mediaType": f"{_IMAGE}adapter", "digest": adapter[0], "size": adapter[1]}] if adapter else []
     layers += [layer(_IMAGE + kind, content) for kind, content in contents.items() if content]
-    family = header.metadata.get("general.architecture", "unknown")
+    family, file_type = header.metadata.get("general.architecture", "unknown"), header.metadata.get("general.file_type")
     config = {
         "model_format": "gguf",
         "model_family": family,
         "model_families": [family],
         "model_type": _human(header.parameters),
-        "file_type": _FILE_TYPES.get(header.metadata.get("general.file_type"), "unknown"),
+        "file_type": _FILE_TYPES.get(file_type, "unknown") if isinstance(file_type, int) else "unknown",
         "architecture": "amd64",  # whatever the machine: the field is required by the image format, and the server writes this
         "os": "linux",
     }
@@ -176,6 +176,7 @@ def _go_float(value: float) -> str:
     """A float64 as Go's encoding/json writes it: the fewest digits that read back as it, no point where there is no fraction, and an exponent,
     without a zero before it, only below 1e-6 and from 1e21 on."""
     sign, digits, exponent = Decimal(repr(value)).normalize().as_tuple()
+    assert isinstance(exponent, int)  # a parameter is finite
     if value == 0:
         return "-0" if sign else "0"
     if 1e-6 <= abs(value) < 1e21:
@@ -193,7 +194,7 @@ def store_of(client: OllamaClient) -> Path:
     It is the server's if it holds the very manifests that the server lists.
 
     Raises:
-        OlpackError: the server is elsewhere, its folder is not found, or cannot be written. The problem is the reason alone.
+        OlpackError: the server is elsewhere, its folder is not found, or cannot be written. The error's problem is the reason alone.
     """
     if not client.here:
         raise OlpackError(f"the server at {client.url} runs on another machine", "Run olpack there.")
@@ -222,7 +223,7 @@ def _manifests(store: Path) -> dict[str, str]:
     return found
 
 
-def place(client: OllamaClient, store: Path, name: str, file: QuantFile, package: Package) -> Registered:
+def place(client: OllamaClient, store: Path, name: str, file: TagFile, package: Package) -> Registered:
     """One tag written into the store of a server that runs, and read back from that server.
 
     Args:
@@ -238,26 +239,29 @@ def place(client: OllamaClient, store: Path, name: str, file: QuantFile, package
     there = {canonical(tag.model) for tag in client.tags()}
     [made] = write_store(store, name, [file], package)
     listed = next((tag for tag in client.tags() if canonical(tag.model) == canonical(made.model)), None)
-    shown = client.show(made.model)
-    if listed is None or listed.digest != made.digest or shown is None:
+    info = client.show(made.model)
+    if listed is None or listed.digest != made.digest or info is None:
         raise OlpackError(
             f"{made.model} was written into {store}, and the server at {client.url} does not have it.",
             "Set OLLAMA_MODELS to the folder that the server has it set to.",
         )
-    if told := drift(shown, file, package):
-        raise OlpackError(f"The server reads {made.model} otherwise than it was written: {'; '.join(told)}.", "Use `package: merged` in the recipe.")
-    done = "unchanged" if made.done == "unchanged" else "updated" if canonical(made.model) in there else "created"
+    if clauses := drift(info, file, package):
+        raise OlpackError(
+            f"The server reads {made.model} otherwise than it was written: {'; '.join(clauses)}.", "Use `package: merged` in the recipe."
+        )
+    done: Done = "unchanged" if made.done == "unchanged" else "updated" if canonical(made.model) in there else "created"
     return Registered(listed.model, listed.digest, made.blob, made.blob, 0, round(time.monotonic() - started, 3), done)
 
 
 # -- writing -------------------------------------------------------------------------------------------------------------------------------
 
 
-def _write_tag(store: Path, model: str, file: QuantFile, package: Package) -> Stored:
+def _write_tag(store: Path, model: str, file: TagFile, package: Package) -> Stored:
     header = read_header(file.path)
     weights = f"sha256:{file.sha256}" if file.sha256 else blob_digest(file.path)
-    adapter = (blob_digest(file.adapter), file.adapter.stat().st_size) if file.adapter else None
-    manifest, texts = compose(weights, file.path.stat().st_size, header, package, adapter)
+    adapter = (file.adapter, blob_digest(file.adapter)) if file.adapter else None
+    layer = (adapter[1], adapter[0].stat().st_size) if adapter else None
+    manifest, texts = compose(weights, file.path.stat().st_size, header, package, layer)
     name = _as_spelled(store, parse_name(model))
     path = store / "manifests" / name.host / name.namespace / name.model / name.tag
 
@@ -266,7 +270,7 @@ def _write_tag(store: Path, model: str, file: QuantFile, package: Package) -> St
             if not _blob(store, digest).is_file():
                 _write(_blob(store, digest), content, store)
         if adapter:
-            _place_weights(file.adapter, adapter[0], store)
+            _place_weights(*adapter, store)
         return _place_weights(file.path, weights, store)
 
     how = place()
@@ -275,7 +279,7 @@ def _write_tag(store: Path, model: str, file: QuantFile, package: Package) -> St
         _make_folder(path.parent, store)
         _write(path, manifest, store)
     # A server that started meanwhile may have thrown out blobs that no manifest named yet.
-    if not all(_blob(store, digest).is_file() for digest in (weights, *(adapter or ())[:1], *texts)):
+    if not all(_blob(store, digest).is_file() for digest in (weights, *(adapter or ())[1:], *texts)):
         how = place()
     listed = f"{name.model}:{name.tag}"
     if name.host != DEFAULT_HOST:
@@ -307,8 +311,8 @@ def _place_weights(source: Path, digest: str, store: Path) -> How:
         return "there"
     with _beside(blob) as temporary:
         how = _link(source, temporary, store) or _clone(source, temporary)
-        found = blob_digest(source) if how else _copy(source, temporary)
-        if found != digest:
+        copied = blob_digest(source) if how else _copy(source, temporary)
+        if copied != digest:
             raise OlpackError(f"{source} is not the file it was when it was made.", "Make it again with 'olpack export'.")
         if how != "linked":
             _give(temporary, store)
@@ -357,7 +361,7 @@ def _copy(source: Path, target: Path) -> str:
 
 
 def _write(path: Path, content: bytes, store: Path) -> None:
-    # A manifest, too, waits among the blobs: beside its place, the server would take the unfinished file for a tag.
+    # An unfinished manifest, too, stands among the blobs: beside its place, the server would take it for a tag.
     with _beside(store / "blobs" / path.name) as temporary:
         with temporary.open("wb") as file:
             file.write(content)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from olpack.data.dates import is_dated
 from olpack.errors import OlpackError
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from olpack.data import Chat, Renderer, Source, TokenRow
     from olpack.deploy import Package
     from olpack.model.shape import MetaModel
+    from olpack.recipe.schema import DataSource
     from olpack.recipe.tasks import Task
 
 
@@ -45,7 +46,7 @@ class Build:
 
     @cached_property
     def paths(self) -> BuildPaths:
-        """Where this build's files lie."""
+        """The files of this build."""
         root = self.out / self.recipe.name
         if self.recipe.package == "merged":
             return BuildPaths(self.recipe.name, root)
@@ -75,15 +76,15 @@ class Build:
 
     @cached_property
     def _sources(self) -> dict[str, list[Source]]:
-        """Made once: a data set on the Hub is pinned to one commit for the key and for all that reads it."""
+        """Made once: a data set on the Hub is pinned to one commit for the key and for everything that reads it."""
+        sides: tuple[Literal["train", "eval"], ...] = ("train", "eval")
+        return {side: [self._source(asked) for asked in self.recipe.data.sources(side)] for side in sides}
+
+    def _source(self, asked: DataSource) -> Source:
         from olpack.data import HubSet, Source
 
-        found: dict[str, list[Source]] = {"train": [], "eval": []}
-        for which, named in found.items():
-            for asked in self.recipe.data.sources(which):
-                place = HubSet(asked.hub, asked.split, asked.revision, asked.subset) if asked.hub else self.recipe.folder / asked.file
-                named.append(Source(place, asked.form, asked.weight, asked.file or ""))
-        return found
+        place = HubSet(asked.hub, asked.split, asked.revision, asked.subset) if asked.hub else self.recipe.folder / (asked.file or "")
+        return Source(place, asked.form, asked.weight, asked.file or "")
 
     @cached_property
     def renderer(self) -> Renderer:
@@ -181,7 +182,7 @@ class Build:
     def _data_digests(self) -> dict[str, str]:
         digests = {}
         for which in ("train", "eval"):
-            if found := self.sources(which):
-                plain = len(found) == 1 and found[0].form is None and found[0].weight == 1
-                digests[which] = found[0].digest() if plain else value_digest([[one.digest(), one.form, one.weight] for one in found])
+            if sources := self.sources(which):
+                plain = len(sources) == 1 and sources[0].form is None and sources[0].weight == 1
+                digests[which] = sources[0].digest() if plain else value_digest([[one.digest(), one.form, one.weight] for one in sources])
         return digests

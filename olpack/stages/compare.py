@@ -83,7 +83,7 @@ def run(build: Build, steps: list[Step]) -> None:
         tasks=build.tasks,
         examples=examples(build),
     )
-    identity = _prompts_said(build) if build.server else None
+    identity = _prompt_identity(build) if build.server else None
     outputs = write_outputs(results, paths.compare, template_source("report.html.j2"), paths.adapter / "metrics.jsonl", identity)
     best, unmoved = results.recommendation, False
     if client and best:
@@ -101,7 +101,7 @@ def run(build: Build, steps: list[Step]) -> None:
         progress.warn(f"some figures of {', '.join(failed)} could not be measured; {again}")
     if results.flags:
         progress.warn(
-            f"{' '.join(flag.text for flag in results.flags)} So not all that the quants are held against is known; "
+            f"{' '.join(flag.text for flag in results.flags)} So the quants are compared with a part of the references only; "
             f"{again}, with `--set compare.reference=false` it does without"
         )
     if failed or results.flags or unmoved:
@@ -111,7 +111,7 @@ def run(build: Build, steps: list[Step]) -> None:
 
 
 def _not_compared(build: Build, results: Results) -> list[str]:
-    """Quants that the server has of this package and that the comparison says nothing of: one that failed, or one that `--quant` left out."""
+    """Quants that the server has of this package and that were not compared: one that failed, or one that `--quant` left out."""
     compared = {quant.quant for quant in results.quants if quant.loss}
     deployed = records.read(build.paths, "deploy")
     there = [*(deployed.inputs.get("quants", []) if deployed else []), *(quant.quant for quant in results.quants)]
@@ -122,7 +122,7 @@ def measure_settings(build: Build) -> MeasureSettings:
     """How the recipe has its quants measured.
 
     Raises:
-        OlpackError: its settings leave no room for a prompt in the context.
+        OlpackError: its settings leave no tokens of the context for a prompt.
     """
     from olpack.compare import MeasureSettings
 
@@ -133,18 +133,20 @@ def measure_settings(build: Build) -> MeasureSettings:
         repeats=asked.repeats,
         answer_tokens=asked.answer_tokens,
         clients=tuple(asked.clients),
-        context=build.package.parameters["num_ctx"],
+        context=build.package.num_ctx,
         tolerance=asked.max_loss,
         suites=tuple(asked.suites),
-        suite_folder=build.suite_folder and str(build.suite_folder),
+        suite_folder=str(build.suite_folder) if build.suite_folder else None,
         suite_limit=asked.suite_limit,
     )
 
 
-def _prompts_said(build: Build) -> str | None:
-    """What the last deploy found of the prompts, with what differs in made-up conversations."""
-    found = records.result(build.paths, "deploy")
-    return " ".join([found["identity"] + ".", *found.get("identity_warnings", [])]).removesuffix(".") if "identity" in found else None
+def _prompt_identity(build: Build) -> str | None:
+    """The summary of the prompts that the last deploy compared, with what differs in made-up conversations."""
+    deployed = records.result(build.paths, "deploy")
+    if "identity" not in deployed:
+        return None
+    return " ".join([deployed["identity"] + ".", *deployed.get("identity_warnings", [])]).removesuffix(".")
 
 
 def _reference_models(build: Build) -> ReferenceModels:
@@ -183,7 +185,7 @@ def _without_importance_keys(build: Build) -> dict[str, str]:
 
 
 def quant_files(build: Build) -> list:
-    """The exported GGUFs as the compare room takes them."""
+    """The exported GGUFs as they are compared."""
     from olpack.compare import ComparedFile
 
     files = []

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from olpack.data import TokenRow
     from olpack.deploy.client import OllamaClient
     from olpack.deploy.identity import Identity
-    from olpack.deploy.register import QuantFile, Registered
+    from olpack.deploy.register import Registered, TagFile
 
 _LONG = 2  # long held-out requests among the conversations that are compared
 
@@ -125,7 +125,7 @@ def length_warnings(build: Build, held_out: list[TokenRow]) -> Iterator[str]:
     from olpack.deploy.parameters import answer_warnings, prompt_warnings
 
     yield from answer_warnings(build.package.parameters)
-    yield from prompt_warnings({row.source: _before_the_answer(row) for row in held_out}, build.package.parameters["num_ctx"])
+    yield from prompt_warnings({row.source: _before_the_answer(row) for row in held_out}, build.package.num_ctx)
 
 
 def _before_the_answer(row: TokenRow) -> int:
@@ -134,8 +134,9 @@ def _before_the_answer(row: TokenRow) -> int:
 
 
 def conversations(build: Build) -> list[list[dict]]:
-    """What prompts are compared on beside the made-up ones: what every quant answers, and the longest held-out requests that the server takes."""
-    asked, context = questions(build), build.package.parameters["num_ctx"]
+    """The conversations, beside the made-up ones, whose prompts are compared: those that every quant answers, and the longest held-out requests
+    that fit the server's context."""
+    asked, context = questions(build), build.package.num_ctx
     package = build.package
     system = [{"role": "system", "content": package.system}] if package.system else []
 
@@ -170,15 +171,15 @@ def run(build: Build, steps: list[Step]) -> None:
         # Written down after each tag: what is on the server must be known, to be removed or left alone, should the next one fail.
         records.remember(build.paths, step, {"registered": [asdict(one) for one in known.values()], "proved": proved})
     proved = _prove(build, client, files, proved, partial(_remember, build, step, known))
-    said = {"identity": proved["summary"], "identity_warnings": proved["warnings"]}
-    records.finish(build.paths, step, [], {"registered": [asdict(record) for record in known.values()], "proved": proved, **said})
+    summary = {"identity": proved["summary"], "identity_warnings": proved["warnings"]}
+    records.finish(build.paths, step, [], {"registered": [asdict(record) for record in known.values()], "proved": proved, **summary})
 
 
 def _remember(build: Build, step: Step, known: dict[str, Registered], proved: dict) -> None:
     records.remember(build.paths, step, {"registered": [asdict(record) for record in known.values()], "proved": proved})
 
 
-def _prove(build: Build, client: OllamaClient, files: list[QuantFile], proved: dict, remember: Callable[[dict], None]) -> dict:
+def _prove(build: Build, client: OllamaClient, files: list[TagFile], proved: dict, remember: Callable[[dict], None]) -> dict:
     """Compare prompts and ask one tag, as far as neither is done for what is registered; what is proved by then.
 
     All quants of an export have one chat template and one vocabulary, and registering has read each tag's template back: the prompts of the
@@ -191,7 +192,7 @@ def _prove(build: Build, client: OllamaClient, files: list[QuantFile], proved: d
     smallest = min(files, key=lambda file: file.path.stat().st_size)
     weights = {file.tag: _weights(build, file) for file in files}
     compared, answered = proved.get("compared", []), proved.get("answered", [])
-    prompts = value_digest([weights[smallest.tag], package.system, list(package.messages), package.parameters["num_ctx"], asked])
+    prompts = value_digest([weights[smallest.tag], package.system, list(package.messages), package.num_ctx, asked])
     if proved.get("prompts") == prompts:
         progress.say(f"{proved['summary']}, as before: no part of the prompts changed")
     else:
@@ -229,19 +230,19 @@ def check_prompts(build: Build, client: OllamaClient, tag: str, asked: list[list
     return identity
 
 
-def _weights(build: Build, file: QuantFile) -> str:
+def _weights(build: Build, file: TagFile) -> str:
     """Identity of what makes a tag's answers: its weights, their adapter, and the template in place of theirs."""
     adapter = records.result(build.paths, f"export-{ADAPTER}")["sha256"] if file.adapter else None
     return value_digest([file.sha256, adapter, build.package.template])
 
 
-def quant_files(build: Build) -> list[QuantFile]:
+def quant_files(build: Build) -> list[TagFile]:
     """The exported GGUFs as they are registered."""
-    from olpack.deploy.register import QuantFile
+    from olpack.deploy.register import TagFile
 
     adapter = build.paths.gguf(ADAPTER) if build.paths.base else None
     made = {quant: records.result(build.paths, f"export-{quant.name}") for quant in build.quants}
-    return [QuantFile(quant.tag, build.paths.gguf(quant.name), facts["sha256"], adapter) for quant, facts in made.items()]
+    return [TagFile(quant.tag, build.paths.gguf(quant.name), facts["sha256"], adapter) for quant, facts in made.items()]
 
 
 def registered(build: Build) -> list[Registered]:

@@ -57,7 +57,8 @@ def inputs(build: Build, unit: str) -> dict[str, Any]:
 
 def _choices(build: Build, quant: str) -> dict[str, Any]:
     """What the recipe's `export` decides for one quant: nothing, where its file would be the same."""
-    asked, made = build.recipe.export, {}
+    asked = build.recipe.export
+    made: dict[str, Any] = {}
     if quant == ADAPTER:
         return {}
     if asked.tensor_types and overridable(quant_type(quant)):
@@ -117,12 +118,12 @@ def _judge_tokens(build: Build, texts: list[TokenText], differences: list[TokenD
         OlpackError: with the first of the rows.
     """
     tokenizer, texts_of = build.renderer.tokenizer, {text.source: "".join(text.pieces) for text in texts}
-    for found in sorted(differences, key=lambda found: found.source.startswith(_MADE_UP)):
-        trained, read, before = (" ".join(map(repr, tokenizer.convert_ids_to_tokens(ids))) for ids in (found.trained, found.read, found.before))
-        text = f"llama.cpp reads {found.source} as other tokens than training does: {read} in place of {trained}, after {before or 'nothing'}"
-        if found.source.startswith(_MADE_UP):
+    for one in sorted(differences, key=lambda one: one.source.startswith(_MADE_UP)):
+        trained, read, before = (" ".join(map(repr, tokenizer.convert_ids_to_tokens(ids))) for ids in (one.trained, one.read, one.before))
+        text = f"llama.cpp reads {one.source} as other tokens than training does: {read} in place of {trained}, after {before or 'nothing'}"
+        if one.source.startswith(_MADE_UP):
             progress.warn(f"{text}.")
-        elif _is_composed(tokenizer, whole := texts_of[found.source]) and not unicodedata.is_normalized("NFC", whole):
+        elif _is_composed(tokenizer, whole := texts_of[one.source]) and not unicodedata.is_normalized("NFC", whole):
             raise OlpackError(
                 f"{text}. The base's tokenizer composes characters (NFC), and llama.cpp does not.",
                 "Write the rows in Unicode's composed form: unicodedata.normalize('NFC', text).",

@@ -20,7 +20,7 @@ from olpack.workspace import template_source, write_atomically
 def inputs(build: Build, unit: str) -> dict[str, Any]:
     """Settings and the template."""
     return package_inputs(build) | {
-        "num_ctx": build.package.parameters["num_ctx"],
+        "num_ctx": build.package.num_ctx,
         "templates/Modelfile.j2": template_source("Modelfile.j2"),
     }
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a build needs, as far as it can be told before it runs.
+    """What a build needs, as far as it is known before it runs.
 
     Attributes:
         parameters: weights of the base.
@@ -41,7 +41,7 @@ class Estimate:
         train_seconds: from a matrix product timed here, at half its rate; None on a GPU.
         fit: what training takes of a GPU's memory and how it uses it.
         weights_bytes: the frozen base in memory.
-        held: what it is held in: "nf4", or how it comes ("gptq").
+        held: its quantization: "nf4", or the one that it comes in ("gptq").
         adapter_bytes: adapter, its gradients and optimizer state.
         disk_bytes: of each GGUF, exact, by quant; of a budget, about what it allows.
         temporary_bytes: what the comparison takes for as long as it runs: the unquantized fine-tune, and its logits.

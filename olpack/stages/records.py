@@ -58,8 +58,8 @@ class Record:
 def read(paths: BuildPaths, unit: str) -> Record | None:
     """The record of a step, None before its first run or where the file does not parse."""
     try:
-        found = json.loads(paths.home(unit).stage(unit).read_text(encoding="utf-8"))
-        return Record(found["inputs"], found["outputs"], found["result"])
+        saved = json.loads(paths.home(unit).stage(unit).read_text(encoding="utf-8"))
+        return Record(saved["inputs"], saved["outputs"], saved["result"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -82,8 +82,8 @@ def damage(paths: BuildPaths, unit: str, record: Record) -> str:
         path = paths.home(unit).root / name
         if not path.is_file():
             return f"{path} is gone"
-        found = path.stat()
-        if found.st_size != size or (found.st_mtime_ns != modified and file_digest(path) != digest):
+        status = path.stat()
+        if status.st_size != size or (status.st_mtime_ns != modified and file_digest(path) != digest):
             return f"{path} was changed"
     return ""
 
@@ -98,9 +98,9 @@ def finish(paths: BuildPaths, step: Step, outputs: Sequence[Path], result: dict[
     """
     described, root = {}, paths.home(step.unit).root
     for path in outputs:
-        found = path.stat()
+        status = path.stat()
         digest = (digests or {}).get(path) or file_digest(path)
-        described[str(path.relative_to(root))] = (found.st_size, found.st_mtime_ns, digest)
+        described[str(path.relative_to(root))] = (status.st_size, status.st_mtime_ns, digest)
     _write(paths, step.unit, Record(step.inputs, described, result))
 
 

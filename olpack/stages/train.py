@@ -61,7 +61,7 @@ def check(build: Build, checks: Checks) -> None:
     launcher(build.recipe.train)
     check_trackers(build.recipe.train.trackers)
     longest = max(len(row.ids) for row in rows)
-    for warning in context_warnings(build.package.parameters["num_ctx"], trained=longest, longest=build.base.context_length):
+    for warning in context_warnings(build.package.num_ctx, trained=longest, longest=build.base.context_length):
         progress.warn(warning)
     if build.paths.base:
         from olpack.export.lora import check_adapter
