@@ -1,7 +1,8 @@
 # make demo    everything it needs into .venv, then the shipped package: train, export, compare
 # make test    everything it needs into .venv, then the test suite
 # make lint    ruff, mypy, and the imports between the rooms of olpack/
-.PHONY: demo test lint install clean
+# make docs    the generated pages of docs/reference/
+.PHONY: demo test lint docs install clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -23,6 +24,9 @@ lint: install
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python .ci/rooms.py
 	$(VENV)/bin/mypy
+
+docs: install
+	$(VENV)/bin/python -m olpack.reference
 
 install: $(READY)
 

@@ -1,4 +1,8 @@
-"""The verbs. Parses, calls, prints; imports a stage only when it runs, so that `olpack --help` loads neither torch nor a server's client."""
+"""The commands: each parses its arguments, calls a stage and prints the result.
+
+A command imports its stage when it runs, so `olpack --help` loads neither torch nor a server's client. The first sentence of a command's
+docstring is its line in `olpack --help`, and must fit there.
+"""
 
 from __future__ import annotations
 
@@ -19,29 +23,38 @@ from olpack import __version__, progress
 from olpack.errors import OlpackError
 
 if TYPE_CHECKING:
+    from olpack.compare.results import Results
     from olpack.stages.build import Build
+    from olpack.stages.records import Step
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="From a base model and a few hundred examples to quantized assistants that Ollama serves, measured.",
+    help="Fine-tune a model with QLoRA, quantize it to GGUF and serve it with Ollama, with measurements that show which quant to use.",
 )
 
-Name = Annotated[str, typer.Argument(help="A package: a folder in modelfiles/.", show_default=False)]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting of the recipe, as in train.epochs=3.")]
-Quant = Annotated[list[str] | None, typer.Option("--quant", metavar="TYPE", help="Only this quant (may be repeated), whatever the recipe lists.")]
-Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Build below this folder instead of build/.")]
-_MODELS = "A package, a model as `olpack estimate` takes it, or files of one model."
-Params = Annotated[str | None, typer.Option("--params", metavar="SIZE", help="No model, but a typical one of this size: 8B, 350M.")]
-Context = Annotated[int | None, typer.Option("--context", metavar="TOKENS", min=1, help="Length of the context; a package's num_ctx, else 4096.")]
-KvType = Annotated[str, typer.Option("--kv", metavar="TYPE", help="Type of the KV cache in llama.cpp: f16, q8_0 or q4_0.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the outcome as JSON, and progress as JSON lines on stderr.")]
+
+def _use_json(asked: bool) -> bool:
+    if asked:
+        progress.use("json")
+    return asked
+
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="A package: a folder in modelfiles/.", show_default=False)]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a recipe key: train.epochs=3. Repeatable.")]
+Quant = Annotated[list[str] | None, typer.Option("--quant", metavar="TYPE", help="Only this quant type. Repeatable.")]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder of the builds, in place of build/.")]
+_MODELS = "A package, a model's folder, config.json or Hub id, or GGUFs of one model."
+Params = Annotated[str | None, typer.Option("--params", metavar="SIZE", help="A typical model of this size in place of MODEL: 8B, 350M.")]
+Context = Annotated[int | None, typer.Option("--context", metavar="TOKENS", min=1, help="Context length. Default: the package's num_ctx, or 4096.")]
+KvType = Annotated[str, typer.Option("--kv", metavar="TYPE", help="Type of llama.cpp's KV cache: f16, q8_0 or q4_0.")]
+Json = Annotated[bool, typer.Option("--json", callback=_use_json, help="Print the result as JSON, and progress as JSON lines on stderr.")]
 
 
 def main() -> None:
-    """Entry point: one sentence for what is wrong, exit code 1; a traceback only with --debug."""
+    """Entry point. An error prints one sentence and exits with code 1; --debug prints the traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     debug = "--debug" in sys.argv[1:] or bool(os.environ.get("OLPACK_DEBUG"))
     if not debug:
@@ -51,16 +64,16 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        print(f"olpack: {_told(error)}", file=sys.stderr)
+        print(f"olpack: {_message(error)}", file=sys.stderr)
         sys.exit(1)
 
 
-def _told(error: Exception) -> str:
+def _message(error: Exception) -> str:
     if isinstance(error, OlpackError):
         return str(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"The disk is full{f' ({error.filename})' if error.filename else ''}. Free some space, or choose another disk with --out."
-    return f"{type(error).__name__}: {error}. This is not a failure that olpack knows; `olpack --debug …` shows where it comes from."
+    return f"Unexpected error: {type(error).__name__}: {error}. `olpack --debug …` prints the traceback."
 
 
 def _version(asked: bool) -> None:
@@ -69,39 +82,41 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
-def _print_lines(lines: list[str], as_json: bool) -> None:
-    if as_json:
-        _print_json(lines)
-    else:
-        print("\n".join(lines))
-
-
-def _print_json(value: Any) -> None:
+def _print_json(value: object) -> None:
     print(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def _print(as_json: bool, value: object, as_text: Callable[[], None]) -> None:
+    """Print a result: the value as JSON, or its text."""
+    if as_json:
+        _print_json(value)
+    else:
+        as_text()
+
+
+def _print_lines(as_json: bool, lines: list[str]) -> None:
+    _print(as_json, lines, lambda: print("\n".join(lines)))
 
 
 @app.callback()
 def options(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the warnings of libraries.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Print tracebacks and the warnings of libraries.")] = False,
 ) -> None:
     progress.use("auto")
 
 
-def _build_of(name: str, settings: list[str] | None, quant: list[str] | None, out: Path | None, json_lines: bool, deploy: bool = True) -> Build:
+def _build_of(name: str, settings: list[str] | None, quant: list[str] | None, out: Path | None, deploy: bool = True) -> Build:
     from olpack import recipe
     from olpack.stages.build import Build
     from olpack.workspace import recipe_path
 
-    if json_lines:
-        progress.use("json")
     overrides = list(settings or []) + ([f"quants={json.dumps(quant)}"] if quant else [])
-    asked = recipe.load(recipe_path(name), overrides)
-    return Build(asked, out, server=_server() if deploy else None)
+    return Build(recipe.load(recipe_path(name), overrides), out, server=_server() if deploy else None)
 
 
 def _server() -> str | None:
-    """URL of the Ollama server, if one answers there."""
+    """URL of the Ollama server; None if no server answers."""
     from olpack.deploy.client import OllamaClient
 
     client = OllamaClient()
@@ -111,11 +126,11 @@ def _server() -> str | None:
 @app.command()
 def init(
     name: Name,
-    base: Annotated[str | None, typer.Option("--base", metavar="MODEL", help="A Hub id, a folder, or builtin/tiny-coder.")] = None,
-    train: Annotated[str | None, typer.Option("--train", metavar="ROWS", help="A file or folder of rows, or a data set on the Hub.")] = None,
+    base: Annotated[str | None, typer.Option("--base", metavar="MODEL", help="Base model: a Hub id, a folder, or builtin/tiny-coder.")] = None,
+    train: Annotated[str | None, typer.Option("--train", metavar="ROWS", help="Training rows: a file, a folder, or a data set of the Hub.")] = None,
     system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System prompt.")] = None,
 ) -> None:
-    """Begin a package: write modelfiles/NAME/recipe.yaml, commented."""
+    """Write modelfiles/NAME/recipe.yaml, with comments."""
     from olpack.commands.init import new_recipe, write_recipe
 
     path = new_recipe(name)
@@ -133,17 +148,22 @@ def build(
     name: Name,
     settings: Set = None,
     quant: Quant = None,
-    only: Annotated[str | None, typer.Option("--only", metavar="STAGE", help="One of train, export, modelfiles, deploy, compare.")] = None,
-    no_deploy: Annotated[bool, typer.Option("--no-deploy", help="Leave the Ollama server alone.")] = False,
+    only: Annotated[
+        str | None, typer.Option("--only", metavar="STAGE", help="Run this stage only: train, export, modelfiles, deploy or compare.")
+    ] = None,
+    no_deploy: Annotated[bool, typer.Option("--no-deploy", help="Do not use the Ollama server.")] = False,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Do every stage that is stale: train, export, modelfiles, deploy, compare."""
+    """Run the stale stages, from training to comparison.
+
+    The stages are train, export, modelfiles, deploy and compare. The same command resumes an interrupted build.
+    """
     from olpack.stages.steps import NAMES
 
     if only is not None and only not in NAMES:
-        raise typer.BadParameter(f"{only} is no stage; they are {', '.join(NAMES)}.", param_hint="--only")
-    _run(_build_of(name, settings, quant, out, as_json, deploy=not no_deploy), only, as_json, deploy=not no_deploy)
+        raise typer.BadParameter(f"'{only}' is not a stage. The stages are {', '.join(NAMES)}.", param_hint="--only")
+    _run(_build_of(name, settings, quant, out, deploy=not no_deploy), only, as_json, deploy=not no_deploy)
 
 
 def _run(build: Build, only: str | None, as_json: bool, deploy: bool = True, changes: Callable[[], dict[str, Any]] = dict) -> None:
@@ -153,15 +173,15 @@ def _run(build: Build, only: str | None, as_json: bool, deploy: bool = True, cha
     if not done:
         progress.say(f"{build.recipe.name} is up to date: nothing to do in {only or 'any stage'}")
     if as_json:
-        _print_json(_outcome(build, done) | changes())
+        _print_json(_result(build, done) | changes())
     elif only in (None, "compare"):
-        _closing(build, deploy)
+        _print_summary(build, deploy)
     else:
         print(build.paths.root / {"train": "adapter", "export": "gguf", "modelfiles": "modelfiles", "deploy": ""}[only])
 
 
-def _closing(build: Build, deploy: bool) -> None:
-    """The table, where the report lies, and the line to paste."""
+def _print_summary(build: Build, deploy: bool) -> None:
+    """Print the table of the comparison, the path of the report, and the command that starts a chat."""
     from olpack.compare import print_table, read_results
     from olpack.stages.compare import recommended
 
@@ -178,7 +198,7 @@ def _closing(build: Build, deploy: bool) -> None:
         print(f"         then `ollama run {tag}`")
 
 
-def _outcome(build: Build, done: list) -> dict[str, Any]:
+def _result(build: Build, done: list[Step]) -> dict[str, Any]:
     from olpack.stages.compare import recommended
     from olpack.stages.steps import all_steps
 
@@ -198,20 +218,20 @@ def plan(
     name: Name,
     settings: Set = None,
     quant: Quant = None,
-    vram: Annotated[float | None, typer.Option("--vram", metavar="GB", min=1, help="Plan for a GPU of this memory.")] = None,
+    vram: Annotated[float | None, typer.Option("--vram", metavar="GB", min=1, help="Plan for a GPU with this memory.")] = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Print every setting with its origin, the checks, sizes and time, and which stages are stale. Changes nothing."""
+    """Print the settings, checks, sizes, time and stale stages.
+
+    Each setting has its origin: a line of the recipe, --set, or the default. The command changes nothing.
+    """
     from olpack.commands.plan import print_plan
     from olpack.stages.plan import describe, estimate
 
-    asked = _build_of(name, settings, quant, out, as_json)
-    found = describe(asked, estimate(asked, vram))
-    if as_json:
-        _print_json(found)
-    else:
-        print_plan(found)
+    package = _build_of(name, settings, quant, out)
+    plan = describe(package, estimate(package, vram))
+    _print(as_json, plan, partial(print_plan, plan))
 
 
 @app.command()
@@ -219,49 +239,41 @@ def train(
     name: Name,
     settings: Set = None,
     launch: Annotated[
-        str | None, typer.Option("--launch", metavar="COMMAND", help="Train in the processes that this starts: 'torchrun --nproc-per-node 2'.")
+        str | None, typer.Option("--launch", metavar="COMMAND", help="Launcher of the training processes: 'torchrun --nproc-per-node 2'.")
     ] = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Fine-tune the base with QLoRA; the adapter lands in build/NAME/adapter."""
+    """Fine-tune the base with QLoRA. The adapter is written to build/NAME/adapter."""
     more = [f"train.launch={json.dumps(launch)}"] if launch else []
-    _run(_build_of(name, [*(settings or []), *more], None, out, as_json, deploy=False), "train", as_json)
+    _run(_build_of(name, [*(settings or []), *more], None, out, deploy=False), "train", as_json)
 
 
 @app.command()
 def export(name: Name, settings: Set = None, quant: Quant = None, out: Out = None, as_json: Json = False) -> None:
-    """Merge the adapter and write the GGUFs, in one pass over the base."""
-    asked = _build_of(name, settings, quant, out, as_json, deploy=False)
-    _run(asked, "export", as_json)
+    """Merge the adapter and write every GGUF in one pass."""
+    _run(_build_of(name, settings, quant, out, deploy=False), "export", as_json)
 
 
 @app.command()
 def quantize(
-    source: Annotated[str, typer.Argument(help="A model's folder, a GGUF in F16, BF16 or F32, or a Hub id.", show_default=False)],
-    quant: Annotated[list[str], typer.Option("--quant", metavar="TYPE", help="A quant type to write (may be repeated).")],
-    adapter: Annotated[Path | None, typer.Option("--adapter", metavar="DIR", help="A LoRA adapter to merge on the way.")] = None,
-    out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="Where the files go; by default the working folder.", show_default=False)
-    ] = Path(),
-    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Files are NAME-QUANT.gguf; by default the source's name.")] = None,
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A model's folder, a GGUF in F16, BF16 or F32, or a Hub id.", show_default=False)],
+    quant: Annotated[list[str], typer.Option("--quant", metavar="TYPE", help="Quant type to write. Repeatable.")],
+    adapter: Annotated[Path | None, typer.Option("--adapter", metavar="DIR", help="LoRA adapter to merge into the model.")] = None,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the files. Default: the working folder.", show_default=False)] = Path(),
+    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Write NAME-QUANT.gguf. Default: the source's name.")] = None,
     split: Annotated[
-        str | None, typer.Option("--split", metavar="SIZE", help="Write parts of at most SIZE, such as 4GB; deploy takes one file.")
+        str | None, typer.Option("--split", metavar="SIZE", help="Split each GGUF into parts of at most SIZE: 4GB. Ollama needs whole files.")
     ] = None,
-    importance: Annotated[Path | None, typer.Option("--importance", metavar="FILE", help="An importance matrix in llama.cpp's GGUF form.")] = None,
+    importance: Annotated[Path | None, typer.Option("--importance", metavar="FILE", help="Importance matrix in llama.cpp's GGUF format.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Quantize a model in one pass, with no recipe."""
+    """Quantize a model in one pass, without a recipe."""
     from olpack.commands.quantize import print_files, rows
     from olpack.commands.quantize import quantize as run
 
-    if as_json:
-        progress.use("json")
     files = run(source, quant, adapter=adapter, out=out, name=name, split=split, importance=importance)
-    if as_json:
-        _print_json(rows(files))
-    else:
-        print_files(files)
+    _print(as_json, rows(files), partial(print_files, files))
 
 
 @app.command()
@@ -269,71 +281,74 @@ def deploy(
     name: Name,
     settings: Set = None,
     quant: Quant = None,
-    check: Annotated[bool, typer.Option("--check", help="Register nothing; compare the served prompts with the trained ones again.")] = False,
-    store: Annotated[Path | None, typer.Option("--store", metavar="DIR", help="Write into this model store; the server need not run.")] = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Register nothing. Compare the registered tags with the recipe, and the served prompts with the trained ones."),
+    ] = False,
+    store: Annotated[Path | None, typer.Option("--store", metavar="DIR", help="Write into this model store of a server that is not running.")] = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Register the quants with the Ollama server, and prove that the prompt it serves is the trained one."""
+    """Register the quants with Ollama and check its prompts.
+
+    The prompts that the server makes must be identical to those of the training rows.
+    """
     from olpack.commands import publish
 
-    asked = _build_of(name, settings, quant, out, as_json, deploy=store is None)
+    package = _build_of(name, settings, quant, out, deploy=store is None)
     if store is not None:
-        _print_lines(publish.store(asked, store), as_json)
+        _print_lines(as_json, publish.store(package, store))
     elif check:
-        _print_lines(publish.check(asked), as_json)
+        _print_lines(as_json, publish.check(package))
     else:
-        _run(asked, "deploy", as_json)
+        _run(package, "deploy", as_json)
 
 
 @app.command()
 def compare(
-    names: Annotated[list[str], typer.Argument(metavar="NAME | TAG…", help="A package, or models that the server has.", show_default=False)],
+    names: Annotated[list[str], typer.Argument(metavar="NAME", help="A package, or tags of any models on the server.", show_default=False)],
     settings: Set = None,
     quant: Quant = None,
     against: Annotated[
         Path | None,
-        typer.Option("--against", metavar="FILE", help="An earlier results.json: what got better or worse since.", exists=True, dir_okay=False),
+        typer.Option("--against", metavar="FILE", help="Earlier results.json: print what is better or worse now.", exists=True, dir_okay=False),
     ] = None,
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="Ask the server's models this (may be repeated).")] = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", metavar="TEXT", help="Prompt for the models on the server. Repeatable.")] = None,
     prompts: Annotated[
-        Path | None, typer.Option("--prompts", metavar="FILE", help="Ask them these: a text file, or JSONL of tasks or chats.")
+        Path | None, typer.Option("--prompts", metavar="FILE", help="Prompts for the models on the server: a text file, or JSONL of tasks or chats.")
     ] = None,
     clients: Annotated[
-        list[int] | None, typer.Option("--clients", metavar="N", min=1, help="Also with N clients at once, through a server (may be repeated).")
+        list[int] | None, typer.Option("--clients", metavar="N", min=1, help="Measure N simultaneous clients through a server too. Repeatable.")
     ] = None,
     suite: Annotated[
-        list[str] | None, typer.Option("--suite", metavar="TASK", help="Run this task of lm-evaluation-harness too (may be repeated).")
+        list[str] | None, typer.Option("--suite", metavar="TASK", help="Run this task of lm-evaluation-harness too. Repeatable.")
     ] = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Measure the quants of a package: size, speed, memory, quality; which one to take, and why. Or any models of the server."""
+    """Measure size, speed, memory and quality of the quants.
+
+    Of a package, the comparison recommends a quant with the reason. It also measures any models on the server.
+    """
     from olpack.commands.compare_models import compare_models, is_package
 
     earlier = _earlier_results(against)
     if is_package(names):
         if prompt or prompts:
-            raise typer.BadParameter("a package's prompts stand in its recipe, as compare.prompts and compare.tasks.", param_hint="--prompt")
+            raise typer.BadParameter(
+                "a package takes its prompts from compare.prompts and compare.tasks of its recipe.", param_hint="--prompt, --prompts"
+            )
         more = [f"compare.suites={json.dumps(suite)}"] if suite else []
         more += [f"compare.clients={json.dumps(clients)}"] if clients else []
-        asked = _build_of(names[0], [*(settings or []), *more], quant, out, as_json)
-        folder = asked.paths.compare
-        _run(asked, "compare", as_json, changes=partial(_changes, earlier, folder))
+        package = _build_of(names[0], [*(settings or []), *more], quant, out)
+        folder = package.paths.compare
+        _run(package, "compare", as_json, changes=partial(_changes, earlier, folder))
     else:
         if settings or quant or suite:
-            raise typer.BadParameter(f"only a package has these, and {' '.join(names)} is none.", param_hint="--set, --quant, --suite")
-        if as_json:
-            progress.use("json")
+            raise typer.BadParameter(f"these options need a package, and {' '.join(names)} is not one.", param_hint="--set, --quant, --suite")
         folder = out or Path("build/side-by-side")
         results = compare_models(names, prompt or [], prompts, clients or [], folder)
-        if as_json:
-            _print_json(results.model_dump(mode="json") | _changes(earlier, folder))
-        else:
-            from olpack.compare import print_table
-
-            print_table(results)
-            print(f"\nreport   {folder / 'report.html'}")
+        _print(as_json, results.model_dump(mode="json") | _changes(earlier, folder), partial(_print_side_by_side, results, folder))
     if earlier is not None and not as_json:
         from olpack.compare import read_results
         from olpack.compare.changes import changes
@@ -343,8 +358,15 @@ def compare(
         print_changes(changes(earlier, read_results(folder / "results.json")), earlier)
 
 
-def _changes(earlier: Any, folder: Path) -> dict[str, Any]:
-    """What got better or worse since an earlier comparison, for JSON; empty where none is named."""
+def _print_side_by_side(results: Results, folder: Path) -> None:
+    from olpack.compare import print_table
+
+    print_table(results)
+    print(f"\nreport   {folder / 'report.html'}")
+
+
+def _changes(earlier: Results | None, folder: Path) -> dict[str, Any]:
+    """What is better or worse than in an earlier comparison, for JSON; empty without one."""
     if earlier is None:
         return {}
     from dataclasses import asdict
@@ -355,8 +377,8 @@ def _changes(earlier: Any, folder: Path) -> dict[str, Any]:
     return {"against": earlier.created, "changes": [asdict(change) for change in changes(earlier, read_results(folder / "results.json"))]}
 
 
-def _earlier_results(path: Path | None) -> Any:
-    """Read before anything is measured: it may be the file that the comparison writes."""
+def _earlier_results(path: Path | None) -> Results | None:
+    """The earlier comparison. It is read first, because the comparison may replace its file."""
     if path is None:
         return None
     from olpack.compare import read_results
@@ -366,63 +388,64 @@ def _earlier_results(path: Path | None) -> Any:
 
 @app.command()
 def recommend(
-    models: Annotated[list[str] | None, typer.Argument(metavar="[NAME | GGUF…]", help=_MODELS, show_default=False)] = None,
+    models: Annotated[list[str] | None, typer.Argument(metavar="MODEL", help=_MODELS, show_default=False)] = None,
     params: Params = None,
-    vram: Annotated[float | None, typer.Option("--vram", metavar="GB", min=0, help="GPU memory in place of this machine's; 0 for none.")] = None,
-    ram: Annotated[float | None, typer.Option("--ram", metavar="GB", min=0, help="RAM in place of this machine's.")] = None,
+    vram: Annotated[float | None, typer.Option("--vram", metavar="GB", min=0, help="GPU memory, in place of this machine's. 0: no GPU.")] = None,
+    ram: Annotated[float | None, typer.Option("--ram", metavar="GB", min=0, help="RAM, in place of this machine's.")] = None,
     context: Context = None,
     kv: KvType = "f16",
-    max_loss: Annotated[float | None, typer.Option("--max-loss", metavar="SHARE", min=0, help="Growth of perplexity to accept: 0.01 is 1 %.")] = None,
+    max_loss: Annotated[
+        float | None, typer.Option("--max-loss", metavar="SHARE", min=0, help="Accepted increase of perplexity: 0.01 is 1 %.")
+    ] = None,
     quant: Quant = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Say which quant fits this machine, or the one described: what runs where, the best, the fastest, and why."""
+    """Recommend the quant that fits this machine, or another.
+
+    A table shows what each quant takes, where it runs and what it loses. Below it stand the best and the fastest quant, with the reasons.
+    """
     from olpack.commands.recommend import advise
+    from olpack.memory.table import print_advice
 
-    if as_json:
-        progress.use("json")
     advice = advise(models or [], params, vram, ram, context, kv, max_loss, quant, out)
-    if as_json:
-        _print_json(advice.as_json())
-    else:
-        from olpack.memory.table import print_advice
-
-        print_advice(advice)
+    _print(as_json, advice.as_json(), partial(print_advice, advice))
 
 
 @app.command()
 def estimate(
-    model: Annotated[str | None, typer.Argument(help="A model's folder, its config.json, a GGUF, or a Hub id.", show_default=False)] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="A model's folder, its config.json, a GGUF, or a Hub id.", show_default=False)
+    ] = None,
     params: Params = None,
     context: Context = None,
     kv: KvType = "f16",
-    rank: Annotated[int, typer.Option("--rank", min=1, help="Rank of the adapter.")] = 16,
-    batch: Annotated[int, typer.Option("--batch", metavar="TOKENS", min=1, help="Tokens that go through the model at once in training.")] = 2048,
+    rank: Annotated[int, typer.Option("--rank", metavar="N", min=1, help="Rank of the adapter.")] = 16,
+    batch: Annotated[int, typer.Option("--batch", metavar="TOKENS", min=1, help="Tokens of a micro-batch in training.")] = 2048,
     quant: Quant = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a model takes for inference and training: FP32 to 4 bits, each quant, LoRA and QLoRA. Fetches no weights."""
+    """Estimate a model's memory for inference and training.
+
+    The estimate covers FP32 to 4 bits, each quant, LoRA and QLoRA. It fetches no weights.
+    """
     from olpack.commands.recommend import estimate_model
+    from olpack.memory.table import print_estimate
 
-    if as_json:
-        progress.use("json")
-    found = estimate_model(model, params, context, kv, rank, batch, quant)
-    if as_json:
-        _print_json(found.as_json())
-    else:
-        from olpack.memory.table import print_estimate
-
-        print_estimate(found)
+    memory = estimate_model(model, params, context, kv, rank, batch, quant)
+    _print(as_json, memory.as_json(), partial(print_estimate, memory))
 
 
 @app.command()
 def run(
-    model: Annotated[str, typer.Argument(metavar="NAME[:TAG]", help="What to talk to; without a tag, the recommended quant.", show_default=False)],
-    prompt: Annotated[str | None, typer.Argument(help="One question. Without it: a conversation.", show_default=False)] = None,
+    model: Annotated[str, typer.Argument(metavar="NAME[:TAG]", help="A package. Default tag: the recommended quant.", show_default=False)],
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="One prompt. Without it, a conversation.", show_default=False)] = None,
     out: Out = None,
 ) -> None:
-    """Talk to a package: through the Ollama server if it has it, else with the embedded llama.cpp."""
+    """Chat with a package through Ollama or llama.cpp.
+
+    The Ollama server answers if it has the tag, and the embedded llama.cpp otherwise.
+    """
     from olpack.commands.chat import talk
 
     talk(model, prompt, out)
@@ -430,96 +453,96 @@ def run(
 
 @app.command()
 def show(name: Name, out: Out = None, as_json: Json = False) -> None:
-    """Show what is known of a build: training, files, recommendation, registered tags, what is stale."""
+    """Show a build: training, files, tags, stale stages."""
     from olpack.commands import publish
     from olpack.commands.show import print_facts
 
-    found = publish.facts(_build_of(name, None, None, out, as_json))
-    if as_json:
-        _print_json(found)
-    else:
-        print_facts(found)
+    facts = publish.facts(_build_of(name, None, None, out))
+    _print(as_json, facts, partial(print_facts, facts))
 
 
 @app.command()
 def bundle(
     name: Name,
-    to: Annotated[Path | None, typer.Option("--to", metavar="FILE", help="The archive; by default NAME.zip in the build folder.")] = None,
+    to: Annotated[Path | None, typer.Option("--to", metavar="FILE", help="Path of the archive. Default: NAME.zip in the build folder.")] = None,
     out: Out = None,
 ) -> None:
-    """Make one archive of GGUFs, Modelfiles, digests and report, for `ollama create` elsewhere."""
+    """Write an archive for `ollama create` on another machine.
+
+    The archive contains the GGUFs, Modelfiles, digests and the report.
+    """
     from olpack.commands import publish
 
-    print(publish.bundle(_build_of(name, None, None, out, False, deploy=False), to))
+    print(publish.bundle(_build_of(name, None, None, out, deploy=False), to))
 
 
 @app.command()
 def push(
     name: Name,
-    namespace: Annotated[str | None, typer.Option("--ollama", metavar="[HOST/]NAMESPACE", help="To a registry, through the server.")] = None,
-    hub: Annotated[str | None, typer.Option("--hub", metavar="USER/REPO", help="To the Hugging Face Hub, with a model card.")] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make a new Hub repository private.")] = False,
-    insecure: Annotated[bool, typer.Option("--insecure", help="Let the server use a registry without TLS.")] = False,
+    namespace: Annotated[str | None, typer.Option("--ollama", metavar="[HOST/]NAMESPACE", help="Push to this registry through the server.")] = None,
+    hub: Annotated[
+        str | None, typer.Option("--hub", metavar="USER/REPO", help="Push to this repository of the Hugging Face Hub, with a model card.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Create the Hub repository as a private one.")] = False,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Allow a registry without TLS.")] = False,
     out: Out = None,
 ) -> None:
-    """Publish a package: through the Ollama server, or to the Hugging Face Hub."""
+    """Publish a package to an Ollama registry or the Hub."""
     from olpack.commands import publish
 
     if (namespace is None) == (hub is None):
-        raise typer.BadParameter("say where to: either --ollama NAMESPACE or --hub USER/REPO.")
-    asked = _build_of(name, None, None, out, False, deploy=hub is None)
-    _print_lines([publish.push_to_hub(asked, hub, private or None)] if hub else publish.push_to_ollama(asked, namespace, insecure), False)
+        raise typer.BadParameter("push needs one target: --ollama NAMESPACE or --hub USER/REPO.")
+    package = _build_of(name, None, None, out, deploy=hub is None)
+    _print_lines(False, [publish.push_to_hub(package, hub, private or None)] if hub else publish.push_to_ollama(package, namespace, insecure))
 
 
 @app.command()
 def remove(
     name: Name,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
     out: Out = None,
 ) -> None:
-    """Remove from the server the tags that olpack made for a package. Files here stay."""
+    """Remove a package's tags from the Ollama server. Local files stay."""
     from olpack.commands import publish
 
-    asked = _build_of(name, None, None, out, False)
-    if not (models := publish.removable(asked)):
+    package = _build_of(name, None, None, out)
+    if not (models := publish.removable(package)):
         progress.say(f"the server has no tag that olpack made for {name}")
     elif yes or typer.confirm(f"Remove {', '.join(models)} from the server?", err=True):
-        _print_lines(publish.remove(asked), False)
+        _print_lines(False, publish.remove(package))
 
 
-data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at data: what is wrong with it, and how the model sees it.")
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Check training data, and print rows as the model reads them.")
 app.add_typer(data_app, name="data")
-DataName = Annotated[str, typer.Argument(metavar="NAME | FILE", help="A package; or a data file, with --base.", show_default=False)]
-DataBase = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="Read a data file with the tokenizer of this base.")]
+DataName = Annotated[str, typer.Argument(metavar="NAME", help="A package, or a data file with --base.", show_default=False)]
+DataBase = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="Base model whose tokenizer reads the data file.")]
 
 
-def _data_of(name: str, base: str | None, settings: list[str] | None, as_json: bool = False) -> Build:
-    """A package, or one that is made up of a data file and a base. The base's weights are not needed."""
+def _data_of(name: str, base: str | None, settings: list[str] | None) -> Build:
+    """A package, or a package of only a data file and a base. It needs no weights of the base."""
     from olpack import recipe
     from olpack.stages.build import Build
     from olpack.workspace import recipe_path
 
-    if as_json:
-        progress.use("json")
     if base is None and Path(name).suffix and Path(name).exists():
-        raise typer.BadParameter(f"{name} is a data file, so say which base is to read it.", param_hint="--base")
+        raise typer.BadParameter(f"the data file {name} needs a base, whose tokenizer reads it.", param_hint="--base")
     if base is not None and not Path(name).exists():
-        raise typer.BadParameter(f"It goes with a data file, and there is no file {name}. A package names its own base.", param_hint="--base")
+        raise typer.BadParameter(f"it goes with a data file, and there is no file {name}. A package has its own base.", param_hint="--base")
     return Build(recipe.of_data(Path(name), base, settings) if base else recipe.load(recipe_path(name), settings), weights=False)
 
 
 @data_app.command("check")
 def data_check(name: DataName, base: DataBase = None, settings: Set = None, as_json: Json = False) -> None:
-    """List every problem with its line, and show the rows in figures. Exit code 1 where a build would refuse them."""
+    """List every problem of the data with its line.
+
+    The report also counts rows, tokens and target tokens. The exit code is 1 if a build refuses the data.
+    """
     from olpack.data.check import check_data
     from olpack.data.show import print_report
 
-    asked = _data_of(name, base, settings, as_json)
-    report = check_data(asked.sources("train"), asked.sources("eval"), asked.renderer, max_length=asked.longest_row, eval_share=_share(asked, base))
-    if as_json:
-        _print_json(report.as_json())
-    else:
-        print_report(report)
+    data = _data_of(name, base, settings)
+    report = check_data(data.sources("train"), data.sources("eval"), data.renderer, max_length=data.longest_row, eval_share=_share(data, base))
+    _print(as_json, report.as_json(), partial(print_report, report))
     if report.fails:
         raise typer.Exit(1)
 
@@ -527,46 +550,48 @@ def data_check(name: DataName, base: DataBase = None, settings: Set = None, as_j
 @data_app.command("show")
 def data_show(
     name: DataName,
-    number: Annotated[int, typer.Argument(metavar="N", min=1, help="Which row, from 1.", show_default=False)],
-    held_out: Annotated[bool, typer.Option("--eval", help="Of the held-out rows.")] = False,
+    number: Annotated[int, typer.Argument(metavar="N", min=1, help="Number of the row, from 1.", show_default=False)],
+    held_out: Annotated[bool, typer.Option("--eval", help="Take the row from the held-out rows.")] = False,
     base: DataBase = None,
     settings: Set = None,
 ) -> None:
-    """Print a row as the model sees it, with its target tokens marked."""
+    """Print a row as the model reads it, with marked target tokens."""
     from olpack.data.load import nth_row
     from olpack.data.show import print_row
 
-    asked = _data_of(name, base, settings)
-    row = nth_row(number, asked.sources("train"), asked.sources("eval"), asked.renderer, held_out=held_out, eval_share=_share(asked, base))
-    print_row(row, asked.renderer, f"{'eval' if held_out else 'train'} row {number}, {row.source}")
+    data = _data_of(name, base, settings)
+    row = nth_row(number, data.sources("train"), data.sources("eval"), data.renderer, held_out=held_out, eval_share=_share(data, base))
+    print_row(row, data.renderer, f"{'eval' if held_out else 'train'} row {number}, {row.source}")
 
 
-def _share(asked: Build, base: str | None) -> float:
-    """Of a data file with no recipe, nothing is held out."""
-    return 0 if base else asked.recipe.data.eval_share
+def _share(data: Build, base: str | None) -> float:
+    """Share of held-out rows: none of a data file without a recipe."""
+    return 0 if base else data.recipe.data.eval_share
 
 
 @app.command("list")
 def list_packages(out: Out = None, as_json: Json = False) -> None:
-    """List packages, what of each is built, and what the server has."""
+    """List packages, their built quants and their tags."""
     from olpack.commands.show import package_rows, print_packages
 
     rows = package_rows(out or Path("build"))
-    if as_json:
-        _print_json(rows)
-    else:
-        print_packages(rows)
+    _print(as_json, rows, partial(print_packages, rows))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipe.yaml, for editors."""
+    from olpack import recipe
+
+    _print_json(recipe.json_schema())
 
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Say what of this machine is ready, what is not, and the command that mends it."""
+    """Check this machine and report the fix of each problem."""
     from olpack.commands.doctor import examine, print_findings
 
     findings = examine()
-    if as_json:
-        _print_json([vars(finding) for finding in findings])
-    else:
-        print_findings(findings)
+    _print(as_json, [vars(finding) for finding in findings], partial(print_findings, findings))
     if any(finding.state == "broken" for finding in findings):
         raise typer.Exit(1)

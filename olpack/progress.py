@@ -61,7 +61,7 @@ def _print_json(record: dict[str, Any]) -> None:
     print(json.dumps(record, ensure_ascii=False), file=_out or sys.stderr, flush=True)
 
 
-class Task:
+class ProgressTask:
     """A piece of work under way: how much is done, how fast, how long it still takes."""
 
     def __init__(self, title: str, total: float | None, unit: str, done: float):
@@ -115,7 +115,7 @@ class Task:
 
 
 @contextmanager
-def task(title: str, total: float | None = None, unit: str = "", done: float = 0) -> Iterator[Task]:
+def task(title: str, total: float | None = None, unit: str = "", done: float = 0) -> Iterator[ProgressTask]:
     """Show a piece of work for as long as the block runs.
 
     Args:
@@ -125,7 +125,7 @@ def task(title: str, total: float | None = None, unit: str = "", done: float = 0
         done: how much was done before (a resumed run).
     """
     global _bars
-    shown = Task(title, total, unit, done)
+    shown = ProgressTask(title, total, unit, done)
     mine = False
     if _mode == "bars":
         if _bars is None:
@@ -153,7 +153,7 @@ class Relay:
     """
 
     def __init__(self) -> None:
-        self._tasks: dict[str, tuple[ExitStack, Task]] = {}
+        self._tasks: dict[str, tuple[ExitStack, ProgressTask]] = {}
 
     def __enter__(self) -> Relay:
         return self

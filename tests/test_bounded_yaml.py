@@ -84,7 +84,7 @@ def test_a_value_that_its_type_does_not_have(recipe, value):
 
 
 def test_a_setting_of_thousands_of_parts(recipe):
-    with pytest.raises(OlpackError, match="no setting lies that deep"):
+    with pytest.raises(OlpackError, match="no setting has that many levels"):
         load(recipe, ["modelfile.parameters" + ".a" * 5000 + "=1"])
 
 

@@ -75,11 +75,13 @@ def test_overrides_win_and_say_so(tmp_path):
         (GOOD + "export: {importance: train}\npackage: adapter\n", "export goes with package: merged"),
         (GOOD + "modelfile:\n  parameters: {temprature: 1}\n", "temperature"),
         (GOOD + "modelfile:\n  parameters: {num_ctx: big}\n", "num_ctx"),
-        ("data: {train: train.jsonl}\n", "'base' is missing"),
+        ("data: {train: train.jsonl}\n", "'base' is missing: `builtin/tiny-coder`, a folder with a Hugging Face model, or a Hub id"),
+        ("base: builtin/tiny-coder\n", "'data' is missing: Training and held-out rows."),
+        (GOOD + "modelfile:\n  messages: [{role: user}]\n", "line 4: 'modelfile.messages.0.content' is missing: Text of the turn."),
         (GOOD + "base: other\n", "line 3: 'base' is given twice"),
         (GOOD + "train: [\n", "line 4"),
-        ("- a\n", "must hold settings"),
-        ("", "must hold settings"),
+        ("- a\n", "must contain settings"),
+        ("", "must contain settings"),
         (GOOD + "revision: main\n", "builtin base has none"),
     ],
 )
@@ -112,11 +114,3 @@ def test_not_utf8(tmp_path):
     path.write_bytes(b"base: \xff\xfe\n")
     with pytest.raises(OlpackError, match="UTF-8"):
         load(path)
-
-
-def test_every_field_is_documented():
-    from olpack import recipe
-
-    for section in (recipe.Recipe, recipe.Data, recipe.Train, recipe.Export, recipe.Modelfile, recipe.Compare):
-        for name, field in section.model_fields.items():
-            assert field.description or name in ("data", "train", "export", "modelfile", "compare"), name

@@ -71,7 +71,7 @@ def test_tasks_and_chats_as_prompts(served, tmp_path):
     ("words", "said"),
     [
         (["strange", "nobody:q4_0"], "has no model nobody:q4_0. It has: "),
-        (["strange", "other:q8_0", "--set", "train.epochs=1"], "only a package has these"),
+        (["strange", "other:q8_0", "--set", "train.epochs=1"], "these options need a package"),
         (["strange", "other:q8_0", "--prompts", "absent.txt"], "absent.txt cannot be read"),
         (["nobody"], "There is no modelfiles/nobody/recipe.yaml"),
         (["strange", "--against", "absent.json"], "absent.json"),

@@ -331,16 +331,16 @@ def test_a_base_that_comes_in_another_form_is_refused(base, tmp_path, method, re
 @pytest.mark.parametrize(
     ("train", "reason"),
     [
-        ("{method: prompt_tuning}", "prompt_tuning learns vectors that stand before the prompt, and a GGUF has no place for them"),
+        ("{method: prompt_tuning}", "prompt_tuning trains vectors before the prompt, and a GGUF has no place for them"),
         ("{method: prefix-tuning}", "a GGUF has no place for them"),
         ("{method: p-tuning}", "a GGUF has no place for them"),
-        ("{method: ia3}", "ia3 only rescales what layers put out"),
+        ("{method: ia3}", "ia3, which only rescales activations"),
         ("{method: dora, initialization: pissa}", "initialization: pissa goes with method lora or rslora, not with dora."),
         (
             "{quantization: none, initialization: loftq}",
-            "initialization: loftq is about what quantization loses, and quantization: none loses nothing.",
+            "initialization: loftq corrects the error of quantization, and quantization: none has no error.",
         ),
-        ("{quantization: none, merge_base: dequantized}", "merge_base: dequantized is about what quantization loses"),
+        ("{quantization: none, merge_base: dequantized}", "merge_base: dequantized corrects the error of quantization"),
         ("{method: vera}\npackage: adapter", "train.method: vera goes with package: merged"),
         ("{merge_base: dequantized}\npackage: adapter", "train.merge_base: dequantized goes with package: merged"),
         ("{modules_to_save: [norm]}\npackage: adapter", "train.modules_to_save goes with package: merged"),

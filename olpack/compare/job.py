@@ -107,7 +107,7 @@ class UnitProgress:
     def __init__(self, title: str):
         self._title, self._unit = title, ""
         self._open = ExitStack()
-        self._task: progress.Task | None = None
+        self._task: progress.ProgressTask | None = None
 
     def show(self, unit: str, done: int, total: int) -> None:
         """Show that `done` of `total` of a unit's runs, rows or answers are measured."""

@@ -180,7 +180,7 @@ def _repeated(chats: list[Chat], apart: list[Chat]) -> Iterator[RowFinding]:
                     yield RowFinding(chat.source, "other answer", f"It answers the question of {other.source} in another way.", False)
 
 
-def _render(side: Side, chats: list[Chat], report: Report, renderer: Renderer, task: progress.Task) -> None:
+def _render(side: Side, chats: list[Chat], report: Report, renderer: Renderer, task: progress.ProgressTask) -> None:
     parts: dict[str, Part] = {}
     special = re.compile("|".join(re.escape(token) for token in sorted(renderer.tokenizer.all_special_tokens, key=len, reverse=True)) or r"(?!)")
     for chat, rows in zip(chats, renderer.batches(chats), strict=True):

@@ -100,7 +100,7 @@ def nth_row(number: int, train: Sequence[Source], other: Sequence[Source], rende
     raise OlpackError(f"There is no row {number}: the {'held-out' if held_out else 'training'} side has {seen:,}.")
 
 
-def _rendered(chats: list[Chat], renderer: Renderer, task: progress.Task) -> list[list[TokenRow]]:
+def _rendered(chats: list[Chat], renderer: Renderer, task: progress.ProgressTask) -> list[list[TokenRow]]:
     made: list[list[TokenRow]] = []
     refused: list[OlpackError] = []
     for rows in renderer.batches(chats):

@@ -5,6 +5,6 @@ recipe.train.rank, recipe.origin("train.rank")      # 16, "recipe.yaml:5" or "--
 """
 
 from olpack.recipe.reader import load, of_data
-from olpack.recipe.schema import Compare, Data, Export, Modelfile, Recipe, Train
+from olpack.recipe.schema import Compare, Data, Export, Modelfile, Recipe, Train, json_schema
 
-__all__ = ["Compare", "Data", "Export", "Modelfile", "Recipe", "Train", "load", "of_data"]
+__all__ = ["Compare", "Data", "Export", "Modelfile", "Recipe", "Train", "json_schema", "load", "of_data"]

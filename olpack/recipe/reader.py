@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from olpack import bounded_yaml
 from olpack.deploy.names import check_name
@@ -34,7 +35,7 @@ def load(path: Path, overrides: list[str] | None = None) -> Recipe:
 
 
 def of_data(file: Path, base: str, overrides: list[str] | None = None) -> Recipe:
-    """A recipe of nothing but a data file and a base, to look at the data with.
+    """A recipe of only a data file and a base, to check the data with.
 
     Raises:
         OlpackError: an override is wrong.
@@ -74,7 +75,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         place = f", line {mark.line + 1}" if mark else ""
         raise OlpackError(f"{path}{place}: {getattr(error, 'problem', None) or error}.", "It must be valid YAML.") from None
     if not isinstance(document, dict):
-        raise OlpackError(f"{path} must hold settings such as `base: builtin/tiny-coder`.")
+        raise OlpackError(f"{path} must contain settings such as `base: builtin/tiny-coder`.")
     return document, lines
 
 
@@ -105,7 +106,7 @@ def _apply_override(document: dict[str, Any], override: str) -> str:
     place = document
     *parents, last = key.split(".")
     if len(parents) >= bounded_yaml.MOST_LEVELS:
-        raise OlpackError(f"--set {_shortened(key)}: no setting lies that deep.", "For example: --set train.epochs=3")
+        raise OlpackError(f"--set {_shortened(key)}: no setting has that many levels.", "For example: --set train.epochs=3")
     for parent in parents:
         if place.get(parent) is None:  # `train:` with nothing below it is a section in which nothing is set
             place[parent] = {}
@@ -122,8 +123,8 @@ def _shortened(text: str) -> str:
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
-def _sentence(item: dict[str, Any], path: Path, lines: dict[str, int], origins: dict[str, str]) -> str:
-    """One of pydantic's errors as a sentence with its place, and what may have been meant."""
+def _sentence(item: ErrorDetails, path: Path, lines: dict[str, int], origins: dict[str, str]) -> str:
+    """One of pydantic's errors as a sentence with its place and the nearest known key."""
     parts = [str(part) for part in item["loc"]]
     fields = [part for part in parts if part not in ("constrained-int", "constrained-float", "int", "float", "bool", "str", "source")]
     fields = [part for part in fields if not part.startswith(("literal[", "list["))]
@@ -138,7 +139,7 @@ def _sentence(item: dict[str, Any], path: Path, lines: dict[str, int], origins: 
         hint = f"Did you mean '{near[0]}'?" if near else f"Known here: {', '.join(_keys_of(fields[:-1]))}."
         return f"{place}: unknown key '{key}'. {hint}"
     if item["type"] == "missing":
-        return f"{place}: '{key}' is missing. {_description(fields)}".strip()
+        return f"{place}: '{key}' is missing: {_section(fields[:-1]).model_fields[fields[-1]].description}"
     message = item["msg"].removeprefix("Value error, ").rstrip(".")
     got = "" if item["type"] == "value_error" else f", not {_shortened(repr(item['input']))}"
     subject = f"'{key}': " if key else ""
@@ -154,7 +155,7 @@ def _section(fields: list[str]) -> type[BaseModel]:
 
 
 def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The sections that a field can hold, also inside of a list or a union."""
+    """The sections in a field's type, also inside a list or a union."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for inner in get_args(annotation):
@@ -163,8 +164,3 @@ def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
 
 def _keys_of(fields: list[str]) -> list[str]:
     return list(_section(fields).model_fields)
-
-
-def _description(fields: list[str]) -> str:
-    field = _section(fields[:-1]).model_fields.get(fields[-1])
-    return f"It says: {field.description}" if field is not None and field.description else ""

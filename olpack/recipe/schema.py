@@ -1,7 +1,11 @@
-"""The keys of `recipe.yaml`: one pydantic model, unknown keys refused, every field documented."""
+"""The keys of `recipe.yaml`: one pydantic model, which refuses unknown keys.
+
+A field's docstring is its text in docs/reference/recipe.md and in the JSON schema; a section's docstring stands above its table.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,38 +18,42 @@ from pydantic import (
     Field,
     PrivateAttr,
     Tag,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
+from pydantic.json_schema import GenerateJsonSchema
 
 from olpack.data.rows import Form as _Form
-from olpack.deploy.parameters import check_parameters
+from olpack.deploy.parameters import PARAMETERS, check_parameters
 from olpack.errors import OlpackError
-from olpack.quants import check_tensor_types, quant_type
-from olpack.recipe.tasks import parse_task
+from olpack.quants import QUANT_TYPES, TENSOR_TYPES, check_tensor_types, quant_type
+from olpack.recipe.tasks import KEYS, parse_task
 
 
 class _Section(BaseModel):
-    # Strict: `rank: "16"` and `rank: yes` are mistakes to name, not to guess at.
+    # Strict: `rank: "16"` and `rank: yes` are errors, not values to convert.
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
 
 class DataSource(_Section):
+    """One source of rows. `train` and `eval` of `data` take a path, a source, or a list of paths and sources."""
+
     file: Annotated[str, Field(min_length=1)] | None = None
-    """A file, or a folder of them, relative to the recipe: .jsonl, .json, .csv, .tsv or .parquet."""
+    """A file or a folder of files, relative to the recipe: .jsonl, .json, .csv, .tsv or .parquet."""
     hub: Annotated[str, Field(min_length=1)] | None = None
-    """A data set on the Hugging Face Hub, such as `HuggingFaceH4/no_robots`, instead of a file."""
+    """A data set on the Hugging Face Hub, such as `HuggingFaceH4/no_robots`, in place of a file."""
     split: str = "train"
     """Split of a Hub data set, or a part of it: `train[:1000]`."""
     revision: str | None = None
     """Branch, tag or commit of a Hub data set."""
     subset: str | None = None
-    """Configuration of a Hub data set that has several."""
+    """Configuration of a Hub data set that has several configurations."""
     form: _Form | None = None
-    """Form of the rows, where it is not `data.form`."""
+    """Form of the rows of this source. null: `data.form`."""
     weight: Annotated[float, Field(gt=0, le=100)] = 1.0
-    """How often each row of this source is seen in an epoch. 2: twice. 0.5: half of the rows are seen, once, and the others never. 1.5: all once,
-    half of them a second time. Which half is decided by the hash of a row's content, so it is the same half in each epoch and each build."""
+    """How often an epoch trains on each row of this source. 2: twice. 0.5: once on half of the rows, never on the others. 1.5: once on all rows,
+    and a second time on half of them. The hash of a row's content decides which half, so each epoch and each build take the same half."""
 
     @model_validator(mode="after")
     def _one_place(self) -> DataSource:
@@ -61,7 +69,7 @@ def _source_tag(value: Any) -> str | None:
     return next((tag for kind, tag in tags.items() if isinstance(value, kind)), None)
 
 
-# Only the one that was meant is tried, so that a mistake in a source is not also reported as "not a string".
+# Only the kind that the recipe gives is validated, so that a mistake in a source is not also reported as "not a string".
 _PLACE = "a source is a file, {file: …} or {hub: …}"
 _File = Annotated[str, Field(min_length=1), Tag("str")]
 _OneSource = Annotated[_File | Annotated[DataSource, Tag("source")], Discriminator(_source_tag, "source", _PLACE)]
@@ -72,19 +80,21 @@ _Sources = Annotated[
 
 
 class Data(_Section):
+    """Training and held-out rows. docs/data.md describes their sources and forms."""
+
     train: _Sources
-    """What to learn from: a file or folder relative to the recipe; or {file: …} or {hub: user/name}, with split, revision, subset, form and
-    weight; or a list of these. `docs/data.md` shows the forms of rows."""
+    """Training rows: a file or a folder relative to the recipe; {file: …} or {hub: user/name}, with split, revision, subset, form and weight;
+    or a list of these."""
     eval: _Sources | None = None
-    """Held-out rows. Without it, `eval_share` of the training rows is set apart by the hash of each row."""
+    """Held-out rows. null: `eval_share` of the training rows, chosen by the hash of each row."""
     eval_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
-    """Share of rows set apart when there is no `eval`."""
+    """Share of the training rows that is held out if there is no `eval`."""
     form: Literal["auto", _Form] = "auto"
-    """Form of the rows. `auto`: told for each file by the keys of its first rows."""
+    """Form of the rows. `auto`: the keys of the first rows of each file decide."""
     learn: Literal["all", "last"] = "all"
-    """Learn every turn of the assistant, or only the last one of each row."""
+    """Target tokens: every turn of the assistant (`all`), or the last one of each row (`last`)."""
     max_length: Annotated[int, Field(ge=16)] = 2048
-    """Longest row in tokens. A longer one is an error: cutting an answer would teach the model to stop in the middle."""
+    """Most tokens of a row. A longer row is an error, because a cut answer trains the model to stop in the middle."""
 
     @field_validator("eval")
     @classmethod
@@ -94,9 +104,9 @@ class Data(_Section):
         return value
 
     def sources(self, which: Literal["train", "eval"]) -> list[DataSource]:
-        """The sources of one side, each with its form; empty where the recipe names none."""
-        asked = getattr(self, which)
-        listed = asked if isinstance(asked, list) else [asked] if asked is not None else []
+        """The sources of one side, each with its form; empty if the recipe has none."""
+        side = self.train if which == "train" else self.eval
+        listed = side if isinstance(side, list) else [side] if side is not None else []
         named = [DataSource(file=source) if isinstance(source, str) else source for source in listed]
         return [source if source.form or self.form == "auto" else source.model_copy(update={"form": self.form}) for source in named]
 
@@ -105,99 +115,123 @@ _SOFT_PROMPTS = ("prompt-tuning", "prompt", "prefix-tuning", "prefix", "p-tuning
 
 
 def _no_soft_prompt(value: Any) -> Any:
-    """Methods that people ask for and that nothing here can ship, with the reason."""
-    asked = str(value).lower().replace("_", "-")
-    if asked in _SOFT_PROMPTS:
-        raise ValueError(f"{value} learns vectors that stand before the prompt, and a GGUF has no place for them; lora and dora go into its weights")
-    if asked in ("ia3", "(ia)3"):
-        raise ValueError("ia3 only rescales what layers put out, and is not offered; vera is as small and learns more")
+    """Refuse methods of peft whose result a GGUF cannot contain, with the reason."""
+    method = str(value).lower().replace("_", "-")
+    if method in _SOFT_PROMPTS:
+        raise ValueError(f"{value} trains vectors before the prompt, and a GGUF has no place for them; lora and dora are merged into its weights")
+    if method in ("ia3", "(ia)3"):
+        raise ValueError("olpack does not train ia3, which only rescales activations; vera is as small and can express more")
     return value
 
 
 class Train(_Section):
+    """Fine-tuning. docs/training.md describes methods, quantized bases and merges."""
+
     method: Annotated[Literal["lora", "rslora", "dora", "vera"], BeforeValidator(_no_soft_prompt)] = "lora"
-    """What is trained: `lora`, `rslora` (scaled by alpha / √rank), `dora` (norms besides), or `vera` (vectors between shared random matrices)."""
+    """What is trained: `lora`, `rslora` (scaled by alpha / √rank), `dora` (and a norm per row), `vera` (vectors between shared random matrices)."""
     initialization: Literal["default", "pissa", "loftq"] = "default"
-    """Where lora and rslora begin: with no change, on the weight's principal components (`pissa`), or on what quantization lost (`loftq`)."""
+    """Initial value of lora and rslora: no change, the weight's principal components (`pissa`), or the quantization error (`loftq`)."""
     quantization: Literal["nf4", "fp4", "int8", "hqq4", "hqq8", "none"] = "nf4"
-    """How the frozen base is held: 4-bit NormalFloat (QLoRA) or float, 8-bit integers (LLM.int8), HQQ in 4 or 8 bits, or unquantized.
-    A base that comes quantized (GPTQ, AWQ, …) is held as it is."""
+    """Quantization of the frozen base weights: 4-bit NormalFloat (QLoRA) or float, 8-bit integers (LLM.int8), HQQ in 4 or 8 bits, or none.
+    A base that comes quantized (GPTQ, AWQ, …) keeps its own quantization."""
     double_quantization: bool = True
-    """Quantize the scales of nf4 and fp4, too: 0.4 bits a weight less."""
+    """Quantize the scales of nf4 and fp4 as well: 0.4 bits per weight less."""
     merge_base: Literal["original", "dequantized"] = "original"
-    """What the adapter is added to: the original weights, or what training saw in their place once they were quantized."""
+    """Weights that the adapter is merged into: the original ones, or those that training used after quantization."""
     rank: Annotated[int, Field(ge=1, le=1024)] = 16
-    """Rank of the low-rank update. For vera, whose matrices are shared and not learned, 256 is usual."""
+    """Rank of the low-rank update. 256 is usual for vera, whose matrices are shared and not trained."""
     alpha: Annotated[float, Field(gt=0)] = 32
-    """The update is scaled by alpha / rank. Nothing to vera."""
+    """The update is scaled by alpha / rank. vera ignores it."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input."""
     target_modules: str | list[str] = "all-linear"
-    """Layers that get an adapter: `all-linear` (every linear layer of the text model but the output head), a list of names, or a regular
-    expression for full names, all of which it must match, as in peft."""
-    modules_to_save: list[str] = Field(default_factory=list)
-    """Modules that are trained as a whole besides and replaced in the export, such as embed_tokens, lm_head or norm."""
+    """Layers that get an adapter: `all-linear` (every linear layer of the text model except the output head), a list of names, or a regular
+    expression that must match the full name, as in peft."""
+    modules_to_save: list[str] = Field(default=[])
+    """Modules that are trained in full and replaced in the export, such as embed_tokens, lm_head or norm."""
     epochs: Annotated[float, Field(gt=0)] = 2
     """Passes over the training rows."""
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-4
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate goes from its peak to zero (or stays)."""
+    """How the learning rate falls from its peak to zero; `constant` stays at the peak."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
     """Share of the steps in which the learning rate rises to its peak."""
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Rows per optimizer step."""
     micro_batch_tokens: Annotated[int, Field(ge=16)] | Literal["auto"] = "auto"
-    """Tokens that go through the model at once. `auto`: 512 on a CPU, on a GPU as many as its memory holds."""
+    """Most tokens of a micro-batch. `auto`: 512 on a CPU, as many as fit on a GPU."""
     gradient_checkpointing: bool | Literal["auto"] = "auto"
-    """Recompute activations in the backward pass: less memory, about a third more time. `auto`: on a GPU that holds those of too few tokens."""
+    """Recompute activations in the backward pass: less memory, about a third more time. `auto`: if the GPU fits too few tokens without."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay of AdamW on the adapter."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Gradients are scaled down to this norm."""
+    """Gradients with a larger norm are scaled down to this one."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of the adapter's initialisation, the order of rows and dropout."""
+    """Seed of the adapter's initial value, the order of rows and dropout."""
     eval_every: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Steps from one evaluation on the held-out rows to the next. `auto`: ten of them, fewer where they would take over a tenth of the time."""
+    """Steps between two evaluations on the held-out rows. `auto`: ten evaluations, or fewer if they take more than a tenth of the time."""
     keep: Literal["best", "last"] = "best"
-    """The adapter that is written: that of the evaluation with the lowest loss, or that of the last step."""
+    """Adapter that is written: that of the evaluation with the lowest loss (`best`), or that of the last step (`last`)."""
     patience: Annotated[int, Field(ge=1)] | None = None
-    """Stop after so many evaluations in a row without a lower loss. None: never before the end."""
+    """Stop after this many evaluations in a row without a lower loss. null: train to the end."""
     gpus: Annotated[int, Field(ge=1)] | Literal["all"] = 1
-    """GPUs to train on. The rows of a step, and so the loss curve, are the same for any number."""
+    """Number of GPUs. The rows of a step, and therefore the loss curve, are the same for any number."""
     sharding: Literal["auto", "none", "full"] = "auto"
-    """With several GPUs: each holds the whole base (`none`), or a share of it (`full`, FSDP2). `auto`: a share where the whole does not fit."""
+    """Base on several GPUs: whole on each (`none`), or spread over them (`full`, FSDP2). `auto`: spread if the whole base does not fit."""
     launch: str | None = None
-    """A launcher in place of `gpus`: `torchrun --nproc-per-node 2`, `accelerate launch --num-processes 2`, with any of its own settings."""
-    trackers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
-    """Where metrics go besides `metrics.jsonl`: TensorBoard's files in `build/NAME/tensorboard`, Weights & Biases."""
+    """Launcher in place of `gpus`, with its own options: `torchrun --nproc-per-node 2`, `accelerate launch --num-processes 2`."""
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(default=[])
+    """Trackers that get the metrics besides `metrics.jsonl`: TensorBoard (in `build/NAME/tensorboard`), Weights & Biases."""
 
     @model_validator(mode="after")
     def _fit_together(self) -> Train:
         if self.initialization != "default" and self.method in ("dora", "vera"):
             raise ValueError(f"initialization: {self.initialization} goes with method lora or rslora, not with {self.method}.")
         if self.quantization == "none" and (self.initialization == "loftq" or self.merge_base == "dequantized"):
-            asked = "initialization: loftq" if self.initialization == "loftq" else "merge_base: dequantized"
-            raise ValueError(f"{asked} is about what quantization loses, and quantization: none loses nothing.")
+            setting = "initialization: loftq" if self.initialization == "loftq" else "merge_base: dequantized"
+            raise ValueError(f"{setting} corrects the error of quantization, and quantization: none has no error.")
         return self
 
 
 class Message(_Section):
+    """One turn of `modelfile.messages`."""
+
     role: Literal["system", "user", "assistant"]
+    """Speaker of the turn."""
     content: str
+    """Text of the turn."""
+
+
+_JSON_TYPES: dict[str, dict[str, Any]] = {
+    "int": {"type": "integer"},
+    "float": {"type": "number"},
+    "bool": {"type": "boolean"},
+    "texts": {"type": "array", "items": {"type": "string"}},
+}
+_PARAMETERS_SCHEMA = {
+    "type": "object",
+    "properties": {
+        name: _JSON_TYPES[known.kind] | {key: bound for key, bound in (("minimum", known.low), ("maximum", known.high)) if bound is not None}
+        for name, known in PARAMETERS.items()
+    },
+    "additionalProperties": False,
+}
 
 
 class Modelfile(_Section):
+    """What the Modelfile of every quant contains."""
+
     system: str | None = None
-    """System prompt. None: the chat template's own, if it has one."""
-    parameters: dict[str, Any] = Field(default_factory=dict)
-    """Ollama parameters: temperature, num_ctx, stop, … `num_ctx` is 4096, or what the model has, where it is not given."""
+    """System prompt. null: the chat template's own, if it has one."""
+    parameters: Annotated[dict[str, Any], WithJsonSchema(_PARAMETERS_SCHEMA)] = Field(default={})
+    """Ollama parameters: temperature, num_ctx, stop, … Default of `num_ctx`: 4096, or the model's context length if that is shorter."""
     license: str | None = None
-    """Licence text or name, shown by `ollama show --license`."""
-    messages: list[Message] = Field(default_factory=list)
-    """Turns that every conversation starts with."""
+    """Licence text or name; `ollama show --license` prints it."""
+    messages: list[Message] = Field(default=[])
+    """Turns at the start of every conversation."""
     template: str | None = None
-    """A Go template, only for servers that need one. The trained chat template is in the GGUF."""
+    """Go template, for servers that need one. null: the trained chat template, which the GGUF contains."""
 
     @field_validator("parameters")
     @classmethod
@@ -208,10 +242,13 @@ class Modelfile(_Section):
 
 
 class Export(_Section):
+    """What decides the bytes of the quants."""
+
     importance: Literal["none", "train"] | str = "none"
-    """Importance matrix, with which small quants lose less: `train` collects one on the training rows, a name is a file in llama.cpp's form."""
-    tensor_types: dict[str, str] = Field(default_factory=dict)
-    """Types of single tensors in quantized files: a part of their names (a regular expression, the first that fits counts) to q6_K, q8_0, …"""
+    """Importance matrix, which makes small quants lose less: `train` collects one on the training rows; a path is a file in llama.cpp's format."""
+    tensor_types: dict[str, Annotated[str, WithJsonSchema({"anyOf": [{"enum": list(TENSOR_TYPES)}, {"type": "string"}]})]] = Field(default={})
+    """Types of single tensors in quantized files. A key is a regular expression for a part of the tensor's name, and the first match counts;
+    a value is a type of ggml: q6_K, q8_0, …"""
 
     @field_validator("tensor_types")
     @classmethod
@@ -227,44 +264,48 @@ def _known_task(item: dict[str, Any]) -> dict[str, Any]:
     return item
 
 
-# Only one of the two is tried, so that a mistake in a task is not also reported as "not a string".
+_TASK_SCHEMA = {"type": "object", "properties": {key: {} for key in KEYS}, "additionalProperties": False}
+_Task = Annotated[dict[str, Any], AfterValidator(_known_task), WithJsonSchema(_TASK_SCHEMA)]
+
+# Only one of the two is validated, so that a mistake in a task is not also reported as "not a string".
 _Tasks = Annotated[
-    Annotated[str, Tag("str")] | Annotated[list[Annotated[dict[str, Any], AfterValidator(_known_task)]], Tag("list[task]")],
+    Annotated[str, Tag("str")] | Annotated[list[_Task], Tag("list[task]")],
     Discriminator(lambda value: "str" if isinstance(value, str) else "list[task]"),
 ]
 
 
 class Compare(_Section):
+    """What the comparison of the quants measures."""
+
     eval_rows: Annotated[int, Field(ge=1)] = 100
-    """At most this many held-out rows are scored."""
-    prompts: list[str] = Field(default_factory=list)
-    """Prompts answered by every quant, side by side in the report. None given: the first three held-out requests."""
-    tasks: _Tasks = Field(default_factory=list)
-    """Prompts with a check each (exact, contains, regex, json, python, python_asserts, function), on which every quant is scored:
-    a list, or a JSONL file relative to the recipe. `olpack/recipe/tasks.py` says what each check takes."""
-    suites: list[str] = Field(default_factory=list)
-    """Tasks of lm-evaluation-harness (mmlu, gsm8k, …) to run on every quant: by its names, or by those of YAML files in the recipe's
-    folder `suites`. Needs `pip install 'olpack[harness]'`."""
+    """Most held-out rows that are scored."""
+    prompts: list[str] = Field(default=[])
+    """Prompts that every quant answers; the report shows the answers side by side. []: the first three held-out requests."""
+    tasks: _Tasks = Field(default=[])
+    """Prompts with a check of the answer, on which every quant is scored: a list, or a JSONL file relative to the recipe."""
+    suites: list[str] = Field(default=[])
+    """Tasks of lm-evaluation-harness (mmlu, gsm8k, …) that every quant runs: its names, or names of YAML files in the recipe's folder
+    `suites`. They need `pip install 'olpack[harness]'`."""
     suite_limit: Annotated[int, Field(ge=1)] | None = None
-    """At most this many questions of each suite's task. None: all of them."""
+    """Most questions of each suite's task. null: all of them."""
     prompt_tokens: list[Annotated[int, Field(ge=16)]] = Field(default=[128, 512], min_length=1)
-    """Lengths of the prompts on which speed is measured."""
+    """Lengths, in tokens, of the prompts that measure speed."""
     generated_tokens: Annotated[int, Field(ge=8)] = 64
-    """Tokens generated in each timed run."""
+    """Tokens that each timed run generates."""
     repeats: Annotated[int, Field(ge=1)] = 4
-    """Timed runs per figure, in two rounds; the table shows their median, the report their spread."""
+    """Timed runs per figure, in two rounds. The table shows their median, the report their spread."""
     answer_tokens: Annotated[int, Field(ge=1)] = 256
-    """An answer to a prompt or a task is cut there."""
-    clients: list[Annotated[int, Field(ge=1, le=256)]] = Field(default_factory=list)
-    """Numbers of clients that ask at once, such as [1, 2, 4, 8]. Only through a server, and only where it is asked for: it takes long."""
+    """Most tokens of an answer to a prompt or a task."""
+    clients: list[Annotated[int, Field(ge=1, le=256)]] = Field(default=[])
+    """Numbers of simultaneous clients to measure through a server, such as [1, 2, 4, 8]. []: none, because the measurement takes long."""
     max_loss: Annotated[float, Field(gt=0)] = 0.01
     """The recommended quant is the smallest whose perplexity is at most this share above the best."""
     reference: bool = True
-    """Hold every quant against the unquantized fine-tune (KL divergence, equal top tokens) and measure the untuned base at one quant.
-    Takes 2 bytes a parameter of disk, and at most 1.1 GB more, while it runs."""
+    """Compare every quant with the unquantized fine-tune (KL divergence, same top tokens), and measure the untuned base at one quant.
+    The comparison uses 2 bytes per parameter and at most 1.1 GB more of the disk while it runs."""
 
 
-_BUDGETS = {"budget": ("bpw", "{budget: 4.6 bpw}"), "size": ("b", "{size: 5 GB}")}  # key: (what its value ends with, an example)
+_BUDGETS = {"budget": ("bpw", "{budget: 4.6 bpw}"), "size": ("b", "{size: 5 GB}")}  # key: (end of its value, an example)
 
 
 def _budget(item: dict[str, Any]) -> str:
@@ -283,21 +324,42 @@ def _budget(item: dict[str, Any]) -> str:
     return quant.name
 
 
+_Quant = Annotated[
+    str,
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"enum": list(QUANT_TYPES)},
+                {"type": "string"},
+                *({"type": "object", "properties": {key: {"type": "string"}}, "required": [key], "additionalProperties": False} for key in _BUDGETS),
+            ]
+        }
+    ),
+]
+
+
 class Recipe(_Section):
+    """The top level of a recipe."""
+
     base: str
     """`builtin/tiny-coder`, a folder with a Hugging Face model, or a Hub id such as `Qwen/Qwen3-0.6B`."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id."""
     data: Data
+    """Training and held-out rows."""
     train: Train = Field(default_factory=Train)
-    quants: Annotated[list[str], Field(min_length=1)] = Field(default_factory=lambda: ["Q4_0", "Q4_K_M", "Q5_K_M", "Q8_0"])
-    """Quant types of llama.cpp to make, or budgets: {budget: 4.6 bpw} (bits per weight) or {size: 5 GB} (of the whole file), for which each
-    tensor gets the type that loses least on the training rows."""
+    """Settings of the fine-tuning."""
+    quants: Annotated[list[_Quant], Field(min_length=1)] = Field(default=["Q4_0", "Q4_K_M", "Q5_K_M", "Q8_0"])
+    """Quant types of llama.cpp, or budgets: {budget: 4.6 bpw} (bits per weight) or {size: 5 GB} (of the whole file). In a budget, each tensor
+    gets the type that loses least on the training rows."""
     export: Export = Field(default_factory=Export)
+    """Importance matrix and types of single tensors."""
     package: Literal["merged", "adapter"] = "merged"
-    """`merged`: each quant holds the fine-tuned weights. `adapter`: quants of the base, which packages share, and a small LoRA file."""
+    """`merged`: each quant contains the fine-tuned weights. `adapter`: packages share the quants of the base, and each adds a small LoRA file."""
     modelfile: Modelfile = Field(default_factory=Modelfile)
+    """System prompt, parameters and licence of the served model."""
     compare: Compare = Field(default_factory=Compare)
+    """Settings of the comparison."""
 
     _name: str = PrivateAttr("")
     _folder: Path = PrivateAttr(Path())
@@ -337,10 +399,9 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _adapter_file_is_plain(self) -> Recipe:
-        asked = self.train
-        wrong = [f"method: {asked.method}"] if asked.method in ("dora", "vera") else []
-        wrong += ["modules_to_save"] if asked.modules_to_save else []
-        wrong += ["merge_base: dequantized"] if asked.merge_base == "dequantized" else []
+        wrong = [f"method: {self.train.method}"] if self.train.method in ("dora", "vera") else []
+        wrong += ["modules_to_save"] if self.train.modules_to_save else []
+        wrong += ["merge_base: dequantized"] if self.train.merge_base == "dequantized" else []
         if self.package == "adapter" and wrong:
             raise ValueError(f"train.{wrong[0]} goes with package: merged; a LoRA file for a shared base only adds products of two matrices.")
         return self
@@ -352,11 +413,11 @@ class Recipe(_Section):
 
     @property
     def folder(self) -> Path:
-        """Where the recipe and its data lie."""
+        """Folder of the recipe and its data."""
         return self._folder
 
     def origin(self, key: str) -> str:
-        """Where a setting came from: "recipe.yaml:5", "--set" or "default"."""
+        """Origin of a setting: "recipe.yaml:5", "--set" or "default"."""
         return self._origins.get(key, "default")
 
     def settings(self) -> dict[str, Any]:
@@ -364,7 +425,12 @@ class Recipe(_Section):
         return dict(_flatten(self.model_dump(), ""))
 
 
-def _flatten(value: dict[str, Any], prefix: str):
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of `recipe.yaml`, for editors and other programs. It has no `$id`, so any copy of it can be named by its path."""
+    return {"$schema": GenerateJsonSchema.schema_dialect, **Recipe.model_json_schema()}
+
+
+def _flatten(value: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for key, inner in value.items():
         if isinstance(inner, dict) and key not in ("parameters", "tensor_types"):
             yield from _flatten(inner, f"{prefix}{key}.")

@@ -1,4 +1,4 @@
-"""Tasks: a prompt and one check of the answer, from a recipe's `compare.tasks` or a JSONL file that it names.
+"""Tasks: a prompt with one check of the answer. They stand in `compare.tasks` of a recipe, or in the JSONL file that it names.
 
     {"prompt": "What is 6 times 7? Answer with the number only.", "exact": "42"}
     {"prompt": "Write `double(number)` in Python.", "python_asserts": ["assert double(4) == 8"]}
@@ -6,16 +6,16 @@
 
 | check | the answer passes if it | value |
 | --- | --- | --- |
-| `exact` | is this text, white space around it left out | text; true: the conversation's last answer |
-| `contains` | has this text, or all of these, in it | text or list; true: the conversation's last answer |
-| `regex` | has a match | Python's notation |
+| `exact` | is this text, without the white space around it | text; true: the conversation's last answer |
+| `contains` | contains this text, or all of these | text or list; true: the conversation's last answer |
+| `regex` | has a match | a regular expression of Python |
 | `json` | is JSON | true, or the keys that the object must have |
-| `python` | is Python that parses and says something | true |
-| `python_asserts` | is Python after which these hold | statements, text or list |
-| `function` | passes your own: it returns True, False or a share from 0 to 1 | `file.py:name` |
+| `python` | is Python that parses and is not empty | true |
+| `python_asserts` | is Python after which these statements pass | text or list |
+| `function` | passes your own function, which returns True, False or a share from 0 to 1 | `file.py:name` |
 
-A function gets the answer, and the task if it has a second parameter. Of an answer with a fenced block, `json` and the Python checks take
-the first block.
+A function gets the answer, and the task if it has a second parameter. `json` and the Python checks take the first fenced block of an answer
+that has one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from typing import Any
 from olpack.errors import OlpackError
 
 CHECKS = ("exact", "contains", "regex", "json", "python", "python_asserts", "function")
-_KEYS = ("prompt", "messages", *CHECKS)
+KEYS = ("prompt", "messages", *CHECKS)
 _SHOWN = 10  # problems listed before "and N more"
 
 
@@ -68,9 +68,9 @@ def parse_task(item: Any, source: str = "", folder: Path | None = None, system: 
     if not isinstance(item, dict):
         raise ValueError("a task is an object with a `prompt` and a check")
     for key in item:
-        if key not in _KEYS:
-            near = difflib.get_close_matches(str(key), _KEYS, n=1, cutoff=0.5)
-            raise ValueError(f"unknown key '{key}'; " + (f"did you mean '{near[0]}'?" if near else f"a task has {', '.join(_KEYS)}"))
+        if key not in KEYS:
+            near = difflib.get_close_matches(str(key), KEYS, n=1, cutoff=0.5)
+            raise ValueError(f"unknown key '{key}'; " + (f"did you mean '{near[0]}'?" if near else f"a task has {', '.join(KEYS)}"))
     if ("prompt" in item) == ("messages" in item):
         raise ValueError("a task has either a `prompt` or `messages`")
     checks = [check for check in CHECKS if check in item]
