@@ -108,9 +108,6 @@ WRONG_RECIPES = {
 }
 WRONG_FILES = [
     ["build", "suport"],
-    ["plan", "support", "--set", "data.train=rows.jsonl"],
-    ["plan", "support", "--set", "base=./model"],
-    ["plan", "support", "--set", "base=./modelfiles"],
     ["quantize", "model.gguf", "--quant", "Q4_K_M"],
     ["compare", "support", "--against", "notes.txt"],
     ["recommend", "model.gguf"],

@@ -19,6 +19,13 @@ WRONG_ROWS = {
     "a content that is a number": '{"messages": [{"role": "user", "content": 1}, {"role": "assistant", "content": "Hi"}]}',
     "no rows": None,
 }
+WRONG_MODELS = [
+    ["plan", "support", "--set", "data.train=rows.jsonl"],
+    ["plan", "support", "--set", "base=./model"],
+    ["plan", "support", "--set", "base=./modelfiles"],
+    ["data", "show", "support", "9"],
+    ["quantize", "notes.txt", "--quant", "Q4_K_M"],
+]
 
 
 @pytest.fixture
@@ -41,5 +48,4 @@ def test_errors_of_rows(workspace: Path) -> None:
 
 def test_errors_of_models(workspace: Path) -> None:
     (workspace / "notes.txt").write_text("Buy milk.\n")
-    lines = [["quantize", "notes.txt", "--quant", "Q4_K_M"], ["data", "show", "support", "9"]]
-    check("errors-models", "\n\n".join(terminal(workspace, *words) for words in lines))
+    check("errors-models", "\n\n".join(terminal(workspace, *words) for words in WRONG_MODELS))
