@@ -37,6 +37,7 @@ def environment(*, offline: bool = True) -> dict[str, str]:
     return {
         **os.environ,
         "PYTHONPATH": packages,
+        "PYTHONSAFEPATH": "1",  # as -P does, for the processes that a worker or a launcher starts
         "GGML_NO_BACKTRACE": "1",  # an abort prints its reason in one line; a debugger would add seconds and pages
         **({"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} if offline else {}),
     }

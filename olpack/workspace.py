@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -97,29 +97,6 @@ def template_source(name: str) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise OlpackError(f"{path} is not UTF-8 (byte {error.start}).", "Save it as UTF-8.") from None
-
-
-def render_text(source: str, file: str, what: str, *, filters: Mapping[str, Callable] = {}, **values: Any) -> str:
-    """What a template makes of some values; nothing in them is escaped.
-
-    Args:
-        source: of `template_source`.
-        file: its name, and `what` it is of, for the errors.
-        filters: by their names in the template.
-
-    Raises:
-        OlpackError: the template does not compile, or names something that is not there.
-    """
-    import jinja2
-
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= filters
-    try:
-        return environment.from_string(source).render(values)
-    except jinja2.TemplateSyntaxError as error:
-        raise OlpackError(f"{what} has an error in line {error.lineno}: {error.message}.", f"Fix it, or remove your templates/{file}.") from None
-    except jinja2.TemplateError as error:
-        raise OlpackError(f"{what} fails: {error}.", f"Fix it, or remove your templates/{file} to use the one that ships.") from None
 
 
 @dataclass(frozen=True)

@@ -114,4 +114,6 @@ def _embedded(name: str, tag: str, out: Path | None) -> Answer:
         engine = Engine(path, build.package.num_ctx, adapter=build.paths.gguf(ADAPTER) if build.paths.base else None)
     start = [{"role": "system", "content": build.package.system}] if build.package.system else []
     start += build.package.messages
-    return lambda messages: iter(engine.generate([*start, *messages], parameters.get("num_predict"), Sampling.of(parameters)))
+    limit = parameters.get("num_predict")
+    most = limit if isinstance(limit, int) else None
+    return lambda messages: iter(engine.generate([*start, *messages], most, Sampling.of(parameters)))

@@ -13,7 +13,8 @@ from olpack.data.records import SUFFIXES
 from olpack.deploy.names import check_name
 from olpack.errors import OlpackError
 from olpack.recipe import Data, Recipe
-from olpack.workspace import check_package, render_text, template_source, write_atomically
+from olpack.templating import render
+from olpack.workspace import check_package, template_source, write_atomically
 
 PARAMETERS = {"num_predict": 1024, "repeat_penalty": 1.05}
 """What a new recipe serves with: an answer that comes to repeat itself is made less likely, and ends."""
@@ -55,7 +56,7 @@ def write_recipe(path: Path, base: str, train: str, system: str | None = None) -
     if hub and (not _HUB_ID.fullmatch(train) or set(SUFFIXES).intersection(Path(train).suffixes)):
         raise OlpackError(f"There is no {train} here.", "Name a file or a folder of rows, or a data set on the Hub as owner/name.")
     settings = Recipe(base=_from(folder, base) if here else base, data=Data(train=train if hub else _from(folder, train)))
-    text = render_text(
+    text = render(
         template_source("recipe.yaml.j2"),
         "recipe.yaml.j2",
         "The recipe's template",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +13,8 @@ from olpack.compare.perplexity import paired_loss
 from olpack.compare.plot import plot_divergence, plot_loss, plot_quality
 from olpack.compare.results import Answer, BaseResult, Loss, PromptSpeed, Reference, Results, Spread, write_results
 from olpack.compare.table import MISSING, markdown_table, plain, rate, seconds, to_csv, types_in_short
-from olpack.errors import OlpackError
 from olpack.progress import quantity
+from olpack.templating import compiled, render
 from olpack.workspace import write_atomically
 
 _ALL_TASKS = 30  # up to so many are listed one by one; of more, those on which the scores differ
@@ -32,11 +32,37 @@ def render_report(results: Results, template: str, metrics: Path | None = None, 
     Raises:
         OlpackError: the template does not render.
     """
-    import jinja2
     from markupsafe import Markup
 
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
+    loss_plot = plot_loss(_read_metrics(metrics))
+    plots = {"quality_plot": plot_quality(results), "divergence_plot": plot_divergence(results), "loss_plot": loss_plot}
+    return render(
+        template,
+        "report.html.j2",
+        "The report's template",
+        filters=_filters(),
+        autoescape=True,
+        results=results,
+        identity=identity,
+        chosen=results.recommendation.tag if results.recommendation else None,
+        served=not any(quant.file for quant in results.quants),
+        glance=_glance(results),
+        flags=_flags(results),
+        lengths=_lengths(results),
+        losses=_losses(results),
+        gains=importance_gains(results),
+        answers=[_grouped(results, [quant.answers[at] if quant.answers else None for quant in results.quants]) for at in range(len(results.prompts))],
+        system=_system(results),
+        tasks=_tasks(results),
+        suites=list(dict.fromkeys((score.suite, score.metric) for quant in results.quants for score in quant.suites)),
+        # Our own SVG goes in as it is; all else is escaped.
+        **{name: svg and Markup(svg) for name, svg in plots.items()},
+    )
+
+
+def _filters() -> dict[str, Callable]:
+    """The filters of the report's template."""
+    return {
         "size": lambda count: MISSING if count is None else quantity(count, "B"),
         "rate": rate,
         "range": _range,
@@ -49,31 +75,6 @@ def render_report(results: Results, template: str, metrics: Path | None = None, 
         "types": types_in_short,
         "blocks": lambda text: split_blocks([("same", text)]),
     }
-    loss_plot = plot_loss(_read_metrics(metrics))
-    plots = {"quality_plot": plot_quality(results), "divergence_plot": plot_divergence(results), "loss_plot": loss_plot}
-    try:
-        return environment.from_string(template).render(
-            results=results,
-            identity=identity,
-            chosen=results.recommendation.tag if results.recommendation else None,
-            served=not any(quant.file for quant in results.quants),
-            glance=_glance(results),
-            flags=_flags(results),
-            lengths=_lengths(results),
-            losses=_losses(results),
-            gains=importance_gains(results),
-            answers=[
-                _grouped(results, [quant.answers[at] if quant.answers else None for quant in results.quants]) for at in range(len(results.prompts))
-            ],
-            system=_system(results),
-            tasks=_tasks(results),
-            suites=list(dict.fromkeys((score.suite, score.metric) for quant in results.quants for score in quant.suites)),
-            # Our own SVG goes in as it is; all else is escaped.
-            **{name: svg and Markup(svg) for name, svg in plots.items()},
-        )
-    except jinja2.TemplateError as error:
-        problem = f"The report's template does not render: {error}."
-        raise OlpackError(problem, "Fix templates/report.html.j2, or remove it to use the shipped one.") from None
 
 
 def check_template(template: str) -> None:
@@ -82,13 +83,7 @@ def check_template(template: str) -> None:
     Raises:
         OlpackError: with the line.
     """
-    import jinja2
-
-    try:
-        jinja2.Environment(autoescape=True).parse(template)
-    except jinja2.TemplateSyntaxError as error:
-        problem = f"The report's template has an error in line {error.lineno}: {error.message}."
-        raise OlpackError(problem, "Fix templates/report.html.j2, or remove it to use the shipped one.") from None
+    compiled(template, "report.html.j2", "The report's template", filters=_filters(), autoescape=True)
 
 
 def write_report(results: Results, path: Path, template: str, metrics: Path | None = None, identity: str | None = None) -> None:

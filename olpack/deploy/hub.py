@@ -21,7 +21,7 @@ from olpack.deploy.bundle import beside
 from olpack.deploy.modelfile import Package
 from olpack.deploy.register import TagFile, check_unsplit
 from olpack.errors import OlpackError
-from olpack.workspace import render_text
+from olpack.templating import render
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -71,7 +71,7 @@ def hub_card(
         {"name": _quant(file), "tag": file.tag, "file": file.path.name, "size": progress.quantity(file.path.stat().st_size, "B")} for file in files
     ]
     first = next((quant for quant in quants if recommended and quant["tag"].lower() == recommended.lower()), quants[0])
-    return render_text(
+    return render(
         template_source,
         "hub_card.md.j2",
         "The model card's template",

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from olpack import templating
 from olpack.deploy.parameters import PARAMETERS, ParameterValue, number
 from olpack.errors import OlpackError
-from olpack.workspace import render_text
 
 COMMANDS = ("from", "adapter", "template", "system", "parameter", "message", "license", "renderer", "parser", "requires", "draft")
 ROLES = ("system", "user", "assistant")
@@ -73,7 +73,7 @@ def render(package: Package, gguf_path: Path | str, template_source: str, adapte
     Raises:
         OlpackError: the template does not compile, or names something that is not there.
     """
-    return render_text(
+    return templating.render(
         template_source,
         "Modelfile.j2",
         "The Modelfile template",

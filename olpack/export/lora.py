@@ -136,8 +136,18 @@ def _without_weights(base: Path, config: dict, scratch: Path) -> Path:
 def _convert(base: Path, adapter: Path, out: Path) -> None:
     script = converter_source() / "convert_lora_to_gguf.py"
     done = subprocess.run(
-        [sys.executable, str(script), "--base", str(base.absolute()), "--outfile", str(out.absolute()), "--outtype", _TYPE, str(adapter.absolute())],
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        [
+            sys.executable,  # with a script, Python looks for modules in the script's folder, not in the working folder
+            str(script),
+            "--base",
+            str(base.absolute()),
+            "--outfile",
+            str(out.absolute()),
+            "--outtype",
+            _TYPE,
+            str(adapter.absolute()),
+        ],
+        env={**{name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}, "HF_HUB_OFFLINE": "1"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -47,7 +47,7 @@ def training_tokenizer(folder: Path) -> Tokenizer | None:
     if not path.is_file():
         return None
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).backend_tokenizer
     except (OSError, ValueError, KeyError, AttributeError):  # a class that transformers does not know: such a folder is only converted
         return Tokenizer.from_file(str(path))
 

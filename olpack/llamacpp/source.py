@@ -123,6 +123,7 @@ def _fetch(folder: Path) -> None:
         (home / "tmp").mkdir()
         command = [
             sys.executable,
+            "-P",
             "-m",
             "pip",
             "--disable-pip-version-check",
@@ -146,6 +147,7 @@ def _fetch(folder: Path) -> None:
             "TMPDIR": str(home / "tmp"),
             "TEMP": str(home / "tmp"),
             "PIP_NO_COLOR": "1",
+            "PYTHONSAFEPATH": "1",  # as -P does, for the processes that pip starts
         }
         _run_pip(command, environment, home)
         _unpack(_verified(home / "archive" / ARCHIVE), folder)
@@ -153,7 +155,7 @@ def _fetch(folder: Path) -> None:
 
 def _run_pip(command: list[str], environment: dict[str, str], home: Path) -> None:
     with (home / "pip.log").open("w+", encoding="utf-8", errors="replace") as log:
-        child = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        child = subprocess.Popen(command, cwd=home, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:
             with progress.task("fetching llama.cpp's converter, once", total=ARCHIVE_SIZE, unit="B") as task:
                 while child.poll() is None:

@@ -33,8 +33,13 @@ class Base:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The model's config.json, without a quantization that its weights do not have (see `leftover_quantization`)."""
+        """The model's config.json, without a quantization that its weights do not have (see `leftover_quantization`).
+
+        Raises:
+            OlpackError: it is no JSON object, or the model needs Python code that its folder contains.
+        """
         config = _json(self.path / "config.json")
+        _refuse_custom_code(config, self.label)
         if self.leftover_quantization:
             config.pop("quantization_config")
         return config
@@ -119,7 +124,7 @@ class Base:
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise OlpackError(
                 f"The tokenizer in {self.path} does not load: {str(error).splitlines()[0]}",
@@ -219,6 +224,20 @@ def config_of(label: str) -> dict[str, Any]:
 
     with _hub_failures(label, None):
         return _json(Path(hf_hub_download(label, "config.json")))
+
+
+def _refuse_custom_code(config: dict[str, Any], label: str) -> None:
+    """Refuse a model whose class is in its own folder (`auto_map`): olpack never runs code that comes with a model."""
+    if not config.get("auto_map"):
+        return
+    from transformers import CONFIG_MAPPING
+
+    kind = config.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise OlpackError(
+            f"{label} needs Python code of its own (auto_map in config.json): transformers has no model of the type {kind!r}.",
+            "olpack runs no code that comes with a model: take a base that transformers supports.",
+        )
 
 
 @contextmanager

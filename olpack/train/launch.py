@@ -52,7 +52,7 @@ def launcher(settings: Train) -> list[str] | None:
         raise OlpackError(f"`train.gpus` is {count}, and {found} can be seen here.", "Say `all`, or look at CUDA_VISIBLE_DEVICES.")
     if count < 2:
         return None
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    return [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
 
 
 def run_launched(words: list[str], job: dict[str, Any]) -> TrainResult:

@@ -66,7 +66,7 @@ def _load(base: Base, settings: Train, device: torch.device, *, sharded: bool):
 
     check_kernel()
     dtype, kind, quantization = compute_dtype(device), settings.quantization, None
-    config = AutoConfig.from_pretrained(base.path, local_files_only=True)
+    config = AutoConfig.from_pretrained(base.path, local_files_only=True, trust_remote_code=False)
     if base.leftover_quantization:
         del config.quantization_config
     if not use_packed(config, base, dtype) and not quantization_of(base.config):
@@ -86,6 +86,7 @@ def _load(base: Base, settings: Train, device: torch.device, *, sharded: bool):
         base.path,
         config=config,
         local_files_only=True,
+        trust_remote_code=False,
         quantization_config=quantization,
         dtype=dtype,
         device_map={"": device},
