@@ -1,13 +1,15 @@
-# make demo    everything it needs into .venv, then the shipped package: train, export, compare
-# make test    everything it needs into .venv, then the test suite
-# make lint    ruff, mypy, and the imports between the rooms of olpack/
-# make docs    the generated pages of docs/reference/
-.PHONY: demo test lint docs install clean
+# make demo         everything it needs into .venv, then the shipped package: train, export, compare
+# make test         everything it needs into .venv, then the test suite, in two processes (WORKERS=8 for eight)
+# make test-fast    those of the tests that train and export no model
+# make lint         ruff, mypy, and the imports between the rooms of olpack/
+# make docs         the generated pages of docs/reference/
+.PHONY: demo test test-fast lint docs install clean
 
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 LLAMA_CPP := 0.3.36
+WORKERS ?= 2
 # Source archives in here are fetched once, and the converter is taken from the same one that the library was built from.
 SDIST := $(VENV)/sdist/llama_cpp_python-$(LLAMA_CPP).tar.gz
 export OLPACK_LLAMA_CPP ?= $(abspath $(SDIST))
@@ -16,7 +18,10 @@ demo: install
 	$(VENV)/bin/olpack build coding-assistant
 
 test: install
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
+
+test-fast: install
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --fast
 
 lint: install
 	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[lint]'

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Generator, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,38 @@ from ollama_double import OllamaDouble
 
 if shutil.which("nvidia-smi") is None:  # Triton reads this when it is imported, which may be by any test
     os.environ["TRITON_INTERPRET"] = "1"
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # each of pytest-xdist's workers, and what it starts, computes on its share of the processors
+    count = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    if hasattr(os, "sched_setaffinity"):
+        usable = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, usable[int(worker.removeprefix("gw")) % len(usable) :: count])
+    else:
+        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // count))
+
+# Modules that import torch, or train or export a model: `make test-fast` leaves them out.
+SLOW = (
+    "adapter_package", "compare_[dfhmt]*", "compare_scores", "compare_server_state", "deploy_elsewhere", "deploy_identity", "deploy_stage",
+    "deploy_store", "export_*", "four_bits", "llamacpp_engine", "memory", "package", "pipeline", "plan_*", "publish", "quantize",
+    "tiny_coder", "train*",
+)  # fmt: skip
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="leave out the modules that import torch, or train or export a model")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    name = collection_path.stem.removeprefix("test_")
+    return True if config.getoption("fast") and any(fnmatch(name, pattern) for pattern in SLOW) else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    loaded = "torch" in sys.modules
+    report = yield
+    if collector.config.getoption("fast") and not loaded and "torch" in sys.modules:
+        report.outcome, report.longrepr = "failed", f"{collector.nodeid} imports torch: SLOW in tests/conftest.py must name it."
+    return report
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -53,12 +53,12 @@ def make_workspace(root: Path, base: Path) -> Path:
     return root
 
 
-def olpack(folder: Path, *words: str, server: str = "http://127.0.0.1:9", width: int = 200) -> tuple[int, str, str]:
+def olpack(folder: Path, *words: str, server: str = "http://127.0.0.1:9", columns: int = 200) -> tuple[int, str, str]:
     """Run the command line in this process; (exit code, stdout, stderr). Port 9 answers nobody."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setenv("OLLAMA_HOST", server)
-        patch.setenv("COLUMNS", str(width))
+        patch.setenv("COLUMNS", str(columns))
         patch.setattr(sys, "argv", ["olpack", *words])
         try:
             cli.main()

@@ -76,5 +76,5 @@ def test_the_files_that_the_documents_link_to_are_there():
 
 def test_help_shows_the_first_sentence_of_each_command_whole(tmp_path):
     for words in ([], ["data"]):
-        commands = olpack(tmp_path, *words, "--help", width=80)[1].partition("Commands:")[2].strip().splitlines()
+        commands = olpack(tmp_path, *words, "--help", columns=80)[1].partition("Commands:")[2].strip().splitlines()
         assert commands and all(line.endswith(".") and not line.endswith("...") for line in commands), commands
