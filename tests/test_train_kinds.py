@@ -26,6 +26,7 @@ from olpack.model.checkpoint import read_tensor_headers
 from olpack.model.packed import dequantize_hqq, quantize_hqq
 from olpack.recipe import Train
 from olpack.stages.build import Build
+from olpack.stages.calibration import IMPORTANCE, SENSITIVITY
 from olpack.stages.steps import stage_of
 from olpack.train import loop, train
 from olpack.train.adapter import save_adapter
@@ -210,7 +211,8 @@ def test_another_merge_of_the_same_adapter_trains_nothing(base, tmp_path):
 
     def inputs(stage: str, *changes: str) -> dict:
         build = Build(recipe.load(root / "modelfiles/oracle/recipe.yaml", list(changes)), root / "build")
-        return stage_of(stage).all_inputs(build, "export-Q8_0" if stage == "export" else "")
+        steps = {"importance": IMPORTANCE, "sensitivity": SENSITIVITY}
+        return (steps.get(stage) or stage_of(stage)).all_inputs(build, "export-Q8_0" if stage == "export" else "")
 
     other = "train.merge_base=dequantized"
     assert inputs("train") == inputs("train", other) != inputs("train", "train.double_quantization=false")
