@@ -295,13 +295,16 @@ def read_results(path: Path) -> Results:
     again = "Measure again with `olpack compare`."
     if not Path(path).exists():
         raise OlpackError(f"There is no results file at {path}.", "Run `olpack compare` first.")
-    value = bounded_json.read(Path(path), again)
+    bounded_json.check_regular(Path(path))
     try:
+        value = bounded_json.loads(Path(path).read_bytes())
         results = Results.model_validate(value)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise OlpackError(f"{path} is not a results file that this version reads: {where}: {first['msg']}.", again) from None
+    except (OSError, ValueError) as error:
+        raise OlpackError(f"{path} is not a results file that this version reads: {error}.", again) from None
     if problem := _beyond_numbers(value) or _disagreement(results):
         raise OlpackError(f"{path} is not a results file that olpack wrote: {problem}.", again)
     return results

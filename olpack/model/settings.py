@@ -98,10 +98,7 @@ def _check_part(part: Mapping[str, Any], place: str, within: str) -> None:
     experts = max((part[key] for key in _EXPERTS if isinstance(part.get(key), int)), default=1)
     if layers * experts > _MOST_EXPERT_BLOCKS:
         _refuse(
-            place,
-            f"{within}num_experts",
-            experts,
-            f"makes {layers * experts:,} experts in {layers:,} layers; at most {_MOST_EXPERT_BLOCKS:,} are read",
+            place, f"{within}num_experts", experts, f"makes {layers * experts:,} experts in all layers; at most {_MOST_EXPERT_BLOCKS:,} are read"
         )
 
 
@@ -208,6 +205,11 @@ def _tokenizer(path: Path, tokenizer: dict[str, Any]) -> None:
             _refuse(str(path), "added_tokens", token, "must be objects with `id` and `content`")
         if not 0 <= token["id"] <= _TOKENS:
             _refuse(str(path), "added_tokens", token, f"must have an `id` from 0 to {_TOKENS:,}")
+
+
+def _is_piece(value: Any) -> bool:
+    """Whether a value is a piece of a Unigram vocabulary with its score."""
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and _number(value[1])
 
 
 def _generation(path: Path, settings: dict[str, Any]) -> None:
