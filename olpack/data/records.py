@@ -276,17 +276,27 @@ def _parquet(path: Path) -> Iterator[Record]:
                 raise _bomb(path)
             number = unpacked = 0
             for batch in file.iter_batches(_TOGETHER):
-                if (unpacked := unpacked + batch.nbytes) > limit:
-                    raise _bomb(path)
                 for at in range(batch.num_rows):
                     number += 1
                     try:
-                        yield Record(number, without_nulls(batch.slice(at, 1).to_pylist()[0]))
+                        row = without_nulls(batch.slice(at, 1).to_pylist()[0])
+                        if (unpacked := unpacked + _characters(row)) > limit:  # a dictionary is small, and each of its uses is not
+                            raise _bomb(path)
+                        yield Record(number, row)
                     except UnicodeDecodeError:
                         yield Record(number, None, "not UTF-8")
-    except (pyarrow.ArrowException, MemoryError) as error:
-        why = (str(error).splitlines() or ["it takes too much memory"])[0]
-        raise OlpackError(f"{path} is no Parquet file that can be read: {why}", "Write it again.") from None
+    except FileNotFoundError:
+        raise
+    except (pyarrow.ArrowException, OSError, MemoryError) as error:  # pyarrow raises OSError, too, for what it cannot parse
+        why = (str(error).splitlines() or ["it takes too much memory"])[0].rstrip(".")
+        raise OlpackError(f"{path} is no Parquet file that can be read: {why}.", "Write it again.") from None
+
+
+def _characters(value: Any) -> int:
+    """Characters of the texts in a value."""
+    if isinstance(value, dict | list):
+        return sum(map(_characters, value.values() if isinstance(value, dict) else value))
+    return len(value) if isinstance(value, str | bytes) else 8
 
 
 def _bomb(path: Path) -> OlpackError:

@@ -195,6 +195,7 @@ def _checked(path: Path, weights: bool = True) -> Path:
         pickled = any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth"))
         kind = "only pickled weights, which can run code when loaded" if pickled else "no weights"
         raise OlpackError(f"{path} has {kind}.", "olpack reads safetensors: save the model with save_pretrained(..., safe_serialization=True).")
+    read_config_file(path / "config.json")  # before transformers reads it, for the tokenizer too
     check_tokenizer_files(path)
     return path
 

@@ -73,7 +73,8 @@ def _refuse_odd_characters(value: Any, key: str, path: Path, lines: dict[str, in
             _refuse_odd_characters(inner, f"{key}.{number}", path, lines)
     elif isinstance(value, str) and (odd := _ODD.search(value)):
         place = f"{path}, line {lines[key]}" if key in lines else str(path)
-        raise OlpackError(f"{place}: '{key}' contains the character {odd[0]!r}, which no text has.", "Write the text without it.")
+        what = f"'{key}'" if key else "a key"
+        raise OlpackError(f"{place}: {what} contains the character {odd[0]!r}, which no text has.", "Write the text without it.")
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
