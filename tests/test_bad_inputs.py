@@ -19,6 +19,9 @@ import pytest
 from oracle import make_workspace, olpack, write_base
 from test_compare_results import quant, results
 
+from olpack.stages import records
+from olpack.workspace import BuildPaths, write_atomically
+
 SECONDS, MEMORY = 90, 3 << 30  # a case that takes longer ends the test run with a traceback; one that takes more memory fails
 DEEP = 3000
 CHECK = ("data", "check", "oracle")
@@ -197,7 +200,7 @@ DATA = [
     Case("a Parquet of 4 GB", parquet(2000, "x" * 2_000_000), "times its size"),
     Case("a Parquet that is none", data("a.parquet", b"PAR1" + bytes(100) + b"PAR1"), "no Parquet file"),
     Case("a Parquet of nothing", data("a.parquet", b""), "no Parquet file"),
-    Case("half of a character in a row", data("a.jsonl", '{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "a"}]}\n'), ""),
+    Case("half of a character in a row", data("a.jsonl", '{"text": "\\ud800"}\n'), ""),
     Case("no rows", data("a.jsonl", ""), "is empty"),
     Case("numbers as rows", data("a.jsonl", "1\n2\n"), "no form that olpack knows"),
     Case("messages is a number", data("a.jsonl", '{"messages": 5}\n'), ""),
@@ -325,7 +328,8 @@ MODELS = [
     Case("tokenizer.json: added_tokens are texts", changed("tokenizer.json", ROWS, added_tokens=["a"]), "added_tokens"),
     Case("tokenizer.json: an unknown model", changed("tokenizer.json", ROWS, model__type="Nothing"), "does not load"),
     Case("tokenizer.json: an expression that does not compile",
-         changed("tokenizer.json", ROWS, pre_tokenizer={"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}), "does not load"),
+         changed("tokenizer.json", ROWS, pre_tokenizer={"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}),
+         "does not load"),
     Case("tokenizer_config.json is a list", written("tokenizer_config.json", "[1]", *ROWS), "no JSON object"),
     Case("tokenizer_config.json is a pipe", pipe("base/tokenizer_config.json", *ROWS), "a pipe"),
     Case("tokenizer_config.json: a token is a number", changed("tokenizer_config.json", ROWS, eos_token=5), "eos_token"),
@@ -396,16 +400,19 @@ ADAPTERS = [
     adapter("no lora_alpha", "lora_alpha is missing", lora_alpha="absent"),
     adapter("lora_alpha", "lora_alpha is a text", lora_alpha="sixteen"),
     adapter("lora_alpha", "lora_alpha is infinite", lora_alpha=float("inf")),
-    adapter("lora_alpha", "lora_alpha of 400 digits", raw='{"peft_type": "LORA", "r": 4, "lora_alpha": ' + "9" * 400 + "}"),
+    adapter("400 digits", "lora_alpha of 400 digits", raw='{"peft_type": "LORA", "r": 4, "lora_alpha": ' + "9" * 400 + "}"),
     adapter("rank r", "a negative rank", r=-4),
     adapter("rank r", "a rank that is a text", r="four"),
     adapter("rank_pattern", "a list as rank_pattern", rank_pattern=[1]),
     adapter("rank_pattern", "a text as a rank", rank_pattern={"q_proj": "a"}),
     adapter("no regular expression", "a pattern that does not compile", rank_pattern={"(": 4}),
-    adapter("takes more than", "a pattern that backtracks", rank_pattern={"(([a-z._0-9])+)+!": 4}),
+    adapter("takes more than", "a pattern that backtracks", rank_pattern={"(?:(?:[a-z._0-9]|[a-z])+)+!": 4}),
     adapter("nested too deep", "200,000 levels", raw=nested(200_000)),
     adapter("", "a list", raw="[]"),
     adapter("of the kind", "peft_type is a list", peft_type=["LORA"]),
+    adapter("", "a list as the start", init_lora_weights=["a"]),
+    adapter("", "tokens are a text", trainable_token_indices="abc"),
+    adapter("", "an alpha of 10^39 and a rank of another number", lora_alpha=10**39, r=5),
     adapter("impossible shape", "a negative place", weights=safetensors(tensor(data_offsets=[-4, 0]), 4)),
     adapter("truncated", "no weights", weights=b""),
 ]
@@ -475,7 +482,7 @@ HEADERS = {
     "a block of 2^40": gguf([ARCHITECTURE], [described(name=b"blk.1099511627776.w")]),
 }  # fmt: skip
 GGUFS = [
-    Case(f"a GGUF with {name}: {words[0]}", data("a.gguf", content, *words), "a.gguf")
+    Case(f"a GGUF with {name}: {words[0]}", data("a.gguf", content, *words), "" if "2^40" in name and "block" in name else "a.gguf")
     for name, content in HEADERS.items()
     for words in (("recommend", "a.gguf"), ("quantize", "a.gguf", "--quant", "Q8_0", "--out", "made"))
 ]
@@ -513,6 +520,37 @@ RESULTS = [
     earlier("200,000 levels", "nested too deep", None, raw=nested(200_000)),
     earlier("no UTF-8", "not a results file", None, raw="\udcff".encode("utf-8", "surrogateescape").decode("latin-1")),
 ]
+
+RECORDS = {
+    "a list": [],
+    "a text": "a",
+    "inputs are a list": {"inputs": [], "outputs": {}, "result": {}},
+    "no result": {"inputs": {}, "outputs": {}},
+    "outputs are texts": {"inputs": {"a": 1}, "outputs": {"a": "b"}, "result": {}},
+    "outputs are short": {"inputs": {"a": 1}, "outputs": {"a": [1, 2]}, "result": {}},
+    "outputs of 10^30 bytes": {"inputs": {"a": 1}, "outputs": {"a": [10**30, "b", 5]}, "result": {}},
+    "a finished training without its adapter": {"inputs": {"a": 1}, "outputs": {}, "result": {}},
+    "a digest that is a number": {"inputs": {}, "outputs": {}, "result": {"adapter_digest": 5}},
+    "a time that is none": {"inputs": {}, "outputs": {}, "result": {"rendered_at": "noon"}},
+    "a recommended list": {"inputs": {}, "outputs": {}, "result": {"recommended": ["a"]}},
+    "registered texts": {"inputs": {}, "outputs": {}, "result": {"registered": ["a"]}},
+    "registered without a digest": {"inputs": {}, "outputs": {}, "result": {"registered": [{"model": "a"}]}},
+    "proved is a list": {"inputs": {}, "outputs": {}, "result": {"proved": []}},
+}
+
+
+@pytest.mark.parametrize("value", RECORDS.values(), ids=RECORDS)
+def test_a_stage_record_of_the_wrong_shape_is_none(tmp_path: Path, value: Any) -> None:
+    paths = BuildPaths("oracle", tmp_path / "build/oracle")
+    for unit in ("train", "deploy", "compare"):
+        write_atomically(paths.stage(unit), json.dumps(value))
+    assert records.read(paths, "train") is None and records.result(paths, "deploy") == {}
+    (tmp_path / "modelfiles/oracle").mkdir(parents=True)
+    (tmp_path / "modelfiles/oracle/recipe.yaml").write_text(MINIMAL)
+    code, printed, errors = olpack(tmp_path, "list", "--json")
+    assert code == 0, errors
+    assert next(row for row in json.loads(printed) if row["name"] == "oracle")["recommended"] is None
+
 
 CASES = [("recipe", case) for case in RECIPES]
 CASES += [("data", case) for case in DATA]

@@ -97,9 +97,7 @@ def _check_part(part: Mapping[str, Any], place: str, within: str) -> None:
     layers = max((part[key] for key in _LAYERS if isinstance(part.get(key), int)), default=1)
     experts = max((part[key] for key in _EXPERTS if isinstance(part.get(key), int)), default=1)
     if layers * experts > _MOST_EXPERT_BLOCKS:
-        _refuse(
-            place, f"{within}num_experts", experts, f"makes {layers * experts:,} experts in all layers; at most {_MOST_EXPERT_BLOCKS:,} are read"
-        )
+        _refuse(place, f"{within}num_experts", experts, f"makes {layers * experts:,} experts in all layers; at most {_MOST_EXPERT_BLOCKS:,} are read")
 
 
 def _check_size(place: str, name: str, value: Any, low: int, high: int) -> None:
