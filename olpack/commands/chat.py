@@ -11,7 +11,7 @@ from olpack import progress
 from olpack.errors import OlpackError
 
 if TYPE_CHECKING:
-    from ollama import ChatResponse
+    from olpack.deploy.answers import Chatted
 
 Answer = Callable[[list[dict]], Iterator[str]]
 
@@ -72,7 +72,7 @@ def _served(name: str, tag: str) -> Answer | None:
     return lambda messages: _spoken(client.stream_chat(model, messages))
 
 
-def _spoken(pieces: Iterator[ChatResponse]) -> Iterator[str]:
+def _spoken(pieces: Iterator[Chatted]) -> Iterator[str]:
     """The text of an answer. Reasoning that the server sets apart goes to stderr, and so does why it broke an answer off."""
     last, thinking = None, False
     for last in pieces:
@@ -81,7 +81,7 @@ def _spoken(pieces: Iterator[ChatResponse]) -> Iterator[str]:
         elif thinking:
             print(file=sys.stderr)
         thinking = bool(thought)
-        yield last.message.content or ""
+        yield last.message.content
     if thinking:
         print(file=sys.stderr)
     if last is not None and not last.done:
