@@ -1,14 +1,17 @@
 """Text of others made fit to be shown: without what acts on a terminal, and without secrets of the environment.
 
-`visible` goes over everything that is printed: a server's texts, a model's answers, rows of data, paths, errors.
+`echo`, `console` and olpack.progress print through `visible`: a server's texts, a model's answers, rows of data, paths, errors.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import sys
 from functools import cache
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,6 +26,7 @@ _SEQUENCES = re.compile(
 )
 # Control codes but for tab and line feed, and the two marks that show text in another order than its letters have. Marks of right-to-left text stay.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202d\u202e]")
+_UNSAFE_IN_JSON = re.compile(r"[\x7f-\x9f\u202d\u202e\ud800-\udfff]")
 _SURROGATES = re.compile(r"[\ud800-\udfff]")
 
 _USER_INFO = re.compile(r"(?<=://)[^\s/?#@'\"<>]{1,1000}@")
@@ -55,11 +59,23 @@ def _secrets() -> list[str]:
     for name, value in os.environ.items():
         if _SECRET_NAMES.search(name):
             found.add(value.strip())
-        elif "@" in value and (name.upper() == "OLLAMA_HOST" or "://" in value):
-            for url in value.split():
-                user_info = url.partition("://")[2].rpartition("@")[0] or url.rpartition("@")[0]
-                found |= {user_info, user_info.partition(":")[2]}
+        else:
+            url = value if "://" in value or name != "OLLAMA_HOST" else f"http://{value}"
+            for match in _USER_INFO.findall(url):
+                user_info = match.removesuffix("@")
+                found |= {user_info, user_info.partition(":")[2], unquote(user_info.partition(":")[2])}
     return sorted((secret for secret in found if len(secret) >= _SHORTEST), key=len, reverse=True)
+
+
+def echo(text: str, end: str = "\n", *, err: bool = False) -> None:
+    """Print a text, with what is foreign in it made `visible`, to stdout or stderr."""
+    print(visible(text), end=end, file=sys.stderr if err else sys.stdout, flush=True)
+
+
+def json_text(value: object, indent: int | None = None) -> str:
+    """A value as JSON for stdout or a log: what acts on a terminal is escaped, so nothing of the value is lost."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)  # which escapes the control codes before the space
+    return _UNSAFE_IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 @cache

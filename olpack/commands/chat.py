@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from olpack import progress
 from olpack.errors import OlpackError
+from olpack.printable import echo
 
 if TYPE_CHECKING:
     from olpack.deploy.answers import Chatted
@@ -53,7 +54,7 @@ def _print(pieces: Iterator[str]) -> str:
     text = ""
     for piece in pieces:
         text += piece
-        print(piece, end="", flush=True)
+        echo(piece, end="")
     print()
     return text
 
@@ -77,7 +78,7 @@ def _spoken(pieces: Iterator[Chatted]) -> Iterator[str]:
     last, thinking = None, False
     for last in pieces:
         if thought := last.message.thinking:
-            print(thought, end="", file=sys.stderr, flush=True)
+            echo(thought, end="", err=True)
         elif thinking:
             print(file=sys.stderr)
         thinking = bool(thought)

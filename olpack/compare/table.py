@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from olpack import printable
 from olpack.compare.changes import Change, importance_gains
 from olpack.compare.results import BaseResult, Divergence, Perplexity, QuantResult, Results, Spread
 from olpack.progress import quantity
@@ -23,7 +24,7 @@ def print_table(results: Results, console: Console | None = None) -> None:
 
     The tables fit 80 columns and contain the medians of the repeats.
     """
-    console = console or Console(markup=False, emoji=False)
+    console = console or printable.console()
     chosen = results.recommendation.tag if results.recommendation else None
     # Quality has a table of its own where there is more of it than the perplexity.
     compared = results.reference is not None or any(quant.divergence or quant.scores for quant in results.quants)
@@ -188,7 +189,7 @@ def types_in_short(types: Mapping[str, Mapping[str, int]]) -> str:
 
 def print_changes(changes: Sequence[Change], old: Results) -> None:
     """The changes since `old` as a table on stdout; figures within the noise are counted, not listed."""
-    console = Console(markup=False, emoji=False)
+    console = printable.console()
     listed = [change for change in changes if change.verdict != "same"]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for title in ("quant", "figure"):
