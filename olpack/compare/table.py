@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 
 from rich import box
@@ -54,15 +55,21 @@ def markdown_table(results: Results) -> str:
     titles += ["perplexity ± s.e.", "KL divergence, millinats"]
     chosen = results.recommendation.tag if results.recommendation else None
     rows = [[*_cells(quant, quant.tag == chosen)[1:], _perplexity(quant.perplexity), _divergence(quant.divergence)[0]] for quant in results.quants]
-    lines = [f"| {' | '.join(row)} |" for row in (titles, ["---", *["---:"] * (len(titles) - 1)], *rows)]
+    lines = [f"| {' | '.join(row)} |" for row in (titles, ["---", *["---:"] * (len(titles) - 1)], *([escaped(cell) for cell in row] for row in rows))]
     engine = next((quant.speed.engine for quant in results.quants if quant.speed), None)
     measured = (
-        f"Measured on {results.machine.cpu}"
-        + (f" with {engine}" if engine else "")
+        f"Measured on {escaped(results.machine.cpu)}"
+        + (f" with {escaped(engine)}" if engine else "")
         + (f"; perplexity of the answers in {results.rows.count} held-out rows." if results.rows else ".")
     )
-    reason = [results.recommendation.reason] if results.recommendation else []
-    return "\n".join([*lines, "", measured, *reason, *(f"\n{note}." for note in _notes(results))])
+    reason = [escaped(results.recommendation.reason)] if results.recommendation else []
+    return "\n".join([*lines, "", measured, *reason, *(f"\n{escaped(note)}." for note in _notes(results))])
+
+
+def escaped(text: str) -> str:
+    """A text of others in Markdown: no HTML, no link, no image, no cell or line of its own."""
+    text = " ".join(printable.visible(text).split()).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"[|\[\]`\\]", lambda mark: "\\" + mark[0], text)
 
 
 def _notes(results: Results) -> list[str]:
