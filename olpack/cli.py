@@ -12,6 +12,7 @@ import json
 import os
 import shlex
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +23,7 @@ import typer
 
 from olpack import __version__, progress
 from olpack.errors import OlpackError
+from olpack.printable import echo, json_text, redacted, visible
 
 if TYPE_CHECKING:
     from olpack.compare.results import Results
@@ -69,8 +71,9 @@ def main() -> None:
         app(prog_name="olpack")
     except Exception as error:
         if debug:
-            raise
-        print(f"olpack: {_message(error)}", file=sys.stderr)
+            echo(redacted(traceback.format_exc()), end="", err=True)
+        else:
+            echo(f"olpack: {redacted(_message(error))}", err=True)
         sys.exit(1)
 
 
@@ -96,7 +99,7 @@ def _version(asked: bool) -> None:
 
 
 def _print_json(value: object) -> None:
-    print(json.dumps(value, indent=1, ensure_ascii=False))
+    print(json_text(value, indent=1))
 
 
 def _print(as_json: bool, value: object, as_text: Callable[[], None]) -> None:
@@ -108,7 +111,7 @@ def _print(as_json: bool, value: object, as_text: Callable[[], None]) -> None:
 
 
 def _print_lines(as_json: bool, lines: list[str]) -> None:
-    _print(as_json, lines, lambda: print("\n".join(lines)))
+    _print(as_json, lines, lambda: echo("\n".join(lines)))
 
 
 @app.callback()
@@ -152,7 +155,7 @@ def init(
     base = base or typer.prompt("Base model (a Hub id, a folder)", default="builtin/tiny-coder", err=True)
     train = train or typer.prompt("Training rows (a file, a folder, a Hub id)", err=True)
     write_recipe(path, base, train, system)
-    print(path)
+    echo(str(path))
     progress.say(f"next: olpack data check {name}, olpack plan {name}, olpack build {name}")
 
 
@@ -175,7 +178,7 @@ def build(
     from olpack.stages.steps import NAMES
 
     if only is not None and only not in NAMES:
-        raise typer.BadParameter(f"'{only}' is not a stage. The stages are {', '.join(NAMES)}.", param_hint="--only")
+        raise typer.BadParameter(f"'{visible(only)}' is not a stage. The stages are {', '.join(NAMES)}.", param_hint="--only")
     _run(_build_of(name, settings, quant, out, deploy=not no_deploy), only, as_json, deploy=not no_deploy)
 
 
@@ -190,7 +193,7 @@ def _run(build: Build, only: str | None, as_json: bool, deploy: bool = True, cha
     elif only in (None, "compare"):
         _print_summary(build, deploy)
     else:
-        print(build.paths.root / {"train": "adapter", "export": "gguf", "modelfiles": "modelfiles", "deploy": ""}[only])
+        echo(str(build.paths.root / {"train": "adapter", "export": "gguf", "modelfiles": "modelfiles", "deploy": ""}[only]))
 
 
 def _print_summary(build: Build, deploy: bool) -> None:
@@ -199,13 +202,13 @@ def _print_summary(build: Build, deploy: bool) -> None:
     from olpack.stages.compare import recommended
 
     print_table(read_results(build.paths.results))
-    print(f"\nreport   {build.paths.report}")
+    echo(f"\nreport   {build.paths.report}")
     tag = f"{build.recipe.name}:{recommended(build)}"
     if build.server:
         print(f"run      ollama run {tag}")
         return
     prompts = build.recipe.compare.prompts
-    print(f"run      olpack run {tag} {shlex.quote(prompts[0]) if prompts else ''}".rstrip())
+    echo(f"run      olpack run {tag} {shlex.quote(prompts[0]) if prompts else ''}".rstrip())
     if deploy:
         print(f"serve    no Ollama server answers: install it from https://ollama.com/download, start it, run `olpack deploy {build.recipe.name}`,")
         print(f"         then `ollama run {tag}`")
@@ -358,7 +361,9 @@ def compare(
         _run(package, "compare", as_json, changes=partial(_changes, earlier, folder))
     else:
         if settings or quant or suite:
-            raise typer.BadParameter(f"these options need a package, and {' '.join(names)} is not one.", param_hint="--set, --quant, --suite")
+            raise typer.BadParameter(
+                f"these options need a package, and {visible(' '.join(names))} is not one.", param_hint="--set, --quant, --suite"
+            )
         folder = out or Path("build/side-by-side")
         results = compare_models(names, prompt or [], prompts, clients or [], folder)
         _print(as_json, results.model_dump(mode="json") | _changes(earlier, folder), partial(_print_side_by_side, results, folder))
@@ -375,7 +380,7 @@ def _print_side_by_side(results: Results, folder: Path) -> None:
     from olpack.compare import print_table
 
     print_table(results)
-    print(f"\nreport   {folder / 'report.html'}")
+    echo(f"\nreport   {folder / 'report.html'}")
 
 
 def _changes(earlier: Results | None, folder: Path) -> dict[str, Any]:
@@ -486,7 +491,7 @@ def bundle(
     """
     from olpack.commands import publish
 
-    print(publish.bundle(_build_of(name, None, None, out, deploy=False), to))
+    echo(str(publish.bundle(_build_of(name, None, None, out, deploy=False), to)))
 
 
 @app.command()
@@ -521,7 +526,7 @@ def remove(
     package = _build_of(name, None, None, out)
     if not (models := publish.removable(package)):
         progress.say(f"the server has no tag that olpack made for {name}")
-    elif yes or typer.confirm(f"Remove {', '.join(models)} from the server?", err=True):
+    elif yes or typer.confirm(visible(f"Remove {', '.join(models)} from the server?"), err=True):
         _print_lines(False, publish.remove(package))
 
 
@@ -538,9 +543,9 @@ def _data_of(name: str, base: str | None, settings: list[str] | None) -> Build:
     from olpack.workspace import recipe_path
 
     if base is None and Path(name).suffix and Path(name).exists():
-        raise typer.BadParameter(f"the data file {name} needs a base, whose tokenizer reads it.", param_hint="--base")
+        raise typer.BadParameter(f"the data file {visible(name)} needs a base, whose tokenizer reads it.", param_hint="--base")
     if base is not None and not Path(name).exists():
-        raise typer.BadParameter(f"it goes with a data file, and there is no file {name}. A package has its own base.", param_hint="--base")
+        raise typer.BadParameter(f"it goes with a data file, and there is no file {visible(name)}. A package has its own base.", param_hint="--base")
     return Build(recipe.of_data(Path(name), base, settings) if base else recipe.load(recipe_path(name), settings), weights=False)
 
 

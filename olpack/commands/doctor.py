@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from olpack import __version__
+from olpack import __version__, printable
 from olpack.errors import OlpackError
 from olpack.progress import quantity
 from olpack.workspace import free_bytes
@@ -170,11 +170,10 @@ def _disk() -> Finding:
 
 def print_findings(findings: list[Finding]) -> None:
     """The findings as a table; remedies below it."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(markup=False, emoji=False)
+    console = printable.console()
     table = Table(box=None, pad_edge=False, show_header=False)
     marks = {"ready": Text("✓", "green"), "missing": Text("–", "yellow"), "broken": Text("✗", "red")}
     for finding in findings:
