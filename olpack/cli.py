@@ -11,12 +11,16 @@ import io
 import json
 import os
 import shlex
+import signal
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,6 +28,7 @@ import typer
 from olpack import __version__, progress
 from olpack.errors import OlpackError
 from olpack.printable import echo, json_text, redacted, visible
+from olpack.workspace import check_home
 
 if TYPE_CHECKING:
     from olpack.compare.results import Results
@@ -59,7 +64,10 @@ Json = Annotated[bool, typer.Option("--json", callback=_use_json, help="Print th
 
 
 def main() -> None:
-    """Entry point. An error prints one sentence and exits with code 1; --debug prints the traceback."""
+    """Entry point. An error prints one sentence and exits with code 1; --debug prints the traceback.
+
+    SIGTERM and SIGHUP end a command as Ctrl-C does: with the checkpoint written, and with exit codes 143 and 129 in place of 130.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for stream in (sys.stdout, sys.stderr):  # half of a character, as in a broken file's name, is printed as its number
         if isinstance(stream, io.TextIOWrapper):
@@ -68,7 +76,9 @@ def main() -> None:
     if not debug:
         warnings.filterwarnings("ignore")
     try:
-        app(prog_name="olpack")
+        with _signals_end_as_interrupts():
+            check_home()
+            app(prog_name="olpack")
     except Exception as error:
         if debug:
             echo(redacted(traceback.format_exc()), end="", err=True)
@@ -77,11 +87,43 @@ def main() -> None:
         sys.exit(1)
 
 
+@contextmanager
+def _signals_end_as_interrupts() -> Iterator[None]:
+    """Within the block SIGTERM and SIGHUP do what SIGINT does at that moment, and the exit code is 128 and the number of the signal."""
+    received: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        handler = signal.getsignal(signal.SIGINT)  # training defers it until its step is whole
+        if not callable(handler):  # a shell's background jobs ignore SIGINT
+            raise KeyboardInterrupt
+        handler(signal.SIGINT, frame)
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in filter(None, (signal.SIGTERM, getattr(signal, "SIGHUP", None))):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+                before[number] = signal.signal(number, interrupt)
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt):
+        if received:
+            raise SystemExit(128 + received[0]) from None
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _message(error: Exception) -> str:
     if isinstance(error, OlpackError):
         return str(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"The disk is full{f' ({error.filename})' if error.filename else ''}. Free some space, or choose another disk with --out."
+    if isinstance(error, FileNotFoundError) and "No usable temporary directory" in str(error):  # of tempfile
+        return "No temporary folder can be written to. Set TMPDIR to a folder that can, and that has some free space."
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
+        return f"{error.filename}: {error.strerror}. Give this user access to it, or name another folder (--out, TMPDIR, HF_HOME, XDG_CACHE_HOME)."
     if isinstance(error, OSError) and error.errno in _OF_THE_PATH and error.filename:
         return f"{_shown(error.filename)}: {error.strerror}. Name a file or a folder that can be used."
     return f"Unexpected error: {type(error).__name__}: {error}. `olpack --debug …` prints the traceback."

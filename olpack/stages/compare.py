@@ -163,7 +163,7 @@ def _reference_models(build: Build) -> ReferenceModels:
         write_files(build.base.path, [Target(quant, path)], adapter=adapter, merge_base=merge_base, **header_options(build))
 
     return ReferenceModels(
-        folder=build.paths.compare / "temporary",
+        folder=build.paths.temporary,
         write_reference=partial(write, adapter=build.paths.adapter),
         reference_key=value_digest([build.base.digest, training, VERSION, *([merge_base] if merge_base != "original" else [])]),
         write_base=partial(write, adapter=None),
