@@ -177,7 +177,7 @@ def alive() -> set[int]:
     """Processes in which an answer runs."""
     return {
         process.pid for process in psutil.process_iter(["cmdline", "status"])
-        if answer_runner.__file__ in (process.info["cmdline"] or ()) and process.info["status"] != psutil.STATUS_ZOMBIE
+        if str(Path(answer_runner.__file__).parent) in (process.info["cmdline"] or ()) and process.info["status"] != psutil.STATUS_ZOMBIE
     }  # fmt: skip
 
 
@@ -237,8 +237,8 @@ def test_answers_die_with_olpack(tmp_path: Path) -> None:
 
 
 def test_a_sandbox_that_does_not_start_is_an_error_and_no_failed_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answer_runner, "__file__", str(Path(__file__).with_name("absent.py")))
-    with pytest.raises(OlpackError, match="The sandbox for answers does not start: .*absent.py"):
+    monkeypatch.setattr(answer_runner, "__file__", __file__)
+    with pytest.raises(OlpackError, match="The sandbox for answers does not start: .*answer_runner"):
         sandbox.asserts_hold("x = 1", [])
 
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import json
+import marshal
 import os
 import random
 import signal
@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
+from pathlib import Path
 
 from olpack.compare import answer_runner
 from olpack.errors import OlpackError
@@ -23,6 +24,9 @@ CPU_S = 5
 WALL_S = 10
 MEMORY_BYTES = 1 << 30
 _PROBE_S = 30
+
+# Imported and not run as a script, so that its compiled form is used.
+_START = "import sys; sys.path.insert(0, sys.argv[1]); import answer_runner; del sys.path[0], sys.argv[1:]; answer_runner.main()"
 
 # What each of the runner's protections stops, for `olpack doctor` and `olpack plan`; the limits alone are there everywhere.
 LIMITS = f"{WALL_S} s, {MEMORY_BYTES >> 30} GiB of memory, files of {answer_runner.FILE_BYTES >> 20} MiB"
@@ -46,7 +50,7 @@ def protections() -> tuple[str, ...]:
     with tempfile.TemporaryDirectory(prefix="olpack-", ignore_cleanup_errors=True) as folder:
         process = _start(folder)
         try:
-            printed, _ = process.communicate(b"{}", timeout=_PROBE_S)
+            printed, _ = process.communicate(marshal.dumps({"folder": folder}), timeout=_PROBE_S)
         except subprocess.TimeoutExpired:
             return ()
         finally:
@@ -70,7 +74,7 @@ def asserts_hold(code: str, asserts: Sequence[str], *, cpu_s: int = CPU_S, wall_
         OlpackError: the sandbox does not start.
     """
     success = random.randrange(64, 120)
-    job = {
+    job: dict[str, object] = {
         "code": code,
         "asserts": list(asserts),
         "cpu": cpu_s,
@@ -82,7 +86,7 @@ def asserts_hold(code: str, asserts: Sequence[str], *, cpu_s: int = CPU_S, wall_
     with tempfile.TemporaryDirectory(prefix="olpack-", ignore_cleanup_errors=True) as folder:
         process = _start(folder)
         try:
-            printed, complaints = process.communicate(json.dumps(job).encode(), timeout=wall_s)
+            printed, complaints = process.communicate(marshal.dumps(job | {"folder": folder}), timeout=wall_s)
         except subprocess.TimeoutExpired:
             return False
         finally:
@@ -98,7 +102,7 @@ def _start(folder: str) -> subprocess.Popen[bytes]:
     """The runner in `folder`, without olpack's environment; LD_LIBRARY_PATH and SYSTEMROOT are there for Python itself."""
     kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "SYSTEMROOT") if name in os.environ}
     return subprocess.Popen(
-        [sys.executable, "-I", "-X", "utf8", answer_runner.__file__],
+        [sys.executable, "-I", "-X", "utf8", "-c", _START, str(Path(answer_runner.__file__).parent)],
         cwd=folder,
         env=kept | {"HOME": folder, "TMPDIR": folder, "TEMP": folder},
         stdin=subprocess.PIPE,
