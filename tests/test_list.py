@@ -92,9 +92,9 @@ def test_tags_of_the_server_belong_to_the_package_of_their_name(workspace: Path,
     made = TagFile("q8_0", file, served_gguf.write(file, served_gguf.CHAT, 7))
     client = OllamaClient(ollama_double.url)
     for name in ("Prophet", "prophet-2"):
-        register(client, name, [made], PACKAGE, latest="q8_0")
+        register(client, name, [made], PACKAGE)
     packages = rows(workspace, server=ollama_double.url)
-    assert sorted(packages["prophet"]["registered"]) == ["Prophet:latest", "Prophet:q8_0"]
+    assert sorted(packages["prophet"]["registered"]) == ["Prophet:q8_0"]
     assert packages["seer"]["registered"] == []
     _, printed, _ = olpack(workspace, "list", server=ollama_double.url)
     assert "Prophet:q8_0" in printed and "prophet-2" not in printed and "no server" not in printed

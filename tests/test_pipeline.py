@@ -461,13 +461,13 @@ def test_a_context_without_room_is_refused_before_any_work(workspace):
 
 
 def test_what_needs_no_weights_fetches_none(workspace, monkeypatch):
-    from olpack import memory
+    from olpack.commands.recommend import advise
     from olpack.model import base
 
     asked = []
     monkeypatch.setattr("olpack.stages.build.resolve", lambda label, **said: asked.append(said["weights"]) or base.resolve(label, **said))
     monkeypatch.chdir(workspace)
-    memory.advise(["oracle"], None, 8.0, 16.0, None, "f16", None, None, None)
+    advise(["oracle"], None, 8.0, 16.0, None, "f16", None, None, None)
     assert asked == [False]
 
 

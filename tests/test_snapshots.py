@@ -69,7 +69,7 @@ def test_a_list(workspace: Path, ollama_double: OllamaDouble) -> None:
     (workspace / "build/support/stages/compare.json").write_text(json.dumps({"result": {"recommended": "q4_K_M"}}))
     (workspace / "build/support/adapter").mkdir()
     (workspace / "build/support/adapter/adapter_config.json").write_text("{}")
-    register(OllamaClient(ollama_double.url), "support", [made], Package(parameters={"num_ctx": 512}), latest="q4_K_M")
+    register(OllamaClient(ollama_double.url), "support", [made], Package(parameters={"num_ctx": 512}))
     parts.append(terminal(workspace, "list", server=ollama_double.url))
     check("list", "\n\n".join(parts))
 

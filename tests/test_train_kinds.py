@@ -26,6 +26,8 @@ from olpack.model.checkpoint import read_tensor_headers
 from olpack.model.packed import dequantize_hqq, quantize_hqq
 from olpack.recipe import Train
 from olpack.stages.build import Build
+from olpack.stages.calibration import IMPORTANCE, SENSITIVITY
+from olpack.stages.stage import Artefact
 from olpack.stages.steps import stage_of
 from olpack.train import loop, train
 from olpack.train.adapter import save_adapter
@@ -208,13 +210,13 @@ def test_what_was_taught_is_what_the_file_answers(tmp_path, packing, settings):
 def test_another_merge_of_the_same_adapter_trains_nothing(base, tmp_path):
     root = oracle.make_workspace(tmp_path / "workspace", base.path)
 
-    def inputs(stage: str, *changes: str) -> dict:
+    def inputs(made: Artefact, *changes: str) -> dict:
         build = Build(recipe.load(root / "modelfiles/oracle/recipe.yaml", list(changes)), root / "build")
-        return stage_of(stage).all_inputs(build, "export-Q8_0" if stage == "export" else "")
+        return made.all_inputs(build, "export-Q8_0" if made.name == "export" else "")
 
-    other = "train.merge_base=dequantized"
-    assert inputs("train") == inputs("train", other) != inputs("train", "train.double_quantization=false")
-    assert all(inputs(stage) != inputs(stage, other) for stage in ("export", "importance", "sensitivity", "compare"))
+    training, other = stage_of("train"), "train.merge_base=dequantized"
+    assert inputs(training) == inputs(training, other) != inputs(training, "train.double_quantization=false")
+    assert all(inputs(made) != inputs(made, other) for made in (stage_of("export"), IMPORTANCE, SENSITIVITY, stage_of("compare")))
 
 
 def rows(count: int, seed: int = 0) -> list[TokenRow]:

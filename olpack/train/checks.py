@@ -55,7 +55,7 @@ BASE_KINDS = (
 
 def merge_table() -> str:
     """Markdown: which base kind is merged where."""
-    columns = ("base", "in the recipe", "bits per weight", "merged into the original weights", "into the weights that training saw")
+    columns = ("base", "in the recipe", "bits per weight", "merged into the original weights", "into the dequantized weights of training")
     lines = [f"| {' | '.join(columns)} |", f"| {' | '.join(['---'] * len(columns))} |"]
     for kind in BASE_KINDS:
         original = "yes, by default" if kind.original else "those are not in the checkpoint"
