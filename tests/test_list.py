@@ -76,7 +76,7 @@ def test_a_modelfile_that_cannot_be_read_hides_nothing_else(workspace: Path) -> 
 
 def test_the_recommended_quant(workspace: Path) -> None:
     record = workspace / "build/prophet/stages/compare.json"
-    for text, recommended in (('{"result": {"recommended": "q8_0"}}', "q8_0"), ('{"result": {}}', None), ("{", None)):
+    for text, recommended in (('{"inputs": {}, "outputs": {}, "result": {"recommended": "q8_0"}}', "q8_0"), ('{"result": {}}', None), ("{", None)):
         record.write_text(text)
         assert rows(workspace)["prophet"]["recommended"] == recommended
 

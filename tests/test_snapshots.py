@@ -66,7 +66,7 @@ def test_a_list(workspace: Path, ollama_double: OllamaDouble) -> None:
     file.parent.mkdir(parents=True)
     made = TagFile("q4_K_M", file, served_gguf.write(file, served_gguf.CHAT, 15))
     (workspace / "build/support/stages").mkdir()
-    (workspace / "build/support/stages/compare.json").write_text(json.dumps({"result": {"recommended": "q4_K_M"}}))
+    (workspace / "build/support/stages/compare.json").write_text(json.dumps({"inputs": {}, "outputs": {}, "result": {"recommended": "q4_K_M"}}))
     (workspace / "build/support/adapter").mkdir()
     (workspace / "build/support/adapter/adapter_config.json").write_text("{}")
     register(OllamaClient(ollama_double.url), "support", [made], Package(parameters={"num_ctx": 512}))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from olpack.bounded_json import check_regular
 from olpack.errors import OlpackError
 from olpack.recipe.tasks import CHECKS, Task, check_consent, load_tasks
 from olpack.workspace import packages, template_source
@@ -73,6 +74,7 @@ def _read(path: Path) -> tuple[list[list[dict]], list[Task]]:
     """(conversations, tasks) of a file of prompts."""
     from olpack.data import load_chats, request_of
 
+    check_regular(path)
     if path.suffix.lower() == ".jsonl":
         if _has_checks(path):
             return [], load_tasks(path)
@@ -94,6 +96,6 @@ def _has_checks(path: Path) -> bool:
     try:
         with path.open(encoding="utf-8-sig") as file:
             first = json.loads(next((line for line in file if line.strip()), "null"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(first, dict) and any(check in first for check in CHECKS)

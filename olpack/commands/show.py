@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from olpack.errors import OlpackError
+from olpack.stages import records
 from olpack.workspace import BuildPaths, packages, recipe_path, shipped
 
 
@@ -25,10 +25,7 @@ def _row(name: str, paths: BuildPaths, tags: list[str] | None) -> dict[str, Any]
     for file in sorted((paths.root / "gguf").glob(f"{name}-*.gguf"), key=lambda file: file.stat().st_size):
         quants[file.stem.removeprefix(f"{name}-")] = file.stat().st_size
     quants |= _named_by_modelfiles(paths)
-    try:
-        recommended = json.loads(paths.stage("compare").read_text(encoding="utf-8"))["result"]["recommended"]
-    except (OSError, ValueError, KeyError):
-        recommended = None
+    recommended = records.result(paths, "compare").get("recommended")
     return {
         "name": name,
         "recipe": str(path),

@@ -9,13 +9,16 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from olpack import bounded_json
 from olpack.errors import OlpackError
 from olpack.workspace import write_atomically
 
+_LARGEST = 1e300  # number that is read: twice as much is a number still
+_MOST_NATS = 1e100  # of a row, which is squared
 SCHEMA_VERSION: Literal[1] = 1
 
 
@@ -289,13 +292,53 @@ def read_results(path: Path) -> Results:
     Raises:
         OlpackError: no such file, or one that is no results file of this schema version.
     """
+    again = "Measure again with `olpack compare`."
+    if not Path(path).exists():
+        raise OlpackError(f"There is no results file at {path}.", "Run `olpack compare` first.")
+    bounded_json.check_regular(Path(path))
     try:
-        return Results.model_validate_json(Path(path).read_bytes())
-    except FileNotFoundError:
-        raise OlpackError(f"There is no results file at {path}.", "Run `olpack compare` first.") from None
+        value = bounded_json.loads(Path(path).read_bytes())
+        results = Results.model_validate(value)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise OlpackError(
-            f"{path} is not a results file that this version reads: {where}: {first['msg']}.", "Measure again with `olpack compare`."
-        ) from None
+        raise OlpackError(f"{path} is not a results file that this version reads: {where}: {first['msg']}.", again) from None
+    except (OSError, ValueError) as error:
+        raise OlpackError(f"{path} is not a results file that this version reads: {error}.", again) from None
+    if problem := _beyond_numbers(value) or _disagreement(results):
+        raise OlpackError(f"{path} is not a results file that olpack wrote: {problem}.", again)
+    return results
+
+
+def _beyond_numbers(value: Any, place: str = "") -> str:
+    """Where a number stands that no measurement gives, "" where there is none."""
+    if isinstance(value, dict | list):
+        parts = value.items() if isinstance(value, dict) else enumerate(value)
+        return next((problem for key, inner in parts if (problem := _beyond_numbers(inner, f"{place}.{key}" if place else str(key)))), "")
+    return f"{place} is {value:.3g}" if isinstance(value, int | float) and not abs(value) <= _LARGEST else ""
+
+
+def _disagreement(results: Results) -> str:
+    """Which list has another length than what it is about, "" where all agree."""
+    rows = results.rows
+    if rows and (len(rows.learned_tokens) != rows.count or min(rows.learned_tokens, default=1) < 1):
+        return f"rows.learned_tokens does not have {rows.count} numbers of tokens"
+    names = [(quant.quant, quant) for quant in results.quants]
+    measured: list[tuple[str, QuantResult | BaseResult | Reference]] = [
+        *names,
+        *([("base", results.base)] if results.base else []),
+        *([("reference", results.reference)] if results.reference else []),
+    ]
+    for name, one in measured:
+        if one.perplexity and (rows is None or len(one.perplexity.row_nll) != rows.count):
+            return f"the perplexity of {name} has {len(one.perplexity.row_nll)} rows"
+        if one.perplexity and any(abs(nll) > _MOST_NATS for nll in one.perplexity.row_nll if nll is not None):
+            return f"the perplexity of {name} has a row of more than {_MOST_NATS:g} nats"
+        for divergence in (getattr(one, "divergence", None), getattr(one, "divergence_without_importance", None)):
+            if divergence and not len(divergence.row_kl) == len(divergence.row_same_top) == divergence.rows:
+                return f"the divergence of {name} does not have {divergence.rows} rows"
+        for kind, asked in (("answers", results.prompts), ("task_answers", results.tasks)):
+            answers = getattr(one, kind, None)
+            if answers is not None and len(answers) != len(asked):
+                return f"{name} has {len(answers)} {kind} to {len(asked)} questions"
+    return ""

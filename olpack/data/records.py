@@ -7,15 +7,18 @@ import io
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from olpack.bounded_json import check_regular
 from olpack.errors import OlpackError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 TOO_DEEP = "nested too deeply"
+TOO_LONG = "longer than 8 million characters"
 _MARKS = {";": "semicolons", ",": "commas", "\t": "tabs", "|": "bars"}  # that fields are separated by, of which olpack reads commas and tabs
 _WIDE = (  # what files of more than a byte a character begin with: a mark of the byte order, or a character that has one byte in UTF-8
     (rb"\xff\xfe\0\0|\0\0\xfe\xff", "utf-32"),
@@ -25,6 +28,11 @@ _WIDE = (  # what files of more than a byte a character begin with: a mark of th
     (rb"[^\0]\0", "utf-16-le"),
     (rb"\0[^\0]", "utf-16-be"),
 )
+MOST_CHARACTERS = 1 << 23  # of one row: some two million tokens
+_MOST_COLUMNS = 1000
+_MOST_UNPACKED = 1 << 28  # bytes to which a table may unpack, or a hundred times its own size
+_MOST_TIMES = 100
+_TOGETHER = 64  # rows of a table that are unpacked together
 _SPACE = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder()
 
@@ -58,6 +66,7 @@ def read_records(path: Path) -> Iterator[Record]:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise OlpackError(f"{path} is of a kind that olpack does not read.", f"It reads {', '.join(SUFFIXES)}.")
+    check_regular(path)
     try:
         if suffix == ".parquet":
             yield from _parquet(path)
@@ -94,6 +103,9 @@ def _as_utf8(raw: bytes, path: Path) -> bytes:
 def _json_lines(raw: bytes) -> Iterator[Record]:
     for number, line in enumerate(raw.splitlines(), 1):
         if not line.strip():
+            continue
+        if len(line) > 4 * MOST_CHARACTERS:  # as many bytes as so many characters have
+            yield Record(number, None, TOO_LONG)
             continue
         try:
             yield Record(number, json.loads(line.decode("utf-8").removeprefix("\ufeff")))
@@ -218,7 +230,7 @@ def _expect(text: str, at: int, mark: str) -> int:
 
 def _csv(text: str, delimiter: str) -> Iterator[Record]:
     """Rows below a header. A line break inside quotes belongs to its field, and stays as it is."""
-    csv.field_size_limit(2**31 - 1)  # the most that every system takes
+    csv.field_size_limit(MOST_CHARACTERS)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     begins = 1
@@ -241,7 +253,9 @@ def _csv(text: str, delimiter: str) -> Iterator[Record]:
 
 def _header_problem(header: list[str], delimiter: str) -> str:
     """Why no row can be read below a header, "" where they can."""
-    if twice := [name for name in header if name and header.count(name) > 1]:
+    if len(header) > _MOST_COLUMNS:
+        return f"the header has {len(header):,} columns, and at most {_MOST_COLUMNS:,} are read"
+    if twice := [name for name, count in Counter(header).items() if name and count > 1]:
         return f"the header has the column {twice[0]} twice"
     if len(header) == 1 and (other := next((mark for mark in _MARKS if mark != delimiter and mark in header[0]), None)):
         return f"the header is one column; is the file separated by {_MARKS[other]}, and not by {_MARKS[delimiter]}?"
@@ -254,16 +268,39 @@ def _parquet(path: Path) -> Iterator[Record]:
 
     try:
         with ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(1024):
+            limit = max(_MOST_UNPACKED, _MOST_TIMES * path.stat().st_size)
+            groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
+            if len(file.schema_arrow) > _MOST_COLUMNS:
+                raise OlpackError(f"{path} has {len(file.schema_arrow):,} columns, and at most {_MOST_COLUMNS:,} are read.", "Write it with fewer.")
+            if sum(group.total_byte_size for group in groups) > limit or file.metadata.num_rows > limit:
+                raise _bomb(path)
+            number = unpacked = 0
+            for batch in file.iter_batches(_TOGETHER):
                 for at in range(batch.num_rows):
                     number += 1
                     try:
-                        yield Record(number, without_nulls(batch.slice(at, 1).to_pylist()[0]))
+                        row = without_nulls(batch.slice(at, 1).to_pylist()[0])
+                        if (unpacked := unpacked + _characters(row)) > limit:  # a dictionary is small, and each of its uses is not
+                            raise _bomb(path)
+                        yield Record(number, row)
                     except UnicodeDecodeError:
                         yield Record(number, None, "not UTF-8")
-    except pyarrow.ArrowException as error:
-        raise OlpackError(f"{path} is no Parquet file that can be read: {str(error).splitlines()[0]}", "Write it again.") from None
+    except FileNotFoundError:
+        raise
+    except (pyarrow.ArrowException, OSError, MemoryError) as error:  # pyarrow raises OSError, too, for what it cannot parse
+        why = (str(error).splitlines() or ["it takes too much memory"])[0].rstrip(".")
+        raise OlpackError(f"{path} is no Parquet file that can be read: {why}.", "Write it again.") from None
+
+
+def _characters(value: Any) -> int:
+    """Characters of the texts in a value."""
+    if isinstance(value, dict | list):
+        return sum(map(_characters, value.values() if isinstance(value, dict) else value))
+    return len(value) if isinstance(value, str | bytes) else 8
+
+
+def _bomb(path: Path) -> OlpackError:
+    return OlpackError(f"{path} unpacks to more than {_MOST_TIMES} times its size.", "Write it as JSON lines, or without compression.")
 
 
 def without_nulls(value: Any) -> Any:

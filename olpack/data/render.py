@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from olpack.data.dates import written_by
 from olpack.data.rows import Chat, Learn, TokenRow
 from olpack.errors import OlpackError
+from olpack.templating import Exceeded, bounded
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -37,6 +38,8 @@ _PAIRS = (  # marks that open a block at the end of a generation prompt, and wha
 )
 _BLOCK = re.compile(r"<(think|thinking|thought|reasoning)>(.*?)</\1>", re.DOTALL)
 _AT_ONCE = 256  # chats that are tokenized together
+_MOST_CHARACTERS = 1 << 23  # of a row, and of rows that are tokenized together: a tokenizer takes 15 bytes for each
+_SECONDS = 5.0  # that the template may take for one conversation
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,29 @@ class _Written:
     cuts: tuple[int, ...] = ()
 
 
+class TemplateExceeded(OlpackError):
+    """A chat template takes too long or too much memory, whatever the row."""
+
+
 def apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict], *, ask: bool, tools: list[dict] | None) -> str:
-    """One conversation as the tokenizer's chat template writes it; with `ask`, up to where the assistant's answer begins."""
-    text = tokenizer.apply_chat_template(messages, tools=None if tools is None else [*tools], tokenize=False, add_generation_prompt=ask)
+    """One conversation as the tokenizer's chat template writes it; with `ask`, up to where the assistant's answer begins.
+
+    Raises:
+        TemplateExceeded: the template exceeds a bound.
+        OlpackError: the text is too long to be tokenized.
+        Exception: whatever the template raises.
+    """
+    try:
+        with bounded(_SECONDS):
+            text = tokenizer.apply_chat_template(messages, tools=None if tools is None else [*tools], tokenize=False, add_generation_prompt=ask)
+    except (Exceeded, MemoryError) as error:
+        why = str(error) if isinstance(error, Exceeded) else "it takes too much memory"
+        raise TemplateExceeded(f"The base's chat template fails: {why}.", "Take a base with another chat template, or fix it.") from None
     assert isinstance(text, str)  # of one conversation, without tokenizing
+    if len(text) > _MOST_CHARACTERS:
+        raise OlpackError(
+            f"the base's chat template makes {len(text):,} characters of it, and at most {_MOST_CHARACTERS:,} are read.", "Shorten or remove the row."
+        )
     return text
 
 
@@ -111,12 +133,7 @@ class Renderer:
         while some := list(islice(remaining, _AT_ONCE)):
             written = [self._written(chat) for chat in some]
             texts = [part.text for parts in written if not isinstance(parts, OlpackError) for part in parts]
-            encoded = (
-                self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
-                if texts
-                else {"input_ids": [], "offset_mapping": []}
-            )
-            tokens = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+            tokens = self._encoded(texts)
             for chat, parts in zip(some, written, strict=True):
                 if isinstance(parts, OlpackError):
                     yield parts
@@ -130,6 +147,20 @@ class Renderer:
                     else rows
                 )
 
+    def _encoded(self, texts: list[str]) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+        """(ids, offsets) of each text; many texts are tokenized together, as many as memory takes."""
+        first = 0
+        while first < len(texts):
+            last, length = first, 0
+            while last < len(texts) and (last == first or length + len(texts[last]) <= _MOST_CHARACTERS):
+                length += len(texts[last])
+                last += 1
+            encoded = self.tokenizer(
+                texts[first:last], add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
+            )
+            yield from zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+            first = last
+
     def end_of_turn(self) -> str | None:
         """The special token with which the template ends an assistant's turn; None where it ends it in another way."""
         row = self.rows(Chat([{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello."}], "a greeting"))[-1]
@@ -140,6 +171,8 @@ class Renderer:
     def _written(self, chat: Chat) -> list[_Written] | OlpackError:
         try:
             return self._plain(chat.text) if chat.text is not None else self._turns(chat)
+        except TemplateExceeded:
+            raise
         except OlpackError as error:
             return OlpackError(f"{chat.source}: {error.problem}", error.remedy)
         except Exception as error:  # a template raises whatever its author wrote

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
+from olpack.bounded_json import check_regular
 from olpack.data.forms import KEYS, RowError, form_of, to_chat
 from olpack.data.hub import HubSet
-from olpack.data.records import SUFFIXES, TOO_DEEP, Record, counts_rows, read_records, without_nulls
+from olpack.data.records import MOST_CHARACTERS, SUFFIXES, TOO_DEEP, TOO_LONG, Record, counts_rows, read_records, without_nulls
 from olpack.data.rows import Chat, Form, Problem
 from olpack.errors import OlpackError
 from olpack.workspace import file_digest, value_digest
@@ -80,11 +81,18 @@ class Source:
             except RecursionError:
                 yield Problem(source, place, TOO_DEEP, "unreadable")
             else:
-                yield Chat(source=source, form=form, weight=self.weight, **fields)
+                chat = Chat(source=source, form=form, weight=self.weight, **fields)
+                yield chat if _length(chat) <= MOST_CHARACTERS else Problem(source, place, TOO_LONG, "unreadable")
+
+
+def _length(chat: Chat) -> int:
+    """Characters of a chat's texts."""
+    return len(chat.text or "") + sum(len(text) for message in chat.messages or [] for text in message.values() if isinstance(text, str))
 
 
 def _files(place: Path) -> list[Path]:
     """The files of a source: itself, or those in a folder, sorted by name. Hidden files belong to an editor or the system and are no data."""
+    check_regular(place)
     if not place.is_dir():
         if not place.exists():
             raise OlpackError(f"There is no {place}.", "The recipe's `data` names files relative to the recipe.")

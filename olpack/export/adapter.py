@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 import regex
+from pydantic import TypeAdapter, ValidationError
 
+from olpack import bounded_json
 from olpack.errors import OlpackError
 from olpack.export.experts import Stack, find_stacks
 from olpack.model.checkpoint import TensorHeader, read_safetensors_header
@@ -422,25 +424,27 @@ def read_quantization(folder: Path) -> FrozenQuantization:
         OlpackError: olpack did not train it, or on a base that it did not quantize.
     """
     path = folder / "settings.json"
-    found = json.loads(path.read_text(encoding="utf-8")).get("held") if path.is_file() else None
+    again = "Set `train.merge_base: original`."
+    found = bounded_json.read_object(path, again).get("held") if path.is_file() else None
     if found is None:
         raise OlpackError(
             f"The adapter '{folder}' does not record how olpack quantized its base, so the dequantized weights of training are unknown.",
-            "Set `train.merge_base: original`.",
+            again,
         )
-    return FrozenQuantization(**found)
+    try:
+        return TypeAdapter(FrozenQuantization).validate_python(found)
+    except ValidationError:
+        raise OlpackError(f"{path} records a quantization that is none of olpack's.", again) from None
 
 
 def _read_config(folder: Path) -> dict:
     path = folder / "adapter_config.json"
     if not path.is_file():
         raise OlpackError(f"'{folder}' is no adapter: it has no adapter_config.json.", "Name the folder that peft's save_pretrained wrote.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        kind = config.get("peft_type")
-    except (ValueError, AttributeError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise OlpackError(f"'{path}' is no valid adapter configuration: {reason}.", "Save the adapter again.") from error
+    for file in sorted(folder.iterdir()):
+        bounded_json.check_regular(file)
+    config = bounded_json.read_object(path, "Save the adapter again.")
+    kind = config.get("peft_type")
     if kind is None and "fine_tune_type" in config:
         raise _of_mlx(folder)
     if kind not in ("LORA", "VERA", "TRAINABLE_TOKENS"):

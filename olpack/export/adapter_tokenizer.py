@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from olpack import bounded_json
 from olpack.errors import OlpackError
 from olpack.export.adapter import Adapter
 from olpack.model.checkpoint import TOKENIZER_FILES, TensorHeader
@@ -53,9 +53,9 @@ def adapter_tokenizer(folder: Path, source: Path, adapter: Adapter, base: Mappin
 def _tokens(path: Path) -> dict[int, str]:
     """Number to text of every token of a tokenizer.json; none where there is no such file."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = bounded_json.read_object(path, "Save the adapter again.")
         vocabulary = found["model"]["vocab"]
         pairs = vocabulary.items() if isinstance(vocabulary, dict) else ((text, index) for index, (text, _) in enumerate(vocabulary))
         return {index: text for text, index in pairs} | {token["id"]: token["content"] for token in found.get("added_tokens") or ()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OlpackError, ValueError, KeyError, TypeError, AttributeError):
         return {}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from pydantic import TypeAdapter
 
+from olpack import bounded_json
 from olpack.errors import OlpackError
 from olpack.llamacpp import library
 
@@ -48,9 +49,11 @@ def read_sensitivity(path: Path) -> dict[str, MatrixLoss]:
         OlpackError: no such file, or one without these figures.
     """
     try:
-        matrices = json.loads(path.read_text(encoding="utf-8"))["matrices"]
-        return {name: MatrixLoss(**fields) for name, fields in matrices.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = TypeAdapter(dict[str, MatrixLoss]).validate_python(bounded_json.read_object(path, "Build again.").get("matrices"))
+        if any(loss.probe not in loss.errors for loss in found.values()):
+            raise ValueError
+        return found
+    except (OlpackError, ValueError) as error:
         raise OlpackError(f"'{path}' contains no measured sensitivity.", "Delete it, and build again.") from error
 
 

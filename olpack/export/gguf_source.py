@@ -13,6 +13,7 @@ import numpy as np
 
 from olpack.errors import OlpackError
 from olpack.export.converter import FLOATS, SourceModel, SourceTensor, set_keys
+from olpack.model.gguf_header import read_header
 
 
 def open_gguf(
@@ -30,6 +31,7 @@ def open_gguf(
     """
     import gguf
 
+    read_header(source)  # which refuses what would keep gguf busy, or fail in it
     try:
         reader = gguf.GGUFReader(source)
     except (ValueError, OSError, IndexError) as error:
@@ -41,6 +43,8 @@ def open_gguf(
         kind = tensor.tensor_type.name
         if kind not in (*FLOATS, "I8", "I16", "I32", "I64"):
             raise OlpackError(f"'{source}' is quantized already: '{tensor.name}' is {kind}.", "Start from an F16, BF16 or F32 file of the model.")
+    if "general.architecture" not in keys:
+        raise OlpackError(f"'{source}' names no architecture.", "Download or make it again.")
 
     writer = gguf.GGUFWriter(None, keys["general.architecture"].value)
     writer.kv_data = [keys]

@@ -19,6 +19,7 @@ from olpack.errors import OlpackError
 from olpack.export.gguf_writer import header_bytes
 from olpack.export.job import ImportanceCounts
 from olpack.llamacpp.activations import InputSquares, input_squares
+from olpack.model.gguf_header import read_header
 from olpack.workspace import write_atomically
 
 CHUNK = 512  # tokens; rows differ in length, and llama.cpp counts text in chunks of its default context
@@ -68,11 +69,12 @@ def read_importance(path: Path) -> ImportanceMatrix:
     if not path.is_file():
         raise OlpackError(f"There is no importance matrix '{path}'.", "Correct the path, or set export.importance: train, which collects one.")
     try:
+        read_header(path)  # which refuses what would keep gguf busy, or fail in it
         reader = gguf.GGUFReader(path)
         found = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
         keys = gguf.Keys.IMatrix
         datasets, count, size = (reader.fields[key].contents() for key in (keys.DATASETS, keys.CHUNK_COUNT, keys.CHUNK_SIZE))
-    except (ValueError, OSError, IndexError, KeyError) as error:
+    except (ValueError, OSError, IndexError, KeyError, OlpackError) as error:
         raise OlpackError(
             f"'{path}' is no importance matrix in llama.cpp's GGUF form.",
             "Collect it again; one in the older form becomes a GGUF with `llama-imatrix --in-file OLD.dat -o NEW.gguf`.",

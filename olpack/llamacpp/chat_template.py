@@ -10,6 +10,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from olpack.errors import OlpackError
+from olpack.templating import Exceeded, bounded
 
 
 class _Generation(Extension):
@@ -38,8 +39,11 @@ def render_chat(template: str, messages: list[dict], special: dict[str, str]) ->
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:
-        return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **special)
-    except (jinja2.TemplateError, TypeError) as error:
+        with bounded():
+            return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **special)
+    except MemoryError:
+        raise OlpackError("The model's chat template fails: it takes too much memory.") from None
+    except (jinja2.TemplateError, Exceeded, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise OlpackError(f"The model's chat template refuses this conversation: {error}.") from error
 
 

@@ -162,7 +162,7 @@ def _footprint(quant: str, setting: Setting, tensors: Sequence[tuple[str, int]],
     layers = int(run.info.get("n_layer_all") or run.info["n_layer"])
     blocks, inputs, output, tied = [0] * layers, 0, 0, True
     for name, size in tensors:
-        if match := _BLOCK.match(name):
+        if (match := _BLOCK.match(name)) and int(match[1]) < layers:
             blocks[int(match[1])] += size
         elif name.startswith(_INPUTS):
             inputs += size

@@ -10,8 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from olpack import bounded_json
 from olpack.errors import OlpackError
 from olpack.model.checkpoint import check_tokenizer_files, read_tensor_headers, refuse_adapter
+from olpack.model.settings import read_config_file, read_object
 from olpack.workspace import PACKAGE, folder_fingerprint
 
 BUILTIN = PACKAGE / "assets"
@@ -38,7 +40,7 @@ class Base:
         Raises:
             OlpackError: it is no JSON object, or the model needs Python code that its folder contains.
         """
-        config = _json(self.path / "config.json")
+        config = read_config_file(self.path / "config.json")
         _refuse_custom_code(config, self.label)
         if self.leftover_quantization:
             config.pop("quantization_config")
@@ -47,7 +49,7 @@ class Base:
     @cached_property
     def leftover_quantization(self) -> bool:
         """Whether config.json names bitsandbytes and no tensor is packed so, as after `merge_and_unload` of a QLoRA model."""
-        settings = _json(self.path / "config.json").get("quantization_config")
+        settings = read_config_file(self.path / "config.json").get("quantization_config")
         if not isinstance(settings, dict) or settings.get("quant_method") != "bitsandbytes" or not any(self.path.glob("*.safetensors")):
             return False
         return not any(name.endswith((".absmax", ".SCB")) for name in read_tensor_headers(self.path))
@@ -61,18 +63,17 @@ class Base:
     def context_length(self) -> int:
         """Longest sequence in tokens that the model was made for; 4096 where neither its configuration nor transformers' default gives one."""
         names = ("max_position_embeddings", "n_positions", "max_sequence_length")
-        text = self.config.get("text_config", self.config)
+        text = self.config.get("text_config") or self.config
         return int(next((text[key] for key in names if text.get(key)), None) or self._default(names) or 4096)
 
     def _default(self, names: Iterable[str]) -> int | None:
         """The first of these settings in transformers' configuration of the model, which fills in what config.json leaves out."""
-        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig
 
         plain = {key: value for key, value in self.config.items() if key not in ("quantization_config", "auto_map")}
         try:
             full = AutoConfig.for_model(**plain).get_text_config(decoder=True)
-        except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError):  # no model for transformers; `MetaModel` reports it
+        except Exception:  # no model for transformers; `MetaModel` reports it
             return None
         return next((value for name in names if (value := getattr(full, name, None))), None)
 
@@ -99,15 +100,15 @@ class Base:
     def end_ids(self) -> list[int]:
         """Token ids with which generation ends, as generation_config.json lists them."""
         path = self.path / "generation_config.json"
-        ids = _json(path).get("eos_token_id", []) if path.is_file() else []
-        return ids if isinstance(ids, list) else [ids]
+        ids = read_object(path).get("eos_token_id") if path.is_file() else None
+        return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
     @cached_property
     def absent_tokens(self) -> list[str]:
         """Of the begin- and the end-of-sequence token, those that the chat template prints and the tokenizer has not: "bos_token", "eos_token"."""
         from olpack.model.chat_template import printed_tokens
 
-        found = [_json(path) for name in ("tokenizer_config.json", "special_tokens_map.json") if (path := self.path / name).is_file()]
+        found = [read_object(path) for name in ("tokenizer_config.json", "special_tokens_map.json") if (path := self.path / name).is_file()]
         own = self.path / "chat_template.jinja"
         template = own.read_text(encoding="utf-8") if own.is_file() else json.dumps([one.get("chat_template") for one in found])
         if not (open_ones := [name for name in printed_tokens(template) if not any(one.get(name) for one in found)]):
@@ -125,9 +126,9 @@ class Base:
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # tokenizers raises nothing narrower
             raise OlpackError(
-                f"The tokenizer in {self.path} does not load: {str(error).splitlines()[0]}",
+                f"The tokenizer in {self.path} does not load: {(str(error).splitlines() or [type(error).__name__])[0]}",
                 "The folder needs tokenizer.json and tokenizer_config.json.",
             ) from None
         self._refuse_lost_spaces(tokenizer)
@@ -178,6 +179,7 @@ def resolve(label: str, *, relative_to: Path, revision: str | None = None, weigh
     for path in (relative_to / label, Path(label).expanduser()):
         if path.is_dir():
             return Base(label, _checked(path, weights))
+        bounded_json.check_regular(path)
         if path.is_file():
             raise OlpackError(f"{label} is a file, not a model's folder.", "Name the folder with config.json and the safetensors.")
     if label.startswith((".", "/", "~")) or label.count("/") != 1:
@@ -193,6 +195,7 @@ def _checked(path: Path, weights: bool = True) -> Path:
         pickled = any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth"))
         kind = "only pickled weights, which can run code when loaded" if pickled else "no weights"
         raise OlpackError(f"{path} has {kind}.", "olpack reads safetensors: save the model with save_pretrained(..., safe_serialization=True).")
+    read_config_file(path / "config.json")  # before transformers reads it, for the tokenizer too
     check_tokenizer_files(path)
     return path
 
@@ -214,16 +217,17 @@ def config_of(label: str) -> dict[str, Any]:
         OlpackError: there is no such model, it cannot be reached, or its config.json is no JSON object.
     """
     path = BUILTIN / label.removeprefix("builtin/") if label.startswith("builtin/") else Path(label).expanduser()
+    bounded_json.check_regular(path)
     if path.is_dir() and not (path / "config.json").is_file():
         raise OlpackError(f"{path} is no model folder: it has no config.json.", "Name a folder with config.json, or a GGUF.")
     if path.is_dir() or path.is_file():
-        return _json(path / "config.json" if path.is_dir() else path)
+        return read_config_file(path / "config.json" if path.is_dir() else path)
     if label.startswith((".", "/", "~", "builtin/")) or label.count("/") != 1:
         raise OlpackError(f"There is no {label}.", "Name a model's folder, its config.json, a GGUF, or a Hub id such as Qwen/Qwen3-0.6B.")
     from huggingface_hub import hf_hub_download
 
     with _hub_failures(label, None):
-        return _json(Path(hf_hub_download(label, "config.json")))
+        return read_config_file(Path(hf_hub_download(label, "config.json")))
 
 
 def _refuse_custom_code(config: dict[str, Any], label: str) -> None:
@@ -276,18 +280,3 @@ def _hub_failures(repo: str, revision: str | None) -> Iterator[None]:
         ) from None
     except (HfHubHTTPError, OSError) as error:
         raise OlpackError(f"{repo} could not be fetched: {str(error).splitlines()[0]}", "Run the same command again to go on.") from None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_hook=_number)
-    except (OSError, ValueError, TypeError) as error:
-        raise OlpackError(f"{path} cannot be read as JSON: {error}.", "Fetch the model again.") from None
-    if not isinstance(value, dict):
-        raise OlpackError(f"{path} does not contain an object.", "Fetch the model again.")
-    return value
-
-
-def _number(value: dict[str, Any]) -> Any:
-    """Transformers writes an infinite number, for which JSON has no word, as {"__float__": "Infinity"}: `time_step_limit` of Mamba 2."""
-    return float(value["__float__"]) if value.keys() == {"__float__"} else value

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from olpack import bounded_json
 from olpack.errors import OlpackError
+from olpack.model.settings import check_tokenizer, read_config_file
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model")
 TOKENIZER_FILES = (*TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.jinja")
+_MOST_HEADER = 100_000_000  # bytes, as in the safetensors library
 _POINTER = b"version https://git-lfs"
 _SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})\.safetensors")
 _BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}  # others: one byte or less
@@ -49,13 +51,7 @@ def read_config(source: Path) -> dict:
                 f"'{source}' contains a GGUF ({ggufs[0].name}) and no config.json.", "Name the GGUF itself, or the folder of the model."
             )
         raise OlpackError(f"'{source}' is no model folder: it has no config.json.", "Name a folder with config.json, a tokenizer and safetensors.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise OlpackError(f"'{path}' is no valid JSON: {error}.", "Download the model again.") from error
-    if not isinstance(config, dict):
-        raise OlpackError(f"'{path}' contains no JSON object.", "Download the model again.")
-    return config
+    return read_config_file(path)
 
 
 def refuse_adapter(source: Path) -> None:
@@ -64,8 +60,8 @@ def refuse_adapter(source: Path) -> None:
     if not path.is_file():
         return
     try:
-        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError):
+        base = bounded_json.read_object(path, "Save the adapter again.").get("base_model_name_or_path")
+    except OlpackError:
         base = None
     raise OlpackError(
         f"'{source}' is an adapter, no model; its base is {base or 'not named in adapter_config.json'}.",
@@ -74,7 +70,7 @@ def refuse_adapter(source: Path) -> None:
 
 
 def check_tokenizer_files(source: Path) -> None:
-    """Raises OlpackError if the folder contains no tokenizer, or a pointer in place of one."""
+    """Raises OlpackError if the folder contains no tokenizer, a pointer in place of one, or one whose settings have a wrong shape."""
     found = [source / name for name in TOKENIZERS if (source / name).is_file()]
     for file in found:
         _refuse_pointer(file)
@@ -83,6 +79,7 @@ def check_tokenizer_files(source: Path) -> None:
             f"'{source}' has no tokenizer (no {' or '.join(TOKENIZERS[:2])}).",
             "Put the tokenizer of the base model there; AutoTokenizer.save_pretrained writes it.",
         )
+    check_tokenizer(source)
 
 
 def _refuse_pointer(file: Path) -> None:
@@ -155,10 +152,7 @@ def _all_shards(files: list[Path]) -> list[Path]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     _refuse_pointer(index)
-    try:
-        found = json.loads(index.read_text(encoding="utf-8")).get("weight_map")
-    except (ValueError, AttributeError) as error:
-        raise OlpackError(f"'{index}' is no valid index of weights: {error}.", "Download it again.") from error
+    found = bounded_json.read_object(index, "Download it again.").get("weight_map")
     if not isinstance(found, dict) or not all(isinstance(name, str) and Path(name).name == name for name in found.values()):
         raise OlpackError(f"'{index}' has no valid 'weight_map'.", "Download it again.")
     return found
@@ -174,16 +168,19 @@ def read_safetensors_header(file: Path) -> dict[str, TensorHeader]:
     size = file.stat().st_size
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
-        if size < 8 or length > size - 8:
+        if size < 8 or length > min(size - 8, _MOST_HEADER):
             raise OlpackError(f"'{file}' is truncated within its header, or no safetensors file.", "Download it again.")
         try:
-            header = json.loads(opened.read(length))
+            header = bounded_json.loads(opened.read(length))
             entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
             tensors = {name: TensorHeader(entry["dtype"], tuple(entry["shape"]), file) for name, entry in entries.items()}
             end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
             for name, entry in entries.items():
                 width = _BYTES.get(entry["dtype"])
                 start, stop = entry["data_offsets"]
+                numbers = [*entry["shape"], start, stop]
+                if not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers) or start > stop or len(numbers) > 10:
+                    raise OlpackError(f"'{file}' is damaged: '{name}' has an impossible shape or place in the file.", "Download it again.")
                 if width is not None and stop - start != width * math.prod(entry["shape"]):
                     raise OlpackError(f"'{file}' is damaged: the size of '{name}' does not fit its shape.", "Download it again.")
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:

@@ -9,10 +9,31 @@ from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
+from olpack.bounded_json import check_regular
 from olpack.errors import OlpackError
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}  # GGUF's type: its format
 _STRING, _ARRAY = 8, 9
+_LEAST_KEY, _LEAST_TENSOR = 13, 32  # bytes of the shortest key with its value, and of the shortest description of a tensor
+_LONGEST_NAME = 65_535  # bytes, as in the format's description
+_MOST_AXES = 4  # of ggml
+_MOST_ELEMENTS = 1 << 48
+_TYPES = 64  # ggml numbers 42 of them; llama.cpp refuses those that it does not know
+_COUNT = (int, 0, (1 << 31) - 1)
+_TYPED: dict[str, tuple[type, int, int]] = {  # key: its type, its least and its most
+    "general.architecture": (str, 0, 0),
+    "general.name": (str, 0, 0),
+    "general.alignment": (int, 8, 1 << 20),
+    "general.file_type": _COUNT,
+    "general.quantization_version": _COUNT,
+    "split.count": (int, 0, 65_535),
+    "split.no": (int, 0, 65_535),
+    "split.tensors.count": _COUNT,
+    "tokenizer.chat_template": (str, 0, 0),
+    "tokenizer.ggml.model": (str, 0, 0),
+    "tokenizer.ggml.pre": (str, 0, 0),
+}
+_AGAIN = "Make it again with 'olpack export', or download it again."
 _LENGTH = struct.Struct("<Q")
 
 
@@ -53,6 +74,7 @@ def read_header(path: Path) -> Header:
     Raises:
         OlpackError: the file is not there, is no GGUF, or ends within its header.
     """
+    check_regular(path)
     try:
         found = path.stat()
     except FileNotFoundError:
@@ -61,22 +83,56 @@ def read_header(path: Path) -> Header:
 
 
 @lru_cache(maxsize=64)
-def _read(path: Path, _size: int, _modified: int, _inode: int) -> Header:
+def _read(path: Path, size: int, _modified: int, _inode: int) -> Header:
     try:
         with path.open("rb") as file:
             magic, version, tensors, count = struct.unpack("<4sIQQ", file.read(24))
             if magic != b"GGUF" or version not in (2, 3):
-                raise ValueError
-            metadata: dict[str, Scalar] = {}
-            for _ in range(count):
-                key, kind = _text(file), _integer(file, "<I")
-                if kind == _ARRAY:
-                    _skip_list(file)
-                else:
-                    metadata[key] = _text(file) if kind == _STRING else _number(file, _SCALARS[kind])
-            return Header(metadata, dict(_tensor(file) for _ in range(tensors)))
-    except (struct.error, ValueError, KeyError):
-        raise OlpackError(f"{path} is no whole GGUF file.", "Make it again with 'olpack export'.") from None
+                raise _Damage("it does not begin as one")
+            if count * _LEAST_KEY + tensors * _LEAST_TENSOR > size:
+                raise _Damage(f"it declares {count:,} keys and {tensors:,} tensors, more than it has bytes for")
+            metadata = _metadata(file, count, size)
+            return Header(metadata, _tensors(file, tensors, size))
+    except (struct.error, UnicodeDecodeError):
+        raise OlpackError(f"{path} is no whole GGUF file.", _AGAIN) from None
+    except _Damage as error:
+        raise OlpackError(f"{path} is no whole GGUF file: {error}.", _AGAIN) from None
+
+
+class _Damage(Exception):
+    """What is wrong with a header, without its full stop."""
+
+
+def _metadata(file: BinaryIO, count: int, size: int) -> dict[str, Scalar]:
+    metadata: dict[str, Scalar] = {}
+    seen = set()
+    for _ in range(count):
+        key, kind = _text(file, size, _LONGEST_NAME), _integer(file, "<I")
+        if key in seen:
+            raise _Damage(f"it has the key {_shown(key)} twice")
+        seen.add(key)
+        if kind == _ARRAY:
+            if key in _TYPED:
+                raise _Damage(f"its key {key} is a list")
+            _skip_list(file, key, size)
+        elif kind == _STRING or kind in _SCALARS:
+            metadata[key] = _text(file, size, size) if kind == _STRING else _number(file, _SCALARS[kind])
+        else:
+            raise _Damage(f"its key {_shown(key)} has the unknown type {kind}")
+        if key in metadata and key in _TYPED:
+            _check_value(key, metadata[key])
+    return metadata
+
+
+def _check_value(key: str, value: Scalar) -> None:
+    """Keys that llama.cpp takes without looking at their type, or computes with."""
+    kind, low, high = _TYPED[key]
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise _Damage(f"its key {key} is {_shown(value)}")
+    if isinstance(value, int) and not low <= value <= high:
+        raise _Damage(f"its key {key} is {value:,}, and must lie between {low:,} and {high:,}")
+    if key == "general.alignment" and isinstance(value, int) and value & (value - 1):
+        raise _Damage(f"its key {key} is {value:,} and no power of two")
 
 
 def _number(file: BinaryIO, form: str) -> int | float:
@@ -87,26 +143,27 @@ def _integer(file: BinaryIO, form: str) -> int:
     return int(_number(file, form))
 
 
-def _text(file: BinaryIO) -> str:
-    size = _integer(file, "<Q")
-    raw = file.read(size)
-    if len(raw) < size:
-        raise ValueError
-    return raw.decode("utf-8")
+def _text(file: BinaryIO, size: int, longest: int) -> str:
+    length = _integer(file, "<Q")
+    if length > min(longest, size - file.tell()):
+        raise _Damage(f"it declares a text of {length:,} bytes")
+    return file.read(length).decode("utf-8")
 
 
-def _skip_list(file: BinaryIO) -> None:
+def _skip_list(file: BinaryIO, key: str, size: int) -> None:
     kind, count = _integer(file, "<I"), _integer(file, "<Q")
-    if kind in _SCALARS:
-        file.seek(struct.calcsize(_SCALARS[kind]) * count, 1)
-    elif kind == _STRING:
-        _skip_texts(file, count)
+    if kind not in _SCALARS and kind != _STRING:
+        raise _Damage(f"its key {_shown(key)} is a list of the type {kind}, and olpack reads lists of numbers and texts")
+    width = 8 if kind == _STRING else struct.calcsize(_SCALARS[kind])
+    if count * width > size - file.tell():
+        raise _Damage(f"its key {_shown(key)} declares a list of {count:,} entries")
+    if kind == _STRING:
+        _skip_texts(file, count, size)
     else:
-        for _ in range(count):
-            _skip_list(file)
+        file.seek(width * count, 1)
 
 
-def _skip_texts(file: BinaryIO, count: int) -> None:
+def _skip_texts(file: BinaryIO, count: int, size: int) -> None:
     """A vocabulary has some 100,000 texts: their lengths are read out of large pieces of the file."""
     begin, at, piece = file.tell(), 0, b""
     for _ in range(count):
@@ -115,13 +172,32 @@ def _skip_texts(file: BinaryIO, count: int) -> None:
             file.seek(begin)
             at, piece = 0, file.read(1 << 20)
         at += 8 + _LENGTH.unpack_from(piece, at)[0]
+        if begin + at > size:
+            raise _Damage("it ends within a list of texts")
     file.seek(begin + at)
 
 
-def _tensor(file: BinaryIO) -> tuple[str, tuple[tuple[int, ...], int]]:
-    """The tensor described here: name, number of axes, their lengths, type, offset."""
-    name = _text(file)
-    shape = tuple(_integer(file, "<Q") for _ in range(_integer(file, "<I")))
-    type_ = _integer(file, "<I")
-    file.seek(8, 1)
-    return name, (shape, type_)
+def _tensors(file: BinaryIO, count: int, size: int) -> dict[str, tuple[tuple[int, ...], int]]:
+    """The tensors described here: name, number of axes, their lengths, type, offset of each."""
+    tensors: dict[str, tuple[tuple[int, ...], int]] = {}
+    for _ in range(count):
+        name, axes = _text(file, size, _LONGEST_NAME), _integer(file, "<I")
+        if not 1 <= axes <= _MOST_AXES:
+            raise _Damage(f"its tensor {_shown(name)} has {axes:,} dimensions")
+        shape = tuple(_integer(file, "<Q") for _ in range(axes))
+        type_, offset = _integer(file, "<I"), _integer(file, "<Q")
+        if min(shape) < 1 or math.prod(shape) > _MOST_ELEMENTS:
+            raise _Damage(f"its tensor {_shown(name)} has the shape {list(shape)}")
+        if type_ >= _TYPES:
+            raise _Damage(f"its tensor {_shown(name)} has the unknown type {type_:,}")
+        if offset > _MOST_ELEMENTS:
+            raise _Damage(f"its tensor {_shown(name)} stands at byte {offset:,}")
+        if name in tensors:
+            raise _Damage(f"it has the tensor {_shown(name)} twice")
+        tensors[name] = (shape, type_)
+    return tensors
+
+
+def _shown(value: Scalar) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"

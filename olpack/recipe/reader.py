@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -15,6 +16,9 @@ from olpack import bounded_yaml
 from olpack.deploy.names import check_name
 from olpack.errors import OlpackError
 from olpack.recipe.schema import Recipe
+
+_SHOWN = 20  # problems listed before "and N more"
+_ODD = re.compile("[\ud800-\udfff\0]")
 
 
 def load(path: Path, overrides: list[str] | None = None) -> Recipe:
@@ -47,13 +51,30 @@ def _checked(document: dict[str, Any], overrides: list[str] | None, name: str, p
     for override in overrides or []:
         key = _apply_override(document, override)
         origins[key] = "--set"
+    _refuse_odd_characters(document, "", path, lines)
     try:
         recipe = Recipe.model_validate(document)
     except ValidationError as error:
-        problems = [_sentence(item, path, lines, origins) for item in error.errors()]
-        raise OlpackError("\n".join(problems)) from None
+        found = error.errors()
+        problems = [_sentence(item, path, lines, origins) for item in found[:_SHOWN]]
+        raise OlpackError("\n".join(problems + ([f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []))) from None
     recipe._name, recipe._folder, recipe._origins = name, path.parent, origins
     return recipe
+
+
+def _refuse_odd_characters(value: Any, key: str, path: Path, lines: dict[str, int]) -> None:
+    """Refuse texts that no file and no path can contain: half of a character, as "\\ud800" writes it, and the character of the number 0."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _refuse_odd_characters(name, key, path, lines)
+            _refuse_odd_characters(inner, f"{key}.{name}" if key else str(name), path, lines)
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            _refuse_odd_characters(inner, f"{key}.{number}", path, lines)
+    elif isinstance(value, str) and (odd := _ODD.search(value)):
+        place = f"{path}, line {lines[key]}" if key in lines else str(path)
+        what = f"'{key}'" if key else "a key"
+        raise OlpackError(f"{place}: {what} contains the character {odd[0]!r}, which no text has.", "Write the text without it.")
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:

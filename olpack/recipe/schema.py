@@ -30,10 +30,12 @@ from olpack.errors import OlpackError
 from olpack.quants import QUANT_TYPES, TENSOR_TYPES, check_tensor_types, quant_type
 from olpack.recipe.tasks import KEYS, parse_task
 
+_MOST = (1 << 31) - 1  # of tokens, rows and steps, which torch and llama.cpp count in 32 bits
+
 
 class _Section(BaseModel):
     # Strict: `rank: "16"` and `rank: yes` are errors, not values to convert.
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class DataSource(_Section):
@@ -93,7 +95,7 @@ class Data(_Section):
     """Form of the rows. `auto`: the keys of the first rows of each file decide."""
     learn: Literal["all", "last"] = "all"
     """Target tokens: every turn of the assistant (`all`), or the last one of each row (`last`)."""
-    max_length: Annotated[int, Field(ge=16)] = 2048
+    max_length: Annotated[int, Field(ge=16, le=_MOST)] = 2048
     """Most tokens of a row. A longer row is an error, because a cut answer trains the model to stop in the middle."""
 
     @field_validator("eval")
@@ -140,7 +142,7 @@ class Train(_Section):
     """Weights that the adapter is merged into: the original ones, or those that training used after quantization."""
     rank: Annotated[int, Field(ge=1, le=1024)] = 16
     """Rank of the low-rank update. 256 is usual for vera, whose matrices are shared and not trained."""
-    alpha: Annotated[float, Field(gt=0)] = 32
+    alpha: Annotated[float, Field(gt=0, le=1e6)] = 32
     """The update is scaled by alpha / rank. vera ignores it."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input."""
@@ -149,7 +151,7 @@ class Train(_Section):
     expression that must match the full name, as in peft."""
     modules_to_save: list[str] = Field(default=[])
     """Modules that are trained in full and replaced in the export, such as embed_tokens, lm_head or norm."""
-    epochs: Annotated[float, Field(gt=0)] = 2
+    epochs: Annotated[float, Field(gt=0, le=10_000)] = 2
     """Passes over the training rows."""
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-4
     """Peak learning rate."""
@@ -157,25 +159,25 @@ class Train(_Section):
     """How the learning rate falls from its peak to zero; `constant` stays at the peak."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
     """Share of the steps in which the learning rate rises to its peak."""
-    batch_size: Annotated[int, Field(ge=1)] = 16
+    batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = 16
     """Rows per optimizer step."""
-    micro_batch_tokens: Annotated[int, Field(ge=16)] | Literal["auto"] = "auto"
+    micro_batch_tokens: Annotated[int, Field(ge=16, le=_MOST)] | Literal["auto"] = "auto"
     """Most tokens of a micro-batch. `auto`: 512 on a CPU, as many as fit on a GPU."""
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     """Recompute activations in the backward pass: less memory, about a third more time. `auto`: if the GPU fits too few tokens without."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Decoupled weight decay of AdamW on the adapter."""
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    max_grad_norm: Annotated[float, Field(gt=0, le=1e12)] = 1.0
     """Gradients with a larger norm are scaled down to this one."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
     """Seed of the adapter's initial value, the order of rows and dropout."""
-    eval_every: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    eval_every: Annotated[int, Field(ge=1, le=_MOST)] | Literal["auto"] = "auto"
     """Steps between two evaluations on the held-out rows. `auto`: ten evaluations, or fewer if they take more than a tenth of the time."""
     keep: Literal["best", "last"] = "best"
     """Adapter that is written: that of the evaluation with the lowest loss (`best`), or that of the last step (`last`)."""
-    patience: Annotated[int, Field(ge=1)] | None = None
+    patience: Annotated[int, Field(ge=1, le=_MOST)] | None = None
     """Stop after this many evaluations in a row without a lower loss. null: train to the end."""
-    gpus: Annotated[int, Field(ge=1)] | Literal["all"] = 1
+    gpus: Annotated[int, Field(ge=1, le=65_536)] | Literal["all"] = 1
     """Number of GPUs. The rows of a step, and therefore the loss curve, are the same for any number."""
     sharding: Literal["auto", "none", "full"] = "auto"
     """Base on several GPUs: whole on each (`none`), or spread over them (`full`, FSDP2). `auto`: spread if the whole base does not fit."""
@@ -277,7 +279,7 @@ _Tasks = Annotated[
 class Compare(_Section):
     """What the comparison of the quants measures."""
 
-    eval_rows: Annotated[int, Field(ge=1)] = 100
+    eval_rows: Annotated[int, Field(ge=1, le=_MOST)] = 100
     """Most held-out rows that are scored."""
     prompts: list[str] = Field(default=[])
     """Prompts that every quant answers; the report shows the answers side by side. []: the first three held-out requests."""
@@ -289,19 +291,19 @@ class Compare(_Section):
     suites: list[str] = Field(default=[])
     """Tasks of lm-evaluation-harness (mmlu, gsm8k, …) that every quant runs: its names, or names of YAML files in the recipe's folder
     `suites`. They need `pip install 'olpack[harness]'`."""
-    suite_limit: Annotated[int, Field(ge=1)] | None = None
+    suite_limit: Annotated[int, Field(ge=1, le=_MOST)] | None = None
     """Most questions of each suite's task. null: all of them."""
-    prompt_tokens: list[Annotated[int, Field(ge=16)]] = Field(default=[128, 512], min_length=1)
+    prompt_tokens: list[Annotated[int, Field(ge=16, le=_MOST)]] = Field(default=[128, 512], min_length=1)
     """Lengths, in tokens, of the prompts that measure speed."""
-    generated_tokens: Annotated[int, Field(ge=8)] = 64
+    generated_tokens: Annotated[int, Field(ge=8, le=1_000_000)] = 64
     """Tokens that each timed run generates."""
-    repeats: Annotated[int, Field(ge=1)] = 4
+    repeats: Annotated[int, Field(ge=1, le=10_000)] = 4
     """Timed runs per figure, in two rounds. The table shows their median, the report their spread."""
-    answer_tokens: Annotated[int, Field(ge=1)] = 256
+    answer_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 256
     """Most tokens of an answer to a prompt or a task."""
     clients: list[Annotated[int, Field(ge=1, le=256)]] = Field(default=[])
     """Numbers of simultaneous clients to measure through a server, such as [1, 2, 4, 8]. []: none, because the measurement takes long."""
-    max_loss: Annotated[float, Field(gt=0)] = 0.01
+    max_loss: Annotated[float, Field(gt=0, le=1000)] = 0.01
     """The recommended quant is the smallest whose perplexity is at most this share above the best."""
     reference: bool = True
     """Compare every quant with the unquantized fine-tune (KL divergence, same top tokens), and measure the untuned base at one quant.

@@ -30,11 +30,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from olpack.bounded_json import check_regular
 from olpack.errors import OlpackError
 
 CHECKS = ("exact", "contains", "regex", "json", "python", "python_asserts", "function")
 RUNNING = ("python_asserts", "function")  # those that run code: the answer, or the user's file
 KEYS = ("prompt", "messages", *CHECKS)
+_MOST_BYTES = 1 << 20  # of a file of checks
 _SHOWN = 10  # problems listed before "and N more"
 
 
@@ -89,6 +91,7 @@ def load_tasks(path: Path, system: str | None = None) -> list[Task]:
     Raises:
         OlpackError: the file is missing, not UTF-8 or empty, or has lines that are no tasks: each named by its number.
     """
+    check_regular(path)
     try:
         with path.open(encoding="utf-8-sig") as file:  # its lines end at line breaks alone, not at U+2028 and the like
             lines = list(file)
@@ -104,6 +107,8 @@ def load_tasks(path: Path, system: str | None = None) -> list[Task]:
             tasks.append(parse_task(json.loads(line), f"{path.name}:{number}", path.parent, system))
         except json.JSONDecodeError as error:
             problems.append(f"{path}, line {number}: not JSON: {error.msg.lower()} at column {error.colno}.")
+        except RecursionError:
+            problems.append(f"{path}, line {number}: not JSON: nested too deeply.")
         except ValueError as error:
             problems.append(f"{path}, line {number}: {error}.")
     if problems:
@@ -135,6 +140,17 @@ def task_files(folder: Path) -> list[Path]:
 def function_files(tasks: Sequence[Task]) -> list[Path]:
     """The users' own files that the checks run, each once."""
     return sorted({task.expected[0] for task in tasks if task.check == "function"})
+
+
+def _check_python(path: Path) -> None:
+    try:
+        if path.suffix != ".py":
+            raise ValueError("its name does not end in .py")
+        if path.stat().st_size > _MOST_BYTES:
+            raise ValueError("it is larger than 1 MB")
+        ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError, MemoryError, RecursionError, OSError) as error:
+        raise ValueError(f"{path}, which `function` names, is no Python file: {str(error) or 'it is nested too deep'}") from None
 
 
 def _conversation(item: dict, system: str | None) -> tuple[list[dict], str | None]:
@@ -170,7 +186,7 @@ def _expected(check: str, value: Any, answer: str | None, folder: Path | None) -
     if check == "regex":
         try:
             re.compile(value)
-        except (re.error, TypeError) as error:
+        except (re.error, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"`regex` is no regular expression: {error}") from None
         return value
     if check == "python" or (check == "json" and value is True):
@@ -183,7 +199,7 @@ def _expected(check: str, value: Any, answer: str | None, folder: Path | None) -
         for text in texts:
             try:
                 ast.parse(text)
-            except (SyntaxError, ValueError) as error:
+            except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
                 raise ValueError(f"`python_asserts` does not parse: {error}: {text}") from None
     if check == "function":
         file, colon, name = texts[0].rpartition(":")
@@ -191,5 +207,7 @@ def _expected(check: str, value: Any, answer: str | None, folder: Path | None) -
             raise ValueError(f"`function` is not of the form file.py:name: {value}")
         if folder is not None and not (folder / file).is_file():
             raise ValueError(f"there is no {folder / file}, which `function` names")
+        if folder is not None:
+            _check_python(folder / file)
         return ((folder or Path()) / file, name)
     return texts

@@ -5,10 +5,30 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
+from olpack import bounded_json
+from olpack.errors import OlpackError
 from olpack.workspace import BuildPaths, file_digest, value_digest, write_atomically
+
+_OBJECT, _OUTPUTS = TypeAdapter(dict[str, Any]), TypeAdapter(dict[str, tuple[int, int, str]])
+_FACTS: dict[str, type | tuple[type, ...]] = {  # of a result: the types of what later steps read
+    "adapter_digest": str,
+    "rendered_at": str,
+    "size": int,
+    "sha256": str,
+    "needs_importance": bool,
+    "registered": list,
+    "proved": dict,
+    "recommended": (str, type(None)),
+    "served": bool,
+}
+_FINISHED = {"train": ("adapter_digest",), "export": ("size", "sha256"), "deploy": ("registered",)}  # what a finished step has
+_REGISTERED = {"model": str, "digest": str, "blob": str, "file": str, "bytes_sent": int, "seconds": int | float, "done": str}
 
 
 @dataclass(frozen=True)
@@ -56,12 +76,41 @@ class Record:
 
 
 def read(paths: BuildPaths, unit: str) -> Record | None:
-    """The record of a step, None before its first run or where the file does not parse."""
+    """The record of a step, None before its first run or where the file is none that olpack writes."""
     try:
-        saved = json.loads(paths.home(unit).stage(unit).read_text(encoding="utf-8"))
-        return Record(saved["inputs"], saved["outputs"], saved["result"])
-    except (OSError, ValueError, KeyError, TypeError):
+        saved = bounded_json.read_object(paths.home(unit).stage(unit), "Build again.")
+        outputs = _OUTPUTS.validate_python(saved["outputs"])
+        record = Record(_OBJECT.validate_python(saved["inputs"]), outputs, _OBJECT.validate_python(saved["result"]))
+    except (OlpackError, ValueError, KeyError):
         return None
+    return record if _has_facts(unit, record) else None
+
+
+def _has_facts(unit: str, record: Record) -> bool:
+    """Whether a record has what later steps read of it, each of its type."""
+    result, stage = record.result, unit.partition("-")[0]
+    if any(name in result and not isinstance(result[name], kind) for name, kind in _FACTS.items()):
+        return False
+    if record.inputs and not all(name in result for name in _FINISHED.get(stage, ())):
+        return False
+    if "rendered_at" in result and not _is_moment(result["rendered_at"]):
+        return False
+    for name, proved in result.get("proved", {}).items():
+        texts = proved if isinstance(proved, list) else [proved]
+        if not all(isinstance(text, str) for text in texts) or isinstance(proved, list) == (name in ("prompts", "summary")):
+            return False
+    fields = _REGISTERED.keys()
+    return all(
+        isinstance(one, dict) and one.keys() == fields and all(isinstance(one[name], kind) for name, kind in _REGISTERED.items())
+        for one in result.get("registered", [])
+    )
+
+
+def _is_moment(text: str) -> bool:
+    try:
+        return datetime.fromisoformat(text).tzinfo is None
+    except ValueError:
+        return False
 
 
 def result(paths: BuildPaths, unit: str) -> dict[str, Any]:
