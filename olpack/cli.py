@@ -375,6 +375,9 @@ def compare(
     prompts: Annotated[
         Path | None, typer.Option("--prompts", metavar="FILE", help="Prompts for the models on the server: a text file, or JSONL of tasks or chats.")
     ] = None,
+    run_answers: Annotated[
+        bool, typer.Option("--run-answers", help="Let tasks of --prompts run code: the Python of answers in a sandbox, functions without one.")
+    ] = False,
     clients: Annotated[
         list[int] | None, typer.Option("--clients", metavar="N", min=1, help="Measure N simultaneous clients through a server too. Repeatable.")
     ] = None,
@@ -392,6 +395,8 @@ def compare(
 
     earlier = _earlier_results(against)
     if is_package(names):
+        if run_answers:
+            raise typer.BadParameter("a package allows it with compare.run_answers in its recipe.", param_hint="--run-answers")
         if prompt or prompts:
             raise typer.BadParameter(
                 "a package takes its prompts from compare.prompts and compare.tasks of its recipe.", param_hint="--prompt, --prompts"
@@ -407,7 +412,7 @@ def compare(
                 f"these options need a package, and {visible(' '.join(names))} is not one.", param_hint="--set, --quant, --suite"
             )
         folder = out or Path("build/side-by-side")
-        results = compare_models(names, prompt or [], prompts, clients or [], folder)
+        results = compare_models(names, prompt or [], prompts, clients or [], folder, run_answers)
         _print(as_json, results.model_dump(mode="json") | _changes(earlier, folder), partial(_print_side_by_side, results, folder))
     if earlier is not None and not as_json:
         from olpack.compare import read_results

@@ -42,7 +42,7 @@ class Finding:
 def examine() -> list[Finding]:
     """Look at everything that a build needs. Downloads nothing, changes nothing."""
     tried = [_tried("4-bit training", _nf4), _tried("llama.cpp", _llama_cpp)]
-    return [_python(), *map(_package, _PACKAGES), _gpu(), *tried, _k_quants(), _converter(), _server(), _disk()]
+    return [_python(), *map(_package, _PACKAGES), _gpu(), *tried, _k_quants(), _converter(), _server(), _answers(), _disk()]
 
 
 def _python() -> Finding:
@@ -162,6 +162,20 @@ def _store(client: OllamaClient) -> str:
         return f"which are written into its store {store_of(client)}"
     except OlpackError as error:
         return f"and {error.problem}: use `package: merged`"
+
+
+def _answers() -> Finding:
+    from olpack.compare.sandbox import described, protections
+
+    stopped, open_to_them = described(protections())
+    if not open_to_them:
+        return Finding("answers", "ready", f"Python of models runs in a sandbox: {stopped}")
+    return Finding(
+        "answers",
+        "missing",
+        f"Python of models runs with these limits: {stopped}. But {open_to_them}",
+        "Compare packages with tasks that run answers in a virtual machine, or on Linux 5.13 or later.",
+    )
 
 
 def _disk() -> Finding:

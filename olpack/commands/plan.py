@@ -68,6 +68,8 @@ def print_plan(plan: dict) -> None:
         )
     if estimate["temporary_bytes"]:
         needs.add_row("while comparing", f"{progress.quantity(estimate['temporary_bytes'], 'B')} more disk: the unquantized fine-tune and its logits")
+    if estimate["answers"]:
+        needs.add_row("answers", estimate["answers"])
     console.print(needs, "", highlight=False)
     settings = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for title in ("setting", "value", "from"):
