@@ -51,7 +51,7 @@ def _use_json(asked: bool) -> bool:
 
 
 # What a path that a user gave can have wrong with it, whoever opens it.
-_OF_THE_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENXIO)
+_OF_THE_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENXIO)
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A package: a folder in modelfiles/.", show_default=False)]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a recipe key: train.epochs=3. Repeatable.")]
 Quant = Annotated[list[str] | None, typer.Option("--quant", metavar="TYPE", help="Only this quant type. Repeatable.")]
