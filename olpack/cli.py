@@ -11,17 +11,24 @@ import io
 import json
 import os
 import shlex
+import signal
 import sys
+import threading
+import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from olpack import __version__, progress
 from olpack.errors import OlpackError
+from olpack.printable import echo, json_text, redacted, visible
+from olpack.workspace import check_home
 
 if TYPE_CHECKING:
     from olpack.compare.results import Results
@@ -44,7 +51,7 @@ def _use_json(asked: bool) -> bool:
 
 
 # What a path that a user gave can have wrong with it, whoever opens it.
-_OF_THE_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENXIO)
+_OF_THE_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENXIO)
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A package: a folder in modelfiles/.", show_default=False)]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a recipe key: train.epochs=3. Repeatable.")]
 Quant = Annotated[list[str] | None, typer.Option("--quant", metavar="TYPE", help="Only this quant type. Repeatable.")]
@@ -57,7 +64,10 @@ Json = Annotated[bool, typer.Option("--json", callback=_use_json, help="Print th
 
 
 def main() -> None:
-    """Entry point. An error prints one sentence and exits with code 1; --debug prints the traceback."""
+    """Entry point. An error prints one sentence and exits with code 1; --debug prints the traceback.
+
+    SIGTERM and SIGHUP end a command as Ctrl-C does: with the checkpoint written, and with exit codes 143 and 129 in place of 130.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for stream in (sys.stdout, sys.stderr):  # half of a character, as in a broken file's name, is printed as its number
         if isinstance(stream, io.TextIOWrapper):
@@ -66,12 +76,43 @@ def main() -> None:
     if not debug:
         warnings.filterwarnings("ignore")
     try:
-        app(prog_name="olpack")
+        with _signals_end_as_interrupts():
+            check_home()
+            app(prog_name="olpack")
     except Exception as error:
         if debug:
-            raise
-        print(f"olpack: {_message(error)}", file=sys.stderr)
+            echo(redacted(traceback.format_exc()), end="", err=True)
+        else:
+            echo(f"olpack: {redacted(_message(error))}", err=True)
         sys.exit(1)
+
+
+@contextmanager
+def _signals_end_as_interrupts() -> Iterator[None]:
+    """Within the block SIGTERM and SIGHUP do what SIGINT does at that moment, and the exit code is 128 and the number of the signal."""
+    received: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        handler = signal.getsignal(signal.SIGINT)  # training defers it until its step is whole
+        if not callable(handler):  # a shell's background jobs ignore SIGINT
+            raise KeyboardInterrupt
+        handler(signal.SIGINT, frame)
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in filter(None, (signal.SIGTERM, getattr(signal, "SIGHUP", None))):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+                before[number] = signal.signal(number, interrupt)
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt):
+        if received:
+            raise SystemExit(128 + received[0]) from None
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _message(error: Exception) -> str:
@@ -79,6 +120,10 @@ def _message(error: Exception) -> str:
         return str(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"The disk is full{f' ({error.filename})' if error.filename else ''}. Free some space, or choose another disk with --out."
+    if isinstance(error, FileNotFoundError) and "No usable temporary directory" in str(error):  # of tempfile
+        return "No temporary folder can be written to. Set TMPDIR to a folder that can, and that has some free space."
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
+        return f"{error.filename}: {error.strerror}. Give this user access to it, or name another folder (--out, TMPDIR, HF_HOME, XDG_CACHE_HOME)."
     if isinstance(error, OSError) and error.errno in _OF_THE_PATH and error.filename:
         return f"{_shown(error.filename)}: {error.strerror}. Name a file or a folder that can be used."
     return f"Unexpected error: {type(error).__name__}: {error}. `olpack --debug …` prints the traceback."
@@ -96,7 +141,7 @@ def _version(asked: bool) -> None:
 
 
 def _print_json(value: object) -> None:
-    print(json.dumps(value, indent=1, ensure_ascii=False))
+    print(json_text(value, indent=1))
 
 
 def _print(as_json: bool, value: object, as_text: Callable[[], None]) -> None:
@@ -108,7 +153,7 @@ def _print(as_json: bool, value: object, as_text: Callable[[], None]) -> None:
 
 
 def _print_lines(as_json: bool, lines: list[str]) -> None:
-    _print(as_json, lines, lambda: print("\n".join(lines)))
+    _print(as_json, lines, lambda: echo("\n".join(lines)))
 
 
 @app.callback()
@@ -152,7 +197,7 @@ def init(
     base = base or typer.prompt("Base model (a Hub id, a folder)", default="builtin/tiny-coder", err=True)
     train = train or typer.prompt("Training rows (a file, a folder, a Hub id)", err=True)
     write_recipe(path, base, train, system)
-    print(path)
+    echo(str(path))
     progress.say(f"next: olpack data check {name}, olpack plan {name}, olpack build {name}")
 
 
@@ -175,7 +220,7 @@ def build(
     from olpack.stages.steps import NAMES
 
     if only is not None and only not in NAMES:
-        raise typer.BadParameter(f"'{only}' is not a stage. The stages are {', '.join(NAMES)}.", param_hint="--only")
+        raise typer.BadParameter(f"'{visible(only)}' is not a stage. The stages are {', '.join(NAMES)}.", param_hint="--only")
     _run(_build_of(name, settings, quant, out, deploy=not no_deploy), only, as_json, deploy=not no_deploy)
 
 
@@ -190,7 +235,7 @@ def _run(build: Build, only: str | None, as_json: bool, deploy: bool = True, cha
     elif only in (None, "compare"):
         _print_summary(build, deploy)
     else:
-        print(build.paths.root / {"train": "adapter", "export": "gguf", "modelfiles": "modelfiles", "deploy": ""}[only])
+        echo(str(build.paths.root / {"train": "adapter", "export": "gguf", "modelfiles": "modelfiles", "deploy": ""}[only]))
 
 
 def _print_summary(build: Build, deploy: bool) -> None:
@@ -199,13 +244,13 @@ def _print_summary(build: Build, deploy: bool) -> None:
     from olpack.stages.compare import recommended
 
     print_table(read_results(build.paths.results))
-    print(f"\nreport   {build.paths.report}")
+    echo(f"\nreport   {build.paths.report}")
     tag = f"{build.recipe.name}:{recommended(build)}"
     if build.server:
         print(f"run      ollama run {tag}")
         return
     prompts = build.recipe.compare.prompts
-    print(f"run      olpack run {tag} {shlex.quote(prompts[0]) if prompts else ''}".rstrip())
+    echo(f"run      olpack run {tag} {shlex.quote(prompts[0]) if prompts else ''}".rstrip())
     if deploy:
         print(f"serve    no Ollama server answers: install it from https://ollama.com/download, start it, run `olpack deploy {build.recipe.name}`,")
         print(f"         then `ollama run {tag}`")
@@ -330,6 +375,9 @@ def compare(
     prompts: Annotated[
         Path | None, typer.Option("--prompts", metavar="FILE", help="Prompts for the models on the server: a text file, or JSONL of tasks or chats.")
     ] = None,
+    run_answers: Annotated[
+        bool, typer.Option("--run-answers", help="Let tasks of --prompts run code: the Python of answers in a sandbox, functions without one.")
+    ] = False,
     clients: Annotated[
         list[int] | None, typer.Option("--clients", metavar="N", min=1, help="Measure N simultaneous clients through a server too. Repeatable.")
     ] = None,
@@ -347,6 +395,8 @@ def compare(
 
     earlier = _earlier_results(against)
     if is_package(names):
+        if run_answers:
+            raise typer.BadParameter("a package allows it with compare.run_answers in its recipe.", param_hint="--run-answers")
         if prompt or prompts:
             raise typer.BadParameter(
                 "a package takes its prompts from compare.prompts and compare.tasks of its recipe.", param_hint="--prompt, --prompts"
@@ -358,9 +408,11 @@ def compare(
         _run(package, "compare", as_json, changes=partial(_changes, earlier, folder))
     else:
         if settings or quant or suite:
-            raise typer.BadParameter(f"these options need a package, and {' '.join(names)} is not one.", param_hint="--set, --quant, --suite")
+            raise typer.BadParameter(
+                f"these options need a package, and {visible(' '.join(names))} is not one.", param_hint="--set, --quant, --suite"
+            )
         folder = out or Path("build/side-by-side")
-        results = compare_models(names, prompt or [], prompts, clients or [], folder)
+        results = compare_models(names, prompt or [], prompts, clients or [], folder, run_answers)
         _print(as_json, results.model_dump(mode="json") | _changes(earlier, folder), partial(_print_side_by_side, results, folder))
     if earlier is not None and not as_json:
         from olpack.compare import read_results
@@ -375,7 +427,7 @@ def _print_side_by_side(results: Results, folder: Path) -> None:
     from olpack.compare import print_table
 
     print_table(results)
-    print(f"\nreport   {folder / 'report.html'}")
+    echo(f"\nreport   {folder / 'report.html'}")
 
 
 def _changes(earlier: Results | None, folder: Path) -> dict[str, Any]:
@@ -486,7 +538,7 @@ def bundle(
     """
     from olpack.commands import publish
 
-    print(publish.bundle(_build_of(name, None, None, out, deploy=False), to))
+    echo(str(publish.bundle(_build_of(name, None, None, out, deploy=False), to)))
 
 
 @app.command()
@@ -521,7 +573,7 @@ def remove(
     package = _build_of(name, None, None, out)
     if not (models := publish.removable(package)):
         progress.say(f"the server has no tag that olpack made for {name}")
-    elif yes or typer.confirm(f"Remove {', '.join(models)} from the server?", err=True):
+    elif yes or typer.confirm(visible(f"Remove {', '.join(models)} from the server?"), err=True):
         _print_lines(False, publish.remove(package))
 
 
@@ -538,9 +590,9 @@ def _data_of(name: str, base: str | None, settings: list[str] | None) -> Build:
     from olpack.workspace import recipe_path
 
     if base is None and Path(name).suffix and Path(name).exists():
-        raise typer.BadParameter(f"the data file {name} needs a base, whose tokenizer reads it.", param_hint="--base")
+        raise typer.BadParameter(f"the data file {visible(name)} needs a base, whose tokenizer reads it.", param_hint="--base")
     if base is not None and not Path(name).exists():
-        raise typer.BadParameter(f"it goes with a data file, and there is no file {name}. A package has its own base.", param_hint="--base")
+        raise typer.BadParameter(f"it goes with a data file, and there is no file {visible(name)}. A package has its own base.", param_hint="--base")
     return Build(recipe.of_data(Path(name), base, settings) if base else recipe.load(recipe_path(name), settings), weights=False)
 
 

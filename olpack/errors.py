@@ -1,10 +1,16 @@
 """The one exception that a user is meant to see."""
 
+from __future__ import annotations
+
+from olpack.printable import redacted
+
 
 class OlpackError(Exception):
     """What is wrong, and the command or setting that fixes it.
 
     Raised where the cause is known, printed once by the command line (exit code 1), never with a traceback unless `--debug`.
+
+    Secrets of the environment and the user information of URLs are taken out of it, because an error also goes into records and reports.
 
     Args:
         problem: one sentence that names the thing and the place: "recipe.yaml, line 4: unknown key 'quant'".
@@ -12,6 +18,5 @@ class OlpackError(Exception):
     """
 
     def __init__(self, problem: str, remedy: str = ""):
-        super().__init__(f"{problem} {remedy}".strip())
-        self.problem = problem
-        self.remedy = remedy
+        self.problem, self.remedy = redacted(problem), redacted(remedy)
+        super().__init__(f"{self.problem} {self.remedy}".strip())

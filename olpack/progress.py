@@ -8,12 +8,13 @@ progress.say("registered coding-assistant:q4_K_M")
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, TextIO
+
+from olpack.printable import console, echo, json_text, redacted
 
 Mode = Literal["auto", "bars", "lines", "json", "quiet"]
 
@@ -47,6 +48,7 @@ def warn(text: str) -> None:
 
 
 def _emit(kind: str, text: str, fields: dict[str, object]) -> None:
+    text = redacted(text)
     if _mode == "json":
         _print_json({"event": kind, "text": text, **fields})
     elif _mode != "quiet" or kind == "warning":
@@ -54,11 +56,11 @@ def _emit(kind: str, text: str, fields: dict[str, object]) -> None:
         if _bars is not None:
             _bars.console.print(line, markup=False, highlight=False, soft_wrap=True, style="yellow" if kind == "warning" else None)
         else:
-            print(line, file=sys.stderr, flush=True)
+            echo(line, err=True)
 
 
 def _print_json(record: dict[str, Any]) -> None:
-    print(json.dumps(record, ensure_ascii=False), file=_out or sys.stderr, flush=True)
+    print(json_text(record), file=_out or sys.stderr, flush=True)
 
 
 class ProgressTask:
@@ -105,13 +107,14 @@ class ProgressTask:
             _print_json(record)
             return
         if self.total is None and not self.unit:
-            print(f"{self.title}  {self.note}".rstrip(), file=sys.stderr, flush=True)
+            echo(f"{self.title}  {self.note}".rstrip(), err=True)
             return
         of = f" of {quantity(self.total, self.unit)}" if self.total else ""
         left = ""
         if self.total and self._first < self.done < self.total:
             left = f"  {duration((self.total - self.done) / self.rate)} left"
-        print(f"{self.title}: {quantity(self.done, self.unit)}{of}  {self._figures()}{left}", file=sys.stderr, flush=True)
+        line = f"{self.title}: {quantity(self.done, self.unit)}{of}  {self._figures()}{left}"
+        echo(line, err=True)
 
 
 @contextmanager
@@ -183,7 +186,6 @@ class Relay:
 
 
 def _make_bars():
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     return Progress(
@@ -192,7 +194,7 @@ def _make_bars():
         TaskProgressColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}", markup=False),
-        console=Console(stderr=True, markup=False, emoji=False),
+        console=console(stderr=True),
         transient=True,
     )
 

@@ -14,13 +14,20 @@ build/bases/BASE-DIGEST/            a build folder of quants without an adapter,
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import functools
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -31,6 +38,9 @@ from olpack.errors import OlpackError
 PACKAGE = Path(__file__).parent
 CHUNK = 1 << 20
 _SAME_TIME_NS = 20_000_000  # two writes that are closer may leave a file with the same times
+_UNFINISHED = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.(?P<kind>tmp|old|partial)")  # of `unfinished`, and of an export
+_SCRATCH = re.compile(r"olpack-(?P<pid>\d+)-\w+")
+_AT_WORKING_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 _digests: dict[tuple[int, ...], str] = {}  # of files as they are, by what a write changes
 
 # What transformers, the tokenizer or llama.cpp's converter reads of a model, and what such a folder has besides when it comes from the Hub.
@@ -153,6 +163,11 @@ class BuildPaths:
         return self.root / "compare"
 
     @property
+    def temporary(self) -> Path:
+        """Of a comparison, for as long as it runs."""
+        return self.compare / "temporary"
+
+    @property
     def results(self) -> Path:
         return self.compare / "results.json"
 
@@ -168,12 +183,18 @@ class BuildPaths:
         return self.root / "stages" / f"{unit}.json"
 
 
+def unfinished(path: Path, kind: str = "tmp") -> Path:
+    """Where this process writes a file or a folder until it is whole: beside its place. `remove_leftovers` knows such names."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
+
+
 def write_atomically(path: Path, data: str | bytes) -> None:
-    """Write a file that is there whole or not at all, also across a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write a file that is there whole or not at all, also across a power cut. A link in its place is replaced and not followed."""
+    temporary = unfinished(path)
     try:
-        with temporary.open("wb") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as file:  # x: a link that somebody put there is an error
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
@@ -181,36 +202,193 @@ def write_atomically(path: Path, data: str | bytes) -> None:
     except OSError as error:
         raise OlpackError(f"{path} could not be written: {error.strerror}.", "Free some space, or choose another folder with --out.") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def folder_atomically(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place when the block ends well, and vanishes when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    """A temporary folder beside `path` that takes its place when the block ends well, and vanishes when it does not.
+
+    Where the system can exchange two names at once (Linux), there is a whole folder at `path` at every moment. Elsewhere the old one has another
+    name for a moment, from which `remove_leftovers` puts it back. The files get the permissions that the umask allows, whoever wrote them.
+    """
+    temporary, old = unfinished(path), unfinished(path, "old")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(temporary)
+        temporary.mkdir()
+        mode = stat.S_IMODE(temporary.stat().st_mode) & 0o666
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
+                file.chmod(mode)  # safetensors makes files that only their owner can read
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
-        old = path.with_name(f".{path.name}.{os.getpid()}.old")
-        if path.exists():
+        if not os.path.lexists(path):
+            os.replace(temporary, path)
+        elif not _exchange(temporary, path):
             os.replace(path, old)
-        os.replace(temporary, path)
-        shutil.rmtree(old, ignore_errors=True)
+            os.replace(temporary, path)
     except OSError as error:
         raise OlpackError(f"{path} could not be written: {error.strerror}.", "Free some space, or choose another folder with --out.") from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if os.path.lexists(old) and not os.path.lexists(path):
+            os.replace(old, path)
+        remove(old)
+        remove(temporary)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two names of one file system in one step; False where the system cannot."""
+    if sys.platform != "linux":
+        return False
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:  # a C library of before 2018
+        return False
+    return rename(_AT_WORKING_FOLDER, os.fsencode(first), _AT_WORKING_FOLDER, os.fsencode(second), _EXCHANGE) == 0
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder with its content, if there is one. What cannot be removed stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove what killed processes left unfinished in a folder; a folder that one of them had just moved away is put back.
+
+    Args:
+        folder: its own entries are looked at, and those of no folder in it.
+        name: only what is to become a file or folder of this name.
+    """
+    with suppress(OSError):
+        for path in list(folder.iterdir()):
+            match = _UNFINISHED.fullmatch(path.name)
+            if match is None or name not in (None, match["name"]) or _runs(int(match["pid"])):
+                continue
+            place = path.with_name(match["name"])
+            if match["kind"] == "old" and not os.path.lexists(place):
+                os.replace(path, place)
+            else:
+                remove(path)
+
+
+def _runs(pid: int) -> bool:
+    import psutil
+
+    return pid != os.getpid() and psutil.pid_exists(pid)
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder for temporary files that only this user can enter. What killed processes left in such folders is removed.
+
+    Raises:
+        OlpackError: no temporary folder can be written to.
+    """
+    _remove_scratch()
+    try:
+        made = tempfile.TemporaryDirectory(prefix=f"olpack-{os.getpid()}-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise OlpackError(
+            f"No temporary folder can be written to: {error.strerror}.", "Set TMPDIR to a folder that can, and that has some free space."
+        ) from None
+    with made as folder, _claimed(Path(folder)):
+        yield Path(folder)
+
+
+@functools.cache
+def _remove_scratch() -> None:
+    """Remove the scratch folders of dead processes, once in a process. A lock shows those that a process of another container uses."""
+    with suppress(OSError):
+        for path in list(Path(tempfile.gettempdir()).iterdir()):
+            match = _SCRATCH.fullmatch(path.name)
+            if match and not _runs(int(match["pid"])) and is_private(path):
+                with suppress(OSError), _claimed(path):
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """Lock a folder for as long as the block runs.
+
+    Raises:
+        BlockingIOError: another process has locked it.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(opened)
+
+
+def check_home() -> None:
+    """Raises OlpackError where this user has no home folder, in which the libraries would make a folder named `~`."""
+    if not Path("~").expanduser().is_absolute():
+        raise OlpackError("This user has no home folder, and HOME is not set.", "Set HOME to a folder that this user can write to.")
+
+
+def user_cache() -> Path:
+    """The folder of what is made once for this user: libraries and code, which only this user may be able to change. It need not exist.
+
+    Raises:
+        OlpackError: it belongs to another user, or others may write to it and this user cannot forbid it.
+    """
+    import platformdirs
+
+    path = Path(platformdirs.user_cache_dir("olpack"))
+    if not path.exists() or is_private(path):
+        return path
+    try:
+        path.chmod(stat.S_IMODE(path.stat().st_mode) & ~0o022)
+    except OSError:
+        raise OlpackError(
+            f"Other users can put code into the cache folder {path}.", "Make it your own, or set XDG_CACHE_HOME to another folder."
+        ) from None
+    return path
+
+
+def make_user_cache() -> Path:
+    """`user_cache`, made where it does not exist.
+
+    Raises:
+        OlpackError: as `user_cache`, or it cannot be made or written to.
+    """
+    path = user_cache()
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise OlpackError(
+            f"Nothing can be written in the cache folder {path}: {error.strerror}.",
+            "Give this user access to it, or set XDG_CACHE_HOME to another folder.",
+        ) from None
+    return path
+
+
+def is_private(path: Path) -> bool:
+    """Whether a file or a folder, and no link, belongs to this user and nobody else can write to it."""
+    status = path.lstat()
+    if sys.platform == "win32":
+        return True
+    return not stat.S_ISLNK(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
 
 
 @contextmanager
 def locked(root: Path) -> Iterator[None]:
-    """Only one olpack at a time works in a build folder.
+    """Only one olpack at a time works in a build folder. What a killed one left there unfinished is removed first.
 
     Raises:
         OlpackError: another process holds the lock.
@@ -226,6 +404,8 @@ def locked(root: Path) -> Iterator[None]:
     except OSError as error:
         raise OlpackError(f"{root} cannot be used as a build folder: {error.strerror}.", "Choose another with --out.") from None
     try:
+        for folder in [root, *(path for path in root.rglob("*") if path.is_dir() and not path.is_symlink())]:
+            remove_leftovers(folder)
         yield
     finally:
         lock.release()

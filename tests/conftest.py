@@ -26,7 +26,7 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # each of pytest-xdist's wo
 SLOW = (
     "adapter_package", "compare_[dfhmt]*", "compare_scores", "compare_server_state", "deploy_elsewhere", "deploy_identity", "deploy_stage",
     "deploy_store", "export_*", "four_bits", "llamacpp_engine", "memory", "package", "pipeline", "plan_*", "publish", "quantize",
-    "tiny_coder", "train*",
+    "sandbox", "tiny_coder", "train*",
 )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from olpack.compare.scores import asserts_hold
+from olpack.compare.sandbox import asserts_hold
 from olpack.recipe import load
 
 FOLDER = Path(__file__).parent.parent / "modelfiles" / "coding-assistant"

@@ -15,6 +15,7 @@ from olpack.compare import Results, render_report, write_report
 from olpack.compare.answer_diff import compare_words, group_answers, split_blocks
 from olpack.compare.plot import plot_divergence, plot_loss, plot_quality
 from olpack.compare.recommend import set_losses
+from olpack.compare.report import write_outputs
 from olpack.compare.results import Answer, CheckScore, Concurrency, Flag, PromptSpeed, Scores, Spread, SuiteScore, TaskAsked
 from olpack.errors import OlpackError
 
@@ -125,6 +126,78 @@ def test_the_report_needs_nothing_from_outside(tmp_path, template):
 @pytest.mark.parametrize("make", [four, arabic, served, lambda: with_choices(four()), lambda: with_tasks(arabic(), (1, 1), (0, 1), (0.5, 1), (1, 1))])
 def test_every_tag_is_closed(make, template):
     Tags(render_report(make(), template))
+
+
+PLANTED = {
+    "html": "</td></table></div></style><script>alert(1)</script><h1 onclick=alert(1)>x",
+    "svg": "</svg><svg onload=alert(1)><image href='https://evil.invalid/x'/><a xlink:href='javascript:alert(1)'>x</a>",
+    "link": '<a href="javascript:alert(1)">x</a> javascript:alert(1) [x](javascript:alert(1)) ![x](https://evil.invalid/y.png)',
+    "quotes": '" onmouseover="alert(1)" x=\'" style=\'background:url(https://evil.invalid/z)',
+    "braces": "{{ 7 * 7 }}{% include '/etc/passwd' %}</title><base href=//evil.invalid>",
+    "markup": "&lt;b&gt; ]]> --> <!-- <meta http-equiv=refresh content='0;url=https://evil.invalid'>",
+}
+
+
+class Elements(HTMLParser):
+    """The elements of a page with the names of their attributes, and its text."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.elements: set[tuple[str, tuple[str, ...]]] = set()
+        self.links: list[str] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.add((tag, tuple(sorted(name for name, _ in attrs))))
+        self.links += [
+            value or "" for name, value in attrs if name in ("href", "xlink:href", "src", "srcset", "action", "formaction", "data", "poster")
+        ]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def planted(text: str) -> Results:
+    """A comparison with a text in everything that comes from data, models, servers and recipes."""
+    made = with_tasks(with_choices(four()), (1,), (0,), (1,), (1,))
+    made.name = made.machine.cpu = made.machine.system = made.machine.versions["olpack"] = made.recommendation.reason = text
+    made.flags = [Flag(code="reference", text=text, serious=False)]
+    made.prompts = [[{"role": "system", "content": text}, {"role": "user", "content": text}], [{"role": text, "content": text}]]
+    made.tasks[0].messages[0]["content"] = made.tasks[0].expected = made.tasks[0].source = text
+    for number, one in enumerate(made.quants):
+        one.quant, one.file, one.speed.engine, one.speed.others = f"{number}{text}", f"{text}.gguf", text, [text]
+        one.quantization = one.parameters = text
+        one.answers = [answered(f"{text} {number}"), answered(f"```\n{text}\n```", reasoning=text)]
+        one.task_answers = [answered(f"{text} is number {number}")]
+        one.flags = [Flag(code="failed", text=text, serious=True)]
+        one.types = {text: {text: 1}} if number else None
+        one.suites = [SuiteScore(suite=text, metric=text, value=0.5, standard_error=None)]
+    return made
+
+
+@pytest.mark.parametrize("text", PLANTED.values(), ids=PLANTED)
+def test_nothing_that_is_planted_becomes_part_of_the_page(template, tmp_path, text):
+    paths = write_outputs(planted(text), tmp_path, template, identity=text)
+    page = paths[3].read_text(encoding="utf-8")
+    found, harmless = Elements(page), Elements(render_report(planted("harmless text"), template, identity="harmless text"))
+    assert not any(name.startswith("on") for _, names in found.elements for name in names)
+    assert found.elements <= harmless.elements | {("del", ("title",)), ("del", ()), ("mark", ())}
+    assert all(link.startswith("#") for link in found.links) and " ".join(text.split()) in " ".join(found.text.split())
+    Tags(page)
+    markdown = paths[2].read_text(encoding="utf-8")
+    assert (
+        not re.search(r"(?<!\\)[<\[\]`]", markdown)
+        and len({line.replace("\\|", "").count("|") for line in markdown.splitlines() if line[:1] == "|"}) == 1
+    )
+
+
+def test_the_page_forbids_the_browser_to_load_or_run_anything(template):
+    page = render_report(four(), template)
+    policy = re.search(r'<head>\n<meta http-equiv="Content-Security-Policy" content="([^"]*)">', page)
+    assert policy and policy[1].startswith("default-src 'none'; style-src 'unsafe-inline';") and "script" not in policy[1]
+    own = "<!doctype html><HEAD lang='en'><title>{{ results.name }}</title></HEAD>{{ results.quants[0].tag }}"
+    assert render_report(four(), own).startswith("<!doctype html><HEAD lang='en'>\n<meta http-equiv=")
 
 
 def test_the_report_escapes_what_models_and_people_say(template):

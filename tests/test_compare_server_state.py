@@ -13,11 +13,11 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from hub_double import HubDouble
-from ollama import ChatResponse, Message
 from ollama_double import LOOP, OllamaDouble
 from oracle import make_workspace, olpack, write_base
 
 from olpack.compare import read_results
+from olpack.deploy.answers import Chatted, Message
 from olpack.deploy.client import OllamaClient
 from olpack.deploy.register import point_latest
 from olpack.errors import OlpackError
@@ -149,8 +149,8 @@ def test_talking_to_a_model_that_the_server_breaks_off_or_that_thinks(workspace,
     server.answer = lambda prompt: LOOP
     code, printed, said = olpack(workspace, "run", "oracle:q8_0", "Hi", server=server.url)
     assert code == 0 and printed.startswith("000") and "broke off the answer, as it does where a model repeats one token" in said
-    pieces = [Message(role="assistant", thinking="two and "), Message(role="assistant", thinking="two"), Message(role="assistant", content="4")]
-    answer = [ChatResponse(message=message, done=message.content is not None) for message in pieces]
+    pieces = [Message(thinking="two and "), Message(thinking="two"), Message(content="4")]
+    answer = [Chatted(message=message, done=message.content != "") for message in pieces]
     monkeypatch.setattr(OllamaClient, "stream_chat", lambda *_: iter(answer))
     code, printed, said = olpack(workspace, "run", "oracle:q8_0", "2+2?", server=server.url)
     assert (code, printed, said) == (0, "4\n", "two and two\n")

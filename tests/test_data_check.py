@@ -114,13 +114,14 @@ def test_roles_in_an_order_that_the_template_refuses(tmp_path):
     assert "1 problem that a build refuses" in printed
 
 
-def test_show_prints_a_row_byte_for_byte(tmp_path):
+def test_show_prints_a_row_whole(tmp_path):
     answer = "\tdef f():  # \u200fمرحبا [bold]\r\n\t\treturn '👩‍💻'"
     package(tmp_path, [*GOOD, chat("[link]", answer)], [chat("e", "a")])
     code, printed, _ = olpack(tmp_path, "data", "show", "support", "20")
     assert code == 0
     assert printed.startswith("train row 20, train.jsonl:20: ") and "target tokens (" in printed
-    assert printed.endswith(f"<|im_start|>user\n[link]<|im_end|>\n<|im_start|>assistant\n⟦{answer}<|im_end|>⟧\n")
+    shown = answer.replace("\r", "␍")
+    assert printed.endswith(f"<|im_start|>user\n[link]<|im_end|>\n<|im_start|>assistant\n⟦{shown}<|im_end|>⟧\n")
     code, printed, _ = olpack(tmp_path, "data", "show", "support", "1", "--eval")
     assert code == 0 and "eval row 1, eval.jsonl:1" in printed
     code, _, said = olpack(tmp_path, "data", "show", "support", "21")
@@ -136,12 +137,15 @@ def test_on_a_terminal_colours_mark_target_tokens(tmp_path, monkeypatch):
     assert re.sub(r"\x1b\[[\d;]*m", "", shown).startswith("<|im_start|>user\n[red]q<|im_end|>\n")
 
 
-def test_on_a_terminal_without_colours_control_codes_are_pictures(tmp_path, monkeypatch):
-    package(tmp_path, [chat("q", "a\tb\r\x1b[2Jc")], [chat("e", "a")])
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("NO_COLOR", "1")
+@pytest.mark.parametrize("terminal", [True, False])
+def test_without_colours_control_codes_are_pictures(tmp_path, monkeypatch, terminal):
+    """A pipe may end in a terminal: `olpack data show support 1 | head`."""
+    package(tmp_path, [chat("q", "a\tb\r\x1b[2J\x9bc")], [chat("e", "a")])
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("NO_COLOR", "1")
     code, printed, _ = olpack(tmp_path, "data", "show", "support", "1")
-    assert code == 0 and "⟦a\tb␍␛[2Jc<|im_end|>⟧" in printed and "\x1b" not in printed
+    assert code == 0 and "⟦a\tb␍␛[2J" in printed and "\x9b" not in printed and "\x1b" not in printed
 
 
 def test_rows_that_a_weight_leaves_out_are_no_problem_here_and_none_in_a_build(tmp_path):

@@ -17,7 +17,7 @@ from olpack.errors import OlpackError
 
 PARTS = [
     "olpack", "torch", "transformers", "peft", "bitsandbytes", "llama-cpp-python", "gguf", "ollama", "jinja2", "typer",
-    "GPU", "4-bit training", "llama.cpp", "K-quants", "converter", "Ollama", "disk",
+    "GPU", "4-bit training", "llama.cpp", "K-quants", "converter", "Ollama", "answers", "disk",
 ]  # fmt: skip
 
 

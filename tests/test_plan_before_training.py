@@ -48,10 +48,25 @@ REFUSED = [
     (
         "compare",
         {
-            "compare": {"tasks": [{"prompt": "1+1?", "function": "check.py:no_such"}]},
+            "compare": {"tasks": [{"prompt": "1+1?", "function": "check.py:no_such"}], "run_answers": True},
             "files": {"modelfiles/mine/check.py": "def other(answer): return True\n"},
         },
         "no_such",
+    ),
+    (
+        "compare",
+        {
+            "compare": {"tasks": [{"prompt": "1+1?", "exact": "2"}, {"prompt": "Write f.", "python_asserts": "assert f()"}]},
+        },
+        "compare.tasks: `python_asserts` of task 2 runs Python that the models write on this machine. Add `run_answers: true` below `compare:`",
+    ),
+    (
+        "compare",
+        {
+            "compare": {"tasks": [{"prompt": "1+1?", "function": "check.py:no_such"}]},
+            "files": {"modelfiles/mine/check.py": "raise SystemExit('it ran')\n"},
+        },
+        "check.py on this machine. Add `run_answers: true`",
     ),
     ("deploy", {"name": "a--b.c..d/e"}, "a--b"),
 ]
@@ -66,6 +81,25 @@ def test_what_a_later_stage_would_refuse_is_refused_by_plan(tmp_path, stage, cha
         code, _, errors = olpack(tmp_path, "plan", changes.get("name", "mine"))
     assert code in (1, 2) and reported in " ".join(errors.split()), errors
     assert "Traceback" not in errors
+
+
+def test_the_plan_names_the_sandbox_of_answers(tmp_path):
+    workspace(tmp_path, compare={"tasks": [{"prompt": "Write f.", "python_asserts": "assert f()"}]})
+    code, printed, errors = olpack(tmp_path, "plan", "mine", "--set", "compare.run_answers=true")
+    assert code == 0 and "their Python runs in a sandbox: 10 s, 1 GiB of memory" in " ".join(printed.split()), errors
+
+
+def test_consent_to_run_answers_makes_no_comparison_stale(tmp_path, monkeypatch):
+    from olpack import recipe
+    from olpack.stages import compare
+    from olpack.stages.build import Build
+
+    workspace(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("olpack.stages.deploy.exported_files", lambda build: {})
+    path = tmp_path / "modelfiles/mine/recipe.yaml"
+    without, given = (compare.inputs(Build(recipe.load(path, asked)), "compare") for asked in ([], ["compare.run_answers=true"]))
+    assert without == given and "compare.tasks" in given and "compare.run_answers" not in given
 
 
 def test_the_workspace_itself_is_planned(tmp_path):

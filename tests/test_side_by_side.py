@@ -67,6 +67,18 @@ def test_tasks_and_chats_as_prompts(served, tmp_path):
     assert json.loads(printed)["prompts"] == [turns[:1]]
 
 
+def test_tasks_that_run_code_need_consent(served, tmp_path):
+    (tmp_path / "tasks.jsonl").write_text(json.dumps({"prompt": "Write answer.", "python_asserts": "answer"}))
+    words = ["compare", "strange", "other:q8_0", "--prompts", "tasks.jsonl"]
+    served.requests.clear()
+    code, _, said = olpack(tmp_path, *words, server=served.url)
+    assert code == 1 and "tasks.jsonl:1 runs Python that the models write" in said and "Add --run-answers" in said
+    assert served.count("POST", "/api/chat") == served.count("POST", "/api/generate") == 0
+    code, _, said = olpack(tmp_path, *words, "--run-answers", server=served.url)
+    assert code == 0, said
+    assert read_results(tmp_path / "build/side-by-side/results.json").quants[0].scores.checks[0].check == "python_asserts"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -82,4 +82,4 @@ def test_a_checkpoint_of_another_version_is_named_so(tmp_path, capsys):
     save_file({"adapter.a": torch.zeros(1)}, saved.file, {name: json.dumps(value) for name, value in record.items()})
     assert saved.load(None, None) is None
     printed = capsys.readouterr().err
-    assert "made by another version of olpack" in printed and "cannot be read" not in printed
+    assert "is of another version of olpack" in printed and "cannot be read" not in printed

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from olpack import progress
 from olpack.errors import OlpackError
+from olpack.printable import echo
 
 if TYPE_CHECKING:
-    from ollama import ChatResponse
+    from olpack.deploy.answers import Chatted
 
 Answer = Callable[[list[dict]], Iterator[str]]
 
@@ -53,7 +54,7 @@ def _print(pieces: Iterator[str]) -> str:
     text = ""
     for piece in pieces:
         text += piece
-        print(piece, end="", flush=True)
+        echo(piece, end="")
     print()
     return text
 
@@ -72,16 +73,16 @@ def _served(name: str, tag: str) -> Answer | None:
     return lambda messages: _spoken(client.stream_chat(model, messages))
 
 
-def _spoken(pieces: Iterator[ChatResponse]) -> Iterator[str]:
+def _spoken(pieces: Iterator[Chatted]) -> Iterator[str]:
     """The text of an answer. Reasoning that the server sets apart goes to stderr, and so does why it broke an answer off."""
     last, thinking = None, False
     for last in pieces:
         if thought := last.message.thinking:
-            print(thought, end="", file=sys.stderr, flush=True)
+            echo(thought, end="", err=True)
         elif thinking:
             print(file=sys.stderr)
         thinking = bool(thought)
-        yield last.message.content or ""
+        yield last.message.content
     if thinking:
         print(file=sys.stderr)
     if last is not None and not last.done:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from olpack.bounded_json import check_regular
 from olpack.errors import OlpackError
-from olpack.recipe.tasks import CHECKS, Task, load_tasks
+from olpack.recipe.tasks import CHECKS, Task, check_consent, load_tasks
 from olpack.workspace import packages, template_source
 
 if TYPE_CHECKING:
@@ -31,7 +31,9 @@ def is_package(names: Sequence[str]) -> bool:
     return client.version() is None or not any(same(tag.model, f"{names[0]}:latest") for tag in client.tags())
 
 
-def compare_models(names: Sequence[str], prompts: Sequence[str], file: Path | None, clients: Sequence[int], folder: Path) -> Results:
+def compare_models(
+    names: Sequence[str], prompts: Sequence[str], file: Path | None, clients: Sequence[int], folder: Path, run_answers: bool
+) -> Results:
     """Measure models of the server, and write the outcome into `folder`.
 
     Args:
@@ -39,20 +41,23 @@ def compare_models(names: Sequence[str], prompts: Sequence[str], file: Path | No
         prompts: put to every model.
         file: further prompts: one a line in a text file; a JSONL file of tasks with checks, or of chats, whose first requests are asked.
         clients: numbers of clients that ask at once; empty: that is not measured.
+        run_answers: whether tasks may run code.
 
     Raises:
-        OlpackError: no server, a model that it lacks, a file that holds no prompts.
+        OlpackError: no server, a model that it lacks, a file that holds no prompts, or tasks that run code without consent.
     """
     from olpack.compare import MeasureSettings
     from olpack.compare.report import write_outputs
     from olpack.compare.served_models import compare_served, settings_for
     from olpack.deploy.client import OllamaClient
 
+    asked, tasks = _read(file) if file else ([], [])
+    if not run_answers:
+        check_consent(tasks, str(file), "Add --run-answers to allow it; `olpack doctor` reports the sandbox.")
     client = OllamaClient()
     client.require()
     listed = [tag.model for tag in client.tags()]
     models = list(dict.fromkeys(model for name in names for model in _tags_of(name, listed)))
-    asked, tasks = _read(file) if file else ([], [])
     conversations = [[{"role": "user", "content": prompt}] for prompt in prompts] + asked
     settings = settings_for(client, models, MeasureSettings(prompt_lengths=(128, 512), repeats=4, clients=tuple(clients)))
     results = compare_served(client, models, conversations, settings, tasks, cache=folder / "measured")

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from olpack import __version__
+from olpack import __version__, printable
 from olpack.errors import OlpackError
 from olpack.progress import quantity
 from olpack.workspace import free_bytes
@@ -42,7 +42,7 @@ class Finding:
 def examine() -> list[Finding]:
     """Look at everything that a build needs. Downloads nothing, changes nothing."""
     tried = [_tried("4-bit training", _nf4), _tried("llama.cpp", _llama_cpp)]
-    return [_python(), *map(_package, _PACKAGES), _gpu(), *tried, _k_quants(), _converter(), _server(), _disk()]
+    return [_python(), *map(_package, _PACKAGES), _gpu(), *tried, _k_quants(), _converter(), _server(), _answers(), _disk()]
 
 
 def _python() -> Finding:
@@ -164,17 +164,30 @@ def _store(client: OllamaClient) -> str:
         return f"and {error.problem}: use `package: merged`"
 
 
+def _answers() -> Finding:
+    from olpack.compare.sandbox import described, protections
+
+    stopped, open_to_them = described(protections())
+    if not open_to_them:
+        return Finding("answers", "ready", f"Python of models runs in a sandbox: {stopped}")
+    return Finding(
+        "answers",
+        "missing",
+        f"Python of models runs with these limits: {stopped}. But {open_to_them}",
+        "Compare packages with tasks that run answers in a virtual machine, or on Linux 5.13 or later.",
+    )
+
+
 def _disk() -> Finding:
     return Finding("disk", "ready", f"{quantity(free_bytes(Path('build')), 'B')} free for build/")
 
 
 def print_findings(findings: list[Finding]) -> None:
     """The findings as a table; remedies below it."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(markup=False, emoji=False)
+    console = printable.console()
     table = Table(box=None, pad_edge=False, show_header=False)
     marks = {"ready": Text("✓", "green"), "missing": Text("–", "yellow"), "broken": Text("✗", "red")}
     for finding in findings:

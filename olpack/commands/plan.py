@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from olpack import progress
+from olpack import printable, progress
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -14,11 +14,10 @@ if TYPE_CHECKING:
 def print_plan(plan: dict) -> None:
     """The plan for a person: what will be done, what it takes, and each setting with where it came from."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(soft_wrap=False, markup=False, emoji=False)  # a path or a reason may hold what reads like markup
+    console = printable.console()
     estimate = plan["estimate"]
     counts = f"  {estimate['parameters'] / 1e6:,.1f} M parameters, builds into {plan['build']}"
     console.print(Text.assemble((plan["name"], "bold"), counts), highlight=False)
@@ -69,6 +68,8 @@ def print_plan(plan: dict) -> None:
         )
     if estimate["temporary_bytes"]:
         needs.add_row("while comparing", f"{progress.quantity(estimate['temporary_bytes'], 'B')} more disk: the unquantized fine-tune and its logits")
+    if estimate["answers"]:
+        needs.add_row("answers", estimate["answers"])
     console.print(needs, "", highlight=False)
     settings = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for title in ("setting", "value", "from"):

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from olpack import progress
+from olpack import printable, progress
 from olpack.errors import OlpackError
 from olpack.export import ExportedFile, Target, export
 from olpack.quants import bytes_of, quant_type
@@ -76,7 +76,6 @@ def rows(files: Sequence[ExportedFile]) -> list[dict[str, Any]]:
 def print_files(files: Sequence[ExportedFile]) -> None:
     """One row for each file."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     from olpack.progress import quantity
@@ -90,4 +89,4 @@ def print_files(files: Sequence[ExportedFile]) -> None:
         paths = [part.path for part in file.parts] or [file.path]
         shown = [str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path) for path in paths]
         table.add_row(file.quant, quantity(file.size, "B"), f"{file.bits_per_weight:.2f}", "\n".join(shown))
-    Console(markup=False, emoji=False).print(table, highlight=False)
+    printable.console().print(table, highlight=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from olpack import printable
 from olpack.errors import OlpackError
 from olpack.stages import records
 from olpack.workspace import BuildPaths, packages, recipe_path, shipped
@@ -56,7 +57,6 @@ def _named_by_modelfiles(paths: BuildPaths) -> dict[str, int]:
 def print_packages(rows: list[dict[str, Any]]) -> None:
     """The entries of `package_rows` as a table."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     from olpack.progress import quantity
@@ -69,12 +69,11 @@ def print_packages(rows: list[dict[str, Any]]) -> None:
         registered = "no server" if row["registered"] is None else "\n".join(row["registered"]) or "–"
         recipe = "ships with olpack" if row["shipped"] else row["recipe"]
         table.add_row(row["name"], recipe, "yes" if row["trained"] else "no", built, row["recommended"] or "–", registered)
-    Console(markup=False, emoji=False).print(table, highlight=False)
+    printable.console().print(table, highlight=False)
 
 
 def print_facts(facts: dict[str, Any]) -> None:
     """The facts of one build (`publish.facts`)."""
-    from rich.console import Console
     from rich.table import Table
 
     from olpack.progress import quantity
@@ -98,4 +97,4 @@ def print_facts(facts: dict[str, Any]) -> None:
         table.add_row("prompt", facts["prompt"])
     for unit, reason in facts["stale"].items():
         table.add_row("stale", f"{unit}: {reason}")
-    Console(markup=False, emoji=False).print(table, highlight=False, markup=False)
+    printable.console().print(table, highlight=False)

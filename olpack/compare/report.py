@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,14 @@ from olpack.compare.changes import importance_gains
 from olpack.compare.perplexity import paired_loss
 from olpack.compare.plot import plot_divergence, plot_loss, plot_quality
 from olpack.compare.results import Answer, BaseResult, Loss, PromptSpeed, Reference, Results, Spread, write_results
-from olpack.compare.table import MISSING, markdown_table, plain, rate, seconds, to_csv, types_in_short
+from olpack.compare.table import MISSING, escaped, markdown_table, plain, rate, seconds, to_csv, types_in_short
 from olpack.progress import quantity
 from olpack.templating import compiled, render
 from olpack.workspace import write_atomically
 
+_POLICY = """<meta http-equiv="Content-Security-Policy" \
+content="default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'">"""
+"""The browser runs no script of the page and loads nothing for it; styles stand in the page."""
 _ALL_TASKS = 30  # up to so many are listed one by one; of more, those on which the scores differ
 _UNFOLDED = 12  # answers to at most so many tasks are unfolded when the page opens
 
@@ -36,7 +40,7 @@ def render_report(results: Results, template: str, metrics: Path | None = None, 
 
     loss_plot = plot_loss(_read_metrics(metrics))
     plots = {"quality_plot": plot_quality(results), "divergence_plot": plot_divergence(results), "loss_plot": loss_plot}
-    return render(
+    page = render(
         template,
         "report.html.j2",
         "The report's template",
@@ -58,6 +62,8 @@ def render_report(results: Results, template: str, metrics: Path | None = None, 
         # Our own SVG goes in as it is; all else is escaped.
         **{name: svg and Markup(svg) for name, svg in plots.items()},
     )
+    # The first <head> is the template's own, because those of values are escaped. It is put in here, so that a user's template has it too.
+    return re.sub(r"<head\b[^>]*>", lambda head: f"{head[0]}\n{_POLICY}", page, count=1, flags=re.IGNORECASE)
 
 
 def _filters() -> dict[str, Callable]:
@@ -103,7 +109,7 @@ def write_outputs(results: Results, folder: Path, template: str, metrics: Path |
     paths = [folder / name for name in ("results.json", "results.csv", "results.md", "report.html")]
     write_results(results, paths[0])
     write_atomically(paths[1], to_csv(results))
-    write_atomically(paths[2], f"# {results.name}\n\n{markdown_table(results)}\n")
+    write_atomically(paths[2], f"# {escaped(results.name)}\n\n{markdown_table(results)}\n")
     write_report(results, paths[3], template, metrics=metrics, identity=identity)
     return paths
 

@@ -1,8 +1,6 @@
 """Scores of answers to tasks: each answer by its task's check, from 0 to 1, and their mean with its standard error.
 
-The Python of an answer runs in a process of its own with limits, in a folder that is removed. This stops an endless loop, a memory hog or a
-crash; it is no protection against malice: the code runs as the user. It comes from a model that the user has trained, and runs only because
-a task asks for it.
+The Python of an answer runs in `sandbox`; a function of the user runs in this process. Both run only with `compare.run_answers`.
 """
 
 from __future__ import annotations
@@ -12,16 +10,10 @@ import importlib.util
 import inspect
 import json
 import math
-import os
-import random
 import re
-import signal
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
@@ -30,6 +22,7 @@ from types import ModuleType
 from olpack import progress
 from olpack.compare.cache import Units
 from olpack.compare.results import CheckScore, Scores
+from olpack.compare.sandbox import asserts_hold
 from olpack.errors import OlpackError
 from olpack.llamacpp.cores import usable_cores
 from olpack.recipe.tasks import CHECKS, Task
@@ -181,63 +174,3 @@ def _parses(text: str) -> bool:
         return bool(ast.parse(text).body)
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         return False
-
-
-CPU_S = 5
-WALL_S = 10
-MEMORY_BYTES = 1 << 30
-
-# Reads the job, limits itself, and exits with the agreed code if all statements hold: an exit of the answer's own is no success.
-_RUNNER = """
-import json, os, sys
-job = json.load(sys.stdin)
-try:
-    import resource
-    for limit, value in (("RLIMIT_CPU", job["cpu"]), ("RLIMIT_AS", job["memory"]), ("RLIMIT_FSIZE", 1 << 20), ("RLIMIT_CORE", 0)):
-        resource.setrlimit(getattr(resource, limit), (value, value))
-except ImportError:
-    pass  # Windows has no such limits; the time limit applies there too
-names = {"__name__": "answer"}
-try:
-    exec(compile(job["code"], "answer", "exec"), names)
-    for statement in job["asserts"]:
-        exec(compile(statement, "task", "exec"), names)
-except BaseException:
-    os._exit(1)
-os._exit(job["success"])
-"""
-
-
-def asserts_hold(code: str, asserts: Sequence[str], *, cpu_s: int = CPU_S, wall_s: float = WALL_S, memory_bytes: int = MEMORY_BYTES) -> bool:
-    """Whether `code` and then every statement of `asserts` run without an exception, all in the same names.
-
-    Args:
-        cpu_s, wall_s, memory_bytes: limits of processor time, time, and address space; code that passes one of them fails.
-    """
-    success = random.randrange(64, 120)
-    job = {"code": code, "asserts": list(asserts), "cpu": cpu_s, "memory": memory_bytes, "success": success}
-    with tempfile.TemporaryDirectory(prefix="olpack-", ignore_cleanup_errors=True) as folder:
-        passed_on = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT", "LANG", "LD_LIBRARY_PATH") if name in os.environ}
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-c", _RUNNER],
-            cwd=folder,
-            env=passed_on | {"HOME": folder, "TMPDIR": folder, "TEMP": folder},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        try:
-            process.communicate(json.dumps(job).encode(), timeout=wall_s)
-        except subprocess.TimeoutExpired:
-            return False
-        finally:
-            _kill(process)
-    return process.returncode == success
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill the process and all that it started."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
-    process.wait()

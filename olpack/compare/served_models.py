@@ -116,7 +116,7 @@ def _answer(
                 response = client.chat(model, messages, options)
                 # Without `done`, the server broke off an answer that repeats one token.
                 answer = answer_of(
-                    response.message.content or "",
+                    response.message.content,
                     "stop" if response.done_reason == "stop" else "length",
                     response.eval_count or 0,
                     reasoning=response.message.thinking or "",
@@ -135,7 +135,12 @@ def settings_for(client: OllamaClient, models: Sequence[str], settings: MeasureS
     a short context fewer tokens are generated, so that a prompt fits beside them."""
     contexts = []
     for model in models:
-        if shown := client.show(model):
+        try:
+            shown = client.show(model)
+        except OlpackError as error:
+            progress.warn(f"{error} A context of 4,096 tokens is assumed for {model}.")
+            continue
+        if shown:
             context = shown.parameters.get("num_ctx", 4096)
             contexts.append(context if isinstance(context, int) else 4096)
     smallest = min(contexts, default=4096)

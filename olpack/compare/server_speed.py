@@ -21,9 +21,8 @@ from olpack.deploy.names import same
 from olpack.errors import OlpackError
 
 if TYPE_CHECKING:
-    from ollama import GenerateResponse, ProcessResponse
-
     from olpack.compare.settings import MeasureSettings
+    from olpack.deploy.answers import Generated, LoadedModel
     from olpack.deploy.client import OllamaClient
 
 Result = TypeVar("Result")
@@ -31,6 +30,7 @@ Result = TypeVar("Result")
 _LOADS = 2  # in each round; the very first is discarded
 _UNLOAD_S = 30.0
 _CHARACTERS_PER_TOKEN = 2.5  # of random words, to begin with; the discarded first call corrects it
+_MOST_CHARACTERS_PER_TOKEN = 16.0
 _SHORT = 80  # characters of the prompt before a timed generation
 _PROMPTS = 6  # tried before a model counts as one that only repeats itself: random words lead small models there in 3 of 12 cases
 _NANO = 1e-9
@@ -57,6 +57,7 @@ class ServerSpeed:
         self._words = _Words()
         self._warned: set[str] = set()  # other models that a warning has named
         self._others: set[str] = set()  # other models that were loaded in this round
+        self._stuck: set[str] = set()  # models that the server did not unload in time
 
     def round(self, model: str, repeats: int, first: bool) -> Iterator[tuple[int, int] | SpeedRound]:
         """Visit a model: (done, total) any number of times, then the round.
@@ -79,10 +80,16 @@ class ServerSpeed:
             self._tried(problems, partial(self._unload, one))
         loads: list[float] = []
         counts_loads = not problems  # of a model that stays loaded, no load can be timed
-        for _ in range(_LOADS + first):
+        for number in range(_LOADS + first):
             if counts_loads:
                 counts_loads = self._tried(problems, lambda: self._unload(model)) is not None
-            loads.append(self._ask(model, 8, 1).total_s)
+            # A server that does not run the model at all fails here.
+            loaded = self._tried(problems, partial(self._ask, model, 8, 1)) if number else self._ask(model, 8, 1)
+            load_s = self._tried(problems, loaded.total_s) if loaded else None
+            if load_s is None:
+                counts_loads = False
+            else:
+                loads.append(load_s)
             yield (done := done + 1), total
 
         running = self._tried(problems, lambda: self._running(model))
@@ -95,11 +102,12 @@ class ServerSpeed:
                 # The discarded first call counts how many characters a token takes. A prompt over the context would be cut in silence.
                 characters = int(asked * per_token)
                 answer = self._tried(problems, partial(self._ask, model, characters, 1))
-                if answer and answer.last.prompt_eval_count:
-                    per_token = characters / answer.last.prompt_eval_count
-                    if repeat and answer.last.prompt_eval_duration:
-                        seconds = answer.last.prompt_eval_duration * _NANO
-                        prompts.append(PromptRun(asked=asked, tokens=answer.last.prompt_eval_count, seconds=seconds, first_token_s=answer.first_s))
+                if answer and (prompt := self._tried(problems, answer.prompt)):
+                    tokens, seconds = prompt
+                    # A server may report any number, and the next prompt must not grow with it.
+                    per_token = min(max(characters / tokens, 0.25), _MOST_CHARACTERS_PER_TOKEN)
+                    if repeat:
+                        prompts.append(PromptRun(asked=asked, tokens=tokens, seconds=seconds, first_token_s=answer.first_s))
                 yield (done := done + 1), total
 
         rates: list[float] = []
@@ -107,10 +115,11 @@ class ServerSpeed:
         for repeat in range(repeats + 1):
             before = joules()
             answer = self._tried(problems, lambda: self._ask(model, _SHORT, settings.generated_tokens))
-            if repeat and answer and answer.last.eval_count and answer.last.eval_duration:
-                rates.append(answer.last.eval_count / (answer.last.eval_duration * _NANO))
+            if repeat and answer and (generated := self._tried(problems, answer.generated)):
+                tokens, seconds = generated
+                rates.append(tokens / seconds)
                 if before is not None and (after := joules()) is not None:
-                    energies.append((after - before) / answer.last.eval_count)
+                    energies.append((after - before) / tokens)
             yield (done := done + 1), total
 
         running = self._tried(problems, lambda: self._running(model)) or running
@@ -156,14 +165,14 @@ class ServerSpeed:
             measured.append(
                 Concurrency(
                     clients=count,
-                    tokens_per_s=sum(answer.last.eval_count or 0 for answer in whole) / seconds,
+                    tokens_per_s=sum(answer.generated()[0] for answer in whole) / seconds,
                     first_token_s=Spread.of([answer.first_s for answer in whole]),
                     failed=count - len(whole),
                 )
             )
             yield len(measured), len(clients)
-        self._unload(model)
         yield measured
+        self._unload(model)
 
     def _answer_or_none(self, model: str) -> _TimedAnswer | None:
         try:
@@ -189,7 +198,7 @@ class ServerSpeed:
             first, last = first or time.perf_counter() - started, piece
         return _TimedAnswer(first, last) if last is not None and last.done else None
 
-    def _running(self, model: str) -> ProcessResponse.Model:
+    def _running(self, model: str) -> LoadedModel:
         """The entry of /api/ps of a loaded model. Ollama matches names without regard to case."""
         for entry in self._client.ps():
             if self._is(entry, model):
@@ -207,17 +216,18 @@ class ServerSpeed:
         if not self._client.unload(model):
             self._others.add(model)  # deleted while it was loaded: it stays until the server's time for it has passed
             return True
-        deadline = time.monotonic() + _UNLOAD_S
+        deadline = time.monotonic() + (0 if model in self._stuck else _UNLOAD_S)  # one that did not go away is not waited for again
         while any(self._is(entry, model) for entry in self._client.ps()):
             if time.monotonic() > deadline:
+                self._stuck.add(model)
                 problem = f"{model} is still loaded {_UNLOAD_S:.0f} s after the server was asked to unload it."
                 raise OlpackError(problem, f"Wait until nobody else uses it, or run `ollama stop {model}`.")
             time.sleep(0.05)
         return True
 
-    def _is(self, loaded: ProcessResponse.Model, model: str) -> bool:
+    def _is(self, loaded: LoadedModel, model: str) -> bool:
         """Whether a loaded model is this one, perhaps under another of its names, such as `:latest`."""
-        if loaded.model is not None and same(loaded.model, model):
+        if same(loaded.model, model):
             return True
         return loaded.digest is not None and loaded.digest == self._digests.get(model.casefold())
 
@@ -225,7 +235,7 @@ class ServerSpeed:
     def _digests(self) -> dict[str, str]:
         return {tag.model.casefold(): tag.digest for tag in self._client.tags()}
 
-    def _warn_of_others(self, loaded: Sequence[ProcessResponse.Model]) -> None:
+    def _warn_of_others(self, loaded: Sequence[LoadedModel]) -> None:
         others = {entry.model for entry in loaded if entry.model and not any(self._is(entry, ours) for ours in self._models)}
         self._others |= others
         if new := others - self._warned:
@@ -272,18 +282,31 @@ class _TimedAnswer:
     """An answer: seconds until its first piece came, and its last piece, which has the server's counts and durations (nanoseconds)."""
 
     first_s: float
-    last: GenerateResponse
+    last: Generated
 
-    @property
     def total_s(self) -> float:
         """Seconds from the request to the end of the answer, loading included.
 
         Raises:
-            OlpackError: the server reports none.
+            OlpackError: the server does not report it, which holds for the other methods too.
         """
-        if self.last.total_duration is None:
-            raise OlpackError("The server reports no duration of its answers.", "Update Ollama.")
-        return self.last.total_duration * _NANO
+        return self._reported(self.last.total_duration, "duration of its answers") * _NANO
+
+    def prompt(self) -> tuple[int, float]:
+        """Tokens of the prompt, and the seconds that they took."""
+        tokens = self._reported(self.last.prompt_eval_count, "number of prompt tokens")
+        return tokens, self._reported(self.last.prompt_eval_duration, "duration of prompts") * _NANO
+
+    def generated(self) -> tuple[int, float]:
+        """Generated tokens, and the seconds that they took."""
+        tokens = self._reported(self.last.eval_count, "number of generated tokens")
+        return tokens, self._reported(self.last.eval_duration, "duration of generation") * _NANO
+
+    @staticmethod
+    def _reported(figure: int | None, what: str) -> int:
+        if not figure:
+            raise OlpackError(f"The server reports no {what}.", "Update Ollama.")
+        return figure
 
 
 class _Words:

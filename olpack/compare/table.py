@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 
 from rich import box
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from olpack import printable
 from olpack.compare.changes import Change, importance_gains
 from olpack.compare.results import BaseResult, Divergence, Perplexity, QuantResult, Results, Spread
 from olpack.progress import quantity
@@ -23,7 +25,7 @@ def print_table(results: Results, console: Console | None = None) -> None:
 
     The tables fit 80 columns and contain the medians of the repeats.
     """
-    console = console or Console(markup=False, emoji=False)
+    console = console or printable.console()
     chosen = results.recommendation.tag if results.recommendation else None
     # Quality has a table of its own where there is more of it than the perplexity.
     compared = results.reference is not None or any(quant.divergence or quant.scores for quant in results.quants)
@@ -53,15 +55,21 @@ def markdown_table(results: Results) -> str:
     titles += ["perplexity ± s.e.", "KL divergence, millinats"]
     chosen = results.recommendation.tag if results.recommendation else None
     rows = [[*_cells(quant, quant.tag == chosen)[1:], _perplexity(quant.perplexity), _divergence(quant.divergence)[0]] for quant in results.quants]
-    lines = [f"| {' | '.join(row)} |" for row in (titles, ["---", *["---:"] * (len(titles) - 1)], *rows)]
+    lines = [f"| {' | '.join(row)} |" for row in (titles, ["---", *["---:"] * (len(titles) - 1)], *([escaped(cell) for cell in row] for row in rows))]
     engine = next((quant.speed.engine for quant in results.quants if quant.speed), None)
     measured = (
-        f"Measured on {results.machine.cpu}"
-        + (f" with {engine}" if engine else "")
+        f"Measured on {escaped(results.machine.cpu)}"
+        + (f" with {escaped(engine)}" if engine else "")
         + (f"; perplexity of the answers in {results.rows.count} held-out rows." if results.rows else ".")
     )
-    reason = [results.recommendation.reason] if results.recommendation else []
-    return "\n".join([*lines, "", measured, *reason, *(f"\n{note}." for note in _notes(results))])
+    reason = [escaped(results.recommendation.reason)] if results.recommendation else []
+    return "\n".join([*lines, "", measured, *reason, *(f"\n{escaped(note)}." for note in _notes(results))])
+
+
+def escaped(text: str) -> str:
+    """A text of others in Markdown: no HTML, no link, no image, no cell or line of its own."""
+    text = " ".join(printable.visible(text).split()).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"[|\[\]`\\]", lambda mark: "\\" + mark[0], text)
 
 
 def _notes(results: Results) -> list[str]:
@@ -188,7 +196,7 @@ def types_in_short(types: Mapping[str, Mapping[str, int]]) -> str:
 
 def print_changes(changes: Sequence[Change], old: Results) -> None:
     """The changes since `old` as a table on stdout; figures within the noise are counted, not listed."""
-    console = Console(markup=False, emoji=False)
+    console = printable.console()
     listed = [change for change in changes if change.verdict != "same"]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for title in ("quant", "figure"):

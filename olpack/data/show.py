@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from olpack import printable
 from olpack.data.check import Report, Side, histogram, percentile
 from olpack.data.render import Renderer, pieces
 from olpack.data.rows import TokenRow
@@ -19,11 +20,10 @@ _PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t
 
 def print_report(report: Report) -> None:
     """The findings, one a line, then tables of both sides."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False, markup=False, emoji=False)
+    console = printable.console(highlight=False)
     for finding in report.findings:
         style = None if finding.fails else "yellow"
         console.print(Text(f"{finding.place}: {'' if finding.fails else 'warning: '}{finding.text}", style=style or ""), soft_wrap=True)
@@ -78,21 +78,22 @@ def _print_side(console: Console, title: str, side: Side, limit: int) -> None:
 
 
 def print_row(row: TokenRow, renderer: Renderer, title: str) -> None:
-    """A row as the model sees it: in colours on a terminal that has them, else with marks around target tokens; byte for byte in a file or pipe.
+    """A row as the model sees it: in colours on a terminal that has them, else with marks around target tokens. Control codes
+    show as pictures, ␛.
 
     Args:
         row: as `renderer` made it.
         renderer: with the tokenizer.
         title: what the first line calls the row.
     """
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False, emoji=False)
+    console = printable.console(highlight=False)
     colours = console.is_terminal and not console.no_color
     counts = f"{len(row.ids):,} tokens, {row.target_count:,} target tokens ({row.target_count / len(row.ids):.0%})"
     legend = "target tokens in green, special tokens in magenta" if colours else f"target tokens stand in {BEGIN} {END}"
     written = "".join(_coloured(row, renderer) if colours else _marked(row, renderer))
-    written = written.translate(_PICTURES) if console.is_terminal and not colours else written
+    if not colours:
+        written = printable.visible(written.translate(_PICTURES))
+    title = printable.visible(title)
     console.file.write(f"{title}: {counts}; {legend}\n\n{written}{'' if written.endswith(chr(10)) else chr(10)}")
 
 
@@ -113,5 +114,5 @@ def _coloured(row: TokenRow, renderer: Renderer) -> Iterator[str]:
     }
     for text, is_target, special in pieces(row, renderer):
         # Line by line: a colour that goes on over a line break is lost in a pager.
-        lines = text.translate(_PICTURES).split("\n")
+        lines = printable.visible(text.translate(_PICTURES)).split("\n")
         yield "\n".join(styles[is_target, special].render(line, color_system=ColorSystem.STANDARD) for line in lines)

@@ -22,7 +22,7 @@ from olpack.deploy.modelfile import parse, quoted
 from olpack.deploy.names import check_name
 from olpack.deploy.register import TagFile, check_unsplit
 from olpack.errors import OlpackError
-from olpack.workspace import free_bytes
+from olpack.workspace import free_bytes, remove_leftovers, unfinished
 
 _CHUNK = 1 << 20
 _README, _SUMS = _OWN = ("README.txt", "SHA256SUMS")
@@ -157,9 +157,10 @@ def _read_back(path: Path, folder: str, digests: dict[str, str]) -> None:
 @contextmanager
 def _whole(out: Path, size: int) -> Iterator[Path]:
     """A temporary name for `size` bytes that becomes `out` when the block ends well."""
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    temporary = unfinished(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(out.parent, out.name)
         if free_bytes(out.parent) < size:
             raise OlpackError(
                 f"{progress.quantity(size, 'B')} are needed for {out}, and {progress.quantity(free_bytes(out.parent), 'B')} are free.",

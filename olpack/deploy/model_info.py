@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from olpack.deploy.answers import ShownModel
 from olpack.deploy.parameters import ParameterValue
 
 
@@ -22,7 +23,6 @@ class ModelInfo:
         messages: turns that precede every conversation.
         capabilities: "completion", "tools", "thinking", …
         details: family, parameter_size, quantization_level, …
-        model_info: the GGUF's metadata, without its long lists.
     """
 
     blob: str | None
@@ -34,25 +34,23 @@ class ModelInfo:
     messages: tuple[dict[str, str], ...] = ()
     capabilities: tuple[str, ...] = ()
     details: dict[str, Any] = field(default_factory=dict)
-    model_info: dict[str, Any] = field(default_factory=dict)
 
 
-def read_model_info(answer: dict[str, Any]) -> ModelInfo:
-    """The answer of `/api/show` in types."""
+def read_model_info(answer: ShownModel) -> ModelInfo:
+    """What `/api/show` answers about one model."""
     # The first line that begins so is the weights' own, and an adapter's comes right after it: the model's texts follow these.
-    weights = re.search(r"^FROM .*sha256-([0-9a-f]{64})\s*(?:^ADAPTER .*sha256-([0-9a-f]{64})\s*)?$", answer.get("modelfile") or "", re.MULTILINE)
+    weights = re.search(r"^FROM .*sha256-([0-9a-f]{64})\s*(?:^ADAPTER .*sha256-([0-9a-f]{64})\s*)?$", answer.modelfile, re.MULTILINE)
     blob, adapter = weights.groups() if weights else (None, None)
     return ModelInfo(
         blob=blob and f"sha256:{blob}",
         adapter=adapter and f"sha256:{adapter}",
-        system=answer.get("system") or None,
-        template=answer.get("template") or None,
-        license=answer.get("license") or None,
-        parameters=read_parameters(answer.get("parameters") or ""),
-        messages=tuple({"role": turn.get("role", ""), "content": turn.get("content", "")} for turn in answer.get("messages") or ()),
-        capabilities=tuple(answer.get("capabilities") or ()),
-        details=answer.get("details") or {},
-        model_info=answer.get("model_info") or {},
+        system=answer.system or None,
+        template=answer.template or None,
+        license=answer.license or None,
+        parameters=read_parameters(answer.parameters),
+        messages=tuple({"role": turn.role, "content": turn.content} for turn in answer.messages),
+        capabilities=answer.capabilities,
+        details=answer.details,
     )
 
 
@@ -78,7 +76,10 @@ def _value(written: str) -> int | float | bool | str:
         return written == "true"
     if written.startswith('"'):
         # Go quotes as Python does, but for \U, which has 8 digits in both; the closing quote is the only bare one.
-        return str(ast.literal_eval(written))
+        try:
+            return str(ast.literal_eval(written))
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return written
     try:
         number = float(written)
     except ValueError:

@@ -75,12 +75,11 @@ def _push(client: OllamaClient, model: str, size: int, insecure: bool) -> None:
     with progress.task(f"pushing {model}", size, "B") as task:
         try:
             for line in client.push(model, insecure):
-                if digest := line.get("digest"):
-                    done = line.get("completed", 0)
-                    task.advance(done - sent.get(digest, 0))
-                    sent[digest] = done
+                if line.digest:
+                    task.advance(line.completed - sent.get(line.digest, 0))
+                    sent[line.digest] = line.completed
                 else:
-                    task.advance(0, note=str(line.get("status", "")))
+                    task.advance(0, note=line.status)
         except OlpackError as error:
             remedy = next((remedy for sign, remedy in _REMEDIES.items() if re.search(sign, error.problem, re.IGNORECASE)), error.remedy)
             raise OlpackError(error.problem, remedy) from error

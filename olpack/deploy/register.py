@@ -149,7 +149,9 @@ def _register_one(client: OllamaClient, model: str, file: TagFile, package: Pack
     if done != "unchanged" and after.blob != digest:
         progress.warn(f"The server rewrote {file.path.name} for {model}; until it is restarted, the file takes its space twice.")
     # The server lists a tag in the case in which it first met it.
-    listed = next(tag for tag in client.tags() if same(tag.model, model))
+    listed = next((tag for tag in client.tags() if same(tag.model, model)), None)
+    if listed is None:
+        raise OlpackError(f"The Ollama server at {client.url} has {model} and does not list it.", "Restart it, then run `olpack deploy` again.")
     record = Registered(
         listed.model, listed.digest, after.blob or digest, digest, client.bytes_sent - sent, round(time.monotonic() - started, 3), done
     )

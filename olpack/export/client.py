@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import subprocess
@@ -13,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, TypeVar, Unpack
 
-import psutil
 from pydantic import TypeAdapter
 
 from olpack import progress, workers
@@ -27,11 +25,11 @@ from olpack.export.job import (
     Target,
     TokenText,
     partial_path,
-    remove_partial,
 )
 from olpack.llamacpp.library import INSTALL
 from olpack.llamacpp.source import converter_source
 from olpack.quants import check_tensor_types, quant_type
+from olpack.workspace import remove, remove_leftovers
 
 _Result = TypeVar("_Result")
 
@@ -124,7 +122,7 @@ class Converter:
             )
         except BaseException:
             for _, path in wanted:  # the worker removes them itself, unless it was killed
-                remove_partial(partial_path(path, self.pid))
+                remove(partial_path(path, self.pid))
             raise
 
     def collect(self, gguf: Path, rows: Sequence[Sequence[int]], out: Path, *, dataset: str, threads: int | None = None) -> None:
@@ -282,10 +280,7 @@ def _prepare_folder(path: Path) -> None:
             raise PermissionError(13, "Permission denied")
     except OSError as error:
         raise OlpackError(f"Nothing can be written in '{path.parent}': {error.strerror}.", "Name another folder.") from error
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        pid = left.name.removesuffix(".partial").rpartition(".")[2]
-        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
-            remove_partial(left)
+    remove_leftovers(path.parent, path.name)
 
 
 def _as_json(options: ExportOptions) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -28,6 +27,7 @@ from olpack.export import pretokenizer
 from olpack.export.adapter import Adapter
 from olpack.export.quantized import replace_dequantization
 from olpack.model.checkpoint import TOKENIZER_FILES, read_tensor_headers
+from olpack.workspace import scratch
 
 FLOATS = ("F32", "F16", "BF16")  # types of GGUF tensors that can be quantized
 
@@ -146,14 +146,14 @@ def open_model(
     """
     import torch
 
-    with torch.inference_mode(), ExitStack() as scratch:
+    with torch.inference_mode(), ExitStack() as stack:
         model = _construct(source, name)
         origins = _record_origins(model)
         replace_dequantization(model)
         if adapter is not None:
             _merge(model, adapter)
         if tokenizer is not None:
-            _replace_tokenizer(model, tokenizer, Path(scratch.enter_context(tempfile.TemporaryDirectory(prefix="olpack-"))))
+            _replace_tokenizer(model, tokenizer, stack.enter_context(scratch()))
         if not vocabulary:
             model.set_vocab = lambda: _set_empty_vocabulary(model)
         try:

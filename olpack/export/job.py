@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -193,11 +192,3 @@ def partial_path(path: Path, pid: int) -> Path:
     """Where a file is written until it is complete: beside its final path, with the writing process in its name. Parts are written into
     a folder of this name."""
     return path.with_name(f".{path.name}.{pid}.partial")
-
-
-def remove_partial(place: Path) -> None:
-    """Remove what is at a `partial_path`, if anything."""
-    if place.is_dir():
-        shutil.rmtree(place, ignore_errors=True)
-    else:
-        place.unlink(missing_ok=True)

@@ -14,16 +14,16 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from olpack import workers
 from olpack.errors import OlpackError
 from olpack.export.adapter import Adapter, read_adapter
 from olpack.llamacpp.source import converter_source
 from olpack.model.checkpoint import read_config, read_tensor_headers
 from olpack.model.quantized import dequantized_headers
-from olpack.workspace import file_digest
+from olpack.workspace import file_digest, remove, scratch, unfinished
 
 _TYPE = "f16"  # half the size of float32; its rounding (2^-11) is far below that of any quantized base
 
@@ -64,12 +64,13 @@ def export_adapter(base: Path, adapter: Path, out: Path) -> tuple[int, str]:
             f"The adapter '{adapter}' is a VeRA, whose vectors stand between shared matrices, and llama.cpp's adapters are products of two matrices.",
             "Set `package: merged`, or train with method lora.",
         )
-    with tempfile.TemporaryDirectory(prefix="olpack-") as scratch:
-        plain = _plain(adapter, change, Path(scratch) / adapter.name)
+    with scratch() as place:
+        plain = _plain(adapter, change, place / adapter.name)
         if config.pop("quantization_config", None):
-            base = _without_weights(base, config, Path(scratch) / "base" / base.name)
+            base = _without_weights(base, config, place / "base" / base.name)
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+        partial = unfinished(out, "partial")
+        remove(partial)
         try:
             _convert(base, plain, partial)
             with partial.open("rb") as file:
@@ -93,8 +94,8 @@ def check_adapter(base: Path, layers: Mapping[str, tuple[int, int]]) -> None:
     import torch
     from safetensors.torch import save_file
 
-    with tempfile.TemporaryDirectory(prefix="olpack-") as scratch:
-        folder = Path(scratch) / "adapter"
+    with scratch() as place:
+        folder = place / "adapter"
         folder.mkdir()
         tensors = {}
         for name, (rows, columns) in layers.items():
@@ -102,7 +103,7 @@ def check_adapter(base: Path, layers: Mapping[str, tuple[int, int]]) -> None:
             tensors[f"base_model.model.{name}.lora_B.weight"] = torch.zeros(rows, 1)
         save_file(tensors, folder / "adapter_model.safetensors")
         (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1}))
-        export_adapter(base, folder, Path(scratch) / "adapter.gguf")
+        export_adapter(base, folder, place / "adapter.gguf")
 
 
 def _plain(folder: Path, adapter: Adapter, scratch: Path) -> Path:
@@ -136,7 +137,7 @@ def _without_weights(base: Path, config: dict, scratch: Path) -> Path:
 def _convert(base: Path, adapter: Path, out: Path) -> None:
     script = converter_source() / "convert_lora_to_gguf.py"
     done = subprocess.run(
-        [
+        workers.program(
             sys.executable,  # with a script, Python looks for modules in the script's folder, not in the working folder
             str(script),
             "--base",
@@ -146,8 +147,8 @@ def _convert(base: Path, adapter: Path, out: Path) -> None:
             "--outtype",
             _TYPE,
             str(adapter.absolute()),
-        ],
-        env={**{name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}, "HF_HUB_OFFLINE": "1"},
+        ),
+        env={name: value for name, value in workers.environment().items() if name != "PYTHONSAFEPATH"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,7 @@ from olpack.export.gguf_writer import header_bytes
 from olpack.export.importance import ColumnWeights
 from olpack.llamacpp import library
 from olpack.quants import QUANT_TYPES, Budget, QuantType, gains_by_importance, overridable
+from olpack.workspace import scratch
 
 # The mixes of which the nearest names a file with chosen types in its header.
 _MIXES = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0")
@@ -84,15 +84,15 @@ def header_only_gguf(model: SourceModel) -> Iterator[Path]:
     """llama.cpp's BF16 file of a model as a sparse file: a real header and a hole in place of the data. A few MB, whatever the model's size."""
     tensors = [(t.name, library.tensor_type(t.type_name), t.nbytes) for t in model.tensors.values()]
     header = _header(model, tensors, ftype=None)
-    with tempfile.TemporaryDirectory(prefix="olpack-") as scratch:
-        path = Path(scratch) / "model.gguf"
+    with scratch() as folder:
+        path = folder / "model.gguf"
         try:
             with path.open("wb") as file:
                 file.write(header)
                 file.truncate(len(header) + sum(padded(nbytes) for _, _, nbytes in tensors))
         except OSError as error:
             raise OlpackError(
-                f"A header of {len(header):,} bytes does not fit into '{scratch}': {os.strerror(error.errno) if error.errno else error}.",
+                f"A header of {len(header):,} bytes does not fit into '{folder}': {os.strerror(error.errno) if error.errno else error}.",
                 "Free space there, or set TMPDIR to another folder.",
             ) from error
         yield path
@@ -105,8 +105,8 @@ def vocabulary_file(model: SourceModel, pre_tokenizer: str | None = None) -> Ite
     Args:
         pre_tokenizer: llama.cpp's name of one, in place of the model's.
     """
-    with tempfile.TemporaryDirectory(prefix="olpack-") as scratch:
-        path = Path(scratch) / "vocabulary.gguf"
+    with scratch() as folder:
+        path = folder / "vocabulary.gguf"
         path.write_bytes(_header(model, [], ftype=None, more={} if pre_tokenizer is None else {"tokenizer.ggml.pre": pre_tokenizer}))
         yield path
 

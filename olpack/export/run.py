@@ -19,7 +19,7 @@ from olpack.export.budget import read_sensitivity
 from olpack.export.converter import SourceModel, open_model
 from olpack.export.gguf_source import open_gguf
 from olpack.export.importance import ColumnWeights, column_weights
-from olpack.export.job import LATER, ExportedFile, ExportedPart, ExportOptions, ExportPlan, TokenDifference, TokenText, partial_path, remove_partial
+from olpack.export.job import LATER, ExportedFile, ExportedPart, ExportOptions, ExportPlan, TokenDifference, TokenText, partial_path
 from olpack.export.plan import FilePlan, header_only_gguf, plan_files
 from olpack.export.split import part_names, split_plan
 from olpack.export.verify import settle_pretokenizer, training_tokenizer, verify_file, verify_model
@@ -28,6 +28,7 @@ from olpack.llamacpp.cores import usable_processors
 from olpack.model.checkpoint import check_tokenizer_files, read_config, read_tensor_headers
 from olpack.model.quantized import dequantized_headers
 from olpack.quants import quant_type
+from olpack.workspace import remove
 
 Report = Callable[[int, int], None]
 
@@ -113,6 +114,7 @@ class _Output:
         self.partial = list(zip(parts, places, strict=True))
 
     def begin(self) -> None:
+        remove(self._place)
         if len(self.parts) > 1:
             self._place.mkdir()
 
@@ -122,7 +124,7 @@ class _Output:
             place.replace(path)
 
     def clean(self) -> None:
-        remove_partial(self._place)
+        remove(self._place)
 
 
 def _prepare(

@@ -227,7 +227,7 @@ class _FileWriter(threading.Thread):
     def run(self) -> None:
         try:
             for plan, path in self._parts:
-                with path.open("wb", buffering=0) as file:
+                with path.open("xb", buffering=0) as file:
                     self._flushed = 0
                     if not self._write(plan, file):
                         return

@@ -10,11 +10,11 @@ import contextlib
 import hashlib
 import os
 import subprocess
-import tempfile
 from pathlib import Path
 
 from olpack import workers
 from olpack.llamacpp.library import INSTALL, library_folder, load_llama_cpp, quantize_rows, row_size, tensor_type
+from olpack.workspace import scratch
 
 _WIDTH = 256  # one block of a K-quant
 
@@ -65,8 +65,8 @@ def _run_small_model() -> None:
     import ctypes
 
     llama = load_llama_cpp()
-    with tempfile.TemporaryDirectory(prefix="olpack-") as scratch:
-        path = Path(scratch) / "probe.gguf"
+    with scratch() as folder:
+        path = folder / "probe.gguf"
         _write_small_model(path)
         model = llama.llama_model_load_from_file(os.fsencode(path), llama.llama_model_default_params())
         if not model:

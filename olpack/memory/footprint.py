@@ -6,7 +6,6 @@ import json
 import math
 import re
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from olpack.memory.subject import Subject
 from olpack.model.gguf_header import read_header
 from olpack.model.shape import write_header_only_checkpoint
 from olpack.quants import QUANT_TYPES
+from olpack.workspace import scratch
 
 KV_TYPES = ("f16", "q8_0", "q4_0")
 # What a vocabulary takes in llama.cpp, measured on the byte-level ones in its source: tables, and text, piece and merges of a token.
@@ -135,9 +135,9 @@ def plan(subject: Subject, quants: Sequence[str], setting: Setting) -> tuple[lis
     from olpack.llamacpp.source import converter_source
 
     source = converter_source()
-    with tempfile.TemporaryDirectory(prefix="olpack-") as scratch, progress.task(f"asking llama.cpp about {subject.label}"):
-        write_header_only_checkpoint(subject.model, Path(scratch))
-        result = _work(Job(setting, folder=scratch, converter=str(source), quants=list(quants)), subject.label)
+    with scratch() as folder, progress.task(f"asking llama.cpp about {subject.label}"):
+        write_header_only_checkpoint(subject.model, folder)
+        result = _work(Job(setting, folder=str(folder), converter=str(source), quants=list(quants)), subject.label)
     vocabulary = _VOCABULARY + _TOKEN * subject.model.shape.vocabulary
     return [_footprint(quant, setting, result.tensors[quant], result.run, vocabulary) for quant in quants], _layout(result.run)
 

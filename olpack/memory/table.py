@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from olpack import printable
 from olpack.compare.table import plain
 from olpack.machine import Machine
 from olpack.memory.estimate import TITLES, MemoryEstimate
@@ -21,7 +22,7 @@ _KINDS = {"embedding": "embedding", "head": "output layer", "linear": "linear la
 
 def print_advice(advice: Advice, console: Console | None = None) -> None:
     """What fits where, the two to choose from, and what to know of the figures; to stdout, or to `console`."""
-    console = console or Console(markup=False, emoji=False)
+    console = console or printable.console()
     title = f"{advice.label}, {_count(advice.parameters)} parameters, on {_machine(advice.machine)}; {_setting(advice.setting)}"
     console.print(Text(title), soft_wrap=not console.is_terminal)
     unit, divisor = ("GB", 1e9) if max(candidate.footprint.total for candidate in advice.candidates) >= 1e9 else ("MB", 1e6)
@@ -43,7 +44,7 @@ def print_advice(advice: Advice, console: Console | None = None) -> None:
 
 def print_estimate(found: MemoryEstimate, console: Console | None = None) -> None:
     """The model, then what it takes in transformers, in llama.cpp and in training; to stdout, or to `console`."""
-    console = console or Console(markup=False, emoji=False)
+    console = console or printable.console()
     _print_lines(console, _description(found))
     if found.loaded:
         table = _table("transformers", "weights", "constants", "KV cache", "total", "parameters\n× bytes")

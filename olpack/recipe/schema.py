@@ -285,6 +285,9 @@ class Compare(_Section):
     """Prompts that every quant answers; the report shows the answers side by side. []: the first three held-out requests."""
     tasks: _Tasks = Field(default=[])
     """Prompts with a check of the answer, on which every quant is scored: a list, or a JSONL file relative to the recipe."""
+    run_answers: bool = False
+    """Consent to run code for `tasks`: the Python of answers (`python_asserts`), in a sandbox, and your own files (`function`), without one.
+    docs/security.md lists what the sandbox stops and what it does not."""
     suites: list[str] = Field(default=[])
     """Tasks of lm-evaluation-harness (mmlu, gsm8k, …) that every quant runs: its names, or names of YAML files in the recipe's folder
     `suites`. They need `pip install 'olpack[harness]'`."""

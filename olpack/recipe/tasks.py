@@ -14,8 +14,9 @@
 | `python_asserts` | is Python after which these statements pass | text or list |
 | `function` | passes your own function, which returns True, False or a share from 0 to 1 | `file.py:name` |
 
-A function gets the answer, and the task if it has a second parameter. `json` and the Python checks take the first fenced block of an answer
-that has one.
+`python_asserts` runs what a model wrote, in a sandbox, and `function` runs your file, without one: both need `compare.run_answers: true`
+([what the sandbox stops](../security.md)). The others run nothing. A function gets the answer, and the task if it has a second parameter.
+`json` and the Python checks take the first fenced block of an answer that has one.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from olpack.bounded_json import check_regular
 from olpack.errors import OlpackError
 
 CHECKS = ("exact", "contains", "regex", "json", "python", "python_asserts", "function")
+RUNNING = ("python_asserts", "function")  # those that run code: the answer, or the user's file
 KEYS = ("prompt", "messages", *CHECKS)
 _MOST_BYTES = 1 << 20  # of a file of checks
 _SHOWN = 10  # problems listed before "and N more"
@@ -114,6 +116,20 @@ def load_tasks(path: Path, system: str | None = None) -> list[Task]:
     if not tasks:
         raise OlpackError(f"{path} is empty.", 'Each line is an object such as {"prompt": "What is 6 times 7?", "contains": "42"}.')
     return tasks
+
+
+def check_consent(tasks: Sequence[Task], place: str, remedy: str) -> None:
+    """Refuse tasks that run code.
+
+    Args:
+        place: what the tasks belong to, and `remedy` how its user consents.
+
+    Raises:
+        OlpackError: the first of them, with what it runs.
+    """
+    if task := next((task for task in tasks if task.check in RUNNING), None):
+        runs = "your file " + str(task.expected[0]) if task.check == "function" else "Python that the models write"
+        raise OlpackError(f"{place}: `{task.check}` of {task.source} runs {runs} on this machine.", remedy)
 
 
 def task_files(folder: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from olpack import progress
 from olpack.errors import OlpackError
 from olpack.quants import quant_type
-from olpack.recipe.tasks import function_files, task_files
+from olpack.recipe.tasks import check_consent, function_files, task_files
 from olpack.stages import deploy, export, records
 from olpack.stages.build import Build
 from olpack.stages.calibration import uses_importance
@@ -34,7 +34,9 @@ def inputs(build: Build, unit: str) -> dict[str, Any]:
     if build.recipe.compare.suites and build.suite_folder:
         asked |= {str(path): file_digest(path) for path in task_files(build.suite_folder)}
     template = {"templates/report.html.j2": template_source("report.html.j2")}
-    return deploy.exported_files(build) | build.data_inputs("eval") | build.settings("compare") | asked | template
+    settings = build.settings("compare")
+    del settings["compare.run_answers"]  # consent changes no figure
+    return deploy.exported_files(build) | build.data_inputs("eval") | settings | asked | template
 
 
 def stale(build: Build, unit: str, inputs: dict[str, Any], record: Record) -> str:
@@ -51,6 +53,12 @@ def check(build: Build, checks: Checks) -> None:
     from olpack.compare.report import check_template
     from olpack.compare.scores import load_function
 
+    if not build.recipe.compare.run_answers:
+        check_consent(
+            build.tasks,
+            f"{build.recipe.folder / 'recipe.yaml'}: compare.tasks",
+            "Add `run_answers: true` below `compare:`, or --set compare.run_answers=true, to allow it; `olpack doctor` reports the sandbox.",
+        )
     check_questions(build)
     measure_settings(build)
     check_template(template_source("report.html.j2"))
@@ -163,7 +171,7 @@ def _reference_models(build: Build) -> ReferenceModels:
         write_files(build.base.path, [Target(quant, path)], adapter=adapter, merge_base=merge_base, **header_options(build))
 
     return ReferenceModels(
-        folder=build.paths.compare / "temporary",
+        folder=build.paths.temporary,
         write_reference=partial(write, adapter=build.paths.adapter),
         reference_key=value_digest([build.base.digest, training, VERSION, *([merge_base] if merge_base != "original" else [])]),
         write_base=partial(write, adapter=None),
@@ -214,6 +222,16 @@ def temporary_bytes(build: Build, parameters: int) -> int:
     vocabulary = build.meta_model.shape.vocabulary
     positions = sum(row.target_count for row in build.rows[1][: build.recipe.compare.eval_rows])
     return 2 * parameters + min(LOGITS_BYTES, 4 * vocabulary * positions)
+
+
+def sandboxed(build: Build) -> str:
+    """What the sandbox of the models' answers stops on this machine, and what it does not; "" where no answer runs."""
+    from olpack.compare.sandbox import described, protections
+
+    if not any(task.check == "python_asserts" for task in build.tasks):
+        return ""
+    stopped, open_to_them = described(protections())
+    return f"their Python runs in a sandbox: {stopped}" + (f". But {open_to_them}" if open_to_them else "")
 
 
 def recommended(build: Build) -> str:

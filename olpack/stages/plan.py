@@ -49,6 +49,7 @@ class Estimate:
         sensitivity_bytes: of an F16 file that is there for as long as the sensitivity is measured on it.
         pre_tokenizer: llama.cpp's name of the one that the files will name; empty for vocabularies that have none.
         texts_read, texts_differing: rows and made-up conversations that llama.cpp tokenized, and those that became other tokens than in training.
+        answers: the sandbox of the answers that run: what it stops on this machine, and what it does not; empty where no answer runs.
         warnings: what a user should know and need not change.
     """
 
@@ -72,6 +73,7 @@ class Estimate:
     pre_tokenizer: str
     texts_read: int
     texts_differing: int
+    answers: str
     warnings: list[str] = field(default_factory=list)
 
 
@@ -175,6 +177,7 @@ def estimate(build: Build, vram: float | None = None) -> Estimate:
         pre_tokenizer=exported.pre_tokenizer,
         texts_read=exported.texts,
         texts_differing=len(exported.differences),
+        answers=compare.sandboxed(build),
         warnings=exported.warnings,
     )
 

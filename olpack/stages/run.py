@@ -13,7 +13,7 @@ from olpack.stages.plan import check, write_plan
 from olpack.stages.records import Step
 from olpack.stages.stage import Stage
 from olpack.stages.steps import STAGES, all_steps, stage_of
-from olpack.workspace import locked
+from olpack.workspace import locked, remove
 
 
 def run(build: Build, only: str | None = None) -> list[Step]:
@@ -34,6 +34,7 @@ def run(build: Build, only: str | None = None) -> list[Step]:
     if stale:
         check(build, stale)
     with locked(build.paths.root):
+        remove(build.paths.temporary)  # of a comparison that was killed
         done: list[Step] = []
         if stale:
             write_plan(build)

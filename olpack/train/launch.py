@@ -15,12 +15,12 @@ import subprocess
 import sys
 import tempfile
 from contextlib import suppress
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from olpack import progress, workers
 from olpack.errors import OlpackError
 from olpack.train.result import TrainResult
+from olpack.workspace import scratch
 
 if TYPE_CHECKING:
     from olpack.recipe import Train
@@ -66,12 +66,12 @@ def run_launched(command: list[str], job: dict[str, Any]) -> TrainResult:
         OlpackError: what one of the processes raised, or how it died.
         KeyboardInterrupt: after the checkpoint has been written.
     """
-    with tempfile.TemporaryDirectory(prefix="olpack-") as folder, tempfile.TemporaryFile() as log:
-        file = Path(folder) / "job.pickle"
+    with scratch() as folder, tempfile.TemporaryFile() as log:
+        file = folder / "job.pickle"
         file.write_bytes(pickle.dumps(job))
         # A session of its own: the terminal's Ctrl-C reaches this process alone, which asks the first of the others to stop.
         process = subprocess.Popen(
-            [*command, "-m", "olpack.train.worker", str(file)],
+            workers.program(*command, "-m", "olpack.train.worker", str(file)),
             env=workers.environment() | {"PYTHONSAFEPATH": "1"},  # the launcher starts Python, so -P cannot be given
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from olpack import progress
+from olpack import progress, workers
 from olpack.errors import OlpackError
 from olpack.train.loop import Stopped, run
 from olpack.train.ranks import Ranks
@@ -27,6 +27,7 @@ PROGRESS_EVERY_S = 0.2  # so that a bar moves
 
 def main() -> None:
     """Train with the arguments of the job file."""
+    workers.die_with(os.getppid())  # the launcher, which dies with its own parent
     pipe = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints stays out of the pipe
 
