@@ -19,6 +19,7 @@ import pytest
 from oracle import make_workspace, olpack, write_base
 from test_compare_results import quant, results
 
+from olpack.model.settings import check_config
 from olpack.stages import records
 from olpack.workspace import BuildPaths, write_atomically
 
@@ -550,6 +551,21 @@ def test_a_stage_record_of_the_wrong_shape_is_none(tmp_path: Path, value: Any) -
     code, printed, errors = olpack(tmp_path, "list", "--json")
     assert code == 0, errors
     assert next(row for row in json.loads(printed) if row["name"] == "oracle")["recommended"] is None
+
+
+def test_every_language_model_of_transformers_has_settings_that_pass() -> None:
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    passed = 0
+    for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        try:
+            config = CONFIG_MAPPING[name]().to_json_string(use_diff=False)
+        except Exception:  # a kind that has no defaults, or needs another package
+            continue
+        check_config(json.loads(config), name)
+        passed += 1
+    assert passed > 100
 
 
 CASES = [("recipe", case) for case in RECIPES]
