@@ -10,6 +10,8 @@ import json
 import os
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,8 @@ import pytest
 from oracle import make_workspace, olpack, write_base
 from test_compare_results import quant, results
 
+from olpack import bounded_regex
+from olpack.errors import OlpackError
 from olpack.model.settings import check_config
 from olpack.stages import records
 from olpack.workspace import BuildPaths, write_atomically
@@ -105,6 +109,7 @@ RECIPES = [
     Case("a name of 5,000 characters", lambda folder: ("plan", "a" * 5000), "too long"),
     Case("a name with a null", lambda folder: ("plan", "a\0b"), "a"),
     Case("a name of half a character", lambda folder: ("plan", "\udcff"), "There is no"),
+    Case("target_modules that backtrack", setting("train.target_modules=(.|..|...)+[!?]"), "nested repetitions"),
     Case("--set with 100 levels", setting(".".join("a" * 100) + "=1"), "that many levels"),
     Case("--set of 2 MB", setting("train.rank=" + "[" * 2_000_000), "longer than 1 MB"),
     *(
@@ -538,6 +543,21 @@ RECORDS = {
     "registered without a digest": {"inputs": {}, "outputs": {}, "result": {"registered": [{"model": "a"}]}},
     "proved is a list": {"inputs": {}, "outputs": {}, "result": {"proved": []}},
 }
+
+
+def test_an_expression_that_backtracks_is_given_up() -> None:
+    with pytest.raises(OlpackError, match=r"of `export\.tensor_types` takes more than 2 s"):
+        bounded_regex.search("(.|..|...)+[!?]", "blk.0.attn_k.weight" * 4, "`export.tensor_types`")
+
+
+def test_the_name_of_a_broken_file_is_printed(tmp_path: Path) -> None:
+    folder = tmp_path / "modelfiles" / os.fsdecode(b"\xff")
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(MINIMAL)
+    command = [sys.executable, "-m", "olpack", "list"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "utf-8", "COLUMNS": "200"})
+    assert done.returncode == 0, done.stderr
+    assert b"udcff" in done.stdout
 
 
 @pytest.mark.parametrize("value", RECORDS.values(), ids=RECORDS)
