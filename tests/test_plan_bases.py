@@ -16,10 +16,11 @@ import torch
 from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 from tiny_models import converter, write_adapter, write_fast_sentencepiece, write_model, write_sentencepiece, write_vision_model
+from tokenizers import Tokenizer
 
 from olpack.data import Renderer
 from olpack.errors import OlpackError
-from olpack.export import Target
+from olpack.export import Target, TokenText, check_export
 from olpack.model.base import BUILTIN, Base, resolve
 from olpack.model.shape import MetaModel, adapter_shapes
 from olpack.recipe import Train
@@ -54,6 +55,10 @@ KINDS = {
     "qwen3_moe": EXPERTS,
     "qwen3_next": {"tied": False, "shared_expert_intermediate_size": 256, **EXPERTS, **DELTA},
 }
+
+
+GEMMA = {"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3, "pad_piece": "<pad>", "eos_piece": "<eos>", "bos_piece": "<bos>",
+         "add_dummy_prefix": False, "remove_extra_whitespaces": False}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -373,3 +378,24 @@ def test_a_tokenizer_of_mistrals_own_is_one(copy):
         file.unlink()
     (copy / "tekken.json").write_text("{}")
     assert resolve(str(copy), relative_to=copy).path == copy
+
+
+@pytest.mark.parametrize(
+    ("kind", "special", "begin", "trainer"),
+    [
+        ("llama", ["<unk>", "<s>", "</s>"], "<s>", {}),
+        ("mistral", ["<unk>", "<s>", "</s>"], "<s>", {}),
+        ("gemma2", ["<pad>", "<unk>", "<bos>", "<eos>"], "<bos>", GEMMA),
+        ("gemma", ["<pad>", "<unk>", "<bos>", "<eos>"], "<bos>", GEMMA),
+    ],
+)
+def test_a_sentencepiece_vocabulary_in_tokenizer_json_alone_makes_the_tokens_of_training(tmp_path, kind, special, begin, trainer):
+    """peft and transformers 5 save no tokenizer.model, and without it the converter knew no order of merges, or refused Gemma."""
+    source = sentencepiece_model(tmp_path / "model", kind, special, begin, ["tokenizer.json"], **trainer)
+    if trainer:
+        edit(source / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+    lines = [line for line in Path(__file__).read_text().splitlines() if line.strip()][:150]
+    texts = [TokenText(f"line {at}", [line], tokenizer.encode(line, add_special_tokens=False).ids) for at, line in enumerate(lines)]
+    plan = check_export(source, ["Q8_0"], texts=texts)
+    assert plan.texts == len(texts) and [one.source for one in plan.differences] == []

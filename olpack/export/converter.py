@@ -154,6 +154,7 @@ def open_model(
             _merge(model, adapter)
         if tokenizer is not None:
             _replace_tokenizer(model, tokenizer, stack.enter_context(scratch()))
+        _read_sentencepiece_from_json(model)
         if not vocabulary:
             model.set_vocab = lambda: _set_empty_vocabulary(model)
         try:
@@ -176,6 +177,7 @@ def open_model(
                 "Take the tokenizer files from the model's publisher.",
             ) from error
     writer = model.gguf_writer
+    _rank_merges(tokenizer or source, writer)
     _mark_special(tokenizer or source, writer)
     _check_vocabulary(source, writer)
     set_keys(writer, chat_template, end_of_turn, metadata or {})
@@ -247,6 +249,43 @@ def _named_settings(read: Callable[[], None], source: Path) -> Callable[[], None
             raise _refused(source, error) from error
 
     return set_gguf_parameters
+
+
+def _read_sentencepiece_from_json(model: Any) -> None:
+    """Where the converter's class for a model reads tokenizer.model only (Gemma, Gemma 2) and the folder has none, have it read tokenizer.json,
+    which holds the same vocabulary: peft and transformers 5 save no tokenizer.model."""
+    read = model._set_vocab_sentencepiece
+
+    def set_vocab_sentencepiece(*arguments: Any, **named: Any) -> None:
+        if (Path(model.dir_model) / "tokenizer.model").is_file():
+            return read(*arguments, **named)
+        try:
+            return model._set_vocab_llama_hf()
+        except TypeError as error:  # the file holds a byte-level vocabulary, which other methods of the converter read
+            raise FileNotFoundError(f"{model.dir_model}/tokenizer.model") from error
+
+    model._set_vocab_sentencepiece = set_vocab_sentencepiece
+
+
+def _rank_merges(source: Path, writer: Any) -> None:
+    """Give the tokens of a SentencePiece vocabulary that was read from tokenizer.json the scores that its merges imply.
+
+    llama.cpp merges the pair whose token has the highest score first, and the converter gives all of them the same one.
+    """
+    import gguf
+
+    keys, path = writer.kv_data[0], source / "tokenizer.json"
+    scores = keys.get(gguf.Keys.Tokenizer.SCORES)
+    if scores is None or len(set(scores.value)) > 1 or not path.is_file():
+        return
+    merges = (json.loads(path.read_text(encoding="utf-8")).get("model") or {}).get("merges") or []
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(merges):
+        ranks.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), rank)
+    if not ranks:
+        return
+    tokens = keys[gguf.Keys.Tokenizer.LIST].value
+    scores.value[:] = [float(-ranks.get(_text(token), len(ranks))) for token in tokens]
 
 
 def _mark_special(source: Path, writer: Any) -> None:
