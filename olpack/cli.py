@@ -7,7 +7,6 @@ docstring is its line in `olpack --help`, and must fit there.
 from __future__ import annotations
 
 import errno
-import io
 import json
 import os
 import shlex
@@ -69,9 +68,6 @@ def main() -> None:
     SIGTERM and SIGHUP end a command as Ctrl-C does: with the checkpoint written, and with exit codes 143 and 129 in place of 130.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for stream in (sys.stdout, sys.stderr):  # half of a character, as in a broken file's name, is printed as its number
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
     debug = "--debug" in sys.argv[1:] or bool(os.environ.get("OLPACK_DEBUG"))
     if not debug:
         warnings.filterwarnings("ignore")

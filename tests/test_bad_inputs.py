@@ -10,6 +10,8 @@ import json
 import os
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,9 @@ import pytest
 from oracle import make_workspace, olpack, write_base
 from test_compare_results import quant, results
 
+from olpack import bounded_regex
+from olpack.errors import OlpackError
+from olpack.model.settings import check_config
 from olpack.stages import records
 from olpack.workspace import BuildPaths, write_atomically
 
@@ -104,6 +109,7 @@ RECIPES = [
     Case("a name of 5,000 characters", lambda folder: ("plan", "a" * 5000), "too long"),
     Case("a name with a null", lambda folder: ("plan", "a\0b"), "a"),
     Case("a name of half a character", lambda folder: ("plan", "\udcff"), "There is no"),
+    Case("target_modules that backtrack", setting("train.target_modules=(.|..|...)+[!?]"), "nested repetitions"),
     Case("--set with 100 levels", setting(".".join("a" * 100) + "=1"), "that many levels"),
     Case("--set of 2 MB", setting("train.rank=" + "[" * 2_000_000), "longer than 1 MB"),
     *(
@@ -406,7 +412,7 @@ ADAPTERS = [
     adapter("rank_pattern", "a list as rank_pattern", rank_pattern=[1]),
     adapter("rank_pattern", "a text as a rank", rank_pattern={"q_proj": "a"}),
     adapter("no regular expression", "a pattern that does not compile", rank_pattern={"(": 4}),
-    adapter("takes more than", "a pattern that backtracks", rank_pattern={"(?:(?:[a-z._0-9]|[a-z])+)+!": 4}),
+    adapter("takes more than", "a pattern that backtracks", rank_pattern={"(.|..|...)+[!?]": 4}),
     adapter("nested too deep", "200,000 levels", raw=nested(200_000)),
     adapter("", "a list", raw="[]"),
     adapter("of the kind", "peft_type is a list", peft_type=["LORA"]),
@@ -539,6 +545,21 @@ RECORDS = {
 }
 
 
+def test_an_expression_that_backtracks_is_given_up() -> None:
+    with pytest.raises(OlpackError, match=r"of `export\.tensor_types` takes more than 2 s"):
+        bounded_regex.search("(.|..|...)+[!?]", "blk.0.attn_k.weight" * 4, "`export.tensor_types`")
+
+
+def test_the_name_of_a_broken_file_is_printed(tmp_path: Path) -> None:
+    folder = tmp_path / "modelfiles" / os.fsdecode(b"\xff")
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(MINIMAL)
+    command = [sys.executable, "-m", "olpack", "list"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "utf-8", "COLUMNS": "200"})
+    assert done.returncode == 0, done.stderr
+    assert "modelfiles/\ufffd/recipe.yaml" in done.stdout.decode()
+
+
 @pytest.mark.parametrize("value", RECORDS.values(), ids=RECORDS)
 def test_a_stage_record_of_the_wrong_shape_is_none(tmp_path: Path, value: Any) -> None:
     paths = BuildPaths("oracle", tmp_path / "build/oracle")
@@ -550,6 +571,21 @@ def test_a_stage_record_of_the_wrong_shape_is_none(tmp_path: Path, value: Any) -
     code, printed, errors = olpack(tmp_path, "list", "--json")
     assert code == 0, errors
     assert next(row for row in json.loads(printed) if row["name"] == "oracle")["recommended"] is None
+
+
+def test_every_language_model_of_transformers_has_settings_that_pass() -> None:
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    passed = 0
+    for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        try:
+            config = CONFIG_MAPPING[name]().to_json_string(use_diff=False)
+        except Exception:  # a kind that has no defaults, or needs another package
+            continue
+        check_config(json.loads(config), name)
+        passed += 1
+    assert passed > 100
 
 
 CASES = [("recipe", case) for case in RECIPES]

@@ -150,7 +150,7 @@ def test_a_configuration_without_alpha_or_nested_without_end_is_refused(base, tm
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     assert "is no valid adapter configuration: it has no lora_alpha." in refused(base, adapter)
     (adapter / "adapter_config.json").write_text('{"a":' * 100_000)
-    assert "is no valid adapter configuration: it is nested too deeply." in refused(base, adapter)
+    assert "cannot be read as JSON: it is nested too deep." in refused(base, adapter)
 
 
 def test_tokens_that_were_not_saved_are_missed(base, tmp_path):

@@ -106,7 +106,7 @@ def take_away_the_tokenizer(folder: Path) -> None:
         (lambda folder: change_config(folder, vocab_size=260), "has more tokens than the model's embedding has rows"),
         (lambda folder: change_config(folder, vocab_size=600), "has a vocabulary of 600 tokens, and its embedding has 512 rows"),
         (lambda folder: (folder / "config.json").unlink(), "is no model folder: it has no config.json"),
-        (lambda folder: (folder / "config.json").write_text("{"), "is no valid JSON"),
+        (lambda folder: (folder / "config.json").write_text("{"), "cannot be read as JSON"),
         (lambda folder: change_config(folder, architectures=["NoSuchForCausalLM"]), "does not know the architecture 'NoSuchForCausalLM'"),
         (lambda folder: change_config(folder, quantization_config={"quant_method": "spqr"}), "is quantized by SpQR"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"not a model at all"), "is truncated within its header"),

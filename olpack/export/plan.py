@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from olpack import bounded_regex
 from olpack.errors import OlpackError
 from olpack.export.budget import MatrixLoss, choose, quantizable_tensors
 from olpack.export.converter import FLOATS, SourceModel
@@ -158,7 +159,7 @@ def _within_budget(
     """(the quant with the file type of the nearest mix, patterns for the types of its tensors: the user's first)."""
     like = _plan(model, header_gguf, replace(quant, ftype=QUANT_TYPES["Q4_K_M"].ftype), importance, tensor_types)
     now = {name: (type_, nbytes) for name, type_, nbytes in like.tensors}
-    matrices = [name for name in quantizable_tensors(header_gguf) if not any(re.search(pattern, name) for pattern in tensor_types)]
+    matrices = [name for name in quantizable_tensors(header_gguf) if not any(_fits(pattern, name) for pattern in tensor_types)]
     unused = [name for name in matrices if losses and name not in losses]  # no pass over the rows uses them
     shapes = {}
     for name in matrices:
@@ -249,7 +250,7 @@ def _needs_importance(chosen: library.TypePlan) -> bool:
 def _refuse_idle(overrides: Sequence[tuple[str, int]], chosen: library.TypePlan, changed: Mapping[str, int]) -> None:
     """Raise OlpackError where a pattern has no effect: it matches no tensor, or only such as llama.cpp never quantizes (norms, routers)."""
     for pattern, wanted in overrides:
-        named = [(name, type_) for name, type_ in chosen.tensors if re.search(pattern, name)]
+        named = [(name, type_) for name, type_ in chosen.tensors if _fits(pattern, name)]
         if not any(name in changed or type_ == wanted for name, type_ in named):
             what = f"quantizes no tensor named like '{pattern}'" if named else f"has no tensor named like '{pattern}'"
             raise OlpackError(
@@ -306,3 +307,8 @@ def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
     while len(shape) > 1 and shape[0] == 1:
         shape = shape[1:]
     return shape or (1,)
+
+
+def _fits(pattern: str, name: str) -> bool:
+    """Whether a pattern of `export.tensor_types` matches a part of a tensor's name."""
+    return bounded_regex.search(pattern, name, "`export.tensor_types`")

@@ -16,7 +16,7 @@ from olpack.errors import OlpackError
 
 _AGAIN = "Fetch the model again, or take the file as the model's publisher has it."
 _MOST_LAYERS = 1000
-_MOST_EXPERT_BLOCKS = 1 << 17  # layers times experts: 23,424 in Kimi K2
+_MOST_EXPERT_BLOCKS = 1 << 20  # layers times experts: 23,424 in Kimi K2, 524,288 in Doge
 _WIDE = 1 << 24  # a width; the largest published one is below 2^18
 _TOKENS = (1 << 31) - 1  # llama.cpp counts them in 32 bits
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "depth")
@@ -108,7 +108,7 @@ def _check_size(place: str, name: str, value: Any, low: int, high: int) -> None:
             if one is not None:
                 _check_size(place, name, one, low, high) if not isinstance(one, list) else _refuse(place, name, value, "must be an integer")
         return
-    if not isinstance(value, int) or isinstance(value, bool):
+    if isinstance(value, bool) or not (isinstance(value, int) or (isinstance(value, float) and value.is_integer())):
         _refuse(place, name, value, "must be an integer")
     if not low <= value <= high:
         _refuse(place, name, value, f"must lie between {low:,} and {high:,}")

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import regex
+
+from olpack import bounded_regex
 from olpack.errors import OlpackError
 from olpack.templating import bounded
 
@@ -308,8 +310,8 @@ def adapter_shapes(model: MetaModel, targets: str | list[str] = "all-linear") ->
     if found or not isinstance(targets, str):
         return found
     try:
-        return {name: shape for name, shape in layers.items() if re.fullmatch(targets, name)}
-    except (re.error, RecursionError) as error:
+        return {name: shape for name, shape in layers.items() if bounded_regex.search(targets, name, "`train.target_modules`", full=True)}
+    except (regex.error, RecursionError) as error:
         raise OlpackError(
             f"`train.target_modules` is '{targets}', which is neither the name of a layer nor a regular expression ({error}).",
             "Give a list of names, `all-linear`, or an expression for full names.",
