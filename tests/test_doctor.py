@@ -16,7 +16,7 @@ from olpack.commands import doctor
 from olpack.errors import OlpackError
 
 PARTS = [
-    "olpack", "torch", "transformers", "peft", "bitsandbytes", "llama-cpp-python", "gguf", "ollama", "jinja2", "typer",
+    "olpack", "torch", "transformers", "peft", "bitsandbytes", "llama-cpp-python", "gguf", "jinja2", "typer",
     "GPU", "4-bit training", "llama.cpp", "K-quants", "converter", "Ollama", "disk",
 ]  # fmt: skip
 
