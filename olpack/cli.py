@@ -22,7 +22,7 @@ import typer
 
 from olpack import __version__, progress
 from olpack.errors import OlpackError
-from olpack.printable import echo, json_text, redacted, visible
+from olpack.printable import echo, json_text, redact_logs, redacted, visible
 
 if TYPE_CHECKING:
     from olpack.compare.results import Results
@@ -61,6 +61,7 @@ def main() -> None:
     debug = "--debug" in sys.argv[1:] or bool(os.environ.get("OLPACK_DEBUG"))
     if not debug:
         warnings.filterwarnings("ignore")
+    redact_logs()
     try:
         app(prog_name="olpack")
     except Exception as error:
