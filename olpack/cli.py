@@ -26,7 +26,7 @@ import typer
 
 from olpack import __version__, progress
 from olpack.errors import OlpackError
-from olpack.printable import echo, json_text, redacted, visible
+from olpack.printable import echo, json_text, redact_logs, redacted, visible
 from olpack.workspace import check_home
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def main() -> None:
     debug = "--debug" in sys.argv[1:] or bool(os.environ.get("OLPACK_DEBUG"))
     if not debug:
         warnings.filterwarnings("ignore")
+    redact_logs()
     try:
         with _signals_end_as_interrupts():
             check_home()

@@ -18,5 +18,6 @@ class OlpackError(Exception):
     """
 
     def __init__(self, problem: str, remedy: str = ""):
-        self.problem, self.remedy = redacted(problem), redacted(remedy)
+        # Together, because the remedy may repeat what the problem has in a URL.
+        self.problem, _, self.remedy = redacted(f"{problem}\x1e{remedy}").partition("\x1e")
         super().__init__(f"{self.problem} {self.remedy}".strip())

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import sys
+from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
@@ -48,8 +50,9 @@ def redacted(text: str) -> str:
     """A text without the user information of URLs, and without the secrets of the environment: values of variables such as HF_TOKEN and
     OLLAMA_API_KEY, passwords of proxies.
     """
+    own = {match.removesuffix("@") for match in _USER_INFO.findall(text)}  # a text may repeat it without its URL
     text = _USER_INFO.sub(f"{HIDDEN}@", text)
-    for secret in _secrets():
+    for secret in [*(secret for secret in own if len(secret) >= _SHORTEST), *_secrets()]:
         text = text.replace(secret, HIDDEN)
     return text
 
@@ -65,6 +68,19 @@ def _secrets() -> list[str]:
                 user_info = match.removesuffix("@")
                 found |= {user_info, user_info.partition(":")[2], unquote(user_info.partition(":")[2])}
     return sorted((secret for secret in found if len(secret) >= _SHORTEST), key=len, reverse=True)
+
+
+def redact_logs() -> None:
+    """Have what libraries log go through `redacted` and `visible`, too."""
+    make = logging.getLogRecordFactory()
+
+    def record(*arguments: Any, **fields: Any) -> logging.LogRecord:
+        made = make(*arguments, **fields)
+        with suppress(TypeError, ValueError):  # a message that does not fit its arguments: logging reports that itself
+            made.msg, made.args = visible(redacted(made.getMessage())), ()
+        return made
+
+    logging.setLogRecordFactory(record)
 
 
 def echo(text: str, end: str = "\n", *, err: bool = False) -> None:

@@ -134,6 +134,7 @@ PLANTED = {
     "link": '<a href="javascript:alert(1)">x</a> javascript:alert(1) [x](javascript:alert(1)) ![x](https://evil.invalid/y.png)',
     "quotes": '" onmouseover="alert(1)" x=\'" style=\'background:url(https://evil.invalid/z)',
     "braces": "{{ 7 * 7 }}{% include '/etc/passwd' %}</title><base href=//evil.invalid>",
+    "mathematics": r"$\frac{ $x$ \x $$ _^",
     "markup": "&lt;b&gt; ]]> --> <!-- <meta http-equiv=refresh content='0;url=https://evil.invalid'>",
 }
 

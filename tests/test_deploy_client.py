@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ollama_double as ollama_double_module
 import pytest
 import served_gguf
 from ollama_double import Answer, OllamaDouble
@@ -56,6 +58,9 @@ def _create(client: OllamaClient, gguf: Path, model: str = "coder:q4_K_M", **fie
         ("https://example.com", "https://example.com:443"),
         ("https://example.com:8443/ollama/", "https://example.com:8443/ollama"),
         ("example.com/path", "http://example.com:11434/path"),
+        ("http://user:secret@example.com:8080/a@b", "http://example.com:8080/a@b"),
+        ("user:sec:ret@example.com", "http://example.com:11434"),
+        ("https://user:secret@[::1]:5", "https://[::1]:5"),
         (' "localhost" ', "http://localhost:11434"),
     ],
 )
@@ -72,6 +77,17 @@ def test_what_is_no_address(host: str) -> None:
 def test_the_address_comes_from_the_environment(ollama_double: OllamaDouble, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OLLAMA_HOST", ollama_double.url.removeprefix("http://"))
     assert OllamaClient().version() == "0.33.0-rc2"
+
+
+def test_user_and_password_go_to_the_server_alone(ollama_double: OllamaDouble, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str | None] = []
+    usual = ollama_double_module._Handler._version
+    monkeypatch.setattr(
+        ollama_double_module._Handler, "_version", lambda handler, body: (seen.append(handler.headers["Authorization"]), usual(handler, body))[1]
+    )
+    client = OllamaClient(ollama_double.url.replace("://", "://user:sec%40ret@"))
+    assert client.require() == "0.33.0-rc2" and client.url == ollama_double.url
+    assert seen == ["Basic " + base64.b64encode(b"user:sec@ret").decode()]
 
 
 def test_a_path_before_the_api(ollama_double: OllamaDouble) -> None:

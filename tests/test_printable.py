@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -154,3 +155,20 @@ def test_secrets_are_taken_out(monkeypatch, text: str, shown: str) -> None:
     monkeypatch.setenv("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")
     assert redacted(text) == shown
     assert str(OlpackError(text, text)) == f"{shown} {shown}"
+
+
+def test_what_libraries_log_has_no_secret(monkeypatch, caplog) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_plantedplanted")
+    usual = logging.getLogRecordFactory()
+    try:
+        printable.redact_logs()
+        logging.getLogger("library").warning("%s at http://user:secret@host, hf_plantedplanted, \x1b[31mred", "Retrying")
+        logging.getLogger("library").warning("100 % of")
+    finally:
+        logging.setLogRecordFactory(usual)
+    assert [record.getMessage() for record in caplog.records] == ["Retrying at http://***@host, ***, red", "100 % of"]
+
+
+def test_a_remedy_does_not_repeat_what_the_problem_hides() -> None:
+    error = OlpackError("https://user:password@host is no name.", "A legal one: 'user:password-host'.")
+    assert (error.problem, error.remedy) == ("https://***@host is no name.", "A legal one: '***-host'.")

@@ -165,6 +165,7 @@ def _label(
         label = axes.annotate(
             text, point, xytext=shift, textcoords="offset points", ha="center", va="center", color=_INK, fontweight="bold" if heavy else "normal"
         )
+        label.set_parse_math(False)  # a name may contain dollar signs
         label.set_in_layout(False)  # else the axes would shrink to make space
 
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, Unpack
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 from urllib.request import proxy_bypass
 
 import httpx
@@ -61,8 +61,9 @@ def server_url(host: str | None) -> str:
     """The URL to call for a value of OLLAMA_HOST, read as `ollama` reads it.
 
     Args:
-        host: `[http[s]://]host[:port][/path]`; None or "" means this machine. The port is 11434, or 80 or 443 where a scheme is given.
-            An address that a server listens on but nobody can call (0.0.0.0, ::) means this machine too.
+        host: `[http[s]://][user:password@]host[:port][/path]`; None or "" means this machine. The port is 11434, or 80 or 443 where a scheme
+            is given. The URL is without user and password, because it is shown and stored. An address that a server listens on but nobody
+            can call (0.0.0.0, ::) means this machine too.
 
     Raises:
         OlpackError: it is no address.
@@ -71,6 +72,7 @@ def server_url(host: str | None) -> str:
     scheme, mark, rest = given.partition("://")
     if not mark:
         scheme, rest = "http", given
+    _, rest = _split_user_info(rest)
     if rest.count(":") > 1 and "[" not in rest:
         rest = f"[{rest}]"  # a bare IPv6 address has no port
     try:
@@ -83,6 +85,21 @@ def server_url(host: str | None) -> str:
     port = port or ({"http": 80, "https": 443}[scheme] if mark else 11434)
     name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(name, f"[{name}]" if ":" in name else name)
     return f"{scheme}://{name}:{port}{parts.path.rstrip('/')}"
+
+
+def _split_user_info(address: str) -> tuple[str, str]:
+    """`user:password` and the rest of an address without its scheme."""
+    host = re.split(r"[/?#]", address, maxsplit=1)[0]
+    user_info = host.rpartition("@")[0]
+    return user_info, address[len(user_info) :].removeprefix("@") if user_info else address
+
+
+def _credentials(host: str | None) -> tuple[str, str] | None:
+    """User and password in a value of OLLAMA_HOST."""
+    given = (host or "").strip().strip("\"'")
+    user_info, _ = _split_user_info(given.partition("://")[2] or given)
+    user, _, password = user_info.partition(":")
+    return (unquote(user), unquote(password)) if user_info else None
 
 
 def _is_here(url: str) -> bool:
@@ -162,7 +179,8 @@ class OllamaClient:
     """
 
     def __init__(self, host: str | None = None, *, answer_within_s: float = 900.0, whole_within_s: float = 120.0, retry_wait_s: float = 1.0):
-        self.url = server_url(host if host is not None else os.environ.get("OLLAMA_HOST"))
+        host = host if host is not None else os.environ.get("OLLAMA_HOST")
+        self.url = server_url(host)
         self.bytes_sent = 0
         self._retry_wait_s = retry_wait_s
         self._whole_s, self._run_s = whole_within_s, 2 * answer_within_s  # of an answer that needs no model, and of one that does
@@ -177,7 +195,13 @@ class OllamaClient:
         headers = {"Accept-Encoding": "identity", **({"Authorization": f"Bearer {key}"} if key else {})}
         try:
             self._http = httpx.Client(
-                base_url=self.url, headers=headers, timeout=timeout, trust_env=proxied, verify=certificates, follow_redirects=True
+                base_url=self.url,
+                auth=_credentials(host),
+                headers=headers,
+                timeout=timeout,
+                trust_env=proxied,
+                verify=certificates,
+                follow_redirects=True,
             )
         except (ValueError, httpx.InvalidURL):
             raise OlpackError(
