@@ -3,8 +3,8 @@
     python benchmarks/kills.py --work /tmp/kills [--kills 120] [--at-once 4]
 
 Builds the package of the tests once without a break, and then many times from the beginning of each stage; each of these builds is killed several
-times while it resumes, and ends in a run that is not killed. The moments are spread evenly over the processor time of the stage. The parent alone
-gets the signal. Prints Markdown and writes it to benchmarks/kills.md.
+times while it resumes, and ends in a run that is not killed. The moments are random in the processor time of the stage, more of them late
+than early. The parent alone gets the signal. Prints Markdown and writes it to benchmarks/kills.md.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from page import command_line, publish
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
-PER_SERIES = 6
-ORDER = ("checks", "train", "export", "deploy", "compare")
+PER_SERIES = 10
+ORDER = ("checks", "train", "export", "modelfiles", "deploy", "compare")
 
 
 def main() -> None:
@@ -53,11 +53,12 @@ def main() -> None:
         "",
         f"{arguments.machine}. `python benchmarks/kills.py`",
         "",
-        f"The parent of a build got SIGKILL {sum(map(len, kills.values()))} times, in {len(made)} builds of a small package (train, export, deploy to",
-        "a double of a server, compare), at random moments; each build was resumed, killed again, and at last left to end. A file is broken if it",
-        "has its final name and is not, byte for byte, that of a build without a kill.",
+        f"The parent of a build got SIGKILL {sum(map(len, kills.values()))} times, in {len(made)} builds of a small package (train, export, deploy",
+        "to a double of a server, compare), at random moments; each build was resumed, killed again, and at last left to end. A file is broken if it",
+        "has its final name and is not, byte for byte, that of a build without a kill. Unfinished files have temporary names; the next",
+        "start removes them.",
         "",
-        "| killed in | kills | workers at that moment | alive 1 s later | broken files | files with temporary names | resumed, same digests | left at the end |",
+        "| killed in | kills | workers | alive 1 s later | broken files | unfinished files | resumed, same digests | left at the end |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for stage in (*ORDER, "all"):

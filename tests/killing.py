@@ -7,6 +7,7 @@ Its parent alone gets SIGKILL; its workers are on their own.
 from __future__ import annotations
 
 import hashlib
+import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -38,7 +39,7 @@ STAGES = ("train", "export", "compare")  # a build begins where the stage before
 SETTINGS = ("--set", "train.quantization=none", "--set", "train.epochs=6")
 ALIVE_AFTER_S = 1.0
 _EVERY_S = 0.05
-_WORK = {"train": "eval loss", "export": "exporting "}
+_WORK = {"train": "loading ", "export": "exporting "}
 
 
 @dataclass(frozen=True)
@@ -100,16 +101,17 @@ class Killer:
         self.digests = _digests(folder)
 
     def series(self, name: str, stage: str, kills: int, moments: random.Random) -> Series:
-        """Kill a build `kills` times while it does the work of a stage, at moments that are evenly spread over it; then let it end."""
+        """Kill a build `kills` times while it does the work of a stage, at random moments, more of them late than early because the checks
+        before the work take longer than it; then let it end."""
         folder = self._folder(name, stage)
         done: list[Kill] = []
         with OllamaDouble(self.root / f"{name}-server") as server:
             while len(done) < kills:
                 process = _start(folder, server.url)
-                spent = _wait(process, moments.uniform(0, self.durations[stage]))
+                spent = _wait(process, moments.triangular(0, self.durations[stage], self.durations[stage]))
                 process.join(moments.uniform(0, 2 * _EVERY_S))
                 if process.exitcode is None:
-                    done.append(self._kill(process, folder, stage, spent))
+                    done.append(self._kill(process, folder, spent))
                 else:  # it was done before its moment came: another build is killed in its place
                     assert process.exitcode == 0, (folder / "log").read_text()
                     shutil.rmtree(folder)
@@ -118,7 +120,7 @@ class Killer:
             process.join()
         assert process.exitcode is not None
         same = _digests(folder) == self.digests
-        return Series(done, process.exitcode, same, [*map(str, _unfinished(folder)), *os.listdir(folder / "tmp")])
+        return Series(done, process.exitcode, same, [str(path) for path in (*_unfinished(folder), *(folder / "tmp").iterdir())])
 
     def _folder(self, name: str, stage: str = "") -> Path:
         folder = self.root / name
@@ -129,7 +131,7 @@ class Killer:
         (folder / "tmp").mkdir(exist_ok=True)
         return folder
 
-    def _kill(self, process: BaseProcess, folder: Path, begun: str, spent: float) -> Kill:
+    def _kill(self, process: BaseProcess, folder: Path, spent: float) -> Kill:
         assert process.pid is not None
         workers = psutil.Process(process.pid).children(recursive=True)
         os.kill(process.pid, signal.SIGKILL)
@@ -140,7 +142,7 @@ class Killer:
             worker.kill()
         found = _digests(folder)
         broken = sum(digest != self.digests[name] for name, digest in found.items())
-        return Kill(_stage(folder, begun), spent, len(workers), len(alive), broken, len(list(_unfinished(folder))))
+        return Kill(_stage(folder), spent, len(workers), len(alive), broken, len(list(_unfinished(folder))))
 
 
 def _runs(process: psutil.Process) -> bool:
@@ -165,16 +167,15 @@ def _wait(process: BaseProcess, seconds: float) -> float:
     return taken
 
 
-def _stage(folder: Path, begun: str) -> str:
-    """The stage of a build that was killed; `begun` is the stage with which it began."""
-    log = (folder / "log").read_text()
-    done = {stage for stage in (*STAGES, "modelfiles", "deploy") if f"{stage} done in" in log}
-    for stage in STAGES[STAGES.index(begun) :]:
-        if stage == "compare":
-            return stage if "deploy" in done else "deploy" if "modelfiles" in done else "checks"
-        if stage not in done:
-            return stage if _WORK[stage] in log else "checks"
-    return "checks"
+def _stage(folder: Path) -> str:
+    """The stage of a build that was killed."""
+    log, stages = (folder / "log").read_text(), folder / "build/oracle/stages"
+    for stage in ("train", "export-Q8_0", "modelfiles", "deploy"):
+        record = stages / f"{stage}.json"
+        if not record.exists() or not json.loads(record.read_text())["inputs"]:
+            stage = stage.partition("-")[0]
+            return stage if _WORK.get(stage, "") in log else "checks"
+    return "compare"
 
 
 def _digests(folder: Path) -> dict[str, str]:

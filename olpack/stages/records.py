@@ -10,6 +10,8 @@ from typing import Any
 
 from olpack.workspace import BuildPaths, file_digest, value_digest, write_atomically
 
+_ALWAYS_READ = 512 << 20  # bytes: some tenths of a second
+
 
 @dataclass(frozen=True)
 class Step:
@@ -77,13 +79,17 @@ def changed(inputs: Mapping[str, Any], before: Mapping[str, Any]) -> str:
 
 
 def damage(paths: BuildPaths, unit: str, record: Record) -> str:
-    """Which output of a step is missing or was changed, "" where all are as they were written."""
+    """Which output of a step is missing or was changed, "" where all are as they were written.
+
+    Every file is read, so that a bit that a disk has flipped shows, except large ones with the time and size of their record: quants and adapters of
+    gigabytes would take seconds at every command.
+    """
     for name, (size, modified, digest) in record.outputs.items():
         path = paths.home(unit).root / name
         if not path.is_file():
             return f"{path} is gone"
         status = path.stat()
-        if status.st_size != size or (status.st_mtime_ns != modified and file_digest(path) != digest):
+        if status.st_size != size or ((status.st_mtime_ns != modified or size <= _ALWAYS_READ) and file_digest(path) != digest):
             return f"{path} was changed"
     return ""
 
