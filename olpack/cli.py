@@ -65,14 +65,14 @@ def main() -> None:
     SIGTERM and SIGHUP end a command as Ctrl-C does: with the checkpoint written, and with exit codes 143 and 129 in place of 130.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # By default torch makes a folder with a known name in the shared temporary folder, which anybody may have made before it.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", platformdirs.user_cache_dir("olpack-torchinductor"))
     debug = "--debug" in sys.argv[1:] or bool(os.environ.get("OLPACK_DEBUG"))
     if not debug:
         warnings.filterwarnings("ignore")
     try:
         with _signals_end_as_interrupts():
             check_home()
+            # By default torch makes a folder with a known name in the shared temporary folder, which anybody may have made before it.
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", platformdirs.user_cache_dir("olpack-torchinductor"))
             app(prog_name="olpack")
     except Exception as error:
         if debug:

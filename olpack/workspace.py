@@ -296,9 +296,7 @@ def scratch() -> Iterator[Path]:
     try:
         made = tempfile.TemporaryDirectory(prefix=f"olpack-{os.getpid()}-", ignore_cleanup_errors=True)
     except OSError as error:
-        raise OlpackError(
-            f"No temporary folder can be written to: {error.strerror}.", "Set TMPDIR to a folder that can, and that has some free space."
-        ) from None
+        raise OlpackError("No temporary folder can be written to.", "Set TMPDIR to a folder that can, and that has some free space.") from error
     with made as folder, _claimed(Path(folder)):
         yield Path(folder)
 
@@ -336,7 +334,7 @@ def _claimed(folder: Path) -> Iterator[None]:
 
 def check_home() -> None:
     """Raises OlpackError where this user has no home folder, in which the libraries would make a folder named `~`."""
-    if not Path("~").expanduser().is_absolute():
+    if not os.path.isabs(os.path.expanduser("~")):  # noqa: PTH111, PTH117 — Path's raises
         raise OlpackError("This user has no home folder, and HOME is not set.", "Set HOME to a folder that this user can write to.")
 
 
