@@ -168,7 +168,7 @@ def _digest(tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> str:
     digest = hashlib.sha256(value_digest(record).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
