@@ -3,8 +3,8 @@
     python benchmarks/kills.py --work /tmp/kills [--kills 120] [--at-once 4]
 
 Builds the package of the tests once without a break, and then many times from the beginning of each stage; each of these builds is killed several
-times while it resumes, and ends in a run that is not killed. The moments are random in the processor time of the stage, more of them late
-than early. The parent alone gets the signal. Prints Markdown and writes it to benchmarks/kills.md.
+times while it resumes, and ends in a run that is not killed. The moments are random, half of them in the processor time of the stage and half
+after the checks before its work. The parent alone gets the signal. Prints Markdown and writes it to benchmarks/kills.md.
 """
 
 from __future__ import annotations

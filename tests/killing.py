@@ -16,9 +16,10 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -39,7 +40,7 @@ STAGES = ("train", "export", "compare")  # a build begins where the stage before
 SETTINGS = ("--set", "train.quantization=none", "--set", "train.epochs=6")
 ALIVE_AFTER_S = 1.0
 _EVERY_S = 0.05
-_WORK = {"train": "loading ", "export": "exporting "}
+_WORK_S = {"train": 4.0, "export": 0.3, "compare": 8.0}  # seconds in which the work of a stage is over, nearly
 
 
 @dataclass(frozen=True)
@@ -101,15 +102,19 @@ class Killer:
         self.digests = _digests(folder)
 
     def series(self, name: str, stage: str, kills: int, moments: random.Random) -> Series:
-        """Kill a build `kills` times while it does the work of a stage, at random moments, more of them late than early because the checks
-        before the work take longer than it; then let it end."""
+        """Kill a build `kills` times while it does the work of a stage, at random moments, every other of them after the checks
+        before the work; then let it end."""
         folder = self._folder(name, stage)
         done: list[Kill] = []
         with OllamaDouble(self.root / f"{name}-server") as server:
             while len(done) < kills:
                 process = _start(folder, server.url)
-                spent = _wait(process, moments.triangular(0, self.durations[stage], self.durations[stage]))
-                process.join(moments.uniform(0, 2 * _EVERY_S))
+                if len(done) % 2:
+                    spent = _wait(process, moments.uniform(0, self.durations[stage]))
+                    process.join(moments.uniform(0, 2 * _EVERY_S))
+                else:
+                    spent = _wait(process, self.durations[stage], begins=partial(_works, folder, stage))
+                    process.join(moments.triangular(0, _WORK_S[stage], 0))
                 if process.exitcode is None:
                     done.append(self._kill(process, folder, spent))
                 else:  # it was done before its moment came: another build is killed in its place
@@ -133,6 +138,7 @@ class Killer:
 
     def _kill(self, process: BaseProcess, folder: Path, spent: float) -> Kill:
         assert process.pid is not None
+        stage = _stage(folder)
         workers = psutil.Process(process.pid).children(recursive=True)
         os.kill(process.pid, signal.SIGKILL)
         process.join()
@@ -142,7 +148,7 @@ class Killer:
             worker.kill()
         found = _digests(folder)
         broken = sum(digest != self.digests[name] for name, digest in found.items())
-        return Kill(_stage(folder), spent, len(workers), len(alive), broken, len(list(_unfinished(folder))))
+        return Kill(stage, spent, len(workers), len(alive), broken, len(list(_unfinished(folder))))
 
 
 def _runs(process: psutil.Process) -> bool:
@@ -152,13 +158,13 @@ def _runs(process: psutil.Process) -> bool:
         return False
 
 
-def _wait(process: BaseProcess, seconds: float) -> float:
-    """Wait until a build and its workers have taken so much processor time, or the build has ended; returns what they took."""
+def _wait(process: BaseProcess, seconds: float, begins: Callable[[], bool] = lambda: False) -> float:
+    """Wait until a build and its workers have taken so much processor time, or something begins, or the build has ended; returns what they took."""
     assert process.pid is not None
     taken = 0.0
     with suppress(psutil.NoSuchProcess):
         build = psutil.Process(process.pid)
-        while process.exitcode is None and taken < seconds:
+        while process.exitcode is None and taken < seconds and not begins():
             taken = max(taken, sum(build.cpu_times()[:4]))  # with the workers that have ended
             for worker in build.children(recursive=True):
                 with suppress(psutil.NoSuchProcess):
@@ -167,14 +173,22 @@ def _wait(process: BaseProcess, seconds: float) -> float:
     return taken
 
 
+def _works(folder: Path, stage: str) -> bool:
+    """Whether the checks before the work of a stage are over."""
+    if stage == "export":
+        files = (folder / "build/oracle/gguf").glob(".*.partial")  # of a worker that runs, not of a killed one
+        return any(psutil.pid_exists(int(path.suffixes[-2][1:])) for path in files)
+    return (folder / "log").exists() and ("loading " if stage == "train" else "measuring ") in (folder / "log").read_text()
+
+
 def _stage(folder: Path) -> str:
     """The stage of a build that was killed."""
-    log, stages = (folder / "log").read_text(), folder / "build/oracle/stages"
+    stages = folder / "build/oracle/stages"
     for stage in ("train", "export-Q8_0", "modelfiles", "deploy"):
         record = stages / f"{stage}.json"
         if not record.exists() or not json.loads(record.read_text())["inputs"]:
             stage = stage.partition("-")[0]
-            return stage if _WORK.get(stage, "") in log else "checks"
+            return stage if stage not in STAGES or _works(folder, stage) else "checks"
     return "compare"
 
 
@@ -198,6 +212,7 @@ def _start(folder: Path, server: str, command: str = "build") -> BaseProcess:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (here.parent, here))))
         multiprocessing.forkserver.ensure_running()
+    (folder / "log").unlink(missing_ok=True)
     process = forks.Process(target=_build, args=(folder, server, command))
     process.start()
     return process
