@@ -3,8 +3,8 @@
     python benchmarks/kills.py --work /tmp/kills [--kills 120] [--at-once 4]
 
 Builds the package of the tests once without a break, and then many times from the beginning of each stage; each of these builds is killed several
-times while it resumes, and ends in a run that is not killed. The moments are spread evenly over the processor time of the stage. The parent alone
-gets the signal. Prints Markdown and writes it to benchmarks/kills.md.
+times while it resumes, and ends in a run that is not killed. The moments are random, half of them in the processor time of the stage and half
+after the checks before its work. The parent alone gets the signal. Prints Markdown and writes it to benchmarks/kills.md.
 """
 
 from __future__ import annotations
@@ -14,13 +14,17 @@ import sys
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from page import command_line, publish
 
+if TYPE_CHECKING:
+    from killing import Kill, Series
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
-PER_SERIES = 6
-ORDER = ("checks", "train", "export", "deploy", "compare")
+PER_SERIES = 10
+ORDER = ("checks", "train", "export", "modelfiles", "deploy", "compare")
 
 
 def main() -> None:
@@ -30,7 +34,7 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=2, help="builds at once")
     parser.add_argument("--machine", default="", help="words about the machine and the date, for the page")
     arguments = parser.parse_args()
-    from killing import STAGES, Kill, Killer, Series
+    from killing import STAGES, Killer
     from oracle import write_base
 
     arguments.work.mkdir(parents=True)
@@ -44,6 +48,11 @@ def main() -> None:
 
     with ThreadPoolExecutor(arguments.at_once) as pool:
         made = list(pool.map(series, range(count)))
+    publish(page(made, arguments.machine), arguments.output)
+
+
+def page(made: list[Series], machine: str) -> list[str]:
+    """The table: a row for each stage in which kills came, and one for all."""
     kills: dict[str, list[tuple[Kill, Series]]] = defaultdict(list)
     for one in made:
         for kill in one.kills:
@@ -51,13 +60,14 @@ def main() -> None:
     lines = [
         "# Kills",
         "",
-        f"{arguments.machine}. `python benchmarks/kills.py`",
+        f"{machine}. `python benchmarks/kills.py`",
         "",
-        f"The parent of a build got SIGKILL {sum(map(len, kills.values()))} times, in {len(made)} builds of a small package (train, export, deploy to",
-        "a double of a server, compare), at random moments; each build was resumed, killed again, and at last left to end. A file is broken if it",
-        "has its final name and is not, byte for byte, that of a build without a kill.",
+        f"The parent of a build got SIGKILL {sum(map(len, kills.values()))} times, in {len(made)} builds of a small package (train, export, deploy",
+        "to a double of a server, compare), at random moments; each build was resumed, killed again, and at last left to end. A file is broken if it",
+        "has its final name and is not, byte for byte, that of a build without a kill. Unfinished files have temporary names; the next",
+        "start removes them.",
         "",
-        "| killed in | kills | workers at that moment | alive 1 s later | broken files | files with temporary names | resumed, same digests | left at the end |",
+        "| killed in | kills | workers | alive 1 s later | broken files | unfinished files | resumed, same digests | left at the end |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for stage in (*ORDER, "all"):
@@ -72,7 +82,7 @@ def main() -> None:
         )
         left = len({name for _, one in rows for name in one.left})
         lines.append(f"| {stage} | {' | '.join(map(str, numbers))} | {same} of {len(rows)} | {left} |")
-    publish(lines, arguments.output)
+    return lines
 
 
 if __name__ == "__main__":

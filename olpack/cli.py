@@ -22,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
+import platformdirs
 import typer
 
 from olpack import __version__, progress
@@ -75,6 +76,8 @@ def main() -> None:
     try:
         with _signals_end_as_interrupts():
             check_home()
+            # By default torch makes a folder with a known name in the shared temporary folder, which anybody may have made before it.
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", platformdirs.user_cache_dir("olpack-torchinductor"))
             app(prog_name="olpack")
     except Exception as error:
         if debug:

@@ -259,17 +259,18 @@ def remove(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path, name: str | None = None) -> None:
+def remove_leftovers(folder: Path, name: str | None = None, *, idle: bool = False) -> None:
     """Remove what killed processes left unfinished in a folder; a folder that one of them had just moved away is put back.
 
     Args:
         folder: its own entries are looked at, and those of no folder in it.
         name: only what is to become a file or folder of this name.
+        idle: this process writes nothing there now, so what has its id is of an earlier process with the same.
     """
     with suppress(OSError):
         for path in list(folder.iterdir()):
             match = _UNFINISHED.fullmatch(path.name)
-            if match is None or name not in (None, match["name"]) or _runs(int(match["pid"])):
+            if match is None or name not in (None, match["name"]) or (_runs(int(match["pid"])) and not (idle and int(match["pid"]) == os.getpid())):
                 continue
             place = path.with_name(match["name"])
             if match["kind"] == "old" and not os.path.lexists(place):
@@ -281,7 +282,7 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
 def _runs(pid: int) -> bool:
     import psutil
 
-    return pid != os.getpid() and psutil.pid_exists(pid)
+    return psutil.pid_exists(pid)
 
 
 @contextmanager
@@ -295,9 +296,7 @@ def scratch() -> Iterator[Path]:
     try:
         made = tempfile.TemporaryDirectory(prefix=f"olpack-{os.getpid()}-", ignore_cleanup_errors=True)
     except OSError as error:
-        raise OlpackError(
-            f"No temporary folder can be written to: {error.strerror}.", "Set TMPDIR to a folder that can, and that has some free space."
-        ) from None
+        raise OlpackError("No temporary folder can be written to.", "Set TMPDIR to a folder that can, and that has some free space.") from error
     with made as folder, _claimed(Path(folder)):
         yield Path(folder)
 
@@ -335,7 +334,7 @@ def _claimed(folder: Path) -> Iterator[None]:
 
 def check_home() -> None:
     """Raises OlpackError where this user has no home folder, in which the libraries would make a folder named `~`."""
-    if not Path("~").expanduser().is_absolute():
+    if not os.path.isabs(os.path.expanduser("~")):  # noqa: PTH111, PTH117 — Path's raises
         raise OlpackError("This user has no home folder, and HOME is not set.", "Set HOME to a folder that this user can write to.")
 
 
@@ -347,10 +346,12 @@ def user_cache() -> Path:
     """
     import platformdirs
 
-    path = Path(platformdirs.user_cache_dir("olpack"))
+    path = Path(platformdirs.user_cache_dir("olpack")).resolve()
     if not path.exists() or is_private(path):
         return path
     try:
+        if path.stat().st_uid != os.getuid():
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
         path.chmod(stat.S_IMODE(path.stat().st_mode) & ~0o022)
     except OSError:
         raise OlpackError(
@@ -405,7 +406,7 @@ def locked(root: Path) -> Iterator[None]:
         raise OlpackError(f"{root} cannot be used as a build folder: {error.strerror}.", "Choose another with --out.") from None
     try:
         for folder in [root, *(path for path in root.rglob("*") if path.is_dir() and not path.is_symlink())]:
-            remove_leftovers(folder)
+            remove_leftovers(folder, idle=True)
         yield
     finally:
         lock.release()

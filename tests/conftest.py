@@ -25,8 +25,8 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # each of pytest-xdist's wo
 # Modules that import torch, or train or export a model: `make test-fast` leaves them out.
 SLOW = (
     "adapter_package", "bad_inputs", "compare_[dfhmt]*", "compare_scores", "compare_server_state", "deploy_elsewhere", "deploy_identity",
-    "deploy_stage", "deploy_store", "export_*", "four_bits", "llamacpp_engine", "memory", "package", "pipeline", "plan_*", "publish", "quantize",
-    "sandbox", "secrets", "tiny_coder", "train*",
+    "deploy_stage", "deploy_store", "export_*", "four_bits", "kills", "llamacpp_engine", "memory", "package", "pipeline", "plan_*", "publish",
+    "quantize", "sandbox", "secrets", "tiny_coder", "train*",
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ Its parent alone gets SIGKILL; its workers are on their own.
 from __future__ import annotations
 
 import hashlib
+import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -15,9 +16,10 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -38,7 +40,7 @@ STAGES = ("train", "export", "compare")  # a build begins where the stage before
 SETTINGS = ("--set", "train.quantization=none", "--set", "train.epochs=6")
 ALIVE_AFTER_S = 1.0
 _EVERY_S = 0.05
-_WORK = {"train": "eval loss", "export": "exporting "}
+_WORK_S = {"train": 4.0, "export": 0.3, "compare": 8.0}  # seconds in which the work of a stage is over, nearly
 
 
 @dataclass(frozen=True)
@@ -100,16 +102,21 @@ class Killer:
         self.digests = _digests(folder)
 
     def series(self, name: str, stage: str, kills: int, moments: random.Random) -> Series:
-        """Kill a build `kills` times while it does the work of a stage, at moments that are evenly spread over it; then let it end."""
+        """Kill a build `kills` times while it does the work of a stage, at random moments, every other of them after the checks
+        before the work; then let it end."""
         folder = self._folder(name, stage)
         done: list[Kill] = []
         with OllamaDouble(self.root / f"{name}-server") as server:
             while len(done) < kills:
                 process = _start(folder, server.url)
-                spent = _wait(process, moments.uniform(0, self.durations[stage]))
-                process.join(moments.uniform(0, 2 * _EVERY_S))
+                if len(done) % 2:
+                    spent = _wait(process, moments.uniform(0, self.durations[stage]))
+                    process.join(moments.uniform(0, 2 * _EVERY_S))
+                else:
+                    spent = _wait(process, self.durations[stage], begins=partial(_works, folder, stage))
+                    process.join(moments.triangular(0, _WORK_S[stage], 0))
                 if process.exitcode is None:
-                    done.append(self._kill(process, folder, stage, spent))
+                    done.append(self._kill(process, folder, spent))
                 else:  # it was done before its moment came: another build is killed in its place
                     assert process.exitcode == 0, (folder / "log").read_text()
                     shutil.rmtree(folder)
@@ -118,7 +125,7 @@ class Killer:
             process.join()
         assert process.exitcode is not None
         same = _digests(folder) == self.digests
-        return Series(done, process.exitcode, same, [*map(str, _unfinished(folder)), *os.listdir(folder / "tmp")])
+        return Series(done, process.exitcode, same, [str(path) for path in (*_unfinished(folder), *(folder / "tmp").iterdir())])
 
     def _folder(self, name: str, stage: str = "") -> Path:
         folder = self.root / name
@@ -129,8 +136,9 @@ class Killer:
         (folder / "tmp").mkdir(exist_ok=True)
         return folder
 
-    def _kill(self, process: BaseProcess, folder: Path, begun: str, spent: float) -> Kill:
+    def _kill(self, process: BaseProcess, folder: Path, spent: float) -> Kill:
         assert process.pid is not None
+        stage = _stage(folder)
         workers = psutil.Process(process.pid).children(recursive=True)
         os.kill(process.pid, signal.SIGKILL)
         process.join()
@@ -140,7 +148,7 @@ class Killer:
             worker.kill()
         found = _digests(folder)
         broken = sum(digest != self.digests[name] for name, digest in found.items())
-        return Kill(_stage(folder, begun), spent, len(workers), len(alive), broken, len(list(_unfinished(folder))))
+        return Kill(stage, spent, len(workers), len(alive), broken, len(list(_unfinished(folder))))
 
 
 def _runs(process: psutil.Process) -> bool:
@@ -150,13 +158,13 @@ def _runs(process: psutil.Process) -> bool:
         return False
 
 
-def _wait(process: BaseProcess, seconds: float) -> float:
-    """Wait until a build and its workers have taken so much processor time, or the build has ended; returns what they took."""
+def _wait(process: BaseProcess, seconds: float, begins: Callable[[], bool] = lambda: False) -> float:
+    """Wait until a build and its workers have taken so much processor time, or something begins, or the build has ended; returns what they took."""
     assert process.pid is not None
     taken = 0.0
     with suppress(psutil.NoSuchProcess):
         build = psutil.Process(process.pid)
-        while process.exitcode is None and taken < seconds:
+        while process.exitcode is None and taken < seconds and not begins():
             taken = max(taken, sum(build.cpu_times()[:4]))  # with the workers that have ended
             for worker in build.children(recursive=True):
                 with suppress(psutil.NoSuchProcess):
@@ -165,16 +173,23 @@ def _wait(process: BaseProcess, seconds: float) -> float:
     return taken
 
 
-def _stage(folder: Path, begun: str) -> str:
-    """The stage of a build that was killed; `begun` is the stage with which it began."""
-    log = (folder / "log").read_text()
-    done = {stage for stage in (*STAGES, "modelfiles", "deploy") if f"{stage} done in" in log}
-    for stage in STAGES[STAGES.index(begun) :]:
-        if stage == "compare":
-            return stage if "deploy" in done else "deploy" if "modelfiles" in done else "checks"
-        if stage not in done:
-            return stage if _WORK[stage] in log else "checks"
-    return "checks"
+def _works(folder: Path, stage: str) -> bool:
+    """Whether the checks before the work of a stage are over."""
+    if stage == "export":
+        files = (folder / "build/oracle/gguf").glob(".*.partial")  # of a worker that runs, not of a killed one
+        return any(psutil.pid_exists(int(path.suffixes[-2][1:])) for path in files)
+    return (folder / "log").exists() and ("loading " if stage == "train" else "measuring ") in (folder / "log").read_text()
+
+
+def _stage(folder: Path) -> str:
+    """The stage of a build that was killed."""
+    stages = folder / "build/oracle/stages"
+    for stage in ("train", "export-Q8_0", "modelfiles", "deploy"):
+        record = stages / f"{stage}.json"
+        if not record.exists() or not json.loads(record.read_text())["inputs"]:
+            stage = stage.partition("-")[0]
+            return stage if stage not in STAGES or _works(folder, stage) else "checks"
+    return "compare"
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -197,6 +212,7 @@ def _start(folder: Path, server: str, command: str = "build") -> BaseProcess:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (here.parent, here))))
         multiprocessing.forkserver.ensure_running()
+    (folder / "log").unlink(missing_ok=True)
     process = forks.Process(target=_build, args=(folder, server, command))
     process.start()
     return process

@@ -73,6 +73,23 @@ def test_it_is_compiled_once_and_used(tmp_path, monkeypatch):
     assert kquants.quantizer(library.ggml()) is not None
 
 
+@pytest.mark.parametrize("change", ["a flipped bit", "writable by others", "a link"])
+def test_a_library_that_is_not_as_it_was_compiled_is_compiled_again(tmp_path, monkeypatch, change, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = kquants.compiled()
+    made = first.read_bytes()
+    if change == "a flipped bit":
+        first.write_bytes(made[:5000] + bytes([made[5000] ^ 1]) + made[5001:])
+    elif change == "writable by others":
+        first.chmod(0o666)
+    else:
+        first.rename(tmp_path / "elsewhere")
+        first.symlink_to(tmp_path / "elsewhere")
+    again = kquants.compiled()
+    assert again.read_bytes() == made and not again.is_symlink() and again.stat().st_mode & 0o777 == 0o600
+    assert f"{first} is damaged, or others can write to it: it is compiled again" in capsys.readouterr().err
+
+
 def test_bits_that_are_not_ggmls_are_not_used(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     # The very licence that the compiler must not have: sums in any order.

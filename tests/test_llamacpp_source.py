@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 from olpack.errors import OlpackError
 from olpack.llamacpp import source
 from olpack.llamacpp.source import ARCHIVE, VERSION, converter_source
+
+RELEASE = os.environ.get("OLPACK_LLAMA_CPP", "")  # of `make test`: the archive of the release
 
 
 def write_checkout(folder: Path) -> Path:
@@ -81,3 +84,30 @@ def test_an_archive_is_unpacked_once_and_without_what_is_not_needed(tmp_path, em
     files = sorted(str(path.relative_to(target)) for path in target.rglob("*") if path.is_file())
     assert files == ["conversion/base.py", "convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "gguf-py/gguf/__init__.py"]
     assert list(empty_cache.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("change", ["a flipped bit", "a module more", "writable by others"])
+def test_a_converter_that_was_changed_is_made_again(monkeypatch, empty_cache, capsys, change):
+    monkeypatch.setenv("OLPACK_LLAMA_CPP", RELEASE)
+    folder = converter_source()
+    module = folder / "conversion" / "base.py"
+    whole = module.read_bytes()
+    if change == "a flipped bit":
+        module.write_bytes(whole[:900] + bytes([whole[900] ^ 1]) + whole[901:])
+    elif change == "a module more":
+        (folder / "torch.py").write_text("import os")
+    else:
+        folder.chmod(0o777)
+    assert source.cached_source() is None
+    assert converter_source() == folder == source.cached_source()
+    assert module.read_bytes() == whole
+    assert f"{folder} is not llama.cpp's converter as it was released: it is made again" in capsys.readouterr().err
+    assert [path.name for path in empty_cache.iterdir()] == [folder.name]
+
+
+def test_what_python_compiled_of_the_converter_is_not_executed(monkeypatch):
+    monkeypatch.setenv("OLPACK_LLAMA_CPP", RELEASE)
+    compiled = converter_source() / "conversion" / "__pycache__"
+    compiled.mkdir()
+    (compiled / "base.pyc").touch()
+    assert converter_source() and not compiled.exists()

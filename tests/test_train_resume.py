@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import random
 import signal
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from tiny_models import write_model
 from train_child import child
 
 from olpack.recipe import Train
-from olpack.train.checkpoint import Checkpoint
+from olpack.train.checkpoint import Checkpoint, State
 
 torch.set_num_threads(1)
 SETTINGS = Train(quantization="none", epochs=2, batch_size=8, learning_rate=1e-2, dropout=0.1, eval_every=2)
@@ -74,6 +76,23 @@ def test_a_checkpoint_that_cannot_be_read_is_said_and_left_aside(tmp_path, capsy
     saved.file.write_bytes(b"half a file")
     assert saved.load(None, None) is None
     assert "cannot be read" in capsys.readouterr().err
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_found_wherever_it_is(tmp_path, capsys):
+    model, optimizer = torch.nn.Linear(4, 4), None
+    model = get_peft_model(torch.nn.Sequential(model), LoraConfig(target_modules=["0"], r=2))
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    saved = Checkpoint(tmp_path, "k")
+    assert saved.save(model, optimizer, State(step=3, seconds=1.5))
+    whole = saved.file.read_bytes()
+    for place in random.Random(0).sample(range(8, len(whole)), 100):
+        saved.file.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        assert saved.load(model, optimizer) is None, whole[place - 20 : place + 20]
+        assert "training starts from the beginning" in capsys.readouterr().err
+    saved.file.write_bytes(whole)
+    assert saved.load(model, optimizer).step == 3
 
 
 def test_a_checkpoint_of_another_version_is_named_so(tmp_path, capsys):

@@ -6,11 +6,16 @@ import hashlib
 import json
 import os
 import shutil
+import stat
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from olpack import workspace
+from olpack.errors import OlpackError
 from olpack.workspace import file_digest, folder_fingerprint
 
 USUAL = [
@@ -146,3 +151,129 @@ def test_a_write_of_the_same_size_and_time_is_seen(tmp_path):
     for text in ("red", "sun", "ice"):  # faster than the file system's clock
         path.write_text(text)
         assert file_digest(path) == hashlib.sha256(text.encode()).hexdigest()
+
+
+@pytest.fixture
+def dead() -> int:
+    """The id of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_what_dead_processes_left_is_removed_when_the_build_folder_is_locked(tmp_path, dead):
+    for place in (
+        tmp_path / f".adapter.{dead}.tmp" / "weights",
+        tmp_path / "gguf" / f".a.gguf.{dead}.partial",
+        tmp_path / f".plan.json.{os.getpid()}.tmp",
+    ):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.touch()
+    running = tmp_path / f".adapter.{os.getppid()}.tmp"
+    running.mkdir()
+    with workspace.locked(tmp_path):
+        left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    assert left == sorted([".lock", running.name, "gguf"])
+
+
+def test_a_folder_that_a_dead_process_moved_away_is_put_back(tmp_path, dead):
+    for name in (f".adapter.{dead}.old", f".adapter.{dead}.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "kind").write_text(name[-3:])
+    with workspace.locked(tmp_path):
+        assert (tmp_path / "adapter/kind").read_text() == "old"
+        assert not list(tmp_path.glob(".adapter*"))
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_folder_takes_the_place_of_another(tmp_path, monkeypatch, exchange):
+    if not exchange:
+        monkeypatch.setattr(workspace, "_exchange", lambda *_: False)
+    for text in ("one", "two"):
+        with workspace.folder_atomically(tmp_path / "adapter") as folder:
+            (folder / "a").write_text(text)
+        assert (tmp_path / "adapter/a").read_text() == text
+        assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_there_is_a_whole_folder_at_every_moment(tmp_path, monkeypatch):
+    """A process that is killed at any rename or removal leaves an adapter: here each of these calls fails."""
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "a").write_text("one")
+
+    def fail(*_):
+        raise OSError(5, "killed")
+
+    with pytest.raises(OlpackError), workspace.folder_atomically(adapter) as folder:
+        (folder / "a").write_text("two")
+        monkeypatch.setattr(os, "replace", fail)
+        monkeypatch.setattr(workspace, "_exchange", lambda *_: False)
+    assert (adapter / "a").read_text() == "one"
+    monkeypatch.undo()
+    seen = []
+    remove = workspace.remove
+    monkeypatch.setattr(workspace, "remove", lambda path: (seen.append((adapter / "a").read_text()), remove(path)))
+    with workspace.folder_atomically(adapter) as folder:
+        (folder / "a").write_text("two")
+        monkeypatch.setattr(os, "replace", fail)
+    assert seen[-1] == "two" and set(seen) <= {"one", "two"}
+
+
+def test_outputs_have_the_permissions_of_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with workspace.folder_atomically(tmp_path / "adapter") as folder:
+            (folder / "private").touch(mode=0o600)
+        workspace.write_atomically(tmp_path / "file", "text")
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("adapter", "adapter/private", "file")] == [0o750, 0o640, 0o640]
+
+
+def test_links_in_the_place_of_outputs_are_not_followed(tmp_path):
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "mine").write_text("mine")
+    build = tmp_path / "build"
+    build.mkdir()
+    (build / "adapter").symlink_to(target)
+    (build / f".adapter.{os.getpid()}.tmp").symlink_to(target)
+    (build / "file").symlink_to(target / "mine")
+    (build / f".file.{os.getpid()}.tmp").symlink_to(target / "mine")
+    with workspace.folder_atomically(build / "adapter") as folder:
+        (folder / "a").write_text("a")
+    workspace.write_atomically(build / "file", "text")
+    assert [path.name for path in target.iterdir()] == ["mine"] and (target / "mine").read_text() == "mine"
+    assert not (build / "adapter").is_symlink() and (build / "file").read_text() == "text"
+    assert sorted(path.name for path in build.iterdir()) == ["adapter", "file"]
+
+
+def test_scratch_folders_of_dead_processes_are_removed(tmp_path, monkeypatch, dead):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    workspace._remove_scratch.cache_clear()
+    (tmp_path / f"olpack-{dead}-abc").mkdir(mode=0o700)
+    (tmp_path / f"olpack-{dead}-abc/file").touch()
+    (tmp_path / f"olpack-{os.getppid()}-abc").mkdir(mode=0o700)
+    (tmp_path / "olpack-notes").mkdir()
+    with workspace.scratch() as folder:
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([folder.name, f"olpack-{os.getppid()}-abc", "olpack-notes"])
+    workspace._remove_scratch.cache_clear()
+
+
+def test_a_cache_folder_that_others_can_write_to_is_closed_and_one_of_another_user_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "olpack").mkdir()
+    (tmp_path / "olpack").chmod(0o777)
+    assert stat.S_IMODE(workspace.user_cache().stat().st_mode) == 0o755
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    with pytest.raises(OlpackError, match="Other users can put code into the cache folder .* set XDG_CACHE_HOME"):
+        workspace.user_cache()
+
+
+def test_a_cache_folder_that_cannot_be_made_ends_in_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(OlpackError, match="Nothing can be written in the cache folder .*Not a directory. .*set XDG_CACHE_HOME"):
+        workspace.make_user_cache()

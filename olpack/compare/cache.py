@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
+from olpack import progress
 from olpack.compare.results import SCHEMA_VERSION, Answer, Rows
 from olpack.compare.settings import LOGITS_BYTES, MeasureSettings
 from olpack.recipe.tasks import Task, function_files, task_files
@@ -53,12 +54,20 @@ class Cache:
             stored = json.loads(self._path(self._folder, tag, unit).read_bytes())
         except (OSError, ValueError):
             return None
-        return stored.get("data") if isinstance(stored, dict) and stored.get("key") == value_digest(key) else None
+        if not isinstance(stored, dict) or stored.get("key") != value_digest(key):
+            return None
+        data = stored.get("data")
+        if "digest" in stored and stored["digest"] != value_digest(data):
+            progress.warn(f"{self._path(self._folder, tag, unit)} is damaged: {unit} is measured again")
+            return None
+        return data
 
     def store(self, tag: str, unit: str, key: Key, data: dict[str, Any]) -> None:
         """Write a figure at once."""
         if self._folder is not None:
-            write_atomically(self._path(self._folder, tag, unit), json.dumps({"key": value_digest(key), "data": data}, ensure_ascii=False))
+            text = json.dumps(data, ensure_ascii=False)
+            digest = value_digest(json.loads(text))  # of what will be read: tuples are lists then
+            write_atomically(self._path(self._folder, tag, unit), f'{{"key": "{value_digest(key)}", "digest": "{digest}", "data": {text}}}')
 
     @staticmethod
     def _path(folder: Path, tag: str, unit: str) -> Path:

@@ -139,6 +139,7 @@ def _convert(base: Path, adapter: Path, out: Path) -> None:
     done = subprocess.run(
         workers.program(
             sys.executable,  # with a script, Python looks for modules in the script's folder, not in the working folder
+            "-B",  # as `use_converter` does
             str(script),
             "--base",
             str(base.absolute()),

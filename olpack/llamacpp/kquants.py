@@ -14,10 +14,13 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from olpack import progress, workers
+from olpack.errors import OlpackError
+from olpack.workspace import file_digest, is_private, make_user_cache, scratch, user_cache, write_atomically
 
 if TYPE_CHECKING:
     import numpy as np
@@ -119,26 +122,35 @@ def compiled() -> Path | None:
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None)
     if compiler is None or os.name == "nt":
         return None
-    path = _cached(compiler)
-    if path.is_file():
-        return path
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".compile-", dir=path.parent) as scratch:
-            made = Path(scratch) / path.name
-            subprocess.run([compiler, *_FLAGS, *_processor()[0], str(_SOURCE), "-o", str(made)], check=True, capture_output=True, timeout=120)
-            made.replace(path)
-    except (OSError, subprocess.SubprocessError):
+        cached = sorted(user_cache().glob(f"{_name(compiler)}-*.so"))
+        if sound := next(filter(_is_sound, cached), None):
+            return sound
+        for broken in cached:
+            progress.warn(f"{broken} is damaged, or others can write to it: it is compiled again")
+            broken.unlink()
+        folder = make_user_cache()
+        with scratch() as place:
+            made = place / "kquants.so"
+            command = workers.program(compiler, *_FLAGS, *_processor()[0], str(_SOURCE), "-o", str(made))
+            subprocess.run(command, env=workers.environment(), check=True, capture_output=True, timeout=120)
+            path = folder / f"{_name(compiler)}-{file_digest(made)}.so"
+            write_atomically(path, made.read_bytes())
+            path.chmod(0o600)
+    except (OSError, OlpackError, subprocess.SubprocessError):
         return None
-    return path
+    return path if _is_sound(path) else None
 
 
-def _cached(compiler: str) -> Path:
-    """Named after all that decides its content, so that a home folder may be shared by machines of several kinds."""
-    import platformdirs
-
+def _name(compiler: str) -> str:
+    """Named after all that decides its content, so that a home folder may be shared by machines of several kinds. The content's digest follows."""
     seen = "\n".join([compiler, *_FLAGS, *_processor()[0], _processor()[1], _SOURCE.read_text(encoding="utf-8")])
-    return Path(platformdirs.user_cache_dir("olpack")) / f"kquants-{hashlib.sha256(seen.encode()).hexdigest()[:16]}.so"
+    return f"kquants-{hashlib.sha256(seen.encode()).hexdigest()[:16]}"
+
+
+def _is_sound(path: Path) -> bool:
+    """Whether a library is as the compiler made it, and nobody else can write to it."""
+    return is_private(path) and path.stem.rpartition("-")[2] == file_digest(path)
 
 
 @functools.cache

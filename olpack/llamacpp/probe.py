@@ -13,8 +13,9 @@ import subprocess
 from pathlib import Path
 
 from olpack import workers
+from olpack.errors import OlpackError
 from olpack.llamacpp.library import INSTALL, library_folder, load_llama_cpp, quantize_rows, row_size, tensor_type
-from olpack.workspace import scratch
+from olpack.workspace import make_user_cache, scratch, user_cache
 
 _WIDTH = 256  # one block of a K-quant
 
@@ -38,8 +39,8 @@ def check_library() -> None:
         timeout=300,
     )
     if child.returncode == 0:
-        with contextlib.suppress(OSError):  # a cache that cannot be written costs a second each time, no more
-            passed.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError, OlpackError):  # a cache that cannot be written costs a second each time, no more
+            make_user_cache()
             passed.touch()
         return
     raise workers.exit_error(
@@ -54,11 +55,9 @@ def check_library() -> None:
 
 def _record(folder: Path) -> Path:
     """The file that records that these libraries passed. Its name is a hash of their paths, sizes and times."""
-    import platformdirs
-
     libraries = sorted(path for path in folder.iterdir() if path.is_file())
     seen = "\n".join(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in libraries)
-    return Path(platformdirs.user_cache_dir("olpack")) / f"llama.cpp-runs-{hashlib.sha256(seen.encode()).hexdigest()[:16]}"
+    return user_cache() / f"llama.cpp-runs-{hashlib.sha256(seen.encode()).hexdigest()[:16]}"
 
 
 def _run_small_model() -> None:

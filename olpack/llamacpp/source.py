@@ -12,16 +12,17 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 import time
 from pathlib import Path, PurePosixPath
 
-from olpack import progress
+from olpack import progress, workers
 from olpack.errors import OlpackError
+from olpack.workspace import is_private, make_user_cache, remove, remove_leftovers, scratch, unfinished, user_cache
 
 VERSION = "0.3.36"  # of llama-cpp-python
 ARCHIVE = f"llama_cpp_python-{VERSION}.tar.gz"
 ARCHIVE_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
+TREE_SHA256 = "098b4f5efa4414222483d56243f2cbea26b47d9d82184e0ed65081213bc247e2"  # of `_tree_digest` of what is taken out of the archive
 ARCHIVE_SIZE = 76_589_250  # bytes, for the progress bar
 VARIABLE = "OLPACK_LLAMA_CPP"
 
@@ -57,8 +58,11 @@ def converter_source() -> Path:
     named = os.environ.get(VARIABLE)
     if named and not named.endswith(".tar.gz"):
         return _checked(Path(named).expanduser())
-    cached = _cache() / f"llama.cpp-{VERSION}"
+    cached = _cached()
     if cached_source() is None:
+        if os.path.lexists(cached):
+            progress.warn(f"{cached} is not llama.cpp's converter as it was released: it is made again")
+            remove(cached)
         if named:
             _unpack(_verified(Path(named).expanduser()), cached)
         else:
@@ -67,15 +71,27 @@ def converter_source() -> Path:
 
 
 def cached_source() -> Path | None:
-    """The converter in the user's cache, None where it is not there yet."""
-    cached = _cache() / f"llama.cpp-{VERSION}"
-    return cached if _is_complete(cached) else None
+    """The converter in the user's cache, None where it is not there yet or was changed.
+
+    Its modules are executed, so every file must be as in the release, and nobody else may be able to write to the folder.
+    """
+    cached = _cached()
+    return cached if cached.is_dir() and is_private(cached) and _tree_digest(cached) == TREE_SHA256 else None
 
 
-def _cache() -> Path:
-    import platformdirs
+def _cached() -> Path:
+    return user_cache() / f"llama.cpp-{VERSION}"
 
-    return Path(platformdirs.user_cache_dir("olpack"))
+
+def _tree_digest(folder: Path) -> str:
+    """SHA-256 of the names and contents of all files. What Python compiled of them is removed: nothing could tell whether it was changed."""
+    for compiled in list(folder.rglob("__pycache__")):
+        remove(compiled)
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
+        content = "link" if path.is_symlink() else hashlib.sha256(path.read_bytes()).hexdigest()
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{content}\n".encode())
+    return digest.hexdigest()
 
 
 def _is_complete(folder: Path) -> bool:
@@ -107,21 +123,14 @@ def _verified(archive: Path) -> Path:
 
 def _fetch(folder: Path) -> None:
     """Download the pinned archive with pip, into a folder that goes away, and keep the converter."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OlpackError(
-            f"llama.cpp's converter could not be stored in '{folder.parent}': {error.strerror}.",
-            "Give write access there, or set XDG_CACHE_HOME to another folder.",
-        ) from error
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent) as scratch:
-        home = Path(scratch)
+    make_user_cache()
+    with scratch() as home:
         (home / "backend" / "scikit_build_core").mkdir(parents=True)
         (home / "backend" / "scikit_build_core" / "__init__.py").touch()
         (home / "backend" / "scikit_build_core" / "build.py").write_text(_BACKEND, encoding="utf-8")
         (home / "requirements.txt").write_text(f"llama-cpp-python=={VERSION} --hash=sha256:{ARCHIVE_SHA256}\n", encoding="utf-8")
         (home / "tmp").mkdir()
-        command = [
+        command = workers.program(
             sys.executable,
             "-P",
             "-m",
@@ -140,10 +149,10 @@ def _fetch(folder: Path) -> None:
             str(home / "requirements.txt"),
             "--dest",
             str(home / "archive"),
-        ]
+        )
         environment = {
             **os.environ,
-            "PYTHONPATH": str(home / "backend"),
+            "PYTHONPATH": os.pathsep.join([str(home / "backend"), workers.environment()["PYTHONPATH"]]),
             "TMPDIR": str(home / "tmp"),
             "TEMP": str(home / "tmp"),
             "PIP_NO_COLOR": "1",
@@ -178,24 +187,27 @@ def _run_pip(command: list[str], environment: dict[str, str], home: Path) -> Non
 
 def _unpack(archive: Path, folder: Path) -> None:
     """Take the converter out of the archive. `folder` appears when everything is in it; the first of concurrent runs wins."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".unpack-", dir=folder.parent))
+    make_user_cache()
+    remove_leftovers(folder.parent)
+    place = unfinished(folder)
     try:
+        remove(place)
+        place.mkdir(mode=0o700)
         with tarfile.open(archive, "r:gz") as tar:
             for member in tar:
                 inside = _place(member)
                 if inside is None:
                     continue
-                target = scratch.joinpath(*inside.parts)
+                target = place.joinpath(*inside.parts)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 read = tar.extractfile(member)
                 assert read is not None  # `_place` lets plain files pass only
                 with read, target.open("wb") as write:
                     shutil.copyfileobj(read, write)
-        if not _is_complete(scratch):
+        if not _is_complete(place):
             raise OlpackError(f"'{archive}' does not contain llama.cpp's converter.", f"Unset {VARIABLE} to have the right release fetched.")
         try:
-            scratch.rename(folder)
+            place.rename(folder)
         except OSError:
             if not _is_complete(folder):
                 raise
@@ -205,7 +217,7 @@ def _unpack(archive: Path, folder: Path) -> None:
             "Free space or give write access there, or set XDG_CACHE_HOME to another folder.",
         ) from error
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        remove(place)
 
 
 def _place(member: tarfile.TarInfo) -> PurePosixPath | None:

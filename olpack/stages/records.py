@@ -15,6 +15,7 @@ from olpack import bounded_json
 from olpack.errors import OlpackError
 from olpack.workspace import BuildPaths, file_digest, value_digest, write_atomically
 
+_ALWAYS_READ = 512 << 20  # bytes: some tenths of a second
 _OBJECT, _OUTPUTS = TypeAdapter(dict[str, Any]), TypeAdapter(dict[str, tuple[int, int, str]])
 _FACTS: dict[str, type | tuple[type, ...]] = {  # of a result: the types of what later steps read
     "adapter_digest": str,
@@ -126,13 +127,17 @@ def changed(inputs: Mapping[str, Any], before: Mapping[str, Any]) -> str:
 
 
 def damage(paths: BuildPaths, unit: str, record: Record) -> str:
-    """Which output of a step is missing or was changed, "" where all are as they were written."""
+    """Which output of a step is missing or was changed, "" where all are as they were written.
+
+    Every file is read, so that a bit that a disk has flipped shows, except large ones with the time and size of their record: quants and adapters of
+    gigabytes would take seconds at every command.
+    """
     for name, (size, modified, digest) in record.outputs.items():
         path = paths.home(unit).root / name
         if not path.is_file():
             return f"{path} is gone"
         status = path.stat()
-        if status.st_size != size or (status.st_mtime_ns != modified and file_digest(path) != digest):
+        if status.st_size != size or ((status.st_mtime_ns != modified or size <= _ALWAYS_READ) and file_digest(path) != digest):
             return f"{path} was changed"
     return ""
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -16,7 +18,7 @@ from safetensors.torch import save
 
 from olpack import progress
 from olpack.errors import OlpackError
-from olpack.workspace import write_atomically
+from olpack.workspace import value_digest, write_atomically
 
 EVERY_S = 60.0  # the most work that a killed run loses, as long as a save takes little of it
 _SHARE = 0.02  # of the time, at most, goes into saving
@@ -91,6 +93,8 @@ class Checkpoint:
                 saved = {name: json.loads(text) for name, text in file.metadata().items()}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 — no mapping
             state = State(**saved["state"]) if saved.get("form") == _FORM else None
+            if "digest" in saved and saved.pop("digest") != _digest(tensors, saved):
+                raise ValueError("its content is not what was written")
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             progress.warn(f"{self.file} cannot be read ({error}): training starts from the beginning")
             return None
@@ -136,6 +140,7 @@ class Checkpoint:
                     numbers[f"{index}.{name}"] = value
         fields = {name: value for name, value in vars(state).items() if name != "best"}
         record = {"form": _FORM, "key": self.key, "optimizer": type(optimizer).__name__, "numbers": numbers, "state": fields}
+        record["digest"] = _digest(tensors, record)
         try:
             write_atomically(self.file, save(tensors, {name: json.dumps(value) for name, value in record.items()}))
         except OlpackError as error:
@@ -156,6 +161,15 @@ class Checkpoint:
         """Delete the folder, when the run is done."""
         if self.writes:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _digest(tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> str:
+    """SHA-256 of all that a checkpoint contains."""
+    digest = hashlib.sha256(value_digest(record).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
