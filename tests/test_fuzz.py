@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from olpack import recipe
@@ -32,7 +32,7 @@ from olpack.templating import bounded
 
 SECONDS, MEMORY = 5, 1 << 29
 fuzzed = settings(
-    max_examples=int(os.environ.get("OLPACK_FUZZ", "100")),
+    max_examples=int(os.environ.get("OLPACK_FUZZ", "50")),
     deadline=None,
     derandomize="OLPACK_FUZZ" not in os.environ,  # the suite tries the same inputs each time
     database=None,
@@ -50,7 +50,9 @@ NUMBERS = st.one_of(
     st.sampled_from([math.inf, -math.inf, math.nan, 1e308]),
 )
 VALUES = st.recursive(
-    st.one_of(st.none(), st.booleans(), NUMBERS, TEXTS), lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=4), max_leaves=8
+    st.one_of(st.none(), st.booleans(), NUMBERS, TEXTS),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=4),
+    max_leaves=8,
 )
 
 
@@ -106,8 +108,8 @@ def test_settings_of_a_recipe(tmp_path: Path, changes: dict, overridden: bool) -
 
 
 YAML = st.sampled_from(
-    ["base: b", "data: {train: t}", "train:", "  rank: 4", "- ", "*a", "&a ", "? ", ": ", "!!python/object:os.system ", "!!binary x", "!!set {a}", "|",
-     ">", "'", '"', "{", "}", "[", "]", ",", "\t", "%YAML 1.2", "---", "...", "<<: *a", "2001-13-01", "0x", "1:60", "#", "null: ", "quants: [Q4_0]"]
+    ["base: b", "data: {train: t}", "train:", "  rank: 4", "- ", "*a", "&a ", "? ", ": ", "!!python/object:os.system ", "!!binary x", "!!set {a}",
+     "|", ">", "'", '"', "{", "}", "[", "]", ",", "\t", "%YAML 1.2", "---", "...", "<<: *a", "2001-13-01", "0x", "1:60", "#", "null: ", "quants: [Q4_0]"]
 )  # fmt: skip
 
 
@@ -131,7 +133,9 @@ def test_tasks(tmp_path: Path, items: list[dict]) -> None:
 
 MESSAGES = objects("role", "content", "from", "value", "tool_calls", "weight", "thinking", "name")
 ROLE = st.sampled_from(["user", "assistant", "system", "tool", "human", "gpt", "function_call"])
-TURNS = st.builds(lambda role, content, rest: {"role": role, "from": role, "content": content, "value": content, **rest}, ROLE, TEXTS | VALUES, MESSAGES)
+TURNS = st.builds(
+    lambda role, content, rest: {"role": role, "from": role, "content": content, "value": content, **rest}, ROLE, TEXTS | VALUES, MESSAGES
+)
 ROWS = st.one_of(
     VALUES,
     objects("messages", "conversations", "prompt", "completion", "instruction", "input", "output", "history", "text", "system", "tools"),
@@ -151,7 +155,10 @@ def test_rows_of_json(tmp_path: Path, rows: list, suffix: str, cut: int) -> None
 
 
 @fuzzed
-@given(st.lists(st.lists(TEXTS | st.sampled_from(["prompt", "completion", "messages", '[{"role": "user"}]', '"']), max_size=4), max_size=5), st.booleans())
+@given(
+    st.lists(st.lists(TEXTS | st.sampled_from(["prompt", "completion", "messages", '[{"role": "user"}]', '"']), max_size=4), max_size=5),
+    st.booleans(),
+)
 def test_rows_of_csv(tmp_path: Path, rows: list[list[str]], tabs: bool) -> None:
     written = io.StringIO()
     with suppress(csv.Error):
@@ -189,7 +196,9 @@ def test_damaged_parquet(tmp_path: Path, parquet: bytes, data: st.DataObject) ->
 
 # Modelfiles
 
-WORDS = st.sampled_from([*COMMANDS, *PARAMETERS, "FROM x\n", "PARAMETER ", "MESSAGE user ", "SYSTEM ", '"""', '"', "\n", " ", "\r", "#", "\ufeff", "1e400"])
+WORDS = st.sampled_from(
+    [*COMMANDS, *PARAMETERS, "FROM x\n", "PARAMETER ", "MESSAGE user ", "SYSTEM ", '"""', '"', "\n", " ", "\r", "#", "\ufeff", "1e400"]
+)
 
 
 @fuzzed
@@ -213,7 +222,9 @@ def gguf_file() -> bytes:
         ("n", 9, struct.pack("<IQ", 4, 2) + bytes(8)), ("l", 9, struct.pack("<IQ", 9, 1) + struct.pack("<IQ", 0, 1) + b"\0"),
     ]  # fmt: skip
     infos = [text(name) + struct.pack("<IQQIQ", 2, 32, 4, 0, at) for name, at in (("token_embd.weight", 0), ("output.weight", 512))]
-    return b"GGUF" + struct.pack("<IQQ", 3, len(infos), len(keys)) + b"".join(text(k) + struct.pack("<I", t) + v for k, t, v in keys) + b"".join(infos)
+    return (
+        b"GGUF" + struct.pack("<IQQ", 3, len(infos), len(keys)) + b"".join(text(k) + struct.pack("<I", t) + v for k, t, v in keys) + b"".join(infos)
+    )
 
 
 @fuzzed
@@ -243,6 +254,8 @@ def test_headers_of_safetensors(tmp_path: Path, header: object, rest: bytes, lie
 
 @fuzzed
 @given(objects("weight_map", "metadata", values=VALUES | st.dictionaries(TEXTS, TEXTS, max_size=3)) | VALUES)
+@example({"weight_map": {"x": "a" * 5000}})
+@example({"weight_map": {"x": "ü" * 200}})
 def test_indices_of_safetensors(tmp_path: Path, index: object) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     parsed(lambda: read_tensor_headers(tmp_path))
@@ -268,6 +281,10 @@ STEPS = st.recursive(
 
 @fuzzed
 @given(objects("pre_tokenizer", "model", values=STEPS | VALUES) | VALUES)
+@example(None)
+@example({"pre_tokenizer": [], "model": 3})
+@example({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": 3}, "behavior": "Isolated"}})
+@example({"pre_tokenizer": {"type": "Sequence", "pretokenizers": 3}})
 def test_split_patterns(tmp_path: Path, tokenizer: object) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
     parsed(lambda: recognize(tmp_path))

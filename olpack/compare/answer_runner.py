@@ -253,4 +253,3 @@ def main() -> None:
     except BaseException:
         os._exit(1)
     os._exit(job["success"])
-
