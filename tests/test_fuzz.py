@@ -109,7 +109,7 @@ def test_settings_of_a_recipe(tmp_path: Path, changes: dict, overridden: bool) -
 
 YAML = st.sampled_from(
     ["base: b", "data: {train: t}", "train:", "  rank: 4", "- ", "*a", "&a ", "? ", ": ", "!!python/object:os.system ", "!!binary x", "!!set {a}",
-     "|", ">", "'", '"', "{", "}", "[", "]", ",", "\t", "%YAML 1.2", "---", "...", "<<: *a", "2001-13-01", "0x", "1:60", "#", "null: ", "quants: [Q4_0]"]
+     "|", ">", "'", '"', "{", "}", "[", "]", ",", "\t", "%YAML 1.2", "---", "...", "<<: *a", "2001-13-01", "0x", "1:60", "#", "null: "]
 )  # fmt: skip
 
 
@@ -192,6 +192,14 @@ def test_damaged_parquet(tmp_path: Path, parquet: bytes, data: st.DataObject) ->
     path = tmp_path / "rows.parquet"
     path.write_bytes(data.draw(damaged(parquet)))
     parsed(lambda: load_chats(path))
+
+
+def test_parquet_with_a_name_that_is_no_text(tmp_path: Path, parquet: bytes) -> None:
+    path = tmp_path / "rows.parquet"
+    for count in (1, 2, 3, -1):
+        path.write_bytes(parquet.replace(b"prompt", b"\xff\xfeompt", count))
+        with pytest.raises(OlpackError):
+            load_chats(path)
 
 
 # Modelfiles
