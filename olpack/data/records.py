@@ -287,6 +287,8 @@ def _parquet(path: Path) -> Iterator[Record]:
                         yield Record(number, None, "not UTF-8")
     except FileNotFoundError:
         raise
+    except UnicodeDecodeError:
+        raise OlpackError(f"{path} is no Parquet file that can be read: a name in it is not UTF-8.", "Write it again.") from None
     except (pyarrow.ArrowException, OSError, MemoryError) as error:  # pyarrow raises OSError, too, for what it cannot parse
         why = (str(error).splitlines() or ["it takes too much memory"])[0].rstrip(".")
         raise OlpackError(f"{path} is no Parquet file that can be read: {why}.", "Write it again.") from None

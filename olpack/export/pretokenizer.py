@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+from olpack import bounded_json
 from olpack.errors import OlpackError
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -60,7 +62,7 @@ def recognize(source: Path) -> str:
     """llama.cpp's name of the pre-tokenizer that splits text as `source`/tokenizer.json does.
 
     Raises:
-        OlpackError: llama.cpp has none like it.
+        OlpackError: llama.cpp has none like it, or the file is no tokenizer.
     """
     path = source / "tokenizer.json"
     if not path.is_file():
@@ -68,9 +70,10 @@ def recognize(source: Path) -> str:
             f"llama.cpp does not know the tokenizer in '{source}', and without a tokenizer.json it cannot be recognized.",
             "Save it as a fast tokenizer (tokenizer.json), or take another base.",
         )
-    tokenizer = json.loads(path.read_text(encoding="utf-8"))
-    steps = tuple(_steps(tokenizer.get("pre_tokenizer") or {}))
-    ignore_merges = bool((tokenizer.get("model") or {}).get("ignore_merges"))
+    tokenizer = bounded_json.read_object(path, "Save it again with save_pretrained, or download it again.")
+    steps = tuple(_steps(tokenizer.get("pre_tokenizer")))
+    model = tokenizer.get("model")
+    ignore_merges = isinstance(model, dict) and bool(model.get("ignore_merges"))
     name = _KNOWN.get((steps, ignore_merges))
     if name is None:
         shown = ", then ".join(f"'{step}'" for step in steps) or "not at all"
@@ -82,11 +85,13 @@ def recognize(source: Path) -> str:
     return name
 
 
-def _steps(pre_tokenizer: dict) -> list[str]:
-    """The splits of a pre-tokenizer in order, each as its pattern in one spelling; what it does besides keeps its own name."""
-    kind = pre_tokenizer.get("type")
-    if kind == "Sequence":
-        return [step for part in pre_tokenizer.get("pretokenizers", []) for step in _steps(part)]
+def _steps(pre_tokenizer: Any) -> list[str]:
+    """The splits of a pre-tokenizer in order, each as its pattern in one spelling; what it does besides, or a value that is none, keeps its text."""
+    if not isinstance(pre_tokenizer, dict):
+        return [] if pre_tokenizer is None else [json.dumps(pre_tokenizer, ensure_ascii=False)]
+    kind, parts = pre_tokenizer.get("type"), pre_tokenizer.get("pretokenizers", [])
+    if kind == "Sequence" and isinstance(parts, list):
+        return [step for part in parts for step in _steps(part)]
     if kind == "ByteLevel":
         if pre_tokenizer.get("add_prefix_space"):
             return ["ByteLevel with a space before the text"]
@@ -94,12 +99,13 @@ def _steps(pre_tokenizer: dict) -> list[str]:
     if kind == "Digits":
         return ["digit" if pre_tokenizer.get("individual_digits") else "digits"]
     if kind == "Split":
-        pattern = pre_tokenizer.get("pattern", {}).get("Regex")
+        pattern = pre_tokenizer.get("pattern")
+        pattern = pattern.get("Regex") if isinstance(pattern, dict) else None
         # Kept between the matches or at the matches, all text stays: both are "isolated" when the pattern matches everything.
         plain = pre_tokenizer.get("behavior") in ("Isolated", "Removed") and (
             pre_tokenizer.get("behavior") == "Isolated" or pre_tokenizer.get("invert")
         )
-        if pattern is not None and plain:
+        if isinstance(pattern, str) and plain:
             return [_spelling(pattern)]
     return [json.dumps(pre_tokenizer, ensure_ascii=False)] if pre_tokenizer else []
 

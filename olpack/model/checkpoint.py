@@ -14,6 +14,7 @@ from olpack.model.settings import check_tokenizer, read_config_file
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model")
 TOKENIZER_FILES = (*TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.jinja")
 _MOST_HEADER = 100_000_000  # bytes, as in the safetensors library
+_LONGEST_NAME = 255  # bytes of a file's name
 _POINTER = b"version https://git-lfs"
 _SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})\.safetensors")
 _BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}  # others: one byte or less
@@ -150,10 +151,14 @@ def _all_shards(files: list[Path]) -> list[Path]:
     return sorted(spoken | set(files))
 
 
+def _is_file_name(name: object) -> bool:
+    return isinstance(name, str) and Path(name).name == name and len(name.encode("utf-8", "replace")) <= _LONGEST_NAME
+
+
 def _weight_map(index: Path) -> dict[str, str]:
     _refuse_pointer(index)
     found = bounded_json.read_object(index, "Download it again.").get("weight_map")
-    if not isinstance(found, dict) or not all(isinstance(name, str) and Path(name).name == name for name in found.values()):
+    if not isinstance(found, dict) or not all(_is_file_name(name) for name in found.values()):
         raise OlpackError(f"'{index}' has no valid 'weight_map'.", "Download it again.")
     return found
 
