@@ -82,7 +82,7 @@ def _spoken(pieces: Iterator[Chatted]) -> Iterator[str]:
         elif thinking:
             print(file=sys.stderr)
         thinking = bool(thought)
-        yield last.message.content
+        yield last.message.content or ""
     if thinking:
         print(file=sys.stderr)
     if last is not None and not last.done:

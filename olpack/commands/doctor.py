@@ -19,7 +19,7 @@ from olpack.workspace import free_bytes
 if TYPE_CHECKING:
     from olpack.deploy.client import OllamaClient
 
-_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "llama-cpp-python", "gguf", "jinja2", "typer")
+_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "llama-cpp-python", "gguf", "ollama", "jinja2", "typer")
 
 
 @dataclass(frozen=True)

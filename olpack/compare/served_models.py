@@ -116,7 +116,7 @@ def _answer(
                 response = client.chat(model, messages, options)
                 # Without `done`, the server broke off an answer that repeats one token.
                 answer = answer_of(
-                    response.message.content,
+                    response.message.content or "",
                     "stop" if response.done_reason == "stop" else "length",
                     response.eval_count or 0,
                     reasoning=response.message.thinking or "",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
+import ollama
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -120,12 +121,13 @@ class Generated(_Run):
     context: tuple[Count, ...] | None = None
 
 
-class Message(Answer):
-    """What a model says in a conversation."""
+class Message(ollama.Message):
+    """What a model writes in a conversation: the official client's type. A piece may leave its role out."""
 
-    content: str = ""
-    thinking: str | None = None
-    tool_calls: tuple[dict[str, Any], ...] | None = None
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    role: str = "assistant"
+    content: str | None = ""
 
 
 class Chatted(_Run):
