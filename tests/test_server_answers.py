@@ -198,7 +198,8 @@ TABLE: list[tuple[str, str, Reply, str]] = [
 def test_an_answer_ends_in_one_error_that_names_the_server(call: str, reply: Reply, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_module, "_MOST_BYTES", 1 << 20)
     with Raw(reply) as url, pytest.raises(OlpackError) as caught:
-        CALLS[call](OllamaClient(url, answer_within_s=0.5, whole_within_s=0.5))
+        limit = 0.5 if reply.body in (drip, drip_lines) else 30.0  # a busy machine answers late
+        CALLS[call](OllamaClient(url, answer_within_s=limit, whole_within_s=limit))
     error = caught.value
     assert expected in error.problem and url in error.problem and len(error.problem) < 700
     assert error.remedy or "refused" in error.problem  # a refusal of the server's own gives its reason
