@@ -47,18 +47,22 @@ def stale(build: Build, unit: str, inputs: dict[str, Any], record: Record) -> st
     return reason or ("speed was measured without the server that answers now" if build.server and not served else "")
 
 
-def check(build: Build, checks: Checks) -> None:
-    """Refuse prompts, settings, tasks, suites and a report's template with which a measurement would fail."""
-    from olpack.compare.harness import check_suites
-    from olpack.compare.report import check_template
-    from olpack.compare.scores import load_function
-
+def check_answers_may_run(build: Build) -> None:
+    """Refuse tasks that run code without the recipe's consent. It reads the tasks alone, so it comes before every other check."""
     if not build.recipe.compare.run_answers:
         check_consent(
             build.tasks,
             f"{build.recipe.folder / 'recipe.yaml'}: compare.tasks",
             "Add `run_answers: true` below `compare:`, or --set compare.run_answers=true, to allow it; `olpack doctor` reports the sandbox.",
         )
+
+
+def check(build: Build, checks: Checks) -> None:
+    """Refuse prompts, settings, tasks, suites and a report's template with which a measurement would fail."""
+    from olpack.compare.harness import check_suites
+    from olpack.compare.report import check_template
+    from olpack.compare.scores import load_function
+
     check_questions(build)
     measure_settings(build)
     check_template(template_source("report.html.j2"))

@@ -91,6 +91,8 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
         OlpackError: the first thing that would fail, with its remedy.
     """
     checks = Checks(stale)
+    if "compare" in checks.stages:
+        compare.check_answers_may_run(build)
     if checks.stages & {"export", "deploy", "compare"}:
         from olpack.llamacpp.probe import check_library
 
