@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-import ollama
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from olpack.deploy.proxies import without_socks
+
+with without_socks():  # importing it makes a client, which a SOCKS proxy in the environment would stop
+    import ollama
 
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=512)]
