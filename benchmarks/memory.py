@@ -125,7 +125,7 @@ def rows_of(label: str, folder: Path, work: Path) -> list[str]:
     from olpack.export import Target, export
     from olpack.memory.footprint import plan, read
     from olpack.memory.job import Setting
-    from olpack.memory.subject import Subject
+    from olpack.memory.model_source import Subject
     from olpack.model.base import config_of
 
     files = [Target(quant, work / f"{quant}.gguf") for quant in QUANTS]

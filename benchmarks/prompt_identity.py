@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from olpack.deploy.identity import HARD
+from olpack.deploy.prompt_identity import HARD
 from olpack.model.chat_template import pins_for, protect
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}

@@ -86,7 +86,7 @@ def run_olpack(folder: Path, checkpointing: bool, profile: bool) -> dict:
     from olpack.train.memory import estimate_training
     from olpack.train.model import load_with_adapter
     from olpack.train.ops.flat_parameters import FlatParameters
-    from olpack.train.ops.pinned import PinnedMemory
+    from olpack.train.ops.pinned_memory import PinnedMemory
 
     device, base, host = torch.device("cuda", 0), Base("random", folder), None
     settings = Train(rank=RANK, alpha=RANK)

@@ -104,7 +104,7 @@ class Bench:
         from olpack.train import loop
         from olpack.train.forward import Forward
         from olpack.train.ops.flat_parameters import FlatParameters
-        from olpack.train.ops.pinned import PinnedMemory
+        from olpack.train.ops.pinned_memory import PinnedMemory
 
         self.device, self.words = device, SHAPES[shape][-1]
         self.model = random_model(shape, device)
@@ -117,7 +117,7 @@ class Bench:
         self.optimizer = loop._optimizer(self.trained.parameters, Train(), device)
 
     def checkpointing(self, on: bool, *, offload: bool = True, keep: bool = False) -> None:
-        from olpack.train.ops.checkpointing import Recompute
+        from olpack.train.ops.activation_checkpointing import Recompute
 
         recompute = self.forward._recompute = Recompute(self.device, offload_attention=keep)
         recompute.skips, recompute.pinned = self.skips, self.host if offload else None

@@ -40,7 +40,7 @@ def measure(base, checkpointing: bool, lengths: list[int], rank: int) -> list[di
     from olpack.train.forward import Forward
     from olpack.train.model import load_with_adapter
     from olpack.train.ops.flat_parameters import FlatParameters
-    from olpack.train.ops.pinned import PinnedMemory
+    from olpack.train.ops.pinned_memory import PinnedMemory
 
     device, found = torch.device("cuda", 0), []
     settings = Train(rank=rank, batch_size=1, epochs=1, gradient_checkpointing=checkpointing)

@@ -217,7 +217,7 @@ def build(
 
     The stages are train, export, modelfiles, deploy and compare. The same command resumes an interrupted build.
     """
-    from olpack.stages.steps import NAMES
+    from olpack.stages.order import NAMES
 
     if only is not None and only not in NAMES:
         raise typer.BadParameter(f"'{visible(only)}' is not a stage. The stages are {', '.join(NAMES)}.", param_hint="--only")
@@ -258,7 +258,7 @@ def _print_summary(build: Build, deploy: bool) -> None:
 
 def _result(build: Build, done: list[Step]) -> dict[str, Any]:
     from olpack.stages.compare import recommended
-    from olpack.stages.steps import all_steps
+    from olpack.stages.order import all_steps
 
     steps = all_steps(build)
     return {

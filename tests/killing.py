@@ -33,7 +33,7 @@ from ollama_double import OllamaDouble
 from oracle import make_workspace
 
 from olpack import cli
-from olpack.stages import steps  # noqa: F401
+from olpack.stages import order  # noqa: F401
 from olpack.train import checkpoint, loop  # noqa: F401
 
 STAGES = ("train", "export", "compare")  # a build begins where the stage before is done; the last one makes Modelfiles and deploys first

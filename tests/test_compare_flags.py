@@ -6,8 +6,8 @@ import pytest
 from test_compare_results import quant
 from tiny_models import write_model
 
-from olpack.compare.flags import ExpectedScripts, dominant_script, flag_answers, flag_neighbours, flag_same_types
 from olpack.compare.recommend import set_losses
+from olpack.compare.result_flags import ExpectedScripts, dominant_script, flag_answers, flag_neighbours, flag_same_types
 from olpack.compare.results import QuantResult
 
 ENGLISH = "Please tell me how a list is reversed in Python."

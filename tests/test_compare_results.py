@@ -13,9 +13,9 @@ from rich.console import Console
 from olpack.compare import Results, markdown_table, print_table, read_results, recommend, write_results
 from olpack.compare.changes import importance_gains
 from olpack.compare.divergence import summarize
-from olpack.compare.flags import flags_of
 from olpack.compare.perplexity import paired_loss, perplexity
 from olpack.compare.recommend import set_losses
+from olpack.compare.result_flags import flags_of
 from olpack.compare.results import (
     Answer,
     BaseResult,

@@ -13,8 +13,8 @@ from ollama_double_store import CHATML
 from oracle import olpack
 
 from olpack.compare import MeasureSettings, read_results
-from olpack.compare.flags import ExpectedScripts, answer_of, flag_answers, flag_same_types
 from olpack.compare.recommend import recommend, set_losses
+from olpack.compare.result_flags import ExpectedScripts, answer_of, flag_answers, flag_same_types
 from olpack.compare.results import Perplexity, PromptSpeed, QuantResult, Speed, Spread
 from olpack.compare.scores import load_function, score_answers
 from olpack.compare.served_models import compare_served, settings_for

@@ -19,8 +19,8 @@ from olpack.data.show import pieces
 from olpack.errors import OlpackError
 from olpack.model.base import BUILTIN, Base
 from olpack.stages.build import Build
-from olpack.stages.requests import held_out_requests, questions
-from olpack.stages.steps import stage_of
+from olpack.stages.order import stage_of
+from olpack.stages.prompts import held_out_requests, questions
 
 RECIPE = "base: builtin/tiny-coder\ndata: {train: train.jsonl, eval: eval.jsonl, max_length: 64}\n"
 
@@ -282,7 +282,7 @@ def test_a_plan_prints_names_as_they_are(tmp_path):
 
 
 def test_held_out_texts_and_tool_calls_are_no_questions_and_answers(tmp_path):
-    from olpack.stages.requests import examples, questions
+    from olpack.stages.prompts import examples, questions
 
     call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}
     asked = {"role": "user", "content": "q"}

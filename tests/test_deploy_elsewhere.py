@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from olpack.deploy import Package
 from olpack.deploy.client import OllamaClient
-from olpack.deploy.identity import check_identity
+from olpack.deploy.prompt_identity import check_identity
 from olpack.deploy.register import TagFile, point_latest, register
 from olpack.errors import OlpackError
 from olpack.model.chat_template import protect

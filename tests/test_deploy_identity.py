@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from olpack.deploy import Package
 from olpack.deploy.client import OllamaClient
-from olpack.deploy.identity import HARD, check_identity
+from olpack.deploy.prompt_identity import HARD, check_identity
 from olpack.deploy.register import TagFile, register
 from olpack.errors import OlpackError
 from olpack.model.chat_template import UNDEFINED, pins_for, protect

@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerFast
 
 from olpack.deploy import Package
 from olpack.deploy.client import OllamaClient
-from olpack.deploy.identity import check_identity
+from olpack.deploy.ollama_store import compose, models_folder, write_store
+from olpack.deploy.prompt_identity import check_identity
 from olpack.deploy.register import TagFile, point_latest, register
-from olpack.deploy.store import compose, models_folder, write_store
 from olpack.errors import OlpackError
 from olpack.model.chat_template import protect
 from olpack.model.gguf_header import Header, read_header

@@ -18,7 +18,7 @@ from usual_way import quantize
 from olpack.deploy.client import OllamaClient
 from olpack.errors import OlpackError
 from olpack.export import Target
-from olpack.export.budget import MatrixLoss, choose, read_sensitivity, solve_knapsack
+from olpack.export.size_budget import MatrixLoss, choose, read_sensitivity, solve_knapsack
 from olpack.llamacpp.engine import Engine
 from olpack.llamacpp.graph import LoadedWeights
 from olpack.quants import Budget, quant_type

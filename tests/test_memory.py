@@ -24,8 +24,8 @@ from olpack.export import Target
 from olpack.machine import GIB, Machine
 from olpack.memory.footprint import Footprint, plan, read
 from olpack.memory.job import Setting
+from olpack.memory.model_source import Subject, find, typical
 from olpack.memory.recommend import place
-from olpack.memory.subject import Subject, find, typical
 from olpack.memory.table import print_estimate
 from olpack.model.base import config_of
 from olpack.model.shape import MetaModel

@@ -18,7 +18,7 @@ from olpack.deploy.client import OllamaClient
 from olpack.errors import OlpackError
 from olpack.stages import calibration, compare, export, modelfiles
 from olpack.stages.build import Build
-from olpack.stages.steps import all_steps, stage_of
+from olpack.stages.order import all_steps, stage_of
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from olpack.data import Chat, Renderer
 from olpack.errors import OlpackError
 from olpack.model.base import BUILTIN, Base
 from olpack.recipe import Train
-from olpack.train.untrained import untrained_tokens
+from olpack.train.untrained_tokens import untrained_tokens
 
 START, END = "<|im_start|>", "<|im_end|>"  # 1 and 2
 EMBEDDING = "model.embed_tokens.weight"

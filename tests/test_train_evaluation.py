@@ -22,7 +22,7 @@ from olpack.train import TrainResult, loop, planner, train
 from olpack.train.forward import Forward
 from olpack.train.loop import evaluation_interval
 from olpack.train.memory import estimate_training
-from olpack.train.ranks import ALONE, Ranks
+from olpack.train.processes import ALONE, Ranks
 
 torch.set_num_threads(1)
 STEEP = Train(quantization="none", epochs=6, batch_size=8, learning_rate=2e-2, eval_every=1, schedule="constant", warmup=0)

@@ -17,8 +17,8 @@ from olpack.train import forward as forward_module
 from olpack.train.batches import micro_batches, pack
 from olpack.train.forward import Forward
 from olpack.train.model import load_with_adapter
+from olpack.train.ops import activation_checkpointing as recomputation
 from olpack.train.ops import attention, lora, pointwise
-from olpack.train.ops import checkpointing as recomputation
 from olpack.train.ops.loss import chunked_cross_entropy
 from olpack.train.ops.low_rank import MlpLowRank
 

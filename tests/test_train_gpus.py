@@ -18,7 +18,7 @@ from olpack.model.base import Base
 from olpack.recipe import Train
 from olpack.train import loop, train
 from olpack.train.launch import launcher, run_launched
-from olpack.train.ranks import partition
+from olpack.train.processes import partition
 
 torch.set_num_threads(1)
 TWO = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2"

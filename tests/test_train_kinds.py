@@ -27,8 +27,8 @@ from olpack.model.packed import dequantize_hqq, quantize_hqq
 from olpack.recipe import Train
 from olpack.stages.build import Build
 from olpack.stages.calibration import IMPORTANCE, SENSITIVITY
+from olpack.stages.order import stage_of
 from olpack.stages.stage import Artefact
-from olpack.stages.steps import stage_of
 from olpack.train import loop, train
 from olpack.train.adapter import save_adapter
 from olpack.train.checks import BASE_KINDS, check_training, merge_table

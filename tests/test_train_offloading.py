@@ -20,8 +20,8 @@ from olpack.recipe import Train
 from olpack.train.batches import pack
 from olpack.train.forward import Forward
 from olpack.train.memory import estimate_training
-from olpack.train.ops import pinned
-from olpack.train.ops.pinned import PinnedMemory
+from olpack.train.ops import pinned_memory
+from olpack.train.ops.pinned_memory import PinnedMemory
 
 CPU = torch.device("cpu")
 
@@ -77,7 +77,7 @@ def runtime(monkeypatch) -> Runtime:
         "check_error": check,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(pinned, "_pinned_by_torch", lambda like: runtime.by_torch.append(torch.empty_like(like)) or runtime.by_torch[-1])
+    monkeypatch.setattr(pinned_memory, "_pinned_by_torch", lambda like: runtime.by_torch.append(torch.empty_like(like)) or runtime.by_torch[-1])
     return runtime
 
 

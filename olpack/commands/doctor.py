@@ -156,7 +156,7 @@ def _server() -> Finding:
 
 
 def _store(client: OllamaClient) -> str:
-    from olpack.deploy.store import store_of
+    from olpack.deploy.ollama_store import store_of
 
     try:
         return f"which are written into its store {store_of(client)}"

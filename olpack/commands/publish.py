@@ -11,7 +11,7 @@ from olpack.stages import compare, modelfiles, records
 from olpack.stages.build import Build
 from olpack.stages.compare import recommended
 from olpack.stages.deploy import quant_files, registered
-from olpack.stages.steps import all_steps
+from olpack.stages.order import all_steps
 
 
 def _exported(build: Build) -> list:
@@ -64,7 +64,7 @@ def check(build: Build) -> list[str]:
 
 def store(build: Build, folder: Path) -> list[str]:
     """Write every quant straight into an Ollama model store, for a server that is not running. Returns one line a tag."""
-    from olpack.deploy.store import write_store
+    from olpack.deploy.ollama_store import write_store
 
     made = write_store(folder, build.recipe.name, _exported(build), build.package, latest=_latest(build))
     return [f"{record.model}  {record.done}, weights {record.how}" for record in made]

@@ -16,9 +16,9 @@ from olpack.machine import GIB, Machine, this_machine
 from olpack.memory.estimate import MemoryEstimate, estimate
 from olpack.memory.footprint import KV_TYPES, plan, read
 from olpack.memory.job import Setting
+from olpack.memory.model_source import Subject, find, typical
 from olpack.memory.published import CHOICE
 from olpack.memory.recommend import Advice, recommend, recommend_files, recommend_model
-from olpack.memory.subject import Subject, find, typical
 from olpack.quants import quant_type
 from olpack.stages.build import Build
 from olpack.workspace import packages, recipe_path

@@ -23,11 +23,11 @@ from olpack.compare.cache import (
     suite_keys,
     suite_unit,
 )
-from olpack.compare.flags import ExpectedScripts, flag_answers, flag_neighbours, flag_rows, flag_same_types
 from olpack.compare.hardware import describe_machine
 from olpack.compare.job import Job, RowJob, SuitesJob, run_worker
 from olpack.compare.recommend import recommend, set_losses
 from olpack.compare.reference_models import ReferenceFigures, ReferenceModels, measure_references, measure_without_importance
+from olpack.compare.result_flags import ExpectedScripts, flag_answers, flag_neighbours, flag_rows, flag_same_types
 from olpack.compare.results import Divergence, Flag, MachineInfo, Perplexity, QuantResult, Results, Rows, Scores, Speed, SuiteScore, TaskAsked
 from olpack.compare.scores import check_answers
 from olpack.compare.server_speed import visit_through_server

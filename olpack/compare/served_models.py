@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from olpack import progress
 from olpack.compare.cache import Cache, Units, answer_keys, speed_keys
-from olpack.compare.flags import ExpectedScripts, answer_of, flag_answers
 from olpack.compare.hardware import describe_machine
 from olpack.compare.measure import add_figures, gather
+from olpack.compare.result_flags import ExpectedScripts, answer_of, flag_answers
 from olpack.compare.results import QuantResult, Results
 from olpack.compare.scores import check_answers
 from olpack.compare.server_speed import visit_through_server

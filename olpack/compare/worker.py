@@ -29,10 +29,10 @@ import psutil
 
 from olpack.compare.cache import SPEED_UNITS, suite_unit
 from olpack.compare.divergence import LogitsWriter, open_logits, summarize
-from olpack.compare.flags import answer_of
 from olpack.compare.hardware import bytes_read, drop_from_cache, joules, peak_resident
 from olpack.compare.job import Job, SpeedJob, SuitesJob
 from olpack.compare.perplexity import perplexity
+from olpack.compare.result_flags import answer_of
 from olpack.compare.results import Perplexity
 from olpack.compare.speed import PromptRun, SpeedRound
 from olpack.errors import OlpackError

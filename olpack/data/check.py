@@ -11,7 +11,7 @@ from typing import Any
 
 from olpack import progress
 from olpack.data.chats import leaks, split, times, unread_keys
-from olpack.data.marks import stray_mark
+from olpack.data.reasoning_marks import stray_mark
 from olpack.data.render import Renderer
 from olpack.data.rows import Chat, Problem
 from olpack.data.sources import Source

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from olpack import progress
 from olpack.data.chats import leaks, load_chats, refuse, split, times, unread_keys
-from olpack.data.marks import stray_mark
+from olpack.data.reasoning_marks import stray_mark
 from olpack.data.render import Renderer
 from olpack.data.rows import Chat, TokenRow
 from olpack.data.sources import Source

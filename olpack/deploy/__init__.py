@@ -5,8 +5,8 @@
     client = OllamaClient(); client.require()                                 # olpack.deploy.client
     register(client, "coding-assistant", files, package)                      # olpack.deploy.register
     smoke(client, "coding-assistant:q4_K_M", messages)                        # olpack.deploy.smoke
-    check_identity(client, "coding-assistant:q4_K_M", tokenizer)              # olpack.deploy.identity
-    write_store(folder, "coding-assistant", files, package)                   # olpack.deploy.store: without a server
+    check_identity(client, "coding-assistant:q4_K_M", tokenizer)              # olpack.deploy.prompt_identity
+    write_store(folder, "coding-assistant", files, package)                   # olpack.deploy.ollama_store: without a server
     bundle("coding-assistant", files, modelfiles, report, zip_path)           # olpack.deploy.bundle: for a machine without olpack
     push_to_ollama(client, ["coding-assistant"], "me")                        # olpack.deploy.push; to the Hub: olpack.deploy.hub
     remove(client, "coding-assistant", records)                               # olpack.deploy.remove

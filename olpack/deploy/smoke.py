@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from olpack.data.loops import repeats_itself
+from olpack.data.repetition import repeats_itself
 from olpack.deploy.client import OllamaClient
 from olpack.errors import OlpackError
 

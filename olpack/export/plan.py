@@ -18,10 +18,10 @@ import numpy as np
 
 from olpack import bounded_regex
 from olpack.errors import OlpackError
-from olpack.export.budget import MatrixLoss, choose, quantizable_tensors
 from olpack.export.converter import FLOATS, SourceModel
 from olpack.export.gguf_writer import header_bytes
 from olpack.export.importance import ColumnWeights
+from olpack.export.size_budget import MatrixLoss, choose, quantizable_tensors
 from olpack.llamacpp import library
 from olpack.quants import QUANT_TYPES, Budget, QuantType, gains_by_importance, overridable
 from olpack.workspace import scratch

@@ -15,13 +15,13 @@ from olpack import progress
 from olpack.errors import OlpackError
 from olpack.export.adapter import read_adapter
 from olpack.export.adapter_tokenizer import adapter_tokenizer
-from olpack.export.budget import read_sensitivity
 from olpack.export.converter import SourceModel, open_model
 from olpack.export.gguf_source import open_gguf
 from olpack.export.importance import ColumnWeights, column_weights
 from olpack.export.job import LATER, ExportedFile, ExportedPart, ExportOptions, ExportPlan, TokenDifference, TokenText, partial_path
 from olpack.export.plan import FilePlan, header_only_gguf, plan_files
-from olpack.export.split import part_names, split_plan
+from olpack.export.shards import part_names, split_plan
+from olpack.export.size_budget import read_sensitivity
 from olpack.export.verify import settle_pretokenizer, training_tokenizer, verify_file, verify_model
 from olpack.export.write import write_files
 from olpack.llamacpp.cores import usable_processors

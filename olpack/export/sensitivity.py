@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 
 from olpack.errors import OlpackError
-from olpack.export.budget import MatrixLoss, candidates, quantizable_tensors
 from olpack.export.gguf_source import open_gguf
 from olpack.export.importance import column_weights
 from olpack.export.job import SensitivityResult
 from olpack.export.plan import header_only_gguf
+from olpack.export.size_budget import MatrixLoss, candidates, quantizable_tensors
 from olpack.export.write import CHUNK
 from olpack.llamacpp import library
 from olpack.llamacpp.cores import usable_processors

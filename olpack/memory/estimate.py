@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from olpack.errors import OlpackError
 from olpack.memory.footprint import Footprint, ModelLayout, plan, read
 from olpack.memory.job import Setting
+from olpack.memory.model_source import Subject
 from olpack.memory.published import rule_of_thumb
-from olpack.memory.subject import Subject
 from olpack.model.shape import MetaModel, Parameters, Shape
 from olpack.progress import quantity
 from olpack.train.memory import TrainingMemory, estimate_training, frozen_bytes

@@ -16,7 +16,7 @@ from olpack import progress, workers
 from olpack.errors import OlpackError
 from olpack.llamacpp.library import INSTALL, row_size
 from olpack.memory.job import Answer, DryRun, Job, Result, Setting
-from olpack.memory.subject import Subject
+from olpack.memory.model_source import Subject
 from olpack.model.gguf_header import read_header
 from olpack.model.shape import write_header_only_checkpoint
 from olpack.quants import QUANT_TYPES

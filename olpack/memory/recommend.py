@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Literal
 from olpack.machine import Machine
 from olpack.memory.footprint import Footprint, plan, read
 from olpack.memory.job import Setting
+from olpack.memory.model_source import Subject
 from olpack.memory.published import SOURCE, published_loss, rule_of_thumb
-from olpack.memory.subject import Subject
 from olpack.progress import quantity
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from olpack.stages import deploy, export, records
 from olpack.stages.build import Build
 from olpack.stages.calibration import uses_importance
 from olpack.stages.export import ADAPTER, header_options, write_quants
+from olpack.stages.prompts import check_questions, examples, questions
 from olpack.stages.records import Record, Step
-from olpack.stages.requests import check_questions, examples, questions
 from olpack.stages.stage import Checks, Stage
 from olpack.workspace import file_digest, template_source, value_digest
 

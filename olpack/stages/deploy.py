@@ -17,15 +17,15 @@ from olpack.stages import export, records
 from olpack.stages.build import Build
 from olpack.stages.export import ADAPTER
 from olpack.stages.modelfiles import package_inputs
+from olpack.stages.prompts import check_questions, held_out_requests, questions
 from olpack.stages.records import Record, Step
-from olpack.stages.requests import check_questions, held_out_requests, questions
 from olpack.stages.stage import Checks, Stage
 from olpack.workspace import value_digest
 
 if TYPE_CHECKING:
     from olpack.data import TokenRow
     from olpack.deploy.client import OllamaClient
-    from olpack.deploy.identity import Identity
+    from olpack.deploy.prompt_identity import Identity
     from olpack.deploy.register import Registered, TagFile
 
 _LONG = 2  # long held-out requests among the conversations that are compared
@@ -106,7 +106,7 @@ def _no_adapters(client: OllamaClient) -> str:
 def _adapter_store(build: Build, client: OllamaClient, version: str):
     """Where tags with an adapter are written to, for a server that creates none; None where it creates them, or the package has none."""
     from olpack.deploy.client import creates_adapters
-    from olpack.deploy.store import store_of
+    from olpack.deploy.ollama_store import store_of
 
     if not build.paths.base or creates_adapters(version):
         return None
@@ -152,8 +152,8 @@ def conversations(build: Build) -> list[list[dict]]:
 def run(build: Build, steps: list[Step]) -> None:
     """Register every quant with the server, prove that the prompt is the trained one, and have one tag answer."""
     from olpack.deploy.client import OllamaClient
+    from olpack.deploy.ollama_store import place
     from olpack.deploy.register import register
-    from olpack.deploy.store import place
 
     client, (step,) = OllamaClient(), steps
     version = client.require()
@@ -221,7 +221,7 @@ def check_prompts(build: Build, client: OllamaClient, tag: str, asked: list[list
     Raises:
         OlpackError: a prompt of the user's own data differs.
     """
-    from olpack.deploy.identity import check_identity
+    from olpack.deploy.prompt_identity import check_identity
 
     identity = check_identity(client, f"{build.recipe.name}:{tag}", build.renderer.tokenizer, asked, tokens="all" if all_tokens else "few")
     identity.require()

@@ -97,7 +97,7 @@ _MADE_UP = "the conversation with "  # before the label of one that olpack made 
 
 def _texts(build: Build) -> list[TokenText]:
     """All rows as training tokenizes them, and the conversations that templates and servers get wrong."""
-    from olpack.deploy.identity import HARD
+    from olpack.deploy.prompt_identity import HARD
     from olpack.export import TokenText
 
     renderer, rows = build.renderer, [row for side in build.rows for row in side]

@@ -15,9 +15,9 @@ from olpack.errors import OlpackError
 from olpack.stages import compare, train
 from olpack.stages.build import Build
 from olpack.stages.calibration import temporary_quants
+from olpack.stages.order import STAGES, all_steps
 from olpack.stages.records import Step
 from olpack.stages.stage import Checks
-from olpack.stages.steps import STAGES, all_steps
 from olpack.workspace import free_bytes, write_atomically
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from olpack import progress
 from olpack.errors import OlpackError
 from olpack.stages.build import Build
+from olpack.stages.order import STAGES, all_steps, stage_of
 from olpack.stages.plan import check, write_plan
 from olpack.stages.records import Step
 from olpack.stages.stage import Stage
-from olpack.stages.steps import STAGES, all_steps, stage_of
 from olpack.workspace import locked, remove
 
 

@@ -40,7 +40,7 @@ def check(build: Build, checks: Checks) -> None:
     from olpack.train.device import pick_device
     from olpack.train.launch import launcher
     from olpack.train.metrics import check_trackers
-    from olpack.train.untrained import untrained_tokens
+    from olpack.train.untrained_tokens import untrained_tokens
 
     rows, _ = build.rows
     if build.base.leftover_quantization:

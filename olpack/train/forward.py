@@ -18,10 +18,10 @@ from olpack.data import TokenRow
 from olpack.train.batches import PackedBatch, pack
 from olpack.train.device import compute_dtype
 from olpack.train.ops import attention, lora, pointwise
-from olpack.train.ops.checkpointing import Recompute
+from olpack.train.ops.activation_checkpointing import Recompute
 from olpack.train.ops.equivalence import EquivalenceCheck, Pass
 from olpack.train.ops.loss import chunked_cross_entropy
-from olpack.train.ops.pinned import PinnedMemory
+from olpack.train.ops.pinned_memory import PinnedMemory
 
 _SAME = 1e-2  # of the norm of a gradient, computed twice the same way
 

@@ -31,9 +31,9 @@ from olpack.train.forward import Forward
 from olpack.train.metrics import Metrics
 from olpack.train.model import AdaptedModel, load_with_adapter
 from olpack.train.ops.flat_parameters import FlatParameters
-from olpack.train.ops.pinned import PinnedMemory
+from olpack.train.ops.pinned_memory import PinnedMemory
 from olpack.train.planner import Fit, choose
-from olpack.train.ranks import ALONE, Ranks, partition, shard
+from olpack.train.processes import ALONE, Ranks, partition, shard
 from olpack.train.result import TrainResult
 from olpack.workspace import folder_atomically
 

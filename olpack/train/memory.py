@@ -70,7 +70,7 @@ class TrainingMemory:
         adapter, gradients, optimizer: of the adapter.
         activations: saved from forward to backward pass without gradient checkpointing; None where they cannot be counted.
         checkpointed: saved with it.
-        results: attention outputs on the GPU, which can be saved with it as well (`olpack.train.ops.checkpointing.once`).
+        results: attention outputs on the GPU, which can be saved with it as well (`olpack.train.ops.activation_checkpointing.once`).
         host_inputs, host_results: bytes of pinned memory for the layers' inputs and for the attention outputs, with checkpointing.
         offloaded: of the weights, those in pinned memory with checkpointing: embeddings that are no output layer.
         head: of the weights, the output layer, where it can be offloaded except for the loss; else 0.

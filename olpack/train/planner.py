@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from olpack.model.shape import MetaModel
     from olpack.recipe import Train
     from olpack.train.memory import TrainingMemory
-    from olpack.train.ranks import Ranks
+    from olpack.train.processes import Ranks
 
 CPU_TOKENS = 512  # a CPU is fastest where activations stay in its cache
 _MOST = 16_384  # tokens beyond which a GPU gets no faster (benchmarks/multi_gpu.md)
@@ -262,7 +262,7 @@ class _Sizes:
     """
 
     def __init__(self, rows: Sequence[TokenRow], settings: Train, gpus: int):
-        from olpack.train.ranks import partition
+        from olpack.train.processes import partition
 
         self.longest = max(len(row.ids) for row in rows)
         batches = schedule(len(rows), settings.epochs, settings.batch_size, settings.seed)

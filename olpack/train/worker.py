@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from olpack import progress, workers
 from olpack.errors import OlpackError
 from olpack.train.loop import Stopped, run
-from olpack.train.ranks import Ranks
+from olpack.train.processes import Ranks
 
 PROGRESS_EVERY_S = 0.2  # so that a bar moves
 

@@ -12,7 +12,7 @@ import itertools
 import torch
 import torch.nn.functional as F
 
-from olpack.train.ops.checkpointing import once
+from olpack.train.ops.activation_checkpointing import once
 
 NAME = "olpack_packed"
 

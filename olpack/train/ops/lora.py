@@ -20,11 +20,11 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from olpack.train.ops import pointwise
-from olpack.train.ops.checkpointing import once, output_unneeded
+from olpack.train.ops.activation_checkpointing import once, output_unneeded
 from olpack.train.ops.low_rank import MlpLowRank
 
 GROUPS = (("q_proj", "k_proj", "v_proj"),)  # of an attention: one input
-OFFLOADED = "o_proj"  # whose product, after the attention output, may be saved (`olpack.train.ops.checkpointing.once`)
+OFFLOADED = "o_proj"  # whose product, after the attention output, may be saved (`olpack.train.ops.activation_checkpointing.once`)
 GATED = ("gate_proj", "up_proj", "down_proj")  # of a gated MLP
 
 

@@ -15,7 +15,7 @@ from contextvars import ContextVar
 
 import torch
 
-from olpack.train.ops.pinned import PinnedMemory
+from olpack.train.ops.pinned_memory import PinnedMemory
 
 Tensors = tuple[torch.Tensor, ...]
 Compute = Callable[[], Tensors]

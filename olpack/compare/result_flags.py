@@ -9,8 +9,8 @@ from typing import Literal
 
 from olpack.compare.perplexity import paired_loss
 from olpack.compare.results import Answer, AnswerFlag, Flag, QuantResult, Rows
-from olpack.data.loops import repeats_itself
-from olpack.data.marks import REASONING_MARKS
+from olpack.data.reasoning_marks import REASONING_MARKS
+from olpack.data.repetition import repeats_itself
 
 _DESCRIPTIONS: dict[AnswerFlag, str] = {
     "empty": "empty",
