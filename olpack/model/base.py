@@ -122,10 +122,8 @@ class Base:
         Raises:
             OlpackError: no tokenizer in the folder loads, or the class that it names does not fit its vocabulary.
         """
-        from transformers import AutoTokenizer
-
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
+            tokenizer = self._tokenizer_class().from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # tokenizers raises nothing narrower
             raise OlpackError(
                 f"The tokenizer in {self.path} does not load: {(str(error).splitlines() or [type(error).__name__])[0]}",
@@ -133,6 +131,18 @@ class Base:
             ) from None
         self._refuse_lost_spaces(tokenizer)
         return tokenizer
+
+    def _tokenizer_class(self) -> Any:
+        """The class that tokenizer_config.json names where that is the general one, else AutoTokenizer, which looks for it and imports torch:
+        a second that registering a changed system prompt does not have."""
+        path = self.path / "tokenizer_config.json"
+        if path.is_file() and read_object(path).get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+            from transformers import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer
 
     def _refuse_lost_spaces(self, tokenizer) -> None:
         """Some classes split text in their own way, whatever is in tokenizer.json: LlamaTokenizerFast loses the spaces of a byte-level vocabulary.
