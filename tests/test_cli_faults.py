@@ -46,8 +46,14 @@ def environment(**more: str) -> dict[str, str]:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize(("command", "text"), [("wait", "cleaned up"), ("defer", "checkpoint written")])
 def test_signals_end_a_command_as_ctrl_c_does(number, code, command, text):
+    own = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # what a shell's job in the background ignores
     process = subprocess.Popen(
-        [sys.executable, "-c", COMMANDS, command], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, restore_signals=True
+        [sys.executable, "-c", own + COMMANDS, command],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        restore_signals=True,
     )
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)

@@ -124,9 +124,13 @@ class ServerSpeed:
 
         running = self._tried(problems, lambda: self._running(model)) or running
         self._tried(problems, lambda: self._unload(model))
+        if not counts_loads:
+            loads.clear()
+        if problems and not (loads[first:] or prompts or rates or running):  # the server is gone: there is no round
+            raise OlpackError(problems[0])
         yield SpeedRound(
             context=context,
-            loads_s=loads[first:] if counts_loads else [],
+            loads_s=loads[first:],
             prompts=prompts,
             generation_tokens_per_s=rates,
             joules_per_token=energies if running and running.size_vram else [],

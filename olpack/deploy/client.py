@@ -230,7 +230,13 @@ class OllamaClient:
 
     def _version(self) -> str:
         within_s = 5.0 + (self._http.timeout.connect or 0.0)
-        return self._ask("GET", "/api/version", ServerVersion, "asking for its version", within_s=min(within_s, self._whole_s)).version
+        with self._failures("asking for its version"):
+            try:
+                return self._answer("GET", "/api/version", ServerVersion, None, min(within_s, self._whole_s)).version
+            except _Refused as refused:
+                if refused.status == 404:  # something else answers there
+                    raise self._absent() from None
+                raise
 
     def require(self) -> str:
         """The server's version.
