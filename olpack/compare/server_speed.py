@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import string
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from olpack.deploy.client import OllamaClient
 
 Result = TypeVar("Result")
+RunCount = tuple[int, int]  # runs that are done, of how many
 
 _LOADS = 2  # in each round; the very first is discarded
 _UNLOAD_S = 30.0
@@ -59,7 +60,7 @@ class ServerSpeed:
         self._others: set[str] = set()  # other models that were loaded in this round
         self._stuck: set[str] = set()  # models that the server did not unload in time
 
-    def round(self, model: str, repeats: int, first: bool) -> Iterator[tuple[int, int] | SpeedRound]:
+    def round(self, model: str, repeats: int, first: bool) -> Iterator[RunCount | SpeedRound]:
         """Visit a model: (done, total) any number of times, then the round.
 
         A figure that the server does not report is missing in the round, and the reason is in its `problems`.
@@ -75,29 +76,56 @@ class ServerSpeed:
         settings, self._others = self._settings, set()
         problems: list[str] = []
         lengths = dict.fromkeys(min(length, settings.context - settings.generated_tokens) for length in settings.prompt_lengths)
-        done, total = 0, _LOADS + first + (len(lengths) + 1) * (repeats + 1)
+        total = _LOADS + first + (len(lengths) + 1) * (repeats + 1)
+        counts = ((done, total) for done in range(1, total + 1))
         for one in self._models:
             self._tried(problems, partial(self._unload, one))
+        loads = yield from self._loads(model, first, problems, counts)
+        running = self._tried(problems, lambda: self._running(model))
+        # A model trained on less context than asked for is loaded with less.
+        context = min(settings.context, (running and running.context_length) or settings.context)
+        prompts: list[PromptRun] = yield from self._prompts(model, lengths, context, repeats, problems, counts)
+        rates, energies = yield from self._generations(model, repeats, problems, counts)
+        running = self._tried(problems, lambda: self._running(model)) or running
+        self._tried(problems, lambda: self._unload(model))
+        if problems and not (loads or prompts or rates or running):  # the server is gone: there is no round
+            raise OlpackError(problems[0])
+        yield SpeedRound(
+            context=context,
+            loads_s=loads,
+            prompts=prompts,
+            generation_tokens_per_s=rates,
+            joules_per_token=energies if running and running.size_vram else [],
+            memory_bytes=running and running.size,
+            gpu_memory_bytes=running and running.size_vram,
+            problems=list(dict.fromkeys(problems)),
+            others=sorted(self._others),
+        )
+
+    def _loads(self, model: str, first: bool, problems: list[str], counts: Iterator[RunCount]) -> Generator[RunCount, None, list[float]]:
+        """Seconds of each load; empty where one of them cannot be timed, as of a model that stays loaded."""
         loads: list[float] = []
-        counts_loads = not problems  # of a model that stays loaded, no load can be timed
+        timed = not problems
         for number in range(_LOADS + first):
-            if counts_loads:
-                counts_loads = self._tried(problems, lambda: self._unload(model)) is not None
+            if timed:
+                timed = self._tried(problems, lambda: self._unload(model)) is not None
             # A server that does not run the model at all fails here.
             loaded = self._tried(problems, partial(self._ask, model, 8, 1)) if number else self._ask(model, 8, 1)
             load_s = self._tried(problems, loaded.total_s) if loaded else None
             if load_s is None:
-                counts_loads = False
+                timed = False
             else:
                 loads.append(load_s)
-            yield (done := done + 1), total
+            yield next(counts)
+        return loads[first:] if timed else []
 
-        running = self._tried(problems, lambda: self._running(model))
-        # A model trained on less context than asked for is loaded with less.
-        context = min(settings.context, (running and running.context_length) or settings.context)
+    def _prompts(
+        self, model: str, lengths: Iterable[int], context: int, repeats: int, problems: list[str], counts: Iterator[RunCount]
+    ) -> Generator[RunCount, None, list[PromptRun]]:
+        """The timed prompts of each length in tokens."""
         prompts: list[PromptRun] = []
         per_token = _CHARACTERS_PER_TOKEN
-        for asked in dict.fromkeys(max(1, min(length, context - settings.generated_tokens)) for length in lengths):
+        for asked in dict.fromkeys(max(1, min(length, context - self._settings.generated_tokens)) for length in lengths):
             for repeat in range(repeats + 1):
                 # The discarded first call counts how many characters a token takes. A prompt over the context would be cut in silence.
                 characters = int(asked * per_token)
@@ -108,37 +136,25 @@ class ServerSpeed:
                     per_token = min(max(characters / tokens, 0.25), _MOST_CHARACTERS_PER_TOKEN)
                     if repeat:
                         prompts.append(PromptRun(asked=asked, tokens=tokens, seconds=seconds, first_token_s=answer.first_s))
-                yield (done := done + 1), total
+                yield next(counts)
+        return prompts
 
+    def _generations(
+        self, model: str, repeats: int, problems: list[str], counts: Iterator[RunCount]
+    ) -> Generator[RunCount, None, tuple[list[float], list[float]]]:
+        """(tokens per second, joules per token) of each timed answer; the first answer is discarded."""
         rates: list[float] = []
         energies: list[float] = []
         for repeat in range(repeats + 1):
             before = joules()
-            answer = self._tried(problems, lambda: self._ask(model, _SHORT, settings.generated_tokens))
+            answer = self._tried(problems, lambda: self._ask(model, _SHORT, self._settings.generated_tokens))
             if repeat and answer and (generated := self._tried(problems, answer.generated)):
                 tokens, seconds = generated
                 rates.append(tokens / seconds)
                 if before is not None and (after := joules()) is not None:
                     energies.append((after - before) / tokens)
-            yield (done := done + 1), total
-
-        running = self._tried(problems, lambda: self._running(model)) or running
-        self._tried(problems, lambda: self._unload(model))
-        if not counts_loads:
-            loads.clear()
-        if problems and not (loads[first:] or prompts or rates or running):  # the server is gone: there is no round
-            raise OlpackError(problems[0])
-        yield SpeedRound(
-            context=context,
-            loads_s=loads[first:],
-            prompts=prompts,
-            generation_tokens_per_s=rates,
-            joules_per_token=energies if running and running.size_vram else [],
-            memory_bytes=running and running.size,
-            gpu_memory_bytes=running and running.size_vram,
-            problems=list(dict.fromkeys(problems)),
-            others=sorted(self._others),
-        )
+            yield next(counts)
+        return rates, energies
 
     @staticmethod
     def _tried(problems: list[str], ask: Callable[[], Result]) -> Result | None:
