@@ -6,7 +6,6 @@ Runs in the worker process only, because it imports the converter's own `gguf` p
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import math
 import os
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from olpack import bounded_json
 from olpack.errors import OlpackError
 from olpack.export import pretokenizer
 from olpack.export.adapter import Adapter
@@ -178,8 +178,11 @@ def open_model(
                 "Take the tokenizer files from the model's publisher.",
             ) from error
     writer = model.gguf_writer
-    _rank_merges(tokenizer or source, writer)
-    _mark_special(tokenizer or source, writer)
+    path = (tokenizer or source) / "tokenizer.json"
+    if path.is_file():
+        fast = bounded_json.read_object(path, "Save it again with save_pretrained, or download it again.")
+        _rank_merges(fast, writer)
+        _mark_special(fast, writer)
     _check_vocabulary(source, writer)
     set_keys(writer, chat_template, end_of_turn, metadata or {})
     tensors = {}
@@ -268,18 +271,22 @@ def _read_sentencepiece_from_json(model: Any) -> None:
     model._set_vocab_sentencepiece = set_vocab_sentencepiece
 
 
-def _rank_merges(source: Path, writer: Any) -> None:
+def _rank_merges(fast: Mapping[str, Any], writer: Any) -> None:
     """Give the tokens of a SentencePiece vocabulary that was read from tokenizer.json the scores that its merges imply.
 
     llama.cpp merges the pair whose token has the highest score first, and the converter gives all of them the same one.
+
+    Args:
+        fast: what tokenizer.json contains.
+        writer: of the converter.
     """
     import gguf
 
-    keys, path = writer.kv_data[0], source / "tokenizer.json"
+    keys = writer.kv_data[0]
     scores = keys.get(gguf.Keys.Tokenizer.SCORES)
-    if scores is None or len(set(scores.value)) > 1 or not path.is_file():
+    if scores is None or len(set(scores.value)) > 1:
         return
-    merges = (json.loads(path.read_text(encoding="utf-8")).get("model") or {}).get("merges") or []
+    merges = (fast.get("model") or {}).get("merges") or []
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(merges):
         ranks.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), rank)
@@ -289,18 +296,22 @@ def _rank_merges(source: Path, writer: Any) -> None:
     scores.value[:] = [float(-ranks.get(_text(token), len(ranks))) for token in tokens]
 
 
-def _mark_special(source: Path, writer: Any) -> None:
+def _mark_special(fast: Mapping[str, Any], writer: Any) -> None:
     """Give the tokens that tokenizer.json adds to its vocabulary the type of such: control tokens where it calls them special, else user-defined.
 
     The converter looks for them in tokenizer_config.json, where transformers 5 no longer writes them, and llama.cpp reads a token without that
     type as plain text.
+
+    Args:
+        fast: what tokenizer.json contains.
+        writer: of the converter.
     """
     import gguf
 
-    path, types = source / "tokenizer.json", writer.kv_data[0].get(gguf.Keys.Tokenizer.TOKEN_TYPE)
-    if types is None or not path.is_file():
+    types = writer.kv_data[0].get(gguf.Keys.Tokenizer.TOKEN_TYPE)
+    if types is None:
         return
-    for token in json.loads(path.read_text(encoding="utf-8")).get("added_tokens") or []:
+    for token in fast.get("added_tokens") or []:
         if token["id"] < len(types.value) and types.value[token["id"]] in (gguf.TokenType.NORMAL, gguf.TokenType.UNUSED):
             types.value[token["id"]] = int(gguf.TokenType.CONTROL if token.get("special") else gguf.TokenType.USER_DEFINED)
 

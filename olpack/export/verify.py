@@ -13,6 +13,7 @@ from olpack.export.job import TokenDifference, TokenText
 from olpack.export.plan import FilePlan, vocabulary_file
 from olpack.export.pretokenizer import NAMES, recognize
 from olpack.llamacpp.vocabulary import Vocabulary
+from olpack.model.base import load_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -41,13 +42,12 @@ def training_tokenizer(folder: Path) -> Tokenizer | None:
     splits text in the way of the class.
     """
     from tokenizers import Tokenizer
-    from transformers import AutoTokenizer
 
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).backend_tokenizer
+        return load_tokenizer(folder).backend_tokenizer
     except (OSError, ValueError, KeyError, AttributeError):  # a class that transformers does not know: such a folder is only converted
         return Tokenizer.from_file(str(path))
 

@@ -123,7 +123,7 @@ class Base:
             OlpackError: no tokenizer in the folder loads, or the class that it names does not fit its vocabulary.
         """
         try:
-            tokenizer = self._tokenizer_class().from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
+            tokenizer = load_tokenizer(self.path)
         except Exception as error:  # tokenizers raises nothing narrower
             raise OlpackError(
                 f"The tokenizer in {self.path} does not load: {(str(error).splitlines() or [type(error).__name__])[0]}",
@@ -131,18 +131,6 @@ class Base:
             ) from None
         self._refuse_lost_spaces(tokenizer)
         return tokenizer
-
-    def _tokenizer_class(self) -> Any:
-        """The class that tokenizer_config.json names where that is the general one, else AutoTokenizer, which looks for it and imports torch:
-        a second that registering a changed system prompt does not have."""
-        path = self.path / "tokenizer_config.json"
-        if path.is_file() and read_object(path).get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend"):
-            from transformers import PreTrainedTokenizerFast
-
-            return PreTrainedTokenizerFast
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer
 
     def _refuse_lost_spaces(self, tokenizer) -> None:
         """Some classes split text in their own way, whatever is in tokenizer.json: LlamaTokenizerFast loses the spaces of a byte-level vocabulary.
@@ -166,6 +154,21 @@ class Base:
                 f"{written!r}: the class does not fit the vocabulary.",
                 "Set `tokenizer_class` to PreTrainedTokenizerFast in tokenizer_config.json.",
             )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """A folder's tokenizer as transformers loads it, from the folder alone and without code of its own. Raises what transformers raises.
+
+    Where tokenizer_config.json names the general class, that is taken at once: AutoTokenizer would find the same one, and imports torch to look.
+    """
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file() and read_object(settings).get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def resolve(label: str, *, relative_to: Path, revision: str | None = None, weights: bool = True) -> Base:
