@@ -20,7 +20,7 @@ from olpack.stages.stage import Checks, Stage
 from olpack.workspace import file_digest, template_source, value_digest
 
 if TYPE_CHECKING:
-    from olpack.compare import MeasureSettings, ReferenceModels, Results
+    from olpack.compare import ComparedFile, MeasureSettings, ReferenceModels, Results
 
 _OF_THE_SPEED = ("num_ctx", "num_batch", "num_gpu", "num_thread", "use_mmap")
 
@@ -196,7 +196,7 @@ def _without_importance_keys(build: Build) -> dict[str, str]:
     return keys
 
 
-def quant_files(build: Build) -> list:
+def quant_files(build: Build) -> list[ComparedFile]:
     """The exported GGUFs as they are compared."""
     from olpack.compare import ComparedFile
 

@@ -60,16 +60,16 @@ class Checks:
 
     Attributes:
         steps: those that will run.
-        stages: names of their stages.
         exported: what the export would write, once its check ran.
     """
 
     steps: list[Step]
-    stages: set[str] = field(init=False)
     exported: ExportPlan | None = None
 
-    def __post_init__(self) -> None:
-        self.stages = {step.stage for step in self.steps}
+    @property
+    def stages(self) -> set[str]:
+        """Names of the stages of the steps."""
+        return {step.stage for step in self.steps}
 
 
 @dataclass(frozen=True)
