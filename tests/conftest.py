@@ -8,9 +8,13 @@ import sys
 from collections.abc import Generator, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from ollama_double import OllamaDouble
+
+if TYPE_CHECKING:
+    from olpack.deploy.client import OllamaClient
 
 if shutil.which("nvidia-smi") is None:  # Triton reads this when it is imported, which may be by any test
     os.environ["TRITON_INTERPRET"] = "1"
@@ -62,3 +66,20 @@ def ollama_double(tmp_path: Path) -> Iterator[OllamaDouble]:
     """A double of an Ollama server, empty, on a port of its own."""
     with OllamaDouble(tmp_path) as double:
         yield double
+
+
+@pytest.fixture
+def client(ollama_double: OllamaDouble, tmp_path: Path) -> OllamaClient:
+    """A client of a server with two models: mine:q8_0 and theirs:latest."""
+    import served_gguf
+    from ollama_double_store import CHATML
+
+    from olpack.deploy.client import OllamaClient, blob_digest
+    from olpack.model.chat_template import protect
+
+    client = OllamaClient(ollama_double.url)
+    for filling, model in enumerate(("mine:q8_0", "theirs:latest")):
+        served_gguf.write(path := tmp_path / f"{filling}.gguf", protect(CHATML.jinja, {}), filling=filling)
+        client.upload(path, digest := blob_digest(path))
+        client.create({"model": model, "files": {"m.gguf": digest}, "parameters": {"num_ctx": 512}})
+    return client

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 
 import pytest
-import served_gguf
-from ollama_double import LOOP, Answer, OllamaDouble
-from ollama_double_store import CHATML
+from ollama_double import LOOP, Answer
 from oracle import olpack
 
 from olpack.compare import MeasureSettings, read_results
@@ -18,23 +15,12 @@ from olpack.compare.result_flags import ExpectedScripts, answer_of, flag_answers
 from olpack.compare.results import Perplexity, PromptSpeed, QuantResult, Speed, Spread
 from olpack.compare.scores import load_function, score_answers
 from olpack.compare.served_models import compare_served, settings_for
-from olpack.deploy.client import OllamaClient, blob_digest
+from olpack.deploy.client import OllamaClient
 from olpack.errors import OlpackError
-from olpack.model.chat_template import protect
 from olpack.recipe.tasks import load_tasks, parse_task
 
 SETTINGS = MeasureSettings(prompt_lengths=(48,), generated_tokens=40, repeats=2, context=512, threads=1, answer_tokens=48)
 PROMPTS = [[{"role": "user", "content": "Write add."}]]
-
-
-@pytest.fixture
-def client(ollama_double: OllamaDouble, tmp_path: Path) -> OllamaClient:
-    client = OllamaClient(ollama_double.url)
-    for filling, model in enumerate(("mine:q8_0", "theirs:latest")):
-        served_gguf.write(path := tmp_path / f"{filling}.gguf", protect(CHATML.jinja, {}), filling=filling)
-        client.upload(path, digest := blob_digest(path))
-        client.create({"model": model, "files": {"m.gguf": digest}, "parameters": {"num_ctx": 512}})
-    return client
 
 
 def test_another_prompt_is_drawn_where_a_model_repeats_itself(client, ollama_double):

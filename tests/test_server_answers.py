@@ -10,17 +10,15 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 import served_gguf
-from ollama_double import OllamaDouble
 from ollama_double_store import CHATML
 
 from olpack.compare import MeasureSettings
 from olpack.compare.served_models import compare_served, settings_for
 from olpack.deploy import client as client_module
-from olpack.deploy.client import OllamaClient, blob_digest, creates_adapters
+from olpack.deploy.client import OllamaClient, creates_adapters
 from olpack.deploy.push import push_to_ollama
 from olpack.deploy.register import Package, TagFile, register
 from olpack.errors import OlpackError
@@ -244,16 +242,6 @@ def test_versions_compare_by_their_numbers() -> None:
 # One failure costs one figure
 
 SETTINGS = MeasureSettings(prompt_lengths=(48,), generated_tokens=40, repeats=1, context=512, threads=1, answer_tokens=48)
-
-
-@pytest.fixture
-def client(ollama_double: OllamaDouble, tmp_path: Path) -> OllamaClient:
-    client = OllamaClient(ollama_double.url)
-    for filling, model in enumerate(("mine:q8_0", "theirs:latest")):
-        served_gguf.write(path := tmp_path / f"{filling}.gguf", protect(CHATML.jinja, {}), filling=filling)
-        client.upload(path, digest := blob_digest(path))
-        client.create({"model": model, "files": {"m.gguf": digest}, "parameters": {"num_ctx": 512}})
-    return client
 
 
 @pytest.fixture

@@ -45,7 +45,6 @@ def test_a_template_reaches_nothing_of_python(tmp_path, monkeypatch, text):
     ],
 )
 def test_a_template_without_end_is_ended(monkeypatch, text, reason):
-    monkeypatch.setattr(templating, "SECONDS", 0.5)
     monkeypatch.setattr(templating.bounded.__wrapped__, "__defaults__", (0.5, templating.MEMORY))
     with pytest.raises(OlpackError, match=reason):
         templating.render(text, "x.j2", "The template")

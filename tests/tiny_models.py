@@ -52,6 +52,17 @@ def write_tokenizer(folder: Path, *, pattern: str = QWEN2, vocabulary: int = 512
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
+_SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 256,
+}
+
+
 def write_model(
     folder: Path,
     model_type: str = "qwen3",
@@ -82,13 +93,7 @@ def write_model(
         model_type,
         **{
             "vocab_size": 512,
-            "hidden_size": 256,
-            "intermediate_size": 512,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 64,
-            "max_position_embeddings": 256,
+            **_SIZES,
             "tie_word_embeddings": tied,
             "bos_token_id": None,
             "eos_token_id": 0,
@@ -112,13 +117,7 @@ def write_vision_model(folder: Path, *, dtype: str = "float32") -> Path:
     size = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()  # the converter cuts the embedding to it
     text = {
         "vocab_size": size,
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "max_position_embeddings": 256,
+        **_SIZES,
         "sliding_window": 128,
         "query_pre_attn_scalar": 64,
         "bos_token_id": None,
