@@ -23,8 +23,7 @@ test: install
 test-fast: install
 	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --fast
 
-lint: install
-	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[lint]'
+lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python .ci/rooms.py
@@ -32,6 +31,11 @@ lint: install
 
 docs: install
 	$(VENV)/bin/python -m olpack.reference
+
+# Once for each set of versions, as the rest of the environment.
+$(VENV)/.lint: $(READY)
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[lint]'
+	touch $@
 
 install: $(READY)
 
