@@ -221,7 +221,7 @@ def test_columns_that_hold_what_others_read_as_nothing_or_numbers_stay_text(tmp_
     (tmp_path / "a.csv").write_bytes("prompt,completion\r\na,null\r\nb,NA\r\nc,None\r\nd,007\r\ne,1e3\r\nf,true\r\n".encode("utf-8-sig"))
     assert [chat.messages[1]["content"] for chat in load_chats(tmp_path / "a.csv")] == ["null", "NA", "None", "007", "1e3", "true"]
     (tmp_path / "b.csv").write_bytes("prompt;completion\r\na;b\r\n".encode("utf-8-sig"))
-    with pytest.raises(OlpackError, match="separated by semicolons, and not by commas"):
+    with pytest.raises(OlpackError, match=r"separated by semicolons, and not by commas\? A row is"):
         load_chats(tmp_path / "b.csv")
 
 

@@ -38,7 +38,7 @@ def load_chats(*sources: Source | Path) -> list[Chat]:
         if len(chats) + len(problems) == before:
             raise OlpackError(f"{source.place if isinstance(source.place, Path) else source.label} is empty.", FORM)
     if problems:
-        refuse([f"{problem.place}: {problem.text}." for problem in problems], FORM)
+        refuse([problem.sentence for problem in problems], FORM)
     return chats
 
 

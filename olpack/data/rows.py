@@ -90,6 +90,11 @@ class Problem:
     text: str
     kind: str
 
+    @property
+    def sentence(self) -> str:
+        """Place and text, ended by a full stop where the text is no question."""
+        return f"{self.place}: {self.text}{'' if self.text.endswith('?') else '.'}"
+
 
 @dataclass(frozen=True)
 class TokenRow:
