@@ -373,6 +373,13 @@ def test_a_context_that_the_configuration_leaves_to_its_default(tmp_path):
     assert Base("gemma", folder).context_length == 131_072
 
 
+def test_a_vocabulary_that_the_configuration_leaves_to_its_default(tmp_path):
+    text = {"model_type": "gemma3_text", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "text_config": text}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert MetaModel(Base("gemma", tmp_path).config, "gemma").shape.vocabulary == 262_208
+
+
 def test_a_tokenizer_of_mistrals_own_is_one(copy):
     for file in copy.glob("tokenizer*"):
         file.unlink()
