@@ -39,6 +39,10 @@ def test_a_flipped_bit_in_a_measured_figure_has_it_measured_again(tmp_path, caps
     flip(file, file.read_bytes().index(b"1.25"))
     assert cache.load("q4_K_M", "perplexity", key) is None
     assert f"{file} is damaged: perplexity is measured again" in capsys.readouterr().err
+    cache.store("q4_K_M", "perplexity", key, figures)
+    flip(file, file.read_bytes().index(b"digest"))
+    assert cache.load("q4_K_M", "perplexity", key) is None
+    assert f"{file} is damaged: perplexity is measured again" in capsys.readouterr().err
 
 
 def test_a_figure_of_an_earlier_version_has_no_digest_and_is_used(tmp_path):

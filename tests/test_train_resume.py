@@ -87,7 +87,8 @@ def test_a_flipped_bit_in_a_checkpoint_is_found_wherever_it_is(tmp_path, capsys)
     saved = Checkpoint(tmp_path, "k")
     assert saved.save(model, optimizer, State(step=3, seconds=1.5))
     whole = saved.file.read_bytes()
-    for place in random.Random(0).sample(range(8, len(whole)), 100):
+    digest = whole.index(b'"digest"')  # a checkpoint without one is of an earlier version
+    for place in [*range(digest, digest + 8), *random.Random(0).sample(range(8, len(whole)), 100)]:
         saved.file.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
         assert saved.load(model, optimizer) is None, whole[place - 20 : place + 20]
         assert "training starts from the beginning" in capsys.readouterr().err

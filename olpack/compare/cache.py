@@ -57,7 +57,7 @@ class Cache:
         if not isinstance(stored, dict) or stored.get("key") != value_digest(key):
             return None
         data = stored.get("data")
-        if "digest" in stored and stored["digest"] != value_digest(data):
+        if stored.keys() - {"key", "digest", "data"} or ("digest" in stored and stored["digest"] != value_digest(data)):
             progress.warn(f"{self._path(self._folder, tag, unit)} is damaged: {unit} is measured again")
             return None
         return data

@@ -23,6 +23,7 @@ from olpack.workspace import value_digest, write_atomically
 EVERY_S = 60.0  # the most work that a killed run loses, as long as a save takes little of it
 _SHARE = 0.02  # of the time, at most, goes into saving
 _FORM = 2  # version of the file's format: a file of another version is not used
+_FIELDS = {"form", "key", "optimizer", "numbers", "state"}  # of a checkpoint's record, beside its digest
 
 
 @dataclass
@@ -93,7 +94,8 @@ class Checkpoint:
                 saved = {name: json.loads(text) for name, text in file.metadata().items()}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 — no mapping
             state = State(**saved["state"]) if saved.get("form") == _FORM else None
-            if "digest" in saved and saved.pop("digest") != _digest(tensors, saved):
+            digest = saved.pop("digest", None)  # earlier versions wrote none
+            if state and (saved.keys() != _FIELDS or (digest is not None and digest != _digest(tensors, saved))):
                 raise ValueError("its content is not what was written")
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             progress.warn(f"{self.file} cannot be read ({error}): training starts from the beginning")
