@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from olpack import importers, printable
-from olpack.commands.init import new_recipe
+from olpack.commands.init import PARAMETERS, new_recipe
 from olpack.errors import OlpackError
 from olpack.importers import Draft, Given, Outcome
 from olpack.workspace import write_atomically
@@ -32,7 +32,14 @@ class Imported:
     def as_json(self) -> dict[str, Any]:
         """The list as JSON takes it."""
         lines = [
-            {"place": one.given.place, "key": one.given.key, "value": one.given.value, "outcome": one.kind, "to": one.to, "note": one.note}
+            {
+                "place": one.given.place,
+                "key": one.given.key,
+                "value": one.given.public,
+                "outcome": one.kind,
+                "to": importers.plain(one.to),
+                "note": one.note,
+            }
             for one in self.outcomes
         ]
         return {"name": self.name, "recipe": str(self.recipe), "tool": self.tool, "settings": lines}
@@ -57,17 +64,21 @@ def import_recipe(source: str, name: str | None, base: str | None, train: str | 
             _replace(draft, option, key, value)
     if system is not None:
         draft.carry(Given("--system", "system", system), {"modelfile.system": system})
+    if not any(key.startswith("modelfile.parameters.") for key in draft.settings):
+        parameters = {f"modelfile.parameters.{key}": value for key, value in PARAMETERS.items()}
+        draft.carry(Given("olpack's default", "parameters", None), parameters, "As `olpack init` writes them: an answer that repeats itself ends.")
     document = draft.document()
     try:
         recipe.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OlpackError(f"{recipe.parent} cannot be made: {error.strerror}.", "Begin a package where you may write.") from None
     write_atomically(recipe, _text(draft, document, recipe.parent.name))
-    return Imported(recipe.parent.name, recipe, draft.tool, draft.outcomes)
+    return Imported(recipe.parent.name, recipe, draft.tool, draft.in_order())
 
 
 def _replace(draft: Draft, option: str, key: str, value: str) -> None:
     given = Given(option, key, value)
+    draft.withdraw(["base", "revision"] if key == "base" else [key], f"{option} replaces it.")
     if key == "base":
         if value.startswith("builtin/"):
             draft.carry(given, {"base": value})
@@ -78,18 +89,18 @@ def _replace(draft: Draft, option: str, key: str, value: str) -> None:
         return
     if (source := draft.source(given, value)) is None:
         raise OlpackError(f"There is no {value} here.", "Name a file or a folder of rows, or a data set on the Hub as owner/name.")
-    draft.carry(given, {key: source["file"] if "file" in source else source})
+    draft.carry(given, {key: source.get("file", source)})
 
 
 # -- the recipe's text ---------------------------------------------------------------------------------------------------------------------
 
 
 def _text(draft: Draft, document: dict[str, Any], name: str) -> str:
-    lines = [f"# From {printable.visible(draft.file.name)} by `olpack import`. `olpack plan {name}` prints every setting.", ""]
+    lines = [f"# From {_on_one_line(draft.file.name)} by `olpack import`. `olpack plan {name}` prints every setting.", ""]
     lines += _section(draft, document, "", 0)
-    if lost := [one for one in draft.outcomes if one.kind == "lost"]:
+    if lost := [one for one in draft.in_order() if one.kind == "lost"]:
         lines += ["", "# Not carried over:"]
-        lines += [f"#   {printable.visible(f'{one.given.place}  {one.given.shown}: {one.note}')}" for one in lost]
+        lines += [f"#   {_on_one_line(f'{one.given.place}  {one.given.shown}: {one.note}')}" for one in lost]
     return "\n".join(lines) + "\n"
 
 
@@ -99,10 +110,18 @@ def _section(draft: Draft, section: dict[str, Any], prefix: str, depth: int) -> 
         indent, dotted = "  " * depth, f"{prefix}{key}"
         if isinstance(value, dict) and dotted not in draft.settings:
             lines += [f"{indent}{key}:", *_section(draft, value, f"{dotted}.", depth + 1)]
+            continue
+        origin = f"  # {_on_one_line(draft.origins[dotted])}" if dotted in draft.origins else ""
+        if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            lines += [f"{indent}{key}:{origin}", *(f"{indent}  - {_value(item)}" for item in value)]
         else:
-            origin = draft.origins.get(dotted, "")
-            lines.append(f"{indent}{key}: {_value(value)}" + (f"  # {printable.visible(origin)}" if origin else ""))
+            lines.append(f"{indent}{key}: {_value(value)}{origin}")
     return lines
+
+
+def _on_one_line(text: str) -> str:
+    """A text as a comment takes it, whatever its author wrote."""
+    return printable.visible(" ".join(text.split()))
 
 
 def _value(value: Any) -> str:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from olpack import bounded_json, bounded_yaml
 from olpack.errors import OlpackError
 from olpack.importers import adapter, axolotl, llama_factory, modelfile, unsloth
-from olpack.importers.draft import Draft, Given, Outcome, Rule
+from olpack.importers.draft import Draft, Given, Outcome, Rule, line_of, plain
 
-__all__ = ["Draft", "Given", "Outcome", "Rule", "name_for", "read"]
+__all__ = ["Draft", "Given", "Outcome", "Rule", "name_for", "plain", "read"]
 
 _KINDS = "a YAML of Axolotl or LLaMA-Factory, a script or notebook of Unsloth, a Modelfile, or the folder of an adapter"
 _MOST_BYTES = 1 << 20  # of a Modelfile
@@ -44,7 +45,7 @@ def read(source: Path, folder: Path) -> Draft:
         unsloth.read(draft)
         return draft
     if source.suffix.lower() in (".yml", ".yaml", ".json"):
-        document, lines = bounded_yaml.read(source)
+        document, lines = _settings(source)
         if isinstance(document, dict) and "base_model" in document:
             draft = Draft("Axolotl", source, folder)
             axolotl.read(draft, document, lines)
@@ -53,9 +54,7 @@ def read(source: Path, folder: Path) -> Draft:
             draft = Draft("LLaMA-Factory", source, folder)
             llama_factory.read(draft, document, lines)
             return draft
-        raise OlpackError(
-            f"{source} names neither base_model, as Axolotl does, nor model_name_or_path, as LLaMA-Factory does.", f"Name {_KINDS}."
-        )
+        raise OlpackError(f"{source} names neither base_model, as Axolotl does, nor model_name_or_path, as LLaMA-Factory does.", f"Name {_KINDS}.")
     text = _text(source)
     if not modelfile.is_modelfile(source, text):
         raise OlpackError(f"{source} is of no known kind.", f"Name {_KINDS}.")
@@ -69,6 +68,15 @@ def name_for(source: Path) -> str:
     named = source.resolve().parent if source.name.lower() == "modelfile" else source
     text = named.resolve().name if named.is_dir() else named.stem
     return re.sub(r"[^a-z0-9._]+", "-", text.lower()).strip("-._") or "imported"
+
+
+def _settings(path: Path) -> tuple[Any, dict[str, int]]:
+    """The value in a YAML or JSON file, and the lines of its keys."""
+    if path.suffix.lower() != ".json":
+        return bounded_yaml.read(path)
+    document = bounded_json.read_object(path, f"Name {_KINDS}.", most=_MOST_BYTES)
+    text = path.read_text(encoding="utf-8")
+    return document, {key: line for key in document if (line := line_of(text, key))}
 
 
 def _text(path: Path) -> str:

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-import re
-
 from olpack import bounded_json
 from olpack.export.adapter import adapter_files
-from olpack.importers.draft import Draft, Given
+from olpack.importers.draft import Draft, Given, line_of
 from olpack.workspace import named_from
 
 _MOST_BYTES = 16 << 20
-_OF_THE_ADAPTER = ("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules", "modules_to_save", "bias", "init_lora_weights")
+_OF_THE_ADAPTER = (
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "use_rslora",
+    "use_dora",
+    "target_modules",
+    "modules_to_save",
+    "bias",
+    "init_lora_weights",
+)
 TABLE = (
     ("the folder", "train.adapter", "A build copies adapter_config.json and adapter_model.safetensors."),
     ("base_model_name_or_path", "base", "A folder here, or a Hub id; else --base names it."),
     ("revision", "revision", "Of a base on the Hub."),
     (", ".join(_OF_THE_ADAPTER), "", "They stay in the adapter."),
-    ("chat_template.jinja, tokenizer_config.json", "", "olpack serves the base's chat template; `olpack plan` warns if the adapter's writes a held-out row otherwise."),
+    (
+        "chat_template.jinja, tokenizer_config.json",
+        "",
+        "olpack serves the base's chat template; `olpack plan` warns if the adapter's writes a held-out row otherwise.",
+    ),
     ("training_args.bin", "", "A pickle, which olpack does not open."),
-)  # fmt: skip
+)
 """What becomes of each field and file, for the documentation: (field, recipe key, note)."""
 
 
@@ -36,8 +49,7 @@ def read(draft: Draft) -> None:
     settings = bounded_json.read_object(config, "Save the adapter again.", most=_MOST_BYTES)
 
     def given(key: str) -> Given:
-        found = re.search(rf'^\s*"{key}"\s*:', text, re.MULTILINE)
-        line = text.count("\n", 0, found.end()) + 1 if found else None
+        line = line_of(text, key)
         return Given(f"{config.name}:{line}" if line else config.name, key, settings[key])
 
     draft.carry(Given(folder.name, "adapter", str(folder)), {"train.adapter": named_from(draft.folder, str(folder))}, "A build copies it.")

@@ -29,7 +29,7 @@ _OWN_TEMPLATE = (
 _OWN_KERNELS = "olpack has its own kernels, and chooses them by itself."
 _SPECIAL = "olpack takes the special tokens of the base's tokenizer."
 _NO_TOKENS = "olpack adds no tokens: it takes the base's tokenizer as it is."
-_WANDB = "An import starts to send nothing. The nearest setting is train.trackers: [wandb]."
+_WANDB = "olpack sends nothing unless it is asked to. The nearest setting is train.trackers: [wandb]."
 _MULTI = "The nearest settings are train.gpus and train.sharding."
 _PREPARED = "olpack reads the rows at each build, and keeps no prepared copy."
 
@@ -62,7 +62,7 @@ def _rules(lines: Mapping[str, int]) -> dict[str, Rule]:
 
 def _sources(draft: Draft, given: Given, lines: Mapping[str, int]) -> None:
     """`datasets` become `data.train`, `test_datasets` become `data.eval`."""
-    found, first = [], None
+    found, paths = [], []
     for number, entry in enumerate(given.value if isinstance(given.value, list) else [given.value]):
         name = f"{given.key}.{number}"
         if not isinstance(entry, dict):
@@ -72,11 +72,12 @@ def _sources(draft: Draft, given: Given, lines: Mapping[str, int]) -> None:
         settings = {key: one for key, one in settings.items() if one.value not in (None, "", [], {})}
         if source := _source(draft, settings):
             found.append(source)
-            first = first or settings["path"]
-    if first:
+            paths.append(settings["path"])
+    if paths:
         key = "data.train" if given.key == "datasets" else "data.eval"
         plain = [source["file"] if source.keys() == {"file"} else source for source in found]
-        draft.carry(Given(first.place, given.key, given.value), {key: plain[0] if len(plain) == 1 else plain})
+        shown = Given(paths[0].place, given.key, [path.value for path in paths])
+        draft.carry(shown, {key: plain[0] if len(plain) == 1 else plain})
 
 
 def _source(draft: Draft, settings: dict[str, Given]) -> dict[str, Any] | None:
@@ -140,7 +141,7 @@ def _form(draft: Draft, settings: dict[str, Given]) -> tuple[str | None, list[tu
         names = {key: mapping[key] for key in ("role", "content")}
         about = [settings[key] for key in _OF_THE_FORM[2:] if key in settings]
         rest = [f"{key}: {value}" for key, value in mapping.items() if key not in names and key != value]
-        if names == _CHAT and messages == "messages" or names == _SHAREGPT and messages in ("conversations", "messages"):
+        if (names == _CHAT and messages == "messages") or (names == _SHAREGPT and messages in ("conversations", "messages")):
             form = "chat" if names == _CHAT else "sharegpt"
             notes += [(one, f"They are the keys of the form {form}.", True) for one in about]
         else:
@@ -150,7 +151,9 @@ def _form(draft: Draft, settings: dict[str, Given]) -> tuple[str | None, list[tu
         if rest and "message_property_mappings" in settings:
             notes.append((settings["message_property_mappings"], f"olpack renames no keys of a message ({', '.join(rest)}).", False))
         return form, notes
-    return None, [(given, "olpack has no form of this name; the keys of the rows decide their form, and `olpack data check` lists rows of none.", False)]
+    return None, [
+        (given, "olpack has no form of this name; the keys of the rows decide their form, and `olpack data check` lists rows of none.", False)
+    ]
 
 
 _SOURCE_RULES: dict[str, Rule] = {
@@ -329,20 +332,41 @@ RULES: dict[str, Rule] = {
     "float16": TRAINER_RULES["fp16"],
     **dict.fromkeys(
         ("flash_attention", "sdp_attention", "xformers_attention", "flex_attention", "attn_implementation", "eager_attention", "sage_attention"),
-        needless("olpack chooses the attention kernel, and checks it against plain attention."),
+        needless("olpack chooses the attention kernel."),
     ),
-    **dict.fromkeys(("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "plugins", "liger_rope", "liger_rms_norm", "liger_glu_activation",
-                     "liger_fused_linear_cross_entropy", "liger_layer_norm", "chunked_cross_entropy"), needless(_OWN_KERNELS)),
-    **dict.fromkeys(("wandb_project", "wandb_entity", "wandb_watch", "wandb_name", "wandb_log_model", "use_wandb", "mlflow_experiment_name"), lost(_WANDB)),
-    "use_tensorboard": lost("An import starts to send nothing. The nearest setting is train.trackers: [tensorboard]."),
+    **dict.fromkeys(
+        (
+            "lora_mlp_kernel",
+            "lora_qkv_kernel",
+            "lora_o_kernel",
+            "plugins",
+            "liger_rope",
+            "liger_rms_norm",
+            "liger_glu_activation",
+            "liger_fused_linear_cross_entropy",
+            "liger_layer_norm",
+            "chunked_cross_entropy",
+        ),
+        needless(_OWN_KERNELS),
+    ),
+    **dict.fromkeys(
+        ("wandb_project", "wandb_entity", "wandb_watch", "wandb_name", "wandb_log_model", "use_wandb", "mlflow_experiment_name"), lost(_WANDB)
+    ),
+    "use_tensorboard": lost("olpack sends nothing unless it is asked to. The nearest setting is train.trackers: [tensorboard]."),
     **dict.fromkeys(("fsdp_version", "ddp", "sequence_parallel_degree", "tensor_parallel_size", "context_parallel_size"), lost(_MULTI)),
-    **dict.fromkeys(("model_type", "tokenizer_type", "is_llama_derived_model", "is_mistral_derived_model", "tokenizer_use_fast"),
-                    needless("config.json and tokenizer_config.json of the base give it.")),
+    **dict.fromkeys(
+        ("model_type", "tokenizer_type", "is_llama_derived_model", "is_mistral_derived_model", "tokenizer_use_fast"),
+        needless("config.json and tokenizer_config.json of the base give it."),
+    ),
     "trust_remote_code": lost("olpack runs no code that a model contains."),
     "strict": needless("olpack refuses keys that it does not know."),
     "loss_watchdog_threshold": lost("olpack stops at a loss that is no number."),
     "loss_watchdog_patience": lost("olpack stops at a loss that is no number."),
     "activation_offloading": needless("olpack decides by the memory that is there."),
-    **{key: rule for key, rule in TRAINER_RULES.items() if key not in ("per_device_eval_batch_size", "num_train_epochs", "lr_scheduler_type", "optim")},
-}  # fmt: skip
+    **{
+        key: rule
+        for key, rule in TRAINER_RULES.items()
+        if key not in ("per_device_eval_batch_size", "num_train_epochs", "lr_scheduler_type", "optim")
+    },
+}
 """Names of Axolotl's settings."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +14,13 @@ from pydantic import ValidationError
 
 from olpack.data.records import SUFFIXES
 from olpack.errors import OlpackError
+from olpack.printable import HIDDEN
 from olpack.recipe import Recipe
 from olpack.workspace import HUB_ID, named_from
 
 _SHOWN = 100  # characters of a value
+_SECRET = re.compile("(^|_)(token|key|secret|password)$", re.IGNORECASE)
+_ODD = re.compile("[\ud800-\udfff\0]")  # what no recipe may contain
 
 
 @dataclass(frozen=True)
@@ -27,10 +32,34 @@ class Given:
     value: Any
 
     @property
+    def public(self) -> Any:
+        """The value as JSON takes it, without passwords and access tokens."""
+        return HIDDEN if _SECRET.search(self.key) and isinstance(self.value, str) else plain(self.value)
+
+    @property
     def shown(self) -> str:
         """The setting on one line: `lora_r: 32`."""
-        text = json.dumps(self.value, ensure_ascii=False, default=str)
+        if self.value is None:
+            return self.key
+        text = json.dumps(self.public, ensure_ascii=False)
         return f"{self.key}: {text}" if len(text) <= _SHOWN else f"{self.key}: {text[:_SHOWN]}…"
+
+
+def plain(value: Any) -> Any:
+    """A value of YAML or Python as JSON takes it: dates, sets, bytes and infinite numbers as texts."""
+    if isinstance(value, dict):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    if value is None or isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return str(value)
+
+
+def line_of(text: str, key: str) -> int | None:
+    """The line of a JSON text on which a key first begins a line; None where it begins none."""
+    found = re.search(rf'^\s*"{re.escape(key)}"\s*:', text, re.MULTILINE)
+    return text.count("\n", 0, found.end()) + 1 if found else None
 
 
 @dataclass(frozen=True)
@@ -67,7 +96,11 @@ class Rule:
 
 def copied(to: str, note: str = "") -> Rule:
     """The value is that of a recipe key."""
-    return Rule(to, note, lambda draft, given, rule: draft.carry(given, {to: given.value}, note))
+
+    def read(draft: Draft, given: Given, rule: Rule) -> None:
+        draft.carry(given, {to: given.value}, note)
+
+    return Rule(to, note, read)
 
 
 def needless(note: str) -> Rule:
@@ -103,7 +136,7 @@ class Draft:
     Attributes:
         settings: recipe keys by their dotted names.
         origins: the line that each of them comes from.
-        outcomes: what became of each setting, in the order of the file.
+        outcomes: what became of each setting.
         given: the settings that are read, by name, for rules that depend on several.
     """
 
@@ -117,6 +150,15 @@ class Draft:
     def place(self, line: int | str | None) -> str:
         """A line of the file: "axolotl.yml:12"."""
         return f"{self.file.name}:{line}" if line else self.file.name
+
+    def in_order(self) -> list[Outcome]:
+        """What became of each setting, in the order of the file's lines; what no line of it gives comes last."""
+
+        def position(outcome: Outcome) -> tuple[bool, list[int]]:
+            name, _, line = outcome.given.place.rpartition(":")
+            return name != self.file.name, [int(number) for number in re.findall("[0-9]+", line)]
+
+        return sorted(self.outcomes, key=position)
 
     def read(self, given: Iterable[Given], rules: Mapping[str, Rule]) -> None:
         """Read settings by the rules for their names. A setting without a value is none."""
@@ -155,18 +197,25 @@ class Draft:
         """olpack has nothing equal."""
         self.outcomes.append(Outcome(given, "lost", note=note))
 
+    def withdraw(self, keys: Iterable[str], note: str) -> None:
+        """Unset recipe keys, because something else replaces them."""
+        for key in keys:
+            self.settings.pop(key, None)
+            self.origins.pop(key, None)
+            self.outcomes = [Outcome(one.given, "needless", note=note) if key in one.to else one for one in self.outcomes]
+
     # -- what is more than a value ---------------------------------------------------------------------------------------------------------
 
     def base(self, given: Given, name: Any) -> None:
         """The base model: a folder here, or a Hub id."""
         if not isinstance(name, str):
-            self.lose(given, "It is no text. Name the base with --base.")
+            self.lose(given, "It is no text.")
         elif (folder := self.near(name)) and folder.is_dir():
             self.carry(given, {"base": named_from(self.folder, str(folder))})
         elif HUB_ID.fullmatch(name):
             self.carry(given, {"base": name})
         else:
-            self.lose(given, "There is no such folder here, and it is no Hub id. Name the base with --base.")
+            self.lose(given, "There is no such folder here, and it is no Hub id.")
 
     def near(self, name: str) -> Path | None:
         """A file or folder by a path relative to the working folder, or to the folder of the file; None where there is none."""
@@ -194,7 +243,7 @@ class Draft:
             return None
         if HUB_ID.fullmatch(name) and not set(SUFFIXES).intersection(Path(name).suffixes):
             return {"hub": name, **hub, **named}
-        self.lose(given, f"There is no {name} in the working folder or beside {self.file.name}. Name the rows with --train.")
+        self.lose(given, f"There is no {name} in the working folder or beside {self.file.name}.")
         return None
 
     def document(self) -> dict[str, Any]:
@@ -204,11 +253,15 @@ class Draft:
             OlpackError: no base or no rows could be carried over, or settings do not go together.
         """
         if "base" not in self.settings:
-            raise self._lacking("a base model", ("base_model", "model_name", "FROM"), "--base")
+            raise self._lacking("base model", ("base_model", "model_name", "FROM"), "Name it with --base: a Hub id, or a folder.")
         if "train.adapter" in self.settings and "data.eval" not in self.settings:
-            raise self._lacking("rows to compare the quants of a finished adapter on", ("eval_dataset", "test_datasets"), "--eval")
+            raise OlpackError(
+                f"{self.file} is an adapter that is trained already, and its quants are compared on rows that it was not trained on.",
+                "Name such rows with --eval: a file, a folder, or a data set on the Hub.",
+            )
         if "train.adapter" not in self.settings and "data.train" not in self.settings:
-            raise self._lacking("training rows", ("dataset", "train_dataset", "path", "data_files", "load_dataset", "file_name"), "--train")
+            names = ("dataset", "train_dataset", "path", "data_files", "load_dataset", "file_name")
+            raise self._lacking("training rows", names, "Name them with --train: a file, a folder, or a data set on the Hub.")
         document: dict[str, Any] = {}
         for key in sorted(self.settings, key=_order):
             place, parts = document, key.split(".")
@@ -222,10 +275,12 @@ class Draft:
             raise OlpackError(f"{self.file} becomes no recipe: {reason}.", "Change the file, and import it again.") from None
         return document
 
-    def _lacking(self, what: str, names: tuple[str, ...], option: str) -> OlpackError:
+    def _lacking(self, what: str, names: tuple[str, ...], remedy: str) -> OlpackError:
         """The error for a file from which something could not be carried over, with the first reason."""
-        reasons = [f" {one.given.place}: {one.note}" for one in self.outcomes if one.kind == "lost" and one.given.key.rpartition(".")[2].startswith(names)]
-        return OlpackError(f"{self.file} names no {what.removeprefix('a ')} that can be carried over.{reasons[0] if reasons else ''}", f"Use {option}.")
+        reasons = [
+            f" {one.given.place}: {one.note}" for one in self.outcomes if one.kind == "lost" and one.given.key.rpartition(".")[2].startswith(names)
+        ]
+        return OlpackError(f"{self.file} names no {what} that can be carried over.{reasons[0] if reasons else ''}", remedy)
 
 
 _ORDER = ("base", "revision", "data", "train", "quants", "export", "package", "modelfile", "compare")
@@ -241,6 +296,8 @@ def _order(key: str) -> tuple[int, ...]:
 
 def _refused(key: str, value: Any) -> str | None:
     """Why a recipe does not take a value for a key; None where it does."""
+    if odd := _ODD.search(json.dumps(plain(value), ensure_ascii=False).replace("\\u0000", "\0")):
+        return f"it contains the character {odd[0]!r}, which no text has"
     document: dict[str, Any] = {"base": "b", "data": {"train": "t"}}
     place = document
     *sections, last = key.split(".")

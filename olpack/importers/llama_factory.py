@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from olpack import bounded_json
 from olpack.errors import OlpackError
+from olpack.export.adapter import adapter_files
 from olpack.importers.draft import Draft, Given, Rule, by, copied, lost, needless
 from olpack.importers.trainer import ACCUMULATION, EPOCHS, MICRO_BATCH, SCHEDULE, TRAINER_RULES, batch, default_batch, default_epochs, share
 from olpack.workspace import named_from
@@ -81,6 +81,7 @@ def _finished(draft: Draft, given: Given) -> None:
         raise OlpackError(
             f"{given.place}: there is no folder {given.value} in the working folder or beside {draft.file.name}.", "Import the adapter's folder."
         )
+    adapter_files(place)
     draft.carry(given, {"train.adapter": named_from(draft.folder, str(place))}, "The adapter is trained: a build copies it.")
 
 
@@ -113,7 +114,7 @@ def _bits(draft: Draft, given: Given) -> None:
     method = str(draft.value("quantization_method", "bnb"))
     four = str(draft.value("quantization_type", "nf4"))
     found = {("bnb", 4): four, ("bitsandbytes", 4): four, ("bnb", 8): "int8", ("bitsandbytes", 8): "int8", ("hqq", 4): "hqq4", ("hqq", 8): "hqq8"}
-    if quantization := found.get((method, given.value)):
+    if isinstance(given.value, int) and (quantization := found.get((method, given.value))):
         draft.carry(given, {"train.quantization": quantization}, f"With quantization_method: {method}.")
     else:
         draft.lose(given, "olpack quantizes the base to nf4, fp4, int8, hqq4 or hqq8 (train.quantization).")
@@ -135,7 +136,7 @@ def _source(draft: Draft, given: Given, name: Any) -> dict[str, Any] | None:
     folder = draft.near(str(draft.value("dataset_dir", "data")))
     info = folder / _INFO if folder else None
     if info is None or not info.is_file():
-        draft.lose(given, f"There is no {_INFO} in {draft.value('dataset_dir', 'data')}, which describes the data set. Name the rows with --train.")
+        draft.lose(given, f"There is no {_INFO} in {draft.value('dataset_dir', 'data')}, which describes the data set.")
         return None
     entry = bounded_json.read_object(info, "It describes LLaMA-Factory's data sets.", most=_MOST_BYTES).get(str(name))
     if not isinstance(entry, dict):
@@ -161,10 +162,15 @@ def _source(draft: Draft, given: Given, name: Any) -> dict[str, Any] | None:
     return source
 
 
+def _table(entry: dict[str, Any], key: str) -> dict[str, Any]:
+    """A part of an entry that is a table of names; empty where it is none."""
+    value = entry.get(key)
+    return value if isinstance(value, dict) else {}
+
+
 def _form(draft: Draft, entry: dict[str, Any], about: dict[str, Given]) -> str | None:
     kind = entry.get("formatting", "alpaca")
-    columns, tags = (entry.get(key) if isinstance(entry.get(key), dict) else {} for key in ("columns", "tags"))
-    assert isinstance(columns, dict) and isinstance(tags, dict)
+    columns, tags = _table(entry, "columns"), _table(entry, "tags")
     if media := [key for key in ("images", "videos", "audios") if columns.get(key)]:
         draft.lose(about["columns"], f"olpack trains on text, and the rows have {', '.join(media)}.")
         return None
@@ -248,7 +254,9 @@ RULES: dict[str, Rule] = {
     "adapter_name_or_path": by(_adapter, "train.adapter", "In a file that trains nothing (`llamafactory-cli export`)."),
     "stage": by(_stage, "data.form", "`pt`: text. Stages other than sft and pt are refused."),
     "finetuning_type": by(_method, "", _OTHER_TRAINING),
-    "dataset": by(_rows("data.train"), "data.train", "By dataset_info.json: file_name or hf_hub_url, split, subset; formatting, columns and tags as form."),
+    "dataset": by(
+        _rows("data.train"), "data.train", "By dataset_info.json: file_name or hf_hub_url, split, subset; formatting, columns and tags as form."
+    ),
     "eval_dataset": by(_rows("data.eval"), "data.eval", "As dataset."),
     "dataset_dir": needless("It is where dataset_info.json was looked for."),
     "template": lost(_TEMPLATE),
@@ -297,13 +305,20 @@ RULES: dict[str, Rule] = {
     "use_adam_mini": lost("olpack trains with AdamW."),
     "use_muon": lost("olpack trains with AdamW."),
     "trust_remote_code": lost("olpack runs no code that a model contains."),
-    **dict.fromkeys(("flash_attn", "use_unsloth", "use_unsloth_gc", "enable_liger_kernel", "use_reentrant_gc", "upcast_layernorm"), needless(_OWN_KERNELS)),
-    **dict.fromkeys(("overwrite_cache", "preprocessing_num_workers", "preprocessing_batch_size", "cache_dir", "use_fast_tokenizer", "low_cpu_mem_usage"),
-                    needless("It decides how data and model are loaded, not what is trained.")),
-    **dict.fromkeys(("plot_loss", "include_num_input_tokens_seen", "print_param_status", "compute_accuracy"),
-                    needless("The report has the loss curve and the counts of tokens.")),
+    **dict.fromkeys(("hf_hub_token", "ms_hub_token", "om_hub_token"), needless("huggingface_hub's own login, or HF_TOKEN, is used.")),
+    **dict.fromkeys(
+        ("flash_attn", "use_unsloth", "use_unsloth_gc", "enable_liger_kernel", "use_reentrant_gc", "upcast_layernorm"), needless(_OWN_KERNELS)
+    ),
+    **dict.fromkeys(
+        ("overwrite_cache", "preprocessing_num_workers", "preprocessing_batch_size", "cache_dir", "use_fast_tokenizer", "low_cpu_mem_usage"),
+        needless("It decides how data and model are loaded, not what is trained."),
+    ),
+    **dict.fromkeys(
+        ("plot_loss", "include_num_input_tokens_seen", "print_param_status", "compute_accuracy"),
+        needless("The report has the loss curve and the counts of tokens."),
+    ),
     **dict.fromkeys(("export_dir", "export_size", "export_device", "export_legacy_format"), needless("A build writes its files into build/NAME.")),
-    "use_swanlab": lost("An import starts to send nothing. olpack's trackers are tensorboard and wandb (train.trackers)."),
+    "use_swanlab": lost("olpack sends nothing unless it is asked to. Its trackers are tensorboard and wandb (train.trackers)."),
     **TRAINER_RULES,
-}  # fmt: skip
+}
 """Names of LLaMA-Factory's settings."""

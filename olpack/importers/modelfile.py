@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from olpack.deploy.modelfile import commands, parameter
-from olpack.deploy.parameters import check_parameters
+from olpack.deploy.parameters import PARAMETERS, check_parameters
 from olpack.errors import OlpackError
-from olpack.importers import adapter
+from olpack.export.adapter import adapter_files
 from olpack.importers.draft import Draft, Given
 from olpack.workspace import named_from
 
@@ -57,17 +57,16 @@ def _base(draft: Draft, given: Given) -> None:
     if place and place.is_dir():
         draft.carry(given, {"base": named_from(draft.folder, str(place))})
     elif (place and place.is_file()) or name.endswith((".gguf", ".bin")):
-        draft.lose(given, "A GGUF is quantized, or has other names than an adapter needs. Name the model that it was made from with --base.")
+        draft.lose(given, "A GGUF is quantized, or has other names than an adapter needs. olpack needs the model that it was made from.")
     else:
-        draft.lose(given, "A tag of Ollama is a GGUF. Name the model that it was made from with --base: a Hub id, or a folder.")
+        draft.lose(given, "A tag of Ollama is a GGUF, and olpack needs the model that it was made from.")
 
 
 def _adapter(draft: Draft, given: Given) -> None:
     place = draft.near(str(given.value))
     if place and (place / "adapter_config.json").is_file():
-        inner = Draft(draft.tool, place, draft.folder)
-        adapter.read(inner)
-        draft.carry(given, {"train.adapter": inner.settings["train.adapter"]}, "The adapter is trained: a build copies it.")
+        adapter_files(place)
+        draft.carry(given, {"train.adapter": named_from(draft.folder, str(place))}, "The adapter is trained: a build copies it.")
     else:
         draft.lose(given, "olpack takes the folder that peft saved, with adapter_config.json and adapter_model.safetensors.")
 
@@ -76,7 +75,7 @@ def _parameter(draft: Draft, given: Given, name: str) -> None:
     try:
         value = parameter(name, str(given.value))
     except OlpackError as error:
-        draft.lose(given, f"{error.problem} {error.remedy}".replace("The Modelfile sets", "It sets"))
+        draft.lose(given, error.problem if name in PARAMETERS else "Ollama 0.33 has no such parameter.")
         return
     key = f"modelfile.parameters.{name}"
     if isinstance(value, list):

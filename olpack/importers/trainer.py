@@ -21,8 +21,9 @@ MICRO_BATCH, ACCUMULATION, EPOCHS, SCHEDULE = (
     "num_train_epochs",
     "lr_scheduler_type",
 )
+_HUGE = 1e15
 _OWN_FILES = "olpack writes checkpoints and metrics by itself, into build/NAME."
-_OWN_ATTENTION = "olpack chooses the attention kernel, and checks it against plain attention."
+_OWN_ATTENTION = "olpack chooses the attention kernel."
 _PRECISION = "olpack trains in bfloat16 on a GPU and in float32 on a CPU."
 _MEMORY = "olpack chooses micro-batches that fit the memory."
 _DISTRIBUTED = "The nearest settings are train.gpus and train.sharding."
@@ -31,8 +32,8 @@ _LOADING = "It decides how data is loaded, not what is trained."
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a number, and no bool."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether a value is a number of the size of settings, and no bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _HUGE
 
 
 def number(value: Any) -> Any:
@@ -50,17 +51,20 @@ def rate(draft: Draft, given: Given) -> None:
     draft.carry(given, {"train.learning_rate": number(given.value)})
 
 
-def batch(names: tuple[str, str], defaults: tuple[int, int]):
-    """A rule for the two factors of the rows per step, and what they are where a file leaves them out."""
+def batch(names: tuple[str, str], defaults: tuple[int, int] | None):
+    """A rule for the two factors of the rows per step, and what they are where a file leaves them out; None: that is not known."""
 
     def read(draft: Draft, given: Given) -> None:
-        micro, steps = (draft.value(name, default) for name, default in zip(names, defaults, strict=True))
-        if not (isinstance(micro, int) and isinstance(steps, int)) or isinstance(micro, bool) or isinstance(steps, bool):
+        micro, steps = (draft.value(name, default) for name, default in zip(names, defaults or (None, None), strict=True))
+        if micro is None or steps is None:
+            draft.lose(given, f"train.batch_size is {names[0]} × {names[1]}, and the file gives one of them.")
+            return
+        if not all(is_number(count) and isinstance(count, int) for count in (micro, steps)):
             draft.lose(given, "It is no whole number. The nearest setting is train.batch_size, the rows of a step.")
             return
-        note = f"{micro} rows × {steps} accumulated, on one GPU."
-        if draft.value("sample_packing") or draft.value("packing") or draft.value("neat_packing"):
-            note += " With packing, one of those rows is a sequence of several: olpack counts rows, so the same step needs a larger train.batch_size."
+        note = f"{micro} × {steps} rows, on one GPU."
+        if given.key == names[0] and any(draft.value(name) for name in ("sample_packing", "packing", "neat_packing")):
+            note += " With packing, a row there is a sequence of several; olpack counts rows, so the same step has a larger train.batch_size."
         draft.carry(given, {"train.batch_size": micro * steps}, note)
 
     return read
@@ -73,7 +77,7 @@ def default_batch(draft: Draft, names: tuple[str, str], defaults: tuple[int, int
 
 def schedule(draft: Draft, given: Given) -> None:
     """The learning rate's way down."""
-    if given.value not in _SCHEDULES:
+    if not isinstance(given.value, str) or given.value not in _SCHEDULES:
         draft.lose(given, "olpack has the schedules cosine, linear and constant (train.schedule).")
     elif draft.value("lr_scheduler_kwargs"):
         draft.lose(given, f"Its lr_scheduler_kwargs have no equal. The nearest setting is train.schedule: {_SCHEDULES[given.value]}.")
@@ -197,9 +201,9 @@ def tracker(draft: Draft, given: Given) -> None:
     """Programs that metrics are sent to."""
     asked = given.value if isinstance(given.value, list) else [given.value]
     if all(name in ("none", "", None) for name in asked):
-        draft.need_not(given, "olpack sends nothing by default.")
+        draft.need_not(given, "olpack sends nothing unless it is asked to.")
     else:
-        draft.lose(given, "An import starts to send nothing. The nearest setting is train.trackers: [tensorboard] or [wandb].")
+        draft.lose(given, "olpack sends nothing unless it is asked to. The nearest setting is train.trackers: [tensorboard] or [wandb].")
 
 
 def epochs_between(draft: Draft, given: Given) -> None:
@@ -241,7 +245,7 @@ TRAINER_RULES: dict[str, Rule] = {
     "bf16": by(precision, "", _PRECISION),
     "fp16": by(precision, "", _PRECISION),
     "tf32": needless(_PRECISION),
-    "report_to": by(tracker, "", "An import starts to send nothing. The nearest setting is train.trackers."),
+    "report_to": by(tracker, "", "olpack sends nothing unless it is asked to. The nearest setting is train.trackers."),
     "run_name": needless(_OWN_FILES),
     "output_dir": needless("A build writes into build/NAME."),
     "overwrite_output_dir": needless("A build makes anew what is stale, and keeps the rest."),
@@ -258,10 +262,21 @@ TRAINER_RULES: dict[str, Rule] = {
     "fsdp": lost(_DISTRIBUTED),
     "fsdp_config": lost(_DISTRIBUTED),
     **dict.fromkeys(("ddp_timeout", "ddp_find_unused_parameters"), needless(_DISTRIBUTED)),
-    **dict.fromkeys(("dataloader_num_workers", "dataloader_pin_memory", "dataset_num_proc", "remove_unused_columns", "dataset_kwargs"), needless(_LOADING)),
     **dict.fromkeys(
-        ("logging_steps", "logging_strategy", "logging_first_step", "logging_dir", "save_steps", "save_strategy", "save_total_limit", "save_only_model"),
+        ("dataloader_num_workers", "dataloader_pin_memory", "dataset_num_proc", "remove_unused_columns", "dataset_kwargs"), needless(_LOADING)
+    ),
+    **dict.fromkeys(
+        (
+            "logging_steps",
+            "logging_strategy",
+            "logging_first_step",
+            "logging_dir",
+            "save_steps",
+            "save_strategy",
+            "save_total_limit",
+            "save_only_model",
+        ),
         needless(_OWN_FILES),
     ),
-}  # fmt: skip
+}
 """Names of transformers' TrainingArguments."""

@@ -22,7 +22,7 @@ _DEFAULTS = {  # of learning rate, weight decay, warmup, seed, and the two facto
     "SFTConfig": (5e-5, 0.01, 0.1, 3407, (4, 2)),  # as Unsloth changes TRL's
     "TrainingArguments": (5e-5, 0.0, 0.0, 42, (8, 1)),
 }
-_BATCH = (MICRO_BATCH, ACCUMULATION), (1, 1)
+_FACTORS = (MICRO_BATCH, ACCUMULATION)
 _MODELS = ("FastLanguageModel", "FastModel", "FastVisionModel", "FastLlamaModel", "FastQwen2Model", "FastMistralModel", "FastGemmaModel")
 _CONFIGS = ("SFTConfig", "TrainingArguments", "UnslothTrainingArguments")
 _TRAINERS = ("SFTTrainer", "UnslothTrainer", "Trainer")
@@ -34,7 +34,9 @@ _TEMPLATE = (
     "olpack trains and serves the base's own chat template. The nearest way: copy the base into a folder, put the template there as "
     "chat_template.jinja, and name that folder as `base`."
 )
-_ALL_TOKENS = "Without train_on_responses_only the loss is over all tokens. Target tokens of olpack are the assistant's turns."
+_ALL_TOKENS = (
+    "Without train_on_responses_only the loss is over all tokens. Target tokens of olpack are the assistant's turns, and all of a plain text."
+)
 
 
 class _Code:
@@ -140,7 +142,11 @@ def read(draft: Draft) -> None:
     script = _Script(_parsed(draft, places))
 
     def given(prefix: str, key: str, line: int, value: Any) -> Given:
-        return Given(draft.place(places[line - 1] if places else line), f"{prefix}({key})" if key else prefix, str(value) if isinstance(value, _Code) else value)
+        return Given(
+            draft.place(places[line - 1] if places else line),
+            f"{prefix}({key})" if key else prefix,
+            str(value) if isinstance(value, _Code) else value,
+        )
 
     found = {call.name for call in script.calls}
     loads = [call for call in script.calls if call.name == "from_pretrained" and call.owner in _MODELS]
@@ -169,7 +175,8 @@ def read(draft: Draft) -> None:
                     code.append(one)
             else:
                 settings.append(one)
-    draft.read(settings, RULES)
+    factors = by(batch(_FACTORS, next((values[-1] for name, values in _DEFAULTS.items() if name in found), None)), "train.batch_size")
+    draft.read(settings, RULES | dict.fromkeys(_FACTORS, factors))
     for one in code:
         if one.key in ("fp16", "bf16", "dtype"):
             draft.need_not(one, TRAINER_RULES["bf16"].note)
@@ -193,7 +200,8 @@ def _parsed(draft: Draft, places: list[str]) -> ast.Module:
     if path.suffix == ".ipynb":
         notebook = bounded_json.read_object(path, "Save the notebook again.", most=_MOST_BYTES * 4)
         lines = []
-        for number, cell in enumerate(notebook.get("cells") if isinstance(notebook.get("cells"), list) else [], 1):
+        cells = notebook.get("cells")
+        for number, cell in enumerate(cells if isinstance(cells, list) else [], 1):
             if isinstance(cell, dict) and cell.get("cell_type") == "code":
                 source = cell.get("source")
                 text = "".join(str(part) for part in source) if isinstance(source, list) else str(source or "")
@@ -220,7 +228,9 @@ def _parsed(draft: Draft, places: list[str]) -> ast.Module:
         place = f", {places[error.lineno - 1]}" if places and error.lineno and error.lineno <= len(places) else f", line {error.lineno}"
         raise OlpackError(f"{path}{place}: {error.msg}.", "It must be Python 3.") from None
     except (ValueError, RecursionError, MemoryError):
-        raise OlpackError(f"{path} cannot be parsed: it is nested too deep, or contains the character of the number 0.", "It must be Python 3.") from None
+        raise OlpackError(
+            f"{path} cannot be parsed: it is nested too deep, or contains the character of the number 0.", "It must be Python 3."
+        ) from None
     return tree
 
 
@@ -246,7 +256,9 @@ def _rows(draft: Draft, script: _Script, given) -> None:
             continue
         if call not in taken:
             path = script.value(call.node.args[0]) if call.node.args else None
-            draft.lose(given("load_dataset", "", call.line, path), "Code makes the training rows of several data sets. Name the rows with --train.")
+            draft.lose(
+                given("load_dataset", "", call.line, path), "Code makes the training rows of several data sets, and olpack does not execute it."
+            )
     for call in script.calls:
         if call.name in ("map", "from_list", "from_dict", "from_pandas", "standardize_sharegpt", "standardize_data_formats", "to_sharegpt"):
             what = ast.unparse(call.node)
@@ -255,7 +267,10 @@ def _rows(draft: Draft, script: _Script, given) -> None:
             elif call.name == "map" and (not call.node.args or "tokenizer" in what):
                 continue
             else:
-                draft.lose(given(call.name, "", call.line, what[:80]), "It makes other rows, and olpack does not execute it. olpack reads the rows by their keys.")
+                draft.lose(
+                    given(call.name, "", call.line, what[:80]),
+                    "It makes other rows, and olpack does not execute it. olpack reads the rows by their keys.",
+                )
 
 
 def _origin(script: _Script, name: str, loads: list[_Call]) -> list[_Call]:
@@ -264,7 +279,9 @@ def _origin(script: _Script, name: str, loads: list[_Call]) -> list[_Call]:
     for _ in range(10):
         values = [value for target, value in script.assigned if target in names]
         found = [call for call in loads if any(call.node is node for value in values for node in ast.walk(value))]
-        used = {node.id for value in values for node in ast.walk(value) if isinstance(node, ast.Name)} & {target for target, _value in script.assigned}
+        used = {node.id for value in values for node in ast.walk(value) if isinstance(node, ast.Name)} & {
+            target for target, _value in script.assigned
+        }
         if used <= names:
             break
         names |= used
@@ -339,7 +356,7 @@ def _defaults(draft: Draft, script: _Script) -> None:
         return
     learning_rate, weight_decay, warmup, seed, rows = next(values for name, values in _DEFAULTS.items() if name in names)
     draft.default({"train.learning_rate": learning_rate}, "learning_rate", learning_rate)
-    default_batch(draft, _BATCH[0], rows)
+    default_batch(draft, _FACTORS, rows)
     default_epochs(draft, EPOCHS, 3)
     if SCHEDULE not in draft.given:
         draft.default({"train.schedule": "linear"}, SCHEDULE, "linear")
@@ -449,8 +466,7 @@ RULES: dict[str, Rule] = {
     "finetune_attention_modules": needless(_LAYERS),
     "finetune_mlp_modules": needless(_LAYERS),
     "max_lora_rank": needless("It is for generation while training."),
-    MICRO_BATCH: by(batch(*_BATCH), "train.batch_size", f"{MICRO_BATCH} × {ACCUMULATION}."),
-    ACCUMULATION: by(batch(*_BATCH), "train.batch_size", f"{MICRO_BATCH} × {ACCUMULATION}."),
+    **dict.fromkeys(_FACTORS, by(batch(_FACTORS, None), "train.batch_size", f"{MICRO_BATCH} × {ACCUMULATION}.")),
     "embedding_learning_rate": lost("olpack has one learning rate."),
     "packing": by(_packing, "", "Rows are packed without padding, and attention does not cross rows."),
     "padding_free": by(_packing, "", "Rows are packed without padding, and attention does not cross rows."),
@@ -459,7 +475,7 @@ RULES: dict[str, Rule] = {
     "completion_only_loss": needless("Target tokens are the assistant's turns."),
     "formatting_func": lost(_CODE),
     **TRAINER_RULES,
-}  # fmt: skip
+}
 """Names of keyword arguments in an Unsloth script."""
 
 TABLE_OF_CALLS = (
@@ -471,6 +487,8 @@ TABLE_OF_CALLS = (
     ("DPOTrainer, GRPOTrainer, …", "", "Refused: olpack fine-tunes on rows with their answers."),
 )
 """What becomes of calls, for the documentation: (call, recipe key, note)."""
+
+
 def is_script(path: Path) -> bool:
     """Whether a file is a script or a notebook, by its name."""
     return path.suffix.lower() in (".py", ".ipynb")

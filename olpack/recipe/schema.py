@@ -404,7 +404,9 @@ class Recipe(_Section):
                 raise ValueError("data.train is missing: it names the training rows.")
             return self
         if self.data.eval is None:
-            raise ValueError("data.eval is missing: train.adapter names a finished adapter, and the quants are compared on rows that it was not trained on.")
+            raise ValueError(
+                "data.eval is missing: train.adapter names a finished adapter, and the quants are compared on rows that it was not trained on."
+            )
         reads = ["export.importance: train"] if self.export.importance == "train" else [name for name in self.quants if quant_type(name).budget]
         if reads and self.data.train is None:
             raise ValueError(f"{reads[0]} reads training rows: name some as data.train.")
