@@ -406,10 +406,14 @@ REFUSED = {
     "nested.py": ("x = " + "(" * DEEP + ")" * DEEP, "must be Python 3"),
     "unary.py": ("x = " + "-" * 100_000 + "1", "must be Python 3"),
     "chain.py": ("x = a" + ".a" * 100_000, "must be Python 3"),
+    "attributes.py": ("from unsloth import FastLanguageModel\nFastLanguageModel.from_pretrained(x" + ".x" * 2_000 + ")", "nested too deep"),
     "null.py": ("x = '\0'", "must be Python 3"),
     "empty.ipynb": ("{}", "calls no FastLanguageModel.from_pretrained"),
     "list.ipynb": ("[]", "contains no JSON object"),
     "odd.Modelfile": ("FROM x\nWEIGHTS y\n", "line 2: 'weights' is no command"),
+    "messages.Modelfile": ("FROM x\n" + "MESSAGE user Hi\n" * 2_000, "has more than 500 commands"),
+    "long.Modelfile": ("FROM x\nSYSTEM " + '"' * 3 + "\n" * 200_000, "at most 131,072 are read"),
+    "many.yaml": (f"model_name_or_path: a/b\ndataset: {'a,' * 2_000}\n", "no list of up to 1,000 names"),
     "notes.txt": ("To do: import.\n", "is of no known kind"),
 }
 
@@ -470,6 +474,15 @@ def test_values_that_no_recipe_takes_are_listed(here):
         assert found.base == "a/b"
         code, printed, said = olpack(here, "import", "odd.yml", "--name", f"again{number}")
         assert code == 0 and "Not carried over" in printed, said
+
+
+def test_a_script_that_repeats_itself_stays_small(here):
+    """Names stand for lists of lists, calls and trainers come by the thousand: the time and the list grow with the file alone."""
+    doubled = "".join(f"a{n} = [{', '.join([f'a{n - 1}' if n else '1'] * 10)}]\n" for n in range(30))
+    calls = "d = load_dataset('a/b')\n" * 3_000 + "SFTTrainer(train_dataset=d, args=a29)\n" * 3_000
+    (here / "big.py").write_text(f"{doubled}{calls}m, t = FastLanguageModel.from_pretrained('a/b', device_map=a29)\n")
+    _, listed = imported(here, "big.py", "--train", "data/chats.jsonl")
+    assert {"load_dataset", "device_map"} <= {one["key"] for one in listed["settings"] if one["outcome"] == "lost"}
 
 
 def test_names():

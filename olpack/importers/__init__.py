@@ -20,7 +20,8 @@ from olpack.importers.draft import Draft, Given, Outcome, Rule, line_of, plain
 __all__ = ["Draft", "Given", "Outcome", "Rule", "name_for", "plain", "read"]
 
 _KINDS = "a YAML of Axolotl or LLaMA-Factory, a script or notebook of Unsloth, a Modelfile, or the folder of an adapter"
-_MOST_BYTES = 1 << 20  # of a Modelfile
+_MOST_BYTES = 1 << 20  # of a configuration in JSON
+_MOST_OF_A_MODELFILE = 1 << 17
 
 
 def read(source: Path, folder: Path) -> Draft:
@@ -42,7 +43,10 @@ def read(source: Path, folder: Path) -> Draft:
         raise OlpackError(f"There is no {source}.", f"Name {_KINDS}.")
     if source.suffix.lower() in (".py", ".ipynb"):
         draft = Draft("Unsloth", source, folder)
-        unsloth.read(draft)
+        try:
+            unsloth.read(draft)
+        except RecursionError:
+            raise OlpackError(f"{source} is nested too deep.", "Name the training script alone.") from None
         return draft
     if source.suffix.lower() in (".yml", ".yaml", ".json"):
         document, lines = _settings(source)
@@ -80,8 +84,8 @@ def _settings(path: Path) -> tuple[Any, dict[str, int]]:
 
 
 def _text(path: Path) -> str:
-    if path.stat().st_size > _MOST_BYTES:
-        raise OlpackError(f"{path} has {path.stat().st_size:,} bytes, and at most {_MOST_BYTES:,} are read.", f"Name {_KINDS}.")
+    if path.stat().st_size > _MOST_OF_A_MODELFILE:
+        raise OlpackError(f"{path} has {path.stat().st_size:,} bytes, and at most {_MOST_OF_A_MODELFILE:,} are read.", f"Name {_KINDS}.")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

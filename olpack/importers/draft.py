@@ -184,6 +184,12 @@ class Draft:
         self.outcomes.append(Outcome(given, "carried", dict(to), note))
         return True
 
+    def add(self, given: Given, key: str, item: Any) -> None:
+        """Add an item to a recipe key that is a list."""
+        before = self.settings.get(key, [])
+        if self.carry(given, {key: [*before, item]}):
+            self.outcomes[-1] = Outcome(given, "carried", {key: [item]})
+
     def default(self, to: Mapping[str, Any], key: str, value: Any) -> None:
         """Set recipe keys that the file leaves to the other tool's default, where olpack's differs."""
         if not any(name in self.settings for name in to):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from olpack import bounded_json
@@ -14,7 +15,7 @@ from olpack.workspace import named_from
 
 _BATCH = (MICRO_BATCH, ACCUMULATION), (8, 1)
 _INFO = "dataset_info.json"
-_MOST_BYTES = 16 << 20
+_MOST_BYTES, _MOST_SETS = 16 << 20, 1_000
 _ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "system": "system", "history": "history", "tools": "tools"}
 _SHAREGPT_TAGS = {
     "role_tag": "from",
@@ -123,7 +124,17 @@ def _bits(draft: Draft, given: Given) -> None:
 def _rows(to: str):
     def read(draft: Draft, given: Given) -> None:
         names = [name.strip() for name in given.value.split(",")] if isinstance(given.value, str) else given.value
-        found = [source for name in names if (source := _source(draft, given, name))] if isinstance(names, list) else []
+        if not isinstance(names, list) or len(names) > _MOST_SETS:
+            draft.lose(given, f"It is no list of up to {_MOST_SETS:,} names.")
+            return
+        where = str(draft.value("dataset_dir", "data"))
+        folder = draft.near(where)
+        info = folder / _INFO if folder else None
+        if info is None or not info.is_file():
+            draft.lose(given, f"There is no {_INFO} in {where}, which describes the data set.")
+            return
+        described = bounded_json.read_object(info, "It describes LLaMA-Factory's data sets.", most=_MOST_BYTES)
+        found = [source for name in names if (source := _source(draft, given, str(name), info, described.get(str(name))))]
         plain = [source["file"] if source.keys() == {"file"} else source for source in found]
         if plain:
             draft.carry(given, {to: plain[0] if len(plain) == 1 else plain}, f"By {_INFO}.")
@@ -131,14 +142,8 @@ def _rows(to: str):
     return read
 
 
-def _source(draft: Draft, given: Given, name: Any) -> dict[str, Any] | None:
+def _source(draft: Draft, given: Given, name: str, info: Path, entry: Any) -> dict[str, Any] | None:
     """One data set as its entry in dataset_info.json describes it; what is set of it besides goes into the outcomes."""
-    folder = draft.near(str(draft.value("dataset_dir", "data")))
-    info = folder / _INFO if folder else None
-    if info is None or not info.is_file():
-        draft.lose(given, f"There is no {_INFO} in {draft.value('dataset_dir', 'data')}, which describes the data set.")
-        return None
-    entry = bounded_json.read_object(info, "It describes LLaMA-Factory's data sets.", most=_MOST_BYTES).get(str(name))
     if not isinstance(entry, dict):
         draft.lose(given, f"{info} has no data set '{name}'.")
         return None

@@ -22,6 +22,7 @@ TABLE = (
     ("RENDERER, PARSER, REQUIRES, DRAFT", "", "The served model has the base's chat template, which Ollama renders and parses by itself."),
 )
 """What becomes of each command, for the documentation: (command, recipe key, note)."""
+_MOST_COMMANDS = 500
 _TEXTS = {"system": "modelfile.system", "template": "modelfile.template"}
 
 
@@ -31,7 +32,9 @@ def read(draft: Draft, text: str) -> None:
     Raises:
         OlpackError: `ollama create` would refuse its grammar.
     """
-    for line, command, word, value in commands(text):
+    for number, (line, command, word, value) in enumerate(commands(text)):
+        if number == _MOST_COMMANDS:
+            raise OlpackError(f"{draft.file} has more than {_MOST_COMMANDS:,} commands.", "Name a Modelfile.")
         given = Given(draft.place(line), " ".join(filter(None, (command.upper(), word))), value)
         if command == "from":
             _base(draft, given)
@@ -44,7 +47,7 @@ def read(draft: Draft, text: str) -> None:
             before = draft.settings.get("modelfile.license")
             draft.carry(given, {"modelfile.license": value if before is None else f"{before}\n{value}"})
         elif command == "message":
-            draft.carry(given, {"modelfile.messages": [*draft.settings.get("modelfile.messages", []), {"role": word, "content": value}]})
+            draft.add(given, "modelfile.messages", {"role": word, "content": value})
         elif command == "parameter":
             _parameter(draft, given, word)
         else:
@@ -78,12 +81,12 @@ def _parameter(draft: Draft, given: Given, name: str) -> None:
         draft.lose(given, error.problem if name in PARAMETERS else "Ollama 0.33 has no such parameter.")
         return
     key = f"modelfile.parameters.{name}"
-    if isinstance(value, list):
-        value = [*draft.settings.get(key, []), *value]
     if problems := check_parameters({name: value}):
         draft.lose(given, problems[0])
-        return
-    draft.carry(given, {key: value})
+    elif isinstance(value, list):
+        draft.add(given, key, value[0])
+    else:
+        draft.carry(given, {key: value})
 
 
 def is_modelfile(path: Path, text: str) -> bool:

@@ -18,6 +18,7 @@ from olpack.quants import quant_type
 
 _MOST_BYTES = 4 << 20
 _MOST_NODES = 200_000
+_MOST_CHARACTERS = 2_000  # of a value that a name stands for
 _DEFAULTS = {  # of learning rate, weight decay, warmup, seed, and the two factors of the rows of a step
     "SFTConfig": (5e-5, 0.01, 0.1, 3407, (4, 2)),  # as Unsloth changes TRL's
     "TrainingArguments": (5e-5, 0.0, 0.0, 42, (8, 1)),
@@ -69,7 +70,7 @@ class _Script:
         for node in tree.body:
             if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name) and bound[node.targets[0].id] == 1:
                 value = self.value(node.value)
-                if not isinstance(value, _Code):
+                if not isinstance(value, _Code) and len(repr(value)) <= _MOST_CHARACTERS:
                     self._constants[node.targets[0].id] = value
         self.assigned = [
             (node.targets[0].id, node.value)
@@ -90,7 +91,7 @@ class _Script:
                     pass
         if isinstance(node, ast.List | ast.Tuple):
             values = [self.value(item) for item in node.elts]
-            if not any(isinstance(value, _Code) for value in values):
+            if all(value is None or isinstance(value, str | int | float) for value in values):
                 return values
         try:
             return ast.literal_eval(node)
@@ -207,9 +208,11 @@ def _parsed(draft: Draft, places: list[str]) -> ast.Module:
                 text = "".join(str(part) for part in source) if isinstance(source, list) else str(source or "")
                 if text.lstrip().startswith("%%"):
                     continue
+                continued = False
                 for at, line in enumerate(text.splitlines(), 1):
                     # A line for the shell or for IPython is no Python; `pass` keeps the block whole that it stands in.
-                    magic = line.lstrip().startswith(("!", "%"))
+                    magic = continued or line.lstrip().startswith(("!", "%"))
+                    continued = magic and line.endswith("\\")
                     lines.append(f"{line[: len(line) - len(line.lstrip())]}pass" if magic else line)
                     places.append(f"cell {number}, line {at}")
         text = "\n".join(lines)
@@ -243,6 +246,7 @@ def _rows(draft: Draft, script: _Script, given) -> None:
             for key, (_line, value) in script.arguments(call).items():
                 if key in ("train_dataset", "eval_dataset") and isinstance(value, _Code):
                     named[key] = _origin(script, str(value), loads)
+            break
     if "train_dataset" not in named and len(loads) == 1:
         named["train_dataset"] = loads
     taken = []
@@ -264,9 +268,7 @@ def _rows(draft: Draft, script: _Script, given) -> None:
             what = ast.unparse(call.node)
             if call.name.startswith("standardize"):
                 draft.need_not(given(call.name, "", call.line, None), "olpack reads ShareGPT rows as they are.")
-            elif call.name == "map" and (not call.node.args or "tokenizer" in what):
-                continue
-            else:
+            elif isinstance(call.node.func, ast.Attribute):  # and not Python's own `map`
                 draft.lose(
                     given(call.name, "", call.line, what[:80]),
                     "It makes other rows, and olpack does not execute it. olpack reads the rows by their keys.",
@@ -278,7 +280,8 @@ def _origin(script: _Script, name: str, loads: list[_Call]) -> list[_Call]:
     names, found = {name.partition("[")[0].partition(".")[0]}, []
     for _ in range(10):
         values = [value for target, value in script.assigned if target in names]
-        found = [call for call in loads if any(call.node is node for value in values for node in ast.walk(value))]
+        inside = {id(node) for value in values for node in ast.walk(value)}
+        found = [call for call in loads if id(call.node) in inside]
         used = {node.id for value in values for node in ast.walk(value) if isinstance(node, ast.Name)} & {
             target for target, _value in script.assigned
         }
