@@ -277,6 +277,7 @@ RULES: dict[str, Rule] = {
     "mix_strategy": lost("Sources are read one after the other and shuffled; `weight` of a source says how often."),
     "interleave_probs": lost("Sources are read one after the other and shuffled; `weight` of a source says how often."),
     "streaming": lost("olpack reads all rows before it trains."),
+    "infer_backend": needless("Ollama serves the model."),
     "tool_format": lost("The base's chat template writes tools and calls."),
     "quantization_bit": by(_bits, "train.quantization"),
     "quantization_method": needless("It is read with quantization_bit."),

@@ -181,6 +181,8 @@ def read(draft: Draft) -> None:
     for one in code:
         if one.key in ("fp16", "bf16", "dtype"):
             draft.need_not(one, TRAINER_RULES["bf16"].note)
+        elif one.key == "data_collator":
+            draft.need_not(one, "Rows are packed without padding, and attention does not cross rows.")
         else:
             draft.lose(one, _CODE)
     _rows(draft, script, given)
@@ -208,12 +210,14 @@ def _parsed(draft: Draft, places: list[str]) -> ast.Module:
                 text = "".join(str(part) for part in source) if isinstance(source, list) else str(source or "")
                 if text.lstrip().startswith("%%"):
                     continue
-                continued = False
+                instead = None
                 for at, line in enumerate(text.splitlines(), 1):
-                    # A line for the shell or for IPython is no Python; `pass` keeps the block whole that it stands in.
-                    magic = continued or line.lstrip().startswith(("!", "%"))
-                    continued = magic and line.endswith("\\")
-                    lines.append(f"{line[: len(line) - len(line.lstrip())]}pass" if magic else line)
+                    # A line for the shell or for IPython is no Python, nor are those that continue it; `pass` keeps the block whole.
+                    if instead is None and line.lstrip().startswith(("!", "%")):
+                        instead = f"{line[: len(line) - len(line.lstrip())]}pass"
+                    lines.append(line if instead is None else instead)
+                    if not line.endswith("\\"):
+                        instead = None
                     places.append(f"cell {number}, line {at}")
         text = "\n".join(lines)
     else:
@@ -353,7 +357,7 @@ def _defaults(draft: Draft, script: _Script) -> None:
     names = {call.name for call in script.calls}
     if any(call.name == "get_peft_model" for call in script.calls):
         draft.default({"train.alpha": 16}, "lora_alpha", 16)
-    if "load_in_4bit" not in draft.given and "load_in_8bit" not in draft.given:
+    if not draft.given.keys() & {"load_in_4bit", "load_in_8bit", "load_in_16bit"}:
         draft.default({"train.quantization": "nf4"}, "load_in_4bit", True)
     if not names.intersection(_DEFAULTS):
         return
@@ -373,10 +377,17 @@ def _defaults(draft: Draft, script: _Script) -> None:
 def _four_bits(draft: Draft, given: Given) -> None:
     if given.value is True:
         draft.carry(given, {"train.quantization": "nf4"})
-    elif draft.value("load_in_8bit") is True:
+    elif draft.value("load_in_8bit") is True or draft.value("load_in_16bit") is True:
         draft.need_not(given, "It is off.")
     else:
         draft.carry(given, {"train.quantization": "none"}, "The base stays in 16 bits.")
+
+
+def _sixteen_bits(draft: Draft, given: Given) -> None:
+    if given.value is True:
+        draft.carry(given, {"train.quantization": "none"})
+    else:
+        draft.need_not(given, "It is off.")
 
 
 def _eight_bits(draft: Draft, given: Given) -> None:
@@ -434,7 +445,7 @@ def _text_field(draft: Draft, given: Given) -> None:
     draft.need_not(given, "olpack reads the rows by their keys, and writes them with the base's chat template.")
 
 
-_IGNORED = ("model", "tokenizer", "processing_class", "args", "data_collator", "callbacks", "compute_metrics")
+_IGNORED = ("model", "tokenizer", "processing_class", "args")  # which pass on what other calls make
 _LAYERS = "The nearest setting is train.target_modules, a list of names or a regular expression for full names."
 
 RULES: dict[str, Rule] = {
@@ -444,6 +455,7 @@ RULES: dict[str, Rule] = {
     "max_length": by(_length, "data.max_length", "A longer row is an error with its line; the trainer cuts it."),
     "load_in_4bit": by(_four_bits, "train.quantization", "False: none."),
     "load_in_8bit": by(_eight_bits, "train.quantization"),
+    "load_in_16bit": by(_sixteen_bits, "train.quantization", "none."),
     "full_finetuning": by(_full, "", "olpack trains an adapter."),
     "dtype": TRAINER_RULES["bf16"],
     "token": needless("huggingface_hub's own login, or HF_TOKEN, is used."),
