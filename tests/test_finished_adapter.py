@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from gguf import GGUFReader
+from ollama_double import OllamaDouble
 from oracle import files, olpack, write_base, write_rows
 from safetensors.torch import load_file
 
@@ -47,12 +48,17 @@ def made(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def built(made) -> Path:
-    """One command: import and build."""
-    code, printed, said = olpack(made, "import", "theirs", "--name", "one", "--eval", "eval.jsonl", "--build", "--json")
-    assert code == 0, said
-    assert "nothing is trained" in said
-    result = json.loads(printed)
-    assert result["import"]["recipe"] == "modelfiles/one/recipe.yaml" and result["done"][0] == "train"
+    """One command: import, build, and four tags on a server."""
+    with OllamaDouble(made) as server:
+        words = ["import", "theirs", "--name", "one", "--eval", "eval.jsonl", "--build", "--json"]
+        code, printed, said = olpack(made, *words, server=server.url)
+        assert code == 0, said
+        assert "nothing is trained" in said
+        result = json.loads(printed)
+        assert result["import"]["recipe"] == "modelfiles/one/recipe.yaml" and result["done"][0] == "train"
+        tags = [one["model"] for one in result["steps"]["deploy"]["registered"]]
+        assert tags == ["one:q4_0", "one:q4_K_M", "one:q5_K_M", "one:q8_0"]
+        assert "identical" in result["steps"]["deploy"]["identity"]
     return made
 
 
