@@ -27,17 +27,17 @@ from rich.text import Text
 
 ROOT = Path(__file__).parents[1]
 COLUMNS = 84
-DESKTOP, PHONE = (1280, 800), (390, 1300)  # CSS pixels; the phone has two of its own for each
+DESKTOP, PHONE = (1280, 540), (390, 1300)  # CSS pixels; the phone has two of its own for each
 
 
 def terminal(build: Path) -> str:
     """The end of `olpack build NAME` with its colours, as an SVG that fetches nothing."""
-    command = [sys.executable, "-m", "olpack", "build", build.name, "--out", str(build.parent)]
+    command = [sys.executable, "-m", "olpack", "build", build.name, *(["--out", build.parent.name] if build.parent.name != "build" else [])]
     environment = {**os.environ, "COLUMNS": str(COLUMNS), "FORCE_COLOR": "1", "PYTHONPATH": str(ROOT)}
     printed = subprocess.run(command, cwd=build.parents[1], env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
     console = Console(record=True, width=COLUMNS, file=StringIO())
     console.print(Text(f"$ olpack build {build.name}", style="bold"))
-    console.print(Text.from_ansi(printed), soft_wrap=True)
+    console.print(Text.from_ansi(printed))
     page = console.export_svg(title=f"olpack build {build.name}", theme=MONOKAI, unique_id="build")
     return re.sub(r"@font-face \{.*?\}\s*", "", page, flags=re.DOTALL)  # the font of a server on the network; any monospaced font does
 

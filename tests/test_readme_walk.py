@@ -26,7 +26,7 @@ def test_own_data_becomes_a_tag_that_ollama_runs(tmp_path, ollama_double):
         code, printed, said = olpack(tmp_path, *words, server=ollama_double.url)
         assert program == "olpack" and code == 0, said
     assert "ollama run support:" in printed
-    tags = {tag.name for tag in OllamaClient(ollama_double.url).tags()}
+    tags = {tag.model for tag in OllamaClient(ollama_double.url).tags()}
     assert steps[-1] == ["ollama", "run", "support"] and "support:latest" in tags
     results = json.loads((tmp_path / "build/support/compare/results.json").read_text(encoding="utf-8"))
     assert {quant["quant"] for quant in results["quants"]} == {"Q4_0", "Q4_K_M", "Q5_K_M", "Q8_0"}
