@@ -4,8 +4,8 @@
     python benchmarks/pictures.py build/NAME --into FOLDER
 
 `build.svg` is what `olpack build NAME` prints at its end. `report.png` is the top of the report, `report-desktop.png` the whole page, and
-`report-phone.png` its beginning on a phone with dark colours. Chromium draws the report: the command `chromium` (Debian: `apt install chromium`), which
-Playwright (`pip install playwright`) drives. A stage that is stale runs first, so the build must be finished.
+`report-phone.png` its beginning on a phone with dark colours. Chromium draws the report: the command `chromium` (Debian: `apt install
+chromium`), which Playwright (`pip install playwright`) drives. A stage that is stale runs first, so the build must be finished.
 """
 
 from __future__ import annotations
