@@ -84,10 +84,14 @@ def read(path: Path) -> tuple[Any, dict[str, int]]:
         raise OlpackError(f"{path} is not UTF-8 (byte {error.start}).", "Save it as UTF-8.") from None
     try:
         check(text, str(path))
-        node = yaml.compose(text, Loader)
-        lines: dict[str, int] = {}
-        _lines_of(node, "", lines, path)
-        return yaml.load(text, Loader), lines
+        loader = Loader(text)
+        try:
+            node = loader.get_single_node()
+            lines: dict[str, int] = {}
+            _lines_of(node, "", lines, path)
+            return (None if node is None else loader.construct_document(node)), lines
+        finally:
+            loader.dispose()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
