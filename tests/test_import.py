@@ -485,6 +485,18 @@ def test_a_script_that_repeats_itself_stays_small(here):
     assert {"load_dataset", "device_map"} <= {one["key"] for one in listed["settings"] if one["outcome"] == "lost"}
 
 
+def test_plain_texts_of_llama_factory(here):
+    info = {"c4": {"file_name": "texts.csv", "columns": {"prompt": "text"}}, "other": {"file_name": "identity.json"}}
+    (here / "data/dataset_info.json").write_text(json.dumps(info))
+    (here / "pt.yaml").write_text("model_name_or_path: a/b\nstage: pt\ndataset: c4, other\nlora_rank: 5000\n")
+    found, listed = imported(here, "pt.yaml")
+    assert found.data.train == [recipe.schema.DataSource(file="../../data/texts.csv", form="text"), "../../data/identity.json"]
+    assert found.data.form == "text"
+    # A rank that no recipe takes is listed, and is not taken for one that the file leaves out.
+    assert [one["key"] for one in listed["settings"] if one["outcome"] == "lost"] == ["lora_rank", "columns"]
+    assert found.origin("train.rank") == found.origin("train.alpha") == "default"
+
+
 def test_names():
     assert name_for(Path("configs/My Model_v2.yml")) == "my-model_v2"
     assert name_for(Path("/work/Assistant/Modelfile")) == "assistant"

@@ -192,7 +192,7 @@ class Draft:
 
     def default(self, to: Mapping[str, Any], key: str, value: Any) -> None:
         """Set recipe keys that the file leaves to the other tool's default, where olpack's differs."""
-        if not any(name in self.settings for name in to):
+        if key not in self.given and not any(name in self.settings for name in to):
             self.carry(Given(f"{self.tool}'s default", key, value), to)
 
     def need_not(self, given: Given, note: str) -> None:

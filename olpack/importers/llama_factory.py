@@ -53,7 +53,8 @@ def read(draft: Draft, document: dict[str, Any], lines: Mapping[str, int]) -> No
     default_batch(draft, *_BATCH)
     default_epochs(draft, EPOCHS, 3)
     draft.default({"train.rank": 8}, "lora_rank", 8)
-    draft.default({"train.alpha": 2 * draft.settings["train.rank"]}, "lora_alpha", 2 * draft.settings["train.rank"])
+    if rank := draft.settings.get("train.rank"):
+        draft.default({"train.alpha": 2 * rank}, "lora_alpha", 2 * rank)
     draft.default({"train.learning_rate": 5e-5}, "learning_rate", 5e-5)
     if SCHEDULE not in draft.given:
         draft.default({"train.schedule": "linear"}, SCHEDULE, "linear")
@@ -176,6 +177,13 @@ def _table(entry: dict[str, Any], key: str) -> dict[str, Any]:
 def _form(draft: Draft, entry: dict[str, Any], about: dict[str, Given]) -> str | None:
     kind = entry.get("formatting", "alpaca")
     columns, tags = _table(entry, "columns"), _table(entry, "tags")
+    if draft.value("stage") == "pt":
+        given = about.get("columns") or Given(f"{_INFO}", "columns", None)
+        if columns.get("prompt") == "text":
+            draft.need_not(given, "The form text.")
+            return "text"
+        draft.lose(given, "olpack reads the text from the key `text`: rename the column.")
+        return None
     if media := [key for key in ("images", "videos", "audios") if columns.get(key)]:
         draft.lose(about["columns"], f"olpack trains on text, and the rows have {', '.join(media)}.")
         return None
@@ -274,8 +282,8 @@ RULES: dict[str, Rule] = {
     "train_on_prompt": by(_on_prompt, "", "Target tokens are the assistant's turns alone."),
     "packing": by(_packing, "", "Rows are packed without padding, and attention does not cross rows."),
     "neat_packing": by(_packing, "", "Rows are packed without padding, and attention does not cross rows."),
-    "mix_strategy": lost("Sources are read one after the other and shuffled; `weight` of a source says how often."),
-    "interleave_probs": lost("Sources are read one after the other and shuffled; `weight` of a source says how often."),
+    "mix_strategy": lost("Sources are read one after the other and shuffled; `weight` of a source gives how often."),
+    "interleave_probs": lost("Sources are read one after the other and shuffled; `weight` of a source gives how often."),
     "streaming": lost("olpack reads all rows before it trains."),
     "infer_backend": needless("Ollama serves the model."),
     "tool_format": lost("The base's chat template writes tools and calls."),

@@ -72,7 +72,8 @@ def batch(names: tuple[str, str], defaults: tuple[int, int] | None):
 
 def default_batch(draft: Draft, names: tuple[str, str], defaults: tuple[int, int]) -> None:
     """Rows per step where a file has neither factor."""
-    draft.default({"train.batch_size": defaults[0] * defaults[1]}, " × ".join(names), list(defaults))
+    if not draft.given.keys() & set(names):
+        draft.default({"train.batch_size": defaults[0] * defaults[1]}, " × ".join(names), list(defaults))
 
 
 def schedule(draft: Draft, given: Given) -> None:

@@ -334,7 +334,7 @@ def _loss(draft: Draft, script: _Script, given) -> None:
 
 
 def _quants(draft: Draft, script: _Script, given) -> None:
-    """`save_pretrained_gguf(…, quantization_method = …)` becomes `quants`, if the file says so outside of `if False`."""
+    """`save_pretrained_gguf(…, quantization_method = …)` becomes `quants`, outside of `if False`."""
     names: list[str] = []
     first = None
     for call in script.calls:
