@@ -28,6 +28,7 @@ import typer
 from olpack import __version__, progress
 from olpack.errors import OlpackError
 from olpack.printable import echo, json_text, redact_logs, redacted, visible
+from olpack.quants import Rounding
 from olpack.workspace import check_home
 
 if TYPE_CHECKING:
@@ -358,13 +359,16 @@ def quantize(
         str | None, typer.Option("--split", metavar="SIZE", help="Split each GGUF into parts of at most SIZE: 4GB. Ollama needs whole files.")
     ] = None,
     importance: Annotated[Path | None, typer.Option("--importance", metavar="FILE", help="Importance matrix in llama.cpp's GGUF format.")] = None,
+    rounding: Annotated[
+        Rounding, typer.Option("--rounding", help="Scales of blocks: 'ggml' as llama-quantize does, or 'search' for the smallest error.")
+    ] = "ggml",
     as_json: Json = False,
 ) -> None:
     """Quantize a model in one pass, without a recipe."""
     from olpack.commands.quantize import print_files, rows
     from olpack.commands.quantize import quantize as run
 
-    files = run(source, quant, adapter=adapter, out=out, name=name, split=split, importance=importance)
+    files = run(source, quant, adapter=adapter, out=out, name=name, split=split, importance=importance, rounding=rounding)
     _print(as_json, rows(files), partial(print_files, files))
 
 

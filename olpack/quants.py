@@ -10,8 +10,13 @@ import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from olpack.errors import OlpackError
+
+
+# How the blocks of a quantized type get their scales: as ggml chooses them, or by a search for the smallest error.
+Rounding = Literal["ggml", "search"]
 
 
 @dataclass(frozen=True)
@@ -187,7 +192,7 @@ def check_tensor_types(tensor_types: Mapping[str, str]) -> dict[str, str]:
 
 
 def overridable(quant: QuantType) -> bool:
-    """Whether types that are chosen for single tensors decide anything in a file type: llama.cpp uses them in quantized ones only."""
+    """Whether types that are chosen for single tensors, or a rounding, decide anything in a file type: only in quantized ones."""
     return quant.name not in ("F32", "F16", "BF16")
 
 

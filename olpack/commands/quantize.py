@@ -10,7 +10,7 @@ from typing import Any
 from olpack import printable, progress
 from olpack.errors import OlpackError
 from olpack.export import ExportedFile, Target, export
-from olpack.quants import bytes_of, quant_type
+from olpack.quants import Rounding, bytes_of, quant_type
 
 
 def quantize(
@@ -22,6 +22,7 @@ def quantize(
     name: str | None = None,
     split: str | None = None,
     importance: Path | None = None,
+    rounding: Rounding = "ggml",
 ) -> list[ExportedFile]:
     """Write NAME-QUANT.gguf for every quant.
 
@@ -33,6 +34,7 @@ def quantize(
         name: of the model, also in the files' header; by default the source's.
         split: most bytes of one file, such as "4GB".
         importance: an importance matrix of this model, in llama.cpp's GGUF form.
+        rounding: how blocks get their scales, as in a recipe's `export.rounding`.
 
     Raises:
         OlpackError: what `olpack.export.export` refuses, no such source, an unknown quant or size.
@@ -47,7 +49,7 @@ def quantize(
     targets = [Target(quant, out / f"{file_name}-{quant}.gguf") for quant in names]
     if path.is_file() and path.resolve() in (target.path.resolve() for target in targets):
         raise OlpackError(f"'{source}' would be replaced by what is made from it.", "Give another folder with --out, or another --name.")
-    files = export(path, targets, adapter=adapter, name=title, split=limit, importance=importance)
+    files = export(path, targets, adapter=adapter, name=title, split=limit, importance=importance, rounding=rounding)
     for warning in files[0].warnings if files else ():
         progress.warn(warning)
     return files

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Unpack
 
 from olpack.export.job import ExportedFile, ExportedPart, ExportOptions, ExportPlan, Target, TokenDifference, TokenText
+from olpack.quants import Rounding
 
 __all__ = [
     "ExportOptions",
@@ -109,6 +110,7 @@ def measure_sensitivity(
     *,
     key: str,
     importance: Path | None = None,
+    rounding: Rounding = "ggml",
     threads: int | None = None,
 ) -> bool:
     """Measure how far a model's predictions move when one of its matrices is rounded, for one matrix after the other.
@@ -122,6 +124,7 @@ def measure_sensitivity(
         out: where the figures go, in JSON.
         key: tells apart what the figures depend on: model, rows, importance matrix.
         importance: the importance matrix with which the files will be quantized.
+        rounding: how they will be quantized, as in `ExportOptions`.
         threads: CPU threads of the passes; by default the physical cores that this process may use.
 
     Returns:
@@ -133,4 +136,4 @@ def measure_sensitivity(
     from olpack.export.client import worker
 
     with worker() as converter:
-        return converter.measure(gguf, rows, loss_masks, out, key=key, importance=importance, threads=threads)
+        return converter.measure(gguf, rows, loss_masks, out, key=key, importance=importance, rounding=rounding, threads=threads)

@@ -28,7 +28,7 @@ from olpack.export.job import (
 )
 from olpack.llamacpp.library import INSTALL
 from olpack.llamacpp.source import converter_source
-from olpack.quants import check_tensor_types, quant_type
+from olpack.quants import Rounding, check_tensor_types, quant_type
 from olpack.workspace import remove, remove_leftovers
 
 _Result = TypeVar("_Result")
@@ -154,6 +154,7 @@ class Converter:
         *,
         key: str,
         importance: Path | None = None,
+        rounding: Rounding = "ggml",
         threads: int | None = None,
     ) -> bool:
         """As `olpack.export.measure_sensitivity`."""
@@ -167,6 +168,7 @@ class Converter:
             rows=[list(row) for row in rows],
             loss_masks=[list(mask) for mask in loss_masks],
             importance=_text(importance),
+            rounding=rounding,
             out=_text(out),
             key=key,
             threads=threads,

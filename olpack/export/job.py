@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypedDict
 
+from olpack.quants import Rounding
+
 LATER: Literal["later"] = "later"  # in place of an importance matrix, which will be collected on the model that is checked
 
 
@@ -83,6 +85,8 @@ class ExportOptions(TypedDict, total=False):
         tensor_types: regular expression to tensor type ("attn_v": "q6_K"). The first that is found in a tensor's name decides its type, in
             quantized files; where rows do not fit its blocks, llama.cpp takes another.
         sensitivity: what `measure_sensitivity` wrote of this model. Files whose quant is a budget ("4.6bpw", "5GB") need it.
+        rounding: how the blocks of quantized types get their scales: as ggml chooses them ("ggml", the default), or by a search for those with
+            the smallest squared error ("search"), weighted by the importance matrix where there is one.
         round_to_bf16: round every tensor that llama.cpp would store in 16 bits to bfloat16 before it is quantized, as the usual
             way over a BF16 file does. The default quantizes the exact float32 values.
         split: most bytes of one file. A larger GGUF becomes several, "model-00001-of-00003.gguf" and so on in place of "model.gguf", which
@@ -100,6 +104,7 @@ class ExportOptions(TypedDict, total=False):
     importance: Path | Literal["later"] | None
     tensor_types: Mapping[str, str]
     sensitivity: Path | None
+    rounding: Rounding
     round_to_bf16: bool
     split: int | None
     threads: int | None

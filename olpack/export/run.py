@@ -24,6 +24,7 @@ from olpack.export.shards import part_names, split_plan
 from olpack.export.size_budget import read_sensitivity
 from olpack.export.verify import settle_pretokenizer, training_tokenizer, verify_file, verify_model
 from olpack.export.write import write_files
+from olpack.llamacpp import library
 from olpack.llamacpp.cores import usable_processors
 from olpack.model.checkpoint import check_tokenizer_files, read_config, read_tensor_headers
 from olpack.model.quantized import dequantized_headers
@@ -68,6 +69,7 @@ def export(source: str, targets: list[tuple[str, str]], options: ExportOptions, 
             threads=options.get("threads") or usable_processors(),
             round_to_bf16=options.get("round_to_bf16", False),
             importance=weights,
+            search=options.get("rounding") == "search",
             advance=lambda count: report(count, total),
         )
         for file in files:
@@ -132,6 +134,8 @@ def _prepare(
 ) -> tuple[SourceModel, list[FilePlan], dict[str, np.ndarray], list[str], list[TokenDifference]]:
     """Everything up to the first weight: (model, one plan per quant, weights of the columns by tensor, warnings, texts that differ)."""
     types = [quant_type(name) for name in quants]
+    if options.get("rounding") == "search":
+        library.searcher()  # raises where it cannot be compiled
     warnings: list[str] = []
     folder = source
     header = {name: options.get(name) for name in ("name", "chat_template", "end_of_turn", "metadata")}

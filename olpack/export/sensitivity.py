@@ -31,6 +31,7 @@ from olpack.llamacpp import library
 from olpack.llamacpp.cores import usable_processors
 from olpack.llamacpp.graph import LoadedWeights
 from olpack.llamacpp.logits import kl_divergence, log_softmax
+from olpack.quants import Rounding
 from olpack.workspace import write_atomically
 
 # What a matrix is rounded to, the first that fits its rows. Its error must stand out from the noise of 16-bit arithmetic, in a model of
@@ -46,6 +47,7 @@ def measure(
     rows: list[list[int]],
     loss_masks: list[list[bool]],
     importance: str | None,
+    rounding: Rounding,
     out: str,
     key: str,
     threads: int | None,
@@ -57,6 +59,7 @@ def measure(
     model = open_gguf(Path(gguf))
     weights = column_weights(Path(importance), model.tensors).by_tensor if importance else None
     weights = weights or {}
+    search = rounding == "search"
     with header_only_gguf(model) as header_gguf:
         names = quantizable_tensors(header_gguf)
     found = _measured_before(Path(out), key)
@@ -76,8 +79,8 @@ def measure(
             experts: Sequence[np.ndarray | None] = list(weights[name]) if name in weights else [None]
             types = candidates(original.shape[1], name in weights)
             probe = next(type_ for type_ in _PROBES if type_ in types)
-            errors = dict(zip(types, pool.map(partial(_squared_error, values=original, experts=experts), types), strict=True))
-            where.write(name, _as(source.type_name, _rounded(probe, original, experts, pool)))
+            errors = dict(zip(types, pool.map(partial(_squared_error, values=original, experts=experts, search=search), types), strict=True))
+            where.write(name, _as(source.type_name, _rounded(probe, original, experts, pool, search)))
             try:
                 divergence = reference.divergence(lambda count: report(count, total))
             finally:
@@ -126,7 +129,7 @@ class _Reference:
             advance(len(ids))
 
 
-def _squared_error(type_name: str, values: np.ndarray, experts: Sequence[np.ndarray | None]) -> float:
+def _squared_error(type_name: str, values: np.ndarray, experts: Sequence[np.ndarray | None], search: bool) -> float:
     """Σ_j w_j · Σ_i (v_ij - rounded v_ij)² over rows from all of the matrix, with w the weights of its columns, or ones."""
     rows, columns = values.shape
     chosen = np.unique(np.linspace(0, rows - 1, min(rows, max(len(experts), _SAMPLE // columns))).astype(int))
@@ -134,27 +137,27 @@ def _squared_error(type_name: str, values: np.ndarray, experts: Sequence[np.ndar
     for expert, weights in enumerate(experts):
         mine = values[chosen[chosen * len(experts) // rows == expert]]
         if len(mine):
-            squares = np.square(mine - _round(type_name, mine, weights), dtype=np.float64).sum(axis=0)
+            squares = np.square(mine - _round(type_name, mine, weights, search), dtype=np.float64).sum(axis=0)
             total += float(squares.sum() if weights is None else squares @ weights)
     return total
 
 
-def _rounded(type_name: str, values: np.ndarray, experts: Sequence[np.ndarray | None], pool: ThreadPoolExecutor) -> np.ndarray:
+def _rounded(type_name: str, values: np.ndarray, experts: Sequence[np.ndarray | None], pool: ThreadPoolExecutor, search: bool) -> np.ndarray:
     """A matrix rounded to a type, float32 of the same shape."""
     rows, columns = values.shape
     step, of_one = max(1, CHUNK // columns), rows // len(experts)
     parts = [
-        pool.submit(_round, type_name, values[start : min(start + step, first + of_one)], weights)
+        pool.submit(_round, type_name, values[start : min(start + step, first + of_one)], weights, search)
         for first, weights in zip(range(0, rows, of_one), experts, strict=True)
         for start in range(first, first + of_one, step)
     ]
     return np.concatenate([part.result() for part in parts])
 
 
-def _round(type_name: str, values: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
+def _round(type_name: str, values: np.ndarray, importance: np.ndarray | None, search: bool) -> np.ndarray:
     type_ = library.tensor_type(type_name)
     packed = np.empty((len(values), library.row_size(type_, values.shape[1])), np.uint8)
-    if not library.quantize_rows(type_, values, packed, importance):
+    if not library.quantize_rows(type_, values, packed, importance, search=search):
         raise OlpackError("The model has weights that are too large to be quantized.", "Leave the budget out, or take another checkpoint.")
     rounded = np.empty_like(values)
     library.dequantize_rows(type_, packed, rounded)

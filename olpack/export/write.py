@@ -40,6 +40,7 @@ def write_files(
     threads: int,
     round_to_bf16: bool = False,
     importance: Mapping[str, np.ndarray] = {},
+    search: bool = False,
     advance: Callable[[int], None] = lambda count: None,
 ) -> list[list[str]]:
     """Write every planned file to its path, in one pass over the model's tensors. The tensors of `model` are used up.
@@ -52,6 +53,7 @@ def write_files(
         round_to_bf16: round what llama.cpp's converter would store in 16 bits first, as it would.
         importance: float32 [matrices, columns] by tensor name, the weight of each column's error; for a stack of experts one row each. It
             changes nothing in tensors of a type that has nothing to choose.
+        search: search for scales that minimize the weighted error, instead of taking ggml's.
         advance: gets the bytes of each write, from several threads.
 
     Returns:
@@ -62,7 +64,7 @@ def write_files(
     """
     memory = MemoryBudget()
     writers = [_FileWriter(parts, memory, advance) for parts in files]
-    works = deque(_TensorJob(model.tensors.pop(name), [writer.types[name] for writer in writers], memory) for name in writers[0].types)
+    works = deque(_TensorJob(model.tensors.pop(name), [writer.types[name] for writer in writers], memory, search) for name in writers[0].types)
     memory.limit = MEMORY + max(work.nbytes for work in works)
     loaders = ThreadPoolExecutor(max(1, threads // 2), thread_name_prefix="load")
     quantizers = ThreadPoolExecutor(threads, thread_name_prefix="quantize")
@@ -130,10 +132,11 @@ class _TensorJob:
         nbytes: that it takes at most: what is read, that in float32, and what is made of it. The first two only until it is quantized.
     """
 
-    def __init__(self, source: SourceTensor, types: Sequence[int], memory: MemoryBudget):
+    def __init__(self, source: SourceTensor, types: Sequence[int], memory: MemoryBudget, search: bool):
         self.source = source
         self.types = sorted(set(types))
         self._memory, self._readers, self._left = memory, len(types), 0
+        self._search = search
         self._lock = threading.Lock()
         columns = source.shape[-1] if source.shape else 1
         self._made = sum(source.elements // columns * library.row_size(type_, columns) for type_ in self.types)
@@ -185,7 +188,7 @@ class _TensorJob:
         if rounding != "F32":
             _round(rows, rounding)
         for type_, out in self.data.items():
-            if type_ != library.tensor_type("f32") and not library.quantize_rows(type_, rows, out[part], importance):
+            if type_ != library.tensor_type("f32") and not library.quantize_rows(type_, rows, out[part], importance, search=self._search):
                 raise OlpackError(
                     f"The weight '{self.source.origin}' has values that are too large to be quantized.",
                     "Leave the quant types below 16 bits out, or take another checkpoint.",

@@ -12,6 +12,9 @@
 #include <cstdint>
 #include <cstring>
 
+#include "blocks.h"
+#include "lanes.h"
+
 struct ggml_functions {
     size_t (*quantize_chunk)(int type, const float *source, void *out, int64_t start, int64_t rows, int64_t columns, const float *weights);
     uint16_t (*to_half)(float value);
@@ -20,43 +23,8 @@ struct ggml_functions {
 
 namespace {
 
-constexpr int LANES = 16;
-typedef float eight __attribute__((vector_size(32)));
-typedef int32_t eight_flags __attribute__((vector_size(32)));  // -1 where a comparison holds, else 0
-
-// Two vectors, because compilers do poorly with those that are wider than the processor's, and because two sums can run at once.
-struct lanes {
-    eight a, b;
-    lanes() = default;
-    lanes(eight a, eight b) : a(a), b(b) {}
-    lanes(float value) : a(eight{} + value), b(eight{} + value) {}
-    float operator[](int k) const { return k < 8 ? a[k] : b[k - 8]; }
-    void set(int k, float value) { k < 8 ? a[k] = value : b[k - 8] = value; }
-    void operator+=(lanes other) { a += other.a, b += other.b; }
-};
-struct flags {
-    eight_flags a, b;
-};
-lanes operator+(lanes x, lanes y) { return {x.a + y.a, x.b + y.b}; }
-lanes operator-(lanes x, lanes y) { return {x.a - y.a, x.b - y.b}; }
-lanes operator*(lanes x, lanes y) { return {x.a * y.a, x.b * y.b}; }
-lanes operator/(lanes x, lanes y) { return {x.a / y.a, x.b / y.b}; }
-flags operator<(lanes x, lanes y) { return {x.a < y.a, x.b < y.b}; }
-flags operator>(lanes x, lanes y) { return {x.a > y.a, x.b > y.b}; }
-flags operator==(lanes x, lanes y) { return {x.a == y.a, x.b == y.b}; }
-flags operator&(flags x, flags y) { return {x.a & y.a, x.b & y.b}; }
-lanes select(flags where, lanes x, lanes y) { return {where.a ? x.a : y.a, where.b ? x.b : y.b}; }
-lanes least(lanes x, lanes y) { return select(x < y, x, y); }
-lanes greatest(lanes x, lanes y) { return select(x > y, x, y); }
-
-constexpr int BLOCK = 256;            // weights with one pair of half-precision scales
-constexpr int TOP = 63;               // of the 6-bit scales of Q4_K and Q5_K
-constexpr float SMALLEST = 1e-15f;    // ggml treats sub-blocks of Q6_K below it as zero
-constexpr float ROUNDER = 12582912.f; // 1.5 * 2^23: added to a number of at most 22 bits, it rounds that to the nearest integer
-
-lanes rounded(lanes value) { return (value + ROUNDER) - ROUNDER; }
-
-lanes magnitude(lanes value) { return {(eight)((eight_flags)value.a & 0x7fffffff), (eight)((eight_flags)value.b & 0x7fffffff)}; }
+constexpr int TOP = 63;             // of the 6-bit scales of Q4_K and Q5_K
+constexpr float SMALLEST = 1e-15f;  // ggml treats sub-blocks of Q6_K below it as zero
 
 bool any(flags found) {
     const eight_flags both = found.a | found.b;
@@ -71,11 +39,6 @@ int32_t nearest(float value) {
     int32_t bits;
     memcpy(&bits, &moved, sizeof bits);
     return (bits & 0x007fffff) - 0x00400000;
-}
-
-template <int N> void transpose(const float *const source[LANES], lanes out[N]) {
-    for (int i = 0; i < N; ++i)
-        for (int k = 0; k < LANES; ++k) out[i].set(k, source[k][i]);
 }
 
 // Scale and offset of 16 sub-blocks of 32 weights, x ~ scale * q + low with q in 0..top, by weighted least squares from a starting scale
@@ -192,7 +155,7 @@ float fit_scales(const float x[8], const float weight[8], uint8_t q[8]) {
     return sum_qq > 0 ? sum_qx / sum_qq : 0;
 }
 
-// One block of Q4_K or Q5_K: two halves, 12 bytes of 6-bit scales and offsets, for Q5_K 32 bytes of fifth bits, 128 bytes of four.
+// One block of Q4_K or Q5_K. False if ggml has to do it.
 bool pack_affine(const float *x, const uint8_t scales[8], const uint8_t offsets[8], float scale, float offset, int top, uint8_t *out,
                  const ggml_functions &ggml) {
     const uint16_t halves[2] = {ggml.to_half(scale), ggml.to_half(offset)};
@@ -209,23 +172,7 @@ bool pack_affine(const float *x, const uint8_t scales[8], const uint8_t offsets[
             q[32 * j + i] = near < top ? near : top;
         }
     }
-    memcpy(out, halves, 4);
-    for (int j = 0; j < 4; ++j) {
-        out[4 + j] = scales[j] | (scales[j + 4] >> 4) << 6;
-        out[8 + j] = offsets[j] | (offsets[j + 4] >> 4) << 6;
-        out[12 + j] = (scales[j + 4] & 15) | (offsets[j + 4] & 15) << 4;
-    }
-    uint8_t *low_bits = out + 16;
-    if (top > 15) {
-        for (int i = 0; i < 32; ++i) {
-            int high = 0;
-            for (int j = 0; j < 8; ++j) high |= (q[32 * j + i] >> 4) << j;
-            out[16 + i] = high;
-        }
-        low_bits += 32;
-    }
-    for (int j = 0; j < 4; ++j)
-        for (int i = 0; i < 32; ++i) low_bits[32 * j + i] = (q[64 * j + i] & 15) | (q[64 * j + 32 + i] & 15) << 4;
+    write_q45_k(q, scales, offsets, halves, top, out);
     return true;
 }
 
@@ -294,7 +241,7 @@ void affine_pair(const float *const blocks[2], const float *const importance[2],
     }
 }
 
-// One block of Q6_K: 128 bytes of low bits, 64 of high bits, 16 scales of 8 bits, a half. False if ggml has to do it.
+// One block of Q6_K. False if ggml has to do it.
 bool symmetric_block(const float *block, const float *importance, uint8_t *out, const ggml_functions &ggml) {
     const float *parts[LANES], *important[LANES];
     for (int k = 0; k < LANES; ++k) {
@@ -359,16 +306,7 @@ bool symmetric_block(const float *block, const float *importance, uint8_t *out, 
             q[16 * k + i] = (value < 31 ? value : 31) + 32;
         }
     }
-    for (int half_block = 0; half_block < 2; ++half_block) {
-        const uint8_t *from = q + 128 * half_block;
-        for (int i = 0; i < 32; ++i) {
-            out[64 * half_block + i] = (from[i] & 15) | (from[i + 64] & 15) << 4;
-            out[64 * half_block + 32 + i] = (from[i + 32] & 15) | (from[i + 96] & 15) << 4;
-            out[128 + 32 * half_block + i] = from[i] >> 4 | (from[i + 32] >> 4) << 2 | (from[i + 64] >> 4) << 4 | (from[i + 96] >> 4) << 6;
-        }
-    }
-    memcpy(out + 192, scales, 16);
-    memcpy(out + 208, &half, 2);
+    write_q6_k(q, scales, half, out);
     return true;
 }
 

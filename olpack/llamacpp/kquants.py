@@ -117,13 +117,13 @@ def sample_rows() -> np.ndarray:
     return np.concatenate(kinds).astype(np.float32)
 
 
-def compiled() -> Path | None:
-    """The shared object for this machine, from the user's cache or compiled now; None where that cannot be done."""
+def compiled(source: Path = _SOURCE) -> Path | None:
+    """A source as shared object for this machine, from the user's cache or compiled now; None where that cannot be done."""
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None)
     if compiler is None or os.name == "nt":
         return None
     try:
-        cached = sorted(user_cache().glob(f"{_name(compiler)}-*.so"))
+        cached = sorted(user_cache().glob(f"{_name(source, compiler)}-*.so"))
         if sound := next(filter(_is_sound, cached), None):
             return sound
         for broken in cached:
@@ -131,10 +131,10 @@ def compiled() -> Path | None:
             broken.unlink()
         folder = make_user_cache()
         with scratch() as place:
-            made = place / "kquants.so"
-            command = workers.program(compiler, *_FLAGS, *_processor()[0], str(_SOURCE), "-o", str(made))
+            made = place / f"{source.stem}.so"
+            command = workers.program(compiler, *_FLAGS, *_processor()[0], str(source), "-o", str(made))
             subprocess.run(command, env=workers.environment(), check=True, capture_output=True, timeout=120)
-            path = folder / f"{_name(compiler)}-{file_digest(made)}.so"
+            path = folder / f"{_name(source, compiler)}-{file_digest(made)}.so"
             write_atomically(path, made.read_bytes())
             path.chmod(0o600)
     except (OSError, OlpackError, subprocess.SubprocessError):
@@ -142,10 +142,11 @@ def compiled() -> Path | None:
     return path if _is_sound(path) else None
 
 
-def _name(compiler: str) -> str:
+def _name(source: Path, compiler: str) -> str:
     """Named after all that decides its content, so that a home folder may be shared by machines of several kinds. The content's digest follows."""
-    seen = "\n".join([compiler, *_FLAGS, *_processor()[0], _processor()[1], _SOURCE.read_text(encoding="utf-8")])
-    return f"kquants-{hashlib.sha256(seen.encode()).hexdigest()[:16]}"
+    texts = [path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.h")))]
+    seen = "\n".join([compiler, *_FLAGS, *_processor()[0], _processor()[1], *texts])
+    return f"{source.stem}-{hashlib.sha256(seen.encode()).hexdigest()[:16]}"
 
 
 def _is_sound(path: Path) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from olpack.errors import OlpackError
-from olpack.llamacpp import kquants
+from olpack.llamacpp import kquants, rounding
 from olpack.llamacpp.source import VERSION
 
 if TYPE_CHECKING:
@@ -127,6 +127,21 @@ def _types_by_name() -> dict[str, int]:
     return {name.decode().lower(): number for number, name in names.items() if name}
 
 
+def searcher() -> rounding.Search:
+    """The search for scales of `rounding: search`.
+
+    Raises:
+        OlpackError: there is no compiler.
+    """
+    with _first_use:
+        return _compiled_search()
+
+
+@functools.cache
+def _compiled_search() -> rounding.Search:
+    return rounding.searcher(ggml())
+
+
 def k_quants_are_compiled() -> bool:
     """Whether Q4_K, Q5_K and Q6_K are made by `kquants`, several times faster than by ggml itself."""
     return _k_quantizer() is not None
@@ -147,7 +162,7 @@ def row_size(type_: int, columns: int) -> int:
     return ggml().ggml_row_size(type_, columns)
 
 
-def quantize_rows(type_: int, rows: np.ndarray, out: np.ndarray, importance: np.ndarray | None = None) -> bool:
+def quantize_rows(type_: int, rows: np.ndarray, out: np.ndarray, importance: np.ndarray | None = None, *, search: bool = False) -> bool:
     """Convert rows of weights to a tensor type, to ggml's bits. Releases the GIL; rows are independent of each other.
 
     Args:
@@ -155,6 +170,7 @@ def quantize_rows(type_: int, rows: np.ndarray, out: np.ndarray, importance: np.
         rows: float32 [rows, columns], C-contiguous.
         out: uint8, C-contiguous, `rows * row_size(type_, columns)` bytes.
         importance: float32 [columns], C-contiguous, the weight of each column's error; None: llama.cpp weighs by the values themselves.
+        search: replace each block by one with a smaller squared error, weighted with `importance`, where there is one and one is found.
 
     Returns:
         Whether the result is sound, by llama.cpp's own test (no infinite or undefined scale).
@@ -167,6 +183,8 @@ def quantize_rows(type_: int, rows: np.ndarray, out: np.ndarray, importance: np.
         weights = importance.ctypes.data if importance is not None else None
         written = ggml().ggml_quantize_chunk(type_, rows.ctypes.data, out.ctypes.data, 0, count, columns, weights)
         assert written == out.nbytes
+    if search and type_ in rounding.TYPES:
+        searcher()(type_, rows, out, importance)
     return ggml().ggml_validate_row_data(type_, out.ctypes.data, out.nbytes)
 
 

@@ -27,7 +27,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from olpack.data.rows import Form as _Form
 from olpack.deploy.parameters import PARAMETERS, check_parameters
 from olpack.errors import OlpackError
-from olpack.quants import QUANT_TYPES, TENSOR_TYPES, check_tensor_types, quant_type
+from olpack.quants import QUANT_TYPES, TENSOR_TYPES, Rounding, check_tensor_types, quant_type
 from olpack.recipe.tasks import KEYS, parse_task
 
 _MOST = (1 << 31) - 1  # of tokens, rows and steps, which torch and llama.cpp count in 32 bits
@@ -256,6 +256,10 @@ class Export(_Section):
     tensor_types: dict[str, Annotated[str, WithJsonSchema({"anyOf": [{"enum": list(TENSOR_TYPES)}, {"type": "string"}]})]] = Field(default={})
     """Types of single tensors in quantized files. A key is a regular expression for a part of the tensor's name, and the first match counts;
     a value is a type of ggml: q6_K, q8_0, …"""
+
+    rounding: Rounding = "ggml"
+    """How blocks of weights get their scales: `ggml` as llama-quantize does, bit for bit; `search` minimizes their squared error, weighted by the
+    importance matrix if there is one. Files have the same form, size and speed, and lose less."""
 
     @field_validator("tensor_types")
     @classmethod

@@ -44,7 +44,9 @@ def _importance_inputs(build: Build, unit: str) -> dict[str, Any]:
 
 
 def _sensitivity_inputs(build: Build, unit: str) -> dict[str, Any]:
-    return fine_tune_inputs(build) | {"tokens": _SENSITIVITY_TOKENS, "importance": importance_key(build)}
+    rounding = build.recipe.export.rounding
+    made = fine_tune_inputs(build) | {"tokens": _SENSITIVITY_TOKENS, "importance": importance_key(build)}
+    return made if rounding == "ggml" else made | {"export.rounding": rounding}
 
 
 IMPORTANCE = Artefact("importance", 1, _importance_inputs)
@@ -144,6 +146,7 @@ def measure_matrix_sensitivity(build: Build) -> None:
                 paths.sensitivity,
                 key=value_digest([step.key, quant]),
                 importance=importance_file(build),
+                rounding=build.recipe.export.rounding,
             ):
                 break
         else:

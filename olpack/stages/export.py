@@ -63,6 +63,8 @@ def _choices(build: Build, quant: str) -> dict[str, Any]:
         return {}
     if asked.tensor_types and overridable(quant_type(quant)):
         made["export.tensor_types"] = [list(pair) for pair in asked.tensor_types.items()]  # their order counts
+    if asked.rounding != "ggml" and overridable(quant_type(quant)):
+        made["export.rounding"] = asked.rounding
     if uses_importance(build, quant):
         made["export.importance"] = importance_key(build)
     if quant in budgets(build):
@@ -83,6 +85,7 @@ def check(build: Build, checks: Checks) -> None:
         out=build.paths.gguf(quants[0]).parent,
         importance="later" if importance == build.paths.importance else importance,
         tensor_types=build.recipe.export.tensor_types,
+        rounding=build.recipe.export.rounding,
         texts=texts,
         adapter=None if build.paths.base else build.finished_adapter,
         merge_base=build.recipe.train.merge_base,
@@ -201,6 +204,7 @@ def write_quants(build: Build, paths: Mapping[str, Path], importance: Path | Non
         adapter=None if build.paths.base else build.paths.adapter,
         importance=importance,
         tensor_types=build.recipe.export.tensor_types,
+        rounding=build.recipe.export.rounding,
         merge_base=build.recipe.train.merge_base,
         sensitivity=build.paths.sensitivity if any(quant_type(quant).budget for quant in paths) else None,
         **header_options(build),
