@@ -14,7 +14,6 @@ from typing import Literal
 
 from olpack.errors import OlpackError
 
-
 # How the blocks of a quantized type get their scales: as ggml chooses them, or by a search for the smallest error.
 Rounding = Literal["ggml", "search"]
 
