@@ -305,6 +305,18 @@ def test_importance_concerns_only_what_gains_by_it(workspace):
     assert len(calibration.awaiting_importance(more, all_steps(more))) == 2
 
 
+def test_rounding_concerns_quantized_types_only(workspace):
+    def stale(*settings: str) -> list[str]:
+        return [step.unit for step in all_steps(build_of(workspace, *settings)) if step.stale and step.stage == "export"]
+
+    assert stale("export.rounding=ggml") == []
+    assert stale("export.rounding=search") == ["export-Q4_K_M", "export-Q8_0"]
+    inputs = {step.unit: step.inputs for step in all_steps(build_of(workspace, "export.rounding=search", "quants=[Q4_K_M, F16]"))}
+    assert inputs["export-Q4_K_M"]["export.rounding"] == "search" and "export.rounding" not in inputs["export-F16"]
+    code, printed, _ = olpack(workspace, "plan", "oracle", "--set", "export.rounding=search")
+    assert code == 0 and "search: scales of blocks" in printed
+
+
 def test_without_a_quant_to_collect_on_there_is_a_file_for_a_while(workspace):
     code, printed, _ = olpack(workspace, "plan", "oracle", "--json", "--set", "export.importance=train", "--set", "quants=[Q2_K]")
     estimate = json.loads(printed)["estimate"]

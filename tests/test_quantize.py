@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from pathlib import Path
 
@@ -51,6 +52,37 @@ def test_an_adapter_is_merged_on_the_way(model, tmp_path):
     assert olpack(tmp_path, model, "--quant", "Q8_0", "--adapter", adapter)[0] == 0
     (expected,) = converter().export(model, [Target("Q8_0", tmp_path / "expected.gguf")], adapter=adapter)
     assert (tmp_path / "parrot-Q8_0.gguf").read_bytes() == expected.path.read_bytes()
+
+
+def test_searched_scales_change_weights_only(model, tmp_path):
+    import gguf
+    import llama_cpp
+    import numpy as np
+
+    written = {}
+    for words in (["--quant", "F32"], ["--quant", "Q4_K_M", "--quant", "Q4_0"], ["--quant", "Q4_K_M", "--quant", "Q4_0", "--rounding", "search"]):
+        folder = tmp_path / words[-1]
+        code, _, message = olpack(tmp_path, model, *words, "--out", folder)
+        assert code == 0, message
+        written |= {(words[-1] == "search", path.stem.removeprefix("parrot-")): path for path in folder.iterdir()}
+    exact = {one.name: one.data for one in gguf.GGUFReader(written[False, "F32"]).tensors}
+    for quant in ("Q4_K_M", "Q4_0"):
+        ggmls, found = (gguf.GGUFReader(written[search, quant]) for search in (False, True))
+        start = ggmls.tensors[0].data_offset
+        ggmls_bytes, found_bytes = (written[search, quant].read_bytes() for search in (False, True))
+        assert ggmls_bytes[:start] == found_bytes[:start] and len(ggmls_bytes) == len(found_bytes)
+        for theirs, ours in zip(ggmls.tensors, found.tensors, strict=True):
+            if theirs.tensor_type == gguf.GGMLQuantizationType.F32:
+                assert np.array_equal(theirs.data, ours.data)
+                continue
+            errors = [np.square(gguf.dequantize(one.data, one.tensor_type) - exact[one.name]).sum() for one in (theirs, ours)]
+            assert errors[1] < errors[0], ours.name
+        # llama.cpp reads the blocks, and leaves them as they are.
+        params = llama_cpp.llama_model_quantize_default_params()
+        params.only_copy = True
+        copy = tmp_path / f"copy-{quant}.gguf"
+        assert llama_cpp.llama_model_quantize(str(written[True, quant]).encode(), str(copy).encode(), ctypes.byref(params)) == 0
+        assert copy.read_bytes() == found_bytes
 
 
 def test_a_split_file_is_listed_part_by_part(model, tmp_path):

@@ -44,6 +44,8 @@ def print_plan(plan: dict) -> None:
         _add_training(needs, estimate, epochs)
     files = ", ".join(f"{quant} {progress.quantity(size, 'B')}" for quant, size in estimate["disk_bytes"].items())
     needs.add_row("disk", f"{progress.quantity(sum(estimate['disk_bytes'].values()), 'B')}: {files}; no intermediate files")
+    if (rounding := plan["settings"]["export.rounding"]["value"]) != "ggml":
+        needs.add_row("rounding", f"{rounding}: scales of blocks with the smallest weighted error, in place of ggml's")
     if estimate["importance_bytes"]:
         needs.add_row(
             "while exporting", f"{progress.quantity(estimate['importance_bytes'], 'B')} more disk: a Q8_0 to collect the importance matrix on"
