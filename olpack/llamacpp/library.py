@@ -170,7 +170,7 @@ def quantize_rows(type_: int, rows: np.ndarray, out: np.ndarray, importance: np.
         rows: float32 [rows, columns], C-contiguous.
         out: uint8, C-contiguous, `rows * row_size(type_, columns)` bytes.
         importance: float32 [columns], C-contiguous, the weight of each column's error; None: llama.cpp weighs by the values themselves.
-        search: replace each block by one with a smaller squared error, weighted with `importance`, where there is one and one is found.
+        search: replace each block by one with a smaller squared error, weighted with `importance`, or by size where there is none.
 
     Returns:
         Whether the result is sound, by llama.cpp's own test (no infinite or undefined scale).
