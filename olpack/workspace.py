@@ -26,7 +26,7 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -441,19 +441,32 @@ def folder_fingerprint(folder: Path) -> str:
     """
     digest = hashlib.sha256()
     for path in _model_files(folder):
-        size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
-        with path.open("rb") as file:
-            if size <= 16 * CHUNK:
-                digest.update(file.read())
-                continue
-            digest.update(file.read(CHUNK))
-            for index in range(64):
-                file.seek(CHUNK + index * (size - 2 * CHUNK) // 64)
-                digest.update(file.read(4096))
-            file.seek(size - CHUNK)
-            digest.update(file.read(CHUNK))
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        _add_samples(digest, path)
     return digest.hexdigest()
+
+
+def files_fingerprint(paths: Iterable[Path]) -> str:
+    """As `folder_fingerprint`, of single files, whatever their names."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(f"{path.stat().st_size}\0".encode())
+        _add_samples(digest, path)
+    return digest.hexdigest()
+
+
+def _add_samples(digest: hashlib._Hash, path: Path) -> None:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= 16 * CHUNK:
+            digest.update(file.read())
+            return
+        digest.update(file.read(CHUNK))
+        for index in range(64):
+            file.seek(CHUNK + index * (size - 2 * CHUNK) // 64)
+            digest.update(file.read(4096))
+        file.seek(size - CHUNK)
+        digest.update(file.read(CHUNK))
 
 
 def _model_files(folder: Path) -> Iterator[Path]:

@@ -12,9 +12,11 @@ from typing import Any
 
 from olpack import bounded_json
 from olpack.errors import OlpackError
-from olpack.model.checkpoint import check_tokenizer_files, read_tensor_headers, refuse_adapter
+from olpack.model.checkpoint import TensorHeader, check_tokenizer_files, read_tensor_headers, refuse_adapter
+from olpack.model.gguf_base import GgufBase
+from olpack.model.quantized import dequantized_headers
 from olpack.model.settings import read_config_file, read_object
-from olpack.workspace import PACKAGE, folder_fingerprint
+from olpack.workspace import PACKAGE, files_fingerprint, folder_fingerprint
 
 BUILTIN = PACKAGE / "assets"
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"]
@@ -27,11 +29,13 @@ class Base:
 
     Attributes:
         label: as the recipe names it: "builtin/tiny-coder", a folder, a Hub id.
-        path: its folder.
+        path: its folder; of a GGUF that of its tokenizer.
+        gguf: the file that has its weights, where it is a GGUF.
     """
 
     label: str
     path: Path
+    gguf: GgufBase | None = None
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -40,6 +44,10 @@ class Base:
         Raises:
             OlpackError: it is no JSON object, or the model needs Python code that its folder contains.
         """
+        if self.gguf is not None:
+            from olpack.model.gguf_architectures import config_of
+
+            return config_of(self.gguf)
         config = read_config_file(self.path / "config.json")
         _refuse_custom_code(config, self.label)
         if self.leftover_quantization:
@@ -49,14 +57,35 @@ class Base:
     @cached_property
     def leftover_quantization(self) -> bool:
         """Whether config.json names bitsandbytes and no tensor is packed so, as after `merge_and_unload` of a QLoRA model."""
+        if self.gguf is not None:
+            return False
         settings = read_config_file(self.path / "config.json").get("quantization_config")
         if not isinstance(settings, dict) or settings.get("quant_method") != "bitsandbytes" or not any(self.path.glob("*.safetensors")):
             return False
         return not any(name.endswith((".absmax", ".SCB")) for name in read_tensor_headers(self.path))
 
+    @property
+    def source(self) -> Path:
+        """What an export reads: its folder, or the GGUF (the first part)."""
+        return self.path if self.gguf is None else self.gguf.paths[0]
+
+    def tensor_headers(self) -> dict[str, TensorHeader]:
+        """Its tensors by transformers' names, in the shapes that they have once they are dequantized.
+
+        Raises:
+            OlpackError: no safetensors, a truncated file, or a form that cannot be read.
+        """
+        if self.gguf is not None:
+            from olpack.model.gguf_architectures import tensor_headers
+
+            return tensor_headers(self.gguf)
+        return dequantized_headers(self.path, self.config, read_tensor_headers(self.path))
+
     @cached_property
     def digest(self) -> str:
         """Identity of the model's content; see `workspace.folder_fingerprint`."""
+        if self.gguf is not None:
+            return files_fingerprint(self.gguf.paths)
         return folder_fingerprint(self.path)
 
     @property
