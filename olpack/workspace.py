@@ -117,11 +117,13 @@ class BuildPaths:
         name: of the package, or of a shared base.
         root: the folder.
         base: of a package that consists of an adapter: the folder of its base's quants.
+        served: of an adapter on a GGUF: that file, which is served as it is in place of quants.
     """
 
     name: str
     root: Path
     base: BuildPaths | None = None
+    served: Path | None = None
 
     def home(self, unit: str) -> BuildPaths:
         """Where a step leaves its record and its outputs: the quants of an adapter package are those of its base."""
@@ -136,6 +138,8 @@ class BuildPaths:
         return self.root / "checkpoint"
 
     def gguf(self, quant: str) -> Path:
+        if self.served and quant != "adapter":
+            return self.served
         home = self.home(f"export-{quant}")
         return home.root / "gguf" / f"{home.name}-{quant}.gguf"
 
