@@ -111,6 +111,43 @@ def _read(path: Path, size: int, _modified: int, _inode: int) -> Header:
         raise OlpackError(f"{path} is no whole GGUF file: {error}.", _AGAIN) from None
 
 
+def read_texts(path: Path, key: str) -> list[str]:
+    """A list of texts of the metadata, such as `tokenizer.ggml.merges`; empty where the file has no such key.
+
+    Raises:
+        OlpackError: as `read_header`, or the key is another value than a list of texts.
+    """
+    read_header(path)  # which refuses what is no whole header
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(8)
+        _, count = _integer(file, "<Q"), _integer(file, "<Q")
+        for _ in range(count):
+            name, kind = _text(file, size, _LONGEST_NAME), _integer(file, "<I")
+            if name == key:
+                if kind != _ARRAY or _integer(file, "<I") != _STRING:
+                    raise OlpackError(f"{path} is no whole GGUF file: its key {key} is no list of texts.", _AGAIN)
+                texts = _texts(file, _integer(file, "<Q"))
+                try:
+                    return [text.decode("utf-8") for text in texts]
+                except UnicodeDecodeError:
+                    raise OlpackError(f"{path} is no whole GGUF file: its key {key} has a text that is not UTF-8.", _AGAIN) from None
+            if kind == _ARRAY:
+                _skip_list(file, name, size)
+            elif kind == _STRING:
+                file.seek(_integer(file, "<Q"), 1)
+            else:
+                file.seek(struct.calcsize(_SCALARS[kind]), 1)
+    return []
+
+
+def _texts(file: BinaryIO, count: int) -> list[bytes]:
+    texts = []
+    for _ in range(count):
+        texts.append(file.read(_integer(file, "<Q")))
+    return texts
+
+
 class _Damage(Exception):
     """What is wrong with a header, without its full stop."""
 
