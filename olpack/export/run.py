@@ -16,7 +16,7 @@ from olpack.errors import OlpackError
 from olpack.export.adapter import read_adapter
 from olpack.export.adapter_tokenizer import adapter_tokenizer
 from olpack.export.converter import SourceModel, open_model
-from olpack.export.gguf_source import open_gguf
+from olpack.export.gguf_source import open_source
 from olpack.export.importance import ColumnWeights, column_weights
 from olpack.export.job import LATER, ExportedFile, ExportedPart, ExportOptions, ExportPlan, TokenDifference, TokenText, partial_path
 from olpack.export.plan import FilePlan, header_only_gguf, plan_files
@@ -136,7 +136,8 @@ def _prepare(
     folder = source
     header = {name: options.get(name) for name in ("name", "chat_template", "end_of_turn", "metadata")}
     if source.is_file():
-        model = _open_file(source, options, header)
+        adapter = options.get("adapter")
+        model = open_source(source, adapter=None if adapter is None else Path(adapter), **header)
     else:
         model, folder = _open_folder(source, options, header, warnings)
     weights = None
@@ -186,15 +187,6 @@ def _open_folder(source: Path, options: ExportOptions, header: dict, warnings: l
     if warning:
         warnings.append(warning)
     return open_model(source, adapter=change, tokenizer=tokenizer, **header), tokenizer or source
-
-
-def _open_file(source: Path, options: ExportOptions, header: dict) -> SourceModel:
-    if options.get("adapter") is not None:
-        raise OlpackError(
-            f"An adapter cannot be merged into the GGUF '{source}', whose tensors have other names than the adapter's.",
-            "Name the folder of the model that it was trained on.",
-        )
-    return open_gguf(source, **header)
 
 
 def check_space(paths: list[Path], plans: list[FilePlan]) -> None:

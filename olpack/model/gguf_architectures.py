@@ -66,6 +66,12 @@ class Weight:
             return values
         return values.unflatten(0, (self.heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
+    def restore(self, values: torch.Tensor) -> torch.Tensor:
+        """What `read` gives, as the file has it."""
+        if self.heads:
+            values = values.unflatten(0, (self.heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+        return values + self.offset if self.offset else values
+
     def read(self, base: GgufBase, dtype: torch.dtype) -> torch.Tensor:
         """Its values in transformers' order, [rows, columns] or [rows]."""
         import torch

@@ -12,17 +12,20 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from olpack.errors import OlpackError
-from olpack.model.gguf_blocks import FLOATS, TYPES, BlockType
+from olpack.model.gguf_blocks import FLOATS, INTEGERS, TYPES, BlockType
 from olpack.model.gguf_header import Header, Scalar, read_header
 
 if TYPE_CHECKING:
     import torch
+
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class GgufBase:
     @property
     def quantized(self) -> bool:
         """Whether any matrix has blocks of fewer than 16 bits."""
-        return any(name not in FLOATS for name in self.types)
+        return any(name not in (*FLOATS, *INTEGERS) for name in self.types)
 
     def integer(self, key: str) -> int | None:
         """A key of the architecture, "attention.head_count"; None where it is not there. A list of one number for each layer counts if all are one.
@@ -139,13 +142,35 @@ def _mapped(path: Path) -> torch.Tensor:
     return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
 
 
-def open_gguf(*paths: Path) -> GgufBase:
-    """Open a GGUF, of a split one all parts in their order. Reads headers.
+def parts_of(path: Path) -> tuple[Path, ...]:
+    """The files of a GGUF: itself, or all parts of the split one whose first part it is.
 
     Raises:
-        OlpackError: no GGUF, a truncated one, one without an architecture, a tensor of a type that olpack does not dequantize.
+        OlpackError: another part, a name that is not that of a part, or a part that is missing.
     """
-    headers = [read_header(path) for path in paths]
+    header = read_header(path)
+    count = header.integer("split.count") or 1
+    if count == 1:
+        return (path,)
+    match = _PART.fullmatch(path.name)
+    if match is None or int(match[3]) != count or header.integer("split.no") != int(match[2]) - 1:
+        raise OlpackError(f"'{path}' is one of {count} parts of a GGUF, and its name does not tell which.", "Give the parts the names they came with.")
+    if int(match[2]) != 1:
+        raise OlpackError(f"'{path}' is part {int(match[2])} of {count} of a GGUF.", f"Name its first part, {match[1]}-00001-of-{match[3]}.gguf.")
+    paths = tuple(path.with_name(f"{match[1]}-{number:05}-of-{match[3]}.gguf") for number in range(1, count + 1))
+    if missing := [part.name for part in paths if not part.is_file()]:
+        raise OlpackError(f"'{path.parent}' lacks {missing[0]}, a part of this GGUF.", "Finish its download.")
+    return paths
+
+
+def open_gguf(path: Path) -> GgufBase:
+    """Open a GGUF; of a split one by its first part. Reads headers.
+
+    Raises:
+        OlpackError: no GGUF, a truncated one, one without an architecture or without a part, a tensor of a type that olpack does not dequantize.
+    """
+    paths = parts_of(path)
+    headers = [read_header(part) for part in paths]
     tensors: dict[str, GgufTensor] = {}
     for path, header in zip(paths, headers, strict=True):
         for name in header.tensors:
@@ -163,8 +188,8 @@ def _tensor(path: Path, header: Header, name: str) -> GgufTensor:
     shape = axes[::-1]
     if number not in TYPES:
         raise OlpackError(
-            f"'{path}' has '{name}' in a tensor type that olpack does not train on (number {number}).",
-            f"Take a file with {', '.join(one.name for one in TYPES.values())}.",
+            f"'{path}' has '{name}' in a tensor type that olpack does not read (number {number}).",
+            f"Take a file with {', '.join(one.name for one in TYPES.values() if one.name not in INTEGERS)}.",
         )
     type_ = TYPES[number]
     if shape[-1] % type_.weights:

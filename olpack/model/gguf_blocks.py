@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from olpack.llamacpp import library
@@ -85,7 +86,7 @@ class BlockType:
     def _by_ggml(self, blocks: torch.Tensor, out: torch.Tensor) -> None:
         import torch
 
-        if self.name == "F32":
+        if self.name in ("F32", *INTEGERS):
             out.copy_(self._function(blocks))
             return
         wide = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
@@ -231,20 +232,16 @@ def _mxfp4(blocks: torch.Tensor) -> torch.Tensor:
     return bits.view(torch.float32) * _from_table(_nibbles(blocks[:, 1:]), _FP4)
 
 
-def _of(name: str) -> Function:
-    """A float type of torch, whose blocks are single weights."""
+def _plain(name: str, blocks: torch.Tensor) -> torch.Tensor:
+    """Of a dtype of torch, whose blocks are single weights."""
+    import torch
 
-    def function(blocks: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        return blocks.contiguous().view(getattr(torch, name))
-
-    return function
+    return blocks.contiguous().view(getattr(torch, name))
 
 
 TYPES = {
-    0: BlockType("F32", 1, 4, _of("float32")),
-    1: BlockType("F16", 1, 2, _of("float16")),
+    0: BlockType("F32", 1, 4, partial(_plain, "float32")),
+    1: BlockType("F16", 1, 2, partial(_plain, "float16")),
     2: BlockType("Q4_0", 32, 18, _q4_0),
     3: BlockType("Q4_1", 32, 20, _q4_1),
     6: BlockType("Q5_0", 32, 22, _q5_0),
@@ -257,9 +254,14 @@ TYPES = {
     14: BlockType("Q6_K", 256, 210, _q6_k),
     20: BlockType("IQ4_NL", 32, 18, _iq4_nl),
     23: BlockType("IQ4_XS", 256, 136, _iq4_xs),
-    30: BlockType("BF16", 1, 2, _of("bfloat16")),
+    24: BlockType("I8", 1, 1, partial(_plain, "int8")),
+    25: BlockType("I16", 1, 2, partial(_plain, "int16")),
+    26: BlockType("I32", 1, 4, partial(_plain, "int32")),
+    27: BlockType("I64", 1, 8, partial(_plain, "int64")),
+    30: BlockType("BF16", 1, 2, partial(_plain, "bfloat16")),
     39: BlockType("MXFP4", 32, 17, _mxfp4),
 }
 """The types that a base can have, by ggml's number."""
 
 FLOATS = ("F32", "F16", "BF16")
+INTEGERS = ("I8", "I16", "I32", "I64")

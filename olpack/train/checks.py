@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from olpack.errors import OlpackError
 from olpack.model.base import Base
 from olpack.model.packed import HQQ_GROUP
-from olpack.model.quantized import dequantized_headers, method_of, quantization_method, quantization_of
+from olpack.model.quantized import method_of, quantization_method, quantization_of
 from olpack.model.shape import MetaModel, adapter_shapes
 from olpack.recipe import Train
 from olpack.train.planner import SHARDABLE
@@ -50,6 +50,7 @@ BASE_KINDS = (
     BaseKind("fp8", "comes so: fp8", "8", False, True),
     BaseKind("compressed-tensors", "comes so: compressed-tensors", "4 or 8, and scales", False, True),
     BaseKind("bitsandbytes", "comes so: bitsandbytes", "4 or 8, and scales", False, True),
+    BaseKind("GGUF", "comes so: gguf", "those of the file", False, True),
 )
 
 
@@ -106,10 +107,7 @@ def check_training(base: Base, settings: Train, *, on_gpu: bool) -> None:
 
 def _refuse_lacking(base: Base, meta: MetaModel) -> None:
     """Raises OlpackError for a weight of the text model that the checkpoint lacks: transformers would fill it with random numbers."""
-    from olpack.model.checkpoint import read_tensor_headers
-
-    stored = dequantized_headers(base.path, base.config, read_tensor_headers(base.path))
-    lacking = [name for name in meta.lacking(stored) if not _TOWERS.search(name)]
+    lacking = [name for name in meta.lacking(base.tensor_headers()) if not _TOWERS.search(name)]
     if lacking:
         more = f" and {len(lacking) - 1} more weights" if len(lacking) > 1 else ""
         tied = "lm_head.weight" in lacking
@@ -122,11 +120,8 @@ def _refuse_lacking(base: Base, meta: MetaModel) -> None:
 
 
 def _check_quantized(base: Base, settings: Train, on_gpu: bool) -> None:
-    from olpack.model.checkpoint import read_tensor_headers
-
     name, method = quantization_method(base.config), method_of(base.config)
-    dequantized_headers(base.path, base.config, read_tensor_headers(base.path))
-    if method is None or not method.trains:
+    if base.gguf is None and (method is None or not method.trains):
         raise OlpackError(f"{base.label} is quantized by {name}, which olpack exports and does not train on.", _TAKE_ORIGINAL)
     if settings.initialization != "default":
         raise OlpackError(
@@ -138,7 +133,7 @@ def _check_quantized(base: Base, settings: Train, on_gpu: bool) -> None:
             f"{base.label} comes quantized ({name}): its adapter is always merged into the dequantized weights.",
             "Leave out `train.merge_base`.",
         )
-    in_8_bits = method.dequantizer == "bitsandbytes" and quantization_of(base.config).get("load_in_8bit")
+    in_8_bits = method is not None and method.dequantizer == "bitsandbytes" and quantization_of(base.config).get("load_in_8bit")
     if in_8_bits and settings.method == "dora" and not on_gpu:
         raise OlpackError("DoRA on an int8 base needs a GPU: on a CPU peft loses the scales of int8.", "Set `train.method` to lora.")
 

@@ -111,7 +111,11 @@ def choose(base: Base, rows: Sequence[TokenRow], settings: Train, device: torch.
 
 
 def stored_bytes(base: Base) -> int | None:
-    """Bytes of a base that comes quantized, which takes as much in memory as on the disk; None for another one."""
+    """Bytes in memory of a base that comes quantized, mostly as on the disk; None for another one."""
+    if base.gguf is not None:
+        from olpack.train.gguf_model import frozen_bytes
+
+        return frozen_bytes(base.gguf)
     if not quantization_of(base.config):
         return None
     return sum(file.stat().st_size for file in base.path.glob("model*.safetensors"))
