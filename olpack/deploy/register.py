@@ -184,7 +184,9 @@ def _register_from(client: OllamaClient, model: str, file: TagFile, origin: Orig
     client.create({"model": model, "from": origin.name, "adapters": {file.adapter.name: adapter}, **fields})
     after = _read_back(client, model, file, package)
     if after.blob != origin.info.blob:
-        raise OlpackError(f"The Ollama server gave {model} other weights than those of {origin.name}.", f"Run `ollama pull {origin.name}`, and build again.")
+        raise OlpackError(
+            f"The Ollama server gave {model} other weights than those of {origin.name}.", f"Run `ollama pull {origin.name}`, and build again."
+        )
     return _recorded(client, model, after, origin.info.blob, client.bytes_sent - sent, started, "updated" if before else "created")
 
 
@@ -205,9 +207,7 @@ def _recorded(client: OllamaClient, model: str, after: ModelInfo, digest: str, b
     listed = next((tag for tag in client.tags() if same(tag.model, model)), None)
     if listed is None:
         raise OlpackError(f"The Ollama server at {client.url} has {model} and does not list it.", "Restart it, then run `olpack deploy` again.")
-    record = Registered(
-        listed.model, listed.digest, after.blob or digest, digest, bytes_sent, round(time.monotonic() - started, 3), done
-    )
+    record = Registered(listed.model, listed.digest, after.blob or digest, digest, bytes_sent, round(time.monotonic() - started, 3), done)
     figures = f" ({progress.quantity(record.bytes_sent, 'B')} sent, {progress.duration(record.seconds)})" if done != "unchanged" else ""
     progress.say(f"{done} {record.model}{figures}")
     return record

@@ -97,7 +97,9 @@ def _verified(client: OllamaClient, tag: ServedTag, tokenizer: PreTrainedTokeniz
     raise OlpackError(
         f"The server writes the prompts of {tag.name} as no chat template does that olpack can train with: of the conversation '{label}' it makes "
         f"{_short(served)}, and the nearest template {_short(expected)}.",
-        "Set `package: merged`, which serves the GGUF's own chat template." if own else "Take the GGUF of another publisher, which has a chat template.",
+        "Set `package: merged`, which serves the GGUF's own chat template."
+        if own
+        else "Take the GGUF of another publisher, which has a chat template.",
     )
 
 
@@ -185,7 +187,16 @@ def _template(
         content: the expression of a turn's text.
         given: the condition, beside its role, under which the first turn is written as a system prompt.
     """
-    texts = {"opening": opening, "begin": begin, "before": before_system, "after": after_system, "answer": answer, "again": again, "end": end, "ask": ask}
+    texts = {
+        "opening": opening,
+        "begin": begin,
+        "before": before_system,
+        "after": after_system,
+        "answer": answer,
+        "again": again,
+        "end": end,
+        "ask": ask,
+    }
     one = {name: json.dumps(text, ensure_ascii=False) for name, text in texts.items()}
     system = content.replace("message.", "messages[0].")
     return (

@@ -1,7 +1,6 @@
 """A model of an Ollama server as a base: its file on this machine, found through the server or in the folder where it keeps its models.
 
-    tag = find_tag("llama3.2:3b")      # TagFile of the server's own: name, blob, path
-    base = resolve_base("ollama/llama3.2:3b", relative_to=folder)
+    tag = find_tag("llama3.2:3b")      # its name, the digest of its weights, their file
 
 Nothing is downloaded and nothing is copied. The file is what its name says: its SHA-256 is computed once.
 """
@@ -18,11 +17,7 @@ from olpack.deploy.model_info import ModelInfo
 from olpack.deploy.names import check_name, parse_name
 from olpack.deploy.ollama_store import model_stores, read_manifest
 from olpack.errors import OlpackError
-from olpack.model.base import Base, of_gguf, resolve
-from olpack.model.gguf_files import content_digest, open_model
-
-PREFIX = "ollama/"
-"""What a recipe's `base` begins with where it is a model of the server."""
+from olpack.model.gguf_files import content_digest
 
 _MODEL = "application/vnd.ollama.image.model"
 
@@ -44,24 +39,6 @@ class ServedTag:
     path: Path
     info: ModelInfo | None = None
     manifest: dict[str, Any] = field(default_factory=dict)
-
-
-def resolve_base(label: str, *, relative_to: Path, revision: str | None = None, weights: bool = True, served: bool = False) -> Base:
-    """As `olpack.model.base.resolve`, also for a model of the server.
-
-    Args:
-        served: the base is trained with the prompts with which the server serves it, and not only with the GGUF's chat template.
-    """
-    if not label.startswith(PREFIX):
-        return resolve(label, relative_to=relative_to, revision=revision, weights=weights)
-    tag = find_tag(label.removeprefix(PREFIX))
-    template = open_model(tag.path).metadata.get("tokenizer.chat_template")
-    if served or not template:
-        from olpack.deploy.served_template import served_template
-
-        written = served_template(tag, of_gguf(label, tag.path).tokenizer())
-        return of_gguf(label, tag.path, tag=tag.name, template=None if written == template else written)
-    return of_gguf(label, tag.path, tag=tag.name)
 
 
 def find_tag(name: str) -> ServedTag:
@@ -132,7 +109,7 @@ def _file(name: str, blob: str, info: ModelInfo | None, client: OllamaClient) ->
     if locked is not None:
         raise OlpackError(
             f"The file of {name}, {locked}, is another user's and cannot be read.",
-            f"Run olpack as that user, join its group (sudo usermod -aG ollama {os.environ.get('USER', '$USER')}), or copy the file and name the copy.",
+            "Run olpack as that user, join its group (sudo usermod -aG ollama $USER), or copy the file and name the copy as base.",
         )
     if not client.here:
         raise OlpackError(

@@ -13,8 +13,8 @@ from typing import Any
 
 from olpack import bounded_json
 from olpack.errors import OlpackError
-from olpack.model.checkpoint import TensorHeader, check_tokenizer_files, read_tensor_headers, refuse_adapter
 from olpack.model import gguf_files
+from olpack.model.checkpoint import TensorHeader, check_tokenizer_files, read_tensor_headers, refuse_adapter
 from olpack.model.gguf_base import GgufBase
 from olpack.model.quantized import dequantized_headers
 from olpack.model.settings import read_config_file, read_object

@@ -43,29 +43,6 @@ def is_gguf(path: Path) -> bool:
         return file.read(4) == b"GGUF"
 
 
-def parts_of(path: Path) -> tuple[Path, ...]:
-    """The files of a GGUF, the first part first.
-
-    Raises:
-        OlpackError: `path` is a later part, or a part is not there.
-    """
-    count = read_header(path).integer("split.count") or 0
-    match = _PART.fullmatch(path.name)
-    if count < 2:
-        return (path,)
-    if match is None or int(match["count"]) != count:
-        raise OlpackError(
-            f"'{path}' is one of {count} parts of a GGUF, and its name is not like model-00001-of-{count:05}.gguf.",
-            "Give the parts the names that llama.cpp looks for, or join them with llama-gguf-split --merge.",
-        )
-    parts = tuple(path.with_name(name) for name in part_names(path.name))
-    if int(match["number"]) != 1:
-        raise OlpackError(f"'{path}' is part {int(match['number'])} of {count} of a GGUF.", f"Name the first one, {parts[0].name}.")
-    if missing := [part.name for part in parts if not part.is_file()]:
-        raise OlpackError(f"'{path}' is the first of {count} parts, and {missing[0]} is not beside it.", "Finish the download of the model.")
-    return parts
-
-
 def part_names(name: str) -> list[str]:
     """Names of all parts of a GGUF, by that of any of them; the name itself where it is none of a part."""
     match = _PART.fullmatch(name)
@@ -88,7 +65,7 @@ def open_model(path: Path) -> GgufBase:
         raise OlpackError(f"'{path}' is {what}, no model.", remedy)
     if not header.tensors and not header.integer("split.count"):
         raise OlpackError(f"'{path}' has a vocabulary and no weights.", "Name the GGUF of the whole model.")
-    gguf = open_gguf(*parts_of(path))
+    gguf = open_gguf(path)
     config_of(gguf)
     return gguf
 

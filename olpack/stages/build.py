@@ -84,7 +84,7 @@ class Build:
     @cached_property
     def base(self) -> Base:
         """The base model, fetched from the Hub where that is needed."""
-        from olpack.deploy.tag_bases import resolve_base
+        from olpack.deploy.bases import resolve_base
 
         asked = self.recipe
         return resolve_base(asked.base, relative_to=asked.folder, revision=asked.revision, weights=self.weights, served=asked.package == "adapter")
