@@ -33,6 +33,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from olpack import progress
 from olpack.errors import OlpackError
 
 PACKAGE = Path(__file__).parent
@@ -428,6 +429,16 @@ def file_digest(path: Path) -> str:
                 return digest
             _digests[state] = digest
         return _digests[state]
+
+
+def shown_digest(path: Path, title: str) -> str:
+    """SHA-256 of a file, as 64 hexadecimal digits, with progress."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file, progress.task(title, path.stat().st_size, "B") as task:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            task.advance(len(chunk))
+    return digest.hexdigest()
 
 
 def value_digest(value: Any) -> str:

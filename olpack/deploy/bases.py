@@ -9,11 +9,8 @@ from pathlib import Path
 
 from olpack.deploy.served_template import served_template
 from olpack.deploy.tag_bases import find_tag
-from olpack.model.base import Base, of_gguf, resolve
+from olpack.model.base import OF_SERVER, Base, of_gguf, resolve
 from olpack.model.gguf_files import open_model
-
-PREFIX = "ollama/"
-"""What a recipe's `base` begins with where it is a model of the server."""
 
 
 def resolve_base(label: str, *, relative_to: Path, revision: str | None = None, weights: bool = True, served: bool = False) -> Base:
@@ -25,9 +22,9 @@ def resolve_base(label: str, *, relative_to: Path, revision: str | None = None, 
     Raises:
         OlpackError: as `resolve`, `find_tag` and `served_template`.
     """
-    if not label.startswith(PREFIX):
+    if not label.startswith(OF_SERVER):
         return resolve(label, relative_to=relative_to, revision=revision, weights=weights)
-    tag = find_tag(label.removeprefix(PREFIX))
+    tag = find_tag(label.removeprefix(OF_SERVER))
     own = open_model(tag.path).metadata.get("tokenizer.chat_template")
     if not served and own:
         return of_gguf(label, tag.path, tag=tag.name)

@@ -254,6 +254,9 @@ def resolve(label: str, *, relative_to: Path, revision: str | None = None, weigh
     return _from_hub(label, revision, weights)
 
 
+OF_SERVER = "ollama/"
+"""What a recipe's `base` begins with where it is a model of the Ollama server."""
+
 HUB_FILE = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*):([^:]+\.gguf)")
 """A GGUF in a repository of the Hub, as a recipe names it: owner/repo:file.gguf. A split one is named by any of its parts."""
 

@@ -23,7 +23,18 @@ from olpack.model.gguf_architectures import config_of
 from olpack.model.gguf_base import GgufBase, open_gguf
 from olpack.model.gguf_header import read_header
 from olpack.package_index import Distribution, download
-from olpack.workspace import file_digest, folder_atomically, is_private, make_user_cache, remove, scratch, user_cache, value_digest, write_atomically
+from olpack.workspace import (
+    file_digest,
+    folder_atomically,
+    is_private,
+    make_user_cache,
+    remove,
+    scratch,
+    shown_digest,
+    user_cache,
+    value_digest,
+    write_atomically,
+)
 
 _PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _KINDS = {  # of `general.type`, and of architectures that are no language models
@@ -138,8 +149,6 @@ def content_digest(path: Path, name: str = "") -> str:
         path: the file.
         name: what it is called while it is read.
     """
-    from olpack import progress
-
     status = path.stat()
     place = user_cache() / "contents" / f"{value_digest(str(path.resolve()))[:32]}.json"
     state = {"size": status.st_size, "modified": status.st_mtime_ns, "changed": status.st_ctime_ns, "inode": status.st_ino}
@@ -149,8 +158,7 @@ def content_digest(path: Path, name: str = "") -> str:
             return known["sha256"]
     except OlpackError:
         pass
-    with progress.task(f"reading {name or path.name}, once", total=status.st_size, unit="B"):
-        sha256 = file_digest(path)
+    sha256 = shown_digest(path, f"reading {name or path.name}, once")
     make_user_cache()
     write_atomically(place, json.dumps({**state, "sha256": sha256}))
     return sha256
