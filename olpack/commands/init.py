@@ -13,6 +13,7 @@ from olpack.data.records import SUFFIXES
 from olpack.deploy.names import check_name
 from olpack.errors import OlpackError
 from olpack.model.base import HUB_FILE, OF_SERVER
+from olpack.model.gguf_files import is_gguf
 from olpack.recipe import Data, Recipe
 from olpack.templating import render
 from olpack.workspace import check_package, template_source, write_atomically
@@ -51,15 +52,16 @@ def write_recipe(path: Path, base: str, train: str, system: str | None = None) -
         OlpackError: there is no such folder or file, the server has no such model, or the recipe cannot be written.
     """
     folder = path.parent
-    here = _is(Path.exists, base) and not base.startswith(OF_SERVER)
-    on_file = base.startswith(OF_SERVER) or base.endswith(".gguf")
+    file = not base.startswith(OF_SERVER) and _is(Path.is_file, base) and is_gguf(Path(base).expanduser())
+    here = file or (not base.startswith(OF_SERVER) and _is(Path.is_dir, base))
+    on_file = file or base.startswith(OF_SERVER) or base.endswith(".gguf")
     if base.startswith(OF_SERVER):
         from olpack.deploy.tag_bases import find_tag
 
         find_tag(base.removeprefix(OF_SERVER))
     elif not here and not base.startswith("builtin/") and not _HUB_ID.fullmatch(base) and not HUB_FILE.fullmatch(base):
         raise OlpackError(
-            f"There is no folder and no file {base} here.",
+            f"There is no folder {base} here, and no GGUF of that name.",
             "Name a folder, a GGUF, ollama/NAME for a model of the server, a model on the Hub as owner/name, or builtin/tiny-coder.",
         )
     hub = not _is(Path.exists, train)

@@ -28,7 +28,6 @@ def _row(name: str, paths: BuildPaths, tags: list[str] | None) -> dict[str, Any]
         quants[file.stem.removeprefix(f"{name}-")] = file.stat().st_size
     base, named = _named_by_modelfiles(paths)
     quants |= named
-    adapter = paths.gguf("adapter")
     recommended = records.result(paths, "compare").get("recommended")
     return {
         "name": name,
@@ -37,7 +36,6 @@ def _row(name: str, paths: BuildPaths, tags: list[str] | None) -> dict[str, Any]
         "trained": (paths.adapter / "adapter_config.json").is_file(),
         "quants": quants,
         "base": base,
-        "adapter_bytes": adapter.stat().st_size if base and adapter.is_file() else None,
         "recommended": recommended,
         "registered": None if tags is None else [tag for tag in tags if tag.lower().startswith(f"{name.lower()}:")],
     }
@@ -83,9 +81,6 @@ def print_packages(rows: list[dict[str, Any]]) -> None:
         built = "\n".join(f"{quant} {quantity(size, 'B')}" for quant, size in row["quants"].items()) or "–"
         registered = "no server" if row["registered"] is None else "\n".join(row["registered"]) or "–"
         recipe = "ships with olpack" if row["shipped"] else row["recipe"]
-        if row["adapter_bytes"]:
-            own = f"adapter {quantity(row['adapter_bytes'], 'B')}"
-            built = f"{own} beside\n{built}" if row["quants"] else own
         cells = [row["name"], recipe, "yes" if row["trained"] else "no", built, row["recommended"] or "–", registered]
         if bases:
             shared = f"\nshared by {bases[row['base']]} packages" if bases[row["base"]] > 1 else ""
