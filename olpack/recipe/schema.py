@@ -347,8 +347,8 @@ class Recipe(_Section):
     """The top level of a recipe."""
 
     base: str
-    """`builtin/tiny-coder`, `builtin/smollm2-135m`, a folder with a Hugging Face model, a Hub id such as `Qwen/Qwen3-0.6B`, a GGUF file, one of the
-    Hub as `owner/repo:file.gguf`, or `ollama/NAME` for a model of the Ollama server. docs/gguf-bases.md has the last three."""
+    """`builtin/tiny-coder`, a folder with a Hugging Face model, or a Hub id such as `Qwen/Qwen3-0.6B`; or a GGUF: its path, `owner/repo:file.gguf` on
+    the Hub, `ollama/NAME` of the Ollama server, or `builtin/smollm2-135m`."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id."""
     data: Data
