@@ -117,8 +117,7 @@ def read_texts(path: Path, key: str) -> list[str]:
     Raises:
         OlpackError: as `read_header`, or the key is another value than a list of texts.
     """
-    read_header(path)  # which refuses what is no whole header
-    size = path.stat().st_size
+    size = read_header(path).size  # which refuses what is no whole header
     with path.open("rb") as file:
         file.seek(8)
         _, count = _integer(file, "<Q"), _integer(file, "<Q")
@@ -133,7 +132,7 @@ def read_texts(path: Path, key: str) -> list[str]:
                 except UnicodeDecodeError:
                     raise OlpackError(f"{path} is no whole GGUF file: its key {key} has a text that is not UTF-8.", _AGAIN) from None
             if kind == _ARRAY:
-                _skip_list(file, name, size)
+                _read_list(file, name, Header({}, {}, size=size))
             elif kind == _STRING:
                 file.seek(_integer(file, "<Q"), 1)
             else:

@@ -108,7 +108,11 @@ def _around(begin: int | None, end: int | None, tokens: Sequence[VocabularyToken
         return [] if number is None else [{"SpecialToken": {"id": tokens[number].text, "type_id": 0}}]
 
     single = special(begin) + text + special(end)
-    around = {tokens[number].text: {"id": tokens[number].text, "ids": [number], "tokens": [tokens[number].text]} for number in (begin, end) if number is not None}
+    around = {
+        tokens[number].text: {"id": tokens[number].text, "ids": [number], "tokens": [tokens[number].text]}
+        for number in (begin, end)
+        if number is not None
+    }
     return {"type": "TemplateProcessing", "single": single, "pair": single + [{"Sequence": {"id": "B", "type_id": 0}}], "special_tokens": around}
 
 
@@ -145,9 +149,7 @@ def _sentencepiece(header: Header, tokens: Sequence[VocabularyToken]) -> dict[st
     numbers = {token.text: number for number, token in enumerate(tokens)}
     pairs = []
     for text, number in numbers.items():
-        pairs += [
-            (-tokens[number].score, -at, text[:at], text[at:]) for at in range(1, len(text)) if text[:at] in numbers and text[at:] in numbers
-        ]
+        pairs += [(-tokens[number].score, -at, text[:at], text[at:]) for at in range(1, len(text)) if text[:at] in numbers and text[at:] in numbers]
     pairs.sort(key=lambda pair: pair[:2])
     prefix = [{"type": "Prepend", "prepend": _SPACE}] if header.metadata.get("tokenizer.ggml.add_space_prefix", True) else []
     decoders = _DECODER if not prefix else {**_DECODER, "decoders": [*_DECODER["decoders"], {"type": "Strip", "content": " ", "start": 1, "stop": 0}]}

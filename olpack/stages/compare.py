@@ -172,7 +172,7 @@ def _reference_models(build: Build) -> ReferenceModels:
     training, merge_base = records.result(build.paths, "train")["adapter_digest"], build.recipe.train.merge_base
 
     def write(quant: str, path: Path, adapter: Path | None) -> None:
-        write_files(build.base.path, [Target(quant, path)], adapter=adapter, merge_base=merge_base, **header_options(build))
+        write_files(build.base.source, [Target(quant, path)], adapter=adapter, merge_base=merge_base, **header_options(build))
 
     return ReferenceModels(
         folder=build.paths.temporary,
