@@ -184,7 +184,9 @@ def _server() -> str | None:
 @app.command()
 def init(
     name: Name,
-    base: Annotated[str | None, typer.Option("--base", metavar="MODEL", help="Base model: a Hub id, a folder, or builtin/tiny-coder.")] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", metavar="MODEL", help="Base model: a Hub id, a folder, a GGUF, ollama/NAME, or builtin/tiny-coder.")
+    ] = None,
     train: Annotated[str | None, typer.Option("--train", metavar="ROWS", help="Training rows: a file, a folder, or a data set of the Hub.")] = None,
     system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System prompt.")] = None,
 ) -> None:
@@ -194,7 +196,7 @@ def init(
     path = new_recipe(name)
     if None in (base, train) and not sys.stdin.isatty():
         raise OlpackError("A recipe needs a base and training rows.", f"olpack init {name} --base Qwen/Qwen3-0.6B --train chats.jsonl")
-    base = base or typer.prompt("Base model (a Hub id, a folder)", default="builtin/tiny-coder", err=True)
+    base = base or typer.prompt("Base model (a Hub id, a folder, a GGUF, ollama/NAME)", default="builtin/tiny-coder", err=True)
     train = train or typer.prompt("Training rows (a file, a folder, a Hub id)", err=True)
     write_recipe(path, base, train, system)
     echo(str(path))

@@ -33,6 +33,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from olpack import progress
 from olpack.errors import OlpackError
 
 PACKAGE = Path(__file__).parent
@@ -117,11 +118,13 @@ class BuildPaths:
         name: of the package, or of a shared base.
         root: the folder.
         base: of a package that consists of an adapter: the folder of its base's quants.
+        served: of an adapter on a GGUF: that file, which is served as it is in place of quants.
     """
 
     name: str
     root: Path
     base: BuildPaths | None = None
+    served: Path | None = None
 
     def home(self, unit: str) -> BuildPaths:
         """Where a step leaves its record and its outputs: the quants of an adapter package are those of its base."""
@@ -136,6 +139,8 @@ class BuildPaths:
         return self.root / "checkpoint"
 
     def gguf(self, quant: str) -> Path:
+        if self.served and quant != "adapter":
+            return self.served
         home = self.home(f"export-{quant}")
         return home.root / "gguf" / f"{home.name}-{quant}.gguf"
 
@@ -424,6 +429,16 @@ def file_digest(path: Path) -> str:
                 return digest
             _digests[state] = digest
         return _digests[state]
+
+
+def shown_digest(path: Path, title: str) -> str:
+    """SHA-256 of a file, as 64 hexadecimal digits, with progress."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file, progress.task(title, path.stat().st_size, "B") as task:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            task.advance(len(chunk))
+    return digest.hexdigest()
 
 
 def value_digest(value: Any) -> str:

@@ -12,6 +12,7 @@ import yaml
 from olpack.data.records import SUFFIXES
 from olpack.deploy.names import check_name
 from olpack.errors import OlpackError
+from olpack.model.base import HUB_FILE, OF_SERVER
 from olpack.recipe import Data, Recipe
 from olpack.templating import render
 from olpack.workspace import check_package, template_source, write_atomically
@@ -41,17 +42,26 @@ def write_recipe(path: Path, base: str, train: str, system: str | None = None) -
 
     Args:
         path: of `new_recipe`.
-        base: `builtin/tiny-coder`, a folder, or a Hub id.
+        base: `builtin/tiny-coder`, a folder, a GGUF, a Hub id, a GGUF of the Hub, or a model of the Ollama server. On one of the server and on a
+            GGUF the package is an adapter: no copy of the base is made.
         train: a file or folder of rows, or a data set on the Hub.
         system: the system prompt.
 
     Raises:
-        OlpackError: there is no such folder or file, or the recipe cannot be written.
+        OlpackError: there is no such folder or file, the server has no such model, or the recipe cannot be written.
     """
     folder = path.parent
-    here = _is(Path.is_dir, base)
-    if not here and not base.startswith("builtin/") and not _HUB_ID.fullmatch(base):
-        raise OlpackError(f"There is no folder {base} here.", "Name a folder, a model on the Hub as owner/name, or builtin/tiny-coder.")
+    here = _is(Path.exists, base) and not base.startswith(OF_SERVER)
+    on_file = base.startswith(OF_SERVER) or base.endswith(".gguf")
+    if base.startswith(OF_SERVER):
+        from olpack.deploy.tag_bases import find_tag
+
+        find_tag(base.removeprefix(OF_SERVER))
+    elif not here and not base.startswith("builtin/") and not _HUB_ID.fullmatch(base) and not HUB_FILE.fullmatch(base):
+        raise OlpackError(
+            f"There is no folder and no file {base} here.",
+            "Name a folder, a GGUF, ollama/NAME for a model of the server, a model on the Hub as owner/name, or builtin/tiny-coder.",
+        )
     hub = not _is(Path.exists, train)
     if hub and (not _HUB_ID.fullmatch(train) or set(SUFFIXES).intersection(Path(train).suffixes)):
         raise OlpackError(f"There is no {train} here.", "Name a file or a folder of rows, or a data set on the Hub as owner/name.")
@@ -64,6 +74,7 @@ def write_recipe(path: Path, base: str, train: str, system: str | None = None) -
         name=folder.name,
         settings=settings,
         hub=hub,
+        on_file=on_file,
         system=system,
         parameters=PARAMETERS,
     )

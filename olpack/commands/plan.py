@@ -31,6 +31,8 @@ def print_plan(plan: dict) -> None:
     console.print(steps, "")
     needs = Table(box=None, pad_edge=False, show_header=False)
     epochs = plan["settings"]["train.epochs"]["value"]
+    if "served_as_it_is" in plan:
+        needs.add_row("base", plan["served_as_it_is"])
     needs.add_row(
         "data",
         f"{estimate['train_rows']:,} training rows, {estimate['eval_rows']:,} held out; {estimate['train_tokens']:,} tokens a pass, "

@@ -18,6 +18,7 @@ _MARKED = r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{
 _UPPER, _LOWER = r"[\p{L}&&[^a-z]]", r"[\p{L}&&[^A-Z]]"
 _CAMEL_A, _CAMEL_B = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
 _PATHS = rf" ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{TAIL}"
+_EAST = r"[[一-龥ࠀ-一가-퟿]&&[^\s]]+"  # llama.cpp puts an ASCII character in place of any other white space first
 _LATIN_OF_DEEPSEEK = (
     "A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373\u0376\u0377\u037b-\u037d\u037f"
     "\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03f5\u03f7-\u0481\u048a-\u052f\u0531-\u0556\u10a0-\u10c5\u13a0-\u13f5\u13f8-\u13fd"
@@ -79,14 +80,14 @@ _FAMILIES: tuple[tuple[str, Splits], ...] = (
             (
                 "[\r\n]",
                 rf"\s?[{_LATIN_OF_DEEPSEEK}]+",
-                "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
+                r"\s?[[!-/:-~！-／：-～‘-‟\u3000-。]&&[^\s]]+",
                 r"\s+$",
-                "[一-龥ࠀ-一가-퟿]+",
+                _EAST,
                 r"\p{N}+",
             )
         ),
     ),
-    ("deepseek-coder", Splits(("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"))),
+    ("deepseek-coder", Splits(("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _EAST, r"\p{N}"))),
     ("falcon", Splits((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]"))),
     ("tekken", Splits((rf"{_CAMEL_A}|{_CAMEL_B}|\p{{N}}|{_PATHS}",), whole_words=True)),
     ("gpt-4o llama4 kanana2 talkie minimax-m2", Splits(_GPT4O)),

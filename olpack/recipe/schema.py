@@ -347,7 +347,8 @@ class Recipe(_Section):
     """The top level of a recipe."""
 
     base: str
-    """`builtin/tiny-coder`, a folder with a Hugging Face model, or a Hub id such as `Qwen/Qwen3-0.6B`."""
+    """`builtin/tiny-coder`, `builtin/smollm2-135m`, a folder with a Hugging Face model, a Hub id such as `Qwen/Qwen3-0.6B`, a GGUF file, one of the
+    Hub as `owner/repo:file.gguf`, or `ollama/NAME` for a model of the Ollama server. docs/gguf-bases.md has the last three."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id."""
     data: Data
@@ -388,8 +389,8 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _revision_of_hub_id(self) -> Recipe:
-        if self.revision and self.base.startswith("builtin/"):
-            raise ValueError("revision goes with a Hub id; a builtin base has none.")
+        if self.revision and self.base.startswith(("builtin/", "ollama/")):
+            raise ValueError(f"revision goes with a Hub id; {self.base} has none.")
         return self
 
     @model_validator(mode="after")
