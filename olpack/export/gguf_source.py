@@ -6,6 +6,7 @@ Runs in the worker process only, on the converter's own `gguf` package.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -118,17 +119,18 @@ def _merged(base: GgufBase, adapter: Path) -> dict[str, SourceTensor]:
     tensors = {}
     for name in sorted(change.tensors):
         weight = weights[change.untied.get(name, name)]
-        tensor = base.tensors[weight.tensor]
-        if name in change.untied:
-            tensor = GgufTensor(_OUTPUT, tensor.shape, tensor.type, tensor.path, tensor.offset)
-        type_name = tensor.type.name if tensor.type.name in FLOATS else "BF16"
-        tensors[tensor.name] = _tensor(tensor, type_name, partial(_changed, base, change, name, weight))
+        for stored in weight.tensors:
+            tensor = base.tensors[stored]
+            type_name = tensor.type.name if tensor.type.name in FLOATS else "BF16"
+            if name in change.untied:
+                tensor = replace(tensor, name=_OUTPUT)
+            tensors[tensor.name] = _tensor(tensor, type_name, partial(_changed, base, change, name, weight, stored))
     return tensors
 
 
-def _changed(base: GgufBase, change: Adapter, name: str, weight: Weight) -> np.ndarray:
+def _changed(base: GgufBase, change: Adapter, name: str, weight: Weight, stored: str) -> np.ndarray:
     import torch
 
     with torch.inference_mode():
-        values = weight.restore(change.apply(name, weight.read(base, torch.float32)))
+        values = weight.restore(change.apply(name, weight.read(base, torch.float32)))[stored]
     return values.reshape(-1, values.shape[-1]).contiguous().numpy()

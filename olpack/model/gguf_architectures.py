@@ -10,9 +10,10 @@ llama.cpp's are read.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from olpack.errors import OlpackError
 from olpack.model.checkpoint import TensorHeader
@@ -51,14 +52,22 @@ class Weight:
     """A parameter of transformers' model, made of tensors of the file.
 
     Attributes:
-        tensor: its name in the GGUF.
+        tensors: their names in the GGUF; two for the gates and the up projections of stacked experts, one else.
         heads: of the attention whose rows are permuted; 0: they are not.
         offset: what the file's values have more.
+        form: "plain"; "gate_up": two stacks, one after the other along the rows; "interleaved": two transposed stacks, column by column;
+            "transposed": a stack of transposed matrices; "convolution": with an axis of one channel; "row": a matrix of one row.
     """
 
-    tensor: str
+    tensors: tuple[str, ...]
     heads: int = 0
     offset: float = 0
+    form: Literal["plain", "gate_up", "interleaved", "transposed", "convolution", "row"] = "plain"
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether the rows of the file are those of the parameter, in whatever order, so that it can stay in blocks."""
+        return self.form == "plain" and not self.offset
 
     def rows(self, values: torch.Tensor) -> torch.Tensor:
         """The rows of the file's weights or blocks, in the order of transformers."""
@@ -66,18 +75,35 @@ class Weight:
             return values
         return values.unflatten(0, (self.heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
-    def restore(self, values: torch.Tensor) -> torch.Tensor:
-        """What `read` gives, as the file has it."""
-        if self.heads:
-            values = values.unflatten(0, (self.heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-        return values + self.offset if self.offset else values
-
     def read(self, base: GgufBase, dtype: torch.dtype) -> torch.Tensor:
-        """Its values in transformers' order, [rows, columns] or [rows]."""
+        """Its values in transformers' shape and order."""
         import torch
 
-        values = self.rows(base.dequantized(self.tensor, torch.float32 if self.offset else dtype))
-        return (values - self.offset).to(dtype) if self.offset else values
+        first, *rest = (base.dequantized(tensor, torch.float32 if self.offset else dtype) for tensor in self.tensors)
+        if self.form == "gate_up":
+            return torch.cat((first, *rest), dim=1)
+        if self.form == "interleaved":
+            return torch.stack((first, *rest), dim=2).flatten(1, 2).transpose(1, -1).contiguous()
+        if self.form == "transposed":
+            return first.transpose(1, 2).contiguous()
+        if self.form in ("convolution", "row"):
+            return first.unsqueeze(int(self.form == "convolution"))
+        return (first - self.offset).to(dtype) if self.offset else self.rows(first)
+
+    def restore(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The tensors of the file, from values in transformers' shape and order."""
+        if self.form == "gate_up":
+            return dict(zip(self.tensors, values.chunk(2, dim=1), strict=True))
+        if self.form == "interleaved":
+            return dict(zip(self.tensors, values.transpose(1, -1).unflatten(1, (-1, 2)).unbind(2), strict=True))
+        (name,) = self.tensors
+        if self.form == "transposed":
+            return {name: values.transpose(1, 2)}
+        if self.form in ("convolution", "row"):
+            return {name: values.squeeze(int(self.form == "convolution"))}
+        if self.heads:
+            values = values.unflatten(0, (self.heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+        return {name: values + self.offset if self.offset else values}
 
 
 def config_of(base: GgufBase) -> dict[str, Any]:
@@ -94,7 +120,6 @@ def config_of(base: GgufBase) -> dict[str, Any]:
         **found.settings(base),
         "quantization_config": {"quant_method": QUANTIZED_AS, "types": list(base.types)},
     }
-    config = {key: value for key, value in config.items() if value is not None}
     check_config(config, str(base.paths[0]))
     return config
 
@@ -135,7 +160,7 @@ def _common(base: GgufBase) -> dict[str, Any]:
         "intermediate_size": base.integer("feed_forward_length"),
         "num_hidden_layers": _needed(base, "block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": base.integer("attention.head_count_kv") or heads,
+        "num_key_value_heads": _kv_heads(base),
         "head_dim": head_dim(base),
         "max_position_embeddings": _needed(base, "context_length"),
         "tie_word_embeddings": _HEAD not in base.tensors,
@@ -145,6 +170,14 @@ def _common(base: GgufBase) -> dict[str, Any]:
         "pad_token_id": base.metadata.get("tokenizer.ggml.padding_token_id"),
         "torch_dtype": "bfloat16",
     }
+
+
+def _kv_heads(base: GgufBase) -> int:
+    """Heads of keys and values; where each layer has its own, the most."""
+    of_layers = base.lists.get(f"{base.architecture}.attention.head_count_kv")
+    if of_layers:
+        return int(max(of_layers))
+    return base.integer("attention.head_count_kv") or _needed(base, "attention.head_count")
 
 
 def head_dim(base: GgufBase) -> int:
@@ -181,8 +214,11 @@ def rope_factors(base: GgufBase) -> torch.Tensor | None:
 # -- architectures --------------------------------------------------------------------------------------------------------------------------
 
 
-def _rms(base: GgufBase) -> dict[str, Any]:
-    return {"rms_norm_eps": base.number("attention.layer_norm_rms_epsilon")}
+def _epsilon(base: GgufBase, key: str = "layer_norm_rms_epsilon") -> float:
+    value = base.number(f"attention.{key}")
+    if value is None:
+        raise OlpackError(f"'{base.paths[0]}' has no '{base.architecture}.attention.{key}'.", "Download or make it again.")
+    return value
 
 
 def _has(base: GgufBase, name: str) -> bool:
@@ -190,11 +226,119 @@ def _has(base: GgufBase, name: str) -> bool:
 
 
 def _llama(base: GgufBase) -> dict[str, Any]:
-    return {**_rms(base), "attention_bias": _has(base, "attn_q.bias"), "mlp_bias": _has(base, "ffn_down.bias")}
+    return {"rms_norm_eps": _epsilon(base), "attention_bias": _has(base, "attn_q.bias"), "mlp_bias": _has(base, "ffn_down.bias")}
+
+
+def _qwen(base: GgufBase) -> dict[str, Any]:
+    return {"rms_norm_eps": _epsilon(base), "attention_bias": _has(base, "attn_q.bias")}
+
+
+def _gemma(base: GgufBase, pattern: int, scaled_by_width: int) -> dict[str, Any]:
+    """Of Gemma 2 and 3: each `pattern`-th layer attends to the whole context. The largest of each generation, with so many layers, scales queries
+    by the model's width instead of the head's."""
+    layers, heads = _needed(base, "block_count"), _needed(base, "attention.head_count")
+    window = base.integer("attention.sliding_window")
+    kinds = ["sliding_attention" if window and (layer + 1) % pattern else "full_attention" for layer in range(layers)]
+    return {
+        "rms_norm_eps": _epsilon(base),
+        "query_pre_attn_scalar": _needed(base, "embedding_length") // heads if layers == scaled_by_width else head_dim(base),
+        "sliding_window": window or None,
+        "layer_types": kinds,
+        "attn_logit_softcapping": base.number("attn_logit_softcapping"),
+        "final_logit_softcapping": base.number("final_logit_softcapping"),
+    }
+
+
+def _gemma2(base: GgufBase) -> dict[str, Any]:
+    return _gemma(base, 2, 46)
+
+
+def _gemma3(base: GgufBase) -> dict[str, Any]:
+    local = {"rope_type": "default", "rope_theta": base.number("rope.freq_base_swa") or 10_000.0}
+    return {**_gemma(base, 6, 62), "rope_parameters": {"full_attention": _rope(base), "sliding_attention": local}}
+
+
+def _phi3(base: GgufBase) -> dict[str, Any]:
+    """llama.cpp attends to the whole context whatever window the file names, and so does training."""
+    config: dict[str, Any] = {"rms_norm_eps": _epsilon(base), "sliding_window": None}
+    original = base.integer("rope.scaling.original_context_length") or _needed(base, "context_length")
+    config["original_max_position_embeddings"] = original
+    if all(name in base.tensors for name in _ROPE_FACTORS[1:]):
+        long, short = (base.dequantized(name).tolist() for name in _ROPE_FACTORS[1:])
+        scaled = {"rope_type": "longrope", "long_factor": long, "short_factor": short, "original_max_position_embeddings": original}
+        factor = base.number("rope.scaling.attn_factor")
+        config["rope_parameters"] = _rope(base) | scaled | ({} if factor is None else {"attention_factor": factor})
+    return config
+
+
+def _starcoder2(base: GgufBase) -> dict[str, Any]:
+    return {"norm_epsilon": _epsilon(base, "layer_norm_epsilon"), "use_bias": _has(base, "attn_q.bias"), "sliding_window": None}
+
+
+def _nemotron(base: GgufBase) -> dict[str, Any]:
+    biases = {"attention_bias": _has(base, "attn_q.bias"), "mlp_bias": _has(base, "ffn_down.bias")}
+    return {"norm_eps": _epsilon(base, "layer_norm_epsilon"), **biases}
+
+
+def _experts(base: GgufBase) -> dict[str, Any]:
+    return {
+        "num_experts": _needed(base, "expert_count"),
+        "num_experts_per_tok": _needed(base, "expert_used_count"),
+        "moe_intermediate_size": _needed(base, "expert_feed_forward_length"),
+    }
+
+
+def _qwen2moe(base: GgufBase) -> dict[str, Any]:
+    shared = _tensor_shape(base, "blk.0.ffn_up_shexp.weight")[0]
+    return {
+        **_experts(base),
+        "rms_norm_eps": _epsilon(base),
+        "shared_expert_intermediate_size": shared,
+        "norm_topk_prob": False,
+        "qkv_bias": _has(base, "attn_q.bias"),
+    }
+
+
+def _qwen3moe(base: GgufBase) -> dict[str, Any]:
+    return {**_experts(base), **_qwen(base), "norm_topk_prob": True}
+
+
+def _gpt_oss(base: GgufBase) -> dict[str, Any]:
+    found = _experts(base)
+    return {
+        "num_local_experts": found["num_experts"],
+        "num_experts_per_tok": found["num_experts_per_tok"],
+        "intermediate_size": found["moe_intermediate_size"],
+        "rms_norm_eps": _epsilon(base),
+        "sliding_window": _needed(base, "attention.sliding_window"),
+        "attention_bias": _has(base, "attn_q.bias"),
+    }
+
+
+def _lfm2(base: GgufBase) -> dict[str, Any]:
+    """A layer without heads for keys is a convolution."""
+    kv_heads = base.lists.get("lfm2.attention.head_count_kv") or (_kv_heads(base),) * _needed(base, "block_count")
+    return {
+        "layer_types": ["full_attention" if heads else "conv" for heads in kv_heads],
+        "conv_L_cache": _needed(base, "shortconv.l_cache"),
+        "norm_eps": _epsilon(base),
+        "block_auto_adjust_ff_dim": False,
+    }
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture("llama", "LlamaForCausalLM", _llama, permuted=True),
+    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", lambda base: {"rms_norm_eps": _epsilon(base)}),
+    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", _qwen),
+    "gemma2": Architecture("gemma2", "Gemma2ForCausalLM", _gemma2, norm_offset=1),
+    "gemma3": Architecture("gemma3_text", "Gemma3ForCausalLM", _gemma3, norm_offset=1),
+    "phi3": Architecture("phi3", "Phi3ForCausalLM", _phi3),
+    "starcoder2": Architecture("starcoder2", "Starcoder2ForCausalLM", _starcoder2),
+    "nemotron": Architecture("nemotron", "NemotronForCausalLM", _nemotron, norm_offset=1),
+    "qwen2moe": Architecture("qwen2_moe", "Qwen2MoeForCausalLM", _qwen2moe),
+    "qwen3moe": Architecture("qwen3_moe", "Qwen3MoeForCausalLM", _qwen3moe),
+    "gpt-oss": Architecture("gpt_oss", "GptOssForCausalLM", _gpt_oss),
+    "lfm2": Architecture("lfm2", "Lfm2ForCausalLM", _lfm2),
 }
 """By llama.cpp's name."""
 
@@ -218,19 +362,18 @@ def weights_of(base: GgufBase, model: PreTrainedModel) -> dict[str, Weight]:
     names = gguf.get_tensor_name_map(number, _needed(base, "block_count"))
     weights: dict[str, Weight] = {}
     for name, parameter in model.named_parameters():
-        tensor = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if tensor is None or tensor not in base.tensors:
+        weight = weights[name] = _weight(base, found, name, names)
+        for tensor in weight.tensors:
+            if tensor not in base.tensors:
+                raise OlpackError(f"'{base.paths[0]}' has no tensor '{tensor}', which is '{name}' in transformers.", "Download or make it again.")
+        stored = _shape(weight, [base.tensors[tensor].shape for tensor in weight.tensors])
+        if stored != tuple(parameter.shape):
             raise OlpackError(
-                f"'{base.paths[0]}' has no tensor for '{name}' of {found.class_name}.", "Download it again, or take the model's folder as base."
-            )
-        weights[name] = weight = _weight(base, found, tensor)
-        if (stored := base.tensors[tensor].shape) != tuple(parameter.shape):
-            raise OlpackError(
-                f"'{base.paths[0]}' has '{weight.tensor}' as {list(stored)}, and {found.class_name} needs {list(parameter.shape)}.",
+                f"'{base.paths[0]}' has '{weight.tensors[0]}' for {list(stored)}, and {found.class_name} needs {list(parameter.shape)}.",
                 "Take the model's folder as base.",
             )
-    unused = base.tensors.keys() - {weight.tensor for weight in weights.values()} - set(_ROPE_FACTORS)
-    if unused:
+    used = {tensor for weight in weights.values() for tensor in weight.tensors}
+    if unused := base.tensors.keys() - used - set(_ROPE_FACTORS):
         raise OlpackError(
             f"'{base.paths[0]}' has '{min(unused)}', which {found.class_name} of transformers has not.", "Take the model's folder as base."
         )
@@ -243,15 +386,47 @@ def tensor_headers(base: GgufBase) -> dict[str, TensorHeader]:
 
     model = MetaModel(config_of(base), str(base.paths[0])).module
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    found = {name: base.tensors[weight.tensor] for name, weight in weights_of(base, model).items()}
+    found = {name: base.tensors[weight.tensors[0]] for name, weight in weights_of(base, model).items()}
     return {name: TensorHeader(tensor.type.name, shapes[name], tensor.path) for name, tensor in found.items()}
 
 
-def _weight(base: GgufBase, architecture: Architecture, tensor: str) -> Weight:
+_STACKS = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up_proj|down_proj)(_bias)?")
+
+
+def _weight(base: GgufBase, architecture: Architecture, name: str, names: Any) -> Weight:
+    """What a parameter is made of; `names` is llama.cpp's map of names."""
+    if match := _STACKS.fullmatch(name):
+        layer, which, bias = match.groups()
+        end = "bias" if bias else "weight"
+        oss = architecture.model_type == "gpt_oss"
+        if which == "down_proj":
+            return Weight((f"blk.{layer}.ffn_down_exps.{end}",), form="transposed" if oss and not bias else "plain")
+        both = (f"blk.{layer}.ffn_gate_exps.{end}", f"blk.{layer}.ffn_up_exps.{end}")
+        return Weight(both, form="interleaved" if oss else "gate_up")
+    named = f"{name}.weight" if name.endswith(".sinks") else name  # as llama.cpp's converter names it
+    tensor = names.get_name(named, try_suffixes=(".weight", ".bias"))
+    if tensor is None:
+        raise OlpackError(f"'{base.paths[0]}' has no tensor for '{name}' of {architecture.class_name}.", "Take the model's folder as base.")
     if architecture.permuted and ".attn_q." in tensor:
-        return Weight(tensor, heads=_needed(base, "attention.head_count"))
+        return Weight((tensor,), heads=_needed(base, "attention.head_count"))
     if architecture.permuted and ".attn_k." in tensor:
-        return Weight(tensor, heads=base.integer("attention.head_count_kv") or _needed(base, "attention.head_count"))
+        return Weight((tensor,), heads=_kv_heads(base))
     if architecture.norm_offset and tensor.endswith("norm.weight"):
-        return Weight(tensor, offset=architecture.norm_offset)
-    return Weight(tensor)
+        return Weight((tensor,), offset=architecture.norm_offset)
+    if tensor.endswith(".ffn_gate_inp_shexp.weight"):
+        return Weight((tensor,), form="row")
+    return Weight((tensor,), form="convolution" if ".shortconv.conv." in tensor else "plain")
+
+
+def _shape(weight: Weight, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """Of the parameter, from those of its tensors."""
+    first = shapes[0]
+    if weight.form == "gate_up":
+        return (first[0], 2 * first[1], *first[2:])
+    if weight.form == "interleaved":
+        return (first[0], *first[2:], 2 * first[1])
+    if weight.form == "transposed":
+        return (first[0], first[2], first[1])
+    if weight.form == "row":
+        return (1, *first)
+    return (first[0], 1, *first[1:]) if weight.form == "convolution" else first

@@ -154,7 +154,9 @@ def parts_of(path: Path) -> tuple[Path, ...]:
         return (path,)
     match = _PART.fullmatch(path.name)
     if match is None or int(match[3]) != count or header.integer("split.no") != int(match[2]) - 1:
-        raise OlpackError(f"'{path}' is one of {count} parts of a GGUF, and its name does not tell which.", "Give the parts the names they came with.")
+        raise OlpackError(
+            f"'{path}' is one of {count} parts of a GGUF, and its name does not tell which.", "Give the parts the names they came with."
+        )
     if int(match[2]) != 1:
         raise OlpackError(f"'{path}' is part {int(match[2])} of {count} of a GGUF.", f"Name its first part, {match[1]}-00001-of-{match[3]}.gguf.")
     paths = tuple(path.with_name(f"{match[1]}-{number:05}-of-{match[3]}.gguf") for number in range(1, count + 1))

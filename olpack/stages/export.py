@@ -84,7 +84,7 @@ def check(build: Build, checks: Checks) -> None:
     quants = asked or build.recipe.quants
     importance, texts = importance_file(build), _texts(build)
     exported = checks.exported = check_export(
-        build.base.path,
+        build.base.source,
         quants + temporary_quants(build, checks.steps),
         out=build.paths.gguf(quants[0]).parent,
         importance="later" if importance == build.paths.importance else importance,
@@ -240,7 +240,7 @@ def _export_adapter(build: Build, step: Step) -> None:
 
     path = build.paths.gguf(ADAPTER)
     with progress.task("exporting the adapter"):
-        size, sha256 = export_adapter(build.base.path, build.paths.adapter, path)
+        size, sha256 = export_adapter(build.base.source, build.paths.adapter, path)
     records.finish(build.paths, step, [path], {"size": size, "sha256": sha256}, {path: sha256})
     progress.say(f"wrote {path} ({progress.quantity(size, 'B')})")
 
@@ -263,7 +263,7 @@ def write_quants(build: Build, paths: Mapping[str, Path], importance: Path | Non
     from olpack.export import Target, export
 
     return export(
-        build.base.path,
+        build.base.source,
         [Target(quant, path) for quant, path in paths.items()],
         adapter=None if build.paths.base else build.paths.adapter,
         importance=importance,

@@ -67,7 +67,7 @@ def check(build: Build, checks: Checks) -> None:
         from olpack.export.lora import check_adapter
         from olpack.model.shape import adapter_shapes
 
-        check_adapter(build.base.path, adapter_shapes(build.meta_model, build.recipe.train.target_modules))
+        check_adapter(build.base.source, adapter_shapes(build.meta_model, build.recipe.train.target_modules))
 
 
 def run(build: Build, steps: list[Step]) -> None:

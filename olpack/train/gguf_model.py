@@ -42,12 +42,12 @@ def load_frozen(base: GgufBase, device: torch.device, dtype: torch.dtype) -> Pre
     tensors: dict[str, _Lazy] = {}
     for name, weight in weights.items():
         module = name.removesuffix(".weight")
-        if module not in frozen:
+        if module not in frozen or not weight.in_blocks:
             tensors[name] = _Lazy("F32", partial(weight.read, base, dtype))
             continue
-        tensor = base.tensors[weight.tensor]
+        tensor = base.tensors[weight.tensors[0]]
         layers[module] = partial(_block_linear, tensor.type, *tensor.shape, dtype)
-        tensors[f"{module}.blocks"] = _Lazy("U8", lambda weight=weight: weight.rows(base.blocks(weight.tensor)))
+        tensors[f"{module}.blocks"] = _Lazy("U8", lambda weight=weight: weight.rows(base.blocks(weight.tensors[0])))
     use_frozen(config, layers, dtype)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -91,6 +91,6 @@ def frozen_bytes(base: GgufBase) -> int:
     meta = MetaModel(config_of(base), str(base.paths[0]))
     frozen, total = _frozen(meta), 0
     for name, weight in weights_of(base, meta.module).items():
-        parameter, in_blocks = meta.module.get_parameter(name), name.removesuffix(".weight") in frozen
-        total += base.tensors[weight.tensor].nbytes if in_blocks else _BYTES * parameter.numel()
+        parameter, in_blocks = meta.module.get_parameter(name), weight.in_blocks and name.removesuffix(".weight") in frozen
+        total += base.tensors[weight.tensors[0]].nbytes if in_blocks else _BYTES * parameter.numel()
     return total

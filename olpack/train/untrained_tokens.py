@@ -123,5 +123,5 @@ def _read(name: str, header: TensorHeader, tokens: list[int]) -> torch.Tensor:
 
 def _read_blocks(base: GgufBase, model: PreTrainedModel, name: str, tokens: list[int]) -> torch.Tensor:
     """As `_read`, of a GGUF."""
-    tensor = weights_of(base, model)[name].tensor
+    (tensor,) = weights_of(base, model)[name].tensors
     return base.tensors[tensor].type.dequantize(base.blocks(tensor)[tokens])
