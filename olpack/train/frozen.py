@@ -76,16 +76,16 @@ class PackedLinear(FrozenLinear):
 class BlockLinear(FrozenLinear):
     """A linear layer of a GGUF, in the blocks of the file: `blocks` is uint8 [rows, bytes of a row]."""
 
-    def __init__(self, type_: BlockType, rows: int, columns: int, bias: nn.Parameter | None, dtype: torch.dtype):
-        blocks = torch.empty(rows, type_.row_bytes(columns), dtype=torch.uint8, device="meta")
+    def __init__(self, block_type: BlockType, rows: int, columns: int, bias: nn.Parameter | None, dtype: torch.dtype):
+        blocks = torch.empty(rows, block_type.row_bytes(columns), dtype=torch.uint8, device="meta")
         super().__init__(rows, columns, {"blocks": blocks}, bias, dtype)
-        self.type = type_
+        self.block_type = block_type
 
     def dequantize(self) -> torch.Tensor:
-        return self.type.dequantize(self.blocks, self.compute_dtype)
+        return self.block_type.dequantize(self.get_buffer("blocks"), self.compute_dtype)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, type={self.type.name}"
+        return f"{super().extra_repr()}, block_type={self.block_type.name}"
 
 
 class HqqLinear(FrozenLinear):

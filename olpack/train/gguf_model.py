@@ -17,8 +17,8 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
-from olpack.model.gguf_architectures import config_of, rope_factors, weights_of
-from olpack.model.gguf_base import GgufBase
+from olpack.model.gguf_architectures import Weight, config_of, rope_factors, weights_of
+from olpack.model.gguf_base import GgufBase, GgufTensor
 from olpack.model.shape import MetaModel
 from olpack.train.frozen import BlockLinear, Make, use_frozen
 
@@ -45,9 +45,8 @@ def load_frozen(base: GgufBase, device: torch.device, dtype: torch.dtype) -> Pre
         if module not in frozen or not weight.in_blocks:
             tensors[name] = _Lazy("F32", partial(weight.read, base, dtype))
             continue
-        tensor = base.tensors[weight.tensors[0]]
-        layers[module] = partial(_block_linear, tensor.type, *tensor.shape, dtype)
-        tensors[f"{module}.blocks"] = _Lazy("U8", lambda weight=weight: weight.rows(base.blocks(weight.tensors[0])))
+        layers[module] = partial(_block_linear, base.tensors[weight.tensors[0]], dtype)
+        tensors[f"{module}.blocks"] = _Lazy("U8", partial(_rows, base, weight))
     use_frozen(config, layers, dtype)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -55,10 +54,9 @@ def load_frozen(base: GgufBase, device: torch.device, dtype: torch.dtype) -> Pre
     assert isinstance(model, PreTrainedModel)
     model.requires_grad_(False)
     if (factors := rope_factors(base)) is not None:
-        for module in model.modules():
-            for name in ("inv_freq", "original_inv_freq"):
-                if name in module._buffers:
-                    module.get_buffer(name).div_(factors.to(device))
+        for name, frequencies in model.named_buffers():
+            if name.endswith("inv_freq"):
+                frequencies.div_(factors.to(device))
     return model.eval()
 
 
@@ -76,8 +74,13 @@ class _Lazy:
         return self._read()[places]
 
 
-def _block_linear(type_: Any, rows: int, columns: int, dtype: torch.dtype, bias: nn.Parameter | None) -> BlockLinear:
-    return BlockLinear(type_, rows, columns, bias, dtype)
+def _block_linear(tensor: GgufTensor, dtype: torch.dtype, bias: nn.Parameter | None) -> BlockLinear:
+    rows, columns = tensor.shape
+    return BlockLinear(tensor.type, rows, columns, bias, dtype)
+
+
+def _rows(base: GgufBase, weight: Weight) -> torch.Tensor:
+    return weight.rows(base.blocks(weight.tensors[0]))
 
 
 def _frozen(meta: MetaModel) -> set[str]:

@@ -1,0 +1,268 @@
+"""Bases that are GGUF files: blocks against ggml's functions, logits against llama.cpp's on the same file, training and merging on them.
+
+The files are made by llama.cpp's converter and quantizer from small models with random weights, norms and biases.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf_tensors import tensors
+from oracle import make_workspace, olpack, write_base
+from safetensors.torch import load_file, save_file
+from tiny_models import converter, write_adapter, write_model, write_sentencepiece
+
+from olpack.errors import OlpackError
+from olpack.export import Target
+from olpack.export.lora import export_adapter
+from olpack.llamacpp import library
+from olpack.llamacpp.engine import Engine
+from olpack.model.gguf_architectures import ARCHITECTURES, config_of, weights_of
+from olpack.model.gguf_base import GgufBase, open_gguf
+from olpack.model.gguf_blocks import INTEGERS, TYPES
+from olpack.model.shape import MetaModel
+from olpack.train.frozen import BlockLinear
+from olpack.train.gguf_model import frozen_bytes, load_frozen
+
+QUANTS = ["F16", "Q8_0", "Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K"]
+# llama.cpp rounds a layer's input to 16 bits where the weight has 16, and to 8 where it has fewer; olpack computes in float32. The largest difference
+# of a logit, in standard deviations of the logits, was 0.016 and 0.32; with experts, where a rounded input can choose another one, 0.1 and 1.9.
+BOUND = {"F16": 0.05, "quantized": 0.6}
+BOUND_WITH_EXPERTS = {"F16": 0.3, "quantized": 2.5}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+LONG = {
+    "rope_type": "longrope",
+    "partial_rotary_factor": 0.5,
+    "short_factor": [1 + n / 10 for n in range(16)],
+    "long_factor": [2 + n for n in range(16)],
+}
+EXPERTS = {"tied": False, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
+MODELS = {
+    "llama": ("llama", {"tied": False, "rope_parameters": {"rope_theta": 10000.0, **LLAMA3}}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "mistral-sentencepiece": ("mistral", {"tied": False}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"tied": False}),
+    "gemma2-sentencepiece": ("gemma2", {"sliding_window": 16, "query_pre_attn_scalar": 64}),
+    "gemma3-sentencepiece": ("gemma3_text", {"sliding_window": 16, "query_pre_attn_scalar": 64, "num_hidden_layers": 7}),
+    "phi3-sentencepiece": (
+        "phi3",
+        {
+            "tied": False,
+            "max_position_embeddings": 1024,
+            "original_max_position_embeddings": 512,
+            "partial_rotary_factor": 0.5,
+            "rope_parameters": {"rope_theta": 10000.0, "original_max_position_embeddings": 512, **LONG},
+        },
+    ),
+    "starcoder2": ("starcoder2", {}),
+    "nemotron-sentencepiece": ("nemotron", {"tied": False, "partial_rotary_factor": 0.5}),
+    "qwen2moe": ("qwen2_moe", {**EXPERTS, "shared_expert_intermediate_size": 256}),
+    "qwen3moe": ("qwen3_moe", {**EXPERTS, "norm_topk_prob": True}),
+    "gpt-oss": ("gpt_oss", {"tied": False, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16, "attention_bias": True}),
+    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
+}
+IDS = [(7 * place * place + 3 * place) % 340 for place in range(48)]
+
+
+def make(folder: Path, name: str) -> Path:
+    """A model of the table whose vectors differ from their defaults, and whose matrices are large enough for attention to matter."""
+    kind, settings = MODELS[name]
+    if name.endswith("sentencepiece"):
+        import sentencepiece
+
+        write_sentencepiece(folder / "vocabulary")
+        size = sentencepiece.SentencePieceProcessor(str(folder / "vocabulary/tokenizer.model")).get_piece_size()
+        settings = {**settings, "vocab_size": size, "bos_token_id": 1, "eos_token_id": 2}
+    source = write_model(folder / "model", kind, dtype="float32", **settings)
+    if name.endswith("sentencepiece"):
+        write_sentencepiece(source)
+    weights = load_file(source / "model.safetensors")
+    torch.manual_seed(3)
+    for name, weight in weights.items():
+        if weight.ndim < 2:
+            weight.add_(0.2 * torch.randn_like(weight))
+        elif "embed" not in name:  # scores of experts far apart, so that few tokens change theirs by rounding
+            weight.mul_(32 if name.endswith(("router.weight", "mlp.gate.weight")) else 4)
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    return source
+
+
+def ours(base: GgufBase) -> np.ndarray:
+    with torch.no_grad():
+        return load_frozen(base, torch.device("cpu"), torch.float32)(torch.tensor([IDS])).logits[0].double().numpy()
+
+
+@pytest.mark.parametrize("number", [number for number, type_ in TYPES.items() if type_.name not in INTEGERS], ids=lambda number: TYPES[number].name)
+def test_blocks_are_dequantized_to_ggmls_bits(number):
+    type_ = TYPES[number]
+    known = gguf.GGMLQuantizationType(number)
+    assert known.name == type_.name
+    assert gguf.GGML_QUANT_SIZES[known] == (type_.weights, type_.bytes)
+    blocks = np.random.default_rng(number).integers(0, 256, (9, type_.row_bytes(1024)), dtype=np.uint8)
+    expected = np.empty((9, 1024), np.float32)
+    if type_.name == "F32":
+        expected = blocks.view(np.float32)
+    else:
+        library.dequantize_rows(number, blocks, expected)
+    by_torch = type_.by_torch(torch.from_numpy(blocks).view(-1, type_.bytes)).float().numpy().reshape(9, 1024)
+    for found in (type_.dequantize(torch.from_numpy(blocks)).numpy(), by_torch, gguf.quants.dequantize(blocks, known)):
+        defined = ~np.isnan(expected)
+        assert np.array_equal(np.isnan(found), ~defined)
+        assert np.array_equal(found[defined].view(np.uint32), expected[defined].view(np.uint32))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_llama_cpps_on_the_same_file(name, tmp_path):
+    files = converter().export(make(tmp_path, name), [Target(quant, tmp_path / f"{quant}.gguf") for quant in QUANTS])
+    for file in files:
+        found = ours(open_gguf(file.path))
+        with Engine(file.path, context=len(IDS) + 1, threads=1) as engine:
+            expected = np.stack([logits.copy() for _, logits in engine.scored([*IDS, 0], [True] * (len(IDS) + 1))])
+        bound = BOUND_WITH_EXPERTS if "moe" in name or name == "gpt-oss" else BOUND
+        largest = np.abs(found - expected).max() / expected.std()
+        assert largest < bound.get(file.quant, bound["quantized"]), file.quant
+
+
+def test_every_architecture_is_among_those_that_are_compared():
+    assert set(ARCHITECTURES) <= {name.removesuffix("-sentencepiece") for name in MODELS}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    """A folder with `model`, its F32, Q4_0 and Q8_0 files, and an adapter on all of its linear layers."""
+    folder = tmp_path_factory.mktemp("llama")
+    source = make(folder, "llama")
+    converter().export(source, [Target(quant, folder / f"{quant}.gguf") for quant in ("F32", "Q4_0", "Q8_0")])
+    write_adapter(folder / "adapter", source)
+    return folder
+
+
+def test_an_adapter_merges_into_a_gguf_as_into_the_folder(llama, tmp_path):
+    adapter = llama / "adapter"
+    of_folder, of_file = (
+        converter().export(source, [Target("F32", tmp_path / f"{source.stem}.gguf")], adapter=adapter)[0].path
+        for source in (llama / "model", llama / "F32.gguf")
+    )
+    found, expected = tensors(of_file), tensors(of_folder)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not torch.equal(found["blk.0.attn_q.weight"], tensors(llama / "F32.gguf")["blk.0.attn_q.weight"])
+    opened, before = open_gguf(of_file), open_gguf(llama / "F32.gguf")
+    assert {key: value for key, value in opened.metadata.items() if key.startswith("tokenizer")} == {
+        key: value for key, value in before.metadata.items() if key.startswith("tokenizer")
+    }
+
+
+def test_an_adapter_on_a_quantized_gguf_is_merged_into_its_dequantized_weights(llama, tmp_path):
+    quantized = open_gguf(llama / "Q4_0.gguf")
+    files = converter().export(
+        llama / "Q4_0.gguf", [Target(quant, tmp_path / f"{quant}.gguf") for quant in ("F32", "Q4_0")], adapter=llama / "adapter"
+    )
+    merged = tensors(files[0].path)
+    change = tensors(llama / "F32.gguf")["blk.1.attn_k.weight"], quantized.dequantized("blk.1.attn_k.weight")
+    assert not torch.equal(merged["blk.1.attn_k.weight"], change[1])
+    assert (merged["blk.1.attn_k.weight"] - change[1]).abs().max() < 0.2 * change[0].abs().max()
+    again = open_gguf(files[1].path)
+    assert torch.equal(again.blocks("token_embd.weight"), quantized.blocks("token_embd.weight"))  # the file's own blocks, where nothing changed
+
+
+def test_an_adapter_by_itself_adds_what_is_merged(llama, tmp_path):
+    export_adapter(llama / "Q4_0.gguf", llama / "adapter", tmp_path / "adapter.gguf")
+    (merged,) = converter().export(llama / "F32.gguf", [Target("F32", tmp_path / "merged.gguf")], adapter=llama / "adapter")
+    low_rank = {one.name: torch.from_numpy(one.data.astype(np.float32)) for one in gguf.GGUFReader(str(tmp_path / "adapter.gguf")).tensors}
+    before, after = tensors(llama / "F32.gguf"), tensors(merged.path)
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert {f"{name}.lora_{which}" for name in changed for which in "ab"} == set(low_rank)
+    for name in changed:
+        product = 2 * low_rank[f"{name}.lora_b"] @ low_rank[f"{name}.lora_a"]  # alpha 8 of rank 4
+        assert torch.allclose(after[name] - before[name], product, atol=1e-3)
+
+
+def test_a_merge_into_the_types_of_the_base_is_warned_of(llama):
+    options = {"adapter": llama / "adapter"}
+    own, other = (converter().check(llama / "Q4_0.gguf", [quant], **options).warnings for quant in ("Q4_0", "Q8_0"))
+    assert any(warning.startswith("Q4_0 has the steps of the base's own quantization") for warning in own)
+    assert not any("steps of the base" in warning for warning in other)
+
+
+def test_layers_stay_in_blocks_and_give_the_gradients_of_their_dequantized_weights(llama):
+    base = open_gguf(llama / "Q4_0.gguf")
+    model = load_frozen(base, torch.device("cpu"), torch.float32)
+    layers = [module for module in model.modules() if isinstance(module, BlockLinear)]
+    assert len(layers) == 14
+    assert all(layer.get_buffer("blocks").nbytes == layer.out_features * layer.in_features * 18 // 32 for layer in layers)
+    layer = model.model.layers[0].self_attn.o_proj
+    assert layer.get_buffer("blocks").untyped_storage().data_ptr() == base.blocks("blk.0.attn_output.weight").untyped_storage().data_ptr()  # mapped
+    x = torch.randn(5, 256, requires_grad=True)
+    layer(x).square().sum().backward()
+    found, x.grad = x.grad, None
+    (x @ layer.dequantize().T).square().sum().backward()
+    assert torch.equal(found, x.grad)
+
+
+def test_the_planned_bytes_are_those_of_the_loaded_model(llama):
+    base = open_gguf(llama / "Q4_0.gguf")
+    model = load_frozen(base, torch.device("cpu"), torch.bfloat16)
+    taken = sum(parameter.nbytes for parameter in model.parameters())
+    taken += sum(module.get_buffer("blocks").nbytes for module in model.modules() if isinstance(module, BlockLinear))
+    assert frozen_bytes(base) == taken
+
+
+def test_training_on_a_gguf_lowers_the_loss(tmp_path):
+    source = write_base(tmp_path / "model")
+    converter().export(source, [Target("Q4_0", tmp_path / "base.gguf")])
+    folder = make_workspace(tmp_path, tmp_path / "base.gguf")
+    code, _, err = olpack(folder, "train", "oracle")
+    assert code == 0, err
+    lines = [json.loads(line) for line in (folder / "build/oracle/adapter/metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+# -- files that are not read ----------------------------------------------------------------------------------------------------------------
+
+
+def rewritten(source: Path, out: Path, *, architecture: str | None = None, extra: str | None = None) -> Path:
+    """A GGUF with another architecture, or with one more tensor."""
+    reader = gguf.GGUFReader(str(source))
+    old = reader.fields["general.architecture"].contents()
+    writer = gguf.GGUFWriter(str(out), architecture or old)
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            value, kinds = field.contents(), field.types
+            writer.add_key_value(key.replace(f"{old}.", f"{architecture or old}.", 1), value, kinds[0], kinds[-1] if len(kinds) > 1 else None)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    if extra is not None:
+        writer.add_tensor(extra, np.zeros(256, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
+def test_an_architecture_that_is_not_compared_is_refused_with_those_that_are(llama, tmp_path):
+    file = rewritten(llama / "Q4_0.gguf", tmp_path / "other.gguf", architecture="bloom")
+    with pytest.raises(OlpackError, match="of the architecture 'bloom', on whose GGUF files olpack does not train") as refused:
+        config_of(open_gguf(file))
+    assert "llama, qwen2" in refused.value.remedy
+
+
+def test_a_tensor_that_the_model_has_not_is_refused(llama, tmp_path):
+    base = open_gguf(rewritten(llama / "Q4_0.gguf", tmp_path / "more.gguf", extra="blk.0.attn_q_norm.weight"))
+    with pytest.raises(OlpackError, match=r"has 'blk\.0\.attn_q_norm\.weight', which LlamaForCausalLM of transformers has not"):
+        weights_of(base, MetaModel(config_of(base), "it").module)
+
+
+def test_a_truncated_file_is_refused(llama, tmp_path):
+    whole = (llama / "Q4_0.gguf").read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(whole[:-1000])
+    with pytest.raises(OlpackError, match=r"is truncated: it has [\d,]+ bytes, and '\S+' ends at byte"):
+        open_gguf(tmp_path / "cut.gguf")
