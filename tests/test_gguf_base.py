@@ -12,90 +12,26 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from gguf_models import MODELS, QUANTS, has_experts, llama_cpps, make, ours
 from gguf_tensors import tensors
 from oracle import make_workspace, olpack, write_base
-from safetensors.torch import load_file, save_file
-from tiny_models import converter, write_adapter, write_model, write_sentencepiece
+from tiny_models import converter, write_adapter
 
 from olpack.errors import OlpackError
 from olpack.export import Target
 from olpack.export.lora import export_adapter
 from olpack.llamacpp import library
-from olpack.llamacpp.engine import Engine
 from olpack.model.gguf_architectures import ARCHITECTURES, config_of, weights_of
-from olpack.model.gguf_base import GgufBase, open_gguf
+from olpack.model.gguf_base import open_gguf
 from olpack.model.gguf_blocks import INTEGERS, TYPES
 from olpack.model.shape import MetaModel
 from olpack.train.frozen import BlockLinear
 from olpack.train.gguf_model import frozen_bytes, load_frozen
 
-QUANTS = ["F16", "Q8_0", "Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K"]
 # llama.cpp rounds a layer's input to 16 bits where the weight has 16, and to 8 where it has fewer; olpack computes in float32. The largest difference
 # of a logit, in standard deviations of the logits, was 0.016 and 0.32; with experts, where a rounded input can choose another one, 0.1 and 1.9.
 BOUND = {"F16": 0.05, "quantized": 0.6}
 BOUND_WITH_EXPERTS = {"F16": 0.3, "quantized": 2.5}
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
-LONG = {
-    "rope_type": "longrope",
-    "partial_rotary_factor": 0.5,
-    "short_factor": [1 + n / 10 for n in range(16)],
-    "long_factor": [2 + n for n in range(16)],
-}
-EXPERTS = {"tied": False, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
-MODELS = {
-    "llama": ("llama", {"tied": False, "rope_parameters": {"rope_theta": 10000.0, **LLAMA3}}),
-    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
-    "mistral-sentencepiece": ("mistral", {"tied": False}),
-    "qwen2": ("qwen2", {}),
-    "qwen3": ("qwen3", {"tied": False}),
-    "gemma2-sentencepiece": ("gemma2", {"sliding_window": 16, "query_pre_attn_scalar": 64}),
-    "gemma3-sentencepiece": ("gemma3_text", {"sliding_window": 16, "query_pre_attn_scalar": 64, "num_hidden_layers": 7}),
-    "phi3-sentencepiece": (
-        "phi3",
-        {
-            "tied": False,
-            "max_position_embeddings": 1024,
-            "original_max_position_embeddings": 512,
-            "partial_rotary_factor": 0.5,
-            "rope_parameters": {"rope_theta": 10000.0, "original_max_position_embeddings": 512, **LONG},
-        },
-    ),
-    "starcoder2": ("starcoder2", {}),
-    "nemotron-sentencepiece": ("nemotron", {"tied": False, "partial_rotary_factor": 0.5}),
-    "qwen2moe": ("qwen2_moe", {**EXPERTS, "shared_expert_intermediate_size": 256}),
-    "qwen3moe": ("qwen3_moe", {**EXPERTS, "norm_topk_prob": True}),
-    "gpt-oss": ("gpt_oss", {"tied": False, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16, "attention_bias": True}),
-    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
-}
-IDS = [(7 * place * place + 3 * place) % 340 for place in range(48)]
-
-
-def make(folder: Path, name: str) -> Path:
-    """A model of the table whose vectors differ from their defaults, and whose matrices are large enough for attention to matter."""
-    kind, settings = MODELS[name]
-    if name.endswith("sentencepiece"):
-        import sentencepiece
-
-        write_sentencepiece(folder / "vocabulary")
-        size = sentencepiece.SentencePieceProcessor(str(folder / "vocabulary/tokenizer.model")).get_piece_size()
-        settings = {**settings, "vocab_size": size, "bos_token_id": 1, "eos_token_id": 2}
-    source = write_model(folder / "model", kind, dtype="float32", **settings)
-    if name.endswith("sentencepiece"):
-        write_sentencepiece(source)
-    weights = load_file(source / "model.safetensors")
-    torch.manual_seed(3)
-    for name, weight in weights.items():
-        if weight.ndim < 2:
-            weight.add_(0.2 * torch.randn_like(weight))
-        elif "embed" not in name:  # scores of experts far apart, so that few tokens change theirs by rounding
-            weight.mul_(32 if name.endswith(("router.weight", "mlp.gate.weight")) else 4)
-    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
-    return source
-
-
-def ours(base: GgufBase) -> np.ndarray:
-    with torch.no_grad():
-        return load_frozen(base, torch.device("cpu"), torch.float32)(torch.tensor([IDS])).logits[0].double().numpy()
 
 
 @pytest.mark.parametrize("number", [number for number, type_ in TYPES.items() if type_.name not in INTEGERS], ids=lambda number: TYPES[number].name)
@@ -121,10 +57,8 @@ def test_blocks_are_dequantized_to_ggmls_bits(number):
 def test_logits_are_llama_cpps_on_the_same_file(name, tmp_path):
     files = converter().export(make(tmp_path, name), [Target(quant, tmp_path / f"{quant}.gguf") for quant in QUANTS])
     for file in files:
-        found = ours(open_gguf(file.path))
-        with Engine(file.path, context=len(IDS) + 1, threads=1) as engine:
-            expected = np.stack([logits.copy() for _, logits in engine.scored([*IDS, 0], [True] * (len(IDS) + 1))])
-        bound = BOUND_WITH_EXPERTS if "moe" in name or name == "gpt-oss" else BOUND
+        found, expected = ours(open_gguf(file.path)), llama_cpps(file.path)
+        bound = BOUND_WITH_EXPERTS if has_experts(name) else BOUND
         largest = np.abs(found - expected).max() / expected.std()
         assert largest < bound.get(file.quant, bound["quantized"]), file.quant
 
