@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from gguf_models import MODELS, QUANTS, has_experts, llama_cpps, make, ours
+from gguf_models import IDS, MODELS, QUANTS, has_experts, llama_cpps, make, ours
 from gguf_tensors import tensors
 from oracle import make_workspace, olpack, write_base
 from tiny_models import converter, write_adapter
@@ -21,7 +21,7 @@ from olpack.errors import OlpackError
 from olpack.export import Target
 from olpack.export.lora import export_adapter
 from olpack.llamacpp import library
-from olpack.model.gguf_architectures import ARCHITECTURES, config_of, weights_of
+from olpack.model.gguf_architectures import ARCHITECTURES, architecture_table, config_of, rope_factors, weights_of
 from olpack.model.gguf_base import open_gguf
 from olpack.model.gguf_blocks import INTEGERS, TYPES
 from olpack.model.shape import MetaModel
@@ -65,6 +65,11 @@ def test_logits_are_llama_cpps_on_the_same_file(name, tmp_path):
 
 def test_every_architecture_is_among_those_that_are_compared():
     assert set(ARCHITECTURES) <= {name.removesuffix("-sentencepiece") for name in MODELS}
+
+
+def test_the_page_on_training_has_the_table_of_architectures():
+    page = Path(__file__).parents[1] / "docs/training.md"
+    assert architecture_table() in page.read_text(encoding="utf-8"), "python -m olpack.model.gguf_architectures"
 
 
 @pytest.fixture(scope="module")
@@ -140,11 +145,38 @@ def test_layers_stay_in_blocks_and_give_the_gradients_of_their_dequantized_weigh
     assert torch.equal(found, x.grad)
 
 
-def test_the_planned_bytes_are_those_of_the_loaded_model(llama):
-    base = open_gguf(llama / "Q4_0.gguf")
+@pytest.fixture(scope="module", params=["llama", "qwen3moe", "gpt-oss"])
+def quantized(request, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    (file,) = converter().export(make(folder, request.param), [Target("Q4_0", folder / "Q4_0.gguf")])
+    return file.path
+
+
+def test_a_model_in_blocks_computes_what_its_dequantized_weights_do(quantized):
+    base = open_gguf(quantized)
+    frozen = load_frozen(base, torch.device("cpu"), torch.float32)
+    meta = MetaModel(config_of(base), "it")
+    dense = {name: weight.read(base, torch.float32) for name, weight in weights_of(base, meta.module).items()}
+    plain = type(meta.module).from_pretrained(None, config=meta.config, state_dict=dense, dtype=torch.float32, experts_implementation="eager")
+    factors = rope_factors(base)
+    for name, frequencies in plain.named_buffers():
+        if factors is not None and name.endswith("inv_freq"):
+            frequencies.div_(factors)
+    results = []
+    for model in (frozen, plain):
+        x = model.get_input_embeddings()(torch.tensor([IDS])).detach().requires_grad_()
+        logits = model(inputs_embeds=x).logits
+        logits.square().sum().backward()
+        results.append((logits.detach(), x.grad))
+    for found, expected in zip(*results, strict=True):
+        assert torch.allclose(found, expected, atol=1e-4 * expected.abs().max())
+
+
+def test_the_planned_bytes_are_those_of_the_loaded_model(quantized):
+    base = open_gguf(quantized)
     model = load_frozen(base, torch.device("cpu"), torch.bfloat16)
     taken = sum(parameter.nbytes for parameter in model.parameters())
-    taken += sum(module.get_buffer("blocks").nbytes for module in model.modules() if isinstance(module, BlockLinear))
+    taken += sum(blocks.nbytes for blocks in model.buffers() if blocks.dtype == torch.uint8)
     assert frozen_bytes(base) == taken
 
 
