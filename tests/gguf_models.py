@@ -1,37 +1,100 @@
-"""Small quantized GGUFs of whole models with random weights, made by the exporter from `tiny_models`."""
+"""Small models of each architecture whose GGUF files are bases, and the logits of such a file in olpack and in llama.cpp."""
 
 from __future__ import annotations
 
-import struct
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tiny_models import converter, write_model
+from tiny_models import write_model, write_sentencepiece
 
-from olpack.export import Target
+if TYPE_CHECKING:
+    import numpy as np
+
+    from olpack.model.gguf_base import GgufBase
+
+QUANTS = ["F16", "Q8_0", "Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K"]
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+LONG = {
+    "rope_type": "longrope",
+    "partial_rotary_factor": 0.5,
+    "short_factor": [1 + n / 10 for n in range(16)],
+    "long_factor": [2 + n for n in range(16)],
+}
+EXPERTS = {"tied": False, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
+MODELS = {
+    "llama": ("llama", {"tied": False, "rope_parameters": {"rope_theta": 10000.0, **LLAMA3}}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "mistral-sentencepiece": ("mistral", {"tied": False}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"tied": False}),
+    "gemma2-sentencepiece": ("gemma2", {"sliding_window": 16, "query_pre_attn_scalar": 64}),
+    "gemma3-sentencepiece": ("gemma3_text", {"sliding_window": 16, "query_pre_attn_scalar": 64, "num_hidden_layers": 7}),
+    "phi3-sentencepiece": (
+        "phi3",
+        {
+            "tied": False,
+            "max_position_embeddings": 1024,
+            "original_max_position_embeddings": 512,
+            "partial_rotary_factor": 0.5,
+            "rope_parameters": {"rope_theta": 10000.0, "original_max_position_embeddings": 512, **LONG},
+        },
+    ),
+    "starcoder2": ("starcoder2", {}),
+    "nemotron-sentencepiece": ("nemotron", {"tied": False, "partial_rotary_factor": 0.5}),
+    "qwen2moe": ("qwen2_moe", {**EXPERTS, "shared_expert_intermediate_size": 256}),
+    "qwen3moe": ("qwen3_moe", {**EXPERTS, "norm_topk_prob": True}),
+    "gpt-oss": ("gpt_oss", {"tied": False, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16, "attention_bias": True}),
+    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
+}
+IDS = [(7 * place * place + 3 * place) % 340 for place in range(48)]
 
 
-def write_gguf(folder: Path, chat_template: str | None = None, *, quant: str = "Q4_K_M", model_type: str = "llama", **options: object) -> Path:
-    """A GGUF of a model of two layers. The model's own folder beside it is made where it is not there yet.
+def make(folder: Path, name: str) -> Path:
+    """A model of the table whose vectors differ from their defaults, and whose matrices are large enough for attention to matter."""
+    kind, settings = MODELS[name]
+    if name.endswith("sentencepiece"):
+        import sentencepiece
 
-    Args:
-        folder: for both.
-        chat_template: of the file; None: that of `tiny_models`.
-        options: of the export.
-    """
-    model = folder / model_type
-    if not model.is_dir():
-        write_model(model, model_type)
-    path = folder / f"{model_type}-{quant}-{abs(hash(chat_template))}.gguf"
-    converter().export(model, [Target(quant, path)], chat_template=chat_template, **options)
-    return path
+        write_sentencepiece(folder / "vocabulary")
+        size = sentencepiece.SentencePieceProcessor(str(folder / "vocabulary/tokenizer.model")).get_piece_size()
+        settings = {**settings, "vocab_size": size, "bos_token_id": 1, "eos_token_id": 2}
+    source = write_model(folder / "model", kind, dtype="float32", **settings)
+    if name.endswith("sentencepiece"):
+        write_sentencepiece(source)
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(source / "model.safetensors")
+    torch.manual_seed(3)
+    for name, weight in weights.items():
+        if weight.ndim < 2:
+            weight.add_(0.2 * torch.randn_like(weight))
+        elif "embed" not in name:  # scores of experts far apart, so that few tokens change theirs by rounding
+            weight.mul_(32 if name.endswith(("router.weight", "mlp.gate.weight")) else 4)
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    return source
 
 
-def with_text(source: Path, key: str, value: str, path: Path) -> Path:
-    """A copy of a GGUF in which a text of the header is another one of the same length, so that all else stays where it is."""
-    content = source.read_bytes()
-    name = struct.pack("<Q", len(key)) + key.encode()
-    at = content.index(name) + len(name) + 4
-    length = struct.unpack_from("<Q", content, at)[0]
-    assert length == len(value.encode()), f"{key} has {length} bytes"
-    path.write_bytes(content[: at + 8] + value.encode() + content[at + 8 + length :])
-    return path
+def has_experts(name: str) -> bool:
+    """Whether a model of the table has experts, of which a rounded input can choose another one."""
+    return "moe" in name or name == "gpt-oss"
+
+
+def ours(base: GgufBase) -> np.ndarray:
+    """Logits in training's forward pass, float64 [tokens, vocabulary]."""
+    import torch
+
+    from olpack.train.gguf_model import load_frozen
+
+    with torch.no_grad():
+        return load_frozen(base, torch.device("cpu"), torch.float32)(torch.tensor([IDS])).logits[0].double().numpy()
+
+
+def llama_cpps(file: Path) -> np.ndarray:
+    """Logits in llama.cpp, float64 [tokens, vocabulary]."""
+    import numpy as np
+
+    from olpack.llamacpp.engine import Engine
+
+    with Engine(file, context=len(IDS) + 1, threads=1) as engine:
+        return np.stack([logits.copy() for _, logits in engine.scored([*IDS, 0], [True] * (len(IDS) + 1))])

@@ -31,12 +31,13 @@ def open_source(
     source: Path,
     *,
     adapter: Path | None = None,
+    requantize: bool = False,
     name: str | None = None,
     chat_template: str | None = None,
     end_of_turn: str | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> SourceModel:
-    """Open a GGUF: one in F16, BF16 or F32, or with an adapter one of any type that olpack trains on. The arguments are those of
+    """Open a GGUF: one in F16, BF16 or F32, or with an adapter or `requantize` one of any type that olpack trains on. The arguments are those of
     `olpack.export.export`.
 
     A quantized tensor has its dequantized values. Where the adapter leaves them, and a file wants the very type, it gets the source's bytes.
@@ -48,7 +49,7 @@ def open_source(
 
     read_header(source)  # which refuses what would keep gguf busy, or fail in it
     base = open_gguf(source)
-    if adapter is None:
+    if adapter is None and not requantize:
         _refuse_quantized(base)
     try:
         reader = gguf.GGUFReader(source)
@@ -124,7 +125,8 @@ def _merged(base: GgufBase, adapter: Path) -> dict[str, SourceTensor]:
             type_name = tensor.type.name if tensor.type.name in FLOATS else "BF16"
             if name in change.untied:
                 tensor = replace(tensor, name=_OUTPUT)
-            tensors[tensor.name] = _tensor(tensor, type_name, partial(_changed, base, change, name, weight, stored))
+            tensors[tensor.name] = changed = _tensor(tensor, type_name, partial(_changed, base, change, name, weight, stored))
+            changed.changed = library.tensor_type(tensor.type.name) if tensor.type.name not in FLOATS else None
     return tensors
 
 

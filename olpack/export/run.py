@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -134,10 +135,10 @@ def _prepare(
     types = [quant_type(name) for name in quants]
     warnings: list[str] = []
     folder = source
-    header = {name: options.get(name) for name in ("name", "chat_template", "end_of_turn", "metadata")}
+    header: dict[str, Any] = {name: options.get(name) for name in ("name", "chat_template", "end_of_turn", "metadata")}
     if source.is_file():
         adapter = options.get("adapter")
-        model = open_source(source, adapter=None if adapter is None else Path(adapter), **header)
+        model = open_source(source, adapter=None if adapter is None else Path(adapter), requantize=options.get("requantize", False), **header)
     else:
         model, folder = _open_folder(source, options, header, warnings)
     weights = None
@@ -157,6 +158,7 @@ def _prepare(
         if plan.fallbacks:
             more = f", and {len(plan.fallbacks) - 1} more tensors" if len(plan.fallbacks) > 1 else ""
             warnings.append(f"{plan.quant.name} does not fit this model's shapes everywhere: {plan.fallbacks[0]}{more}.")
+    warnings += _rounded_away(model, plans)
     alike: dict[tuple, list[str]] = {}
     for plan in plans:
         alike.setdefault(tuple(plan.tensors), []).append(plan.quant.name)
@@ -172,6 +174,18 @@ def _prepare(
         more = f" and {len(weights.unknown) - 1} more tensors" if len(weights.unknown) > 1 else ""
         warnings.append(f"The importance matrix also has {weights.unknown[0]}{more}: is it of another model?")
     return model, plans, weights.by_tensor, warnings, differences
+
+
+def _rounded_away(model: SourceModel, plans: Sequence[FilePlan]) -> list[str]:
+    """A warning where an adapter is merged into a file of the types that the base has: rounded to the same steps, small changes are lost."""
+    changed = {name: tensor.changed for name, tensor in model.tensors.items() if tensor.changed is not None}
+    lossy = [plan.quant.name for plan in plans if changed and 2 * sum(changed.get(name) == type_ for name, type_, _ in plan.tensors) > len(changed)]
+    if not lossy:
+        return []
+    return [
+        f"{' and '.join(lossy)} has the steps of the base's own quantization, to which merged weights are rounded back where the adapter changes "
+        "them by less than half a step. An adapter on the file loses nothing (`package: adapter`), and other types lose less."
+    ]
 
 
 def _open_folder(source: Path, options: ExportOptions, header: dict, warnings: list[str]) -> tuple[SourceModel, Path]:

@@ -34,12 +34,14 @@ class Architecture:
     """An architecture of llama.cpp as transformers has it.
 
     Attributes:
+        models: families that have it, in words.
         model_type, class_name: of transformers.
         settings: what its config has besides that of `_common`.
         permuted: whether the rows of queries and keys are.
         norm_offset: what the converter adds to the weights of norms.
     """
 
+    models: str
     model_type: str
     class_name: str
     settings: Callable[[GgufBase], dict[str, Any]]
@@ -327,20 +329,27 @@ def _lfm2(base: GgufBase) -> dict[str, Any]:
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture("llama", "LlamaForCausalLM", _llama, permuted=True),
-    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", lambda base: {"rms_norm_eps": _epsilon(base)}),
-    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", _qwen),
-    "gemma2": Architecture("gemma2", "Gemma2ForCausalLM", _gemma2, norm_offset=1),
-    "gemma3": Architecture("gemma3_text", "Gemma3ForCausalLM", _gemma3, norm_offset=1),
-    "phi3": Architecture("phi3", "Phi3ForCausalLM", _phi3),
-    "starcoder2": Architecture("starcoder2", "Starcoder2ForCausalLM", _starcoder2),
-    "nemotron": Architecture("nemotron", "NemotronForCausalLM", _nemotron, norm_offset=1),
-    "qwen2moe": Architecture("qwen2_moe", "Qwen2MoeForCausalLM", _qwen2moe),
-    "qwen3moe": Architecture("qwen3_moe", "Qwen3MoeForCausalLM", _qwen3moe),
-    "gpt-oss": Architecture("gpt_oss", "GptOssForCausalLM", _gpt_oss),
-    "lfm2": Architecture("lfm2", "Lfm2ForCausalLM", _lfm2),
+    "llama": Architecture("Llama 2 to 3.3, Mistral, SmolLM2", "llama", "LlamaForCausalLM", _llama, permuted=True),
+    "qwen2": Architecture("Qwen2, Qwen2.5", "qwen2", "Qwen2ForCausalLM", lambda base: {"rms_norm_eps": _epsilon(base)}),
+    "qwen3": Architecture("Qwen3", "qwen3", "Qwen3ForCausalLM", _qwen),
+    "gemma2": Architecture("Gemma 2", "gemma2", "Gemma2ForCausalLM", _gemma2, norm_offset=1),
+    "gemma3": Architecture("Gemma 3 (text)", "gemma3_text", "Gemma3ForCausalLM", _gemma3, norm_offset=1),
+    "phi3": Architecture("Phi-3, Phi-4", "phi3", "Phi3ForCausalLM", _phi3),
+    "starcoder2": Architecture("StarCoder2", "starcoder2", "Starcoder2ForCausalLM", _starcoder2),
+    "nemotron": Architecture("Nemotron, Minitron", "nemotron", "NemotronForCausalLM", _nemotron, norm_offset=1),
+    "qwen2moe": Architecture("Qwen2 MoE", "qwen2_moe", "Qwen2MoeForCausalLM", _qwen2moe),
+    "qwen3moe": Architecture("Qwen3 MoE", "qwen3_moe", "Qwen3MoeForCausalLM", _qwen3moe),
+    "gpt-oss": Architecture("gpt-oss", "gpt_oss", "GptOssForCausalLM", _gpt_oss),
+    "lfm2": Architecture("LFM2", "lfm2", "Lfm2ForCausalLM", _lfm2),
 }
 """By llama.cpp's name."""
+
+
+def architecture_table() -> str:
+    """Markdown: the architectures whose GGUF files can be a base."""
+    lines = ["| in the GGUF | models | in transformers |", "| --- | --- | --- |"]
+    lines += [f"| `{name}` | {found.models} | `{found.class_name}` |" for name, found in ARCHITECTURES.items()]
+    return "\n".join(lines) + "\n"
 
 
 # -- tensors --------------------------------------------------------------------------------------------------------------------------------
@@ -430,3 +439,7 @@ def _shape(weight: Weight, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
     if weight.form == "row":
         return (1, *first)
     return (first[0], 1, *first[1:]) if weight.form == "convolution" else first
+
+
+if __name__ == "__main__":
+    print(architecture_table(), end="")

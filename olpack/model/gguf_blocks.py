@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _FP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # doubled, as their scale is halved
 _PIECE = 1 << 20  # weights that a thread dequantizes at once
-_GPU_PIECE = 1 << 25  # so that what is computed in between takes little memory
+_GPU_PIECE = 1 << 22  # so that what is computed in between takes some 60 MB
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,14 @@ def _reference_models(build: Build) -> ReferenceModels:
         if build.paths.served and adapter is None:  # the base is that file, and no quant of it
             path.symlink_to(build.paths.served.resolve())
             return
-        write_files(build.base.source, [Target(quant, path)], adapter=adapter, merge_base=merge_base, **header_options(build))
+        write_files(
+            build.base.source,
+            [Target(quant, path)],
+            adapter=adapter,
+            merge_base=merge_base,
+            requantize=build.base.gguf is not None,
+            **header_options(build),
+        )
 
     return ReferenceModels(
         folder=build.paths.temporary,

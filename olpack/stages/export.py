@@ -90,6 +90,7 @@ def check(build: Build, checks: Checks) -> None:
         importance="later" if importance == build.paths.importance else importance,
         tensor_types=build.recipe.export.tensor_types,
         texts=texts,
+        requantize=build.base.gguf is not None,
         **header_options(build),
     )
     for warning in exported.warnings:
@@ -270,6 +271,7 @@ def write_quants(build: Build, paths: Mapping[str, Path], importance: Path | Non
         tensor_types=build.recipe.export.tensor_types,
         merge_base=build.recipe.train.merge_base,
         sensitivity=build.paths.sensitivity if any(quant_type(quant).budget for quant in paths) else None,
+        requantize=build.base.gguf is not None,
         **header_options(build),
     )
 

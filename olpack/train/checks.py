@@ -121,6 +121,7 @@ def _refuse_lacking(base: Base, meta: MetaModel) -> None:
 
 def _check_quantized(base: Base, settings: Train, on_gpu: bool) -> None:
     name, method = quantization_method(base.config), method_of(base.config)
+    base.tensor_headers()  # which refuses what cannot be read, with the reason
     if base.gguf is None and (method is None or not method.trains):
         raise OlpackError(f"{base.label} is quantized by {name}, which olpack exports and does not train on.", _TAKE_ORIGINAL)
     if settings.initialization != "default":

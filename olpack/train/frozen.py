@@ -26,6 +26,7 @@ from olpack.model.gguf_blocks import BlockType
 from olpack.model.names import short_name
 from olpack.model.packed import Layout, dequantize_hqq, quantize_hqq
 from olpack.model.quantized import dequantized_headers, layout_of
+from olpack.train.block_experts import BlockExperts
 
 _METHOD = "olpack"  # our name among transformers' quantizers
 
@@ -76,16 +77,16 @@ class PackedLinear(FrozenLinear):
 class BlockLinear(FrozenLinear):
     """A linear layer of a GGUF, in the blocks of the file: `blocks` is uint8 [rows, bytes of a row]."""
 
-    def __init__(self, type_: BlockType, rows: int, columns: int, bias: nn.Parameter | None, dtype: torch.dtype):
-        blocks = torch.empty(rows, type_.row_bytes(columns), dtype=torch.uint8, device="meta")
+    def __init__(self, block_type: BlockType, rows: int, columns: int, bias: nn.Parameter | None, dtype: torch.dtype):
+        blocks = torch.empty(rows, block_type.row_bytes(columns), dtype=torch.uint8, device="meta")
         super().__init__(rows, columns, {"blocks": blocks}, bias, dtype)
-        self.type = type_
+        self.block_type = block_type
 
     def dequantize(self) -> torch.Tensor:
-        return self.type.dequantize(self.blocks, self.compute_dtype)
+        return self.block_type.dequantize(self.get_buffer("blocks"), self.compute_dtype)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, type={self.type.name}"
+        return f"{super().extra_repr()}, block_type={self.block_type.name}"
 
 
 class HqqLinear(FrozenLinear):
@@ -121,15 +122,15 @@ class _Product(torch.autograd.Function):
 # -- how transformers loads them ------------------------------------------------------------------------------------------------------------
 
 
-Make = Callable[[nn.Parameter | None], FrozenLinear]
-"""From the bias of a plain layer to the layer in its place, whose packed tensors are on the meta device."""
+Make = Callable[[nn.Module], nn.Module]
+"""From a plain module to the one in its place, whose packed tensors are on the meta device."""
 
 
 class FrozenConfig(QuantizationConfigMixin):
     """Which frozen layers a model gets while it loads.
 
     Args:
-        packed: module name to what makes its layer, of a base that comes quantized.
+        packed: name of a linear layer, or of stacked experts, to what makes the module in its place, of a base that comes quantized.
         bits: of HQQ, for a base that does not.
         dtype: in which the model computes.
     """
@@ -160,8 +161,8 @@ class _FrozenQuantizer(HfQuantizer):
             return
         left = {short_name(name): make for name, make in asked.packed.items()}
         for name, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and (make := left.pop(short_name(name), None)):
-                model.set_submodule(name, make(module.bias))
+            if (isinstance(module, nn.Linear) or hasattr(module, "num_experts")) and (make := left.pop(short_name(name), None)):
+                model.set_submodule(name, make(module))
         if left:
             raise OlpackError(
                 f"The base packs '{next(iter(left))}', which is no linear layer of the model as transformers has it.",
@@ -171,7 +172,7 @@ class _FrozenQuantizer(HfQuantizer):
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         module, _, end = param_name.rpartition(".")
         if self.quantization_config.packed is not None:  # so that transformers accepts a packed tensor's shape, which is not that of the weight
-            return isinstance(model.get_submodule(module), FrozenLinear)
+            return isinstance(model.get_submodule(module), FrozenLinear | BlockExperts)
         return end == "weight" and module in self._hqq
 
     def get_quantize_ops(self) -> ConversionOps:
@@ -259,7 +260,8 @@ def use_frozen(config: PretrainedConfig, packed: Mapping[str, Make], dtype: torc
 
 
 def _packed_linear(
-    layout: Layout, rows: int, columns: int, headers: Mapping[str, TensorHeader], dtype: torch.dtype, bias: nn.Parameter | None
+    layout: Layout, rows: int, columns: int, headers: Mapping[str, TensorHeader], dtype: torch.dtype, plain: nn.Module
 ) -> PackedLinear:
+    assert isinstance(plain, nn.Linear)
     parts = {end: torch.empty(header.shape, dtype=_DTYPES[header.dtype], device="meta") for end, header in headers.items()}
-    return PackedLinear(layout, rows, columns, parts, bias, dtype)
+    return PackedLinear(layout, rows, columns, parts, plain.bias, dtype)

@@ -1,4 +1,4 @@
-"""A GGUF as a frozen model of transformers, whose linear layers stay in the blocks of the file.
+"""A GGUF as a frozen model of transformers, whose linear layers and experts stay in the blocks of the file.
 
     model = load_frozen(base.gguf, torch.device("cpu"), torch.float32)
 
@@ -8,7 +8,7 @@ llama.cpp's converter permuted.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,12 +17,14 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
-from olpack.model.gguf_architectures import config_of, rope_factors, weights_of
-from olpack.model.gguf_base import GgufBase
+from olpack.model.gguf_architectures import Weight, config_of, rope_factors, weights_of
+from olpack.model.gguf_base import GgufBase, GgufTensor
 from olpack.model.shape import MetaModel
+from olpack.train.block_experts import BlockExperts
 from olpack.train.frozen import BlockLinear, Make, use_frozen
 
 _BYTES = 2  # of a weight that is dequantized on a GPU
+_EXPERTS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}  # parameters of stacked experts, and the buffers of `BlockExperts` for each
 
 
 def load_frozen(base: GgufBase, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -36,18 +38,23 @@ def load_frozen(base: GgufBase, device: torch.device, dtype: torch.dtype) -> Pre
     """
     fields = config_of(base)
     meta = MetaModel(fields, str(base.paths[0]))
-    weights, frozen = weights_of(base, meta.module), _frozen(meta)
+    weights = weights_of(base, meta.module)
+    frozen = _frozen(meta, weights)
     config = AutoConfig.for_model(**{key: value for key, value in fields.items() if key != "quantization_config"})
     layers: dict[str, Make] = {}
     tensors: dict[str, _Lazy] = {}
     for name, weight in weights.items():
-        module = name.removesuffix(".weight")
-        if module not in frozen or not weight.in_blocks:
+        if name not in frozen:
             tensors[name] = _Lazy("F32", partial(weight.read, base, dtype))
             continue
-        tensor = base.tensors[weight.tensors[0]]
-        layers[module] = partial(_block_linear, tensor.type, *tensor.shape, dtype)
-        tensors[f"{module}.blocks"] = _Lazy("U8", lambda weight=weight: weight.rows(base.blocks(weight.tensors[0])))
+        module, _, end = name.rpartition(".")
+        if end == "weight":
+            layers[module] = partial(_block_linear, base.tensors[weight.tensors[0]], dtype)
+        else:
+            stacks = {part: base.tensors[tensor] for each in _EXPERTS for part, tensor in _stacks(weights, module, each)}
+            layers[module] = partial(_block_experts, stacks, dtype)
+        for part, tensor in _stacks(weights, module, end):
+            tensors[f"{module}.{part}"] = _Lazy("U8", partial(_rows, base, weight, tensor))
     use_frozen(config, layers, dtype)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -55,10 +62,9 @@ def load_frozen(base: GgufBase, device: torch.device, dtype: torch.dtype) -> Pre
     assert isinstance(model, PreTrainedModel)
     model.requires_grad_(False)
     if (factors := rope_factors(base)) is not None:
-        for module in model.modules():
-            for name in ("inv_freq", "original_inv_freq"):
-                if name in module._buffers:
-                    module.get_buffer(name).div_(factors.to(device))
+        for name, frequencies in model.named_buffers():
+            if name.endswith("inv_freq"):
+                frequencies.div_(factors.to(device))
     return model.eval()
 
 
@@ -76,21 +82,43 @@ class _Lazy:
         return self._read()[places]
 
 
-def _block_linear(type_: Any, rows: int, columns: int, dtype: torch.dtype, bias: nn.Parameter | None) -> BlockLinear:
-    return BlockLinear(type_, rows, columns, bias, dtype)
+def _block_linear(tensor: GgufTensor, dtype: torch.dtype, plain: nn.Module) -> BlockLinear:
+    assert isinstance(plain, nn.Linear)
+    rows, columns = tensor.shape
+    return BlockLinear(tensor.type, rows, columns, plain.bias, dtype)
 
 
-def _frozen(meta: MetaModel) -> set[str]:
-    """Names of the linear layers that stay in blocks."""
+def _block_experts(stacks: Mapping[str, GgufTensor], dtype: torch.dtype, plain: nn.Module) -> BlockExperts:
+    return BlockExperts(plain, {part: (tensor.type, *tensor.shape) for part, tensor in stacks.items()}, dtype)
+
+
+def _stacks(weights: Mapping[str, Weight], module: str, end: str) -> list[tuple[str, str]]:
+    """(name of the buffer, tensor of the file) of what a parameter of a module has in blocks."""
+    return list(zip(_EXPERTS.get(end, ("blocks",)), weights[f"{module}.{end}"].tensors, strict=True))
+
+
+def _rows(base: GgufBase, weight: Weight, tensor: str) -> torch.Tensor:
+    return weight.rows(base.blocks(tensor))
+
+
+def _frozen(meta: MetaModel, weights: Mapping[str, Weight]) -> set[str]:
+    """Names of the parameters that stay in blocks: of the text model's linear layers, and of its stacked experts."""
     text, head = {id(module) for module in meta.module.get_decoder().modules()}, meta.module.get_output_embeddings()
-    return {name for name, module in meta.module.named_modules() if type(module) is nn.Linear and id(module) in text and module is not head}
+    names = set()
+    for name, module in meta.module.named_modules():
+        if type(module) is nn.Linear and id(module) in text and module is not head and weights[f"{name}.weight"].in_blocks:
+            names.add(f"{name}.weight")
+        elif all(f"{name}.{end}" in weights for end in _EXPERTS):
+            names.update(f"{name}.{end}" for end in _EXPERTS)
+    return names
 
 
 def frozen_bytes(base: GgufBase) -> int:
-    """Bytes of the model on a GPU: the blocks of its linear layers, and 16 bits for each other weight."""
+    """Bytes of the model on a GPU: the blocks of its linear layers and experts, and 16 bits for each other weight."""
     meta = MetaModel(config_of(base), str(base.paths[0]))
-    frozen, total = _frozen(meta), 0
-    for name, weight in weights_of(base, meta.module).items():
-        parameter, in_blocks = meta.module.get_parameter(name), weight.in_blocks and name.removesuffix(".weight") in frozen
-        total += base.tensors[weight.tensors[0]].nbytes if in_blocks else _BYTES * parameter.numel()
+    weights, total = weights_of(base, meta.module), 0
+    frozen = _frozen(meta, weights)
+    for name, weight in weights.items():
+        in_blocks = sum(base.tensors[tensor].nbytes for tensor in weight.tensors)
+        total += in_blocks if name in frozen else _BYTES * meta.module.get_parameter(name).numel()
     return total
