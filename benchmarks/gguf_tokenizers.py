@@ -74,9 +74,7 @@ def row(path: Path, wanted: list[str]) -> str:
 def main() -> None:
     wanted = texts()
     print("# Tokenizers built from GGUF files\n")
-    print(
-        f"{date.today()}. Texts of which the tokenizer of training makes the tokens that llama.cpp makes: `python benchmarks/gguf_tokenizers.py FILE …`.\n"
-    )
+    print(f"{date.today()}, by `python benchmarks/gguf_tokenizers.py FILE …`. `same`: texts of which the built tokenizer makes llama.cpp's tokens.\n")
     print("| file | vocabulary, pre-tokenizer | tokens | same |\n| --- | --- | ---: | ---: |")
     for name in sys.argv[1:]:
         print(row(Path(name), wanted), flush=True)
