@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from gguf_models import write_gguf
+from gguf_files import write_gguf
 from ollama_double import OllamaDouble
 from oracle import CHAT, make_workspace, olpack
 

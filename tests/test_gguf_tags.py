@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from gguf_models import with_text, write_gguf
+from gguf_files import with_text, write_gguf
 from ollama_double_store import KnownTemplate
 from oracle import CHAT
 
