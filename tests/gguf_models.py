@@ -20,15 +20,27 @@ LONG = {
     "short_factor": [1 + n / 10 for n in range(16)],
     "long_factor": [2 + n for n in range(16)],
 }
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
 EXPERTS = {"tied": False, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
 MODELS = {
     "llama": ("llama", {"tied": False, "rope_parameters": {"rope_theta": 10000.0, **LLAMA3}}),
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "mistral-sentencepiece": ("mistral", {"tied": False}),
     "qwen2": ("qwen2", {}),
-    "qwen3": ("qwen3", {"tied": False}),
+    "qwen3": ("qwen3", {"tied": False, "rope_parameters": YARN}),
     "gemma2-sentencepiece": ("gemma2", {"sliding_window": 16, "query_pre_attn_scalar": 64}),
-    "gemma3-sentencepiece": ("gemma3_text", {"sliding_window": 16, "query_pre_attn_scalar": 64, "num_hidden_layers": 7}),
+    "gemma3-sentencepiece": (
+        "gemma3_text",
+        {
+            "sliding_window": 16,
+            "query_pre_attn_scalar": 64,
+            "num_hidden_layers": 7,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
     "phi3-sentencepiece": (
         "phi3",
         {

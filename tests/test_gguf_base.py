@@ -124,10 +124,10 @@ def test_an_adapter_by_itself_adds_what_is_merged(llama, tmp_path):
 
 
 def test_a_merge_into_the_types_of_the_base_is_warned_of(llama):
-    options = {"adapter": llama / "adapter"}
-    own, other = (converter().check(llama / "Q4_0.gguf", [quant], **options).warnings for quant in ("Q4_0", "Q8_0"))
-    assert any(warning.startswith("Q4_0 has the steps of the base's own quantization") for warning in own)
-    assert not any("steps of the base" in warning for warning in other)
+    for options in ({"adapter": llama / "adapter"}, {"requantize": True}):  # after training, and before it
+        own, other = (converter().check(llama / "Q4_0.gguf", [quant], **options).warnings for quant in ("Q4_0", "Q8_0"))
+        assert any(warning.startswith("Q4_0 has the steps of the base's own quantization") for warning in own)
+        assert not any("steps of the base" in warning for warning in other)
 
 
 def test_layers_stay_in_blocks_and_give_the_gradients_of_their_dequantized_weights(llama):

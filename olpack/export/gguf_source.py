@@ -64,6 +64,9 @@ def open_source(
     tensors = {one.name: _stored(base, one) for one in base.tensors.values()}
     if adapter is not None:
         tensors |= _merged(base, adapter)
+    elif requantize:  # an adapter comes later
+        for one in tensors.values():
+            one.changed = one.stored[0] if one.stored is not None and one.name.startswith("blk.") else None
     return SourceModel(writer.arch, tensors, dict(writer.kv_data[0]))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,16 +17,16 @@ class BlockExperts(nn.Module):
 
     Args:
         plain: the module of transformers in whose place it goes; its parameters are not used, its gate and its biases are.
-        stacks: "gate", "up", "down" to (type of the blocks, experts, rows, columns).
+        stacks: "gate", "up", "down" to (type of the blocks; experts, rows, columns).
         dtype: that it computes in.
     """
 
-    def __init__(self, plain: Any, stacks: dict[str, tuple[BlockType, int, int, int]], dtype: torch.dtype):
+    def __init__(self, plain: Any, stacks: Mapping[str, tuple[BlockType, tuple[int, ...]]], dtype: torch.dtype):
         super().__init__()
         self.num_experts, self.compute_dtype = plain.num_experts, dtype
         self.concatenated, self.apply_gate = plain.is_concatenated, plain._apply_gate
-        self.types = {name: type_ for name, (type_, *_) in stacks.items()}
-        for name, (type_, experts, rows, columns) in stacks.items():
+        self.types = {name: type_ for name, (type_, _) in stacks.items()}
+        for name, (type_, (experts, rows, columns)) in stacks.items():
             self.register_buffer(name, torch.empty(experts, rows, type_.row_bytes(columns), dtype=torch.uint8, device="meta"))
         for name in ("gate_up_proj_bias", "down_proj_bias"):
             self.register_parameter(name, plain._parameters.get(name))
@@ -46,13 +47,14 @@ class BlockExperts(nn.Module):
             x = hidden_states[token].to(self.compute_dtype)
             gate, up = self._product(x, "gate", expert), self._product(x, "up", expert)
             both = torch.cat((gate, up), -1) if self.concatenated else torch.stack((gate, up), -1).flatten(-2)
-            if self.gate_up_proj_bias is not None:
-                both = both + self.gate_up_proj_bias[expert]
-            out = self._product(self.apply_gate(both), "down", expert)
-            if self.down_proj_bias is not None:
-                out = out + self.down_proj_bias[expert]
+            both = self._biased(both, "gate_up_proj_bias", expert)
+            out = self._biased(self._product(self.apply_gate(both), "down", expert), "down_proj_bias", expert)
             result.index_add_(0, token, (out * top_k_weights[token, place, None]).to(result.dtype))
         return result
+
+    def _biased(self, products: torch.Tensor, name: str, expert: int) -> torch.Tensor:
+        bias = self._parameters[name]
+        return products if bias is None else products + bias[expert]
 
     def _product(self, x: torch.Tensor, stack: str, expert: int) -> torch.Tensor:
         return _Product.apply(x, self.types[stack], self.get_buffer(stack)[expert])

@@ -89,7 +89,7 @@ def _block_linear(tensor: GgufTensor, dtype: torch.dtype, plain: nn.Module) -> B
 
 
 def _block_experts(stacks: Mapping[str, GgufTensor], dtype: torch.dtype, plain: nn.Module) -> BlockExperts:
-    return BlockExperts(plain, {part: (tensor.type, *tensor.shape) for part, tensor in stacks.items()}, dtype)
+    return BlockExperts(plain, {part: (tensor.type, tensor.shape) for part, tensor in stacks.items()}, dtype)
 
 
 def _stacks(weights: Mapping[str, Weight], module: str, end: str) -> list[tuple[str, str]]:
