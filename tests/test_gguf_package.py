@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from gguf_models import write_gguf
+from gguf_files import write_gguf
 from ollama_double import OllamaDouble
 from oracle import CHAT, make_workspace, olpack
 
@@ -29,7 +29,7 @@ def workspace(tmp_path_factory):
     file = write_gguf(root, PLAIN)
     make_workspace(root, Path("ollama/tiny:1b"))
     recipe = root / "modelfiles/oracle/recipe.yaml"
-    text = re.sub(r"quants: .*\n", "package: adapter\n", recipe.read_text().replace("epochs: 12", "epochs: 2"))
+    text = re.sub(r"quants: .*\n", "package: adapter\n", recipe.read_text().replace("epochs: 12", "epochs: 1"))
     recipe.write_text(text.replace("compare: {", "compare: {reference: false, "))
     with OllamaDouble(root / "server") as double, pytest.MonkeyPatch.context() as patch:
         patch.setenv("OLLAMA_MODELS", str(double.store.root))
@@ -125,12 +125,14 @@ def test_a_package_is_not_called_like_its_base(workspace):
 
 def test_rows_that_llama_cpp_reads_otherwise_end_the_plan(workspace, monkeypatch):
     """A tokenizer that is not llama.cpp's, as transformers' own conversion of a GGUF makes it, with the first text."""
-    root, double, *_ = workspace
+    root, double, file, _ = workspace
     from olpack.model.pretokenizers import SPLITS
 
     monkeypatch.setitem(SPLITS, "llama-bpe", SPLITS["smollm"])
     monkeypatch.setenv("XDG_CACHE_HOME", str(root / "another-cache"))
     found = said(olpack(root, "plan", "oracle", server=double.url), 1)
+    assert "The server reads prompts of tiny:1b as other tokens than training does: " in found
+    found = said(olpack(root, "plan", "oracle", "--set", f"base={file}", server=double.url), 1)
     assert re.search(r"llama.cpp reads \S*train.jsonl:1 as other tokens than training does: .* Take the folder of the model as base", found), found
 
 

@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from gguf_models import with_text, write_gguf
+from gguf_files import with_text, write_gguf
 from ollama_double_store import KnownTemplate
 from oracle import CHAT
 
@@ -20,6 +20,7 @@ from olpack.deploy.bases import resolve_base
 from olpack.deploy.client import OllamaClient, blob_digest
 from olpack.deploy.tag_bases import find_tag
 from olpack.errors import OlpackError
+from olpack.memory.model_source import find
 from olpack.model import gguf_files
 from olpack.model.base import resolve
 from olpack.package_index import Distribution
@@ -219,6 +220,7 @@ def test_a_model_of_the_server_is_its_file(made, server):
     assert {request.method + request.path for request in server.requests} == {"GET/api/version", "POST/api/show"}
     base = found("ollama/tiny:1b")
     assert base.tag == "tiny:1b" and base.digest == resolve(str(made), relative_to=Path()).digest
+    assert find("ollama/tiny:1b").gguf == tag.path  # what estimates and recommendations are made of
 
 
 def test_the_path_that_the_server_names_comes_first(made, server, monkeypatch, here):

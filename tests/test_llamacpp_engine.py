@@ -84,6 +84,12 @@ def test_greedy_generation_takes_the_likeliest_token(engine, model):
     assert generation.finish == "length" and generation.tokens == 12
 
 
+def test_a_template_of_the_server_writes_the_prompt(engine):
+    """A package on a model of the server is trained with the prompts that are served, whatever the file's own template writes."""
+    with Engine(engine.path, 256, template="{% for m in messages %}[{{ m.content }}]{% endfor %}") as other:
+        assert other.chat_prompt(CHAT) == "".join(f"[{turn['content']}]" for turn in CHAT) != engine.chat_prompt(CHAT)
+
+
 def test_a_seed_repeats_an_answer(engine):
     def answer(seed: int) -> str:
         return "".join(engine.generate(CHAT, 20, Sampling(temperature=1.5, top_k=0, top_p=1, repeat_penalty=1.1, seed=seed)))

@@ -57,11 +57,12 @@ class Job(BaseModel):
     """What to measure of which file. A unit that is None or False is left out.
 
     `threads` are for what is timed, `untimed_threads` for all else. `write_logits` is the file into which the unquantized model's logits are
-    written, `divergence` the logits that a quant is compared with.
+    written, `divergence` the logits that a quant is compared with. `template` writes prompts in place of the file's own chat template.
     """
 
     path: Path
     adapter: Path | None = None
+    template: str | None = None
     engine: str
     context: int
     threads: int

@@ -89,6 +89,8 @@ def measure(
     if described:
         keys |= row_keys(embedded, described, references.reference_key if references else None)
 
+    if settings.template:
+        keys = {unit: key | {"template": value_digest(settings.template)} for unit, key in keys.items()}
     store = Cache(cache)
     known = [_units(store, file, keys, references) for file in files]
     if server:
@@ -140,6 +142,7 @@ def _job(engine: str, rows: Sequence[TokenRow], settings: MeasureSettings, busy:
         threads=threads,
         untimed_threads=untimed,
         answer_tokens=settings.answer_tokens,
+        template=settings.template,
         rows=[RowJob(ids=row.ids, loss_mask=row.loss_mask, text=row.text) for row in rows],
     )
 

@@ -202,7 +202,7 @@ def measure_rows(job: Job) -> Steps:
 def measure_answers(job: Job, unit: str, conversations: Sequence[list[dict]]) -> Steps:
     """A free answer to each conversation of a unit, at temperature 0."""
     answers = []
-    with Engine(job.path, job.context, job.untimed_threads, adapter=job.adapter) as engine:
+    with Engine(job.path, job.context, job.untimed_threads, adapter=job.adapter, template=job.template) as engine:
         for done, messages in enumerate(conversations, 1):
             generation = engine.generate(messages, job.answer_tokens, Sampling(temperature=0))
             text = "".join(generation)  # finish and tokens are final only now
@@ -216,7 +216,7 @@ def measure_suites(job: Job, suites: SuitesJob, show: Callable[[int, int], None]
     """Each suite's scores as a unit of its own. The harness runs for long between two results; `show` is called with its (done, total)."""
     from olpack.compare.harness import run_suite  # a large import that only this needs
 
-    with Engine(job.path, job.context, job.untimed_threads, adapter=job.adapter) as engine:
+    with Engine(job.path, job.context, job.untimed_threads, adapter=job.adapter, template=job.template) as engine:
         for name in suites.names:
             scores = run_suite(engine, name, suites.folder, suites.limit, show)
             yield {suite_unit(name): {"scores": [score.model_dump(mode="json") for score in scores]}}

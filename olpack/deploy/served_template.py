@@ -83,23 +83,29 @@ def _unanswered(tag: ServedTag, own: str) -> str:
 
 def _verified(client: OllamaClient, tag: ServedTag, tokenizer: PreTrainedTokenizerFast, own: str) -> str:
     rendered = {label: client.render_chat(tag.name, turns) for label, turns in HARD.items()}
-    nearest = ("", "", "")
+    nearest, read_otherwise = ("", "", ""), ""
     for template in [*_of_gguf(own), *_put_together(client, tag, tokenizer)]:
         candidate = copy.copy(tokenizer)
         candidate.chat_template = template
-        if (difference := _first_difference(candidate, tag, rendered)) is None:
-            identity = check_identity(client, tag.name, candidate)
-            if identity.identical:
-                return template
-            difference = identity.differences[0].conversation, identity.differences[0].expected, identity.differences[0].served
-        nearest = difference
+        if difference := _first_difference(candidate, tag, rendered):
+            nearest = difference
+            continue
+        identity = check_identity(client, tag.name, candidate)
+        if identity.identical:
+            return template
+        read_otherwise = identity.differences[0].text()
+    if read_otherwise:
+        raise OlpackError(
+            f"The server reads prompts of {tag.name} as other tokens than training does:\n{read_otherwise}\n",
+            "Take the folder of the model as base, and report this with the model's name.",
+        )
     label, expected, served = nearest
     raise OlpackError(
         f"The server writes the prompts of {tag.name} as no chat template does that olpack can train with: of the conversation '{label}' it makes "
         f"{_short(served)}, and the nearest template {_short(expected)}.",
         "Set `package: merged`, which serves the GGUF's own chat template."
         if own
-        else "Take the GGUF of another publisher, which has a chat template.",
+        else "Take the model's GGUF from another publisher, which has a chat template.",
     )
 
 

@@ -85,6 +85,7 @@ class Engine:
         context: most tokens that prompt and answer may have together.
         threads: CPU threads; None: the physical cores this process may use.
         adapter: a LoRA GGUF that is applied to the weights as it runs; None: there is none.
+        template: a chat template in place of the file's own; None: that is used.
         max_outputs: most positions whose logits one call returns; None: as many as 64 MiB hold.
         watch: llama.cpp's evaluation callback: gets the address of a node's `ggml_tensor` and True before the node is computed; where it
             returns True, it is called again with False when the node's values are there, and ends the pass if it then returns False.
@@ -107,11 +108,13 @@ class Engine:
         threads: int | None = None,
         *,
         adapter: Path | None = None,
+        template: str | None = None,
         max_outputs: int | None = None,
         watch: Callable[[int, bool], bool] | None = None,
         writable: bool = False,
     ):
         self.path = Path(path)
+        self._template = template
         self._model = self._context = None
         if not self.path.is_file():
             raise OlpackError(f"There is no GGUF at {self.path}.", "Make it with `olpack export`.")
@@ -211,12 +214,12 @@ class Engine:
             capacity = length + 1
 
     def chat_prompt(self, messages: list[dict]) -> str:
-        """The conversation as the model's own template renders it, with the opening of the assistant's turn.
+        """The conversation as the model's template renders it, with the opening of the assistant's turn.
 
         Raises:
             OlpackError: the GGUF has no template, or its template refuses the conversation.
         """
-        template = self.metadata("tokenizer.chat_template")
+        template = self._template or self.metadata("tokenizer.chat_template")
         if not template:
             raise OlpackError(f"{self.path} has no chat template, so it cannot answer a conversation.", "Give plain text instead.")
         special = {

@@ -116,7 +116,7 @@ _FAMILIES: tuple[tuple[str, Splits], ...] = (
             )
         ),
     ),
-    ("gemma4", Splits(_LINES, bytes_as_text=False)),
+    ("gemma4 granite-embed-multi-311m", Splits(_LINES, bytes_as_text=False)),
     ("sarvam-moe", Splits(_LINES, bytes_as_text=False)),
     ("poro-chat bloom gpt3-finnish", Splits((r" ?[^(\s|.,!?…。，、।۔،)]+",))),
     ("viking", Splits((r" ?[^(\s|.,!?…。，、।۔،)]+", r"\p{N}"))),

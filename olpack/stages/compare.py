@@ -149,6 +149,7 @@ def measure_settings(build: Build) -> MeasureSettings:
         suites=tuple(asked.suites),
         suite_folder=str(build.suite_folder) if build.suite_folder else None,
         suite_limit=asked.suite_limit,
+        template=build.renderer.tokenizer.chat_template if build.base.template else None,
     )
 
 

@@ -91,6 +91,8 @@ def check(build: Build, checks: Checks) -> None:
         tensor_types=build.recipe.export.tensor_types,
         texts=texts,
         requantize=build.base.gguf is not None,
+        adapter=None if build.paths.base else build.finished_adapter,
+        merge_base=build.recipe.train.merge_base,
         **header_options(build),
     )
     for warning in exported.warnings:
