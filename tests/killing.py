@@ -234,15 +234,11 @@ def _changes(build: Run) -> Iterator[None]:
     """Yield at each change of the names in a build folder, until the stage is over."""
     root, before = build.folder / "build", None
     while not build.left_the_stage():
-        names = {entry.path for folder in _folders(root) for entry in os.scandir(folder)}
+        names = {Path(folder, name) for folder, below, files in os.walk(root) for name in (*below, *files)}
         if before is not None and names != before:
             yield
         before = names
         time.sleep(_EVERY_S)
-
-
-def _folders(root: Path) -> list[Path]:
-    return [Path(folder) for folder, _, _ in os.walk(root)]
 
 
 def _runs(process: psutil.Process) -> bool:
