@@ -10,11 +10,13 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from olpack.bounded_json import check_regular
 from olpack.errors import OlpackError
+from olpack.trials import Trial
 from olpack.workspace import CHUNK
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -33,6 +35,9 @@ MOST_CHARACTERS = 1 << 23  # of one row: some two million tokens
 _MOST_COLUMNS = 1000
 _MOST_UNPACKED = 1 << 28  # bytes to which a table may unpack, or a hundred times its own size
 _MOST_TIMES = 100
+_ROW = 100  # bytes, whatever is in it
+_TRIAL_S, _TRIAL_MEMORY = 60, 1 << 30  # seconds and bytes that a table may take to unpack, and more if it is large
+_UNPACKED = "Write it as JSON lines, or without compression."
 _LONGEST_LINE = 4 * MOST_CHARACTERS  # bytes: as many as so many characters have
 _MOST_WHOLE = 1 << 30  # bytes of an array in JSON
 _TOGETHER = 64  # rows of a table that are unpacked together
@@ -313,27 +318,11 @@ def _header_problem(header: list[str], delimiter: str) -> str:
 
 def _parquet(path: Path) -> Iterator[Record]:
     import pyarrow
-    from pyarrow.parquet import ParquetFile
 
+    status = path.stat()
+    _try_parquet(path, status.st_size, status.st_mtime_ns)
     try:
-        with ParquetFile(path) as file:
-            limit = max(_MOST_UNPACKED, _MOST_TIMES * path.stat().st_size)
-            groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
-            if len(file.schema_arrow) > _MOST_COLUMNS:
-                raise OlpackError(f"{path} has {len(file.schema_arrow):,} columns, and at most {_MOST_COLUMNS:,} are read.", "Write it with fewer.")
-            if sum(group.total_byte_size for group in groups) > limit or file.metadata.num_rows > limit:
-                raise _bomb(path)
-            number = unpacked = 0
-            for batch in file.iter_batches(_TOGETHER):
-                for at in range(batch.num_rows):
-                    number += 1
-                    try:
-                        row = without_nulls(batch.slice(at, 1).to_pylist()[0])
-                        if (unpacked := unpacked + _characters(row)) > limit:  # a dictionary is small, and each of its uses is not
-                            raise _bomb(path)
-                        yield Record(number, row)
-                    except UnicodeDecodeError:
-                        yield Record(number, None, "not UTF-8")
+        yield from parquet_records(path)
     except FileNotFoundError:
         raise
     except UnicodeDecodeError:
@@ -341,6 +330,47 @@ def _parquet(path: Path) -> Iterator[Record]:
     except (pyarrow.ArrowException, OSError, MemoryError) as error:  # pyarrow raises OSError, too, for what it cannot parse
         why = (str(error).splitlines() or ["it takes too much memory"])[0].rstrip(".")
         raise OlpackError(f"{path} is no Parquet file that can be read: {why}.", "Write it again.") from None
+
+
+@cache
+def _try_parquet(path: Path, size: int, modified: int) -> None:
+    """Have a worker read a file first: its pages, dictionaries and lists unpack to what they say, whatever its footer says.
+
+    Args:
+        size, modified: the file's size in bytes and its modification time in ns. One that is not changed is tried once.
+    """
+    trial = Trial("olpack.data.parquet_worker", subject=str(path), remedy=_UNPACKED)
+    trial.attempt(str(path), _TRIAL_S + (size >> 20), _TRIAL_MEMORY + 2 * size)
+    trial.close()
+
+
+def parquet_records(path: Path) -> Iterator[Record]:
+    """The rows of a Parquet file.
+
+    Raises:
+        OlpackError: it has too many columns, or unpacks to too much.
+        pyarrow.ArrowException, OSError, UnicodeDecodeError, MemoryError: it cannot be read.
+    """
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(path) as file:
+        limit = max(_MOST_UNPACKED, _MOST_TIMES * path.stat().st_size)
+        groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
+        if len(file.schema_arrow) > _MOST_COLUMNS:
+            raise OlpackError(f"{path} has {len(file.schema_arrow):,} columns, and at most {_MOST_COLUMNS:,} are read.", "Write it with fewer.")
+        if sum(group.total_byte_size for group in groups) > limit or file.metadata.num_rows * _ROW > limit:
+            raise _bomb(path)
+        number = unpacked = 0
+        for batch in file.iter_batches(_TOGETHER):
+            for at in range(batch.num_rows):
+                number += 1
+                try:
+                    row = without_nulls(batch.slice(at, 1).to_pylist()[0])
+                    if (unpacked := unpacked + _ROW + _characters(row)) > limit:  # a dictionary is small, and each of its uses is not
+                        raise _bomb(path)
+                    yield Record(number, row)
+                except UnicodeDecodeError:
+                    yield Record(number, None, "not UTF-8")
 
 
 def _characters(value: Any) -> int:
@@ -351,7 +381,7 @@ def _characters(value: Any) -> int:
 
 
 def _bomb(path: Path) -> OlpackError:
-    return OlpackError(f"{path} unpacks to more than {_MOST_TIMES} times its size.", "Write it as JSON lines, or without compression.")
+    return OlpackError(f"{path} unpacks to more than {_MOST_TIMES} times its size.", _UNPACKED)
 
 
 def without_nulls(value: Any) -> Any:

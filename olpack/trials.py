@@ -1,0 +1,106 @@
+"""What others made is tried in a worker first where native code reads it, with limits on time and memory: no Python code ends a loop of that.
+
+The worker does what this process would do next. If it stays within its limits, so does this process.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from olpack import workers
+from olpack.errors import OlpackError
+from olpack.templating import address_space
+
+_MEMORY = "memory"
+
+
+class Trial:
+    """A worker that tries things.
+
+    Args:
+        module: of olpack, which calls `serve`.
+        arguments: of the module.
+        subject: what is tried, for the errors: "The tokenizer in models/x".
+        remedy: what to do if it does not pass.
+    """
+
+    def __init__(self, module: str, *arguments: str, subject: str, remedy: str):
+        self._subject, self._remedy = subject, remedy
+        self._worker = subprocess.Popen(
+            workers.command(module, *arguments),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=workers.environment() | {"ARROW_DEFAULT_MEMORY_POOL": "system", "RUST_BACKTRACE": "0"},
+        )
+
+    def attempt(self, asked: Any, seconds: int, memory: int) -> None:
+        """Have the worker do one thing.
+
+        Args:
+            asked: what it is, as a JSON value.
+            seconds: that it may take.
+            memory: bytes that it may allocate, on Linux.
+
+        Raises:
+            OlpackError: it takes more than that, or fails.
+        """
+        assert self._worker.stdin and self._worker.stdout
+        try:
+            self._worker.stdin.write(json.dumps([asked, seconds, memory]).encode() + b"\n")
+            self._worker.stdin.flush()
+            answer = self._worker.stdout.readline()
+        except BrokenPipeError:
+            answer = b""
+        except BaseException:  # Ctrl-C: the worker's next answer would be that to this question
+            self.close()
+            raise
+        failure = json.loads(answer) if answer.endswith(b"\n") else self._end(seconds)
+        if failure == _MEMORY:
+            failure = f"takes more than {memory >> 20:,} MiB of memory"
+        if failure:
+            self.close()
+            raise OlpackError(f"{self._subject} {failure.rstrip('.')}.", self._remedy)
+
+    def _end(self, seconds: int) -> str:
+        """Why a worker has ended without an answer."""
+        code = self._worker.wait()
+        if code == -getattr(signal, "SIGALRM", 0):
+            return f"takes longer than {seconds} s"
+        if code == -signal.SIGABRT:  # an allocation that fails aborts a program in Rust
+            return _MEMORY
+        return f"ends the process that reads it, with exit code {code}"
+
+    def close(self) -> None:
+        """End the worker."""
+        self._worker.kill()
+        self._worker.communicate()
+
+
+def serve(attempt: Callable[[Any], None]) -> None:
+    """In the worker: do what is asked, until nothing more is.
+
+    Args:
+        attempt: does one thing. What it raises is the reason why that does not pass, after the subject.
+    """
+    answers, sys.stdout = sys.stdout, sys.stderr
+    for line in sys.stdin.buffer:
+        asked, seconds, memory = json.loads(line)
+        if hasattr(signal, "alarm"):
+            signal.alarm(seconds)  # whose action is the system's, so it also ends native code
+        try:
+            with address_space(memory):
+                attempt(asked)
+            failure = ""
+        except MemoryError:
+            failure = _MEMORY
+        except BaseException as error:  # a panic of Rust is no Exception
+            failure = f"cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        if hasattr(signal, "alarm"):
+            signal.alarm(0)
+        print(json.dumps(failure), file=answers, flush=True)
