@@ -101,7 +101,7 @@ class Run:
         (folder / "log").unlink(missing_ok=True)
         self.folder, self.stage = folder, ""
         self._events, theirs = forks.Pipe()
-        self.process: BaseProcess = forks.Process(target=_build, args=(folder, server, theirs))
+        self.process: BaseProcess = forks.Process(target=_build, args=(folder, server, theirs), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -163,17 +163,15 @@ class Killer:
         assert self.durations.keys() == {CHECKS, *STAGES}
         self.digests = _digests(folder)
 
-    def series(self, name: str, aims: Sequence[str], moments: random.Random, start: str = "") -> Series:
+    def series(self, name: str, aims: Sequence[str], moments: random.Random) -> Series:
         """Kill a build once in each of these stages, in turn, at random moments, about half of them at a change of a file; then let it end.
 
-        A stage that is done already by its turn loses its record, and is so made again. No more kills follow where the build ends before its moment.
-
-        Args:
-            start: the build begins where all stages before this one are done; by default the first one of `aims`.
+        It begins where all stages before the first one are done. A stage that is done already by its turn loses its record, and is so made again.
+        No more kills follow where the build ends before its moment.
         """
-        folder = self._folder(name, start or aims[0])
+        folder = self._folder(name, aims[0])
         done: list[Kill] = []
-        shutil.copytree(self.root / f"server-before-{start or aims[0]}", self.root / f"{name}-server")
+        shutil.copytree(self.root / f"server-before-{aims[0]}", self.root / f"{name}-server")
         with OllamaDouble(self.root / f"{name}-server") as server:
             for stage in aims:
                 for record in (folder / "build/oracle/stages").glob(f"{stage}*.json"):
