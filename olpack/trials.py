@@ -48,7 +48,7 @@ class Trial:
             memory: bytes that it may allocate, on Linux.
 
         Raises:
-            OlpackError: it takes more than that, or fails.
+            OlpackError: it takes more than that, or ends the worker.
         """
         assert self._worker.stdin and self._worker.stdout
         try:
@@ -86,7 +86,7 @@ def serve(attempt: Callable[[Any], None]) -> None:
     """In the worker: do what is asked, until nothing more is.
 
     Args:
-        attempt: does one thing. What it raises is the reason why that does not pass, after the subject.
+        attempt: does one thing. What it raises passes, because the process that asks raises it, too; except a panic, and MemoryError.
     """
     answers, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin.buffer:
@@ -99,8 +99,10 @@ def serve(attempt: Callable[[Any], None]) -> None:
             failure = ""
         except MemoryError:
             failure = _MEMORY
-        except BaseException as error:  # a panic of Rust is no Exception
-            failure = f"cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        except Exception:  # the process that asks gets the same one, and explains it
+            failure = ""
+        except BaseException as error:  # a panic in Rust
+            failure = f"fails: {(str(error).splitlines() or [type(error).__name__])[0]}"
         if hasattr(signal, "alarm"):
             signal.alarm(0)
         print(json.dumps(failure), file=answers, flush=True)
