@@ -83,7 +83,7 @@ def _steps(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _is_bounded(step: dict[str, Any]) -> bool:
-    kind = step.get("type")
+    kind, special = step.get("type"), step.get("special_tokens")
     if kind == "Split":
         pattern, text = _pattern(step)
         return pattern == "String" or all(one in _ALTERNATIVES for one in _alternatives(text))
@@ -93,11 +93,10 @@ def _is_bounded(step: dict[str, Any]) -> bool:
     if kind in ("Prepend", "Metaspace", "WordPiece", "BPEDecoder", "CTC", "Strip"):  # whose settings are texts
         return all(len(text) <= _SHORT for text in step.values() if isinstance(text, str))
     if kind == "TemplateProcessing":
-        return all(isinstance(step.get(name), list) and len(step[name]) <= _SHORT for name in ("single", "pair")) and all(
-            isinstance(token, dict) and isinstance(token.get("ids"), list) and len(token["ids"]) <= _SHORT
-            for token in (step.get("special_tokens") or {}).values()
-        )
-    return kind in _PLAIN
+        added = list(special.values()) if isinstance(special, dict) else [None]
+        ids = [token.get("ids") if isinstance(token, dict) else None for token in added]
+        return all(isinstance(part, list) and len(part) <= _SHORT for part in (step.get("single"), step.get("pair"), *ids))
+    return isinstance(kind, str) and kind in _PLAIN
 
 
 def _pattern(step: dict[str, Any]) -> tuple[str, str]:
