@@ -20,56 +20,61 @@ _MEMORY = "memory"
 
 
 class Trial:
-    """A worker that tries things.
+    """A worker that tries things, started by the first one.
 
     Args:
         module: of olpack, which calls `serve`.
-        arguments: of the module.
-        subject: what is tried, for the errors: "The tokenizer in models/x".
-        remedy: what to do if it does not pass.
     """
 
-    def __init__(self, module: str, *arguments: str, subject: str, remedy: str):
-        self._subject, self._remedy = subject, remedy
-        self._worker = subprocess.Popen(
-            workers.command(module, *arguments),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=workers.environment() | {"ARROW_DEFAULT_MEMORY_POOL": "system", "RUST_BACKTRACE": "0"},
-        )
+    def __init__(self, module: str):
+        self._module = module
+        self._worker: subprocess.Popen | None = None
 
-    def attempt(self, asked: Any, seconds: int, memory: int) -> None:
+    def attempt(self, asked: Any, subject: str, remedy: str, seconds: int, memory: int) -> None:
         """Have the worker do one thing.
 
         Args:
             asked: what it is, as a JSON value.
+            subject: what is tried, for the errors: "The tokenizer in models/x".
+            remedy: what to do if it does not pass.
             seconds: that it may take.
             memory: bytes that it may allocate, on Linux.
 
         Raises:
             OlpackError: it takes more than that, or ends the worker.
         """
-        assert self._worker.stdin and self._worker.stdout
+        worker = self._running()
+        assert worker.stdin and worker.stdout
         try:
-            self._worker.stdin.write(json.dumps([asked, seconds, memory]).encode() + b"\n")
-            self._worker.stdin.flush()
-            answer = self._worker.stdout.readline()
+            worker.stdin.write(json.dumps([asked, seconds, memory]).encode() + b"\n")
+            worker.stdin.flush()
+            answer = worker.stdout.readline()
         except BrokenPipeError:
             answer = b""
         except BaseException:  # Ctrl-C: the worker's next answer would be that to this question
             self.close()
             raise
-        failure = json.loads(answer) if answer.endswith(b"\n") else self._end(seconds)
+        failure = json.loads(answer) if answer.endswith(b"\n") else self._end(worker.wait(), seconds)
         if failure == _MEMORY:
             failure = f"takes more than {memory >> 20:,} MiB of memory"
         if failure:
             self.close()
-            raise OlpackError(f"{self._subject} {failure.rstrip('.')}.", self._remedy)
+            raise OlpackError(f"{subject} {failure.rstrip('.')}.", remedy)
 
-    def _end(self, seconds: int) -> str:
+    def _running(self) -> subprocess.Popen:
+        if self._worker is None or self._worker.poll() is not None:
+            self._worker = subprocess.Popen(
+                workers.command(self._module),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=workers.environment() | {"ARROW_DEFAULT_MEMORY_POOL": "system", "RUST_BACKTRACE": "0"},
+            )
+        return self._worker
+
+    @staticmethod
+    def _end(code: int, seconds: int) -> str:
         """Why a worker has ended without an answer."""
-        code = self._worker.wait()
         if code == -getattr(signal, "SIGALRM", 0):
             return f"takes longer than {seconds} s"
         if code == -signal.SIGABRT:  # an allocation that fails aborts a program in Rust
@@ -78,8 +83,10 @@ class Trial:
 
     def close(self) -> None:
         """End the worker."""
-        self._worker.kill()
-        self._worker.communicate()
+        if self._worker:
+            self._worker.kill()
+            self._worker.communicate()
+            self._worker = None
 
 
 def serve(attempt: Callable[[Any], None]) -> None:

@@ -43,6 +43,7 @@ _MOST_WHOLE = 1 << 30  # bytes of an array in JSON
 _TOGETHER = 64  # rows of a table that are unpacked together
 _SPACE = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder()
+_parquet_trial = Trial("olpack.data.parquet_worker")
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,9 +340,7 @@ def _try_parquet(path: Path, size: int, modified: int) -> None:
     Args:
         size, modified: the file's size in bytes and its modification time in ns. One that is not changed is tried once.
     """
-    trial = Trial("olpack.data.parquet_worker", subject=str(path), remedy=_UNPACKED)
-    trial.attempt(str(path), _TRIAL_S + (size >> 20), _TRIAL_MEMORY + 2 * size)
-    trial.close()
+    _parquet_trial.attempt(str(path.absolute()), str(path), _UNPACKED, _TRIAL_S + (size >> 20), _TRIAL_MEMORY + 2 * size)
 
 
 def parquet_records(path: Path) -> Iterator[Record]:

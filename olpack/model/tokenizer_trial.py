@@ -51,7 +51,7 @@ _SAMPLE = "".join(letter * _RUN + "\n" for letter in "aA1 .-_\t\u00e9\u4e2d") + 
     "Ab 12,345.67  \n\n\t  don't CamelCase_snake (x+y)==z; e\u0301 \u0938\u094d \U0001f469\u200d\U0001f4bb \r\n" * 4
 )
 
-_trials: WeakKeyDictionary[Any, Trial] = WeakKeyDictionary()
+_trials: WeakKeyDictionary[Any, TokenizerTrial] = WeakKeyDictionary()
 
 
 def needs_trial(tokenizer: dict[str, Any]) -> bool:
@@ -135,28 +135,44 @@ def _class_end(pattern: str, at: int) -> int:
     return at
 
 
-def start(folder: Path) -> Trial | None:
+class TokenizerTrial:
+    """The worker of one tokenizer.
+
+    Args:
+        folder: of the tokenizer.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder, self._trial = folder, Trial("olpack.model.tokenizer_worker")
+
+    def attempt(self, texts: Sequence[str], seconds: int, memory: int) -> None:
+        """Tokenize texts in the worker; it loads the tokenizer first.
+
+        Raises:
+            OlpackError: that takes too much time or memory.
+        """
+        remedy = "Take a base with another tokenizer, or its tokenizer.json as the model's publisher has it."
+        self._trial.attempt([str(self._folder.absolute()), list(texts)], f"The tokenizer in {self._folder}", remedy, seconds, memory)
+
+
+def start(folder: Path) -> TokenizerTrial | None:
     """Try a folder's tokenizer in a worker: it loads there, and tokenizes a short text.
 
     Returns:
         the worker, for more texts; None where the tokenizer needs none.
 
     Raises:
-        OlpackError: it does not load, or takes too much time or memory.
+        OlpackError: it takes too much time or memory.
     """
     file = folder / "tokenizer.json"
     if not file.is_file() or not needs_trial(read_object(file)):
         return None
-    trial = Trial(
-        "olpack.model.tokenizer_worker",
-        subject=f"The tokenizer in {folder}",
-        remedy="Take a base with another tokenizer, or its tokenizer.json as the model's publisher has it.",
-    )
-    trial.attempt([str(folder), [_SAMPLE, "a b\n  c", "a", ""]], _LOAD_S, _LOAD_MEMORY)
+    trial = TokenizerTrial(folder)
+    trial.attempt([_SAMPLE, "a b\n  c", "a", ""], _LOAD_S, _LOAD_MEMORY)
     return trial
 
 
-def belongs(trial: Trial | None, tokenizer: Any) -> None:
+def belongs(trial: TokenizerTrial | None, tokenizer: Any) -> None:
     """Have the texts of a tokenizer tried by this worker from now on."""
     if trial is not None:
         _trials[tokenizer] = trial
@@ -170,4 +186,4 @@ def attempt(tokenizer: Any, texts: Sequence[str]) -> None:
     """
     if trial := _trials.get(tokenizer):
         length = sum(map(len, texts))
-        trial.attempt([None, list(texts)], _LEAST_S + length // _CHARACTERS_PER_S, _MEMORY + length * _MEMORY_PER_CHARACTER)
+        trial.attempt(texts, _LEAST_S + length // _CHARACTERS_PER_S, _MEMORY + length * _MEMORY_PER_CHARACTER)

@@ -7,24 +7,23 @@ from typing import Any
 
 from olpack.trials import serve
 
-_loaded: list[Any] = []
+_loaded: dict[str, Any] = {}
 
 
-def attempt(asked: tuple[str | None, list[str]]) -> None:
-    """Load the tokenizer of a folder, if one is named, and tokenize texts."""
+def attempt(asked: tuple[str, list[str]]) -> None:
+    """Tokenize texts with the tokenizer of a folder, which is loaded once."""
+    from tokenizers import Tokenizer
+
     from olpack.model.base import load_untried
 
     folder, texts = asked
-    if folder is not None:
-        from tokenizers import Tokenizer
-
-        _loaded[:] = [load_untried(Path(folder))]
+    if folder not in _loaded:
         own = Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
         for text in texts:
             own.decode(own.encode(text).ids)
-    (tokenizer,) = _loaded
+        _loaded[folder] = load_untried(Path(folder))
     for special in (True, False):
-        tokenizer(texts, add_special_tokens=special, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
+        _loaded[folder](texts, add_special_tokens=special, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
 
 
 if __name__ == "__main__":
