@@ -62,6 +62,7 @@ def _alarm(seconds: float) -> Iterator[None]:
 
 @contextmanager
 def address_space(memory: int | None) -> Iterator[None]:
+    """Within the block this process, with its native code, allocates at most this many bytes more, on Linux. None: any number."""
     status = Path("/proc/self/statm")
     if memory is None or not status.is_file():
         yield
