@@ -5,16 +5,19 @@
 Builds the package of the tests once without a break, and then many times from the beginning of each stage; each of these builds is killed several
 times in that stage while it resumes, and ends in a run that is not killed. A kill comes after a random share of the time that the stage takes, or
 right behind a random change of a file's name. The parent alone gets the signal. Ends when every stage has its share of the kills, whatever else
-the machine does meanwhile. Prints Markdown and writes it to benchmarks/kills.md.
+the machine does meanwhile. Prints Markdown and writes it to benchmarks/kills.md, after each build. The same command goes on with a run that was
+broken off.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import sys
+import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,21 +34,27 @@ LEAST = 20  # kills in each stage
 
 def main() -> None:
     parser = command_line(__file__, __doc__)
-    parser.add_argument("--work", type=Path, required=True, help="an empty folder, with room for 300 MB")
+    parser.add_argument("--work", type=Path, required=True, help="an empty folder, with room for 300 MB, or that of an earlier run")
     parser.add_argument("--kills", type=int, default=120)
     parser.add_argument("--at-once", type=int, default=1, help="builds at once")
     arguments = parser.parse_args()
-    from killing import BETWEEN, CHECKS, STAGES, Killer
+    from killing import CHECKS, STAGES, Kill, Killer, Series
     from oracle import write_base
 
-    arguments.work.mkdir(parents=True)
-    killer = Killer(arguments.work, write_base(arguments.work / "base"))
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    record = arguments.work / "series.jsonl"
     made: list[Series] = []
+    for line in record.read_text().splitlines() if record.exists() else []:
+        saved = json.loads(line)
+        made.append(Series(**{**saved, "kills": [Kill(**kill) for kill in saved["kills"]]}))
+    root = Path(tempfile.mkdtemp(dir=arguments.work))
+    killer = Killer(root, write_base(root / "base"))
 
     def series(number: int, stage: str, kills: int) -> None:
-        done = killer.series(f"series-{number}", [stage] * kills, random.Random(number))
-        print(number, stage, done, file=sys.stderr, flush=True)
-        made.append(done)
+        made.append(done := killer.series(f"series-{number}", [stage] * kills, random.Random(number)))
+        with record.open("a") as file:
+            file.write(json.dumps(asdict(done)) + "\n")
+        publish(page(made), arguments.output)
 
     while True:
         counts = Counter(kill.stage for one in made for kill in one.kills)
@@ -56,11 +65,12 @@ def main() -> None:
         with ThreadPoolExecutor(arguments.at_once) as pool:
             numbers = range(len(made), len(made) + len(wanted))
             list(pool.map(series, numbers, wanted, [min(kills, PER_SERIES) for kills in wanted.values()]))
-        publish(page(made, (CHECKS, *STAGES, BETWEEN)), arguments.output)  # a run that is broken off has shown something, too
 
 
-def page(made: list[Series], places: Sequence[str]) -> list[str]:
+def page(made: list[Series]) -> list[str]:
     """The table: a row for each place in which kills came, and one for all."""
+    from killing import BETWEEN, CHECKS, STAGES
+
     kills: dict[str, list[tuple[Kill, Series]]] = defaultdict(list)
     for one in made:
         for kill in one.kills:
@@ -80,7 +90,7 @@ def page(made: list[Series], places: Sequence[str]) -> list[str]:
         "| killed in | kills | at a file | workers | alive 1 s later | broken files | unfinished files | resumed, same digests | left at the end |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for place in (*places, "all"):
+    for place in (CHECKS, *STAGES, BETWEEN, "all"):
         rows = [pair for name, pairs in kills.items() if place in (name, "all") for pair in pairs]
         same = sum(one.same and one.code == 0 for _, one in rows)
         numbers = (

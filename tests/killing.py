@@ -178,18 +178,18 @@ class Killer:
                     record.unlink()
                 build = Run(folder, server.url)
                 at_a_file = self.changes[stage] > 0 and moments.random() < 0.5
-                if not build.until(stage) or not self._aim(build, at_a_file, moments):
+                if not build.until(stage) or not (kill := self._aimed(build, at_a_file, moments)):
                     build.process.join()
                     break
-                done.append(self._kill(build, at_a_file))
+                done.append(kill)
             build = Run(folder, server.url)
             build.until("")
             same = _digests(folder) == self.digests and _served(server) == self.served
         assert build.process.exitcode is not None
         return Series(done, build.process.exitcode, same, [str(path) for path in (*_unfinished(folder), *(folder / "tmp").iterdir())])
 
-    def _aim(self, build: Run, at_a_file: bool, moments: random.Random) -> bool:
-        """Let a stage work until its moment has come; False where the build has ended before."""
+    def _aimed(self, build: Run, at_a_file: bool, moments: random.Random) -> Kill | None:
+        """Let a stage work until its moment has come, and kill the build; None where it has ended before."""
         stage = build.stage
         build.go_on()
         if at_a_file:
@@ -199,7 +199,9 @@ class Killer:
                     break
         else:
             time.sleep(moments.random() * self.durations[stage])
-        return build.process.exitcode is None
+        with suppress(psutil.NoSuchProcess):
+            return self._kill(build, at_a_file)
+        return None
 
     def _folder(self, name: str, stage: str = "") -> Path:
         folder = self.root / name
