@@ -1,0 +1,21 @@
+"""Hook of MkDocs: the site has the folders of the repository, so one relative link works on the site and in the repository.
+
+MkDocs reads one folder. The pages of this project are README.md and its neighbours, docs/ and benchmarks/, and they link to each other.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[1]
+PATTERNS = ("*.md", "docs/**/*.*", "benchmarks/*.md", "modelfiles/*/*.md", "olpack/assets/*/*.md", "LICENSE")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """The pages and pictures of the repository under their own paths, beside the files of the theme."""
+    own = [file for file in files if file.src_dir != config.docs_dir]
+    paths = sorted({path.relative_to(ROOT).as_posix() for pattern in PATTERNS for path in ROOT.glob(pattern) if path.is_file()})
+    return Files([*own, *(File.generated(config, path, abs_src_path=str(ROOT / path)) for path in paths)])
