@@ -3,7 +3,9 @@
 # make test-fast    those of the tests that train and export no model
 # make lint         ruff, mypy, and the imports between the rooms of olpack/
 # make docs         the generated pages of docs/reference/
-.PHONY: demo test test-fast lint docs install clean
+# make site         the documents as a site in build/site/; a broken link fails it
+# make links        checks links within the project, and lists those that lead to other hosts
+.PHONY: demo test test-fast lint docs site links install clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -32,7 +34,17 @@ lint: $(VENV)/.lint
 docs: install
 	$(VENV)/bin/python -m olpack.reference
 
+site: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet --config-file .ci/mkdocs.yml
+
+links: install
+	$(VENV)/bin/python .ci/links.py
+
 # Once for each set of versions, as the rest of the environment.
+$(VENV)/.docs: $(READY)
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[docs]'
+	touch $@
+
 $(VENV)/.lint: $(READY)
 	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[lint]'
 	touch $@

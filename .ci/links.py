@@ -13,6 +13,7 @@ import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -46,7 +47,7 @@ def anchors(text: str) -> set[str]:
     """The anchors of a page: its headings, and the names that its HTML gives."""
     found, seen = set(), Counter[str]()
     parsed = _PARSER.parse(text)
-    for opened, inline in zip(parsed, parsed[1:], strict=False):
+    for opened, inline in pairwise(parsed):
         if opened.type == "heading_open":
             title = "".join(child.content for child in inline.children or [] if child.type in ("text", "code_inline"))
             slug = re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")

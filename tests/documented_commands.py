@@ -10,6 +10,8 @@ from pathlib import Path
 
 from markdown_it import MarkdownIt
 
+ROOT = Path(__file__).parent.parent
+PAGES = [page for page in sorted([*ROOT.glob("README*.md"), *ROOT.glob("docs/**/*.md")]) if page.parent.name != "reference"]
 MARKS = ("needs", "file", "scene", "exit")
 # Programs whose lines make a block without `$` a block of commands.
 PROGRAMS = ("olpack", "ollama", "make", "pip", "pipx", "uv", "python", "python3", "git", "apt", "brew", "cd", "unzip", "docker", "curl", "cmake")
@@ -35,16 +37,22 @@ class Block:
     text: str = ""
     marks: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def runs(self) -> bool:
+        """Whether a test runs it."""
+        return "needs" not in self.marks and "file" not in self.marks
 
-def blocks(page: Path, root: Path) -> list[Block]:
+
+def blocks(page: Path) -> list[Block]:
     """The blocks of a page that have commands or marks.
 
     Raises:
         ValueError: a mark is misspelled, or has no block behind it.
     """
     found, marks = [], {}
+    name = page.relative_to(ROOT).as_posix() if page.is_relative_to(ROOT) else page.name
     for token in MarkdownIt("commonmark").enable("table").parse(page.read_text(encoding="utf-8")):
-        place = f"{page.relative_to(root).as_posix()}:{(token.map or [0])[0] + 1}"
+        place = f"{name}:{(token.map or [0])[0] + 1}"
         if token.type == "html_block":
             written = dict(_MARK.findall(token.content))
             if unknown := written.keys() - set(MARKS):
@@ -103,5 +111,5 @@ def appears(shown: str, printed: str) -> bool:
     def plain(line: str) -> str:
         return " ".join(re.sub(r"\d[\d,.]*", "0", re.sub(r"\b[kMGT]B\b", "B", line)).split())
 
-    pattern = re.compile(r".*".join(re.escape(plain(part)) for part in shown.split("…")).replace(r".*\ ", r".*\ ?"))
+    pattern = re.compile(r".*".join(re.escape(plain(part)) for part in shown.split("…")))
     return not plain(shown) or any(pattern.fullmatch(plain(line)) for line in printed.splitlines())

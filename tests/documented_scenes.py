@@ -123,6 +123,11 @@ def rows_with_tools(place: Workplace) -> None:
     (place.folder / "calls.jsonl").write_text(json.dumps({"tools": tools, "messages": turns}) + "\n")
 
 
+def ten_epochs(place: Workplace) -> None:
+    recipe = place.folder / "modelfiles/support/recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("epochs: 2\n", "epochs: 10\n").replace("batch_size: 16 ", "batch_size: 4 "))
+
+
 def model_in_a_folder(place: Workplace) -> None:
     shutil.copytree(place.base, place.folder / "models/Qwen3-0.6B")
 
@@ -141,6 +146,7 @@ SCENES: dict[str, Callable[[Workplace], object]] = {
     "1.2 MB of free space": little_space,
     "the server's disk is full": full_disk_of_the_server,
     "the server lost its models": without_the_tags,
+    "ten epochs in batches of four": ten_epochs,
     "rows with tool calls": rows_with_tools,
     "the base in a folder": model_in_a_folder,
     "a copy of earlier results": earlier_results,
