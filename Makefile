@@ -35,7 +35,7 @@ docs: install
 	$(VENV)/bin/python -m olpack.reference
 
 site: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet --config-file .ci/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --config-file .ci/mkdocs.yml
 
 links: install
 	$(VENV)/bin/python .ci/links.py

@@ -93,6 +93,15 @@ def answers_that_loop(place: Workplace) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def no_gpu(place: Workplace) -> Iterator[None]:
+    import torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
+
+
+@contextlib.contextmanager
 def little_space(place: Workplace) -> Iterator[None]:
     usage = shutil.disk_usage(place.folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -143,6 +152,7 @@ SCENES: dict[str, Callable[[Workplace], object]] = {
     "a base with a pre-tokenizer of its own": with_a_pre_tokenizer_of_its_own,
     "somebody registered the tag by hand": registered_by_hand,
     "the model repeats itself": answers_that_loop,
+    "no GPU": no_gpu,
     "1.2 MB of free space": little_space,
     "the server's disk is full": full_disk_of_the_server,
     "the server lost its models": without_the_tags,
