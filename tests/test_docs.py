@@ -20,6 +20,7 @@ from olpack.recipe import Recipe, json_schema
 
 _UsageError = typer.BadParameter.__base__  # of the click that typer brings
 _OLLAMA = {"create", "list", "pull", "ps", "rm", "run", "serve", "show", "stop"}
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", reference.pages())
@@ -74,6 +75,86 @@ def test_the_readme_names_every_verb_and_no_other():
     assert named == set(get_command(cli.app).commands)
 
 
+def _section(text, title):
+    return text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def _rows(text):
+    """The cells of the first table in a text, row by row, its title first."""
+    lines = text[text.index("\n|") + 1 :].partition("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split(" |")] for line in lines if not line.startswith("| ---")]
+
+
+def test_the_readme_has_two_screens():
+    assert sum(not line.startswith("|") for line in README.splitlines()) <= 110
+
+
+def test_the_quick_start_is_what_the_makefile_and_ci_have():
+    targets = re.findall(r"^    make (\w+)", README, re.MULTILINE)
+    assert targets == ["demo", "test"]
+    assert all(re.search(rf"^{target}: install$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE) for target in targets)
+    assert "make test" in (ROOT / ".ci/run").read_text(encoding="utf-8").split("\n")
+
+
+def test_each_cell_of_the_comparison_has_a_source():
+    text = (ROOT / "docs/comparison.md").read_text(encoding="utf-8")
+    overview = _rows(text)
+    tools = overview[0][1:]
+    assert len(tools) == 7 and len(overview) > 12
+    for title, *cells in overview[1:]:
+        rows = _rows(_section(text, re.fullmatch(r"\[(.+)\]\(#.+\)", title)[1]))[1:]
+        assert [row[0] for row in rows] == tools, title
+        for cell, (tool, long, source) in zip(cells, rows, strict=True):
+            assert long.partition(":")[0] == cell, (title, tool)
+            assert re.search(r"\]\(https://|`(olpack|python|make) " if tool != "olpack" else r"`(olpack|python|make) |\]\(", source), (title, tool)
+    assert _rows(_section(README, "Beside other tools")) == _rows(text.replace("](#", "](docs/comparison.md#"))
+
+
+def test_the_figures_of_the_readme_are_on_their_pages():
+    rows = _rows(_section(README, "Figures"))[1:]
+    assert len(rows) > 4
+    for what, figure, measured, command in rows:
+        page = (ROOT / re.search(r"\]\((.+?)\)", measured)[1]).read_text(encoding="utf-8")
+        for number in re.findall(r"\d min \d+ s|\d[\d,.]*\d", figure):
+            assert number in page, f"{what}: {number}"
+        date = re.match(r"\d{4}-\d\d-\d\d", measured)[0]
+        assert date in page, what
+        script = re.match(r"`(?:python ([^\s`]+)|make \w+)", command)[1]
+        assert script is None or (ROOT / script).is_file(), command
+
+
+def test_the_quants_of_the_readme_are_those_of_their_page():
+    page = {row[0]: row for row in _rows((ROOT / "docs/quants.md").read_text(encoding="utf-8"))}
+    for name, _, bits, lost, *_ in _rows(_section(README, "Which quant"))[1:]:
+        assert name.startswith("`{budget") or (bits, lost) == (page[name][1], page[name][3]), name
+
+
+def test_each_claim_names_a_check_that_is_there():
+    rows = _rows((ROOT / "docs/claims.md").read_text(encoding="utf-8"))[1:]
+    assert len(rows) > 15
+    for claim, check in rows:
+        files = re.findall(r"(?:benchmarks|tests)/\w+\.py", check)
+        assert files or "`olpack " in check, claim
+        assert all((ROOT / file).is_file() for file in files), check
+
+
+def test_every_variable_that_olpack_reads_is_documented():
+    page = (ROOT / "docs/files.md").read_text(encoding="utf-8")
+    read = {
+        name
+        for path in ROOT.glob("olpack/**/*.py")
+        for name in re.findall(r'environ\.get\("(\w+)"|^VARIABLE = "(\w+)"', path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    names = {one or other for one, other in read} - {"PYTHONPATH"}
+    assert len(names) > 6 and all(f"`{name}`" in page for name in names), names
+
+
+def test_the_picture_of_the_terminal_fetches_nothing():
+    picture = (ROOT / "docs/build.svg").read_text(encoding="utf-8")
+    assert "Recommended" in picture.replace("&#160;", " ")
+    assert not re.search(r"@font-face|<script|<image|href=|url\((?!#)", picture)
+
+
 def test_help_shows_the_first_sentence_of_each_command_whole(tmp_path):
     for words in ([], ["data"]):
         commands = olpack(tmp_path, *words, "--help", columns=80)[1].partition("Commands:")[2].strip().splitlines()
@@ -116,7 +197,7 @@ def _olpack() -> typer.core.TyperGroup:
 
 
 def _unparsed(words: list[str], whole: bool) -> str:
-    """What is wrong with an olpack command line, "" if nothing is. In a sentence an argument may be missing, or its value a placeholder."""
+    """What is wrong with an olpack command line, "" if nothing is. In a sentence only names have to exist."""
     command, context = _olpack(), None
     try:
         while command is not None:
@@ -127,7 +208,7 @@ def _unparsed(words: list[str], whole: bool) -> str:
     except typer.Exit:
         return ""
     except _UsageError as error:
-        return error.format_message() if whole or not isinstance(error, typer.BadParameter) else ""
+        return error.format_message() if whole or error.format_message().startswith("No such") else ""
     finally:
         progress.use("lines")
     return ""
