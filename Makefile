@@ -4,7 +4,9 @@
 # make test-slow    what takes an hour: builds that are killed, long fuzzing, and the tables of hostile inputs, in build/test-slow
 # make lint         ruff, mypy, and the imports between the rooms of olpack/
 # make docs         the generated pages of docs/reference/
-.PHONY: demo test test-fast test-slow lint docs install clean
+# make site         the documents as a site in build/site/; a broken link fails it
+# make links        checks links within the project, and lists those that lead to other hosts
+.PHONY: demo test test-fast test-slow lint docs site links install clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -41,7 +43,17 @@ lint: $(VENV)/.lint
 docs: install
 	$(VENV)/bin/python -m olpack.reference
 
+site: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --config-file .ci/mkdocs.yml
+
+links: install
+	$(VENV)/bin/python .ci/links.py
+
 # Once for each set of versions, as the rest of the environment.
+$(VENV)/.docs: $(READY)
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[docs]'
+	touch $@
+
 $(VENV)/.lint: $(READY)
 	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[lint]'
 	touch $@
