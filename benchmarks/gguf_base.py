@@ -45,6 +45,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from gguf_models import MODELS, QUANTS, has_experts, llama_cpps, make, ours
 
 BASE = "builtin/smollm2-135m"
+SCORED = 12  # held-out rows
 MERGED = ["Q4_0", "Q4_1", "Q4_K_M", "Q8_0"]
 
 
@@ -53,6 +54,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="a folder that keeps what is done, with room for 3 GB")
     parser.add_argument("--only", choices=["logits", "served"], help="one of the two tables")
     parser.add_argument("--rows", type=int, default=96, help="training rows of the second table")
+    parser.add_argument("--threads", type=int, help="of llama.cpp; all cores by default")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
     arguments = parser.parse_args()
     progress.use("quiet")
@@ -64,7 +66,10 @@ def main() -> None:
         base = resolve(BASE, relative_to=Path())
         original = unpacked(base, arguments.work / "original")
         for name, source in (("blocks", BASE), ("nf4", str(original))):
-            kept(arguments.work / f"served-{name}.json", lambda name=name, source=source: serve(arguments.work / name, source, arguments.rows))
+            kept(
+                arguments.work / f"served-{name}.json",
+                lambda name=name, source=source: serve(arguments.work / name, source, arguments.rows, arguments.threads),
+            )
     write(arguments.work, arguments.output)
 
 
@@ -105,7 +110,7 @@ def unpacked(base: Base, folder: Path) -> Path:
     return folder.absolute()
 
 
-def serve(folder: Path, base: str, rows: int) -> dict:
+def serve(folder: Path, base: str, rows: int, threads: int | None) -> dict:
     """Train on a base, and compare what is served with it. One row for each file of the second table."""
     package = folder / "modelfiles/served"
     package.mkdir(parents=True, exist_ok=True)
@@ -125,7 +130,7 @@ def serve(folder: Path, base: str, rows: int) -> dict:
     run(build, "train")
     run(build, "export")
     trained = records.result(build.paths, "train")
-    _, held_out = build.rows
+    held_out = build.rows[1][:SCORED]
     reference = forward(build, held_out)
     files = {f"merged {quant}": (build.paths.gguf(quant), None) for quant in MERGED}
     if build.base.gguf is not None:
@@ -134,7 +139,7 @@ def serve(folder: Path, base: str, rows: int) -> dict:
         files = {"adapter on the file": (build.base.source, adapter), "the file without its adapter": (build.base.source, None), **files}
     row = {"before": trained["eval_loss_before"], "after": trained["eval_loss_after"], "seconds": trained["seconds"], "files": {}}
     for name, (file, adapter) in files.items():
-        tokens = divergences(file, adapter, held_out, reference)
+        tokens = divergences(file, adapter, held_out, reference, threads)
         row["files"][name] = {
             "kl": float(tokens.mean()),
             "error": float(tokens.std() / np.sqrt(len(tokens))),
@@ -156,9 +161,9 @@ def forward(build: Build, rows: list[TokenRow]) -> list[np.ndarray]:
     return found
 
 
-def divergences(file: Path, adapter: Path | None, rows: list[TokenRow], reference: list[np.ndarray]) -> np.ndarray:
+def divergences(file: Path, adapter: Path | None, rows: list[TokenRow], reference: list[np.ndarray], threads: int | None) -> np.ndarray:
     """KL divergence of a served file from the reference at each target token, in nats."""
-    with Engine(file, max(len(row.ids) for row in rows) + 1, adapter=adapter) as engine:
+    with Engine(file, max(len(row.ids) for row in rows) + 1, threads, adapter=adapter) as engine:
         found = [np.stack([logits.copy() for _, logits in engine.scored(row.ids, row.loss_mask)]) for row in rows]
     return np.concatenate([divergence(one, other) for one, other in zip(reference, found, strict=True)])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tiny_models import write_model, write_sentencepiece
+from tiny_models import write_fast_sentencepiece, write_model, write_sentencepiece
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,6 +41,19 @@ MODELS = {
             },
         },
     ),
+    "gemma4-sentencepiece": (
+        "gemma4_text",
+        {
+            "num_hidden_layers": 6,
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "sliding_window": 16,
+            "global_head_dim": 128,
+            "hidden_size_per_layer_input": 64,
+            "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+            "final_logit_softcapping": 30.0,
+        },
+    ),
     "phi3-sentencepiece": (
         "phi3",
         {
@@ -69,10 +82,15 @@ def make(folder: Path, name: str) -> Path:
 
         write_sentencepiece(folder / "vocabulary")
         size = sentencepiece.SentencePieceProcessor(str(folder / "vocabulary/tokenizer.model")).get_piece_size()
+        if kind == "gemma4_text":  # of which the converter reads tokenizer.json
+            size = write_fast_sentencepiece(folder / "vocabulary", [])
+            settings = {**settings, "vocab_size_per_layer_input": size}
         settings = {**settings, "vocab_size": size, "bos_token_id": 1, "eos_token_id": 2}
     source = write_model(folder / "model", kind, dtype="float32", **settings)
     if name.endswith("sentencepiece"):
         write_sentencepiece(source)
+        if kind == "gemma4_text":
+            write_fast_sentencepiece(source, [])
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -81,6 +99,8 @@ def make(folder: Path, name: str) -> Path:
     for name, weight in weights.items():
         if weight.ndim < 2:
             weight.add_(0.2 * torch.randn_like(weight))
+            if kind == "gemma4_text" and name.endswith(("q_norm.weight", "k_norm.weight")):
+                weight.mul_(0.35)  # its scores are not scaled otherwise, and large ones make much of a rounded cache
         elif "embed" not in name:  # scores of experts far apart, so that few tokens change theirs by rounding
             weight.mul_(32 if name.endswith(("router.weight", "mlp.gate.weight")) else 4)
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 QUANTIZED_AS = "gguf"  # the `quant_method` of its config
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
+_FOLDER = "Take the model's folder as base."
 _ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
@@ -70,6 +71,19 @@ class Weight:
     def in_blocks(self) -> bool:
         """Whether the rows of the file are those of the parameter, in whatever order, so that it can stay in blocks."""
         return self.form == "plain" and not self.offset
+
+    def shape(self, base: GgufBase) -> tuple[int, ...]:
+        """Of the parameter."""
+        first = base.tensors[self.tensors[0]].shape
+        if self.form == "gate_up":
+            return (first[0], 2 * first[1], *first[2:])
+        if self.form == "interleaved":
+            return (first[0], *first[2:], 2 * first[1])
+        if self.form == "transposed":
+            return (first[0], first[2], first[1])
+        if self.form == "row":
+            return (1, *first)
+        return (first[0], 1, *first[1:]) if self.form == "convolution" else first
 
     def rows(self, values: torch.Tensor) -> torch.Tensor:
         """The rows of the file's weights or blocks, in the order of transformers."""
@@ -134,7 +148,7 @@ def _architecture(base: GgufBase) -> Architecture:
         )
     found = ARCHITECTURES[base.architecture]
     if found.model_type == "llama" and base.integer("expert_count"):
-        raise OlpackError(f"'{base.paths[0]}' is a Mixtral, on whose GGUF files olpack does not train.", "Take the model's folder as base.")
+        raise OlpackError(f"'{base.paths[0]}' is a Mixtral, on whose GGUF files olpack does not train.", _FOLDER)
     return found
 
 
@@ -159,7 +173,7 @@ def _common(base: GgufBase) -> dict[str, Any]:
     return {
         "vocab_size": _tensor_shape(base, _EMBEDDING)[0],
         "hidden_size": _needed(base, "embedding_length"),
-        "intermediate_size": base.integer("feed_forward_length"),
+        "intermediate_size": _most(base, "feed_forward_length"),
         "num_hidden_layers": _needed(base, "block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": _kv_heads(base),
@@ -175,11 +189,13 @@ def _common(base: GgufBase) -> dict[str, Any]:
 
 
 def _kv_heads(base: GgufBase) -> int:
-    """Heads of keys and values; where each layer has its own, the most."""
-    of_layers = base.lists.get(f"{base.architecture}.attention.head_count_kv")
-    if of_layers:
-        return int(max(of_layers))
-    return base.integer("attention.head_count_kv") or _needed(base, "attention.head_count")
+    return _most(base, "attention.head_count_kv") or _needed(base, "attention.head_count")
+
+
+def _most(base: GgufBase, key: str) -> int | None:
+    """An integer among the keys of the architecture; where each layer has its own, the largest."""
+    of_layers = base.lists.get(f"{base.architecture}.{key}")
+    return int(max(of_layers)) if of_layers else base.integer(key)
 
 
 def head_dim(base: GgufBase) -> int:
@@ -197,7 +213,7 @@ def _rope(base: GgufBase) -> dict[str, Any]:
     if kind in (None, "none", "longrope") or not factor:
         return rope
     if kind not in ("linear", "yarn"):
-        raise OlpackError(f"'{base.paths[0]}' scales rotary embeddings by '{kind}', which olpack does not read.", "Take the model's folder as base.")
+        raise OlpackError(f"'{base.paths[0]}' scales rotary embeddings by '{kind}', which olpack does not read.", _FOLDER)
     rope |= {"rope_type": kind, "factor": factor}
     if kind == "yarn":
         rope |= {
@@ -209,7 +225,10 @@ def _rope(base: GgufBase) -> dict[str, Any]:
 
 
 def rope_factors(base: GgufBase) -> torch.Tensor | None:
-    """By what each inverse frequency of the rotary embedding is divided, float32 [pairs]; None where the file has no such factors."""
+    """By what each inverse frequency of the rotary embedding is divided, float32 [pairs]; None where the file has no such factors, or its config
+    has them."""
+    if base.architecture == "gemma4":
+        return None
     return base.dequantized(_ROPE_FACTORS[0]) if _ROPE_FACTORS[0] in base.tensors else None
 
 
@@ -258,6 +277,42 @@ def _gemma2(base: GgufBase) -> dict[str, Any]:
 def _gemma3(base: GgufBase) -> dict[str, Any]:
     local = {"rope_type": "default", "rope_theta": base.number("rope.freq_base_swa") or 10_000.0}
     return {**_gemma(base, 6, 62), "rope_parameters": {"full_attention": _rope(base), "sliding_attention": local}}
+
+
+def _gemma4(base: GgufBase) -> dict[str, Any]:
+    """Its layers differ: those with the whole context have heads of their own size, of which the rotary embedding turns a part; the last ones use the
+    keys and values of earlier ones; the feed-forward layers of these may be twice as wide."""
+    layers, name = _needed(base, "block_count"), base.architecture
+    if base.integer("expert_count"):
+        raise OlpackError(f"'{base.paths[0]}' is a Gemma 4 with experts, on whose GGUF files olpack does not train.", _FOLDER)
+    pattern = base.lists.get(f"{name}.attention.sliding_window_pattern", ())
+    kv_heads = base.lists.get(f"{name}.attention.head_count_kv") or (_kv_heads(base),) * layers
+    widths = base.lists.get(f"{name}.feed_forward_length") or (_needed(base, "feed_forward_length"),)
+    full = [layer for layer, sliding in enumerate(pattern) if not sliding]
+    if len(pattern) != layers or len(kv_heads) != layers or not 0 < len(full) < layers or _ROPE_FACTORS[0] not in base.tensors:
+        raise OlpackError(f"'{base.paths[0]}' does not describe the attention of each of its {layers} layers.", "Download or make it again.")
+    turned = int((base.dequantized(_ROPE_FACTORS[0]) == 1).sum())
+    theta = {"rope_theta": base.number("rope.freq_base") or 1e6}
+    return {
+        "rms_norm_eps": _epsilon(base),
+        "intermediate_size": int(widths[0]),
+        "use_double_wide_mlp": len(set(widths)) > 1,
+        "num_key_value_heads": int(next(heads for heads, sliding in zip(kv_heads, pattern, strict=True) if sliding)),
+        "num_global_key_value_heads": int(kv_heads[full[0]]),
+        "head_dim": _needed(base, "attention.key_length_swa"),
+        "global_head_dim": head_dim(base),
+        "attention_k_eq_v": f"blk.{full[0]}.attn_v.weight" not in base.tensors,
+        "num_kv_shared_layers": base.integer("attention.shared_kv_layers") or 0,
+        "hidden_size_per_layer_input": base.integer("embedding_length_per_layer_input") or 0,
+        "vocab_size_per_layer_input": _tensor_shape(base, _EMBEDDING)[0],
+        "sliding_window": _needed(base, "attention.sliding_window"),
+        "layer_types": ["sliding_attention" if sliding else "full_attention" for sliding in pattern],
+        "final_logit_softcapping": base.number("final_logit_softcapping"),
+        "rope_parameters": {
+            "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 2 * turned / head_dim(base), **theta},
+            "sliding_attention": {"rope_type": "default", "rope_theta": base.number("rope.freq_base_swa") or 10_000.0},
+        },
+    }
 
 
 def _phi3(base: GgufBase) -> dict[str, Any]:
@@ -334,6 +389,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen3": Architecture("Qwen3", "qwen3", "Qwen3ForCausalLM", _qwen),
     "gemma2": Architecture("Gemma 2", "gemma2", "Gemma2ForCausalLM", _gemma2, norm_offset=1),
     "gemma3": Architecture("Gemma 3 (text)", "gemma3_text", "Gemma3ForCausalLM", _gemma3, norm_offset=1),
+    "gemma4": Architecture("Gemma 4 without experts (text)", "gemma4_text", "Gemma4ForCausalLM", _gemma4),
     "phi3": Architecture("Phi-3, Phi-4", "phi3", "Phi3ForCausalLM", _phi3),
     "starcoder2": Architecture("StarCoder2", "starcoder2", "Starcoder2ForCausalLM", _starcoder2),
     "nemotron": Architecture("Nemotron, Minitron", "nemotron", "NemotronForCausalLM", _nemotron, norm_offset=1),
@@ -370,23 +426,30 @@ def weights_of(base: GgufBase, model: PreTrainedModel) -> dict[str, Weight]:
     number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == base.architecture)
     names = gguf.get_tensor_name_map(number, _needed(base, "block_count"))
     weights: dict[str, Weight] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in _tensors(model).items():
         weight = weights[name] = _weight(base, found, name, names)
         for tensor in weight.tensors:
             if tensor not in base.tensors:
                 raise OlpackError(f"'{base.paths[0]}' has no tensor '{tensor}', which is '{name}' in transformers.", "Download or make it again.")
-        stored = _shape(weight, [base.tensors[tensor].shape for tensor in weight.tensors])
+        stored = weight.shape(base)
         if stored != tuple(parameter.shape):
             raise OlpackError(
                 f"'{base.paths[0]}' has '{weight.tensors[0]}' for {list(stored)}, and {found.class_name} needs {list(parameter.shape)}.",
-                "Take the model's folder as base.",
+                _FOLDER,
             )
     used = {tensor for weight in weights.values() for tensor in weight.tensors}
-    if unused := base.tensors.keys() - used - set(_ROPE_FACTORS):
-        raise OlpackError(
-            f"'{base.paths[0]}' has '{min(unused)}', which {found.class_name} of transformers has not.", "Take the model's folder as base."
-        )
+    shared = getattr(model.config, "num_kv_shared_layers", 0)  # published files have keys and values of these layers, which nothing reads
+    first = model.config.num_hidden_layers - shared
+    unread = {f"blk.{layer}.attn_{one}.weight" for layer in range(first, first + shared) for one in ("k", "v", "k_norm")}
+    if unused := base.tensors.keys() - used - set(_ROPE_FACTORS) - unread:
+        raise OlpackError(f"'{base.paths[0]}' has '{min(unused)}', which {found.class_name} of transformers has not.", _FOLDER)
     return weights
+
+
+def _tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Parameters, shared ones once, and the buffers that a checkpoint has."""
+    stored = model.state_dict()
+    return {**dict(model.named_parameters()), **{name: buffer for name, buffer in model.named_buffers() if name in stored}}
 
 
 def tensor_headers(base: GgufBase) -> dict[str, TensorHeader]:
@@ -394,7 +457,7 @@ def tensor_headers(base: GgufBase) -> dict[str, TensorHeader]:
     from olpack.model.shape import MetaModel
 
     model = MetaModel(config_of(base), str(base.paths[0])).module
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()}
     found = {name: base.tensors[weight.tensors[0]] for name, weight in weights_of(base, model).items()}
     return {name: TensorHeader(tensor.type.name, shapes[name], tensor.path) for name, tensor in found.items()}
 
@@ -412,10 +475,10 @@ def _weight(base: GgufBase, architecture: Architecture, name: str, names: Any) -
             return Weight((f"blk.{layer}.ffn_down_exps.{end}",), form="transposed" if oss and not bias else "plain")
         both = (f"blk.{layer}.ffn_gate_exps.{end}", f"blk.{layer}.ffn_up_exps.{end}")
         return Weight(both, form="interleaved" if oss else "gate_up")
-    named = f"{name}.weight" if name.endswith(".sinks") else name  # as llama.cpp's converter names it
+    named = f"{name}.weight" if name.endswith((".sinks", ".layer_scalar")) else name  # as llama.cpp's converter names it
     tensor = names.get_name(named, try_suffixes=(".weight", ".bias"))
     if tensor is None:
-        raise OlpackError(f"'{base.paths[0]}' has no tensor for '{name}' of {architecture.class_name}.", "Take the model's folder as base.")
+        raise OlpackError(f"'{base.paths[0]}' has no tensor for '{name}' of {architecture.class_name}.", _FOLDER)
     if architecture.permuted and ".attn_q." in tensor:
         return Weight((tensor,), heads=_needed(base, "attention.head_count"))
     if architecture.permuted and ".attn_k." in tensor:
@@ -425,20 +488,6 @@ def _weight(base: GgufBase, architecture: Architecture, name: str, names: Any) -
     if tensor.endswith(".ffn_gate_inp_shexp.weight"):
         return Weight((tensor,), form="row")
     return Weight((tensor,), form="convolution" if ".shortconv.conv." in tensor else "plain")
-
-
-def _shape(weight: Weight, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """Of the parameter, from those of its tensors."""
-    first = shapes[0]
-    if weight.form == "gate_up":
-        return (first[0], 2 * first[1], *first[2:])
-    if weight.form == "interleaved":
-        return (first[0], *first[2:], 2 * first[1])
-    if weight.form == "transposed":
-        return (first[0], first[2], first[1])
-    if weight.form == "row":
-        return (1, *first)
-    return (first[0], 1, *first[1:]) if weight.form == "convolution" else first
 
 
 if __name__ == "__main__":

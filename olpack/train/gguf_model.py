@@ -8,6 +8,7 @@ llama.cpp's converter permuted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -120,5 +121,5 @@ def frozen_bytes(base: GgufBase) -> int:
     frozen = _frozen(meta, weights)
     for name, weight in weights.items():
         in_blocks = sum(base.tensors[tensor].nbytes for tensor in weight.tensors)
-        total += in_blocks if name in frozen else _BYTES * meta.module.get_parameter(name).numel()
+        total += in_blocks if name in frozen else _BYTES * math.prod(weight.shape(base))
     return total
