@@ -15,6 +15,7 @@ from typing import Any
 
 from olpack.bounded_json import check_regular
 from olpack.errors import OlpackError
+from olpack.installed import optional
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 TOO_DEEP = "nested too deeply"
@@ -263,7 +264,7 @@ def _header_problem(header: list[str], delimiter: str) -> str:
 
 
 def _parquet(path: Path) -> Iterator[Record]:
-    import pyarrow
+    pyarrow = optional("pyarrow", "Parquet files", "data", "pyarrow")
     from pyarrow.parquet import ParquetFile
 
     try:

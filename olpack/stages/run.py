@@ -25,7 +25,10 @@ def run(build: Build, only: str | None = None) -> list[Step]:
     Raises:
         OlpackError: a check failed (before any work), a stage failed, or a stage that `only` needs is stale.
     """
-    stale = [step for step in all_steps(build) if step.stale]
+    steps = all_steps(build)
+    for step in steps:
+        progress.detail(f"{step.unit}: {step.reason or 'up to date'}")
+    stale = [step for step in steps if step.stale]
     stages = STAGES
     if only is not None:
         stages = (stage_of(only),)
