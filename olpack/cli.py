@@ -65,7 +65,7 @@ def _matching_packages(incomplete: str) -> list[str]:
 def _matching_quants(incomplete: str) -> list[str]:
     from olpack.quants import QUANT_TYPES
 
-    return [name for name in QUANT_TYPES if name.startswith(incomplete.upper())]
+    return [name for name in QUANT_TYPES if name.startswith(incomplete)]
 
 
 def _matching_stages(incomplete: str) -> list[str]:
@@ -425,9 +425,7 @@ def deploy(
 def compare(
     names: Annotated[
         list[str],
-        typer.Argument(
-            metavar="NAME", help="A package, or tags of any models on the server.", show_default=False, autocompletion=_matching_packages
-        ),
+        typer.Argument(metavar="NAME", help="A package, or tags of any models on the server.", show_default=False, autocompletion=_matching_packages),
     ],
     settings: Set = None,
     quant: Quant = None,

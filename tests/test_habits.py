@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from oracle import olpack
 from snapshots import make_workspace
 
 from olpack import progress
+from olpack.commands.doctor import Finding, print_findings
+from olpack.export.job import ExportedFile
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,6 +35,7 @@ def child(folder: Path, *words: str, **variables: str) -> subprocess.CompletedPr
 
 @pytest.mark.parametrize("words", [["--quiet", "init"], ["init", "-q"]])
 def test_quiet_prints_the_result_alone(tmp_path, words):
+    (tmp_path / "rows.jsonl").write_text('{"messages": []}\n')
     options = ["mine", "--base", "builtin/tiny-coder", "--train", "rows.jsonl"]
     assert olpack(tmp_path, *words, *options) == (0, "modelfiles/mine/recipe.yaml\n", "")
 
@@ -62,18 +66,24 @@ def test_what_follows_two_dashes_is_no_option(tmp_path):
     assert code == 1 and "--quiet" in error
 
 
-def test_no_colour_where_none_is_wanted(tmp_path, monkeypatch):
+def test_no_colour_where_none_is_wanted(tmp_path, capsys, monkeypatch):
     make_workspace(tmp_path)
+    findings = [Finding("torch", "broken", "not installed", "install it"), Finding("disk", "ready", "much")]
+    colour = re.compile(r"\x1b\[[\d;]*(?:3[0-8]|4[0-8]|9\d|10\d)[;m]")
     monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    print_findings(findings)
+    assert colour.search(capsys.readouterr().out)
     monkeypatch.setenv("NO_COLOR", "1")
-    for words in (["list"], ["recommend", "--params", "1B"], ["estimate", "--params", "1B"]):
-        code, printed, error = olpack(tmp_path, *words)
-        assert code == 0 and not re.search(r"\x1b\[[\d;]*(?:3[0-8]|4[0-8]|9\d|10\d)[;m]", printed + error), words
+    print_findings(findings)
+    assert not colour.search(capsys.readouterr().out)
+    assert not colour.search("".join(olpack(tmp_path, "list")[1:]))
 
 
 def test_python_m_olpack_completes_commands_packages_and_values(tmp_path):
     make_workspace(tmp_path)
-    for line, found in (("olpack bui", "build"), ("olpack build sup", "support"), ("olpack build x --quant q4_k", "Q4_K_M"), ("olpack build x --only d", "deploy")):
+    expected = {"olpack bui": "build", "olpack build sup": "support", "olpack build x --quant Q4_K": "Q4_K_M", "olpack build x --only d": "deploy"}
+    for line, found in expected.items():
         completed = child(tmp_path, _OLPACK_COMPLETE="complete_bash", COMP_WORDS=line, COMP_CWORD=str(len(line.split()) - 1))
         assert found in completed.stdout.split() and not completed.stderr, line
     assert "_OLPACK_COMPLETE=complete_zsh" in child(tmp_path, _OLPACK_COMPLETE="source_zsh").stdout
@@ -84,11 +94,9 @@ def test_the_page_for_programs_lists_the_keys_of_each_result(tmp_path):
     page = (ROOT / "AGENTS.md").read_text(encoding="utf-8")
     documented = {command: re.findall(r"`(\w+)`", keys) for command, keys in re.findall(r"^\| `olpack ([a-z ]+)` \| (.+?) \|$", page, re.MULTILINE)}
     make_workspace(tmp_path)
-    size = ["--params", "1B"]
-    for words in (["list"], ["estimate", *size], ["recommend", *size]):
-        code, printed, _ = olpack(tmp_path, *words, "--json", "--quiet")
-        value = json.loads(printed)
-        assert code == 0 and list(value[0] if isinstance(value, list) else value) == documented[words[0]], words
+    assert list(json.loads(olpack(tmp_path, "list", "--json")[1])[0]) == documented["list"]
+    assert list(vars(Finding("part", "ready", "detail"))) == documented["doctor"]
+    assert [field.name for field in fields(ExportedFile)] == documented["quantize"]
     reference = (ROOT / "docs/reference/commands.md").read_text(encoding="utf-8")
     sections = re.findall(r"^## olpack ([a-z ]+)\n(.*?)(?=^## |\Z)", reference, re.MULTILINE | re.DOTALL)
     assert {name for name, text in sections if "`--json`" in text} == set(documented)

@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 
 from olpack import installed
 from olpack.data.hub import HubSet
-from olpack.data.records import records
+from olpack.data.records import read_records
 from olpack.errors import OlpackError
 from olpack.llamacpp.source import ARCHIVE_SHA256
 from olpack.workspace import file_digest
@@ -169,7 +169,7 @@ def test_a_missing_extra_is_one_error_with_the_command(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (path := tmp_path / "rows.parquet").write_bytes(b"PAR1")
     with pytest.raises(OlpackError, match=r"Parquet files need the package pyarrow.*-m pip install pyarrow \(or olpack\[data\]\)"):
-        list(records(path))
+        list(read_records(path))
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(OlpackError, match=r"Data sets of the Hub need the package datasets.*-m pip install datasets"):
         list(HubSet("me/set").rows())
