@@ -17,13 +17,13 @@ def install_command(*words: str) -> str:
     return shlex.join([*(pip or [sys.executable, "-m", "pip", "install"]), *words])
 
 
-def optional(module: str, subject: str, extra: str, package: str) -> ModuleType:
-    """Import a module that one of olpack's extras installs.
+def optional(module: str, subject: str) -> ModuleType:
+    """Import a module of a package of the same name that only an extra of olpack installs.
+
+    The error names the package and not the extra: the package index has another project of the name olpack.
 
     Args:
         subject: what needs it, as the subject of a sentence, in the plural: "Parquet files".
-        extra: the extra of olpack that has it.
-        package: what is installed where it is missing.
 
     Raises:
         OlpackError: it is not installed.
@@ -31,6 +31,4 @@ def optional(module: str, subject: str, extra: str, package: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError:
-        raise OlpackError(
-            f"{subject} need the package {package}, which is not installed.", f"Install it: {install_command(package)} (or olpack[{extra}])."
-        ) from None
+        raise OlpackError(f"{subject} need the package {module}, which is not installed.", f"Install it: {install_command(module)}") from None

@@ -80,7 +80,7 @@ class HubSet:
 @contextmanager
 def _failures(asked: HubSet) -> Iterator[None]:
     """Explain in one sentence why a data set could not be fetched."""
-    optional("datasets", "Data sets of the Hub", "data", "datasets")
+    optional("datasets", "Data sets of the Hub")
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
     from huggingface_hub.errors import (
         GatedRepoError,

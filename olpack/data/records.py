@@ -264,7 +264,7 @@ def _header_problem(header: list[str], delimiter: str) -> str:
 
 
 def _parquet(path: Path) -> Iterator[Record]:
-    pyarrow = optional("pyarrow", "Parquet files", "data", "pyarrow")
+    pyarrow = optional("pyarrow", "Parquet files")
     from pyarrow.parquet import ParquetFile
 
     try:
