@@ -19,10 +19,10 @@ WORKERS ?= 2
 SDIST := $(VENV)/sdist/llama_cpp_python-$(LLAMA_CPP).tar.gz
 export OLPACK_LLAMA_CPP ?= $(abspath $(SDIST))
 
-demo: $(READY)
+demo: install
 	$(VENV)/bin/olpack build coding-assistant
 
-test: $(TESTED)
+test: install $(TESTED)
 	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-fast: $(TESTED)
