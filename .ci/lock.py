@@ -2,7 +2,7 @@
 
     python .ci/lock.py UV        # a program `uv`, which asks the package index for the hashes
 
-`olpack.txt` is what olpack and the build of llama.cpp need, `test.txt` what tests and lint need besides. `llama-cpp.txt` is the source archive of
+`olpack.txt` is what olpack and the build of llama.cpp need, `test.txt` what tests, lint and the site need besides. `llama-cpp.txt` is the source archive of
 llama-cpp-python, which .ci/llama_cpp.py compiles. torch is in none of them: the machine decides which of its builds is installed.
 """
 
@@ -21,6 +21,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / ".ci/requirements"
+_OLDEST = "3.11.5"  # which pymdown-extensions needs
 APART = ("torch", "llama-cpp-python")
 # What builds llama.cpp and an editable olpack without pip's build isolation, which would install what it finds.
 BUILD = ("cmake", "editables", "hatchling", "ninja", "scikit-build-core")
@@ -60,8 +61,21 @@ def lock(uv: str, lines: list[str], out: Path) -> None:
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write("\n".join(lines) + "\n")
         file.flush()
-        command = [uv, "pip", "compile", "--no-deps", "--universal", "--generate-hashes", "--no-annotate", "--no-header", "-q", file.name]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        command = [
+            uv,
+            "pip",
+            "compile",
+            "--no-deps",
+            "--universal",
+            "--python-version",
+            _OLDEST,
+            "--generate-hashes",
+            "--no-annotate",
+            "--no-header",
+            "-q",
+            file.name,
+        ]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     out.write_text(f"# `make lock` writes this file from constraints.txt.\n{done.stdout}", encoding="utf-8")
 
 
