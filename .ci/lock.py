@@ -2,8 +2,8 @@
 
     python .ci/lock.py UV        # a program `uv`, which asks the package index for the hashes
 
-`olpack.txt` is what olpack and the build of llama.cpp need, `test.txt` what tests, lint and the site need besides. `llama-cpp.txt` is the source archive of
-llama-cpp-python, which .ci/llama_cpp.py compiles. torch is in none of them: the machine decides which of its builds is installed.
+`olpack.txt` is what olpack and the build of llama.cpp need, `test.txt` what tests, lint and the site need besides. `llama-cpp.txt` is the source
+archive of llama-cpp-python, which .ci/llama_cpp.py compiles. torch is in none of them: the machine decides which of its builds is installed.
 """
 
 from __future__ import annotations
