@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import platformdirs
 import typer
+from typer.core import TyperCommand
 
 from olpack import __version__, progress
 from olpack.errors import OlpackError
@@ -181,16 +182,39 @@ def _server() -> str | None:
     return client.url if client.version() else None
 
 
-@app.command()
+class _ExampleWithoutName(TyperCommand):
+    """Typer has no option whose value may be left out: `--example` alone stands for an empty name."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = [*args, "-"]
+        alone = [at + 1 for at, word in enumerate(args) if word == "--example" and given[at + 1].startswith("-")]
+        for at in reversed(alone):
+            args.insert(at, "")
+        return super().parse_args(ctx, args)
+
+
+@app.command(cls=_ExampleWithoutName)
 def init(
-    name: Name,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="The package: a folder in modelfiles/. Default: the example's name.", show_default=False)
+    ] = None,
     base: Annotated[str | None, typer.Option("--base", metavar="MODEL", help="Base model: a Hub id, a folder, or builtin/tiny-coder.")] = None,
     train: Annotated[str | None, typer.Option("--train", metavar="ROWS", help="Training rows: a file, a folder, or a data set of the Hub.")] = None,
     system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System prompt.")] = None,
+    example: Annotated[
+        str | None, typer.Option("--example", metavar="[EXAMPLE]", help="Copy this example, with its data. Without a value: list the examples.")
+    ] = None,
 ) -> None:
-    """Write modelfiles/NAME/recipe.yaml, with comments."""
+    """Write modelfiles/NAME/recipe.yaml, with comments, or a copy of an example."""
     from olpack.commands.init import new_recipe, write_recipe
 
+    if example is not None:
+        if train is not None or system is not None:
+            raise typer.BadParameter("An example has its own rows and its own system prompt; edit its recipe.", param_hint="--example")
+        _init_example(example, name, base)
+        return
+    if name is None:
+        raise typer.BadParameter("A package needs a name: olpack init NAME. `olpack init --example` lists examples.", param_hint="NAME")
     path = new_recipe(name)
     if None in (base, train) and not sys.stdin.isatty():
         raise OlpackError("A recipe needs a base and training rows.", f"olpack init {name} --base Qwen/Qwen3-0.6B --train chats.jsonl")
@@ -199,6 +223,22 @@ def init(
     write_recipe(path, base, train, system)
     echo(str(path))
     progress.say(f"next: olpack data check {name}, olpack plan {name}, olpack build {name}")
+
+
+def _init_example(example: str, name: str | None, base: str | None) -> None:
+    from olpack.commands.examples import examples, find, first_question, print_examples, write_example
+
+    if not example:
+        print_examples(examples())
+        progress.say("next: olpack init --example NAME")
+        return
+    found = find(example)
+    path = write_example(found, name or found.name, base)
+    package = path.parent.name
+    echo(str(path))
+    progress.say(f"next: olpack data check {package}")
+    progress.say(f"      olpack build {package}")
+    progress.say(f"      olpack run {package} {shlex.quote(first_question(path))}")
 
 
 @app.command()

@@ -49,18 +49,16 @@ def write_recipe(path: Path, base: str, train: str, system: str | None = None) -
         OlpackError: there is no such folder or file, or the recipe cannot be written.
     """
     folder = path.parent
-    here = _is(Path.is_dir, base)
-    if not here and not base.startswith("builtin/") and not _HUB_ID.fullmatch(base):
-        raise OlpackError(f"There is no folder {base} here.", "Name a folder, a model on the Hub as owner/name, or builtin/tiny-coder.")
+    base = base_from(folder, base)
     hub = not _is(Path.exists, train)
     if hub and (not _HUB_ID.fullmatch(train) or set(SUFFIXES).intersection(Path(train).suffixes)):
         raise OlpackError(f"There is no {train} here.", "Name a file or a folder of rows, or a data set on the Hub as owner/name.")
-    settings = Recipe(base=_from(folder, base) if here else base, data=Data(train=train if hub else _from(folder, train)))
+    settings = Recipe(base=base, data=Data(train=train if hub else _from(folder, train)))
     text = render(
         template_source("recipe.yaml.j2"),
         "recipe.yaml.j2",
         "The recipe's template",
-        filters={"quoted": _quoted},
+        filters={"quoted": quoted},
         name=folder.name,
         settings=settings,
         hub=hub,
@@ -74,7 +72,20 @@ def write_recipe(path: Path, base: str, train: str, system: str | None = None) -
     write_atomically(path, text)
 
 
-def _quoted(text: str) -> str:
+def base_from(folder: Path, base: str) -> str:
+    """A base that was named from the working folder, as a recipe in `folder` names it.
+
+    Raises:
+        OlpackError: it is a folder that is not there.
+    """
+    here = _is(Path.is_dir, base)
+    if not here and not base.startswith("builtin/") and not _HUB_ID.fullmatch(base):
+        raise OlpackError(f"There is no folder {base} here.", "Name a folder, a model on the Hub as owner/name, or builtin/tiny-coder.")
+    return _from(folder, base) if here else base
+
+
+def quoted(text: str) -> str:
+    """A text as YAML reads it back."""
     return yaml.safe_dump(text, default_style='"', allow_unicode=True, width=float("inf")).strip()
 
 
