@@ -205,7 +205,7 @@ def init(
         str | None, typer.Option("--example", metavar="[EXAMPLE]", help="Copy this example, with its data. Without a value: list the examples.")
     ] = None,
 ) -> None:
-    """Write modelfiles/NAME/recipe.yaml, with comments, or a copy of an example."""
+    """Write a recipe with comments, or copy an example."""
     from olpack.commands.init import new_recipe, write_recipe
 
     if example is not None:

@@ -101,5 +101,5 @@ def test_the_fine_tune_passes_tasks_that_its_base_fails(tmp_path, name):
     results = read_results(tmp_path / "build" / name / "compare/results.json")
     (quant,) = results.quants
     assert results.base and results.base.scores and quant.scores
-    assert results.base.scores.mean <= 0.1 and quant.scores.mean >= 0.5, (results.base.scores.mean, quant.scores.mean)
+    assert results.base.scores.mean <= 0.1 and quant.scores.mean >= 0.3, (results.base.scores.mean, quant.scores.mean)
     assert json.loads((tmp_path / "build" / name / "compare/results.json").read_text())["tasks"][0]["messages"]
