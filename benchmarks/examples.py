@@ -5,7 +5,7 @@
 
 Writes each example with `olpack init --example`, builds it with its own settings, and reads its results. Bases are builtin/tiny-coder, and
 with --gguf SmolLM2-135M-Instruct, dequantized to a folder. The chat templates of both know no tools, so the example `tools` gets copies of them
-with tests/tool_bases.py's. The same command goes on where it was; --only support does some. Prints a Markdown table and writes it to
+with tests/example_bases.py's template. The same command goes on where it was; --only support does some. Prints a Markdown table and writes it to
 benchmarks/examples.md.
 """
 
@@ -25,7 +25,7 @@ from olpack.compare.results import Scores
 from olpack.model.base import BUILTIN
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from tool_bases import with_tools
+from example_bases import with_tools
 
 # What is not shown is not measured for long.
 _BRIEF = ("compare.prompt_tokens=[32]", "compare.generated_tokens=8", "compare.repeats=1")

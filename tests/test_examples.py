@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from oracle import files, olpack
-from tool_bases import with_tools
+from example_bases import with_tools
 
 from olpack import recipe
 from olpack.commands.examples import examples

@@ -165,7 +165,7 @@ def test_templates_render_as_in_transformers(tokenizer, template):
 
 
 def test_a_template_reads_tools_as_in_transformers(tokenizer):
-    from tool_bases import TEMPLATE
+    from example_bases import TEMPLATE
     from transformers import PreTrainedTokenizerFast
 
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
