@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+from example_bases import with_tools, write_arabic
 from oracle import files, olpack
-from example_bases import with_tools
 
 from olpack import recipe
 from olpack.commands.examples import examples
@@ -19,9 +19,27 @@ NAMES = ["arabic", "coding-assistant", "json", "persona", "support", "tools"]
 TINY = "builtin/tiny-coder"
 
 
+# A base with random weights that are not trained: its tokens are trained besides the adapter, as is not needed on one that speaks the language.
+ARABIC = {
+    "modules_to_save": "[embed_tokens]",
+    "learning_rate": "5e-3",
+    "rank": "64",
+    "alpha": "64",
+    "epochs": "14",
+    "batch_size": "8",
+    "quantization": "none",
+}
+
+
 def base_of(name: str, folder: Path) -> str:
-    """tiny-coder; its chat template writes no tools, so that example gets a copy whose template does."""
-    return str(with_tools(BUILTIN / "tiny-coder", folder / "base")) if name == "tools" else TINY
+    """tiny-coder. Its chat template writes no tools, so that example gets a copy whose template does, and it has read no Arabic."""
+    if name == "tools":
+        return str(with_tools(BUILTIN / "tiny-coder", folder / "base"))
+    if name == "arabic":
+        (arabic,) = (example for example in examples() if example.name == name)
+        rows = [json.loads(line) for line in (arabic.folder / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+        return str(write_arabic(folder / "base", [turn["content"] for row in rows for turn in row["messages"]]))
+    return TINY
 
 
 def test_the_examples_are_listed(tmp_path):
@@ -95,6 +113,8 @@ def test_the_fine_tune_passes_tasks_that_its_base_fails(tmp_path, name):
             lines = (package / file).read_text().splitlines(keepends=True)
             (package / file).write_text("".join(lines[:count]))
     short = ("compare.prompt_tokens=[32]", "compare.generated_tokens=8", "compare.repeats=1", "compare.prompts=[]", "compare.eval_rows=4")
+    if name == "arabic":
+        short += ("modelfile.parameters.num_ctx=128", "compare.answer_tokens=32", *(f"train.{key}={value}" for key, value in ARABIC.items()))
     settings = [word for setting in short for word in ("--set", setting)]
     code, _, said = olpack(tmp_path, "build", name, "--no-deploy", "--quant", "Q8_0", *settings)
     assert code == 0, said
