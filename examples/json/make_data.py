@@ -34,14 +34,21 @@ TRAIN_WORDS = (
     "Can {name} come for a {service} on {day} at {time}?",
     "This is {name}: is a {service} possible at {time} on {day}?",
     "At {time} on {day}, {name} would like a {service}.",
+    "Good morning, {name} speaking. I would like a {service}, {day}, {time}.",
+    "Hi, {name} again: a {service} on {day} at {time}, please.",
+    "Note a {service}, {day} at {time}. The customer is {name}.",
 )
 HELD_OUT_WORDS = (
     "Hello, {name} here. I would like a {service} on {day} at {time}, please.",
     "Please note: {day} at {time}, a {service}, the name is {name}.",
 )
 TRAIN_WITHOUT = {
-    "time": ("{name} needs a {service} on {day}.", "Please book a {service} for {name}, {day}.", "My name is {name}. I want a {service} on {day}."),
-    "day": ("{name} needs a {service} at {time}.", "Please book a {service} for {name}, {time}.", "My name is {name}. I want a {service} at {time}."),
+    "time": (
+        "{name} needs a {service} on {day}.",
+        "Please book a {service} for {name}, {day}.",
+        "Good morning, {name} speaking. I want a {service} on {day}.",
+    ),
+    "day": ("{name} needs a {service} at {time}.", "Please book a {service} for {name}, {time}.", "Hi, {name} again: a {service} at {time}, please."),
     "name": ("I need a {service} on {day} at {time}.", "Please book a {service}, {day}, {time}.", "A {service} on {day}, please, at {time}."),
 }
 HELD_OUT_WITHOUT = {
