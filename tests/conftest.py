@@ -30,7 +30,7 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # each of pytest-xdist's wo
 SLOW = (
     "adapter_package", "bad_inputs", "compare_[dfhmt]*", "compare_scores", "compare_server_*", "deploy_elsewhere", "deploy_identity",
     "deploy_stage", "deploy_store", "examples", "export_*", "four_bits", "kills", "llamacpp_engine", "llamacpp_source", "memory", "package",
-    "pipeline", "plan_*", "publish", "quantize", "sandbox", "secrets", "side_by_side", "tiny_coder", "train*",
+    "pipeline", "plan_*", "publish", "quantize", "readme_*", "sandbox", "secrets", "side_by_side", "tiny_coder", "train*",
 )  # fmt: skip
 
 

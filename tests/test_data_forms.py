@@ -191,7 +191,7 @@ def test_a_prompt_and_a_message_of_weight_0_hold_no_targets(renderer, tmp_path):
         ("a.jsonl", '{"messages": [{"role": "assistant", "tool_calls": [{"arguments": {}}]}]}', "without the name of a function"),
         ("a.jsonl", '{"prompt": "q", "completion": " "}', "`completion` is empty"),
         ("a.jsonl", '{"instruction": "q", "output": "a"}\n{"text": "a"}', "line 2: there is no text as `instruction`"),
-        ("a.jsonl", '{"question": "q", "reply": "a"}', "rows of no form that olpack knows; the first one has question, reply"),
+        ("a.jsonl", '{"question": "q", "reply": "a"}', "the first one has question, reply. Name its keys or columns as one of the forms does: chat"),
         ("a.parquet", "no parquet", "no Parquet file"),
         ("a.json", '[{"text": "a"}]\n[{"text": "b"}]', "line 2: not JSON: something stands behind the rows at column 1"),
         ("a.json", '{"data": [{"text": "a"}]}\ngarbage', "line 2: not JSON: something stands behind the rows"),

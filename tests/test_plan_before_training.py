@@ -102,10 +102,11 @@ def test_consent_to_run_answers_makes_no_comparison_stale(tmp_path, monkeypatch)
     assert without == given and "compare.tasks" in given and "compare.run_answers" not in given
 
 
-def test_the_workspace_itself_is_planned(tmp_path):
+def test_the_workspace_itself_is_planned_and_few_steps_are_a_warning(tmp_path):
     workspace(tmp_path)
-    code, _, errors = olpack(tmp_path, "plan", "mine")
-    assert code == 0, errors
+    for epochs, few in ((1, True), (20, False)):
+        code, _, errors = olpack(tmp_path, "plan", "mine", "--set", f"train.epochs={epochs}")
+        assert code == 0 and ("few optimizer steps" in errors) == few, errors
 
 
 def test_a_template_that_a_server_would_ignore_is_a_warning(tmp_path):

@@ -26,7 +26,7 @@ try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.tasks import TaskManager
 except ImportError:
-    raise OlpackError("Suites need lm-evaluation-harness, which is not installed.", "Run `pip install 'olpack[harness]'`.") from None
+    raise OlpackError("Suites need lm-evaluation-harness, which is not installed.", "Run `pip install 'lm-eval>=0.4.13'`.") from None
 
 _ANSWER_TOKENS = 256  # of a generated answer where the suite sets no limit: the harness's own default
 _RESAMPLES = 1000  # for metrics whose standard error is bootstrapped

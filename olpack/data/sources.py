@@ -114,4 +114,6 @@ def _common_form(first: list[Record], name: str) -> Form:
         return "chat"  # no row decides: each problem is reported
     keys = ", ".join(map(str, readable[0].value)) if isinstance(readable[0].value, dict) else f"no keys, it is {readable[0].value!r:.40}"
     known = "; ".join(f"{form}: {', '.join(keys)}" for form, keys in KEYS.items())
-    raise OlpackError(f"{name} has rows of no form that olpack knows; the first one has {keys}.", f"The forms and their keys are {known}.")
+    raise OlpackError(
+        f"{name} has rows of no form that olpack knows; the first one has {keys}.", f"Name its keys or columns as one of the forms does: {known}."
+    )

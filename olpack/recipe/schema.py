@@ -290,7 +290,7 @@ class Compare(_Section):
     docs/security.md lists what the sandbox stops and what it does not."""
     suites: list[str] = Field(default=[])
     """Tasks of lm-evaluation-harness (mmlu, gsm8k, …) that every quant runs: its names, or names of YAML files in the recipe's folder
-    `suites`. They need `pip install 'olpack[harness]'`."""
+    `suites`. They need `pip install 'lm-eval>=0.4.13'`."""
     suite_limit: Annotated[int, Field(ge=1, le=_MOST)] | None = None
     """Most questions of each suite's task. null: all of them."""
     prompt_tokens: list[Annotated[int, Field(ge=16, le=_MOST)]] = Field(default=[128, 512], min_length=1)

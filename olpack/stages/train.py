@@ -22,6 +22,9 @@ _OTHER_SETTINGS = (
     "train.trackers",
     "train.merge_base",
 )
+# Optimizer steps × learning rate below which an adapter changes little. AdamW moves a weight by about the learning rate at most, so 25 steps at
+# 2e-4 move none by more than 0.005.
+_FEW_STEPS = 0.005
 _CHECKPOINTS = 9  # the adapter; two checkpoints, the one being replaced and the new one, each with adapter, best adapter and two moments
 
 
@@ -36,6 +39,7 @@ def check(build: Build, checks: Checks) -> None:
     """Refuse a base, settings or rows with which training would fail, and warn of those with which it would be in vain."""
     from olpack.deploy import context_warnings
     from olpack.train.adapter import experts_left_out
+    from olpack.train.batches import schedule
     from olpack.train.checks import check_training
     from olpack.train.device import pick_device
     from olpack.train.launch import launcher
@@ -58,6 +62,13 @@ def check(build: Build, checks: Checks) -> None:
         )
     if untrained := untrained_tokens(build.base, build.recipe.train, build.renderer.tokenizer, rows, build.recipe.package):
         progress.warn(untrained)
+    asked = build.recipe.train
+    steps = len(schedule(len(rows), asked.epochs, asked.batch_size, asked.seed))
+    if steps * asked.learning_rate < _FEW_STEPS:
+        progress.warn(
+            f"Training takes few optimizer steps, {steps} at a learning rate of {asked.learning_rate:g}, in which an adapter changes little: answers "
+            "will be much like the base's. More train.epochs, a smaller train.batch_size or more rows make more steps."
+        )
     launcher(build.recipe.train)
     check_trackers(build.recipe.train.trackers)
     longest = max(len(row.ids) for row in rows)
