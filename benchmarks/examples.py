@@ -5,15 +5,14 @@
 
 Writes each example with `olpack init --example`, builds it with its own settings, and reads its results. Bases are builtin/tiny-coder, and
 with --gguf SmolLM2-135M-Instruct, dequantized to a folder. The chat templates of both know no tools, so the example `tools` gets copies of them
-with tests/example_bases.py's template. The same command goes on where it was; --only support does some. Prints a Markdown table and writes it to
-benchmarks/examples.md.
+with the template of tests/example_bases.py. The same command goes on where it was; --only support does some. Prints a Markdown table and writes
+it to benchmarks/examples.md.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from example_bases import with_tools
 
 # What is not shown is not measured for long.
 _BRIEF = ("compare.prompt_tokens=[32]", "compare.generated_tokens=8", "compare.repeats=1")
-_NO_BASE_OF_ITS_OWN = "coding-assistant"  # its data is made for tiny-coder
+_FOR_TINY_CODER = "coding-assistant"  # its data is
 
 
 def dequantized(gguf: Path, folder: Path) -> Path:
@@ -47,17 +46,14 @@ def dequantized(gguf: Path, folder: Path) -> Path:
     return folder
 
 
-def build(work: Path, name: str, base: str) -> tuple[Results, float | None]:
-    """The results of an example on a base, and the seconds of its build; None where it was built before."""
+def build(work: Path, name: str, base: str) -> Results:
+    """The results of an example on a base. What was built before is not built again."""
     command = [sys.executable, "-m", "olpack"]
     if not (work / "modelfiles" / name).is_dir():
         subprocess.run([*command, "init", "--example", name, "--base", base], cwd=work, env=environment(), check=True)
-    results = work / "build" / name / "compare/results.json"
-    new = not results.is_file()
-    started = time.perf_counter()
     settings = [word for setting in _BRIEF for word in ("--set", setting)]
     subprocess.run([*command, "build", name, "--no-deploy", *settings], cwd=work, env=environment(), check=True)
-    return read_results(results), time.perf_counter() - started if new else None
+    return read_results(work / "build" / name / "compare/results.json")
 
 
 def cells(results: Results) -> Iterator[str]:
@@ -80,15 +76,14 @@ def main() -> None:
     rows = []
     for number, (label, folder) in enumerate(bases.items()):
         for example in examples():
-            if (asked.only and example.name not in asked.only) or (number and example.name == _NO_BASE_OF_ITS_OWN):
+            if (asked.only and example.name not in asked.only) or (number and example.name == _FOR_TINY_CODER):
                 continue
             place = work / folder.name / "packages"
             place.mkdir(parents=True, exist_ok=True)
             base = "builtin/tiny-coder" if not number else str(folder)
             if example.name == "tools":
                 base = str(with_tools(folder, work / folder.name / "with-tools"))
-            results, _ = build(place, example.name, base)
-            rows.append(f"| {example.name} | {label} | {' | '.join(cells(results))} |")
+            rows.append(f"| {example.name} | {label} | {' | '.join(cells(build(place, example.name, base)))} |")
     head = ["# The examples on their tasks", "", measured_here(__file__) + f" --work DIR{' --gguf FILE' if asked.gguf else ''}", ""]
     publish([*head, "| example | base model | base, before training | Q4_K_M | Q8_0 |", "| --- | --- | ---: | ---: | ---: |", *rows], asked.output)
 
