@@ -2,8 +2,9 @@
 
     python make_data.py
 
-Writes train.jsonl, eval.jsonl and tasks.jsonl beside this file, the same each time. The rooms and the phrasings of the tasks occur in no
-training row, and neither do their numbers with these rooms: what is measured is whether the model chooses the tool and copies the arguments.
+Writes train.jsonl, eval.jsonl and tasks.jsonl beside this file, the same each time. No request of the tasks is a training row. Half of their calls
+have a room and a number that no training row has together, the others a phrasing that no training row has, and some of these a new room, too: what
+is measured is whether the model chooses the tool and copies the arguments.
 """
 
 from __future__ import annotations
@@ -45,6 +46,10 @@ OTHER = {
     "Play some music.": "I only set lights and timers.",
     "How are you?": "Fine. I set lights and timers.",
     "Write a poem.": "I only set lights and timers.",
+    "Who are you?": "I set lights and timers.",
+    "Order some bread.": "I only set lights and timers.",
+    "What is the news?": "I only set lights and timers.",
+    "Who painted this?": "I only set lights and timers.",
     "Is it raining?": "I only set lights and timers.",
     "Thank you!": "You are welcome.",
     "Thanks, that is all.": "You are welcome.",
@@ -83,15 +88,19 @@ def write(path: Path, rows: list[dict]) -> None:
 
 def main() -> None:
     here, random_ = Path(__file__).parent, random.Random(0)
-    train = [chat(*call, answered=number % 4 == 0) for number, call in enumerate(calls(random_, TRAIN_ROOMS, TRAIN_LIGHT, TRAIN_TIMER, 72))]
+    train = [chat(*call, answered=number % 4 == 0) for number, call in enumerate(calls(random_, TRAIN_ROOMS, TRAIN_LIGHT, TRAIN_TIMER, 64))]
     for request, answer in OTHER.items():
         train.append({"tools": TOOLS, "messages": [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]})
     random_.shuffle(train)
-    held_out = calls(random_, HELD_OUT_ROOMS, HELD_OUT_LIGHT, HELD_OUT_TIMER, 34)
-    tasks = [{"prompt": request, "tools": TOOLS, "tool_call": {"name": name, "arguments": values}} for request, name, values in held_out[8:]]
+    seen = {row["messages"][0]["content"] for row in train}
+    known = [call for call in calls(random_, TRAIN_ROOMS, TRAIN_LIGHT, TRAIN_TIMER, 40) if call[0] not in seen]
+    new_words = calls(random_, TRAIN_ROOMS, HELD_OUT_LIGHT, HELD_OUT_TIMER, 8)
+    new_rooms = calls(random_, HELD_OUT_ROOMS, HELD_OUT_LIGHT, HELD_OUT_TIMER, 5)
+    asked = [*known[:13], *new_words, *new_rooms]
+    tasks = [{"prompt": request, "tools": TOOLS, "tool_call": {"name": name, "arguments": values}} for request, name, values in asked]
     tasks += [{"prompt": request, "tools": TOOLS, "contains": "I only set lights and timers."} for request in HELD_OUT_OTHER]
     write(here / "train.jsonl", train)
-    write(here / "eval.jsonl", [chat(*call, answered=False) for call in held_out[:8]])
+    write(here / "eval.jsonl", [chat(*call, answered=False) for call in known[13:21]])
     write(here / "tasks.jsonl", tasks)
 
 
