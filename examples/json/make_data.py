@@ -2,8 +2,9 @@
 
     python make_data.py
 
-Writes train.jsonl, eval.jsonl and tasks.jsonl beside this file, the same each time. The names and the phrasings of the tasks
-occur in no training row: what is measured is whether the model copies from the request and keeps to the form.
+Writes train.jsonl, eval.jsonl and tasks.jsonl beside this file, the same each time. No request of the tasks is a training row. A third of them has
+names and phrasings of the training rows in a new combination, a third new names, and a third new names and new phrasings: what is measured is
+whether the model copies from the request and keeps to the form.
 """
 
 from __future__ import annotations
@@ -88,10 +89,14 @@ def chat(request: str, answer: str) -> dict:
 
 def main() -> None:
     here = Path(__file__).parent
-    write(here / "train.jsonl", [chat(*pair) for pair in appointments(0, 112, TRAIN_NAMES, TRAIN_WORDS, TRAIN_WITHOUT)])
-    held_out = appointments(1, 44, HELD_OUT_NAMES, HELD_OUT_WORDS, HELD_OUT_WITHOUT)
-    write(here / "eval.jsonl", [chat(*pair) for pair in held_out[:12]])
-    write(here / "tasks.jsonl", [{"prompt": request, "exact": answer} for request, answer in held_out[12:]])
+    train = appointments(0, 112, TRAIN_NAMES, TRAIN_WORDS, TRAIN_WITHOUT)
+    combined = [pair for pair in appointments(2, 20, TRAIN_NAMES, TRAIN_WORDS, TRAIN_WITHOUT) if pair not in train][:12]
+    new_names = appointments(3, 10, HELD_OUT_NAMES, TRAIN_WORDS, TRAIN_WITHOUT)
+    new_words = appointments(1, 22, HELD_OUT_NAMES, HELD_OUT_WORDS, HELD_OUT_WITHOUT)
+    write(here / "train.jsonl", [chat(*pair) for pair in train])
+    write(here / "eval.jsonl", [chat(*pair) for pair in new_words[:12]])
+    tasks = (*combined, *new_names, *new_words[12:])
+    write(here / "tasks.jsonl", [{"prompt": request, "exact": answer} for request, answer in tasks])
 
 
 if __name__ == "__main__":
