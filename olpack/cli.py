@@ -28,7 +28,7 @@ from typer.core import TyperCommand
 
 from olpack import __version__, progress
 from olpack.errors import OlpackError
-from olpack.printable import echo, json_text, redact_logs, redacted, visible
+from olpack.printable import echo, json_text, redact_libraries, redacted, visible
 from olpack.workspace import check_home
 
 if TYPE_CHECKING:
@@ -73,14 +73,16 @@ def main() -> None:
     debug = "--debug" in sys.argv[1:] or bool(os.environ.get("OLPACK_DEBUG"))
     if not debug:
         warnings.filterwarnings("ignore")
-    redact_logs()
+    redact_libraries()
     try:
         with _signals_end_as_interrupts():
             check_home()
             # By default torch makes a folder with a known name in the shared temporary folder, which anybody may have made before it.
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", platformdirs.user_cache_dir("olpack-torchinductor"))
             app(prog_name="olpack")
-    except Exception as error:
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # a panic of a library in Rust is no Exception
         if debug:
             echo(redacted(traceback.format_exc()), end="", err=True)
         else:
@@ -116,7 +118,7 @@ def _signals_end_as_interrupts() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _message(error: Exception) -> str:
+def _message(error: BaseException) -> str:
     if isinstance(error, OlpackError):
         return str(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
@@ -239,6 +241,40 @@ def _init_example(example: str, name: str | None, base: str | None) -> None:
     progress.say(f"next: olpack data check {package}")
     progress.say(f"      olpack build {package}")
     progress.say(f"      olpack run {package} {shlex.quote(first_question(path))}")
+
+
+@app.command("import")
+def import_from(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A YAML of Axolotl or LLaMA-Factory, a script or notebook of Unsloth, a Modelfile, or the folder of an adapter.",
+            show_default=False,
+        ),
+    ],
+    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Name of the package. Default: the source's name.")] = None,
+    base: Annotated[str | None, typer.Option("--base", metavar="MODEL", help="Base model in place of the source's.")] = None,
+    train: Annotated[str | None, typer.Option("--train", metavar="ROWS", help="Training rows in place of the source's.")] = None,
+    held_out: Annotated[str | None, typer.Option("--eval", metavar="ROWS", help="Held-out rows in place of the source's.")] = None,
+    system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System prompt in place of the source's.")] = None,
+    then_build: Annotated[bool, typer.Option("--build", help="Build the package as well.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a recipe from another tool's configuration.
+
+    The command lists what became of each setting, and why some are not carried over. An adapter that is trained already is copied by the build,
+    exported, deployed and compared. No file is executed, and no existing recipe is replaced.
+    """
+    from olpack.commands.import_recipe import import_recipe, print_imported
+
+    imported = import_recipe(source, name, base, train, held_out, system)
+    if not (then_build and as_json):
+        _print(as_json, imported.as_json(), partial(print_imported, imported))
+    if then_build:
+        _run(_build_of(imported.name, None, None, None), None, as_json, changes=lambda: {"import": imported.as_json()})
+    else:
+        progress.say(f"next: olpack data check {imported.name}, olpack plan {imported.name}, olpack build {imported.name}")
 
 
 @app.command()
