@@ -187,16 +187,19 @@ def init(
     base: Annotated[str | None, typer.Option("--base", metavar="MODEL", help="Base model: a Hub id, a folder, or builtin/tiny-coder.")] = None,
     train: Annotated[str | None, typer.Option("--train", metavar="ROWS", help="Training rows: a file, a folder, or a data set of the Hub.")] = None,
     system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System prompt.")] = None,
+    lang: Annotated[str, typer.Option("--lang", metavar="LANGUAGE", help="Language of the comments: en or ar.")] = "en",
 ) -> None:
     """Write modelfiles/NAME/recipe.yaml, with comments."""
-    from olpack.commands.init import new_recipe, write_recipe
+    from olpack.commands.init import TEMPLATES, new_recipe, write_recipe
 
+    if lang not in TEMPLATES:
+        raise typer.BadParameter(f"'{visible(lang)}' is not a language of recipes. The languages are {', '.join(TEMPLATES)}.", param_hint="--lang")
     path = new_recipe(name)
     if None in (base, train) and not sys.stdin.isatty():
         raise OlpackError("A recipe needs a base and training rows.", f"olpack init {name} --base Qwen/Qwen3-0.6B --train chats.jsonl")
     base = base or typer.prompt("Base model (a Hub id, a folder)", default="builtin/tiny-coder", err=True)
     train = train or typer.prompt("Training rows (a file, a folder, a Hub id)", err=True)
-    write_recipe(path, base, train, system)
+    write_recipe(path, base, train, system, lang)
     echo(str(path))
     progress.say(f"next: olpack data check {name}, olpack plan {name}, olpack build {name}")
 

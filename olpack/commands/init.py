@@ -19,6 +19,9 @@ from olpack.workspace import check_package, template_source, write_atomically
 PARAMETERS = {"num_predict": 1024, "repeat_penalty": 1.05}
 """What a new recipe serves with: an answer that comes to repeat itself is made less likely, and ends."""
 
+TEMPLATES = {"en": "recipe.yaml.j2", "ar": "recipe.ar.yaml.j2"}
+"""The template of a recipe with comments in each language."""
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -36,7 +39,7 @@ def new_recipe(name: str) -> Path:
     return path
 
 
-def write_recipe(path: Path, base: str, train: str, system: str | None = None) -> None:
+def write_recipe(path: Path, base: str, train: str, system: str | None = None, lang: str = "en") -> None:
     """Write a recipe, commented, with the settings that are changed most.
 
     Args:
@@ -44,6 +47,7 @@ def write_recipe(path: Path, base: str, train: str, system: str | None = None) -
         base: `builtin/tiny-coder`, a folder, or a Hub id.
         train: a file or folder of rows, or a data set on the Hub.
         system: the system prompt.
+        lang: language of the comments, of `TEMPLATES`.
 
     Raises:
         OlpackError: there is no such folder or file, or the recipe cannot be written.
@@ -57,8 +61,8 @@ def write_recipe(path: Path, base: str, train: str, system: str | None = None) -
         raise OlpackError(f"There is no {train} here.", "Name a file or a folder of rows, or a data set on the Hub as owner/name.")
     settings = Recipe(base=_from(folder, base) if here else base, data=Data(train=train if hub else _from(folder, train)))
     text = render(
-        template_source("recipe.yaml.j2"),
-        "recipe.yaml.j2",
+        template_source(TEMPLATES[lang]),
+        TEMPLATES[lang],
         "The recipe's template",
         filters={"quoted": _quoted},
         name=folder.name,
