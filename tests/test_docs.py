@@ -62,8 +62,9 @@ def test_the_schema_command_prints_the_page(tmp_path):
     assert "$id" not in json.loads(printed)
 
 
-def test_the_readme_names_every_verb_and_no_other():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["README.md", "README.ar.md"])
+def test_the_readme_names_every_verb_and_no_other(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
     named = set(re.findall(r"`olpack ([a-z]+)", text)) | set(re.findall(r"^    olpack ([a-z]+)", text, re.MULTILINE)) | {"train", "export"}
     named |= {verb for verbs in re.findall(r"`olpack [a-z]+`((?:, `[a-z]+`)*)", text) for verb in re.findall(r"`([a-z]+)`", verbs)}
     assert named == set(get_command(cli.app).commands)
@@ -108,7 +109,7 @@ def test_the_quick_start_is_what_the_makefile_and_ci_have():
     assert "make test" in (ROOT / ".ci/run").read_text(encoding="utf-8").split("\n")
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*sorted(ROOT.glob("README*.md")), *sorted(ROOT.glob("docs/*.md"))], ids=lambda page: page.name)
 def test_the_commands_of_the_pages_have_these_options(page):
     commands = _commands(get_command(cli.app), "olpack")
     text = page.read_text(encoding="utf-8")
