@@ -6,6 +6,7 @@ A few lines of aliases can stand for more values than a machine can hold, so the
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -66,3 +67,47 @@ def check(text: str, subject: str) -> None:
             raise OlpackError(f"{place}: this is nested too deep.", _LIMITS)
         if values > MOST_VALUES or characters > MOST_CHARACTERS:
             raise OlpackError(f"{place}: this is too large.", _LIMITS)
+
+
+def read(path: Path) -> tuple[Any, dict[str, int]]:
+    """The value in a YAML file, and the line of each key by its dotted name: {"train.rank": 5, "quants.0": 7}.
+
+    Raises:
+        OlpackError: it is not there, no UTF-8, no YAML, too large or too deep, or gives a key twice.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MOST_CHARACTERS + 1)
+    except FileNotFoundError:
+        raise OlpackError(f"There is no {path}.") from None
+    except UnicodeDecodeError as error:
+        raise OlpackError(f"{path} is not UTF-8 (byte {error.start}).", "Save it as UTF-8.") from None
+    try:
+        check(text, str(path))
+        loader = Loader(text)
+        try:
+            node = loader.get_single_node()
+            lines: dict[str, int] = {}
+            _lines_of(node, "", lines, path)
+            return (None if node is None else loader.construct_document(node)), lines
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}" if mark else ""
+        raise OlpackError(f"{path}{place}: {getattr(error, 'problem', None) or error}.", "It must be valid YAML.") from None
+
+
+def _lines_of(node: yaml.Node | None, prefix: str, lines: dict[str, int], path: Path) -> None:
+    if isinstance(node, yaml.SequenceNode):
+        for number, item in enumerate(node.value):
+            lines[f"{prefix}{number}"] = item.start_mark.line + 1
+            _lines_of(item, f"{prefix}{number}.", lines, path)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        name = f"{prefix}{key.value}"
+        if name in lines:
+            raise OlpackError(f"{path}, line {key.start_mark.line + 1}: '{name}' is given twice.", "Keep one of them.")
+        lines[name] = key.start_mark.line + 1
+        _lines_of(value, f"{name}.", lines, path)

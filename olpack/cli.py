@@ -204,6 +204,40 @@ def init(
     progress.say(f"next: olpack data check {name}, olpack plan {name}, olpack build {name}")
 
 
+@app.command("import")
+def import_from(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A YAML of Axolotl or LLaMA-Factory, a script or notebook of Unsloth, a Modelfile, or the folder of an adapter.",
+            show_default=False,
+        ),
+    ],
+    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Name of the package. Default: the source's name.")] = None,
+    base: Annotated[str | None, typer.Option("--base", metavar="MODEL", help="Base model in place of the source's.")] = None,
+    train: Annotated[str | None, typer.Option("--train", metavar="ROWS", help="Training rows in place of the source's.")] = None,
+    held_out: Annotated[str | None, typer.Option("--eval", metavar="ROWS", help="Held-out rows in place of the source's.")] = None,
+    system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System prompt in place of the source's.")] = None,
+    then_build: Annotated[bool, typer.Option("--build", help="Build the package as well.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a recipe from another tool's configuration.
+
+    The command lists what became of each setting, and why some are not carried over. An adapter that is trained already is copied by the build,
+    exported, deployed and compared. No file is executed, and no existing recipe is replaced.
+    """
+    from olpack.commands.import_recipe import import_recipe, print_imported
+
+    imported = import_recipe(source, name, base, train, held_out, system)
+    if not (then_build and as_json):
+        _print(as_json, imported.as_json(), partial(print_imported, imported))
+    if then_build:
+        _run(_build_of(imported.name, None, None, None), None, as_json, changes=lambda: {"import": imported.as_json()})
+    else:
+        progress.say(f"next: olpack data check {imported.name}, olpack plan {imported.name}, olpack build {imported.name}")
+
+
 @app.command()
 def build(
     name: Name,

@@ -16,6 +16,7 @@ from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
 from olpack import cli
 from olpack.compare.results import Results
+from olpack.importers import adapter, axolotl, llama_factory, modelfile, unsloth
 from olpack.quants import QUANT_TYPES, TENSOR_TYPES
 from olpack.recipe import json_schema, tasks
 
@@ -32,6 +33,13 @@ _COMMANDS = """\
 `olpack --version` prints the version. `olpack --debug COMMAND` prints tracebacks and the warnings of libraries.
 
 Exit codes: 0 success, 1 error, 2 usage error, 130 interrupted. Results go to stdout, everything else to stderr; with `--json` both are JSON.
+"""
+
+_IMPORT = """\
+# What an import carries over
+
+`make docs` generates this page from the importers. [Import](../import.md) describes the command. A dash means that no recipe key is set: the note
+gives the reason, or what olpack does by itself. A setting that is not listed is reported as not carried over.
 """
 
 _RECIPE = """\
@@ -64,6 +72,7 @@ def pages() -> dict[str, str]:
     """The text of each page, by file name."""
     return {
         "commands.md": commands(),
+        "import.md": imports(),
         "recipe.md": recipe(),
         "recipe.schema.json": json.dumps(json_schema(), indent=1, ensure_ascii=False) + "\n",
         "results.md": results(),
@@ -112,6 +121,26 @@ def _meaning(parameter: TyperArgument | TyperOption) -> str:
     notes = ["Required."] if parameter.required and isinstance(parameter, TyperOption) else []
     notes += [f"Default: {parameter.default}."] if parameter.show_default and isinstance(parameter.default, str | int) and parameter.default else []
     return " ".join([parameter.help or "", *notes])
+
+
+def imports() -> str:
+    """What `olpack import` makes of each setting, tool by tool."""
+    sections = [_IMPORT]
+    for tool, what, rules, others in (
+        ("Axolotl", "setting", axolotl.RULES, ()),
+        ("LLaMA-Factory", "setting", llama_factory.RULES, ()),
+        ("Unsloth", "argument or call", unsloth.RULES, unsloth.TABLE_OF_CALLS),
+        ("Modelfile", "command", {}, modelfile.TABLE),
+        ("Adapter", "field or file", {}, adapter.TABLE),
+    ):
+        rows = [(f"`{name}`", to, note) for name, to, note in others]
+        merged: dict[tuple[str, str], list[str]] = {}
+        for name, rule in rules.items():
+            merged.setdefault((rule.to, rule.note), []).append(f"`{name}`")
+        rows += [(", ".join(names), to, note) for (to, note), names in merged.items()]
+        cells = [(name, f"`{to}`" if to else "–", note) for name, to, note in rows]
+        sections.append("\n".join([f"## {tool}", "", *_table((what, "recipe key", "note"), cells)]))
+    return "\n".join(sections)
 
 
 def recipe() -> str:

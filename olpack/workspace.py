@@ -36,6 +36,8 @@ from typing import Any
 from olpack.errors import OlpackError
 
 PACKAGE = Path(__file__).parent
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+"""What a model or a data set on the Hugging Face Hub is named by: owner/name."""
 CHUNK = 1 << 20
 _SAME_TIME_NS = 20_000_000  # two writes that are closer may leave a file with the same times
 _UNFINISHED = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.(?P<kind>tmp|old|partial)")  # of `unfinished`, and of an export
@@ -91,6 +93,12 @@ def check_package(name: str) -> None:
     """Raises OlpackError where a name is no single folder."""
     if Path(name).name != name:
         raise OlpackError(f"{name!r} cannot be the name of a package.", "A package is a folder in modelfiles/, such as coding-assistant.")
+
+
+def named_from(folder: Path, given: str) -> str:
+    """A path relative to the working folder as a recipe in `folder` names it."""
+    path = Path(given).expanduser()
+    return str(path) if path.is_absolute() else os.path.relpath(path.resolve(), folder.resolve())
 
 
 def packages() -> list[str]:

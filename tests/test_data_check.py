@@ -233,7 +233,7 @@ def written(folder: Path, data: str) -> Path:
         ("  train: {file: a.jsonl, split: test}\n", "split goes with a `hub` data set"),
         ("  train: {hub: user/set}\n  eval: {file: a.jsonl, weight: 2}\n", "line 4: 'data.eval': weight goes with data.train"),
         ("  train: 3\n", "line 3: 'data.train': a source is a file, {file: …} or {hub: …}, or a list of these, not 3."),
-        ("  train: null\n", "line 3: 'data.train': a source is a file"),
+        ("  train: null\n", "data.train is missing: it names the training rows."),
         ("  train: [[a.jsonl]]\n", "line 3: 'data.train.0': a source is a file, {file: …} or {hub: …}, not ['a.jsonl']."),
         ('  train: ""\n', "line 3: 'data.train'"),
         ('  train: [a.jsonl, ""]\n', "line 3: 'data.train.1'"),

@@ -157,4 +157,5 @@ def test_errors_of_command_lines(workspace: Path, name: str, lines: list[list[st
 def test_every_snapshot_belongs_to_a_test() -> None:
     names = {"-".join(["help", *words]) for words in commands()}
     names |= {"plan", "comparison", "report", "list", "doctor", "errors-models", "errors-recipes", "errors-rows", "errors-files", "errors-options"}
+    names |= {f"import-{path.name.replace('.', '-')}" for path in (Path(__file__).parent / "data/import").iterdir() if path.is_file()}
     assert {path.stem for path in FOLDER.iterdir()} == names

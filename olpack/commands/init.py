@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,15 +12,13 @@ from olpack.deploy.names import check_name
 from olpack.errors import OlpackError
 from olpack.recipe import Data, Recipe
 from olpack.templating import render
-from olpack.workspace import check_package, template_source, write_atomically
+from olpack.workspace import HUB_ID, check_package, named_from, template_source, write_atomically
 
 PARAMETERS = {"num_predict": 1024, "repeat_penalty": 1.05}
 """What a new recipe serves with: an answer that comes to repeat itself is made less likely, and ends."""
 
 TEMPLATES = {"en": "recipe.yaml.j2", "ar": "recipe.ar.yaml.j2"}
 """The template of a recipe with comments in each language."""
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def new_recipe(name: str) -> Path:
@@ -54,12 +50,12 @@ def write_recipe(path: Path, base: str, train: str, system: str | None = None, l
     """
     folder = path.parent
     here = _is(Path.is_dir, base)
-    if not here and not base.startswith("builtin/") and not _HUB_ID.fullmatch(base):
+    if not here and not base.startswith("builtin/") and not HUB_ID.fullmatch(base):
         raise OlpackError(f"There is no folder {base} here.", "Name a folder, a model on the Hub as owner/name, or builtin/tiny-coder.")
     hub = not _is(Path.exists, train)
-    if hub and (not _HUB_ID.fullmatch(train) or set(SUFFIXES).intersection(Path(train).suffixes)):
+    if hub and (not HUB_ID.fullmatch(train) or set(SUFFIXES).intersection(Path(train).suffixes)):
         raise OlpackError(f"There is no {train} here.", "Name a file or a folder of rows, or a data set on the Hub as owner/name.")
-    settings = Recipe(base=_from(folder, base) if here else base, data=Data(train=train if hub else _from(folder, train)))
+    settings = Recipe(base=named_from(folder, base) if here else base, data=Data(train=train if hub else named_from(folder, train)))
     text = render(
         template_source(TEMPLATES[lang]),
         TEMPLATES[lang],
@@ -87,9 +83,3 @@ def _is(test: Callable[[Path], bool], given: str) -> bool:
         return test(Path(given).expanduser())
     except (OSError, RuntimeError, ValueError):  # a name that is too long, another user's home that is not there, a null
         return False
-
-
-def _from(folder: Path, given: str) -> str:
-    """A path relative to the working folder as a recipe in `folder` names it."""
-    path = Path(given).expanduser()
-    return str(path) if path.is_absolute() else os.path.relpath(path.resolve(), folder.resolve())

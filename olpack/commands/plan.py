@@ -30,30 +30,18 @@ def print_plan(plan: dict) -> None:
         steps.add_row("deploy", "nothing", "no Ollama server answers")
     console.print(steps, "")
     needs = Table(box=None, pad_edge=False, show_header=False)
-    epochs = plan["settings"]["train.epochs"]["value"]
-    needs.add_row(
-        "data",
-        f"{estimate['train_rows']:,} training rows, {estimate['eval_rows']:,} held out; {estimate['train_tokens']:,} tokens a pass, "
-        f"{estimate['learned_tokens'] / estimate['train_tokens']:.0%} of them target tokens",
-    )
+    epochs, finished = plan["settings"]["train.epochs"]["value"], plan["settings"]["train.adapter"]["value"]
+    rows = f"{estimate['train_rows']:,} training rows, {estimate['eval_rows']:,} held out"
+    if estimate["train_tokens"]:
+        shares = f"{estimate['train_tokens']:,} tokens a pass, {estimate['learned_tokens'] / estimate['train_tokens']:.0%} of them target tokens"
+        rows = f"{rows}; {shares}"
+    needs.add_row("data", rows)
     same = f"{estimate['texts_read'] - estimate['texts_differing']:,} of {estimate['texts_read']:,} texts become the same tokens in llama.cpp"
     needs.add_row("tokenizer", same + (f", by its pre-tokenizer {estimate['pre_tokenizer']}" if estimate["pre_tokenizer"] else ""))
-    needs.add_row(
-        "training",
-        f"{estimate['steps']:,} steps ({epochs:g} epochs) on {estimate['device']}"
-        + (f", about {progress.duration(estimate['train_seconds'])}" if estimate["train_seconds"] else ""),
-    )
-    if estimate["fit"]["training"]:
-        needs.add_row("adapter", f"{estimate['adapter_parameters']:,} weights")
-        _add_memory(needs, estimate["fit"], estimate["held"])
+    if finished:
+        needs.add_row("training", f"none: the adapter {finished} with {estimate['adapter_parameters']:,} weights is copied")
     else:
-        size = progress.quantity(estimate["adapter_bytes"], "B")
-        needs.add_row("adapter", f"{estimate['adapter_parameters']:,} weights, {size} with gradients and optimizer")
-        needs.add_row(
-            "frozen base",
-            f"{progress.quantity(estimate['weights_bytes'], 'B')} in memory as {estimate['held']}, activations and logits besides "
-            "(`--vram 24` plans for a GPU of 24 GiB)",
-        )
+        _add_training(needs, estimate, epochs)
     files = ", ".join(f"{quant} {progress.quantity(size, 'B')}" for quant, size in estimate["disk_bytes"].items())
     needs.add_row("disk", f"{progress.quantity(sum(estimate['disk_bytes'].values()), 'B')}: {files}; no intermediate files")
     if estimate["importance_bytes"]:
@@ -78,6 +66,26 @@ def print_plan(plan: dict) -> None:
         value = setting["value"]
         settings.add_row(key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), setting["from"])
     console.print(settings, highlight=False)
+
+
+def _add_training(needs: Table, estimate: dict, epochs: float) -> None:
+    """Steps, weights and memory of the training."""
+    needs.add_row(
+        "training",
+        f"{estimate['steps']:,} steps ({epochs:g} epochs) on {estimate['device']}"
+        + (f", about {progress.duration(estimate['train_seconds'])}" if estimate["train_seconds"] else ""),
+    )
+    if estimate["fit"]["training"]:
+        needs.add_row("adapter", f"{estimate['adapter_parameters']:,} weights")
+        _add_memory(needs, estimate["fit"], estimate["held"])
+    else:
+        size = progress.quantity(estimate["adapter_bytes"], "B")
+        needs.add_row("adapter", f"{estimate['adapter_parameters']:,} weights, {size} with gradients and optimizer")
+        needs.add_row(
+            "frozen base",
+            f"{progress.quantity(estimate['weights_bytes'], 'B')} in memory as {estimate['held']}, activations and logits besides "
+            "(`--vram 24` plans for a GPU of 24 GiB)",
+        )
 
 
 def _add_memory(needs: Table, fit: dict, quantization: str) -> None:

@@ -150,7 +150,11 @@ def facts(build: Build) -> dict[str, Any]:
         "name": build.recipe.name,
         "recipe": str(build.recipe.folder / "recipe.yaml"),
         "base": build.recipe.base,
-        "training": {key: steps["train"].result[key] for key in ("eval_loss_before", "eval_loss_after", "steps", "device") if steps["train"].result},
+        "training": {
+            key: steps["train"].result[key]
+            for key in ("eval_loss_before", "eval_loss_after", "steps", "device", "copied_from")
+            if key in steps["train"].result
+        },
         "files": {step.inputs["quant"]: step.result for step in steps.values() if step.stage == "export"},
         "recommended": steps["compare"].result.get("recommended"),
         "registered": {record["model"]: record["digest"] for record in deployed.get("registered", [])},

@@ -81,7 +81,10 @@ def print_facts(facts: dict[str, Any]) -> None:
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_row("package", f"{facts['name']}  ({facts['recipe']})")
     table.add_row("base", facts["base"])
-    if training := facts["training"]:
+    training = facts["training"]
+    if "copied_from" in training:
+        table.add_row("adapter", f"copied from {training['copied_from']}")
+    elif training:
         losses = f"{training['eval_loss_before']:.3f} -> {training['eval_loss_after']:.3f}"
         table.add_row("training", f"eval loss {losses} in {training['steps']} steps on {training['device']}")
     for quant, file in facts["files"].items():

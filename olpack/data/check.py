@@ -121,7 +121,8 @@ def check_data(train: Sequence[Source], held_out: Sequence[Source], renderer: Re
     """Look at every row, as `render_rows` would, and go on after a problem.
 
     Args:
-        train, held_out: sources of training chats, and of held-out chats; empty: `eval_share` of the training chats is held out, 0 holds out none.
+        train: sources of training chats; empty for an adapter that is trained already.
+        held_out: sources of held-out chats; empty: `eval_share` of the training chats is held out, 0 holds out none.
         renderer, max_length: as `render_rows` takes them.
 
     Raises:
@@ -135,7 +136,7 @@ def check_data(train: Sequence[Source], held_out: Sequence[Source], renderer: Re
         chats, apart = split(chats, eval_share)
     seen = [chat for chat in chats if times(chat)]
     for name, some in (("to train on", chats), ("held out", apart)):
-        if not some and (eval_share or some is chats):
+        if not some and (eval_share or some is chats) and (train or some is apart):
             findings.append(RowFinding("data", "too few rows", f"No row is {name}.", True))
     if chats and not seen:
         findings.append(RowFinding("data", "too few rows", "No row is left at this `weight`.", True))

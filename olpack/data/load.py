@@ -40,7 +40,7 @@ def render_rows(chats: Sequence[Chat], held_out: Sequence[Chat], renderer: Rende
     """Render both sides of the data.
 
     Args:
-        chats: training chats. The weight of a chat decides how often its rows stand in the result.
+        chats: training chats; none for an adapter that is trained already. The weight of a chat decides how often its rows stand in the result.
         held_out: chats to score, each once.
         renderer: with the base's tokenizer and chat template.
         max_length: longest row in tokens.
@@ -55,7 +55,7 @@ def render_rows(chats: Sequence[Chat], held_out: Sequence[Chat], renderer: Rende
         raise OlpackError(
             f"{chat.source} is also in the training data ({twin.source}), so its score would mean nothing.", "Remove it from one of the files."
         )
-    if not (trained := [chat for chat in chats if times(chat)]):
+    if not (trained := [chat for chat in chats if times(chat)]) and chats:
         raise OlpackError("The training data has no row left at this weight.", "Raise `weight`.")
     for sentence in unread_keys([*chats, *held_out], str(renderer.tokenizer.chat_template)):
         progress.say(sentence)

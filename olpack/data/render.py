@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby, islice, pairwise
@@ -108,6 +109,19 @@ class Renderer:
         """The conversation as the template writes it; with `ask`, up to where the assistant's answer begins."""
         with written_by(self.moment.strftime if self.moment else None):
             return apply_template(self.tokenizer, messages, ask=ask, tools=tools)
+
+    def written_otherwise(self, chat: Chat, template: str) -> bool:
+        """Whether another chat template of the same tokenizer writes a chat as another text, or refuses it."""
+        if chat.text is not None:
+            return False
+        tokenizer = copy(self.tokenizer)
+        tokenizer.chat_template = template
+        try:
+            with written_by(self.moment.strftime if self.moment else None):
+                text = apply_template(tokenizer, list(chat.messages), ask=False, tools=chat.tools)
+        except Exception:  # a template raises whatever its author wrote
+            return True
+        return text != self.text(list(chat.messages), tools=chat.tools)
 
     def prompt(self, messages: list[dict]) -> list[int]:
         """Token ids of a conversation up to where the assistant's answer begins."""

@@ -116,7 +116,7 @@ def parse(text: str) -> ParsedModelfile:
     parameters: dict[str, ParameterValue] = {}
     messages: list[dict[str, str]] = []
     others: list[tuple[str, str]] = []
-    for command, word, value in _commands(text):
+    for _line, command, word, value in commands(text):
         if command == "from":
             source = value
         elif command == "adapter":
@@ -138,30 +138,37 @@ def parse(text: str) -> ParsedModelfile:
 
 
 def _set_parameter(parameters: dict[str, ParameterValue], name: str, value: str) -> None:
+    read = parameter(name, value)
+    before = parameters.get(name)
+    parameters[name] = [*before, *read] if isinstance(before, list) and isinstance(read, list) else read
+
+
+def parameter(name: str, value: str) -> ParameterValue:
+    """The value of a PARAMETER line; of one that may stand there several times, a list.
+
+    Raises:
+        OlpackError: Ollama has no such parameter, or its value is another kind.
+    """
     known = PARAMETERS.get(name)
     if known is None:
         raise OlpackError(f"The Modelfile sets {name!r}, which is no parameter of Ollama.", f"It has: {', '.join(PARAMETERS)}.")
     if known.kind == "texts":
-        before = parameters.get(name, [])
-        parameters[name] = [*before, value] if isinstance(before, list) else [value]
-        return
+        return [value]
     try:
-        parameters[name] = (
-            {"true": True, "false": False}[value.lower()] if known.kind == "bool" else int(value) if known.kind == "int" else float(value)
-        )
+        return {"true": True, "false": False}[value.lower()] if known.kind == "bool" else int(value) if known.kind == "int" else float(value)
     except (KeyError, ValueError):
         raise OlpackError(f"The Modelfile sets {name} to {value!r}.", f"It must be {known.kind}.") from None
 
 
-def _commands(text: str) -> Iterator[tuple[str, str, str]]:
-    """Commands in order: (name in lower case, the parameter's name or the message's role or "", value).
+def commands(text: str) -> Iterator[tuple[int, str, str, str]]:
+    """Commands in order: (line, name in lower case, the parameter's name or the message's role or "", value).
 
     One character at a time, as the server's reader goes: a value ends at the first line end where what stands so far is unquoted or
     properly closed, and it is only looked at there. What that means for a text with quotes in it follows from this loop alone.
     """
     name = word = value = ""
     state = "nothing"
-    line = 1
+    line = begun = 1
     for char in text.removeprefix("\ufeff"):
         line += char == "\n"
         newline, space = char in "\r\n", char in " \t"
@@ -169,7 +176,7 @@ def _commands(text: str) -> Iterator[tuple[str, str, str]]:
             if char == "#":
                 state = "comment"
             elif not newline and not space:
-                state, name = "name", char
+                state, name, begun = "name", char, line
         elif state == "comment":
             if newline:
                 state = "nothing"
@@ -193,14 +200,14 @@ def _commands(text: str) -> Iterator[tuple[str, str, str]]:
             else:
                 raise _refused(line, f"{name} {word + char!r} is not complete")
         elif newline and (done := _unquoted(value)) is not None:
-            yield name, word, done
+            yield begun, name, word, done
             state = "nothing"
         elif newline or space or char.isprintable():  # Python and Go agree on what is printable
             value += char
     if state == "value":
         if (done := _unquoted(value)) is None:
             raise _refused(line, f"the quotes after {name.upper()} are not closed")
-        yield name, word, done
+        yield begun, name, word, done
     elif state in ("name", "word"):
         raise _refused(line, f"{name.upper()} has no value")
 

@@ -35,6 +35,7 @@ _VECTORS = ("vera_lambda_b", "vera_lambda_d")
 _PATTERN_SECONDS = 2  # for one comparison of a name with a pattern of an adapter's configuration
 _TOKENS = "trainable_tokens_delta"
 _SHARED = ("base_model.vera_A", "base_model.vera_B")
+_SETTINGS = "settings.json"
 
 # Settings of peft under which W + scale * B @ A is not what was trained, and what they mean.
 _REFUSED = {
@@ -181,12 +182,8 @@ def read_adapter(folder: Path, base: Mapping[str, TensorHeader], *, dequantized:
     Raises:
         OlpackError: no LoRA adapter, a kind that cannot be merged this way, or one for another base.
     """
+    file = adapter_files(folder)[1]
     config = _read_config(folder)
-    file = folder / "adapter_model.safetensors"
-    if not file.is_file():
-        if (folder / "adapters.safetensors").is_file():
-            raise _of_mlx(folder)
-        raise OlpackError(f"'{folder}' has no adapter_model.safetensors.", "Save the adapter with save_pretrained (safetensors, not pickle).")
     header = read_safetensors_header(file)
     names = BaseNames(base)
     reader = _Reader(folder, config, header, base, names)
@@ -208,6 +205,24 @@ def read_adapter(folder: Path, base: Mapping[str, TensorHeader], *, dequantized:
         return adapter
     quantization = read_quantization(folder)
     return replace(adapter, quantization=quantization, quantized=frozenset(names.find(f"{module}.weight") for module in quantization.modules))
+
+
+def adapter_files(folder: Path, *, dequantized: bool = False) -> list[Path]:
+    """The files of an adapter that a merge reads: its configuration, its tensors, and with `dequantized` the record of how olpack trained it.
+
+    Raises:
+        OlpackError: one of them is not there.
+    """
+    config, tensors = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    if not config.is_file():
+        raise OlpackError(f"'{folder}' is no adapter: it has no adapter_config.json.", "Name the folder that peft's save_pretrained wrote.")
+    if not tensors.is_file():
+        if (folder / "adapters.safetensors").is_file():
+            raise _of_mlx(folder)
+        raise OlpackError(f"'{folder}' has no adapter_model.safetensors.", "Save the adapter with save_pretrained (safetensors, not pickle).")
+    if dequantized:
+        read_quantization(folder)
+    return [config, tensors, *([folder / _SETTINGS] if dequantized else [])]
 
 
 class _Reader:
@@ -423,7 +438,7 @@ def read_quantization(folder: Path) -> FrozenQuantization:
     Raises:
         OlpackError: olpack did not train it, or on a base that it did not quantize.
     """
-    path = folder / "settings.json"
+    path = folder / _SETTINGS
     again = "Set `train.merge_base: original`."
     found = bounded_json.read_object(path, again).get("held") if path.is_file() else None
     if found is None:
@@ -439,8 +454,6 @@ def read_quantization(folder: Path) -> FrozenQuantization:
 
 def _read_config(folder: Path) -> dict:
     path = folder / "adapter_config.json"
-    if not path.is_file():
-        raise OlpackError(f"'{folder}' is no adapter: it has no adapter_config.json.", "Name the folder that peft's save_pretrained wrote.")
     for file in sorted(folder.iterdir()):
         bounded_json.check_regular(file)
     config = bounded_json.read_object(path, "Save the adapter again.")

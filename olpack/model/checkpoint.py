@@ -66,7 +66,7 @@ def refuse_adapter(source: Path) -> None:
         base = None
     raise OlpackError(
         f"'{source}' is an adapter, no model; its base is {base or 'not named in adapter_config.json'}.",
-        f"Name {base or 'the base'} as the model, and this folder with --adapter.",
+        f"Name {base or 'the base'} as the model, and this folder with --adapter; or make a package of it with `olpack import {source}`.",
     )
 
 

@@ -33,7 +33,9 @@ def load(path: Path, overrides: list[str] | None = None) -> Recipe:
     """
     name = path.parent.resolve().name
     check_name(name, tagged=False)
-    document, lines = _read_yaml(path)
+    document, lines = bounded_yaml.read(path)
+    if not isinstance(document, dict):
+        raise OlpackError(f"{path} must contain settings such as `base: builtin/tiny-coder`.")
     origins = {key: f"{path.name}:{line}" for key, line in lines.items()}
     return _checked(document, overrides, name, path, lines, origins)
 
@@ -75,44 +77,6 @@ def _refuse_odd_characters(value: Any, key: str, path: Path, lines: dict[str, in
         place = f"{path}, line {lines[key]}" if key in lines else str(path)
         what = f"'{key}'" if key else "a key"
         raise OlpackError(f"{place}: {what} contains the character {odd[0]!r}, which no text has.", "Write the text without it.")
-
-
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(bounded_yaml.MOST_CHARACTERS + 1)
-    except FileNotFoundError:
-        raise OlpackError(f"There is no {path}.") from None
-    except UnicodeDecodeError as error:
-        raise OlpackError(f"{path} is not UTF-8 (byte {error.start}).", "Save it as UTF-8.") from None
-    try:
-        bounded_yaml.check(text, str(path))
-        node = yaml.compose(text, bounded_yaml.Loader)
-        lines: dict[str, int] = {}
-        _lines_of(node, "", lines, path)
-        document = yaml.load(text, bounded_yaml.Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}" if mark else ""
-        raise OlpackError(f"{path}{place}: {getattr(error, 'problem', None) or error}.", "It must be valid YAML.") from None
-    if not isinstance(document, dict):
-        raise OlpackError(f"{path} must contain settings such as `base: builtin/tiny-coder`.")
-    return document, lines
-
-
-def _lines_of(node: yaml.Node | None, prefix: str, lines: dict[str, int], path: Path) -> None:
-    if isinstance(node, yaml.SequenceNode):
-        for number, item in enumerate(node.value):
-            lines[f"{prefix}{number}"] = item.start_mark.line + 1
-            _lines_of(item, f"{prefix}{number}.", lines, path)
-    if not isinstance(node, yaml.MappingNode):
-        return
-    for key, value in node.value:
-        name = f"{prefix}{key.value}"
-        if name in lines:
-            raise OlpackError(f"{path}, line {key.start_mark.line + 1}: '{name}' is given twice.", "Keep one of them.")
-        lines[name] = key.start_mark.line + 1
-        _lines_of(value, f"{name}.", lines, path)
 
 
 def _apply_override(document: dict[str, Any], override: str) -> str:

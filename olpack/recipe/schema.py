@@ -84,11 +84,11 @@ _Sources = Annotated[
 class Data(_Section):
     """Training and held-out rows. docs/data.md describes their sources and forms."""
 
-    train: _Sources
+    train: _Sources | None = None
     """Training rows: a file or a folder relative to the recipe; {file: …} or {hub: user/name}, with split, revision, subset, form and weight;
-    or a list of these."""
+    or a list of these. Required, except with `train.adapter`."""
     eval: _Sources | None = None
-    """Held-out rows. null: `eval_share` of the training rows, chosen by the hash of each row."""
+    """Held-out rows. null: `eval_share` of the training rows, chosen by the hash of each row. Required with `train.adapter`."""
     eval_share: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
     """Share of the training rows that is held out if there is no `eval`."""
     form: Literal["auto", _Form] = "auto"
@@ -185,6 +185,9 @@ class Train(_Section):
     """Launcher in place of `gpus`, with its own options: `torchrun --nproc-per-node 2`, `accelerate launch --num-processes 2`."""
     trackers: list[Literal["tensorboard", "wandb"]] = Field(default=[])
     """Trackers that get the metrics besides `metrics.jsonl`: TensorBoard (in `build/NAME/tensorboard`), Weights & Biases."""
+    adapter: Annotated[str, Field(min_length=1)] | None = None
+    """Folder of a finished adapter in peft's format, relative to the recipe. The build copies it and trains nothing, so of the other keys of
+    `train` only `merge_base` may be set."""
 
     @model_validator(mode="after")
     def _fit_together(self) -> Train:
@@ -193,6 +196,8 @@ class Train(_Section):
         if self.quantization == "none" and (self.initialization == "loftq" or self.merge_base == "dequantized"):
             setting = "initialization: loftq" if self.initialization == "loftq" else "merge_base: dequantized"
             raise ValueError(f"{setting} corrects the error of quantization, and quantization: none has no error.")
+        if self.adapter and (idle := [key for key in type(self).model_fields if key in self.model_fields_set - {"adapter", "merge_base"}]):
+            raise ValueError(f"adapter names a finished adapter, so nothing is trained: leave out {', '.join(idle)}.")
         return self
 
 
@@ -390,6 +395,21 @@ class Recipe(_Section):
     def _revision_of_hub_id(self) -> Recipe:
         if self.revision and self.base.startswith("builtin/"):
             raise ValueError("revision goes with a Hub id; a builtin base has none.")
+        return self
+
+    @model_validator(mode="after")
+    def _rows_for_what_is_done(self) -> Recipe:
+        if self.train.adapter is None:
+            if self.data.train is None:
+                raise ValueError("data.train is missing: it names the training rows.")
+            return self
+        if self.data.eval is None:
+            raise ValueError(
+                "data.eval is missing: train.adapter names a finished adapter, and the quants are compared on rows that it was not trained on."
+            )
+        reads = ["export.importance: train"] if self.export.importance == "train" else [name for name in self.quants if quant_type(name).budget]
+        if reads and self.data.train is None:
+            raise ValueError(f"{reads[0]} reads training rows: name some as data.train.")
         return self
 
     @model_validator(mode="after")

@@ -13,7 +13,7 @@ from olpack.model.base import Base, resolve
 from olpack.quants import quant_type
 from olpack.recipe import Recipe
 from olpack.stages import records
-from olpack.workspace import BuildPaths, value_digest
+from olpack.workspace import BuildPaths, file_digest, value_digest
 
 if TYPE_CHECKING:
     from olpack.data import Chat, Renderer, Source, TokenRow
@@ -62,6 +62,24 @@ class Build:
     def base(self) -> Base:
         """The base model, fetched from the Hub where that is needed."""
         return resolve(self.recipe.base, relative_to=self.recipe.folder, revision=self.recipe.revision, weights=self.weights)
+
+    @cached_property
+    def finished_adapter(self) -> Path | None:
+        """Folder of the adapter that is trained already; None where one is to be trained."""
+        return None if self.recipe.train.adapter is None else self.recipe.folder / Path(self.recipe.train.adapter).expanduser()
+
+    @cached_property
+    def finished_adapter_digest(self) -> str:
+        """Identity of the files of an adapter that is trained already.
+
+        Raises:
+            OlpackError: one of them is not there.
+        """
+        from olpack.export.adapter import adapter_files
+
+        assert self.finished_adapter is not None  # asked for only where there is one
+        files = adapter_files(self.finished_adapter, dequantized=self.recipe.train.merge_base == "dequantized")
+        return value_digest({file.name: file_digest(file) for file in files})
 
     @cached_property
     def meta_model(self) -> MetaModel:

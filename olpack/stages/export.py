@@ -84,6 +84,8 @@ def check(build: Build, checks: Checks) -> None:
         importance="later" if importance == build.paths.importance else importance,
         tensor_types=build.recipe.export.tensor_types,
         texts=texts,
+        adapter=None if build.paths.base else build.finished_adapter,
+        merge_base=build.recipe.train.merge_base,
         **header_options(build),
     )
     for warning in exported.warnings:

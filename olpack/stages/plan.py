@@ -38,7 +38,7 @@ class Estimate:
         steps: optimizer steps.
         adapter_parameters: weights of the adapter.
         device: where it trains.
-        train_seconds: from a matrix product timed here, at half its rate; None on a GPU.
+        train_seconds: from a matrix product timed here, at half its rate; None on a GPU, and where nothing is trained.
         fit: what training takes of a GPU's memory and how it uses it.
         weights_bytes: the frozen base in memory.
         held: its quantization: "nf4", or the one that it comes in ("gptq").
@@ -164,10 +164,10 @@ def estimate(build: Build, vram: float | None = None) -> Estimate:
         eval_rows=len(held_out),
         train_tokens=tokens,
         learned_tokens=sum(row.target_count for row in rows),
-        steps=len(schedule(len(rows), asked.epochs, asked.batch_size, asked.seed)),
+        steps=0 if build.finished_adapter else len(schedule(len(rows), asked.epochs, asked.batch_size, asked.seed)),
         adapter_parameters=adapter,
         device="cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
-        train_seconds=passes * parameters / (0.5 * _matmul_rate()) if device.type == "cpu" else None,
+        train_seconds=passes * parameters / (0.5 * _matmul_rate()) if device.type == "cpu" and not build.finished_adapter else None,
         fit=_fit(build, rows, device, vram),
         weights_bytes=stored_bytes(build.base) or sum(frozen_bytes(build.meta_model, held, full)),
         held=came or held,
@@ -191,7 +191,7 @@ def _fit(build: Build, rows: list[TokenRow], device: torch.device, vram: float |
     from olpack.train.adapter import whole_parameters
 
     asked = build.recipe.train
-    if vram is None and device.type == "cpu":
+    if build.finished_adapter or (vram is None and device.type == "cpu"):
         return planner.on_cpu(asked)
     gpus = asked.gpus if asked.gpus != "all" else max(1, torch.cuda.device_count())
     available = planner.free_gpu_memory(device) if vram is None else planner.card_memory(vram)
