@@ -110,11 +110,15 @@ def _json_lines(raw: bytes) -> Iterator[Record]:
         try:
             yield Record(number, json.loads(line.decode("utf-8").removeprefix("\ufeff")))
         except UnicodeDecodeError as error:
-            yield Record(number, None, f"not UTF-8 (byte {error.start + 1} of the line)")
+            yield Record(number, None, _not_utf8(error))
         except json.JSONDecodeError as error:
             yield Record(number, None, f"not JSON: {error.msg.lower()} at column {error.colno}")
         except (ValueError, RecursionError) as error:
             yield Record(number, None, f"not JSON: {_beyond(error)}")
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"not UTF-8 (byte {error.start + 1} of the line): save the file as UTF-8"
 
 
 def _beyond(error: ValueError | RecursionError) -> str:
@@ -140,7 +144,7 @@ def _text_records(raw: bytes, parse: Callable[[str], Iterator[Record]]) -> Itera
             try:
                 line.decode("utf-8")
             except UnicodeDecodeError as error:
-                yield Record(number, None, f"not UTF-8 (byte {error.start + 1} of the line)")
+                yield Record(number, None, _not_utf8(error))
         return
     yield from parse(text)
 
