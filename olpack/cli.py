@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -73,6 +74,8 @@ def main() -> None:
     if not debug:
         warnings.filterwarnings("ignore")
     redact_logs()
+    if isinstance(sys.stdout, TextIOWrapper):  # a terminal that is not UTF-8 shows \u0645 for what it has no letter for; stderr does that by itself
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with _signals_end_as_interrupts():
             check_home()
