@@ -1,9 +1,12 @@
 # make demo         everything it needs into .venv, then the shipped package: train, export, compare
 # make test         everything it needs into .venv, then the test suite, in two processes (WORKERS=8 for eight)
 # make test-fast    those of the tests that train and export no model
+# make test-slow    what takes an hour: builds that are killed, long fuzzing, and the tables of hostile inputs, in build/test-slow
 # make lint         ruff, mypy, and the imports between the rooms of olpack/
 # make docs         the generated pages of docs/reference/
-.PHONY: demo test test-fast lint docs install clean
+# make site         the documents as a site in build/site/; a broken link fails it
+# make links        checks links within the project, and lists those that lead to other hosts
+.PHONY: demo test test-fast test-slow lint docs site links install clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -23,6 +26,14 @@ test: install
 test-fast: install
 	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --fast
 
+test-slow: install
+	rm -rf build/test-slow
+	mkdir -p build/test-slow
+	OLPACK_FUZZ=1500 $(VENV)/bin/python -m pytest tests/test_fuzz.py
+	$(VENV)/bin/python tests/test_sandbox.py > build/test-slow/sandbox.md
+	$(VENV)/bin/python -m pytest -rP tests/test_bad_inputs.py tests/test_server_answers.py > build/test-slow/inputs_and_answers.txt
+	$(VENV)/bin/python benchmarks/kills.py --work build/test-slow/kills --output build/test-slow/kills.md
+
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -32,7 +43,17 @@ lint: $(VENV)/.lint
 docs: install
 	$(VENV)/bin/python -m olpack.reference
 
+site: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --config-file .ci/mkdocs.yml
+
+links: install
+	$(VENV)/bin/python .ci/links.py
+
 # Once for each set of versions, as the rest of the environment.
+$(VENV)/.docs: $(READY)
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[docs]'
+	touch $@
+
 $(VENV)/.lint: $(READY)
 	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[lint]'
 	touch $@

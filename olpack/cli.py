@@ -28,7 +28,7 @@ import typer
 
 from olpack import __version__, progress
 from olpack.errors import OlpackError
-from olpack.printable import echo, json_text, redact_logs, redacted, visible
+from olpack.printable import echo, json_text, redact_libraries, redacted, visible
 from olpack.workspace import check_home
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def main() -> None:
     debug = "--debug" in sys.argv[1:] or bool(os.environ.get("OLPACK_DEBUG"))
     if not debug:
         warnings.filterwarnings("ignore")
-    redact_logs()
+    redact_libraries()
     if isinstance(sys.stdout, TextIOWrapper):  # a terminal that is not UTF-8 shows \u0645 for what it has no letter for; stderr does that by itself
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -82,7 +82,9 @@ def main() -> None:
             # By default torch makes a folder with a known name in the shared temporary folder, which anybody may have made before it.
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", platformdirs.user_cache_dir("olpack-torchinductor"))
             app(prog_name="olpack")
-    except Exception as error:
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # a panic of a library in Rust is no Exception
         if debug:
             echo(redacted(traceback.format_exc()), end="", err=True)
         else:
@@ -118,7 +120,7 @@ def _signals_end_as_interrupts() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _message(error: Exception) -> str:
+def _message(error: BaseException) -> str:
     if isinstance(error, OlpackError):
         return str(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:

@@ -15,9 +15,9 @@ import tiny_gguf
 from test_compare_measure import SETTINGS, quant_file
 
 from olpack import recipe
-from olpack.compare import measure
+from olpack.compare import measure, scores
 from olpack.compare.sandbox import asserts_hold
-from olpack.compare.scores import load_function, score, standard_error
+from olpack.compare.scores import load_function, score, score_answers, standard_error
 from olpack.errors import OlpackError
 from olpack.recipe.tasks import load_tasks, parse_task
 
@@ -27,6 +27,21 @@ ASK = [{"role": "user", "content": "Say 42."}, {"role": "assistant", "content": 
 
 def task(folder: Path | None = None, **check):
     return parse_task({"prompt": "p", **check}, "tasks.jsonl:1", folder)
+
+
+def test_an_expression_without_end_is_named(monkeypatch):
+    monkeypatch.setattr(scores, "_SEARCH_S", 0.3)
+    tasks = [parse_task({"prompt": "p", "regex": pattern}, f"tasks.jsonl:{line}") for line, pattern in enumerate(("a", "(a+)+$"), 1)]
+    assert score_answers(tasks, ["aaa", "aaa"], "x").mean == 1
+    with pytest.raises(OlpackError, match=r"tasks\.jsonl:2: the `regex` '\(a\+\)\+\$' takes longer than 0\.3 s") as raised:
+        score_answers(tasks, ["a", "a" * 40 + "b"], "x")
+    assert "nested repetitions" in raised.value.remedy
+
+
+@pytest.mark.parametrize("check", ["json", "python"])
+@pytest.mark.parametrize("text", ["[" * 100_000, "(" * 100_000, "-" * 100_000 + "1", "a" + ".b" * 100_000, "a" + "()" * 100_000, "not " * 50_000])
+def test_an_answer_that_is_nested_deep_is_scored(check, text):
+    assert score(parse_task({"prompt": "p", check: True}, "tasks.jsonl:1"), text) in (0, 1)
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,18 @@ def facts(build: Build) -> dict[str, Any]:
         "files": {step.inputs["quant"]: step.result for step in steps.values() if step.stage == "export"},
         "recommended": steps["compare"].result.get("recommended"),
         "registered": {record["model"]: record["digest"] for record in deployed.get("registered", [])},
+        "capabilities": _capabilities(build),
         "prompt": deployed.get("identity"),
         "stale": {unit: step.reason for unit, step in steps.items() if step.stale},
     }
+
+
+def _capabilities(build: Build) -> list[str] | None:
+    """What the server says that the first registered tag can do: "completion", "tools", "thinking"; None where no server has it. All tags of a
+    package have one chat template, which decides this."""
+    from olpack.deploy.client import OllamaClient
+
+    if not (build.server and (made := registered(build))):
+        return None
+    shown = OllamaClient().show(made[0].model)
+    return list(shown.capabilities) if shown else None

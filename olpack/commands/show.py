@@ -96,6 +96,8 @@ def print_facts(facts: dict[str, Any]) -> None:
     table.add_row("recommended", facts["recommended"] or "not compared yet")
     for model, digest in facts["registered"].items():
         table.add_row("registered", f"{model}  {digest[:12]}…")
+    if facts["capabilities"]:
+        table.add_row("capabilities", ", ".join(facts["capabilities"]))
     if facts["prompt"]:
         table.add_row("prompt", facts["prompt"])
     for unit, reason in facts["stale"].items():

@@ -12,6 +12,7 @@ from typing import Any
 
 from olpack import bounded_json
 from olpack.errors import OlpackError
+from olpack.model import tokenizer_trial
 from olpack.model.checkpoint import check_tokenizer_files, read_tensor_headers, refuse_adapter
 from olpack.model.settings import read_config_file, read_object
 from olpack.workspace import PACKAGE, folder_fingerprint
@@ -124,6 +125,8 @@ class Base:
         """
         try:
             tokenizer = load_tokenizer(self.path)
+        except OlpackError:
+            raise
         except Exception as error:  # tokenizers raises nothing narrower
             raise OlpackError(
                 f"The tokenizer in {self.path} does not load: {(str(error).splitlines() or [type(error).__name__])[0]}",
@@ -158,6 +161,17 @@ class Base:
 
 def load_tokenizer(folder: Path) -> Any:
     """A folder's tokenizer as transformers loads it, from the folder alone and without code of its own. Raises what transformers raises.
+
+    One that may take any time or memory is tried in a worker first (see `tokenizer_trial`).
+    """
+    trial = tokenizer_trial.start(folder)
+    tokenizer = load_untried(folder)
+    tokenizer_trial.belongs(trial, tokenizer)
+    return tokenizer
+
+
+def load_untried(folder: Path) -> Any:
+    """As `load_tokenizer`, without a trial.
 
     Where tokenizer_config.json names the general class, that is taken at once: AutoTokenizer would find the same one, and imports torch to look.
     """

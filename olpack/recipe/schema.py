@@ -165,6 +165,9 @@ class Train(_Section):
     """Most tokens of a micro-batch. `auto`: 512 on a CPU, as many as fit on a GPU."""
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     """Recompute activations in the backward pass: less memory, about a third more time. `auto`: if the GPU fits too few tokens without."""
+    products: Literal["bf16", "fp8", "auto"] = "bf16"
+    """Products with frozen base weights: in 16 bits, or in fp8 (e4m3, one scale for each row) on a GPU of Ada, Hopper or a later generation.
+    `auto`: in fp8 where that is faster."""
     weight_decay: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Decoupled weight decay of AdamW on the adapter."""
     max_grad_norm: Annotated[float, Field(gt=0, le=1e12)] = 1.0

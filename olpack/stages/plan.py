@@ -197,7 +197,15 @@ def _fit(build: Build, rows: list[TokenRow], device: torch.device, vram: float |
     available = planner.free_gpu_memory(device) if vram is None else planner.card_memory(vram)
     whole = whole_parameters(build.base, asked)
     return planner.on_gpu(
-        build.meta_model, rows, asked, available, pinnable=planner.pinnable_memory(), stored=planner.stored_bytes(build.base), whole=whole, gpus=gpus
+        build.meta_model,
+        rows,
+        asked,
+        available,
+        pinnable=planner.pinnable_memory(),
+        stored=planner.stored_bytes(build.base),
+        whole=whole,
+        gpus=gpus,
+        multiplies_fp8=planner.multiplies_fp8(device),
     )
 
 

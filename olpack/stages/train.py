@@ -38,6 +38,8 @@ def inputs(build: Build, unit: str) -> dict[str, Any]:
     if build.finished_adapter:
         return {"base": build.base.digest, "train.adapter": build.finished_adapter_digest}
     settings = {key: value for key, value in build.settings("train").items() if key not in _OTHER_SETTINGS}
+    if settings["train.products"] == "bf16":  # so did builds from before the key, which stay fresh
+        del settings["train.products"]
     chosen = build.recipe.train.keep == "best" or build.recipe.train.patience
     return {"base": build.base.digest} | build.data_inputs("train") | (build.data_inputs("eval") if chosen else {}) | settings
 

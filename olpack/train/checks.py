@@ -90,6 +90,8 @@ def check_training(base: Base, settings: Train, *, on_gpu: bool) -> None:
             "Only frozen layers in nf4, fp4 or 16 bits can be sharded over GPUs (`train.sharding: full`).",
             "Set `train.sharding: none`, or `train.quantization` to nf4.",
         )
+    if settings.products == "fp8":
+        _check_fp8(settings)
     if settings.method == "dora" and settings.quantization == "int8" and not on_gpu and not quantization_of(base.config):
         raise OlpackError(
             "DoRA on an int8 base needs a GPU: on a CPU peft loses the scales of int8 when it looks at their norms.",
@@ -102,6 +104,22 @@ def check_training(base: Base, settings: Train, *, on_gpu: bool) -> None:
                     f"`train.initialization: {begins}` takes {settings.rank} singular values, and '{name}' has {min(shape)}.",
                     f"Lower `train.rank` to {min(shape)} or less.",
                 )
+
+
+def _check_fp8(settings: Train) -> None:
+    from olpack.train.device import pick_device
+    from olpack.train.planner import multiplies_fp8
+
+    if not multiplies_fp8(pick_device()):
+        raise OlpackError("This machine has no GPU that multiplies in fp8 (Ada, Hopper or later).", "Set `train.products: auto` or `bf16`.")
+    if settings.method not in ("lora", "rslora") or settings.dropout:
+        raise OlpackError(
+            "Products in fp8 are for lora and rslora without dropout.", "Set `train.products: bf16`, or `train.method: lora` and `train.dropout: 0`."
+        )
+    if settings.sharding == "full":
+        raise OlpackError(
+            "Frozen layers that are sharded over GPUs are not multiplied in fp8.", "Set `train.products: bf16`, or `train.sharding: none`."
+        )
 
 
 def _refuse_lacking(base: Base, meta: MetaModel) -> None:

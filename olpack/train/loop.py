@@ -31,6 +31,7 @@ from olpack.train.forward import Forward
 from olpack.train.metrics import Metrics
 from olpack.train.model import AdaptedModel, load_with_adapter
 from olpack.train.ops.flat_parameters import FlatParameters
+from olpack.train.ops.fp8 import computing_in_16_bits
 from olpack.train.ops.pinned_memory import PinnedMemory
 from olpack.train.planner import Fit, choose
 from olpack.train.processes import ALONE, Ranks, partition, shard
@@ -61,6 +62,7 @@ def run(
             pinned=pinned,
             offload_attention=fit.offload_attention,
             offload_head=fit.offload_head,
+            in_fp8=fit.in_fp8,
         )
     if fit.sharded:
         shard(model)
@@ -340,11 +342,11 @@ def _groups(rows: list[TokenRow], budget: int, ranks: Ranks) -> Iterator[tuple[l
 def evaluate(
     forward: Forward, rows: list[TokenRow], budget: int, title: str, ranks: Ranks = ALONE, stop_if_asked: Callable[[], None] | None = None
 ) -> float:
-    """Mean negative log-probability per target token over `rows`, in nats."""
+    """Mean negative log-probability per target token over `rows`, in nats, with products in 16 bits."""
     total = 0.0
     forward.model.eval()
     try:
-        with torch.no_grad(), progress.task(title, total=len(rows), unit="rows") as task:
+        with torch.no_grad(), computing_in_16_bits(), progress.task(title, total=len(rows), unit="rows") as task:
             for group, weight in _groups(rows, forward.budget(budget), ranks):
                 total += forward.loss(pack(group, forward.device)).item() * weight
                 task.advance(min(len(group) * ranks.count, len(rows) - task.done))
