@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import shlex
 import signal
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Fine-tune a model with QLoRA, quantize it to GGUF and serve it with Ollama, with measurements that show which quant to use.",
@@ -51,11 +51,38 @@ def _use_json(asked: bool) -> bool:
     return asked
 
 
+_ANYWHERE = ("--quiet", "-q", "--verbose", "-v", "--debug")
 # What a path that a user gave can have wrong with it, whoever opens it.
 _OF_THE_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENXIO)
-Name = Annotated[str, typer.Argument(metavar="NAME", help="A package: a folder in modelfiles/.", show_default=False)]
+
+
+def _matching_packages(incomplete: str) -> list[str]:
+    """For the completion of a shell."""
+    from olpack.workspace import packages
+
+    return [name for name in packages() if name.startswith(incomplete)]
+
+
+def _matching_quants(incomplete: str) -> list[str]:
+    from olpack.quants import QUANT_TYPES
+
+    return [name for name in QUANT_TYPES if name.startswith(incomplete)]
+
+
+def _matching_stages(incomplete: str) -> list[str]:
+    from olpack.stages.order import NAMES
+
+    return [name for name in NAMES if name.startswith(incomplete)]
+
+
+Name = Annotated[
+    str,
+    typer.Argument(metavar="NAME", help="A package: a folder in modelfiles/.", show_default=False, autocompletion=_matching_packages),
+]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a recipe key: train.epochs=3. Repeatable.")]
-Quant = Annotated[list[str] | None, typer.Option("--quant", metavar="TYPE", help="Only this quant type. Repeatable.")]
+Quant = Annotated[
+    list[str] | None, typer.Option("--quant", metavar="TYPE", help="Only this quant type. Repeatable.", autocompletion=_matching_quants)
+]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder of the builds, in place of build/.")]
 _MODELS = "A package, a model's folder, config.json or Hub id, or GGUFs of one model."
 Params = Annotated[str | None, typer.Option("--params", metavar="SIZE", help="A typical model of this size in place of MODEL: 8B, 350M.")]
@@ -81,7 +108,7 @@ def main() -> None:
             check_home()
             # By default torch makes a folder with a known name in the shared temporary folder, which anybody may have made before it.
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", platformdirs.user_cache_dir("olpack-torchinductor"))
-            app(prog_name="olpack")
+            app(_in_front(sys.argv[1:]), prog_name="olpack")
     except (SystemExit, KeyboardInterrupt):
         raise
     except BaseException as error:  # a panic of a library in Rust is no Exception
@@ -90,6 +117,12 @@ def main() -> None:
         else:
             echo(f"olpack: {redacted(_message(error))}", err=True)
         sys.exit(1)
+
+
+def _in_front(words: list[str]) -> list[str]:
+    """The command line with the options of `olpack` itself before the command: `olpack build NAME --quiet` is `olpack --quiet build NAME`."""
+    end = words.index("--") if "--" in words else len(words)
+    return sorted(words[:end], key=lambda word: word not in _ANYWHERE) + words[end:]
 
 
 @contextmanager
@@ -164,9 +197,29 @@ def _print_lines(as_json: bool, lines: list[str]) -> None:
 @app.callback()
 def options(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print results, warnings and errors, and no progress.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Print why each stage runs or is up to date, and every request to a server.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Print tracebacks and the warnings of libraries.")] = False,
 ) -> None:
+    if quiet and verbose:
+        raise typer.BadParameter("--quiet and --verbose exclude each other.", param_hint="--quiet, --verbose")
     progress.use("auto")
+    progress.show("quiet" if quiet else "verbose" if verbose else "normal")
+    if verbose:
+        _show_requests()
+
+
+def _show_requests() -> None:
+    class Requests(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            progress.detail(record.getMessage())
+
+    log = logging.getLogger("httpx")
+    log.setLevel(logging.INFO)
+    log.handlers = [Requests()]
+    log.propagate = False
 
 
 def _build_of(name: str, settings: list[str] | None, quant: list[str] | None, out: Path | None, deploy: bool = True) -> Build:
@@ -249,7 +302,13 @@ def build(
     settings: Set = None,
     quant: Quant = None,
     only: Annotated[
-        str | None, typer.Option("--only", metavar="STAGE", help="Run this stage only: train, export, modelfiles, deploy or compare.")
+        str | None,
+        typer.Option(
+            "--only",
+            metavar="STAGE",
+            help="Run this stage only: train, export, modelfiles, deploy or compare.",
+            autocompletion=_matching_stages,
+        ),
     ] = None,
     no_deploy: Annotated[bool, typer.Option("--no-deploy", help="Do not use the Ollama server.")] = False,
     out: Out = None,
@@ -406,7 +465,10 @@ def deploy(
 
 @app.command()
 def compare(
-    names: Annotated[list[str], typer.Argument(metavar="NAME", help="A package, or tags of any models on the server.", show_default=False)],
+    names: Annotated[
+        list[str],
+        typer.Argument(metavar="NAME", help="A package, or tags of any models on the server.", show_default=False, autocompletion=_matching_packages),
+    ],
     settings: Set = None,
     quant: Quant = None,
     against: Annotated[
@@ -545,7 +607,12 @@ def estimate(
 
 @app.command()
 def run(
-    model: Annotated[str, typer.Argument(metavar="NAME[:TAG]", help="A package. Default tag: the recommended quant.", show_default=False)],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME[:TAG]", help="A package. Default tag: the recommended quant.", show_default=False, autocompletion=_matching_packages
+        ),
+    ],
     prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="One prompt. Without it, a conversation.", show_default=False)] = None,
     out: Out = None,
 ) -> None:
@@ -621,7 +688,10 @@ def remove(
 
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Check training data, and print rows as the model reads them.")
 app.add_typer(data_app, name="data")
-DataName = Annotated[str, typer.Argument(metavar="NAME", help="A package, or a data file with --base.", show_default=False)]
+DataName = Annotated[
+    str,
+    typer.Argument(metavar="NAME", help="A package, or a data file with --base.", show_default=False, autocompletion=_matching_packages),
+]
 DataBase = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="Base model whose tokenizer reads the data file.")]
 
 

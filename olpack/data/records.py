@@ -16,6 +16,7 @@ from typing import Any
 
 from olpack.bounded_json import check_regular
 from olpack.errors import OlpackError
+from olpack.installed import optional
 from olpack.trials import Trial
 from olpack.workspace import CHUNK
 
@@ -322,7 +323,7 @@ def _header_problem(header: list[str], delimiter: str) -> str:
 
 
 def _parquet(path: Path) -> Iterator[Record]:
-    import pyarrow
+    pyarrow = optional("pyarrow", "Parquet files")
 
     status = path.stat()
     _try_parquet(path, status.st_size, status.st_mtime_ns)

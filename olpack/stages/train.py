@@ -155,7 +155,8 @@ def _untrained_system(build: Build) -> str | None:
         return None
     return (
         f"The server puts `modelfile.system` before each request without a system prompt, and {without:,} of {len(chats):,} training chats have "
-        "none, so that training sees other prompts than it serves. Add the prompt to the rows as a message of role system, or leave out `modelfile.system`."
+        "none, so that training sees other prompts than it serves. Add the prompt to the rows as a message of role system, or leave out "
+        "`modelfile.system`."
     )
 
 
