@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -101,6 +102,8 @@ def main() -> None:
     if not debug:
         warnings.filterwarnings("ignore")
     redact_libraries()
+    if isinstance(sys.stdout, TextIOWrapper):  # a terminal that is not UTF-8 shows \u0645 for what it has no letter for; stderr does that by itself
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with _signals_end_as_interrupts():
             check_home()
@@ -259,13 +262,16 @@ def init(
     example: Annotated[
         str | None, typer.Option("--example", metavar="[EXAMPLE]", help="Copy this example, with its data. Without a value: list the examples.")
     ] = None,
+    lang: Annotated[str, typer.Option("--lang", metavar="LANGUAGE", help="Language of the comments: en or ar.")] = "en",
 ) -> None:
     """Write a recipe with comments, or copy an example."""
-    from olpack.commands.init import new_recipe, write_recipe
+    from olpack.commands.init import TEMPLATES, new_recipe, write_recipe
 
+    if lang not in TEMPLATES:
+        raise typer.BadParameter(f"'{visible(lang)}' is not a language of recipes. The languages are {', '.join(TEMPLATES)}.", param_hint="--lang")
     if example is not None:
-        if train is not None or system is not None:
-            raise typer.BadParameter("An example has its own rows and its own system prompt; edit its recipe.", param_hint="--example")
+        if train is not None or system is not None or lang != "en":
+            raise typer.BadParameter("An example has its own rows, system prompt and English comments; edit its recipe.", param_hint="--example")
         _init_example(example, name, base)
         return
     if name is None:
@@ -275,7 +281,7 @@ def init(
         raise OlpackError("A recipe needs a base and training rows.", f"olpack init {name} --base Qwen/Qwen3-0.6B --train chats.jsonl")
     base = base or typer.prompt("Base model (a Hub id, a folder)", default="builtin/tiny-coder", err=True)
     train = train or typer.prompt("Training rows (a file, a folder, a Hub id)", err=True)
-    write_recipe(path, base, train, system)
+    write_recipe(path, base, train, system, lang)
     echo(str(path))
     progress.say(f"next: olpack data check {name}, olpack plan {name}, olpack build {name}")
 

@@ -17,6 +17,9 @@ from olpack.workspace import HUB_ID, check_package, named_from, template_source,
 PARAMETERS = {"num_predict": 1024, "repeat_penalty": 1.05}
 """What a new recipe serves with: an answer that comes to repeat itself is made less likely, and ends."""
 
+TEMPLATES = {"en": "recipe.yaml.j2", "ar": "recipe.ar.yaml.j2"}
+"""The template of a recipe with comments in each language."""
+
 
 def new_recipe(name: str) -> Path:
     """Where the recipe of a package will be that is not there yet.
@@ -32,7 +35,7 @@ def new_recipe(name: str) -> Path:
     return path
 
 
-def write_recipe(path: Path, base: str, train: str, system: str | None = None) -> None:
+def write_recipe(path: Path, base: str, train: str, system: str | None = None, lang: str = "en") -> None:
     """Write a recipe, commented, with the settings that are changed most.
 
     Args:
@@ -40,6 +43,7 @@ def write_recipe(path: Path, base: str, train: str, system: str | None = None) -
         base: `builtin/tiny-coder`, a folder, or a Hub id.
         train: a file or folder of rows, or a data set on the Hub.
         system: the system prompt.
+        lang: language of the comments, of `TEMPLATES`.
 
     Raises:
         OlpackError: there is no such folder or file, or the recipe cannot be written.
@@ -51,8 +55,8 @@ def write_recipe(path: Path, base: str, train: str, system: str | None = None) -
         raise OlpackError(f"There is no {train} here.", "Name a file or a folder of rows, or a data set on the Hub as owner/name.")
     settings = Recipe(base=base, data=Data(train=train if hub else named_from(folder, train)))
     text = render(
-        template_source("recipe.yaml.j2"),
-        "recipe.yaml.j2",
+        template_source(TEMPLATES[lang]),
+        TEMPLATES[lang],
         "The recipe's template",
         filters={"quoted": quoted},
         name=folder.name,
