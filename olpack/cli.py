@@ -19,12 +19,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import platformdirs
 import typer
+from typer.core import TyperCommand
 
 from olpack import __version__, progress
 from olpack.errors import OlpackError
@@ -100,6 +102,8 @@ def main() -> None:
     if not debug:
         warnings.filterwarnings("ignore")
     redact_libraries()
+    if isinstance(sys.stdout, TextIOWrapper):  # a terminal that is not UTF-8 shows \u0645 for what it has no letter for; stderr does that by itself
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with _signals_end_as_interrupts():
             check_home()
@@ -236,26 +240,68 @@ def _server() -> str | None:
     return client.url if client.version() else None
 
 
-@app.command()
+class _ExampleWithoutName(TyperCommand):
+    """Typer has no option whose value may be left out: `--example` alone stands for an empty name."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = [*args, "-"]
+        alone = [at + 1 for at, word in enumerate(args) if word == "--example" and given[at + 1].startswith("-")]
+        for at in reversed(alone):
+            args.insert(at, "")
+        return super().parse_args(ctx, args)
+
+
+@app.command(cls=_ExampleWithoutName)
 def init(
-    name: Name,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="The package: a folder in modelfiles/. Default: the example's name.", show_default=False)
+    ] = None,
     base: Annotated[
         str | None, typer.Option("--base", metavar="MODEL", help="Base model: a Hub id, a folder, a GGUF, ollama/NAME, or builtin/tiny-coder.")
     ] = None,
     train: Annotated[str | None, typer.Option("--train", metavar="ROWS", help="Training rows: a file, a folder, or a data set of the Hub.")] = None,
     system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System prompt.")] = None,
+    example: Annotated[
+        str | None, typer.Option("--example", metavar="[EXAMPLE]", help="Copy this example, with its data. Without a value: list the examples.")
+    ] = None,
+    lang: Annotated[str, typer.Option("--lang", metavar="LANGUAGE", help="Language of the comments: en or ar.")] = "en",
 ) -> None:
-    """Write modelfiles/NAME/recipe.yaml, with comments."""
-    from olpack.commands.init import new_recipe, write_recipe
+    """Write a recipe with comments, or copy an example."""
+    from olpack.commands.init import TEMPLATES, new_recipe, write_recipe
 
+    if lang not in TEMPLATES:
+        raise typer.BadParameter(f"'{visible(lang)}' is not a language of recipes. The languages are {', '.join(TEMPLATES)}.", param_hint="--lang")
+    if example is not None:
+        if train is not None or system is not None or lang != "en":
+            raise typer.BadParameter("An example has its own rows, system prompt and English comments; edit its recipe.", param_hint="--example")
+        _init_example(example, name, base)
+        return
+    if name is None:
+        raise typer.BadParameter("A package needs a name: olpack init NAME. `olpack init --example` lists examples.", param_hint="NAME")
     path = new_recipe(name)
     if None in (base, train) and not sys.stdin.isatty():
         raise OlpackError("A recipe needs a base and training rows.", f"olpack init {name} --base Qwen/Qwen3-0.6B --train chats.jsonl")
     base = base or typer.prompt("Base model (a Hub id, a folder, a GGUF, ollama/NAME)", default="builtin/tiny-coder", err=True)
     train = train or typer.prompt("Training rows (a file, a folder, a Hub id)", err=True)
-    write_recipe(path, base, train, system)
+    write_recipe(path, base, train, system, lang)
     echo(str(path))
     progress.say(f"next: olpack data check {name}, olpack plan {name}, olpack build {name}")
+
+
+def _init_example(example: str, name: str | None, base: str | None) -> None:
+    from olpack.commands.examples import examples, find, first_question, print_examples, write_example
+
+    if not example:
+        print_examples(examples())
+        progress.say("next: olpack init --example NAME")
+        return
+    found = find(example)
+    path = write_example(found, name or found.name, base)
+    package = path.parent.name
+    echo(str(path))
+    progress.say(f"next: olpack data check {package}")
+    progress.say(f"      olpack build {package}")
+    progress.say(f"      olpack run {package} {shlex.quote(first_question(path))}")
 
 
 @app.command("import")

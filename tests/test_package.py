@@ -30,6 +30,8 @@ def test_the_wheel_has_all_that_a_build_needs(unpacked):
         "templates/report.html.j2",
         "modelfiles/coding-assistant/recipe.yaml",
         "modelfiles/coding-assistant/train.jsonl",
+        "examples/support/faq.csv",
+        "examples/tools/README.md",
         "assets/tiny-coder/model.safetensors",
         "assets/tiny-coder/tokenizer.json",
         "assets/tiny-coder/README.md",
