@@ -70,7 +70,7 @@ _MODEL_FILES = (
 
 
 def shipped(kind: str) -> Path:
-    """The `modelfiles` or `templates` that came with olpack: inside the installed package, or beside it in a checkout."""
+    """The `examples`, `modelfiles` or `templates` that came with olpack: inside the installed package, or beside it in a checkout."""
     inside = PACKAGE / kind
     return inside if inside.is_dir() else PACKAGE.parent / kind
 

@@ -22,6 +22,7 @@ from olpack.errors import OlpackError
 from olpack.recipe.tasks import load_tasks, parse_task
 
 FENCED = "Here it is:\n```python\ndef double(number):\n    return 2 * number\n```\nDone."
+CALL = {"name": "dim", "arguments": {"room": "hall", "percent": 30}}
 ASK = [{"role": "user", "content": "Say 42."}, {"role": "assistant", "content": "42"}]
 
 
@@ -58,6 +59,12 @@ def test_an_answer_that_is_nested_deep_is_scored(check, text):
         ({"json": ["a", "b"]}, '{"a": 1, "b": null}', True),
         ({"json": ["a", "b"]}, '{"a": 1}', False),
         ({"json": "a"}, "[1]", False),
+        ({"tool_call": CALL}, '<tool_call>\n{"name": "dim", "arguments": {"percent": 30, "room": "hall"}}\n</tool_call>', True),
+        ({"tool_call": CALL}, 'Sure {: [{"name": "dim", "parameters": {"room": "hall", "percent": 30}}]', True),
+        ({"tool_call": CALL}, '{"name": "dim", "arguments": {"room": "hall", "percent": "30"}}', False),
+        ({"tool_call": CALL}, '{"name": "lift", "arguments": {"room": "hall", "percent": 30}}', False),
+        ({"tool_call": CALL}, 2 * '{"name": "dim", "arguments": {"room": "hall", "percent": 30}}', False),
+        ({"tool_call": CALL}, "dim(hall, 30)" + 5000 * '{"a":', False),
         ({"python": True}, FENCED, True),
         ({"python": True}, "def f(:", False),
         ({"python": True}, "  \n# nothing", False),
@@ -132,6 +139,8 @@ def test_a_function_of_ones_own(tmp_path):
         ('{"prompt": "p", "contains": []}', "`contains` is no text or list"),
         ('{"prompt": "p", "regex": "("}', "no regular expression"),
         ('{"prompt": "p", "json": false}', "nor true"),
+        ('{"prompt": "p", "tool_call": {"name": "dim"}}', "no object with `name` and `arguments`"),
+        ('{"prompt": "p", "tools": [{"name": 1}], "exact": "a"}', "tool 1 is no function"),
         ('{"prompt": "p", "python": "x"}', "can only be true"),
         ('{"prompt": "p", "python_asserts": "assert ("}', "does not parse"),
         ('{"prompt": "p", "function": "checks.py"}', "file.py:name"),

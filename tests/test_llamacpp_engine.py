@@ -170,6 +170,19 @@ def test_templates_render_as_in_transformers(tokenizer, template):
     assert render_chat(template, messages, {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}) == expected
 
 
+def test_a_template_reads_tools_as_in_transformers(tokenizer):
+    from example_bases import TEMPLATE
+    from transformers import PreTrainedTokenizerFast
+
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    tools = [{"type": "function", "function": {"name": "dim", "description": "Dämmen", "parameters": {"type": "object", "properties": {}}}}]
+    messages = [{"role": "user", "content": "Dim it."}]
+    for given in (tools, None):
+        expected = wrapped.apply_chat_template(messages, tools=given, chat_template=TEMPLATE, tokenize=False, add_generation_prompt=True)
+        assert render_chat(TEMPLATE, messages, {}, given) == expected
+        assert ('"name": "dim"' in expected) is bool(given)
+
+
 def test_a_template_that_refuses_says_so():
     with pytest.raises(OlpackError, match="no system turn, please"):
         render_chat("{{ raise_exception('no system turn, please') }}", [], {})

@@ -25,7 +25,7 @@ from olpack.compare.results import CheckScore, Scores
 from olpack.compare.sandbox import asserts_hold
 from olpack.errors import OlpackError
 from olpack.llamacpp.cores import usable_cores
-from olpack.recipe.tasks import CHECKS, Task
+from olpack.recipe.tasks import CHECKS, Task, call_text
 from olpack.templating import Exceeded, bounded
 from olpack.workspace import file_digest
 
@@ -101,6 +101,8 @@ def score(task: Task, answer: str) -> float:
             return float(_matches(task, answer))
         case "json":
             return float(_is_json(fenced(answer), task.expected))
+        case "tool_call":
+            return float(_calls(answer) == task.expected)
         case "python":
             return float(_parses(fenced(answer)))
         case "python_asserts":
@@ -180,6 +182,20 @@ def _is_json(text: str, keys: Sequence[str]) -> bool:
     except (ValueError, RecursionError):
         return False
     return not keys or (isinstance(value, dict) and all(key in value for key in keys))
+
+
+def _calls(answer: str) -> list[str]:
+    """The calls of tools in an answer: its JSON objects with a name and arguments, which some models call parameters."""
+    found, at, decoder = [], answer.find("{"), json.JSONDecoder()
+    while at >= 0:
+        try:
+            value, end = decoder.raw_decode(answer, at)
+        except (ValueError, RecursionError):
+            value, end = None, at + 1
+        if isinstance(value, dict) and "name" in value and (arguments := value.get("arguments", value.get("parameters"))) is not None:
+            found.append(call_text(value["name"], arguments))
+        at = answer.find("{", end)
+    return found
 
 
 def _parses(text: str) -> bool:

@@ -30,7 +30,7 @@ import psutil
 from olpack.compare.cache import SPEED_UNITS, suite_unit
 from olpack.compare.divergence import LogitsWriter, open_logits, summarize
 from olpack.compare.hardware import bytes_read, drop_from_cache, joules, peak_resident
-from olpack.compare.job import Job, SpeedJob, SuitesJob
+from olpack.compare.job import Asked, Job, SpeedJob, SuitesJob
 from olpack.compare.perplexity import perplexity
 from olpack.compare.result_flags import answer_of
 from olpack.compare.results import Perplexity
@@ -199,14 +199,14 @@ def measure_rows(job: Job) -> Steps:
     yield results
 
 
-def measure_answers(job: Job, unit: str, conversations: Sequence[list[dict]]) -> Steps:
+def measure_answers(job: Job, unit: str, conversations: Sequence[Asked]) -> Steps:
     """A free answer to each conversation of a unit, at temperature 0."""
     answers = []
     with Engine(job.path, job.context, job.untimed_threads, adapter=job.adapter, template=job.template) as engine:
-        for done, messages in enumerate(conversations, 1):
-            generation = engine.generate(messages, job.answer_tokens, Sampling(temperature=0))
+        for done, asked in enumerate(conversations, 1):
+            generation = engine.generate(asked.messages, job.answer_tokens, Sampling(temperature=0), asked.tools)
             text = "".join(generation)  # finish and tokens are final only now
-            answer = answer_of(text, generation.finish, generation.tokens, prompt=engine.chat_prompt(messages))
+            answer = answer_of(text, generation.finish, generation.tokens, prompt=engine.chat_prompt(asked.messages, asked.tools))
             answers.append(answer.model_dump(mode="json"))
             yield done, len(conversations)
     yield {unit: {"answers": answers}}

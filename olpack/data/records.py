@@ -16,6 +16,7 @@ from typing import Any
 
 from olpack.bounded_json import check_regular
 from olpack.errors import OlpackError
+from olpack.installed import optional
 from olpack.trials import Trial
 from olpack.workspace import CHUNK
 
@@ -141,11 +142,15 @@ def _json_lines(path: Path) -> Iterator[Record]:
         try:
             yield Record(number, json.loads(line.decode("utf-8").removeprefix("\ufeff")))
         except UnicodeDecodeError as error:
-            yield Record(number, None, f"not UTF-8 (byte {error.start + 1} of the line)")
+            yield Record(number, None, _undecoded(error))
         except json.JSONDecodeError as error:
             yield Record(number, None, f"not JSON: {error.msg.lower()} at column {error.colno}")
         except (ValueError, RecursionError) as error:
             yield Record(number, None, f"not JSON: {_beyond(error)}")
+
+
+def _undecoded(error: UnicodeDecodeError) -> str:
+    return f"not UTF-8 (byte {error.start + 1} of the line): save the file as UTF-8"
 
 
 def _beyond(error: ValueError | RecursionError) -> str:
@@ -170,7 +175,7 @@ def _not_utf8(path: Path) -> list[Record]:
         try:
             (line or b"").decode("utf-8")
         except UnicodeDecodeError as error:
-            found.append(Record(number, None, f"not UTF-8 (byte {error.start + 1} of the line)"))
+            found.append(Record(number, None, _undecoded(error)))
     return found
 
 
@@ -318,7 +323,7 @@ def _header_problem(header: list[str], delimiter: str) -> str:
 
 
 def _parquet(path: Path) -> Iterator[Record]:
-    import pyarrow
+    pyarrow = optional("pyarrow", "Parquet files")
 
     status = path.stat()
     _try_parquet(path, status.st_size, status.st_mtime_ns)

@@ -213,7 +213,7 @@ class Engine:
                 return value.raw[:length].decode(errors="replace")
             capacity = length + 1
 
-    def chat_prompt(self, messages: list[dict]) -> str:
+    def chat_prompt(self, messages: list[dict], tools: list[dict] | None = None) -> str:
         """The conversation as the model's template renders it, with the opening of the assistant's turn.
 
         Raises:
@@ -231,7 +231,7 @@ class Engine:
             )
             if token >= 0
         }
-        return render_chat(template, messages, special)
+        return render_chat(template, messages, special, tools)
 
     # ---- the model's work
 
@@ -284,17 +284,24 @@ class Engine:
             for position in (position for position in range(start, stop) if predicts[position]):
                 yield ids[position + 1], self._logits(position - start)
 
-    def generate(self, prompt: list[dict] | Sequence[int], max_tokens: int | None = None, sampling: Sampling = Sampling()) -> Generation:
+    def generate(
+        self,
+        prompt: list[dict] | Sequence[int],
+        max_tokens: int | None = None,
+        sampling: Sampling = Sampling(),
+        tools: list[dict] | None = None,
+    ) -> Generation:
         """Answer a conversation (messages), or go on from token ids.
 
         Args:
             max_tokens: most tokens of the answer; None, or negative as Ollama has it: as many as fit into the context.
+            tools: JSON schemas of the functions that the model may call in a conversation.
 
         Raises:
             OlpackError: the prompt fills the context, or the template refuses the conversation.
         """
         messages = [turn for turn in prompt if isinstance(turn, dict)]
-        ids = self.tokenize(self.chat_prompt(messages)) if messages else [token for token in prompt if not isinstance(token, dict)]
+        ids = self.tokenize(self.chat_prompt(messages, tools)) if messages else [token for token in prompt if not isinstance(token, dict)]
         remaining = self.context - len(ids)
         if remaining < 1:
             raise OlpackError(f"The prompt has {len(ids)} tokens and the context has {self.context}.", "Set num_ctx higher, or shorten the prompt.")

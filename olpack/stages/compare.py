@@ -28,7 +28,9 @@ def inputs(build: Build, unit: str) -> dict[str, Any]:
     """Files, held-out rows, settings, tasks with the files of their checks, and the report's template."""
     asked: dict[str, Any] = {name: build.package.parameters.get(name) for name in _OF_THE_SPEED} | {"modelfile.system": build.recipe.modelfile.system}
     if build.tasks:
-        asked["compare.tasks"] = value_digest([[task.messages, task.check, [str(part) for part in task.expected]] for task in build.tasks])
+        asked["compare.tasks"] = value_digest(
+            [[task.messages, task.check, [str(part) for part in task.expected], *([task.tools] if task.tools else [])] for task in build.tasks]
+        )
         asked |= {str(path): file_digest(path) for path in function_files(build.tasks)}
     if build.recipe.compare.suites and build.suite_folder:
         asked |= {str(path): file_digest(path) for path in task_files(build.suite_folder)}

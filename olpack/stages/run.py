@@ -26,6 +26,8 @@ def run(build: Build, only: str | None = None) -> list[Step]:
         OlpackError: a check failed (before any work), a stage failed, or a stage that `only` needs is stale.
     """
     steps = all_steps(build)
+    for step in steps:
+        progress.detail(f"{step.unit}: {step.reason or 'up to date'}")
     stale = [step for step in steps if step.stale]
     stages = STAGES
     if only is not None:

@@ -68,6 +68,8 @@ def check(build: Build, checks: Checks) -> None:
     check_training(build.base, build.recipe.train, on_gpu=pick_device().type == "cuda")
     if left_out := experts_left_out(build.base, build.recipe.train):
         progress.warn(left_out)
+    if unseen := _untrained_system(build):
+        progress.warn(unseen)
     if build.meta_model.carries_state:
         progress.warn(
             f"Layers of {build.base.label} carry a state from token to token (convolution, recurrence). Training tries whether it "
@@ -143,6 +145,19 @@ def _template_beside(folder: Path) -> str | None:
         return own.read_text(encoding="utf-8", errors="replace")
     template = bounded_json.read_object(settings, "Save the tokenizer again.").get("chat_template") if settings.is_file() else None
     return template if isinstance(template, str) else None
+
+
+def _untrained_system(build: Build) -> str | None:
+    """A warning where the server puts a system prompt before requests, and most rows have been written without one."""
+    chats = [chat for chat in build.chats[0] if chat.messages]
+    without = sum(all(message["role"] != "system" for message in chat.messages) for chat in chats)
+    if not build.recipe.modelfile.system or 2 * without <= len(chats):
+        return None
+    return (
+        f"The server puts `modelfile.system` before each request without a system prompt, and {without:,} of {len(chats):,} training chats have "
+        "none, so that training sees other prompts than it serves. Add the prompt to the rows as a message of role system, or leave out "
+        "`modelfile.system`."
+    )
 
 
 def run(build: Build, steps: list[Step]) -> None:
