@@ -171,7 +171,8 @@ def divergences(file: Path, adapter: Path | None, rows: list[TokenRow], referenc
 def write(work: Path, output: Path) -> None:
     """Both tables, of all that was measured."""
     machine = describe_machine(None)
-    text = ["# GGUF files as bases", "", (__doc__ or "").partition("First table: ")[2].partition("Second table")[0].strip().capitalize(), ""]
+    first, _, second = (__doc__ or "").partition("First table: ")[2].partition("Second table: ")
+    text = ["# GGUF files as bases", "", f"S{first.strip()[1:]}", ""]
     text += [f"| architecture | {' | '.join(QUANTS)} |", f"| --- |{' ---: |' * len(QUANTS)}"]
     for name in MODELS:
         if (file := work / f"logits-{name}.json").is_file():
@@ -179,7 +180,7 @@ def write(work: Path, output: Path) -> None:
             figures = [f"{row[quant]['largest']:.3f} ({1000 * row[quant]['kl']:.3f})" for quant in QUANTS]
             text.append(f"| {name.removesuffix('-sentencepiece')}{' (experts)' if has_experts(name) else ''} | {' | '.join(figures)} |")
     text += ["", "Largest difference of a logit in standard deviations (KL divergence in millinats).", ""]
-    text += [(__doc__ or "").partition("Second table: ")[2].strip(), ""]
+    text += [second.strip(), ""]
     text += ["| trained on | served as | size | KL mean ± s.e. | KL 99 % |", "| --- | --- | ---: | ---: | ---: |"]
     for name, title in (("blocks", "the file's blocks"), ("nf4", "NF4")):
         if (file := work / f"served-{name}.json").is_file():

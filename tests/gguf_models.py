@@ -77,6 +77,7 @@ IDS = [(7 * place * place + 3 * place) % 340 for place in range(48)]
 def make(folder: Path, name: str) -> Path:
     """A model of the table whose vectors differ from their defaults, and whose matrices are large enough for attention to matter."""
     kind, settings = MODELS[name]
+    folder.mkdir(parents=True, exist_ok=True)
     if name.endswith("sentencepiece"):
         import sentencepiece
 
