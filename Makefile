@@ -1,13 +1,21 @@
 # make demo         everything it needs into .venv, then the shipped package: train, export, compare
 # make test         everything it needs into .venv, then the test suite, in two processes (WORKERS=8 for eight)
 # make test-fast    those of the tests that train and export no model
+# make test-slow    what takes an hour: builds that are killed, long fuzzing, and the tables of hostile inputs, in build/test-slow
 # make lint         ruff, mypy, and the imports between the rooms of olpack/
 # make docs         the generated pages of docs/reference/
-.PHONY: demo test test-fast lint docs install clean
+# make audit        known vulnerabilities of what constraints.txt pins (DATABASE=PATH: OSV records on the disk, in place of PyPI)
+# make lock         the hashes in .ci/requirements/, after a change of constraints.txt
+# make dist         the archives of a release in dist/, checked
+# make site         the documents as a site in build/site/; a broken link fails it
+# make links        checks links within the project, and lists those that lead to other hosts
+.PHONY: demo test test-fast test-slow lint docs site links install audit lock dist clean
 
 PYTHON ?= python3
 VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
+TESTED := $(VENV)/.ready-for-tests
 LLAMA_CPP := 0.3.36
 WORKERS ?= 2
 # Source archives in here are fetched once, and the converter is taken from the same one that the library was built from.
@@ -17,45 +25,80 @@ export OLPACK_LLAMA_CPP ?= $(abspath $(SDIST))
 demo: install
 	$(VENV)/bin/olpack build coding-assistant
 
-test: install
+test: install $(TESTED)
 	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
-test-fast: install
+test-fast: $(TESTED)
 	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --fast
 
-lint: $(VENV)/.lint
+test-slow: $(TESTED)
+	rm -rf build/test-slow
+	mkdir -p build/test-slow
+	OLPACK_FUZZ=1500 $(VENV)/bin/python -m pytest tests/test_fuzz.py
+	$(VENV)/bin/python tests/test_sandbox.py > build/test-slow/sandbox.md
+	$(VENV)/bin/python -m pytest -rP tests/test_bad_inputs.py tests/test_server_answers.py > build/test-slow/inputs_and_answers.txt
+	$(VENV)/bin/python benchmarks/kills.py --work build/test-slow/kills --output build/test-slow/kills.md
+
+lint: $(TESTED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python .ci/rooms.py
 	$(VENV)/bin/mypy
 
-docs: install
+docs: $(READY)
 	$(VENV)/bin/python -m olpack.reference
 
-# Once for each set of versions, as the rest of the environment.
-$(VENV)/.lint: $(READY)
-	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[lint]'
-	touch $@
+site: $(TESTED)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --config-file .ci/mkdocs.yml
+
+links: install
+	$(VENV)/bin/python .ci/links.py
 
 install: $(READY)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-# GGML_NATIVE=OFF: some compilers miscompile the native build for CPUs with AMX, and it crashes on quantized models. From a file,
-# so that a wheel that pip built and cached earlier, without this option, is not taken instead.
-$(VENV)/.llama-cpp-$(LLAMA_CPP): $(SDIST)
-	$(VENV)/bin/python -m pip install -q --no-deps --force-reinstall -C cmake.args=-DGGML_NATIVE=OFF $(SDIST)
+# Whole lists with hashes: pip resolves nothing and takes no other file.
+$(VENV)/.requirements: .ci/requirements/olpack.txt | $(VENV)/bin/python
+	$(PIP) install -q --no-deps --require-hashes -r $<
 	touch $@
 
-$(SDIST): | $(VENV)/bin/python
-	$(VENV)/bin/python -m pip download -q --no-deps --no-binary llama-cpp-python -d $(@D) llama-cpp-python==$(LLAMA_CPP)
-
-# torch by itself and first: its pinned version alone decides which build is taken.
-$(READY): pyproject.toml constraints.txt $(VENV)/.llama-cpp-$(LLAMA_CPP)
-	$(VENV)/bin/python -m pip install -q $$(grep '^torch==' constraints.txt)
-	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[test]'
+$(SDIST): .ci/requirements/llama-cpp.txt | $(VENV)/.requirements
+	$(PIP) download -q --no-deps --no-build-isolation --no-binary :all: --require-hashes -r $< -d $(@D)
 	touch $@
+
+$(VENV)/.llama-cpp-$(LLAMA_CPP): $(SDIST) .ci/llama_cpp.py .ci/llama_cpp.cmake
+	$(VENV)/bin/python .ci/llama_cpp.py $(SDIST)
+	touch $@
+
+# torch by its version alone, which decides with pip's settings whether a build for CPUs or for GPUs is taken.
+$(READY): pyproject.toml constraints.txt $(VENV)/.requirements $(VENV)/.llama-cpp-$(LLAMA_CPP)
+	$(PIP) install -q -c constraints.txt torch
+	$(PIP) install -q --no-deps --no-build-isolation -e .
+	$(PIP) check
+	touch $@
+
+$(TESTED): .ci/requirements/test.txt $(READY)
+	$(PIP) install -q --no-deps --require-hashes -r $<
+	$(PIP) check
+	touch $@
+
+# pip-audit and uv have an environment of their own, so that olpack's has nothing that olpack does not need.
+$(VENV)/tools/bin/python: | $(VENV)/bin/python
+	$(PYTHON) -m venv $(VENV)/tools
+	$(VENV)/tools/bin/python -m pip install -q pip-audit==2.10.1 uv==0.13.9 build==1.6.1 twine==7.0.0
+
+audit: $(READY) | $(VENV)/tools/bin/python
+	$(VENV)/bin/python .ci/audit.py $(VENV)/tools/bin/pip-audit $(if $(DATABASE),--database $(DATABASE))
+
+lock: $(TESTED) | $(VENV)/tools/bin/python
+	$(VENV)/bin/python .ci/lock.py $(VENV)/tools/bin/uv
+
+dist: | $(VENV)/tools/bin/python
+	rm -rf dist
+	$(VENV)/tools/bin/python -m build
+	$(VENV)/tools/bin/python -m twine check --strict dist/*
 
 clean:
 	rm -rf $(VENV) build dist

@@ -2,7 +2,7 @@
 
     python benchmarks/train.py make FOLDER TOKENIZER [--shape 8B]     # a checkpoint with random weights: speed does not depend on them
     python benchmarks/train.py all FOLDER [--programs olpack,unsloth,trl]
-    python benchmarks/train.py olpack FOLDER [--no-checkpointing] [--profile]
+    python benchmarks/train.py olpack FOLDER [--no-checkpointing] [--profile]     # products in fp8; olpack-bf16: in 16 bits
 
 TOKENIZER is a folder with a tokenizer of 128k tokens, such as Llama 3's. `all` runs each program in a process of its own, prints a Markdown
 table with real (unpadded) tokens per second, ratios and the share of what the card's matrix units can do, and writes benchmarks/train.md.
@@ -67,7 +67,7 @@ def texts(tokenizer, count: int) -> list[str]:
     return ["".join(rng.choices(words, k=min(2000, max(8, int(rng.lognormvariate(5.9, 0.7)))))) for _ in range(count)]
 
 
-def run_olpack(folder: Path, checkpointing: bool, profile: bool) -> dict:
+def run_olpack(folder: Path, checkpointing: bool, profile: bool, in_fp8: bool) -> dict:
     import torch
 
     from olpack.train.device import compute_dtype
@@ -96,7 +96,7 @@ def run_olpack(folder: Path, checkpointing: bool, profile: bool) -> dict:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = load_with_adapter(base, settings, device).model
     loaded = time.time()
-    forward = Forward(model, device, checkpointing=checkpointing, pinned=host, offload_attention=checkpointing)
+    forward = Forward(model, device, checkpointing=checkpointing, pinned=host, offload_attention=checkpointing, in_fp8=in_fp8)
     trained = FlatParameters(model)
     optimizer = loop._optimizer(trained.parameters, settings, device)
     rows = [TokenRow(ids, [True] * len(ids), "", "") for ids in tokenizer(texts(tokenizer, 40 * (STEPS + 2)))["input_ids"]]
@@ -253,11 +253,13 @@ def run(program: str, folder: Path, checkpointing: bool) -> dict | None:
 
 def main() -> None:
     parser = command_line(__file__, __doc__)
-    parser.add_argument("what", choices=["make", "all", "olpack", "unsloth", "trl"])
+    parser.add_argument("what", choices=["make", "all", "olpack", "olpack-bf16", "unsloth", "trl"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("tokenizer", type=Path, nargs="?")
     parser.add_argument("--shape", choices=SHAPES, default="8B")
-    parser.add_argument("--programs", default="olpack,unsloth,trl", help="in the order in which they run: the first one starts from a cold disk")
+    parser.add_argument(
+        "--programs", default="olpack,olpack-bf16,unsloth,trl", help="in the order in which they run: the first one starts from a cold disk"
+    )
     parser.add_argument("--no-checkpointing", dest="checkpointing", action="store_false")
     parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args()
@@ -265,8 +267,9 @@ def main() -> None:
         make(arguments.folder, arguments.tokenizer, arguments.shape)
     elif arguments.what == "all":
         publish(compare(arguments.folder, arguments.programs.split(",")), arguments.output)
-    elif arguments.what == "olpack":
-        print("RESULT", json.dumps(run_olpack(arguments.folder, arguments.checkpointing, arguments.profile)))
+    elif arguments.what.startswith("olpack"):
+        in_fp8 = arguments.what == "olpack"
+        print("RESULT", json.dumps(run_olpack(arguments.folder, arguments.checkpointing, arguments.profile, in_fp8)))
     else:
         print("RESULT", json.dumps(run_peer(arguments.what, arguments.folder, arguments.checkpointing)))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import shlex
 import signal
@@ -18,16 +19,18 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import platformdirs
 import typer
+from typer.core import TyperCommand
 
 from olpack import __version__, progress
 from olpack.errors import OlpackError
-from olpack.printable import echo, json_text, redact_logs, redacted, visible
+from olpack.printable import echo, json_text, redact_libraries, redacted, visible
 from olpack.quants import Rounding
 from olpack.workspace import check_home
 
@@ -38,7 +41,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Fine-tune a model with QLoRA, quantize it to GGUF and serve it with Ollama, with measurements that show which quant to use.",
@@ -51,11 +53,38 @@ def _use_json(asked: bool) -> bool:
     return asked
 
 
+_ANYWHERE = ("--quiet", "-q", "--verbose", "-v", "--debug")
 # What a path that a user gave can have wrong with it, whoever opens it.
 _OF_THE_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENXIO)
-Name = Annotated[str, typer.Argument(metavar="NAME", help="A package: a folder in modelfiles/.", show_default=False)]
+
+
+def _matching_packages(incomplete: str) -> list[str]:
+    """For the completion of a shell."""
+    from olpack.workspace import packages
+
+    return [name for name in packages() if name.startswith(incomplete)]
+
+
+def _matching_quants(incomplete: str) -> list[str]:
+    from olpack.quants import QUANT_TYPES
+
+    return [name for name in QUANT_TYPES if name.startswith(incomplete)]
+
+
+def _matching_stages(incomplete: str) -> list[str]:
+    from olpack.stages.order import NAMES
+
+    return [name for name in NAMES if name.startswith(incomplete)]
+
+
+Name = Annotated[
+    str,
+    typer.Argument(metavar="NAME", help="A package: a folder in modelfiles/.", show_default=False, autocompletion=_matching_packages),
+]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a recipe key: train.epochs=3. Repeatable.")]
-Quant = Annotated[list[str] | None, typer.Option("--quant", metavar="TYPE", help="Only this quant type. Repeatable.")]
+Quant = Annotated[
+    list[str] | None, typer.Option("--quant", metavar="TYPE", help="Only this quant type. Repeatable.", autocompletion=_matching_quants)
+]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Folder of the builds, in place of build/.")]
 _MODELS = "A package, a model's folder, config.json or Hub id, or GGUFs of one model."
 Params = Annotated[str | None, typer.Option("--params", metavar="SIZE", help="A typical model of this size in place of MODEL: 8B, 350M.")]
@@ -73,19 +102,29 @@ def main() -> None:
     debug = "--debug" in sys.argv[1:] or bool(os.environ.get("OLPACK_DEBUG"))
     if not debug:
         warnings.filterwarnings("ignore")
-    redact_logs()
+    redact_libraries()
+    if isinstance(sys.stdout, TextIOWrapper):  # a terminal that is not UTF-8 shows \u0645 for what it has no letter for; stderr does that by itself
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with _signals_end_as_interrupts():
             check_home()
             # By default torch makes a folder with a known name in the shared temporary folder, which anybody may have made before it.
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", platformdirs.user_cache_dir("olpack-torchinductor"))
-            app(prog_name="olpack")
-    except Exception as error:
+            app(_in_front(sys.argv[1:]), prog_name="olpack")
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # a panic of a library in Rust is no Exception
         if debug:
             echo(redacted(traceback.format_exc()), end="", err=True)
         else:
             echo(f"olpack: {redacted(_message(error))}", err=True)
         sys.exit(1)
+
+
+def _in_front(words: list[str]) -> list[str]:
+    """The command line with the options of `olpack` itself before the command: `olpack build NAME --quiet` is `olpack --quiet build NAME`."""
+    end = words.index("--") if "--" in words else len(words)
+    return sorted(words[:end], key=lambda word: word not in _ANYWHERE) + words[end:]
 
 
 @contextmanager
@@ -116,7 +155,7 @@ def _signals_end_as_interrupts() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _message(error: Exception) -> str:
+def _message(error: BaseException) -> str:
     if isinstance(error, OlpackError):
         return str(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
@@ -160,9 +199,29 @@ def _print_lines(as_json: bool, lines: list[str]) -> None:
 @app.callback()
 def options(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print results, warnings and errors, and no progress.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Print why each stage runs or is up to date, and every request to a server.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Print tracebacks and the warnings of libraries.")] = False,
 ) -> None:
+    if quiet and verbose:
+        raise typer.BadParameter("--quiet and --verbose exclude each other.", param_hint="--quiet, --verbose")
     progress.use("auto")
+    progress.show("quiet" if quiet else "verbose" if verbose else "normal")
+    if verbose:
+        _show_requests()
+
+
+def _show_requests() -> None:
+    class Requests(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            progress.detail(record.getMessage())
+
+    log = logging.getLogger("httpx")
+    log.setLevel(logging.INFO)
+    log.handlers = [Requests()]
+    log.propagate = False
 
 
 def _build_of(name: str, settings: list[str] | None, quant: list[str] | None, out: Path | None, deploy: bool = True) -> Build:
@@ -182,24 +241,68 @@ def _server() -> str | None:
     return client.url if client.version() else None
 
 
-@app.command()
+class _ExampleWithoutName(TyperCommand):
+    """Typer has no option whose value may be left out: `--example` alone stands for an empty name."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = [*args, "-"]
+        alone = [at + 1 for at, word in enumerate(args) if word == "--example" and given[at + 1].startswith("-")]
+        for at in reversed(alone):
+            args.insert(at, "")
+        return super().parse_args(ctx, args)
+
+
+@app.command(cls=_ExampleWithoutName)
 def init(
-    name: Name,
-    base: Annotated[str | None, typer.Option("--base", metavar="MODEL", help="Base model: a Hub id, a folder, or builtin/tiny-coder.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="The package: a folder in modelfiles/. Default: the example's name.", show_default=False)
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", metavar="MODEL", help="Base model: a Hub id, a folder, a GGUF, ollama/NAME, or builtin/tiny-coder.")
+    ] = None,
     train: Annotated[str | None, typer.Option("--train", metavar="ROWS", help="Training rows: a file, a folder, or a data set of the Hub.")] = None,
     system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System prompt.")] = None,
+    example: Annotated[
+        str | None, typer.Option("--example", metavar="[EXAMPLE]", help="Copy this example, with its data. Without a value: list the examples.")
+    ] = None,
+    lang: Annotated[str, typer.Option("--lang", metavar="LANGUAGE", help="Language of the comments: en or ar.")] = "en",
 ) -> None:
-    """Write modelfiles/NAME/recipe.yaml, with comments."""
-    from olpack.commands.init import new_recipe, write_recipe
+    """Write a recipe with comments, or copy an example."""
+    from olpack.commands.init import TEMPLATES, new_recipe, write_recipe
 
+    if lang not in TEMPLATES:
+        raise typer.BadParameter(f"'{visible(lang)}' is not a language of recipes. The languages are {', '.join(TEMPLATES)}.", param_hint="--lang")
+    if example is not None:
+        if train is not None or system is not None or lang != "en":
+            raise typer.BadParameter("An example has its own rows, system prompt and English comments; edit its recipe.", param_hint="--example")
+        _init_example(example, name, base)
+        return
+    if name is None:
+        raise typer.BadParameter("A package needs a name: olpack init NAME. `olpack init --example` lists examples.", param_hint="NAME")
     path = new_recipe(name)
     if None in (base, train) and not sys.stdin.isatty():
         raise OlpackError("A recipe needs a base and training rows.", f"olpack init {name} --base Qwen/Qwen3-0.6B --train chats.jsonl")
-    base = base or typer.prompt("Base model (a Hub id, a folder)", default="builtin/tiny-coder", err=True)
+    base = base or typer.prompt("Base model (a Hub id, a folder, a GGUF, ollama/NAME)", default="builtin/tiny-coder", err=True)
     train = train or typer.prompt("Training rows (a file, a folder, a Hub id)", err=True)
-    write_recipe(path, base, train, system)
+    write_recipe(path, base, train, system, lang)
     echo(str(path))
     progress.say(f"next: olpack data check {name}, olpack plan {name}, olpack build {name}")
+
+
+def _init_example(example: str, name: str | None, base: str | None) -> None:
+    from olpack.commands.examples import examples, find, first_question, print_examples, write_example
+
+    if not example:
+        print_examples(examples())
+        progress.say("next: olpack init --example NAME")
+        return
+    found = find(example)
+    path = write_example(found, name or found.name, base)
+    package = path.parent.name
+    echo(str(path))
+    progress.say(f"next: olpack data check {package}")
+    progress.say(f"      olpack build {package}")
+    progress.say(f"      olpack run {package} {shlex.quote(first_question(path))}")
 
 
 @app.command("import")
@@ -242,7 +345,13 @@ def build(
     settings: Set = None,
     quant: Quant = None,
     only: Annotated[
-        str | None, typer.Option("--only", metavar="STAGE", help="Run this stage only: train, export, modelfiles, deploy or compare.")
+        str | None,
+        typer.Option(
+            "--only",
+            metavar="STAGE",
+            help="Run this stage only: train, export, modelfiles, deploy or compare.",
+            autocompletion=_matching_stages,
+        ),
     ] = None,
     no_deploy: Annotated[bool, typer.Option("--no-deploy", help="Do not use the Ollama server.")] = False,
     out: Out = None,
@@ -402,7 +511,10 @@ def deploy(
 
 @app.command()
 def compare(
-    names: Annotated[list[str], typer.Argument(metavar="NAME", help="A package, or tags of any models on the server.", show_default=False)],
+    names: Annotated[
+        list[str],
+        typer.Argument(metavar="NAME", help="A package, or tags of any models on the server.", show_default=False, autocompletion=_matching_packages),
+    ],
     settings: Set = None,
     quant: Quant = None,
     against: Annotated[
@@ -541,7 +653,12 @@ def estimate(
 
 @app.command()
 def run(
-    model: Annotated[str, typer.Argument(metavar="NAME[:TAG]", help="A package. Default tag: the recommended quant.", show_default=False)],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME[:TAG]", help="A package. Default tag: the recommended quant.", show_default=False, autocompletion=_matching_packages
+        ),
+    ],
     prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="One prompt. Without it, a conversation.", show_default=False)] = None,
     out: Out = None,
 ) -> None:
@@ -617,7 +734,10 @@ def remove(
 
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Check training data, and print rows as the model reads them.")
 app.add_typer(data_app, name="data")
-DataName = Annotated[str, typer.Argument(metavar="NAME", help="A package, or a data file with --base.", show_default=False)]
+DataName = Annotated[
+    str,
+    typer.Argument(metavar="NAME", help="A package, or a data file with --base.", show_default=False, autocompletion=_matching_packages),
+]
 DataBase = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="Base model whose tokenizer reads the data file.")]
 
 

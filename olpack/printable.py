@@ -10,8 +10,12 @@ import logging
 import os
 import re
 import sys
+import threading
+import traceback
+import warnings
 from contextlib import suppress
 from functools import cache
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
@@ -70,17 +74,39 @@ def _secrets() -> list[str]:
     return sorted((secret for secret in found if len(secret) >= _SHORTEST), key=len, reverse=True)
 
 
-def redact_logs() -> None:
-    """Have what libraries log go through `redacted` and `visible`, too."""
-    make = logging.getLogRecordFactory()
+def redact_libraries() -> None:
+    """Have what libraries print by Python's own means go through `redacted` and `visible`, too: log records with their tracebacks, warnings, and
+    exceptions that nothing catches.
+    """
+    make, form = logging.getLogRecordFactory(), warnings.formatwarning
+    if make.__module__ == __name__:  # it was done before
+        return
 
     def record(*arguments: Any, **fields: Any) -> logging.LogRecord:
         made = make(*arguments, **fields)
         with suppress(TypeError, ValueError):  # a message that does not fit its arguments: logging reports that itself
-            made.msg, made.args = visible(redacted(made.getMessage())), ()
+            made.msg, made.args = _fit(made.getMessage()), ()
+        if made.exc_info:
+            made.exc_text, made.exc_info = _fit("".join(traceback.format_exception(*made.exc_info)).rstrip("\n")), None
+        if made.stack_info:
+            made.stack_info = _fit(made.stack_info)
         return made
 
+    def of_thread(failed: threading.ExceptHookArgs) -> None:
+        if failed.exc_type is not SystemExit:
+            uncaught(failed.exc_type, failed.exc_value, failed.exc_traceback)
+
+    def uncaught(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
+        echo(redacted("".join(traceback.format_exception(kind, error, trace))), end="", err=True)
+
     logging.setLogRecordFactory(record)
+    warnings.formatwarning = lambda *arguments, **fields: _fit(form(*arguments, **fields))
+    sys.excepthook, threading.excepthook = uncaught, of_thread
+    sys.unraisablehook = lambda failed: uncaught(failed.exc_type, failed.exc_value, failed.exc_traceback)
+
+
+def _fit(text: str) -> str:
+    return visible(redacted(text))
 
 
 def echo(text: str, end: str = "\n", *, err: bool = False) -> None:

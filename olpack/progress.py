@@ -16,10 +16,12 @@ from typing import Any, Literal, TextIO
 
 from olpack.printable import console, echo, json_text, redacted
 
-Mode = Literal["auto", "bars", "lines", "json", "quiet"]
+Mode = Literal["auto", "bars", "lines", "json"]
+Level = Literal["quiet", "normal", "verbose"]
 
 _LINE_EVERY_S = 10.0  # a log gets one line per task in this time, and one at its end
-_mode: Literal["bars", "lines", "json", "quiet"] = "lines"
+_mode: Literal["bars", "lines", "json"] = "lines"
+_level: Level = "normal"
 _out: TextIO | None = None  # where JSON lines go; None: stderr
 _every_s = _LINE_EVERY_S
 _bars = None  # the rich Progress on screen while any task runs
@@ -37,9 +39,22 @@ def use(mode: Mode, *, out: TextIO | None = None, every: float = _LINE_EVERY_S) 
     _mode = ("bars" if sys.stderr.isatty() else "lines") if mode == "auto" else mode
 
 
+def show(level: Level) -> None:
+    """Choose how much the process shows: "quiet" is warnings alone, and "verbose" is details, too."""
+    global _level
+    _level = level
+
+
 def say(text: str, **fields: object) -> None:
     """One line of news. `fields` are carried in JSON mode only."""
-    _emit("say", text, fields)
+    if _level != "quiet":
+        _emit("say", text, fields)
+
+
+def detail(text: str) -> None:
+    """One line for those who asked for more: why a stage runs, which requests go to a server."""
+    if _level == "verbose":
+        _emit("detail", text, {})
 
 
 def warn(text: str) -> None:
@@ -51,12 +66,16 @@ def _emit(kind: str, text: str, fields: dict[str, object]) -> None:
     text = redacted(text)
     if _mode == "json":
         _print_json({"event": kind, "text": text, **fields})
-    elif _mode != "quiet" or kind == "warning":
+    else:
         line = f"warning: {text}" if kind == "warning" else text
         if _bars is not None:
             _bars.console.print(line, markup=False, highlight=False, soft_wrap=True, style="yellow" if kind == "warning" else None)
         else:
             echo(line, err=True)
+
+
+def _prints_lines() -> bool:
+    return _mode != "bars" and _level != "quiet"
 
 
 def _print_json(record: dict[str, Any]) -> None:
@@ -81,7 +100,7 @@ class ProgressTask:
             self.note = note
         if self._bar is not None:
             _bars.update(self._bar, completed=self.done, note=self._figures())
-        elif _mode in ("lines", "json") and time.monotonic() - self._printed >= _every_s:
+        elif _prints_lines() and time.monotonic() - self._printed >= _every_s:
             self._print()
 
     @property
@@ -130,14 +149,14 @@ def task(title: str, total: float | None = None, unit: str = "", done: float = 0
     global _bars
     shown = ProgressTask(title, total, unit, done)
     mine = False
-    if _mode == "bars":
+    if _mode == "bars" and _level != "quiet":
         if _bars is None:
             _bars, mine = _make_bars(), True
             _bars.start()
         shown._bar = _bars.add_task(title, total=total, completed=done, note="")
     try:
         yield shown
-        if _mode in ("lines", "json") and shown._shown != shown.done:
+        if _prints_lines() and shown._shown != shown.done:
             shown._print()
     finally:
         if shown._bar is not None:
@@ -171,6 +190,8 @@ class Relay:
             say(event["text"], **{name: value for name, value in event.items() if name not in ("event", "text")})
         elif event["event"] == "warning":
             warn(event["text"])
+        elif event["event"] == "detail":
+            detail(event["text"])
         elif event["event"] == "progress":
             title, total, done = event["task"], event["total"], event["done"]
             if title not in self._tasks:

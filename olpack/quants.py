@@ -156,6 +156,17 @@ def quant_type(name: str) -> QuantType:
     raise OlpackError(f"There is no quant type '{name}'.", f"{hint}llama.cpp has: {', '.join(QUANT_TYPES)}.")
 
 
+def type_of_file(file_type: object, largest: str) -> QuantType:
+    """The quant type of a GGUF that is there already.
+
+    Args:
+        file_type: its `general.file_type`.
+        largest: the tensor type of most of its weights, "MXFP4": its name where the number is none that llama.cpp's quantizer makes.
+    """
+    known = next((kind for kind in QUANT_TYPES.values() if type(file_type) is int and kind.ftype == file_type), None)
+    return known or QuantType(largest, largest.lower(), None)
+
+
 def bytes_of(text: str) -> int:
     """Bytes of a size as people write it: "4GB", "500 MB", "1.5G". Units are decimal.
 

@@ -38,7 +38,7 @@ def bounded(seconds: float = SECONDS, memory: int | None = MEMORY) -> Iterator[N
         seconds: wall time.
         memory: bytes of address space beyond those that the process has; Linux only. None: any number.
     """
-    with _address_space(memory), _alarm(seconds):
+    with address_space(memory), _alarm(seconds):
         yield
 
 
@@ -61,7 +61,8 @@ def _alarm(seconds: float) -> Iterator[None]:
 
 
 @contextmanager
-def _address_space(memory: int | None) -> Iterator[None]:
+def address_space(memory: int | None) -> Iterator[None]:
+    """Within the block this process, with its native code, allocates at most this many bytes more, on Linux. None: any number."""
     status = Path("/proc/self/statm")
     if memory is None or not status.is_file():
         yield

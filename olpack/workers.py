@@ -20,6 +20,7 @@ from pathlib import Path
 
 import olpack
 from olpack.errors import OlpackError
+from olpack.printable import redact_libraries
 
 KILLED = -9  # exit code after SIGKILL, which the system sends when memory runs out, and which anybody may send
 _WINDOWS_EXCEPTION = 0xC0000000  # exit codes from here on are exceptions such as an access violation
@@ -134,6 +135,7 @@ def _main(parent: str, *words: str) -> None:
     die_with(int(parent))
     if words[0] == _PROGRAM:
         os.execvp(words[1], words[1:])  # the signal of the parent's death stays set
+    redact_libraries()
     sys.argv = list(words)
     runpy.run_module(words[0], run_name="__main__", alter_sys=True)
 

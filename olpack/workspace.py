@@ -26,13 +26,14 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from olpack import progress
 from olpack.errors import OlpackError
 
 PACKAGE = Path(__file__).parent
@@ -69,7 +70,7 @@ _MODEL_FILES = (
 
 
 def shipped(kind: str) -> Path:
-    """The `modelfiles` or `templates` that came with olpack: inside the installed package, or beside it in a checkout."""
+    """The `examples`, `modelfiles` or `templates` that came with olpack: inside the installed package, or beside it in a checkout."""
     inside = PACKAGE / kind
     return inside if inside.is_dir() else PACKAGE.parent / kind
 
@@ -125,11 +126,13 @@ class BuildPaths:
         name: of the package, or of a shared base.
         root: the folder.
         base: of a package that consists of an adapter: the folder of its base's quants.
+        served: of an adapter on a GGUF: that file, which is served as it is in place of quants.
     """
 
     name: str
     root: Path
     base: BuildPaths | None = None
+    served: Path | None = None
 
     def home(self, unit: str) -> BuildPaths:
         """Where a step leaves its record and its outputs: the quants of an adapter package are those of its base."""
@@ -144,6 +147,8 @@ class BuildPaths:
         return self.root / "checkpoint"
 
     def gguf(self, quant: str) -> Path:
+        if self.served and quant != "adapter":
+            return self.served
         home = self.home(f"export-{quant}")
         return home.root / "gguf" / f"{home.name}-{quant}.gguf"
 
@@ -434,6 +439,16 @@ def file_digest(path: Path) -> str:
         return _digests[state]
 
 
+def shown_digest(path: Path, title: str) -> str:
+    """SHA-256 of a file, as 64 hexadecimal digits, with progress."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file, progress.task(title, path.stat().st_size, "B") as task:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            task.advance(len(chunk))
+    return digest.hexdigest()
+
+
 def value_digest(value: Any) -> str:
     """SHA-256 of a JSON-able value, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
@@ -449,19 +464,32 @@ def folder_fingerprint(folder: Path) -> str:
     """
     digest = hashlib.sha256()
     for path in _model_files(folder):
-        size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
-        with path.open("rb") as file:
-            if size <= 16 * CHUNK:
-                digest.update(file.read())
-                continue
-            digest.update(file.read(CHUNK))
-            for index in range(64):
-                file.seek(CHUNK + index * (size - 2 * CHUNK) // 64)
-                digest.update(file.read(4096))
-            file.seek(size - CHUNK)
-            digest.update(file.read(CHUNK))
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        _add_samples(digest, path)
     return digest.hexdigest()
+
+
+def files_fingerprint(paths: Iterable[Path]) -> str:
+    """As `folder_fingerprint`, of single files, whatever their names."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(f"{path.stat().st_size}\0".encode())
+        _add_samples(digest, path)
+    return digest.hexdigest()
+
+
+def _add_samples(digest: hashlib._Hash, path: Path) -> None:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= 16 * CHUNK:
+            digest.update(file.read())
+            return
+        digest.update(file.read(CHUNK))
+        for index in range(64):
+            file.seek(CHUNK + index * (size - 2 * CHUNK) // 64)
+            digest.update(file.read(4096))
+        file.seek(size - CHUNK)
+        digest.update(file.read(CHUNK))
 
 
 def _model_files(folder: Path) -> Iterator[Path]:

@@ -29,8 +29,9 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # each of pytest-xdist's wo
 # Modules that import torch, or train, export or measure a model, or fetch the converter: `make test-fast` leaves them out.
 SLOW = (
     "adapter_package", "bad_inputs", "compare_[dfhmt]*", "compare_scores", "compare_server_*", "deploy_elsewhere", "deploy_identity",
-    "deploy_stage", "deploy_store", "export_*", "finished_adapter", "four_bits", "kills", "llamacpp_engine", "llamacpp_source", "memory", "package",
-    "pipeline", "plan_*", "publish", "quantize", "readme_*", "sandbox", "secrets", "side_by_side", "tiny_coder", "train*",
+    "deploy_stage", "deploy_store", "docs_commands", "examples", "export_*", "finished_adapter", "four_bits", "gguf_*", "kills", "llamacpp_engine",
+    "llamacpp_source", "memory", "package", "pipeline", "plan_*", "publish", "quantize", "readme_*", "sandbox", "secrets", "side_by_side",
+    "tiny_coder", "tokenizer_trial", "train*",
 )  # fmt: skip
 
 

@@ -1,4 +1,7 @@
-"""Builds of the package `oracle` that are killed at random moments and run again: what is left of each, and whether it ends as an unbroken one.
+"""Builds of the package `oracle` that are killed in a given stage and run again: what is left of each, and whether it ends as an unbroken one.
+
+A kill is aimed: the build reports when a stage begins, and SIGKILL comes after a random share of the time that the stage takes in an unbroken
+build, or where a random one of the files that the stage writes has just appeared, vanished or got its name.
 
 Each build is forked from a process that has imported all and done nothing, because importing torch takes longer than a stage of so small a model.
 Its parent alone gets SIGKILL; its workers are on their own.
@@ -7,7 +10,6 @@ Its parent alone gets SIGKILL; its workers are on their own.
 from __future__ import annotations
 
 import hashlib
-import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -16,10 +18,10 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -33,14 +35,15 @@ from ollama_double import OllamaDouble
 from oracle import make_workspace
 
 from olpack import cli
-from olpack.stages import order  # noqa: F401
+from olpack.stages import run
 from olpack.train import checkpoint, loop  # noqa: F401
 
-STAGES = ("train", "export", "compare")  # a build begins where the stage before is done; the last one makes Modelfiles and deploys first
+CHECKS = "checks"  # all that a build does before the work of its first stage
+BETWEEN = "between stages"
+STAGES = ("train", "export", "modelfiles", "deploy", "compare")
 SETTINGS = ("--set", "train.quantization=none", "--set", "train.epochs=6")
 ALIVE_AFTER_S = 1.0
-_EVERY_S = 0.05
-_WORK_S = {"train": 4.0, "export": 0.3, "compare": 8.0}  # seconds in which the work of a stage is over, nearly
+_EVERY_S = 0.002
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,8 @@ class Kill:
     """One SIGKILL of a build and its outcome.
 
     Attributes:
-        stage: in which it came, "checks" before the work of any.
-        after_s: processor time that the build and its workers had taken.
+        stage: in which it came.
+        at_a_file: whether a file of the stage had just appeared, vanished or got its name.
         workers: processes that the build had started and that ran at that moment.
         alive: those that still ran a second later.
         broken: files under their final names that are not as in the unbroken build.
@@ -57,7 +60,7 @@ class Kill:
     """
 
     stage: str
-    after_s: float
+    at_a_file: bool
     workers: int
     alive: int
     broken: int
@@ -71,7 +74,7 @@ class Series:
     Attributes:
         kills: the kills, in order.
         code: the exit code of the last run.
-        same: whether its adapter, GGUFs and Modelfiles have the digests of the unbroken build.
+        same: whether its adapter, GGUFs and Modelfiles have the digests of the unbroken build, and the server has the same models.
         left: files with temporary names that the last run left, in the build folder or in TMPDIR.
     """
 
@@ -81,51 +84,124 @@ class Series:
     left: list[str]
 
 
+class Run:
+    """A build that runs. It waits at the beginning of each stage until it is let go on.
+
+    Attributes:
+        stage: that it is in; "" before it has begun.
+    """
+
+    def __init__(self, folder: Path, server: str):
+        forks = multiprocessing.get_context("forkserver")
+        forks.set_forkserver_preload(["killing"])
+        here = Path(__file__).parent
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (here.parent, here))))
+            multiprocessing.forkserver.ensure_running()
+        (folder / "log").unlink(missing_ok=True)
+        self.folder, self.stage = folder, ""
+        self._events, theirs = forks.Pipe()
+        self.process: BaseProcess = forks.Process(target=_build, args=(folder, server, theirs), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def next_stage(self) -> bool:
+        """Wait until a stage begins; False where the build has ended instead."""
+        try:
+            self.stage = self._events.recv()
+        except EOFError:
+            self.process.join()
+            assert self.process.exitcode == 0, (self.folder / "log").read_text()
+            return False
+        return True
+
+    def go_on(self) -> None:
+        """Let a build work that waits at the beginning of a stage."""
+        with suppress(BrokenPipeError):
+            self._events.send(None)
+
+    def until(self, stage: str) -> bool:
+        """Have a build work up to the beginning of a stage, at which it waits; False where it ends before."""
+        while self.next_stage():
+            if self.stage == stage:
+                return True
+            self.go_on()
+        return False
+
+    def left_the_stage(self) -> bool:
+        """Whether the stage is over: the next one waits, or the build has ended."""
+        return self._events.poll(0)
+
+
 class Killer:
-    """An unbroken build, stage by stage, and the builds that are killed.
+    """An unbroken build, and the builds that are killed.
 
     Args:
         root: an empty folder.
         base: a model folder.
+
+    Attributes:
+        durations: of each stage in the unbroken build, in seconds.
+        changes: how often the names in the build folder change during a stage.
     """
 
     def __init__(self, root: Path, base: Path):
         self.root, self.base = root, base
-        self.durations: dict[str, float] = {}  # processor time in seconds
+        self.durations: dict[str, float] = {}
+        self.changes: dict[str, int] = {}
         folder = self._folder("unbroken")
         with OllamaDouble(root / "unbroken-server") as server:
-            for stage in STAGES:
-                shutil.copytree(folder, root / f"before-{stage}", ignore=shutil.ignore_patterns("log"))
-                process = _start(folder, server.url, "build" if stage == STAGES[-1] else stage)
-                self.durations[stage] = _wait(process, float("inf"))
-                assert process.exitcode == 0, (folder / "log").read_text()
+            build = Run(folder, server.url)
+            while build.next_stage():
+                shutil.copytree(folder, root / f"before-{build.stage}", ignore=shutil.ignore_patterns("log"))
+                shutil.copytree(root / "unbroken-server", root / f"server-before-{build.stage}")
+                began, stage = time.monotonic(), build.stage
+                build.go_on()
+                self.changes[stage] = sum(1 for _ in _changes(build))
+                self.durations[stage] = time.monotonic() - began
+            self.served = _served(server)
+        assert self.durations.keys() == {CHECKS, *STAGES}
         self.digests = _digests(folder)
 
-    def series(self, name: str, stage: str, kills: int, moments: random.Random) -> Series:
-        """Kill a build `kills` times while it does the work of a stage, at random moments, every other of them after the checks
-        before the work; then let it end."""
-        folder = self._folder(name, stage)
+    def series(self, name: str, aims: Sequence[str], moments: random.Random) -> Series:
+        """Kill a build once in each of these stages, in turn, at random moments, about half of them at a change of a file; then let it end.
+
+        It begins where all stages before the first one are done. A stage that is done already by its turn loses its record, and is so made again.
+        No more kills follow where the build ends before its moment.
+        """
+        folder = self._folder(name, aims[0])
         done: list[Kill] = []
+        shutil.copytree(self.root / f"server-before-{aims[0]}", self.root / f"{name}-server")
         with OllamaDouble(self.root / f"{name}-server") as server:
-            while len(done) < kills:
-                process = _start(folder, server.url)
-                if len(done) % 2:
-                    spent = _wait(process, moments.uniform(0, self.durations[stage]))
-                    process.join(moments.uniform(0, 2 * _EVERY_S))
-                else:
-                    spent = _wait(process, self.durations[stage], begins=partial(_works, folder, stage))
-                    process.join(moments.triangular(0, _WORK_S[stage], 0))
-                if process.exitcode is None:
-                    done.append(self._kill(process, folder, spent))
-                else:  # it was done before its moment came: another build is killed in its place
-                    assert process.exitcode == 0, (folder / "log").read_text()
-                    shutil.rmtree(folder)
-                    folder = self._folder(name, stage)
-            process = _start(folder, server.url)
-            process.join()
-        assert process.exitcode is not None
-        same = _digests(folder) == self.digests
-        return Series(done, process.exitcode, same, [str(path) for path in (*_unfinished(folder), *(folder / "tmp").iterdir())])
+            for stage in aims:
+                for record in (folder / "build/oracle/stages").glob(f"{stage}*.json"):
+                    record.unlink()
+                build = Run(folder, server.url)
+                at_a_file = self.changes[stage] > 0 and moments.random() < 0.5
+                if not build.until(stage) or not (kill := self._aimed(build, at_a_file, moments)):
+                    build.process.join()
+                    break
+                done.append(kill)
+            build = Run(folder, server.url)
+            build.until("")
+            same = _digests(folder) == self.digests and _served(server) == self.served
+        assert build.process.exitcode is not None
+        return Series(done, build.process.exitcode, same, [str(path) for path in (*_unfinished(folder), *(folder / "tmp").iterdir())])
+
+    def _aimed(self, build: Run, at_a_file: bool, moments: random.Random) -> Kill | None:
+        """Let a stage work until its moment has come, and kill the build; None where it has ended before."""
+        stage = build.stage
+        build.go_on()
+        if at_a_file:
+            count = moments.randrange(self.changes[stage])
+            for number, _ in enumerate(_changes(build)):
+                if number == count:
+                    break
+        else:
+            time.sleep(moments.random() * self.durations[stage])
+        with suppress(psutil.NoSuchProcess):
+            return self._kill(build, at_a_file)
+        return None
 
     def _folder(self, name: str, stage: str = "") -> Path:
         folder = self.root / name
@@ -136,19 +212,33 @@ class Killer:
         (folder / "tmp").mkdir(exist_ok=True)
         return folder
 
-    def _kill(self, process: BaseProcess, folder: Path, spent: float) -> Kill:
-        assert process.pid is not None
-        stage = _stage(folder)
-        workers = psutil.Process(process.pid).children(recursive=True)
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
+    def _kill(self, build: Run, at_a_file: bool) -> Kill:
+        assert build.process.pid is not None
+        workers = psutil.Process(build.process.pid).children(recursive=True)
+        os.kill(build.process.pid, signal.SIGKILL)
+        build.process.join()
         time.sleep(ALIVE_AFTER_S)
+        stage = build.stage
+        with suppress(EOFError, AssertionError):
+            if build.left_the_stage() and build.next_stage():  # the next one waited at its beginning
+                stage, at_a_file = BETWEEN, False
         alive = [worker for worker in workers if _runs(worker)]
         for worker in alive:
             worker.kill()
-        found = _digests(folder)
+        found = _digests(build.folder)
         broken = sum(digest != self.digests[name] for name, digest in found.items())
-        return Kill(stage, spent, len(workers), len(alive), broken, len(list(_unfinished(folder))))
+        return Kill(stage, at_a_file, len(workers), len(alive), broken, len(list(_unfinished(build.folder))))
+
+
+def _changes(build: Run) -> Iterator[None]:
+    """Yield at each change of the names in a build folder, until the stage is over."""
+    root, before = build.folder / "build", None
+    while not build.left_the_stage():
+        names = {Path(folder, name) for folder, below, files in os.walk(root) for name in (*below, *files)}
+        if before is not None and names != before:
+            yield
+        before = names
+        time.sleep(_EVERY_S)
 
 
 def _runs(process: psutil.Process) -> bool:
@@ -158,38 +248,9 @@ def _runs(process: psutil.Process) -> bool:
         return False
 
 
-def _wait(process: BaseProcess, seconds: float, begins: Callable[[], bool] = lambda: False) -> float:
-    """Wait until a build and its workers have taken so much processor time, or something begins, or the build has ended; returns what they took."""
-    assert process.pid is not None
-    taken = 0.0
-    with suppress(psutil.NoSuchProcess):
-        build = psutil.Process(process.pid)
-        while process.exitcode is None and taken < seconds and not begins():
-            taken = max(taken, sum(build.cpu_times()[:4]))  # with the workers that have ended
-            for worker in build.children(recursive=True):
-                with suppress(psutil.NoSuchProcess):
-                    taken = max(taken, sum(build.cpu_times()[:4]) + sum(worker.cpu_times()[:4]))
-            process.join(_EVERY_S)
-    return taken
-
-
-def _works(folder: Path, stage: str) -> bool:
-    """Whether the checks before the work of a stage are over."""
-    if stage == "export":
-        files = (folder / "build/oracle/gguf").glob(".*.partial")  # of a worker that runs, not of a killed one
-        return any(psutil.pid_exists(int(path.suffixes[-2][1:])) for path in files)
-    return (folder / "log").exists() and ("loading " if stage == "train" else "measuring ") in (folder / "log").read_text()
-
-
-def _stage(folder: Path) -> str:
-    """The stage of a build that was killed."""
-    stages = folder / "build/oracle/stages"
-    for stage in ("train", "export-Q8_0", "modelfiles", "deploy"):
-        record = stages / f"{stage}.json"
-        if not record.exists() or not json.loads(record.read_text())["inputs"]:
-            stage = stage.partition("-")[0]
-            return stage if stage not in STAGES or _works(folder, stage) else "checks"
-    return "compare"
+def _served(server: OllamaDouble) -> dict[str, str]:
+    """The digest of each model of a server, by its name."""
+    return {model["name"]: model["digest"] for model in server.store.listed()}
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -205,20 +266,8 @@ def _unfinished(folder: Path) -> Iterator[Path]:
             yield path.relative_to(folder)
 
 
-def _start(folder: Path, server: str, command: str = "build") -> BaseProcess:
-    forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(["killing"])
-    here = Path(__file__).parent
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (here.parent, here))))
-        multiprocessing.forkserver.ensure_running()
-    (folder / "log").unlink(missing_ok=True)
-    process = forks.Process(target=_build, args=(folder, server, command))
-    process.start()
-    return process
-
-
-def _build(folder: Path, server: str, command: str) -> None:
+def _build(folder: Path, server: str, events: Connection) -> None:
+    """The process of a build, which reports its stages."""
     os.chdir(folder)
     os.environ |= {"OLLAMA_HOST": server, "TMPDIR": str(folder / "tmp")}
     log = (folder / "log").open("w", buffering=1)
@@ -227,5 +276,19 @@ def _build(folder: Path, server: str, command: str) -> None:
     sys.stdout = sys.stderr = log
     torch.set_num_threads(1)
     checkpoint.EVERY_S, checkpoint._SHARE = 0.0, 1e9  # a checkpoint after every step
-    sys.argv = ["olpack", command, "oracle", *SETTINGS]
+    timed = run._timed
+
+    def begins(stage: str) -> None:
+        events.send(stage)
+        events.recv()
+
+    @contextmanager
+    def reported(stage: str) -> Iterator[None]:
+        begins(stage)
+        with timed(stage):
+            yield
+
+    run._timed = reported
+    begins(CHECKS)
+    sys.argv = ["olpack", "build", "oracle", *SETTINGS]
     cli.main()

@@ -113,6 +113,7 @@ class Store:
         self.root = root
         self.known = [CHATML]
         self.refuses_adapters = False  # as Ollama 0.34.1 and newer; in which words is not recorded
+        self.shown = "<OLLAMA_MODELS>"  # the folder in the paths that `show` names, which the recordings leave out
         self.primed: dict[str, Facts] = {}
         self.lock = threading.RLock()
         self._facts: dict[str, Facts] = {}
@@ -351,8 +352,8 @@ class Store:
             "# To build a new Modelfile based on this, replace FROM with:",
             f"# FROM {short(name)}",
             "",
-            f"FROM <OLLAMA_MODELS>/blobs/{model['digest'].replace(':', '-')}",
-            *(f"ADAPTER <OLLAMA_MODELS>/blobs/{one['digest'].replace(':', '-')}" for one in layers if one["mediaType"] == IMAGE + "adapter"),
+            f"FROM {self.shown}/blobs/{model['digest'].replace(':', '-')}",
+            *(f"ADAPTER {self.shown}/blobs/{one['digest'].replace(':', '-')}" for one in layers if one["mediaType"] == IMAGE + "adapter"),
             f"TEMPLATE {go_quoted(self.text(layers, 'template') or '{{ .Prompt }}')}",
         ]
         lines += [f"SYSTEM {go_quoted(system)}"] if system else []

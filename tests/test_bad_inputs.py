@@ -160,6 +160,35 @@ def pipe(place: str, *words: str) -> Callable[[Path], tuple[str, ...]]:
     return make
 
 
+def lying_page(folder: Path) -> tuple[str, ...]:
+    """A table whose first page has another size in its own header than in the footer."""
+    import pyarrow
+    from pyarrow import parquet
+
+    path, value = folder / "a.parquet", "v" * 24
+    pieces = [value, *(str(number) * 9 for number in range(100))]
+    parquet.write_table(pyarrow.table({"prompt": pieces, "completion": pieces}), path, compression="zstd", use_dictionary=False)
+    at = parquet.ParquetFile(path).metadata.row_group(0).column(0).data_page_offset
+    content = bytearray(path.read_bytes())
+    assert content[at : at + 3] == b"\x15\x00\x15"  # a data page, and its size in two bytes: three more come from its greatest value
+    greatest = content.index(b"\x18" + value.encode(), at)
+    content[greatest : greatest + 25] = b"\x15" + value[3:].encode()
+    content[at + 3 : at + 5] = b"\xfc\xff\xff\xff\x0f"
+    path.write_bytes(content)
+    return "data", "check", "a.parquet", "--base", "base"
+
+
+def parquet_lists(folder: Path) -> tuple[str, ...]:
+    """A table with one text, which its dictionary contains once and each row a thousand times."""
+    import pyarrow
+    from pyarrow import parquet
+
+    texts = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 3000), ["x" * 1_000_000])
+    rows = pyarrow.ListArray.from_arrays([0, 1000, 2000, 3000], texts)
+    parquet.write_table(pyarrow.table({"text": rows}), folder / "a.parquet", compression="zstd", store_schema=False)
+    return "data", "check", "a.parquet", "--base", "base"
+
+
 def parquet(rows: int, text: str) -> Callable[[Path], tuple[str, ...]]:
     """A small file that unpacks to a large table."""
 
@@ -204,6 +233,8 @@ DATA = [
     Case("a row of 3,000 levels", data("deep.jsonl", '{"text": ' + nested(200_000) + "}\n"), "nested too deeply"),
     Case("an integer of 5,000 digits", data("a.jsonl", '{"text": ' + "9" * 5000 + "}\n"), "digits"),
     Case("a Parquet of 4 GB", parquet(2000, "x" * 2_000_000), "times its size"),
+    Case("a Parquet page that names 2 GB as its size", lying_page, "takes more than 1,024 MiB of memory"),
+    Case("a Parquet of 600 bytes with lists of 3 GB", parquet_lists, "takes more than 1,024 MiB of memory"),
     Case("a Parquet that is none", data("a.parquet", b"PAR1" + bytes(100) + b"PAR1"), "no Parquet file"),
     Case("a Parquet of nothing", data("a.parquet", b""), "no Parquet file"),
     Case("half of a character in a row", data("a.jsonl", '{"text": "\\ud800"}\n'), ""),

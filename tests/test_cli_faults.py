@@ -109,3 +109,14 @@ cli.main()
 """
     sentence = "olpack: /cache/file: Read-only file system. Give this user access to it, or name another folder"
     assert failure(code).startswith(sentence)
+
+
+def test_a_terminal_that_is_not_utf_8_gets_escapes(tmp_path):
+    package = tmp_path / "modelfiles/مساعد"
+    package.mkdir(parents=True)
+    (package / "recipe.yaml").write_text("base: builtin/tiny-coder\ndata: {train: train.jsonl}\n")
+    arguments = [sys.executable, "-m", "olpack", "list"]
+    done = subprocess.run(
+        arguments, cwd=tmp_path, env=environment(PYTHONIOENCODING="ascii", OLLAMA_HOST="127.0.0.1:9"), capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "") and r"\u0645\u0633\u0627\u0639\u062f" in done.stdout

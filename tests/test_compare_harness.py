@@ -93,4 +93,4 @@ def test_without_the_harness_the_command_that_installs_it_is_said():
         "except OlpackError as error: print(error)"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
-    assert said == "Suites need lm-evaluation-harness, which is not installed. Run `pip install 'lm-eval>=0.4.13'`.\n"
+    assert said == f"Suites need lm-evaluation-harness, which is not installed. Install it: {sys.executable} -m pip install 'lm-eval>=0.4.13'.\n"

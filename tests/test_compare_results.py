@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import math
@@ -21,6 +22,7 @@ from olpack.compare.results import (
     BaseResult,
     CheckScore,
     Flag,
+    Loss,
     MachineInfo,
     Perplexity,
     PromptSpeed,
@@ -199,6 +201,17 @@ def test_what_was_chosen_for_a_quant_and_what_it_gave_is_told():
     text = printed(made)
     assert "Q4_0: KL mean 3.33 mnat with the importance matrix, 12.50 without: -73.3 ± 2.5%" in text and f"Q4_K_M: {short}" in text
     assert "12.50 without: -73.3" in markdown_table(made) and "kl_divergence_without_importance" in to_csv(made).splitlines()[0]
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1+cmd|' /C calc'!A0", "@SUM(A1)", "\t=1", "\r=1", " =1", "＝1"])
+def test_no_cell_of_the_csv_is_a_formula(text):
+    made = four()
+    made.quants[0].quant = made.quants[0].tag = text
+    made.quants[0].flags = [Flag(code="failed", text=text, serious=False)]
+    made.quants[0].loss = Loss(reference="q8_0", relative=-0.25, standard_error=0.5)
+    rows = list(csv.DictReader(io.StringIO(to_csv(made), newline="")))
+    assert [rows[0][column] for column in ("quant", "tag", "flags")] == ["'" + text.replace("\r", "\n")] * 3
+    assert (rows[0]["loss_relative"], rows[1]["quant"]) == ("-0.25", "Q4_K_M")
 
 
 def test_quality_has_a_table_of_its_own_where_there_is_more_of_it():

@@ -15,18 +15,34 @@ import tiny_gguf
 from test_compare_measure import SETTINGS, quant_file
 
 from olpack import recipe
-from olpack.compare import measure
+from olpack.compare import measure, scores
 from olpack.compare.sandbox import asserts_hold
-from olpack.compare.scores import load_function, score, standard_error
+from olpack.compare.scores import load_function, score, score_answers, standard_error
 from olpack.errors import OlpackError
 from olpack.recipe.tasks import load_tasks, parse_task
 
 FENCED = "Here it is:\n```python\ndef double(number):\n    return 2 * number\n```\nDone."
+CALL = {"name": "dim", "arguments": {"room": "hall", "percent": 30}}
 ASK = [{"role": "user", "content": "Say 42."}, {"role": "assistant", "content": "42"}]
 
 
 def task(folder: Path | None = None, **check):
     return parse_task({"prompt": "p", **check}, "tasks.jsonl:1", folder)
+
+
+def test_an_expression_without_end_is_named(monkeypatch):
+    monkeypatch.setattr(scores, "_SEARCH_S", 0.3)
+    tasks = [parse_task({"prompt": "p", "regex": pattern}, f"tasks.jsonl:{line}") for line, pattern in enumerate(("a", "(a+)+$"), 1)]
+    assert score_answers(tasks, ["aaa", "aaa"], "x").mean == 1
+    with pytest.raises(OlpackError, match=r"tasks\.jsonl:2: the `regex` '\(a\+\)\+\$' takes longer than 0\.3 s") as raised:
+        score_answers(tasks, ["a", "a" * 40 + "b"], "x")
+    assert "nested repetitions" in raised.value.remedy
+
+
+@pytest.mark.parametrize("check", ["json", "python"])
+@pytest.mark.parametrize("text", ["[" * 100_000, "(" * 100_000, "-" * 100_000 + "1", "a" + ".b" * 100_000, "a" + "()" * 100_000, "not " * 50_000])
+def test_an_answer_that_is_nested_deep_is_scored(check, text):
+    assert score(parse_task({"prompt": "p", check: True}, "tasks.jsonl:1"), text) in (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -43,6 +59,12 @@ def task(folder: Path | None = None, **check):
         ({"json": ["a", "b"]}, '{"a": 1, "b": null}', True),
         ({"json": ["a", "b"]}, '{"a": 1}', False),
         ({"json": "a"}, "[1]", False),
+        ({"tool_call": CALL}, '<tool_call>\n{"name": "dim", "arguments": {"percent": 30, "room": "hall"}}\n</tool_call>', True),
+        ({"tool_call": CALL}, 'Sure {: [{"name": "dim", "parameters": {"room": "hall", "percent": 30}}]', True),
+        ({"tool_call": CALL}, '{"name": "dim", "arguments": {"room": "hall", "percent": "30"}}', False),
+        ({"tool_call": CALL}, '{"name": "lift", "arguments": {"room": "hall", "percent": 30}}', False),
+        ({"tool_call": CALL}, 2 * '{"name": "dim", "arguments": {"room": "hall", "percent": 30}}', False),
+        ({"tool_call": CALL}, "dim(hall, 30)" + 5000 * '{"a":', False),
         ({"python": True}, FENCED, True),
         ({"python": True}, "def f(:", False),
         ({"python": True}, "  \n# nothing", False),
@@ -117,6 +139,8 @@ def test_a_function_of_ones_own(tmp_path):
         ('{"prompt": "p", "contains": []}', "`contains` is no text or list"),
         ('{"prompt": "p", "regex": "("}', "no regular expression"),
         ('{"prompt": "p", "json": false}', "nor true"),
+        ('{"prompt": "p", "tool_call": {"name": "dim"}}', "no object with `name` and `arguments`"),
+        ('{"prompt": "p", "tools": [{"name": 1}], "exact": "a"}', "tool 1 is no function"),
         ('{"prompt": "p", "python": "x"}', "can only be true"),
         ('{"prompt": "p", "python_asserts": "assert ("}', "does not parse"),
         ('{"prompt": "p", "function": "checks.py"}', "file.py:name"),

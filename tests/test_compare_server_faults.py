@@ -15,6 +15,7 @@ from olpack.compare.result_flags import ExpectedScripts, answer_of, flag_answers
 from olpack.compare.results import Perplexity, PromptSpeed, QuantResult, Speed, Spread
 from olpack.compare.scores import load_function, score_answers
 from olpack.compare.served_models import compare_served, settings_for
+from olpack.deploy.answers import Chatted
 from olpack.deploy.client import OllamaClient
 from olpack.errors import OlpackError
 from olpack.recipe.tasks import load_tasks, parse_task
@@ -149,6 +150,23 @@ def test_unfinished_reasoning_is_flagged_and_not_scored(client, ollama_double, t
     (quant,) = compare_served(client, ["mine:q8_0"], [], dataclasses.replace(SETTINGS, answer_tokens=8), load_tasks(tmp_path / "t.jsonl")).quants
     assert quant.scores is None
     assert any(flag.code == "reasoning" and "1 of 1 tasks are not scored" in flag.text for flag in quant.flags)
+
+
+def test_a_task_with_tools_is_scored_on_the_calls_that_the_server_sets_apart(client, monkeypatch, tmp_path):
+    tools = [{"type": "function", "function": {"name": "dim", "parameters": {"type": "object", "properties": {}}}}]
+    call = {"name": "dim", "arguments": {"room": "hall"}}
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"prompt": "Dim it.", "tool_call": call, **more}) + "\n" for more in ({"tools": tools}, {})))
+    asked = []
+
+    def chat(self, model, messages, options=None, **fields):
+        asked.append(fields)
+        message = {"role": "assistant", "content": "", "tool_calls": [{"function": call}]} if fields else {"role": "assistant", "content": "Done."}
+        return Chatted.model_validate_json(json.dumps({"message": message, "done": True, "done_reason": "stop", "eval_count": 3}))
+
+    monkeypatch.setattr(OllamaClient, "chat", chat)
+    results = compare_served(client, ["mine:q8_0"], [], SETTINGS, load_tasks(tmp_path / "t.jsonl"))
+    assert asked == [{"tools": tools}, {}] and [task.tools for task in results.tasks] == [tools, None]
+    assert results.quants[0].scores.values == [1.0, 0.0]
 
 
 def test_a_server_may_set_the_reasoning_apart_itself():

@@ -81,7 +81,7 @@ def test_another_address_of_a_server_is_the_same_comparison(workspace, server):
 def test_a_record_of_an_earlier_version_holds(workspace, server):
     path = workspace / "build/oracle/stages/compare.json"
     record = json.loads(path.read_text())
-    del record["result"]["served"]
+    del record["result"]["served"], record["digest"]
     for address, without, reason in (("http://one:11434", "", ""), (None, "", "speed was measured without the server that answers now")):
         record["inputs"]["server"] = address
         path.write_text(json.dumps(record))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import re
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
-from olpack.data import Chat, Renderer, Source, load_chats, render_rows, split
+from olpack.data import Chat, Renderer, Source, load_chats, records, render_rows, split
 from olpack.data.chats import times
+from olpack.data.records import read_records
 from olpack.errors import OlpackError
 from olpack.model.base import BUILTIN, Base
 
@@ -290,3 +292,75 @@ def test_the_examples_of_the_page_are_what_it_says(tmp_path):
         path.write_text(f"[{example}]", encoding="utf-8")
         told += [chat.form for chat in load_chats(path)]
     assert told == ["chat", *re.findall(r"^\*\*`([a-z]+)`\*\*", page, re.MULTILINE)]
+
+
+def write_small_rows(path: Path, count: int) -> Path:
+    """Rows of 2,000 characters each, in the container that the name asks for."""
+    text = "x" * 1000
+    if path.suffix == ".csv":
+        path.write_text("prompt,completion\n" + f"{text},{text}\n" * count)
+    else:
+        encoding = "utf-16" if path.stem == "wide" else "utf-8"
+        path.write_text((json.dumps({"prompt": text, "completion": text}) + "\n") * count, encoding=encoding)
+    return path
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "wide.jsonl", "lines.json", "rows.csv"])
+def test_a_file_is_read_row_by_row(tmp_path, name):
+    path = write_small_rows(tmp_path / name, 10_000)
+    tracemalloc.start()
+    assert sum(1 for _ in read_records(path)) == 10_000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert path.stat().st_size > 20_000_000 > 12_000_000 > peak
+
+
+def test_a_line_that_is_too_long_is_never_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "_LONGEST_LINE", 1 << 20)
+    path = tmp_path / "long.jsonl"
+    with path.open("w") as file:
+        file.write('{"text": "a"}\n')
+        for _ in range(40):
+            file.write("x" * (1 << 20))
+        file.write('\r\n{"text": "b"}')
+    tracemalloc.start()
+    read = list(read_records(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [(one.number, one.problem) for one in read] == [(1, ""), (2, records.TOO_LONG), (3, "")]
+    assert peak < 12_000_000
+
+
+@pytest.mark.parametrize("chunk", [4, 5, 7, 64])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_where_a_part_of_a_file_ends_decides_nothing(tmp_path, monkeypatch, encoding, chunk):
+    text = '{"text": "é👩"}\r\n\r\n \n{"text": 1}\r{"text": }\n{"text": "ü"}'
+    (tmp_path / "a.jsonl").write_bytes(text.encode(encoding))
+    monkeypatch.setattr(records, "CHUNK", chunk)
+    read = list(read_records(tmp_path / "a.jsonl"))
+    assert [one.number for one in read] == [1, 4, 5, 6]
+    assert [one.value and one.value["text"] for one in read] == ["é👩", 1, None, "ü"]
+    assert read[2].problem == "not JSON: expecting value at column 10"
+    (tmp_path / "a.csv").write_bytes('text,b\r\n"é\n👩",1\r\nü,2'.encode(encoding))
+    assert [(one.number, one.value) for one in read_records(tmp_path / "a.csv")] == [(2, {"text": "é\n👩", "b": "1"}), (4, {"text": "ü", "b": "2"})]
+
+
+@pytest.mark.parametrize("chunk", [4, 6, 1 << 20])
+def test_the_byte_that_is_no_utf16_is_named(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(records, "CHUNK", chunk)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes("\ufeffabc".encode("utf-16-le") + b"\x00\xd8a\x00")
+    with pytest.raises(OlpackError, match=r"begins as UTF-16 and cannot be read as that at byte 9\."):
+        list(read_records(path))
+    path.write_bytes("\ufeffabc".encode("utf-16-le") + b"a")
+    with pytest.raises(OlpackError, match=r"begins as UTF-16 and cannot be read as that at byte 9\."):
+        list(read_records(path))
+
+
+def test_an_array_that_is_too_large_to_be_read_whole_is_refused(tmp_path):
+    with (tmp_path / "a.json").open("wb") as file:
+        file.write(b"[\n")
+        file.truncate((1 << 30) + 1)
+    with pytest.raises(OlpackError, match="an array of at most 1,073,741,824 bytes is read") as raised:
+        list(read_records(tmp_path / "a.json"))
+    assert "JSON lines" in raised.value.remedy

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
-import shlex
-from pathlib import Path
+import subprocess
+import sys
 
 import pytest
+import typer
+from documented_commands import PAGES, ROOT, appears, blocks, mentioned, split
+from documented_scenes import SCENES
 from oracle import olpack
 from typer.main import get_command
 
-from olpack import cli, reference
+from olpack import cli, progress, reference
 from olpack.recipe import Recipe, json_schema
 
-ROOT = Path(__file__).parent.parent
+_UsageError = typer.BadParameter.__base__  # of the click that typer brings
+_OLLAMA = {"create", "list", "pull", "ps", "rm", "run", "serve", "show", "stop"}
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", reference.pages())
@@ -62,15 +68,12 @@ def test_the_schema_command_prints_the_page(tmp_path):
     assert "$id" not in json.loads(printed)
 
 
-def test_the_readme_names_every_verb_and_no_other():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["README.md", "README.ar.md"])
+def test_the_readme_names_every_verb_and_no_other(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
     named = set(re.findall(r"`olpack ([a-z]+)", text)) | set(re.findall(r"^    olpack ([a-z]+)", text, re.MULTILINE)) | {"train", "export"}
     named |= {verb for verbs in re.findall(r"`olpack [a-z]+`((?:, `[a-z]+`)*)", text) for verb in re.findall(r"`([a-z]+)`", verbs)}
     assert named == set(get_command(cli.app).commands)
-
-
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def _section(text, title):
@@ -83,20 +86,6 @@ def _rows(text):
     return [[cell.strip() for cell in line.strip("|").split(" |")] for line in lines if not line.startswith("| ---")]
 
 
-def test_the_files_that_the_documents_link_to_are_there():
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        for target in re.findall(r"\]\(([^)#:]+)[^):]*\)", text) + re.findall(r'<img src="([^":]+)"', text):
-            assert (page.parent / target).exists() or "{" in target, f"{page.name} links to {target}"
-
-
-def test_the_headings_that_the_documents_link_to_are_there():
-    for page in PAGES:
-        for target, heading in re.findall(r"\]\(([^):#]*)#([^)]+)\)", page.read_text(encoding="utf-8")):
-            lines = re.findall(r"^#+ (.+)$", ((page.parent / target) if target else page).read_text(encoding="utf-8"), re.MULTILINE)
-            assert heading in {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in lines}, f"{page.name} links to {target}#{heading}"
-
-
 def test_the_readme_has_two_screens():
     assert sum(not line.startswith("|") for line in README.splitlines()) <= 110
 
@@ -104,22 +93,8 @@ def test_the_readme_has_two_screens():
 def test_the_quick_start_is_what_the_makefile_and_ci_have():
     targets = re.findall(r"^    make (\w+)", README, re.MULTILINE)
     assert targets == ["demo", "test"]
-    assert all(re.search(rf"^{target}: install$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE) for target in targets)
+    assert all(re.search(rf"^{target}: install\b", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE) for target in targets)
     assert "make test" in (ROOT / ".ci/run").read_text(encoding="utf-8").split("\n")
-
-
-@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))], ids=lambda page: page.name)
-def test_the_commands_of_the_pages_have_these_options(page):
-    commands = _commands(get_command(cli.app), "olpack")
-    text = page.read_text(encoding="utf-8")
-    for quoted in re.findall(r"`(olpack [^`]+)`", text) + re.findall(r"^ {4}(olpack .+)", text, re.MULTILINE):
-        words = shlex.split(quoted, comments=True)
-        command = commands.get(" ".join(words[:3])) or commands.get(" ".join(words[:2]))
-        if command is None:  # a word that is no command: `olpack COMMAND`, or an option of olpack itself
-            assert words[1].isupper() or words[1].startswith("--"), f"{page.name}: {quoted}"
-            continue
-        known = {name for parameter in command.params for name in parameter.opts} | {"--help"}
-        assert {word.partition("=")[0] for word in words if word.startswith("--")} <= known, f"{page.name}: {quoted}"
 
 
 def test_each_cell_of_the_comparison_has_a_source():
@@ -185,3 +160,95 @@ def test_help_shows_the_first_sentence_of_each_command_whole(tmp_path):
     for words in ([], ["data"]):
         commands = olpack(tmp_path, *words, "--help", columns=80)[1].partition("Commands:")[2].strip().splitlines()
         assert commands and all(line.endswith(".") and not line.endswith("...") for line in commands), commands
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_all_commands_of_a_page_exist(page):
+    for block in blocks(page):
+        assert SCENES.keys() >= {block.marks[mark] for mark in ("scene",) if mark in block.marks}, block.place
+        for command in block.commands if not block.runs else []:
+            _check(command, block.place, whole=True)
+    for command in mentioned(page):
+        _check(command, page.name, whole=False)
+
+
+def _check(command: str, place: str, whole: bool) -> None:
+    """Parse a command without running it."""
+    if not whole:
+        command = re.split(r"…|\s[|>&]", command.replace('…"', '"'))[0]
+    words = split(command)[1]
+    while words and words[0] in ("-m", "sudo"):
+        words = words[1:]
+    match words:
+        case ["olpack", *rest]:
+            if problem := _unparsed(rest, whole):
+                pytest.fail(f"{place}: `{command}`: {problem}")
+        case ["make", *targets]:
+            rules = (ROOT / "Makefile").read_text()
+            assert all(re.search(rf"^{re.escape(target)}:", rules, re.MULTILINE) for target in targets if "=" not in target), f"{place}: {command}"
+        case ["ollama", verb, *_]:
+            assert verb in _OLLAMA, f"{place}: {command}"
+        case ["python" | "python3", script, *_] if script.endswith(".py"):
+            assert (ROOT / script).is_file(), f"{place}: {command}"
+
+
+@functools.cache
+def _olpack() -> typer.core.TyperGroup:
+    return get_command(cli.app)
+
+
+def _unparsed(words: list[str], whole: bool) -> str:
+    """What is wrong with an olpack command line, "" if nothing is. In a sentence only names have to exist."""
+    command, context = _olpack(), None
+    if words[:1] == ["--install-completion"]:  # typer writes to the shell's settings while it parses
+        return "" if any(words[0] in option.opts for option in command.params) else "No such option"
+    try:
+        while command is not None:
+            context = command.make_context("olpack", list(words), parent=context)
+            words = [*context._protected_args, *context.args]
+            command = command.resolve_command(context, words)[1] if words and hasattr(command, "resolve_command") else None
+            words = words[1:]
+    except typer.Exit:
+        return ""
+    except _UsageError as error:
+        return error.format_message() if whole or error.format_message().startswith("No such") else ""
+    finally:
+        progress.use("lines")
+    return ""
+
+
+def test_pages_name_the_pinned_versions():
+    pinned = re.search(r'"(llama-cpp-python==[^"]+)"', (ROOT / "pyproject.toml").read_text())[1]
+    for page in PAGES:
+        assert set(re.findall(r"llama-cpp-python==[\d.]+\d", page.read_text(encoding="utf-8"))) <= {pinned}, page
+
+
+def test_the_checks_see_faults(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- need: x -->\n```console\n$ olpack list\n```\n")
+    with pytest.raises(ValueError, match="need is no mark"):
+        blocks(page)
+    assert "No such option" in _unparsed(["plan", "support", "--vrm", "6"], whole=True)
+    assert "No such command" in _unparsed(["biuld", "support"], whole=False)
+    assert _unparsed(["plan"], whole=True) and not _unparsed(["plan"], whole=False)
+    assert appears("disk  3.1 MB: …; no files", "x\ndisk   790 kB: Q4_0; no files")
+    assert not appears("disk", "a disk")
+
+
+def _script(name: str, *words: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, ROOT / ".ci" / name, *words], capture_output=True, text=True)
+
+
+def test_every_link_leads_somewhere():
+    assert (done := _script("links.py")).returncode == 0, done.stderr
+
+
+def test_a_broken_link_and_a_broken_anchor_are_found(tmp_path):
+    (tmp_path / "a.md").write_text("# One `two`\n[b](b.md) [c](#one-two) [d](#three) ![e](e.png)\n\n    [f](f.md)\n")
+    done = _script("links.py", str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[1:] == [
+        "a.md: b.md: there is no such file",
+        "a.md: #three: no heading has this anchor",
+        "a.md: e.png: there is no such file",
+    ]

@@ -19,13 +19,14 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from olpack import recipe
-from olpack.data import load_chats
+from olpack.data import load_chats, records
 from olpack.deploy.modelfile import COMMANDS, parse
 from olpack.deploy.parameters import PARAMETERS
 from olpack.errors import OlpackError
 from olpack.export.pretokenizer import recognize
 from olpack.model.checkpoint import read_config, read_safetensors_header, read_tensor_headers
 from olpack.model.gguf_header import read_header
+from olpack.model.tokenizer_trial import needs_trial
 from olpack.recipe import Recipe
 from olpack.recipe.tasks import KEYS, load_tasks
 from olpack.templating import bounded
@@ -319,3 +320,38 @@ def test_json_too_deep_or_too_long(tmp_path: Path, name: str, read: Callable[[Pa
 def test_a_safetensors_header_too_deep_or_too_long(tmp_path: Path, text: str) -> None:
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text.encode())
     parsed(lambda: read_safetensors_header(tmp_path / "model.safetensors"))
+
+
+STEPS = st.recursive(
+    st.one_of(
+        st.fixed_dictionaries(
+            {"type": st.sampled_from(["Split", "Replace", "Strip", "Prepend", "TemplateProcessing", "ByteLevel"]) | VALUES}
+        ).flatmap(lambda step: objects("pattern", "content", "single", "pair", "special_tokens").map(lambda more: more | step)),
+        st.fixed_dictionaries(
+            {
+                "type": st.sampled_from(["Split", "Replace"]),
+                "pattern": st.fixed_dictionaries({"Regex": st.text(r"ab()[]{}|\\*+?^$.1,", max_size=12)}),
+                "content": TEXTS,
+            }
+        ),
+    ),
+    lambda inner: st.fixed_dictionaries({"type": st.just("Sequence"), "steps": st.lists(inner, max_size=3)}),
+    max_leaves=5,
+)
+
+
+@fuzzed
+@given(objects("normalizer", "pre_tokenizer", "post_processor", "decoder", "padding", values=STEPS | VALUES))
+def test_steps_of_tokenizers(tokenizer):
+    parsed(lambda: needs_trial(tokenizer))
+
+
+@fuzzed
+@given(st.lists(st.sampled_from(["\r", "\n", "\r\n", " ", "{", "}", '"a"', ":", "1", "é", "👩", "\u2028"]), max_size=30), st.integers(4, 9))
+def test_lines_are_those_of_the_whole_file(tmp_path_factory, pieces, chunk):
+    path = tmp_path_factory.getbasetemp() / "lines.jsonl"
+    path.write_bytes("".join(pieces).encode())
+    whole = path.read_bytes().splitlines()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records, "CHUNK", chunk)
+        assert [line.rstrip(b"\r\n") for line in records._lines(path)] == whole

@@ -194,15 +194,15 @@ EXPECTED: dict[str, tuple[list[str], dict[str, object], list[str]]] = {
         ["UnslothTrainer", "embedding_learning_rate"],
     ),
     "mario.Modelfile": (
-        ["--base", "meta-llama/Llama-3.2-3B-Instruct", "--train", "data/chats.jsonl"],
+        ["--train", "data/chats.jsonl"],
         {
-            "base": "meta-llama/Llama-3.2-3B-Instruct",
+            "base": "ollama/llama3.2",
             "data.train": "../../data/chats.jsonl",
             "modelfile.system": '\nYou are "Mario" from Super Mario Bros.\nAnswer as Mario.\n',
             "modelfile.parameters": {"temperature": 1.0, "num_ctx": 4096},
             "modelfile.messages": [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "It's-a me!"}],
         },
-        ["FROM"],
+        [],
     ),
     "shown.Modelfile": (
         ["--base", "Qwen/Qwen3-0.6B", "--train", "data/chats.jsonl", "--name", "shown"],

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from olpack import recipe
 from olpack.cli import app
-from olpack.commands.init import PARAMETERS, new_recipe, write_recipe
+from olpack.commands.init import PARAMETERS, TEMPLATES, new_recipe, write_recipe
 from olpack.data import load_chats
 from olpack.errors import OlpackError
 from olpack.model.base import BUILTIN, resolve
@@ -99,6 +101,29 @@ def test_an_own_template_that_is_wrong_is_an_error_with_its_line(here):
     with pytest.raises(OlpackError, match=r"The recipe's template has an error in line 2.*templates/recipe\.yaml\.j2"):
         begin("support", "builtin/tiny-coder", "chats.jsonl")
     assert not Path("modelfiles").exists()
+
+
+@pytest.mark.parametrize(("train", "system"), [("chats.jsonl", None), ("me/rows", "أنت مساعد: أجب # بإيجاز")])
+def test_recipes_in_both_languages_are_the_same_data(train, system):
+    texts = {lang: begin(f"in-{lang}", "builtin/tiny-coder", train, system, lang).read_text(encoding="utf-8") for lang in TEMPLATES}
+    assert list(texts) == ["en", "ar"]
+    assert yaml.safe_load(texts["ar"]) == yaml.safe_load(texts["en"])
+    keys, others = (set(re.findall(r"^ *(?:# )?([a-z_]+): ", text, re.MULTILINE)) for text in texts.values())
+    assert keys == others >= {"num_ctx", "export", "compare"}  # those that are commented out, too
+
+
+def test_no_line_of_the_arabic_recipe_mixes_two_directions_in_a_sentence():
+    lines = begin("support", "builtin/tiny-coder", "chats.jsonl", None, "ar").read_text(encoding="utf-8").splitlines()
+    sentences = [line for line in lines if re.search("[\u0621-\u064a]", line) and not line.startswith("  # system: ")]
+    assert len(sentences) > 15
+    for line in sentences:
+        assert re.match(r" *# ", line) and not re.search("[A-Za-z]", line), line
+
+
+def test_an_unknown_language_is_one_error_and_nothing_is_written(here):
+    result = CliRunner().invoke(app, ["init", "support", "--base", "builtin/tiny-coder", "--train", "chats.jsonl", "--lang", "fr"])
+    assert result.exit_code == 2 and "'fr' is not a language of recipes. The languages are en, ar." in " ".join(result.stderr.split())
+    assert not (here / "modelfiles").exists()
 
 
 def test_without_a_terminal_it_asks_nothing():

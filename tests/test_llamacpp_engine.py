@@ -84,6 +84,12 @@ def test_greedy_generation_takes_the_likeliest_token(engine, model):
     assert generation.finish == "length" and generation.tokens == 12
 
 
+def test_a_template_of_the_server_writes_the_prompt(engine):
+    """A package on a model of the server is trained with the prompts that are served, whatever the file's own template writes."""
+    with Engine(engine.path, 256, template="{% for m in messages %}[{{ m.content }}]{% endfor %}") as other:
+        assert other.chat_prompt(CHAT) == "".join(f"[{turn['content']}]" for turn in CHAT) != engine.chat_prompt(CHAT)
+
+
 def test_a_seed_repeats_an_answer(engine):
     def answer(seed: int) -> str:
         return "".join(engine.generate(CHAT, 20, Sampling(temperature=1.5, top_k=0, top_p=1, repeat_penalty=1.1, seed=seed)))
@@ -162,6 +168,19 @@ def test_templates_render_as_in_transformers(tokenizer, template):
     messages = [{"role": "user", "content": "a <b> & 'c' é"}, {"role": "assistant", "content": "d"}]
     expected = wrapped.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
     assert render_chat(template, messages, {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}) == expected
+
+
+def test_a_template_reads_tools_as_in_transformers(tokenizer):
+    from example_bases import TEMPLATE
+    from transformers import PreTrainedTokenizerFast
+
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    tools = [{"type": "function", "function": {"name": "dim", "description": "Dämmen", "parameters": {"type": "object", "properties": {}}}}]
+    messages = [{"role": "user", "content": "Dim it."}]
+    for given in (tools, None):
+        expected = wrapped.apply_chat_template(messages, tools=given, chat_template=TEMPLATE, tokenize=False, add_generation_prompt=True)
+        assert render_chat(TEMPLATE, messages, {}, given) == expected
+        assert ('"name": "dim"' in expected) is bool(given)
 
 
 def test_a_template_that_refuses_says_so():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -28,6 +30,8 @@ def test_the_wheel_has_all_that_a_build_needs(unpacked):
         "templates/report.html.j2",
         "modelfiles/coding-assistant/recipe.yaml",
         "modelfiles/coding-assistant/train.jsonl",
+        "examples/support/faq.csv",
+        "examples/tools/README.md",
         "assets/tiny-coder/model.safetensors",
         "assets/tiny-coder/tokenizer.json",
         "assets/tiny-coder/README.md",
@@ -35,6 +39,35 @@ def test_the_wheel_has_all_that_a_build_needs(unpacked):
         assert (unpacked / "olpack" / name).is_file(), name
     assert (next(unpacked.glob("*.dist-info")) / "licenses/LICENSE").is_file()
     assert not (unpacked / "tests").exists()
+
+
+def test_the_source_archive_has_all_that_make_needs(tmp_path):
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", tmp_path], cwd=ROOT, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("olpack-*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    assert names >= {
+        "Makefile", "constraints.txt", ".ci/llama_cpp.py", ".ci/llama_cpp.cmake", ".ci/requirements/olpack.txt", ".ci/requirements/test.txt",
+        ".ci/requirements/llama-cpp.txt", ".ci/audit.py", "README.md", "AGENTS.md", "CHANGELOG.md", "LICENSE", "docs/install.md", "tests/conftest.py",
+    }  # fmt: skip
+    assert not [name for name in names if name.startswith((".venv", "build/", ".hypothesis")) or "__pycache__" in name]
+
+
+def test_the_version_is_that_of_the_changelog_and_no_step_depends_on_it(tmp_path, monkeypatch):
+    import olpack
+    from olpack import recipe, workspace
+    from olpack.stages import export
+    from olpack.stages.build import Build
+    from olpack.stages.order import all_steps
+
+    assert re.search(r"^## \[(\d.*?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == olpack.__version__
+    keys = []
+    for version in (olpack.__version__, "99.0"):
+        for module in (olpack, export):
+            monkeypatch.setattr(module, "__version__", version)
+        build = Build(recipe.load(workspace.recipe_path("coding-assistant")), tmp_path)
+        keys.append({step.unit: step.key for step in all_steps(build)})
+    assert keys[0] == keys[1] and len(keys[0]) > 5
 
 
 def test_an_installed_olpack_finds_what_ships_with_it(unpacked, tmp_path):

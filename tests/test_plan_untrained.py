@@ -90,6 +90,21 @@ def test_plan_warns_of_tokens_that_the_base_never_trained(tmp_path):
     assert code == 0 and f"{START}, {END} in embed_tokens." in text and "`train.modules_to_save: [embed_tokens]`" in text, printed
 
 
+@pytest.mark.parametrize(("with_system", "warned"), [(0, True), (15, True), (20, False), (40, False)])
+def test_plan_warns_of_a_system_prompt_that_most_rows_do_not_have(tmp_path, with_system, warned):
+    package = tmp_path / "modelfiles/mine"
+    package.mkdir(parents=True)
+    recipe = "base: builtin/tiny-coder\ndata: {train: train.jsonl, eval: eval.jsonl}\nquants: [Q8_0]\nmodelfile: {system: Be brief.}\n"
+    (package / "recipe.yaml").write_text(recipe)
+    rows = [[{"role": "user", "content": f"{n}+{n}?"}, {"role": "assistant", "content": f"It is {2 * n}."}] for n in range(45)]
+    rows = [[{"role": "system", "content": "Be brief."}, *row] if n < with_system else row for n, row in enumerate(rows)]
+    (package / "train.jsonl").write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in rows[:40]))
+    (package / "eval.jsonl").write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in rows[40:]))
+    code, _, printed = olpack(tmp_path, "plan", "mine")
+    text = " ".join(printed.split())
+    assert code == 0 and (f"and {40 - with_system} of 40 training chats have none" in text) == warned, printed
+
+
 def test_trained_vectors_are_no_reason_to_warn(tied, untied):
     assert said(tied) is None and said(untied) is None and said(BUILTIN / "tiny-coder") is None
 

@@ -161,7 +161,7 @@ def test_what_libraries_log_has_no_secret(monkeypatch, caplog) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_plantedplanted")
     usual = logging.getLogRecordFactory()
     try:
-        printable.redact_logs()
+        printable.redact_libraries()
         logging.getLogger("library").warning("%s at http://user:secret@host, hf_plantedplanted, \x1b[31mred", "Retrying")
         logging.getLogger("library").warning("100 % of")
     finally:

@@ -105,7 +105,7 @@ def test_a_package_that_ships_is_a_source(tmp_path):
         (["{model}/nowhere", "--quant", "Q4_0"], "There is no folder"),
         (["{quantized}", "--quant", "Q4_0"], "is quantized already: 'token_embd.weight' is Q6_K"),
         (["{toothless}", "--quant", "Q4_0"], "has no tokenizer"),
-        (["{whole}", "--quant", "Q4_0", "--adapter", "{model}"], "An adapter cannot be merged into the GGUF"),
+        (["{whole}", "--quant", "Q4_0", "--adapter", "{model}"], "is no adapter: it has no adapter_config.json"),
         (["{model}", "--quant", "Q4_0", "--adapter", "{model}"], "is no adapter: it has no adapter_config.json"),
         (["{model}", "--quant", "Q4_0", "--split", "big"], "'big' is no size. Write it like 4GB or 500MB."),
         (["{model}", "--quant", "Q4_0", "--name", "a/b"], "'a/b' cannot be a file's name."),

@@ -82,7 +82,7 @@ def test_overrides_win_and_say_so(tmp_path):
         (GOOD + "train: [\n", "line 4"),
         ("- a\n", "must contain settings"),
         ("", "must contain settings"),
-        (GOOD + "revision: main\n", "builtin base has none"),
+        (GOOD + "revision: main\n", "builtin/tiny-coder has none"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_line(tmp_path, text, said):

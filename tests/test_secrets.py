@@ -146,3 +146,49 @@ def test_failing_runs_show_no_secret(built: Path, server: OllamaDouble, words: l
     assert done.returncode in (0, 1, 2)  # without a server, `show` shows what there is
     assert MARK not in done.stdout + done.stderr, (done.stdout + done.stderr).decode()
     assert leaks(built) == []
+
+
+LIBRARY = """
+import gc, logging, sys, threading, warnings
+from olpack import cli
+from olpack.commands import doctor
+
+log = logging.getLogger("library")
+
+def examine():
+    def fail(*_):
+        raise ValueError("PLANTEDhubtoken \\x1b[31m in an error")
+    try:
+        fail()
+    except ValueError as error:
+        log.exception("a record")
+        log.error("another %s", "PLANTEDhubtoken", exc_info=error, stack_info=True)
+    warnings.warn("a warning with PLANTEDhubtoken \\x1b[31m")
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join()
+    class Unraisable:
+        __del__ = fail
+    Unraisable()
+    gc.collect()
+    class Panic(BaseException):
+        pass
+    raise Panic("a panic with PLANTEDhubtoken \\x1b[31m")
+
+doctor.examine = examine
+sys.argv = ["olpack", *sys.argv[1:], "doctor"]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("debug", [True, False])
+def test_what_libraries_log_and_warn_of_shows_no_secret(tmp_path: Path, debug: bool) -> None:
+    words = [sys.executable, "-c", LIBRARY, *(["--debug"] if debug else [])]
+    environment = os.environ | SECRETS | {"HF_TOKEN": "PLANTEDhubtoken", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "PLANTED" not in done.stdout + done.stderr, done.stderr
+    assert "\x1b" not in done.stderr
+    for text in ("a record", "another ***", "ValueError: ***", "Stack (most recent call last)", "a panic with ***"):
+        assert text in done.stderr, text
+    assert ("a warning with ***" in done.stderr) == debug
+    assert done.stderr.count("ValueError: ***") == 4  # two records, a thread, a finalizer

@@ -1,4 +1,7 @@
-"""What a server may answer, and what olpack makes of it: one error that names the server, or one figure less in a comparison."""
+"""What a server may answer, and what olpack makes of it: one error that names the server, or one figure less in a comparison.
+
+pytest -rP tests/test_server_answers.py    # prints the table: call, answer, sentence
+"""
 
 from __future__ import annotations
 
@@ -192,13 +195,16 @@ TABLE: list[tuple[str, str, Reply, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("call", "reply", "expected"), [pytest.param(c, r, e, id=f"{c}: {name}") for c, name, r, e in TABLE])
-def test_an_answer_ends_in_one_error_that_names_the_server(call: str, reply: Reply, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("call", "name", "reply", "expected"), TABLE, ids=[f"{call}: {name}" for call, name, _, _ in TABLE])
+def test_an_answer_ends_in_one_error_that_names_the_server(
+    call: str, name: str, reply: Reply, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(client_module, "_MOST_BYTES", 1 << 20)
     with Raw(reply) as url, pytest.raises(OlpackError) as caught:
         limit = 0.5 if reply.body in (drip, drip_lines) else 30.0  # a busy machine answers late
         CALLS[call](OllamaClient(url, answer_within_s=limit, whole_within_s=limit))
     error = caught.value
+    print(f"{call} | {name} | {error.problem.replace(url, 'URL')[:200]}")
     assert expected in error.problem and url in error.problem and len(error.problem) < 700
     assert error.remedy or "refused" in error.problem  # a refusal of the server's own gives its reason
 

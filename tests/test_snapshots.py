@@ -124,6 +124,8 @@ WRONG_OPTIONS = [
     ["build", "support", "--quant", "Q9_0"],
     ["init", "assistant"],
     ["init", "support", "--base", "builtin/tiny-coder", "--train", "chats.jsonl"],
+    ["init", "support", "--base", "builtin/tiny-coder", "--train", "chats.jsonl", "--lang", "fr"],
+    ["init", "مساعد", "--base", "builtin/tiny-coder", "--train", "chats.jsonl"],
     ["init", "my/assistant", "--base", "builtin/tiny-coder", "--train", "chats.jsonl"],
     ["deploy", "support"],
     ["push", "support"],

@@ -99,7 +99,8 @@ def _embedded(name: str, tag: str, out: Path | None) -> Answer:
     from olpack.workspace import recipe_path
 
     build = Build(recipe.load(recipe_path(name)), out, weights=False)
-    quant = quant_type(tag or recommended(build))
+    wanted = (tag or recommended(build)).lower()
+    quant = next((one for one in build.quants if one.tag.lower() == wanted), None) or quant_type(wanted)
     path = build.paths.gguf(quant.name)
     if not path.is_file():
         built = ", ".join(f"{name}:{known.tag}" for known in build.quants if build.paths.gguf(known.name).is_file())
@@ -112,7 +113,9 @@ def _embedded(name: str, tag: str, out: Path | None) -> Answer:
 
     parameters = build.package.parameters
     with progress.task(f"loading {path.name}"):
-        engine = Engine(path, build.package.num_ctx, adapter=build.paths.gguf(ADAPTER) if build.paths.base else None)
+        adapter = build.paths.gguf(ADAPTER) if build.paths.base else None
+        template = build.base.tokenizer().chat_template if build.paths.served and build.base.template else None
+        engine = Engine(path, build.package.num_ctx, adapter=adapter, template=template)
     start = [{"role": "system", "content": build.package.system}] if build.package.system else []
     start += build.package.messages
     limit = parameters.get("num_predict")

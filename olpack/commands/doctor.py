@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from olpack import __version__, printable
 from olpack.errors import OlpackError
+from olpack.installed import install_command
 from olpack.progress import quantity
 from olpack.workspace import free_bytes
 
@@ -55,7 +55,7 @@ def _package(name: str) -> Finding:
     except PackageNotFoundError:
         from olpack.llamacpp.library import INSTALL
 
-        return Finding(name, "broken", "not installed", INSTALL if name == "llama-cpp-python" else f"{sys.executable} -m pip install {name}")
+        return Finding(name, "broken", "not installed", INSTALL if name == "llama-cpp-python" else install_command(name))
 
 
 def _gpu() -> Finding:

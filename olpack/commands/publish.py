@@ -47,11 +47,11 @@ def check(build: Build) -> list[str]:
     """
     from olpack.deploy.client import OllamaClient
     from olpack.deploy.register import drift
-    from olpack.stages.deploy import check_prompts, conversations
+    from olpack.stages.deploy import check_prompts, conversations, served_files
 
     client, lines = OllamaClient(), []
     client.require()
-    for file in quant_files(build):
+    for file in served_files(build, client):
         model = f"{build.recipe.name}:{file.tag}"
         shown = client.show(model)
         if shown is None:
@@ -122,7 +122,7 @@ def removable(build: Build) -> list[str]:
 
     client = OllamaClient()
     client.require()
-    return owned(client, build.recipe.name, registered(build))
+    return owned(client, build.recipe.name, registered(build), adapted=build.recipe.package == "adapter")
 
 
 def remove(build: Build) -> list[str]:
@@ -130,7 +130,7 @@ def remove(build: Build) -> list[str]:
     from olpack.deploy.client import OllamaClient
     from olpack.deploy.remove import remove
 
-    removed = remove(OllamaClient(), build.recipe.name, registered(build))
+    removed = remove(OllamaClient(), build.recipe.name, registered(build), adapted=build.recipe.package == "adapter")
     progress.say(f"the files in {build.paths.root} stay")
     return removed
 
@@ -158,6 +158,18 @@ def facts(build: Build) -> dict[str, Any]:
         "files": {step.inputs["quant"]: step.result for step in steps.values() if step.stage == "export"},
         "recommended": steps["compare"].result.get("recommended"),
         "registered": {record["model"]: record["digest"] for record in deployed.get("registered", [])},
+        "capabilities": _capabilities(build),
         "prompt": deployed.get("identity"),
         "stale": {unit: step.reason for unit, step in steps.items() if step.stale},
     }
+
+
+def _capabilities(build: Build) -> list[str] | None:
+    """What the server says that the first registered tag can do: "completion", "tools", "thinking"; None where no server has it. All tags of a
+    package have one chat template, which decides this."""
+    from olpack.deploy.client import OllamaClient
+
+    if not (build.server and (made := registered(build))):
+        return None
+    shown = OllamaClient().show(made[0].model)
+    return list(shown.capabilities) if shown else None

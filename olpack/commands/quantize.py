@@ -60,10 +60,10 @@ def _find(source: str) -> tuple[Path, str]:
     path = Path(source).expanduser()
     if path.is_file():
         return path, path.stem
-    from olpack.model.base import resolve
+    from olpack.deploy.bases import resolve_base
 
-    base = resolve(source, relative_to=Path())
-    return base.path, (base.path.resolve().name if path.is_dir() else source.rpartition("/")[2])
+    base = resolve_base(source, relative_to=Path())
+    return base.source, (base.path.resolve().name if path.is_dir() else source.rpartition("/")[2].replace(":", "-").removesuffix(".gguf"))
 
 
 def rows(files: Sequence[ExportedFile]) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ def _row(name: str, paths: BuildPaths, tags: list[str] | None) -> dict[str, Any]
     quants = {}
     for file in sorted((paths.root / "gguf").glob(f"{name}-*.gguf"), key=lambda file: file.stat().st_size):
         quants[file.stem.removeprefix(f"{name}-")] = file.stat().st_size
-    quants |= _named_by_modelfiles(paths)
+    base, named = _named_by_modelfiles(paths)
+    quants |= named
     recommended = records.result(paths, "compare").get("recommended")
     return {
         "name": name,
@@ -33,25 +35,34 @@ def _row(name: str, paths: BuildPaths, tags: list[str] | None) -> dict[str, Any]
         "shipped": path.is_relative_to(shipped("modelfiles")),
         "trained": (paths.adapter / "adapter_config.json").is_file(),
         "quants": quants,
+        "base": base,
         "recommended": recommended,
         "registered": None if tags is None else [tag for tag in tags if tag.lower().startswith(f"{name.lower()}:")],
     }
 
 
-def _named_by_modelfiles(paths: BuildPaths) -> dict[str, int]:
-    """The base's quants that an adapter package is served with, from the base's own folder; by quant, in bytes."""
+def _named_by_modelfiles(paths: BuildPaths) -> tuple[str | None, dict[str, int]]:
+    """Of an adapter package, its base: a model of the server, a GGUF, or the folder of quants that it shares; and those quants, in bytes."""
     from olpack.deploy.modelfile import parse
 
-    sizes = {}
+    base, sizes = None, {}
     for path in paths.root.glob("modelfiles/*.Modelfile"):
         try:
             read = parse(path.read_text(encoding="utf-8"))
             file = (path.parent / read.source).resolve()
-            if read.adapter and file.is_file():
-                sizes[file.stem.removeprefix(f"{file.parent.parent.name}-")] = file.stat().st_size
+            if not read.adapter:
+                continue
+            if not file.is_file():  # a model of the server, by its name
+                base = read.source
+            elif file.parent.name == "gguf" and file.name.startswith(f"{file.parent.parent.name}-"):
+                base = file.parent.parent.name
+                sizes[file.stem.removeprefix(f"{base}-")] = file.stat().st_size
+            else:
+                base = file.name
+                sizes[path.stem] = file.stat().st_size
         except (OSError, ValueError, OlpackError):
             continue
-    return dict(sorted(sizes.items(), key=lambda item: item[1]))
+    return base, dict(sorted(sizes.items(), key=lambda item: item[1]))
 
 
 def print_packages(rows: list[dict[str, Any]]) -> None:
@@ -62,13 +73,19 @@ def print_packages(rows: list[dict[str, Any]]) -> None:
     from olpack.progress import quantity
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for title in ("package", "recipe", "trained", "built", "recommended", "on the server"):
+    bases = Counter(row["base"] for row in rows if row["base"])
+    titles = ("package", "recipe", "trained", *(("base",) if bases else ()), "built", "recommended", "on the server")
+    for title in titles:
         table.add_column(title, overflow="fold")
     for row in rows:
         built = "\n".join(f"{quant} {quantity(size, 'B')}" for quant, size in row["quants"].items()) or "–"
         registered = "no server" if row["registered"] is None else "\n".join(row["registered"]) or "–"
         recipe = "ships with olpack" if row["shipped"] else row["recipe"]
-        table.add_row(row["name"], recipe, "yes" if row["trained"] else "no", built, row["recommended"] or "–", registered)
+        cells = [row["name"], recipe, "yes" if row["trained"] else "no", built, row["recommended"] or "–", registered]
+        if bases:
+            shared = f"\nshared by {bases[row['base']]} packages" if bases[row["base"]] > 1 else ""
+            cells.insert(3, f"{row['base']}{shared}" if row["base"] else "–")
+        table.add_row(*cells)
     printable.console().print(table, highlight=False)
 
 
@@ -96,6 +113,8 @@ def print_facts(facts: dict[str, Any]) -> None:
     table.add_row("recommended", facts["recommended"] or "not compared yet")
     for model, digest in facts["registered"].items():
         table.add_row("registered", f"{model}  {digest[:12]}…")
+    if facts["capabilities"]:
+        table.add_row("capabilities", ", ".join(facts["capabilities"]))
     if facts["prompt"]:
         table.add_row("prompt", facts["prompt"])
     for unit, reason in facts["stale"].items():

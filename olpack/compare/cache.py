@@ -130,7 +130,8 @@ def answer_keys(engine: str, prompts: Sequence[list[dict]], tasks: Sequence[Task
     asked = _SCHEMA | {"engine": engine, "tokens": settings.answer_tokens, "context": settings.context}
     keys = {"answers": asked | {"prompts": list(prompts)}}
     if tasks:
-        keys["tasks"] = asked | {"prompts": [task.messages for task in tasks]}
+        tools = {"tools": [task.tools for task in tasks]} if any(task.tools for task in tasks) else {}
+        keys["tasks"] = asked | {"prompts": [task.messages for task in tasks]} | tools
         checks = [[task.check, [str(part) for part in task.expected]] for task in tasks]
         keys["scores"] = keys["tasks"] | {"checks": checks, "functions": [file_digest(path) for path in function_files(tasks)]}
     return keys

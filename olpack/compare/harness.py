@@ -18,6 +18,7 @@ import numpy as np
 
 from olpack.compare.results import SuiteScore
 from olpack.errors import OlpackError
+from olpack.installed import install_command
 from olpack.llamacpp.engine import Engine, Sampling
 
 try:
@@ -26,7 +27,7 @@ try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.tasks import TaskManager
 except ImportError:
-    raise OlpackError("Suites need lm-evaluation-harness, which is not installed.", "Run `pip install 'lm-eval>=0.4.13'`.") from None
+    raise OlpackError("Suites need lm-evaluation-harness, which is not installed.", f"Install it: {install_command('lm-eval>=0.4.13')}.") from None
 
 _ANSWER_TOKENS = 256  # of a generated answer where the suite sets no limit: the harness's own default
 _RESAMPLES = 1000  # for metrics whose standard error is bootstrapped

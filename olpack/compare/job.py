@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
@@ -16,6 +16,9 @@ from olpack import progress, workers
 from olpack.compare.cache import Units
 from olpack.errors import OlpackError
 from olpack.llamacpp.library import INSTALL
+
+if TYPE_CHECKING:
+    from olpack.recipe.tasks import Task
 
 _NOUNS = {"speed": "runs", "concurrency": "loads", "rows": "rows", "answers": "answers", "tasks": "answers", "suites": "requests"}
 
@@ -53,15 +56,23 @@ class SuitesJob(BaseModel):
     limit: int | None
 
 
+class Asked(BaseModel):
+    """A conversation that is to be answered, with the tools that the model may call."""
+
+    messages: list[dict]
+    tools: list[dict] | None = None
+
+
 class Job(BaseModel):
     """What to measure of which file. A unit that is None or False is left out.
 
     `threads` are for what is timed, `untimed_threads` for all else. `write_logits` is the file into which the unquantized model's logits are
-    written, `divergence` the logits that a quant is compared with.
+    written, `divergence` the logits that a quant is compared with. `template` writes prompts in place of the file's own chat template.
     """
 
     path: Path
     adapter: Path | None = None
+    template: str | None = None
     engine: str
     context: int
     threads: int
@@ -72,9 +83,14 @@ class Job(BaseModel):
     perplexity: bool = False
     write_logits: Path | None = None
     divergence: ReferenceLogits | None = None
-    answers: list[list[dict]] | None = None
-    tasks: list[list[dict]] | None = None
+    answers: list[Asked] | None = None
+    tasks: list[Asked] | None = None
     suites: SuitesJob | None = None
+
+
+def asked_of(tasks: Sequence[Task]) -> list[Asked]:
+    """What tasks ask."""
+    return [Asked(messages=task.messages, tools=task.tools) for task in tasks]
 
 
 def run_worker(job: Job, name: str, units: Units) -> list[OlpackError]:

@@ -24,7 +24,7 @@ from olpack.compare.cache import (
     suite_unit,
 )
 from olpack.compare.hardware import describe_machine
-from olpack.compare.job import Job, RowJob, SuitesJob, run_worker
+from olpack.compare.job import Asked, Job, RowJob, SuitesJob, asked_of, run_worker
 from olpack.compare.recommend import recommend, set_losses
 from olpack.compare.reference_models import ReferenceFigures, ReferenceModels, measure_references, measure_without_importance
 from olpack.compare.result_flags import ExpectedScripts, flag_answers, flag_neighbours, flag_rows, flag_same_types
@@ -89,6 +89,8 @@ def measure(
     if described:
         keys |= row_keys(embedded, described, references.reference_key if references else None)
 
+    if settings.template:
+        keys = {unit: key | {"template": value_digest(settings.template)} for unit, key in keys.items()}
     store = Cache(cache)
     known = [_units(store, file, keys, references) for file in files]
     if server:
@@ -140,6 +142,7 @@ def _job(engine: str, rows: Sequence[TokenRow], settings: MeasureSettings, busy:
         threads=threads,
         untimed_threads=untimed,
         answer_tokens=settings.answer_tokens,
+        template=settings.template,
         rows=[RowJob(ids=row.ids, loss_mask=row.loss_mask, text=row.text) for row in rows],
     )
 
@@ -169,8 +172,8 @@ def _measure_quality(
     wanted: dict[str, object] = {
         "perplexity": bool(job.rows),
         "divergence": figures.logits,
-        "answers": list(prompts),
-        "tasks": [task.messages for task in tasks],
+        "answers": [Asked(messages=messages) for messages in prompts],
+        "tasks": asked_of(tasks),
     }
     missing = {unit: value for unit, value in wanted.items() if value and unit not in units.known}
     if suites := [suite for suite in settings.suites if units.lacks(suite_unit(suite))]:
@@ -241,7 +244,7 @@ def gather(
     """
     if any(problems) and not any(quant.speed or quant.perplexity or quant.answers for quant in quants):
         raise next(failed[0] for failed in problems if failed)
-    asked = [TaskAsked(messages=task.messages, check=task.check, expected=_expected(task), source=task.source) for task in tasks]
+    asked = [TaskAsked(messages=task.messages, tools=task.tools, check=task.check, expected=_expected(task), source=task.source) for task in tasks]
     return Results(
         name=name,
         created=datetime.now(UTC).isoformat(timespec="seconds"),

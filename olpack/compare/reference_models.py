@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from olpack.compare.cache import DIVERGENCE_WITHOUT_IMPORTANCE, Cache, Keys, Units
-from olpack.compare.job import Job, ReferenceLogits, run_worker
+from olpack.compare.job import Job, ReferenceLogits, asked_of, run_worker
 from olpack.compare.results import BaseResult, Divergence, Perplexity, Reference, Scores
 from olpack.compare.scores import check_answers
 from olpack.compare.settings import LOGITS_BYTES
@@ -103,7 +103,7 @@ def measure_references(
             if needed or reference_missing or "divergence" not in base.known:
                 figures.logits = _measure_reference(models, job, folder, reference)
             if models.write_base is not None and base_missing:
-                wanted = {"perplexity": True, "tasks": [task.messages for task in tasks], "divergence": figures.logits}
+                wanted = {"perplexity": True, "tasks": asked_of(tasks), "divergence": figures.logits}
                 missing = {unit: value for unit, value in wanted.items() if unit not in base.known}
                 with _written(models.write_base, models.base_quant, folder) as path:
                     name = f"the base ({models.base_quant})"

@@ -172,6 +172,7 @@ class TaskAsked(_Record):
     """A task as every file got it."""
 
     messages: list[dict]
+    tools: list[dict] | None = Field(default=None, description="the functions that the model may call, as JSON schemas")
     check: str
     expected: str | list[str] = Field(description="what the check compares with")
     source: str = Field(description='where the task stands: "tasks.jsonl:4"')

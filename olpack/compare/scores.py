@@ -25,9 +25,11 @@ from olpack.compare.results import CheckScore, Scores
 from olpack.compare.sandbox import asserts_hold
 from olpack.errors import OlpackError
 from olpack.llamacpp.cores import usable_cores
-from olpack.recipe.tasks import CHECKS, Task
+from olpack.recipe.tasks import CHECKS, Task, call_text
+from olpack.templating import Exceeded, bounded
 from olpack.workspace import file_digest
 
+_SEARCH_S = 2.0  # that a regular expression may take for an answer
 _FENCE = re.compile(r"^```[^\n]*\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE)
 
 
@@ -42,12 +44,12 @@ def score_answers(tasks: Sequence[Task], answers: Sequence[str | None], name: st
         None where there is no answer to score.
 
     Raises:
-        OlpackError: a user's function raised, or returned no share.
+        OlpackError: as `score`.
     """
-    # A user's functions run in this thread, one after the other; checks that wait for a process run in parallel.
+    # Checks that wait for a process run in parallel. The others run in this thread, the only one in which a regular expression can be ended.
     with progress.task(f"checking {name}", len(tasks), "answers") as shown, ThreadPoolExecutor(usable_cores()) as pool:
         pairs = list(zip(tasks, answers, strict=True))
-        running = [None if answer is None or task.check == "function" else pool.submit(score, task, answer) for task, answer in pairs]
+        running = [pool.submit(score, task, answer) if answer is not None and task.check == "python_asserts" else None for task, answer in pairs]
         values: list[float | None] = []
         for (task, answer), future in zip(pairs, running, strict=True):
             values.append(future.result() if future else None if answer is None else score(task, answer))
@@ -66,7 +68,7 @@ def check_answers(tasks: Sequence[Task], units: Units, name: str) -> None:
     """Turn a file's answers to the tasks (its unit "tasks") into its unit "scores", where that is not known yet.
 
     Raises:
-        OlpackError: as `score_answers`.
+        OlpackError: as `score`.
     """
     if "tasks" in units.known and "scores" not in units.known:
         answers = [None if "reasoning" in answer["flags"] else answer["text"] for answer in units.known["tasks"]["answers"]]
@@ -88,7 +90,7 @@ def score(task: Task, answer: str) -> float:
     """What an answer is worth, from 0 to 1.
 
     Raises:
-        OlpackError: a user's function raised, or returned no share.
+        OlpackError: a user's function raised, or returned no share; a regular expression takes too long.
     """
     match task.check:
         case "exact":
@@ -96,9 +98,11 @@ def score(task: Task, answer: str) -> float:
         case "contains":
             return float(all(text in answer for text in task.expected))
         case "regex":
-            return float(re.search(task.expected, answer) is not None)
+            return float(_matches(task, answer))
         case "json":
             return float(_is_json(fenced(answer), task.expected))
+        case "tool_call":
+            return float(_calls(answer) == task.expected)
         case "python":
             return float(_parses(fenced(answer)))
         case "python_asserts":
@@ -161,12 +165,37 @@ def _share_by_function(task: Task, answer: str) -> float:
     return float(value)
 
 
+def _matches(task: Task, answer: str) -> bool:
+    try:
+        with bounded(_SEARCH_S, memory=None):
+            return re.search(task.expected, answer) is not None
+    except Exceeded:
+        raise OlpackError(
+            f"{task.source}: the `regex` '{task.expected}' takes longer than {_SEARCH_S:g} s to search an answer.",
+            "Write it without nested repetitions.",
+        ) from None
+
+
 def _is_json(text: str, keys: Sequence[str]) -> bool:
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return not keys or (isinstance(value, dict) and all(key in value for key in keys))
+
+
+def _calls(answer: str) -> list[str]:
+    """The calls of tools in an answer: its JSON objects with a name and arguments, which some models call parameters."""
+    found, at, decoder = [], answer.find("{"), json.JSONDecoder()
+    while at >= 0:
+        try:
+            value, end = decoder.raw_decode(answer, at)
+        except (ValueError, RecursionError):
+            value, end = None, at + 1
+        if isinstance(value, dict) and "name" in value and (arguments := value.get("arguments", value.get("parameters"))) is not None:
+            found.append(call_text(value["name"], arguments))
+        at = answer.find("{", end)
+    return found
 
 
 def _parses(text: str) -> bool:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from olpack import progress
 from olpack.compare.cache import Cache, Units, answer_keys, speed_keys
 from olpack.compare.hardware import describe_machine
+from olpack.compare.job import Asked, asked_of
 from olpack.compare.measure import add_figures, gather
 from olpack.compare.result_flags import ExpectedScripts, answer_of, flag_answers
 from olpack.compare.results import QuantResult, Results
@@ -24,9 +25,10 @@ from olpack.compare.settings import MeasureSettings
 from olpack.compare.speed import measure_speeds, speed_of
 from olpack.deploy.names import same
 from olpack.errors import OlpackError
+from olpack.recipe.tasks import call_text
 
 if TYPE_CHECKING:
-    from olpack.deploy.client import OllamaClient, Tag
+    from olpack.deploy.client import ChatFields, OllamaClient, Tag
     from olpack.recipe.tasks import Task
 
 
@@ -65,7 +67,7 @@ def compare_served(
     problems = measure_speeds(known, visit_through_server(client, names, known, settings), settings.repeats)
     quants = []
     for model, units, failed in zip(listed, known, problems, strict=True):
-        for unit, asked in (("answers", list(prompts)), ("tasks", [task.messages for task in tasks])):
+        for unit, asked in (("answers", [Asked(messages=messages) for messages in prompts]), ("tasks", asked_of(tasks))):
             if asked and unit not in units.known:
                 failed += _answer(client, model.model, unit, asked, settings, units)
         try:
@@ -100,9 +102,7 @@ def _identity(tag: Tag) -> QuantResult:
     )
 
 
-def _answer(
-    client: OllamaClient, model: str, unit: str, conversations: list[list[dict]], settings: MeasureSettings, units: Units
-) -> list[OlpackError]:
+def _answer(client: OllamaClient, model: str, unit: str, conversations: list[Asked], settings: MeasureSettings, units: Units) -> list[OlpackError]:
     """Get one answer to each conversation, at temperature 0, into `units`.
 
     Returns:
@@ -112,11 +112,14 @@ def _answer(
     answers = []
     try:
         with progress.task(f"asking {model}: {unit}", len(conversations), "answers") as shown:
-            for messages in conversations:
-                response = client.chat(model, messages, options)
+            for asked in conversations:
+                fields: ChatFields = {"tools": asked.tools} if asked.tools else {}
+                response = client.chat(model, asked.messages, options, **fields)
+                # The server sets calls apart from the text that they were written in.
+                calls = [call_text(call.function.name, dict(call.function.arguments)) for call in response.message.tool_calls or ()]
                 # Without `done`, the server broke off an answer that repeats one token.
                 answer = answer_of(
-                    response.message.content or "",
+                    "\n".join(filter(None, [response.message.content, *calls])),
                     "stop" if response.done_reason == "stop" else "length",
                     response.eval_count or 0,
                     reasoning=response.message.thinking or "",

@@ -58,6 +58,7 @@ class MeasureSettings:
         suites: tasks of lm-evaluation-harness to run on every file.
         suite_folder: a folder with tasks of one's own in YAML.
         suite_limit: at most this many questions of each; None: all.
+        template: a chat template that writes the prompts in place of the files' own; None: those do.
     """
 
     prompt_lengths: tuple[int, ...] = (512,)
@@ -71,6 +72,7 @@ class MeasureSettings:
     suites: tuple[str, ...] = ()
     suite_folder: str | None = None
     suite_limit: int | None = None
+    template: str | None = None
 
     def __post_init__(self) -> None:
         if self.context < self.generated_tokens + _SHORTEST_PROMPT:

@@ -18,6 +18,7 @@ from olpack.compare.results import BaseResult, Divergence, Perplexity, QuantResu
 from olpack.progress import quantity
 
 MISSING = "–"
+_FORMULA = re.compile(r"\s*[=+\-@＝＋－＠]|[\t\n]")  # what a cell begins with that a spreadsheet calculates
 
 
 def print_table(results: Results, console: Console | None = None) -> None:
@@ -216,14 +217,23 @@ def print_changes(changes: Sequence[Change], old: Results) -> None:
 
 def to_csv(results: Results) -> str:
     """The figures as CSV, a line for each quant, below a line with the names of the columns, which have the units in them. What was not measured
-    is empty."""
-    rows = [_csv_row(quant, results) for quant in results.quants]
+    is empty. A text that a spreadsheet would calculate has an apostrophe in front.
+    """
+    rows = [{name: _cell(value) for name, value in _csv_row(quant, results).items()} for quant in results.quants]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def _cell(value: object) -> object:
+    """A value as a spreadsheet may show it: a text of others, such as a model's name, is no formula. Numbers are as they were."""
+    if not isinstance(value, str):
+        return value
+    value = value.replace("\r\n", "\n").replace("\r", "\n")  # a lone \r is not quoted, and ends the line
+    return f"'{value}" if _FORMULA.match(value) else value
 
 
 def _csv_row(quant: QuantResult, results: Results) -> dict[str, object]:

@@ -30,7 +30,7 @@ import psutil
 from olpack.compare.cache import SPEED_UNITS, suite_unit
 from olpack.compare.divergence import LogitsWriter, open_logits, summarize
 from olpack.compare.hardware import bytes_read, drop_from_cache, joules, peak_resident
-from olpack.compare.job import Job, SpeedJob, SuitesJob
+from olpack.compare.job import Asked, Job, SpeedJob, SuitesJob
 from olpack.compare.perplexity import perplexity
 from olpack.compare.result_flags import answer_of
 from olpack.compare.results import Perplexity
@@ -199,14 +199,14 @@ def measure_rows(job: Job) -> Steps:
     yield results
 
 
-def measure_answers(job: Job, unit: str, conversations: Sequence[list[dict]]) -> Steps:
+def measure_answers(job: Job, unit: str, conversations: Sequence[Asked]) -> Steps:
     """A free answer to each conversation of a unit, at temperature 0."""
     answers = []
-    with Engine(job.path, job.context, job.untimed_threads, adapter=job.adapter) as engine:
-        for done, messages in enumerate(conversations, 1):
-            generation = engine.generate(messages, job.answer_tokens, Sampling(temperature=0))
+    with Engine(job.path, job.context, job.untimed_threads, adapter=job.adapter, template=job.template) as engine:
+        for done, asked in enumerate(conversations, 1):
+            generation = engine.generate(asked.messages, job.answer_tokens, Sampling(temperature=0), asked.tools)
             text = "".join(generation)  # finish and tokens are final only now
-            answer = answer_of(text, generation.finish, generation.tokens, prompt=engine.chat_prompt(messages))
+            answer = answer_of(text, generation.finish, generation.tokens, prompt=engine.chat_prompt(asked.messages, asked.tools))
             answers.append(answer.model_dump(mode="json"))
             yield done, len(conversations)
     yield {unit: {"answers": answers}}
@@ -216,7 +216,7 @@ def measure_suites(job: Job, suites: SuitesJob, show: Callable[[int, int], None]
     """Each suite's scores as a unit of its own. The harness runs for long between two results; `show` is called with its (done, total)."""
     from olpack.compare.harness import run_suite  # a large import that only this needs
 
-    with Engine(job.path, job.context, job.untimed_threads, adapter=job.adapter) as engine:
+    with Engine(job.path, job.context, job.untimed_threads, adapter=job.adapter, template=job.template) as engine:
         for name in suites.names:
             scores = run_suite(engine, name, suites.folder, suites.limit, show)
             yield {suite_unit(name): {"scores": [score.model_dump(mode="json") for score in scores]}}

@@ -110,7 +110,7 @@ def to_chat(form: Form, row: Any) -> dict[str, Any]:
     checked = [_message(message, number) for number, message in enumerate(messages, 1)]
     if not any(message["role"] == "assistant" for message in checked[context:]):
         raise RowError("there is no assistant's turn, so there are no target tokens", "nothing to learn")
-    return {"messages": checked, "tools": _tools(row), "context": context, "unread": _unread(form, row, messages)}
+    return {"messages": checked, "tools": tools_of(row), "context": context, "unread": _unread(form, row, messages)}
 
 
 def _chat(row: dict) -> tuple[list, int]:
@@ -229,8 +229,12 @@ def _tool_calls(calls: Any, number: int) -> Iterator[dict]:
         yield {**beside, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
-def _tools(row: dict) -> list[dict] | None:
-    """The row's tools as JSON schemas, each with its function in `function`."""
+def tools_of(row: dict) -> list[dict] | None:
+    """The tools of a row or a task as JSON schemas, each with its function in `function`; None where it has none.
+
+    Raises:
+        RowError: they are no tools.
+    """
     tools = row.get("tools")
     if isinstance(tools, str):
         tools = _parsed(tools, "`tools` is no JSON") if tools.strip() else None

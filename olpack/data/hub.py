@@ -11,6 +11,7 @@ from pathlib import Path
 
 from olpack import progress
 from olpack.errors import OlpackError
+from olpack.installed import optional
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,11 @@ class HubSet:
         Raises:
             OlpackError: there is no such split or subset, it is gated, or cannot be fetched.
         """
-        import datasets
-
-        datasets.disable_progress_bars()
-        datasets.logging.set_verbosity_error()  # it would report that it took the latest version in the cache; here the commit decides
         with _failures(self), progress.task(f"fetching {self.id}"):
+            import datasets
+
+            datasets.disable_progress_bars()
+            datasets.logging.set_verbosity_error()  # it would report that it took the latest version in the cache; here the commit decides
             rows = datasets.load_dataset(self.id, name=self.subset, split=self.split, revision=self.commit)
         if not any(self.commit in file["filename"] for file in rows.cache_files):  # without a network, `datasets` takes what it has
             raise OlpackError(
@@ -79,6 +80,7 @@ class HubSet:
 @contextmanager
 def _failures(asked: HubSet) -> Iterator[None]:
     """Explain in one sentence why a data set could not be fetched."""
+    optional("datasets", "Data sets of the Hub")
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
     from huggingface_hub.errors import (
         GatedRepoError,

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
-import io
 import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from olpack.bounded_json import check_regular
 from olpack.errors import OlpackError
+from olpack.installed import optional
+from olpack.trials import Trial
+from olpack.workspace import CHUNK
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 TOO_DEEP = "nested too deeply"
@@ -32,9 +36,15 @@ MOST_CHARACTERS = 1 << 23  # of one row: some two million tokens
 _MOST_COLUMNS = 1000
 _MOST_UNPACKED = 1 << 28  # bytes to which a table may unpack, or a hundred times its own size
 _MOST_TIMES = 100
+_ROW = 100  # bytes, whatever is in it
+_TRIAL_S, _TRIAL_MEMORY = 60, 1 << 30  # seconds and bytes that a table may take to unpack, and more if it is large
+_UNPACKED = "Write it as JSON lines, or without compression."
+_LONGEST_LINE = 4 * MOST_CHARACTERS  # bytes: as many as so many characters have
+_MOST_WHOLE = 1 << 30  # bytes of an array in JSON
 _TOGETHER = 64  # rows of a table that are unpacked together
 _SPACE = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder()
+_parquet_trial = Trial("olpack.data.parquet_worker")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,51 +80,77 @@ def read_records(path: Path) -> Iterator[Record]:
     try:
         if suffix == ".parquet":
             yield from _parquet(path)
-            return
-        raw = _as_utf8(path.read_bytes(), path)
+        elif suffix in (".csv", ".tsv"):
+            yield from _csv(path, "\t" if suffix == ".tsv" else ",")
+        elif suffix == ".json" and not _are_lines(path):
+            yield from _json(path)
+        else:
+            yield from _json_lines(path)
     except FileNotFoundError:
         raise OlpackError(f"There is no {path}.", "The recipe's `data` names files relative to the recipe.") from None
     except OSError as error:
         raise OlpackError(f"{path} cannot be read: {error.strerror or error}.") from None
-    if suffix in (".csv", ".tsv"):
-        yield from _text_records(raw, lambda text: _csv(text, "\t" if suffix == ".tsv" else ","))
-    elif suffix == ".json" and not _are_lines(raw):
-        yield from _text_records(raw, _json)
-    else:
-        yield from _json_lines(raw)
 
 
-def _as_utf8(raw: bytes, path: Path) -> bytes:
-    """The bytes of a file, in UTF-8 where it begins as UTF-16 or UTF-32 do, as Excel's "Unicode text" and PowerShell's `>` do.
+def _chunks(path: Path) -> Iterator[bytes]:
+    """The bytes of a file, a part at a time; in UTF-8 where it begins as UTF-16 or UTF-32 do, as Excel's "Unicode text" and PowerShell's `>` do.
 
     Raises:
         OlpackError: it begins so, and is no such text.
     """
-    encoding = next((name for begin, name in _WIDE if re.match(begin, raw, re.DOTALL)), None)
-    if encoding is None:
-        return raw
-    try:
-        return raw.decode(encoding).encode()
-    except UnicodeError as error:
-        at = f" at byte {error.start + 1}" if isinstance(error, UnicodeDecodeError) else ""
-        raise OlpackError(f"{path} begins as {encoding.upper()} and cannot be read as that{at}.", "Save it again as UTF-8.") from None
+    with path.open("rb") as file:
+        chunk = file.read(CHUNK)
+        encoding = next((name for begin, name in _WIDE if re.match(begin, chunk, re.DOTALL)), None)
+        decoder = codecs.getincrementaldecoder(encoding)() if encoding else None
+        read = 0
+        while chunk or (decoder and read):
+            undecoded = len(decoder.getstate()[0]) if decoder else 0
+            try:
+                yield decoder.decode(chunk, final=not chunk).encode() if decoder else chunk
+            except UnicodeError as error:
+                at = f" at byte {read - undecoded + error.start + 1}" if isinstance(error, UnicodeDecodeError) else ""
+                problem = f"{path} begins as {str(encoding).upper()} and cannot be read as that{at}."
+                raise OlpackError(problem, "Save it again as UTF-8.") from None
+            if not chunk:
+                return
+            read += len(chunk)
+            chunk = file.read(CHUNK)
 
 
-def _json_lines(raw: bytes) -> Iterator[Record]:
-    for number, line in enumerate(raw.splitlines(), 1):
-        if not line.strip():
-            continue
-        if len(line) > 4 * MOST_CHARACTERS:  # as many bytes as so many characters have
+def _lines(path: Path) -> Iterator[bytes | None]:
+    """The lines of a file in UTF-8, with their ends; None for one that is too long for a row. No more than one line is in memory."""
+    rest, cut = b"", False
+    for chunk in _chunks(path):
+        lines = (rest + chunk).splitlines(keepends=True)
+        rest = lines.pop() if lines and not lines[-1].endswith(b"\n") else b""  # \r may be the first half of a line's end
+        for line in lines:
+            yield None if cut or len(line) > _LONGEST_LINE else line
+            cut = False
+        if len(rest) > _LONGEST_LINE:
+            rest, cut = rest[-1:], True
+    if rest:
+        yield None if cut else rest
+
+
+def _json_lines(path: Path) -> Iterator[Record]:
+    for number, line in enumerate(_lines(path), 1):
+        if line is None:
             yield Record(number, None, TOO_LONG)
+            continue
+        if not (line := line.rstrip(b"\r\n")).strip():
             continue
         try:
             yield Record(number, json.loads(line.decode("utf-8").removeprefix("\ufeff")))
         except UnicodeDecodeError as error:
-            yield Record(number, None, f"not UTF-8 (byte {error.start + 1} of the line)")
+            yield Record(number, None, _undecoded(error))
         except json.JSONDecodeError as error:
             yield Record(number, None, f"not JSON: {error.msg.lower()} at column {error.colno}")
         except (ValueError, RecursionError) as error:
             yield Record(number, None, f"not JSON: {_beyond(error)}")
+
+
+def _undecoded(error: UnicodeDecodeError) -> str:
+    return f"not UTF-8 (byte {error.start + 1} of the line): save the file as UTF-8"
 
 
 def _beyond(error: ValueError | RecursionError) -> str:
@@ -122,33 +158,40 @@ def _beyond(error: ValueError | RecursionError) -> str:
     return TOO_DEEP if isinstance(error, RecursionError) else f"a number of more than {sys.get_int_max_str_digits():,} digits"
 
 
-def _are_lines(raw: bytes) -> bool:
+def _are_lines(path: Path) -> bool:
     """Whether a .json file contains JSON lines, as many do: its first line is an object of its own, and not the one with all rows."""
+    begin = next((line for line in _lines(path) if line is None or line.removeprefix(b"\xef\xbb\xbf").strip()), None)
     try:
-        first = json.loads(raw.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")[0])
+        first = json.loads((begin or b"").removeprefix(b"\xef\xbb\xbf"))
     except (ValueError, RecursionError):
         return False
     return isinstance(first, dict) and not isinstance(first.get("data"), list)
 
 
-def _text_records(raw: bytes, parse: Callable[[str], Iterator[Record]]) -> Iterator[Record]:
-    """Records of a file that is read as a whole. Where it is not UTF-8, each line that is not."""
-    try:
-        text = raw.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError:
-        for number, line in enumerate(raw.split(b"\n"), 1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                yield Record(number, None, f"not UTF-8 (byte {error.start + 1} of the line)")
-        return
-    yield from parse(text)
+def _not_utf8(path: Path) -> list[Record]:
+    """Each line of a file that is not UTF-8."""
+    found = []
+    for number, line in enumerate(_lines(path), 1):
+        try:
+            (line or b"").decode("utf-8")
+        except UnicodeDecodeError as error:
+            found.append(Record(number, None, _undecoded(error)))
+    return found
 
 
-def _json(text: str) -> Iterator[Record]:
-    """The objects of an array, or of the array that an object has as `data`."""
+def _json(path: Path) -> Iterator[Record]:
+    """The objects of an array, or of the array that an object has as `data`.
+
+    Raises:
+        OlpackError: the file is too large to be read as a whole.
+    """
+    if (size := path.stat().st_size) > _MOST_WHOLE:
+        raise OlpackError(
+            f"{path} has {size:,} bytes, and an array of at most {_MOST_WHOLE:,} bytes is read.", "Write JSON lines, which are read row by row."
+        )
     line, seen = 1, 0
     try:
+        text = b"".join(_chunks(path)).decode("utf-8").removeprefix("\ufeff")
         at = _array(text)
         if at is None:
             yield Record(1, None, "neither an array of rows nor an object with an array as `data`")
@@ -156,6 +199,8 @@ def _json(text: str) -> Iterator[Record]:
         for start, value in _elements(text, at):
             line, seen = line + text.count("\n", seen, start), start
             yield Record(line, value)
+    except UnicodeDecodeError:
+        yield from _not_utf8(path)
     except json.JSONDecodeError as error:
         yield Record(error.lineno, None, f"not JSON: {error.msg.lower()} at column {error.colno}")
 
@@ -228,10 +273,13 @@ def _expect(text: str, at: int, mark: str) -> int:
     return at + 1
 
 
-def _csv(text: str, delimiter: str) -> Iterator[Record]:
+def _csv(path: Path, delimiter: str) -> Iterator[Record]:
     """Rows below a header. A line break inside quotes belongs to its field, and stays as it is."""
+    if wrong := _not_utf8(path):
+        yield from wrong
+        return
     csv.field_size_limit(MOST_CHARACTERS)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(_csv_lines(path), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     begins = 1
     try:
@@ -251,6 +299,18 @@ def _csv(text: str, delimiter: str) -> Iterator[Record]:
         yield Record(begins, None, f"not CSV: {error}")
 
 
+def _csv_lines(path: Path) -> Iterator[str]:
+    """The lines of a file, up to the end of the longest row that is read.
+
+    Raises:
+        csv.Error: one is too long.
+    """
+    for number, line in enumerate(_lines(path)):
+        if line is None:
+            raise csv.Error(f"line {number + 1} is {TOO_LONG}")
+        yield line.decode("utf-8").removeprefix("" if number else "\ufeff")
+
+
 def _header_problem(header: list[str], delimiter: str) -> str:
     """Why no row can be read below a header, "" where they can."""
     if len(header) > _MOST_COLUMNS:
@@ -263,28 +323,12 @@ def _header_problem(header: list[str], delimiter: str) -> str:
 
 
 def _parquet(path: Path) -> Iterator[Record]:
-    import pyarrow
-    from pyarrow.parquet import ParquetFile
+    pyarrow = optional("pyarrow", "Parquet files")
 
+    status = path.stat()
+    _try_parquet(path, status.st_size, status.st_mtime_ns)
     try:
-        with ParquetFile(path) as file:
-            limit = max(_MOST_UNPACKED, _MOST_TIMES * path.stat().st_size)
-            groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
-            if len(file.schema_arrow) > _MOST_COLUMNS:
-                raise OlpackError(f"{path} has {len(file.schema_arrow):,} columns, and at most {_MOST_COLUMNS:,} are read.", "Write it with fewer.")
-            if sum(group.total_byte_size for group in groups) > limit or file.metadata.num_rows > limit:
-                raise _bomb(path)
-            number = unpacked = 0
-            for batch in file.iter_batches(_TOGETHER):
-                for at in range(batch.num_rows):
-                    number += 1
-                    try:
-                        row = without_nulls(batch.slice(at, 1).to_pylist()[0])
-                        if (unpacked := unpacked + _characters(row)) > limit:  # a dictionary is small, and each of its uses is not
-                            raise _bomb(path)
-                        yield Record(number, row)
-                    except UnicodeDecodeError:
-                        yield Record(number, None, "not UTF-8")
+        yield from parquet_records(path)
     except FileNotFoundError:
         raise
     except UnicodeDecodeError:
@@ -292,6 +336,45 @@ def _parquet(path: Path) -> Iterator[Record]:
     except (pyarrow.ArrowException, OSError, MemoryError) as error:  # pyarrow raises OSError, too, for what it cannot parse
         why = (str(error).splitlines() or ["it takes too much memory"])[0].rstrip(".")
         raise OlpackError(f"{path} is no Parquet file that can be read: {why}.", "Write it again.") from None
+
+
+@cache
+def _try_parquet(path: Path, size: int, modified: int) -> None:
+    """Have a worker read a file first: its pages, dictionaries and lists unpack to what they say, whatever its footer says.
+
+    Args:
+        size, modified: the file's size in bytes and its modification time in ns. One that is not changed is tried once.
+    """
+    _parquet_trial.attempt(str(path.absolute()), str(path), _UNPACKED, _TRIAL_S + (size >> 20), _TRIAL_MEMORY + 2 * size)
+
+
+def parquet_records(path: Path) -> Iterator[Record]:
+    """The rows of a Parquet file.
+
+    Raises:
+        OlpackError: it has too many columns, or unpacks to too much.
+        pyarrow.ArrowException, OSError, UnicodeDecodeError, MemoryError: it cannot be read.
+    """
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(path) as file:
+        limit = max(_MOST_UNPACKED, _MOST_TIMES * path.stat().st_size)
+        groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
+        if len(file.schema_arrow) > _MOST_COLUMNS:
+            raise OlpackError(f"{path} has {len(file.schema_arrow):,} columns, and at most {_MOST_COLUMNS:,} are read.", "Write it with fewer.")
+        if sum(group.total_byte_size for group in groups) > limit or file.metadata.num_rows * _ROW > limit:
+            raise _bomb(path)
+        number = unpacked = 0
+        for batch in file.iter_batches(_TOGETHER):
+            for at in range(batch.num_rows):
+                number += 1
+                try:
+                    row = without_nulls(batch.slice(at, 1).to_pylist()[0])
+                    if (unpacked := unpacked + _ROW + _characters(row)) > limit:  # a dictionary is small, and each of its uses is not
+                        raise _bomb(path)
+                    yield Record(number, row)
+                except UnicodeDecodeError:
+                    yield Record(number, None, "not UTF-8")
 
 
 def _characters(value: Any) -> int:
@@ -302,7 +385,7 @@ def _characters(value: Any) -> int:
 
 
 def _bomb(path: Path) -> OlpackError:
-    return OlpackError(f"{path} unpacks to more than {_MOST_TIMES} times its size.", "Write it as JSON lines, or without compression.")
+    return OlpackError(f"{path} unpacks to more than {_MOST_TIMES} times its size.", _UNPACKED)
 
 
 def without_nulls(value: Any) -> Any:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from olpack.data.dates import written_by
 from olpack.data.rows import Chat, Learn, TokenRow
 from olpack.errors import OlpackError
+from olpack.model import tokenizer_trial
 from olpack.templating import Exceeded, bounded
 
 if TYPE_CHECKING:
@@ -125,7 +126,9 @@ class Renderer:
 
     def prompt(self, messages: list[dict]) -> list[int]:
         """Token ids of a conversation up to where the assistant's answer begins."""
-        return self.tokenizer(self.text(messages, ask=True), add_special_tokens=False)["input_ids"]
+        text = self.text(messages, ask=True)
+        tokenizer_trial.attempt(self.tokenizer, [text])
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def rows(self, chat: Chat) -> list[TokenRow]:
         """One chat as token rows: one, or several where the template rewrites earlier turns, in the order of the turns.
@@ -169,6 +172,7 @@ class Renderer:
             while last < len(texts) and (last == first or length + len(texts[last]) <= _MOST_CHARACTERS):
                 length += len(texts[last])
                 last += 1
+            tokenizer_trial.attempt(self.tokenizer, texts[first:last])
             encoded = self.tokenizer(
                 texts[first:last], add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
             )
@@ -316,7 +320,9 @@ class Renderer:
     def tokens(self, text: str, cuts: tuple[int, ...] = ()) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of a rendered text, and the characters (start, end) that each stands for; no token reaches over a cut."""
         ids, offsets = [], []
-        for start, end in pairwise([0, *cuts, len(text)]):
+        places = list(pairwise([0, *cuts, len(text)]))
+        tokenizer_trial.attempt(self.tokenizer, [text[start:end] for start, end in places])
+        for start, end in places:
             encoded = self.tokenizer(text[start:end], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             ids += encoded["input_ids"]
             offsets += [(first + start, last + start) for first, last in encoded["offset_mapping"]]

@@ -5,7 +5,6 @@ Every failure leaves here as an OlpackError that names the server: no answer, an
 
 from __future__ import annotations
 
-import hashlib
 import ipaddress
 import json
 import os
@@ -42,6 +41,7 @@ from olpack.deploy.answers import (
 from olpack.deploy.model_info import ModelInfo, read_model_info
 from olpack.deploy.proxies import socks_proxies
 from olpack.errors import OlpackError
+from olpack.workspace import shown_digest
 
 Kind = TypeVar("Kind", bound=Answer)
 
@@ -641,9 +641,4 @@ def _short(error: object) -> str:
 
 def blob_digest(path: Path) -> str:
     """`sha256:<64 hex>` of a file, as the API names it. The file is read once, with progress."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file, progress.task(f"reading {path.name}", path.stat().st_size, "B") as task:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            task.advance(len(chunk))
-    return f"sha256:{digest.hexdigest()}"
+    return f"sha256:{shown_digest(path, f'reading {path.name}')}"

@@ -17,6 +17,7 @@ class ModelInfo:
 
     Attributes:
         blob: digest of its weights, `sha256:<64 hex>`; None where the server names no blob.
+        path: of the file of that digest on the server's machine; None where the server names no blob.
         adapter: digest of the adapter that is applied to them, in the same form; None where there is none.
         system, template, license: None where there is none. `template` is the GGUF's own Jinja or a Go template, whichever runs.
         parameters: name to value; `stop` is always a list.
@@ -26,6 +27,7 @@ class ModelInfo:
     """
 
     blob: str | None
+    path: str | None = None
     adapter: str | None = None
     system: str | None = None
     template: str | None = None
@@ -39,10 +41,11 @@ class ModelInfo:
 def read_model_info(answer: ShownModel) -> ModelInfo:
     """What `/api/show` answers about one model."""
     # The first line that begins so is the weights' own, and an adapter's comes right after it: the model's texts follow these.
-    weights = re.search(r"^FROM .*sha256-([0-9a-f]{64})\s*(?:^ADAPTER .*sha256-([0-9a-f]{64})\s*)?$", answer.modelfile, re.MULTILINE)
-    blob, adapter = weights.groups() if weights else (None, None)
+    weights = re.search(r"^FROM (.*sha256-([0-9a-f]{64}))\s*(?:^ADAPTER .*sha256-([0-9a-f]{64})\s*)?$", answer.modelfile, re.MULTILINE)
+    path, blob, adapter = weights.groups() if weights else (None, None, None)
     return ModelInfo(
         blob=blob and f"sha256:{blob}",
+        path=path,
         adapter=adapter and f"sha256:{adapter}",
         system=answer.system or None,
         template=answer.template or None,

@@ -66,9 +66,9 @@ def _broken_rule(kind: str, part: str) -> str | None:
     if len(part) > _LONGEST[kind]:
         return f"its {kind} has {len(part)} characters, {_LONGEST[kind]} are allowed"
     if not re.match(r"[A-Za-z0-9_]", part):
-        return f"its {kind} begins with {part[0]!r}, and must begin with a letter, a digit or '_'"
+        return f"its {kind} begins with {part[0]!r}, and must begin with one of A-Z, a-z, 0-9 and '_'"
     if wrong := re.search(rf"[^A-Za-z0-9{re.escape(_EXTRA[kind])}]", part):
-        return f"its {kind} has {wrong.group()!r} in it, and only ASCII letters, digits and {' '.join(_EXTRA[kind])} are allowed"
+        return f"its {kind} has {wrong.group()!r} in it, and only A-Z, a-z, 0-9 and {' '.join(_EXTRA[kind])} are allowed"
     return None
 
 

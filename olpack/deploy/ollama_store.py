@@ -20,9 +20,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from olpack import progress
+from olpack import bounded_json, progress
 from olpack.deploy.client import OllamaClient, blob_digest
 from olpack.deploy.modelfile import Package
 from olpack.deploy.names import DEFAULT_HOST, DEFAULT_NAMESPACE, Name, canonical, parse_name
@@ -37,6 +37,8 @@ _MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 # Where a file does not give its type, the server reads the number 0, which is F32.
 _FILE_TYPES = {kind.ftype: name for name, kind in QUANT_TYPES.items() if kind.ftype}
 _CHUNK = 1 << 20
+_MOST_BYTES = 1 << 20  # of a manifest or a config; the server's have some hundred
+_INHERITED = ("renderer", "parser", "requires")  # of a config: how the server writes prompts and reads answers
 
 How = Literal["linked", "cloned", "copied", "there"]
 
@@ -64,6 +66,26 @@ def models_folder() -> Path:
     """Where a server on this machine keeps its models: OLLAMA_MODELS, or `.ollama/models` of the home folder."""
     named = os.environ.get("OLLAMA_MODELS", "").strip().strip("\"'")
     return Path(named) if named else Path.home() / ".ollama" / "models"
+
+
+def model_stores() -> list[Path]:
+    """Folders on this machine in which a server may keep its models: the user's, and those of the system's services."""
+    return list(dict.fromkeys([models_folder(), *_OF_SERVICES]))
+
+
+def read_manifest(store: Path, name: Name) -> dict[str, Any]:
+    """The manifest of a model in a store; empty where it is not there. Names are matched without regard to case, as the server does."""
+    wanted = tuple(part.lower() for part in (name.host, name.namespace, name.model, name.tag))
+    try:
+        for path in store.glob("manifests/*/*/*/*"):
+            if tuple(part.lower() for part in path.relative_to(store / "manifests").parts) == wanted:
+                if path.stat().st_size > _MOST_BYTES:
+                    return {}
+                read = bounded_json.loads(path.read_bytes())
+                return read if isinstance(read, dict) and isinstance(read.get("layers"), list) else {}
+    except (OSError, ValueError, OlpackError):
+        pass
+    return {}
 
 
 def write_store(store: Path, name: str, files: Sequence[TagFile], package: Package, latest: str | None = None) -> list[Stored]:
@@ -97,7 +119,57 @@ def write_store(store: Path, name: str, files: Sequence[TagFile], package: Packa
     return stored
 
 
-def compose(weights: str, size: int, header: Header, package: Package, adapter: tuple[str, int] | None = None) -> tuple[bytes, dict[str, bytes]]:
+@dataclass(frozen=True)
+class _Model:
+    """What a store has of the model that a tag is made from.
+
+    Attributes:
+        layers: its layers beside weights and parameters, by kind: "template", "license", of which there may be several.
+        config: those fields of its config that decide how prompts are written and answers are read.
+        parameters: its parameters.
+    """
+
+    layers: dict[str, list[dict[str, object]]]
+    config: dict[str, object]
+    parameters: dict[str, Any]
+
+
+def _model_of(store: Path, name: str) -> _Model:
+    """The model that a tag is made from.
+
+    Raises:
+        OlpackError: the store does not have it.
+    """
+    manifest = read_manifest(store, parse_name(name))
+    if not manifest:
+        raise OlpackError(f"The model store {store} has no {name} any more.", f"Run `ollama pull {name}`, and deploy again.")
+    layers: dict[str, list[dict[str, object]]] = {}
+    for layer in manifest["layers"]:
+        if isinstance(layer, dict):
+            layers.setdefault(str(layer.get("mediaType")).removeprefix(_IMAGE), []).append(layer)
+    config = _object_of(store, manifest.get("config"))
+    return _Model(
+        {kind: layers[kind] for kind in ("template", "system", "license", "messages") if kind in layers},
+        {key: config[key] for key in _INHERITED if config.get(key)},
+        _object_of(store, next(iter(layers.get("params", [])), None)),
+    )
+
+
+def _object_of(store: Path, layer: Any) -> dict[str, Any]:
+    """The JSON object in the blob of a layer; empty where there is none."""
+    path = _blob(store, str(layer.get("digest"))) if isinstance(layer, dict) else None
+    if path is None or not path.is_file() or path.stat().st_size > _MOST_BYTES:
+        return {}
+    try:
+        read = bounded_json.loads(path.read_bytes())
+    except ValueError:
+        return {}
+    return read if isinstance(read, dict) else {}
+
+
+def compose(
+    weights: str, size: int, header: Header, package: Package, adapter: tuple[str, int] | None = None, model: _Model | None = None
+) -> tuple[bytes, dict[str, bytes]]:
     """The manifest of one tag, and the blobs that it names beside the weights, as the server writes them.
 
     Args:
@@ -106,6 +178,7 @@ def compose(weights: str, size: int, header: Header, package: Package, adapter: 
         header: of it.
         package: what the tag carries.
         adapter: (digest, size) of a LoRA GGUF that is applied to the weights. The server puts its layer after theirs.
+        model: that from which the tag is made: what the package does not set is its, and its licence stays.
 
     Returns:
         (manifest, blobs by their digest `sha256:<64 hex>`).
@@ -117,7 +190,9 @@ def compose(weights: str, size: int, header: Header, package: Package, adapter: 
         blobs[digest] = content
         return {"mediaType": kind, "digest": digest, "size": len(content)}
 
-    parameters = {key: _as_go(value) for key, value in sorted(package.parameters.items())}
+    kept = {} if model is None else {kind: layer for kind, layer in model.layers.items() if kind == "license" or not getattr(package, kind)}
+    merged = {**(model.parameters if model else {}), **package.parameters}
+    parameters = {key: _as_go(value) for key, value in sorted(merged.items())}
     messages = [{"role": turn["role"].lower(), "content": turn["content"]} for turn in package.messages]
     contents = {
         "template": (package.template or "").encode(),
@@ -128,7 +203,8 @@ def compose(weights: str, size: int, header: Header, package: Package, adapter: 
     }
     layers: list[dict[str, object]] = [{"mediaType": f"{_IMAGE}model", "digest": weights, "size": size}]
     layers += [{"mediaType": f"{_IMAGE}adapter", "digest": adapter[0], "size": adapter[1]}] if adapter else []
-    layers += [layer(_IMAGE + kind, content) for kind, content in contents.items() if content]
+    for kind, content in contents.items():
+        layers += kept[kind] if kind in kept else [layer(_IMAGE + kind, content)] if content else []
     family, file_type = header.metadata.get("general.architecture", "unknown"), header.metadata.get("general.file_type")
     config = {
         "model_format": "gguf",
@@ -136,6 +212,7 @@ def compose(weights: str, size: int, header: Header, package: Package, adapter: 
         "model_families": [family],
         "model_type": _human(header.parameters),
         "file_type": _FILE_TYPES.get(file_type, "unknown") if isinstance(file_type, int) else "unknown",
+        **(model.config if model else {}),
         "architecture": "amd64",  # whatever the machine: the field is required by the image format, and the server writes this
         "os": "linux",
     }
@@ -200,10 +277,10 @@ def store_of(client: OllamaClient) -> Path:
         raise OlpackError(f"the server at {client.url} runs on another machine", "Run olpack there.")
     remedy = "Set OLLAMA_MODELS to the folder that the server has it set to."
     listed = {canonical(tag.model): tag.digest for tag in client.tags()}
-    places = [place for place in dict.fromkeys([models_folder(), *_OF_SERVICES]) if (place / "blobs").is_dir()]
+    places = [place for place in model_stores() if (place / "blobs").is_dir()]
     stores = [place for place in places if _manifests(place) == listed]
     if not stores:
-        looked = ", ".join(map(str, dict.fromkeys([models_folder(), *_OF_SERVICES])))
+        looked = ", ".join(map(str, model_stores()))
         raise OlpackError(f"no folder with the models of the server at {client.url} is found ({looked})", remedy)
     store = stores[0]
     if not all(os.access(folder, os.W_OK) for folder in (store, store / "blobs", *(one for one in [store / "manifests"] if one.exists()))):
@@ -261,7 +338,8 @@ def _write_tag(store: Path, model: str, file: TagFile, package: Package) -> Stor
     weights = f"sha256:{file.sha256}" if file.sha256 else blob_digest(file.path)
     adapter = (file.adapter, blob_digest(file.adapter)) if file.adapter else None
     layer = (adapter[1], adapter[0].stat().st_size) if adapter else None
-    manifest, texts = compose(weights, file.path.stat().st_size, header, package, layer)
+    made_from = _model_of(store, file.origin.name) if file.origin else None
+    manifest, texts = compose(weights, file.path.stat().st_size, header, package, layer, made_from)
     name = _as_spelled(store, parse_name(model))
     path = store / "manifests" / name.host / name.namespace / name.model / name.tag
 

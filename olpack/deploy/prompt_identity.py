@@ -23,6 +23,7 @@ from olpack.deploy.client import ChatFields, GenerateFields, OllamaClient
 from olpack.deploy.model_info import ModelInfo
 from olpack.deploy.parameters import number
 from olpack.errors import OlpackError
+from olpack.model import tokenizer_trial
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -273,6 +274,7 @@ class _Check:
 
     def _compare_tokens(self, label: str, expected: str, turns: list[dict], plain: tuple[str, str] | None, tools: list[dict] | None) -> None:
         self.compared += 1
+        tokenizer_trial.attempt(self.tokenizer, [expected])
         ids = list(self.tokenizer(expected, add_special_tokens=False)["input_ids"])
         options = {"num_predict": 1, "temperature": 0}
         context = number(self.info.parameters, "num_ctx")

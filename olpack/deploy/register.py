@@ -27,6 +27,19 @@ Done = Literal["created", "updated", "unchanged"]
 
 
 @dataclass(frozen=True)
+class Origin:
+    """A model of the server from which a tag is made: the tag has its weights, and what the package does not set.
+
+    Attributes:
+        name: "llama3.2:3b".
+        info: what the server has of it.
+    """
+
+    name: str
+    info: ModelInfo
+
+
+@dataclass(frozen=True)
 class TagFile:
     """One GGUF to register.
 
@@ -35,12 +48,14 @@ class TagFile:
         path: the file.
         sha256: of the file, 64 hexadecimal digits; None: it is read and hashed.
         adapter: a LoRA GGUF that the server applies to it; None: there is none.
+        origin: the model of the server whose file it is; None: the server gets the file.
     """
 
     tag: str
     path: Path
     sha256: str | None = None
     adapter: Path | None = None
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +139,8 @@ def check_unsplit(files: Sequence[TagFile]) -> None:
 
 def _register_one(client: OllamaClient, model: str, file: TagFile, package: Package, earlier: Registered | None) -> Registered:
     started, sent = time.monotonic(), client.bytes_sent
+    if file.origin is not None:
+        return _register_from(client, model, file, file.origin, package, started, sent)
     digest = f"sha256:{file.sha256}" if file.sha256 else blob_digest(file.path)
     adapter = blob_digest(file.adapter) if file.adapter else None
     fields = _wanted(file, package)
@@ -148,13 +165,49 @@ def _register_one(client: OllamaClient, model: str, file: TagFile, package: Pack
         after = before
     if done != "unchanged" and after.blob != digest:
         progress.warn(f"The server rewrote {file.path.name} for {model}; until it is restarted, the file takes its space twice.")
+    return _recorded(client, model, after, digest, client.bytes_sent - sent, started, done)
+
+
+def _register_from(client: OllamaClient, model: str, file: TagFile, origin: Origin, package: Package, started: float, sent: int) -> Registered:
+    """A tag with the weights of a model that the server has, and an adapter: no weights are sent or copied.
+
+    What the package does not set comes from that model. A licence is added to the one that is there, so that of a model stays as it is.
+    """
+    assert file.adapter is not None and origin.info.blob is not None  # else there would be nothing to register
+    adapter, before = blob_digest(file.adapter), client.show(model)
+    fields = _fields(inherited(origin, package))
+    if before is not None and before.blob == origin.info.blob and not drift(before, file, package):
+        return _recorded(client, model, before, origin.info.blob, client.bytes_sent - sent, started, "unchanged")
+    client.upload(file.adapter, adapter)
+    if origin.info.license:
+        fields.pop("license", None)
+    client.create({"model": model, "from": origin.name, "adapters": {file.adapter.name: adapter}, **fields})
+    after = _read_back(client, model, file, package)
+    if after.blob != origin.info.blob:
+        raise OlpackError(
+            f"The Ollama server gave {model} other weights than those of {origin.name}.", f"Run `ollama pull {origin.name}`, and build again."
+        )
+    return _recorded(client, model, after, origin.info.blob, client.bytes_sent - sent, started, "updated" if before else "created")
+
+
+def inherited(origin: Origin, package: Package) -> Package:
+    """A package as a tag has it that is made from a model: with what it leaves to the model. Its template is the model's own."""
+    info = origin.info
+    return Package(
+        system=package.system or info.system,
+        template=package.template,
+        parameters={**info.parameters, **package.parameters},
+        license=info.license or package.license,
+        messages=package.messages or info.messages,
+    )
+
+
+def _recorded(client: OllamaClient, model: str, after: ModelInfo, digest: str, bytes_sent: int, started: float, done: Done) -> Registered:
     # The server lists a tag in the case in which it first met it.
     listed = next((tag for tag in client.tags() if same(tag.model, model)), None)
     if listed is None:
         raise OlpackError(f"The Ollama server at {client.url} has {model} and does not list it.", "Restart it, then run `olpack deploy` again.")
-    record = Registered(
-        listed.model, listed.digest, after.blob or digest, digest, client.bytes_sent - sent, round(time.monotonic() - started, 3), done
-    )
+    record = Registered(listed.model, listed.digest, after.blob or digest, digest, bytes_sent, round(time.monotonic() - started, 3), done)
     figures = f" ({progress.quantity(record.bytes_sent, 'B')} sent, {progress.duration(record.seconds)})" if done != "unchanged" else ""
     progress.say(f"{done} {record.model}{figures}")
     return record
@@ -169,6 +222,8 @@ def drift(info: ModelInfo, file: TagFile, package: Package) -> list[str]:
 
 
 def _wanted(file: TagFile, package: Package) -> dict[str, object]:
+    if file.origin is not None:
+        return {**_fields(inherited(file.origin, package)), "template": package.template or file.origin.info.template}
     # Without a Go template of the package's own, the server must run the GGUF's own template and no substitute.
     return {**_fields(package), "template": package.template or read_chat_template(file.path)}
 

@@ -77,6 +77,8 @@ class SourceTensor:
         shape: dimensions, outermost first.
         type_name: the type it has in llama.cpp's own BF16 file, "BF16", "F32".
         nbytes: in that type.
+        stored: the quantized type in which the source has these very values, and the bytes in it; a file that wants that type gets them.
+        changed: the quantized type in which the source has the values to which an adapter is added.
     """
 
     name: str
@@ -85,6 +87,8 @@ class SourceTensor:
     type_name: str
     nbytes: int
     _load: Callable[[], np.ndarray] | None
+    stored: tuple[int, Callable[[], np.ndarray]] | None = None
+    changed: int | None = None
 
     @property
     def elements(self) -> int:

@@ -76,6 +76,7 @@ class ExportOptions(TypedDict, total=False):
         chat_template: Jinja, goes into the files unchanged in place of the tokenizer's own.
         end_of_turn: the token that ends a turn ("<|im_end|>"), recorded as `tokenizer.ggml.eot_token_id` where it is not the
             eos token. Without it, or where eos is that token already, the tokenizer's own settings stand.
+        requantize: take a GGUF that is quantized already, whose dequantized weights are quantized again. An adapter implies it.
         metadata: further string keys for the header ("olpack.version", "general.license"), replacing those of the same name.
         pre_tokenizer: llama.cpp's name of the one that the files name, as a check with texts found it; by default the one that splits a sample
             right.
@@ -99,6 +100,7 @@ class ExportOptions(TypedDict, total=False):
     name: str | None
     chat_template: str | None
     end_of_turn: str | None
+    requantize: bool
     metadata: Mapping[str, str]
     pre_tokenizer: str | None
     importance: Path | Literal["later"] | None

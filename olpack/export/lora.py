@@ -21,7 +21,7 @@ from olpack import workers
 from olpack.errors import OlpackError
 from olpack.export.adapter import Adapter, read_adapter
 from olpack.llamacpp.source import converter_source
-from olpack.model.checkpoint import read_config, read_tensor_headers
+from olpack.model.checkpoint import TensorHeader, read_config, read_tensor_headers
 from olpack.model.quantized import dequantized_headers
 from olpack.workspace import file_digest, remove, scratch, unfinished
 
@@ -32,7 +32,7 @@ def export_adapter(base: Path, adapter: Path, out: Path) -> tuple[int, str]:
     """Write an adapter as a GGUF that llama.cpp and Ollama apply to a GGUF of the base. It appears under its name when it is complete.
 
     Args:
-        base: folder of the base model; only its configuration and its tensors' headers are read.
+        base: folder of the base model, or its GGUF; only its configuration and its tensors' headers are read.
         adapter: folder of a LoRA adapter in peft's format.
         out: the file.
 
@@ -42,8 +42,8 @@ def export_adapter(base: Path, adapter: Path, out: Path) -> tuple[int, str]:
     Raises:
         OlpackError: an adapter for another base, one with tensors trained as a whole, or one that llama.cpp cannot apply by itself.
     """
-    config = read_config(base)
-    change = read_adapter(adapter, dequantized_headers(base, config, read_tensor_headers(base)))
+    config, headers = _described(base)
+    change = read_adapter(adapter, headers)
     if change.tokens or change.untied or any(product.stack for product in change.low_rank.values()):
         raise OlpackError(
             f"The adapter '{adapter}' changes tokens, experts or an output layer that is the base's embedding, and llama.cpp's adapters cannot.",
@@ -85,7 +85,7 @@ def check_adapter(base: Path, layers: Mapping[str, tuple[int, int]]) -> None:
     """Refuse, before anything is trained, an adapter that llama.cpp could not apply by itself: one of rank 1 is made and converted.
 
     Args:
-        base: folder of the base model.
+        base: folder of the base model, or its GGUF.
         layers: the linear layers that the adapter will be on, module name to (rows, columns).
 
     Raises:
@@ -124,10 +124,22 @@ def _plain(folder: Path, adapter: Adapter, scratch: Path) -> Path:
     return scratch
 
 
+def _described(base: Path) -> tuple[dict, dict[str, TensorHeader]]:
+    """(config.json's fields, tensors) of a base."""
+    if base.is_file():
+        from olpack.model.gguf_architectures import config_of, tensor_headers
+        from olpack.model.gguf_base import open_gguf
+
+        opened = open_gguf(base)
+        return config_of(opened), tensor_headers(opened)
+    config = read_config(base)
+    return config, dequantized_headers(base, config, read_tensor_headers(base))
+
+
 def _without_weights(base: Path, config: dict, scratch: Path) -> Path:
     """A base's folder without its weights: llama.cpp's script refuses bases by the form of their weights, and an adapter needs none."""
     scratch.mkdir(parents=True)
-    for file in base.iterdir():
+    for file in base.iterdir() if base.is_dir() else ():
         if file.is_file() and "safetensors" not in file.name:
             shutil.copyfile(file, scratch / file.name)
     (scratch / "config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -12,11 +12,8 @@ from typing import Any
 
 from olpack import bounded_json
 from olpack.errors import OlpackError
+from olpack.model.pretokenizers import CONTRACTIONS, SYMBOLS, TAIL, WORDS
 
-_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_TAIL = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_SYMBOLS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
 _CAMEL_A = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
 _CAMEL_B = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
 
@@ -25,19 +22,19 @@ _CAMEL_B = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{L
 _KNOWN: dict[tuple[tuple[str, ...], bool], str] = {
     (("gpt-2",), False): "gpt-2",
     (("digit", "gpt-2"), False): "smollm",
-    ((f"{_CONTRACTIONS}|{_WORDS}|\\p{{N}}|{_SYMBOLS}|{_TAIL}",), False): "qwen2",
-    ((f"{_CONTRACTIONS}|{_WORDS}|\\p{{N}}{{1,3}}|{_SYMBOLS}|{_TAIL}",), False): "dbrx",
-    ((f"{_CONTRACTIONS}|{_WORDS}|\\p{{N}}{{1,3}}|{_SYMBOLS}|{_TAIL}",), True): "llama-bpe",
-    ((f"{_WORDS}|\\p{{N}}|{_SYMBOLS}|{_TAIL}",), False): "ufakzeka",
-    ((rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_TAIL}",), False): "qwen35",
-    ((rf"{_CAMEL_A}|{_CAMEL_B}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_TAIL}",), True): "tekken",
-    ((rf"{_CAMEL_A}{_CONTRACTIONS}?|{_CAMEL_B}{_CONTRACTIONS}?|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_TAIL}",), False): "gpt-4o",
+    ((f"{CONTRACTIONS}|{WORDS}|\\p{{N}}|{SYMBOLS}|{TAIL}",), False): "qwen2",
+    ((f"{CONTRACTIONS}|{WORDS}|\\p{{N}}{{1,3}}|{SYMBOLS}|{TAIL}",), False): "dbrx",
+    ((f"{CONTRACTIONS}|{WORDS}|\\p{{N}}{{1,3}}|{SYMBOLS}|{TAIL}",), True): "llama-bpe",
+    ((f"{WORDS}|\\p{{N}}|{SYMBOLS}|{TAIL}",), False): "ufakzeka",
+    ((rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{TAIL}",), False): "qwen35",
+    ((rf"{_CAMEL_A}|{_CAMEL_B}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{TAIL}",), True): "tekken",
+    ((rf"{_CAMEL_A}{CONTRACTIONS}?|{_CAMEL_B}{CONTRACTIONS}?|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{TAIL}",), False): "gpt-4o",
     (
         (
             r"\p{N}{1,3}",
             "[一-龥぀-ゟ゠-ヿ]+",
             r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|"""
-            r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|" + _TAIL,
+            r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|" + TAIL,
         ),
         False,
     ): "deepseek-v3",
@@ -46,8 +43,8 @@ _KNOWN: dict[tuple[tuple[str, ...], bool], str] = {
 
 # Other ways to write the same pattern.
 _SPELLINGS = {
-    "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])": _CONTRACTIONS,
-    "'(?i:[sdmt]|ll|ve|re)": _CONTRACTIONS,
+    "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])": CONTRACTIONS,
+    "'(?i:[sdmt]|ll|ve|re)": CONTRACTIONS,
     "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+": "gpt-2",
     "'(?:[sdmt]|ll|ve|re)| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+": "gpt-2",
     "\\p{N}{1}": "\\p{N}",

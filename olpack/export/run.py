@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from olpack.errors import OlpackError
 from olpack.export.adapter import read_adapter
 from olpack.export.adapter_tokenizer import adapter_tokenizer
 from olpack.export.converter import SourceModel, open_model
-from olpack.export.gguf_source import open_gguf
+from olpack.export.gguf_source import open_source
 from olpack.export.importance import ColumnWeights, column_weights
 from olpack.export.job import LATER, ExportedFile, ExportedPart, ExportOptions, ExportPlan, TokenDifference, TokenText, partial_path
 from olpack.export.plan import FilePlan, header_only_gguf, plan_files
@@ -138,9 +139,10 @@ def _prepare(
         library.searcher()  # raises where it cannot be compiled
     warnings: list[str] = []
     folder = source
-    header = {name: options.get(name) for name in ("name", "chat_template", "end_of_turn", "metadata")}
+    header: dict[str, Any] = {name: options.get(name) for name in ("name", "chat_template", "end_of_turn", "metadata")}
     if source.is_file():
-        model = _open_file(source, options, header)
+        adapter = options.get("adapter")
+        model = open_source(source, adapter=None if adapter is None else Path(adapter), requantize=options.get("requantize", False), **header)
     else:
         model, folder = _open_folder(source, options, header, warnings)
     weights = None
@@ -160,6 +162,7 @@ def _prepare(
         if plan.fallbacks:
             more = f", and {len(plan.fallbacks) - 1} more tensors" if len(plan.fallbacks) > 1 else ""
             warnings.append(f"{plan.quant.name} does not fit this model's shapes everywhere: {plan.fallbacks[0]}{more}.")
+    warnings += _rounded_away(model, plans)
     alike: dict[tuple, list[str]] = {}
     for plan in plans:
         alike.setdefault(tuple(plan.tensors), []).append(plan.quant.name)
@@ -177,6 +180,18 @@ def _prepare(
     return model, plans, weights.by_tensor, warnings, differences
 
 
+def _rounded_away(model: SourceModel, plans: Sequence[FilePlan]) -> list[str]:
+    """A warning where an adapter is merged into a file of the types that the base has: rounded to the same steps, small changes are lost."""
+    changed = {name: tensor.changed for name, tensor in model.tensors.items() if tensor.changed is not None}
+    lossy = [plan.quant.name for plan in plans if changed and 2 * sum(changed.get(name) == type_ for name, type_, _ in plan.tensors) > len(changed)]
+    if not lossy:
+        return []
+    return [
+        f"{' and '.join(lossy)} has the steps of the base's own quantization, to which merged weights are rounded back where the adapter changes "
+        "them by less than half a step. An adapter on the file loses nothing (`package: adapter`), and other types lose less."
+    ]
+
+
 def _open_folder(source: Path, options: ExportOptions, header: dict, warnings: list[str]) -> tuple[SourceModel, Path]:
     """(the model, the folder of its tokenizer)."""
     config = read_config(source)
@@ -190,15 +205,6 @@ def _open_folder(source: Path, options: ExportOptions, header: dict, warnings: l
     if warning:
         warnings.append(warning)
     return open_model(source, adapter=change, tokenizer=tokenizer, **header), tokenizer or source
-
-
-def _open_file(source: Path, options: ExportOptions, header: dict) -> SourceModel:
-    if options.get("adapter") is not None:
-        raise OlpackError(
-            f"An adapter cannot be merged into the GGUF '{source}', whose tensors have other names than the adapter's.",
-            "Name the folder of the model that it was trained on.",
-        )
-    return open_gguf(source, **header)
 
 
 def check_space(paths: list[Path], plans: list[FilePlan]) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from olpack.errors import OlpackError
-from olpack.export.gguf_source import open_gguf
+from olpack.export.gguf_source import open_source
 from olpack.export.importance import column_weights
 from olpack.export.job import SensitivityResult
 from olpack.export.plan import header_only_gguf
@@ -56,7 +56,7 @@ def measure(
     """`olpack.export.measure_sensitivity`, over the pipe."""
     from olpack.llamacpp.engine import Engine  # loads llama.cpp
 
-    model = open_gguf(Path(gguf))
+    model = open_source(Path(gguf))
     weights = column_weights(Path(importance), model.tensors).by_tensor if importance else None
     weights = weights or {}
     search = rounding == "search"

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from olpack import progress
 from olpack.errors import OlpackError
 from olpack.export.converter import PHI3_NAMES, SourceModel
 from olpack.export.job import TokenDifference, TokenText
@@ -99,6 +100,12 @@ def settle_pretokenizer(
         if all(texts[place].made_up for place in differing):
             break
     return [difference for difference in found.values() if difference.source]
+
+
+def compare_tokens(gguf: Path, texts: Sequence[TokenText]) -> list[TokenDifference]:
+    """Where llama.cpp's tokens of texts, by the vocabulary of a GGUF, are not training's; one entry for each text that differs."""
+    with Vocabulary(gguf) as vocabulary, progress.task("comparing tokens with llama.cpp's", len(texts), "texts") as task:
+        return list(token_differences(vocabulary, texts, lambda done, _: task.advance(done)).values())
 
 
 def token_differences(vocabulary: Vocabulary, texts: Sequence[TokenText], report: Callable[[int, int], None]) -> dict[int, TokenDifference]:

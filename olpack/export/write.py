@@ -156,6 +156,8 @@ class _TensorJob:
         for type_ in self.types:
             if type_ == library.tensor_type("f32"):
                 self.data[type_] = values.view(np.uint8)
+            elif self.source.stored is not None and type_ == self.source.stored[0]:
+                self.data[type_] = self.source.stored[1]()
             else:
                 self.data[type_] = np.empty((rows, library.row_size(type_, columns)), np.uint8)
         step = max(1, CHUNK // columns)
@@ -187,8 +189,9 @@ class _TensorJob:
             )
         if rounding != "F32":
             _round(rows, rounding)
+        complete = {library.tensor_type("f32"), *([self.source.stored[0]] if self.source.stored else [])}
         for type_, out in self.data.items():
-            if type_ != library.tensor_type("f32") and not library.quantize_rows(type_, rows, out[part], importance, search=self._search):
+            if type_ not in complete and not library.quantize_rows(type_, rows, out[part], importance, search=self._search):
                 raise OlpackError(
                     f"The weight '{self.source.origin}' has values that are too large to be quantized.",
                     "Leave the quant types below 16 bits out, or take another checkpoint.",

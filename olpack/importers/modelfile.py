@@ -9,10 +9,12 @@ from olpack.deploy.parameters import PARAMETERS, check_parameters
 from olpack.errors import OlpackError
 from olpack.export.adapter import adapter_files
 from olpack.importers.draft import Draft, Given
+from olpack.model.base import OF_SERVER
+from olpack.model.gguf_files import is_gguf
 from olpack.workspace import named_from
 
 TABLE = (
-    ("FROM", "base", "A folder with safetensors. A GGUF or a tag has no weights to fine-tune: name the base with --base."),
+    ("FROM", "base", "A folder with safetensors, a GGUF, or a model of the server, as `ollama/NAME`."),
     ("ADAPTER", "train.adapter", "A folder in peft's format, not a GGUF."),
     ("PARAMETER", "modelfile.parameters", "All that Ollama 0.33 has."),
     ("SYSTEM", "modelfile.system", ""),
@@ -59,10 +61,15 @@ def _base(draft: Draft, given: Given) -> None:
     place = draft.near(name)
     if place and place.is_dir():
         draft.carry(given, {"base": named_from(draft.folder, str(place))})
-    elif (place and place.is_file()) or name.endswith((".gguf", ".bin")):
-        draft.lose(given, "A GGUF is quantized, or has other names than an adapter needs. olpack needs the model that it was made from.")
+    elif place and place.is_file() and is_gguf(place):
+        draft.carry(given, {"base": named_from(draft.folder, str(place))}, _ON_FILE)
+    elif (place and place.is_file()) or name.startswith(("/", ".", "~")) or name.endswith((".gguf", ".bin")):
+        draft.lose(given, f"There is no GGUF {name} in the working folder or beside {draft.file.name}.")
     else:
-        draft.lose(given, "A tag of Ollama is a GGUF, and olpack needs the model that it was made from.")
+        draft.carry(given, {"base": f"{OF_SERVER}{name}"}, _ON_FILE)
+
+
+_ON_FILE = "`package: adapter` serves this very file with the adapter beside it."
 
 
 def _adapter(draft: Draft, given: Given) -> None:

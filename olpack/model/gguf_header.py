@@ -1,10 +1,10 @@
-"""The header of a GGUF file: the scalar metadata and the tensors, without the long lists."""
+"""The header of a GGUF file: the metadata and the tensors, without the long lists and the texts in lists."""
 
 from __future__ import annotations
 
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
@@ -19,6 +19,8 @@ _LONGEST_NAME = 65_535  # bytes, as in the format's description
 _MOST_AXES = 4  # of ggml
 _MOST_ELEMENTS = 1 << 48
 _TYPES = 64  # ggml numbers 42 of them; llama.cpp refuses those that it does not know
+_LONGEST_LIST = 1000  # entries: one for each layer, or for each pair of a head's columns
+_ALIGNMENT = 32  # of the tensors' data, where no key gives another
 _COUNT = (int, 0, (1 << 31) - 1)
 _TYPED: dict[str, tuple[type, int, int]] = {  # key: its type, its least and its most
     "general.architecture": (str, 0, 0),
@@ -47,10 +49,18 @@ class Header:
     Attributes:
         metadata: key to number, bool or text. Lists are left out.
         tensors: name to (lengths of the axes, innermost first; number of ggml's type).
+        lists: key to the numbers or bools of a list of at most 1000.
+        counts: key of a list, also of a long one and one of texts, to its number of entries.
+        offsets: name of a tensor to the byte of the file where its data begins.
+        size: bytes of the file.
     """
 
     metadata: dict[str, Scalar]
     tensors: dict[str, tuple[tuple[int, ...], int]]
+    lists: dict[str, tuple[int | float, ...]] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    offsets: dict[str, int] = field(default_factory=dict)
+    size: int = 0
 
     @property
     def parameters(self) -> int:
@@ -91,21 +101,58 @@ def _read(path: Path, size: int, _modified: int, _inode: int) -> Header:
                 raise _Damage("it does not begin as one")
             if count * _LEAST_KEY + tensors * _LEAST_TENSOR > size:
                 raise _Damage(f"it declares {count:,} keys and {tensors:,} tensors, more than it has bytes for")
-            metadata = _metadata(file, count, size)
-            return Header(metadata, _tensors(file, tensors, size))
+            header = Header({}, {}, size=size)
+            _read_metadata(file, count, header)
+            _read_tensors(file, tensors, header)
+            return header
     except (struct.error, UnicodeDecodeError):
         raise OlpackError(f"{path} is no whole GGUF file.", _AGAIN) from None
     except _Damage as error:
         raise OlpackError(f"{path} is no whole GGUF file: {error}.", _AGAIN) from None
 
 
+def read_texts(path: Path, key: str) -> list[str]:
+    """A list of texts of the metadata, such as `tokenizer.ggml.merges`; empty where the file has no such key.
+
+    Raises:
+        OlpackError: as `read_header`, or the key is another value than a list of texts.
+    """
+    size = read_header(path).size  # which refuses what is no whole header
+    with path.open("rb") as file:
+        file.seek(8)
+        _, count = _integer(file, "<Q"), _integer(file, "<Q")
+        for _ in range(count):
+            name, kind = _text(file, size, _LONGEST_NAME), _integer(file, "<I")
+            if name == key:
+                if kind != _ARRAY or _integer(file, "<I") != _STRING:
+                    raise OlpackError(f"{path} is no whole GGUF file: its key {key} is no list of texts.", _AGAIN)
+                texts = _texts(file, _integer(file, "<Q"))
+                try:
+                    return [text.decode("utf-8") for text in texts]
+                except UnicodeDecodeError:
+                    raise OlpackError(f"{path} is no whole GGUF file: its key {key} has a text that is not UTF-8.", _AGAIN) from None
+            if kind == _ARRAY:
+                _read_list(file, name, Header({}, {}, size=size))
+            elif kind == _STRING:
+                file.seek(_integer(file, "<Q"), 1)
+            else:
+                file.seek(struct.calcsize(_SCALARS[kind]), 1)
+    return []
+
+
+def _texts(file: BinaryIO, count: int) -> list[bytes]:
+    texts = []
+    for _ in range(count):
+        texts.append(file.read(_integer(file, "<Q")))
+    return texts
+
+
 class _Damage(Exception):
     """What is wrong with a header, without its full stop."""
 
 
-def _metadata(file: BinaryIO, count: int, size: int) -> dict[str, Scalar]:
-    metadata: dict[str, Scalar] = {}
-    seen = set()
+def _read_metadata(file: BinaryIO, count: int, header: Header) -> None:
+    metadata, size, seen = header.metadata, header.size, set()
     for _ in range(count):
         key, kind = _text(file, size, _LONGEST_NAME), _integer(file, "<I")
         if key in seen:
@@ -114,14 +161,13 @@ def _metadata(file: BinaryIO, count: int, size: int) -> dict[str, Scalar]:
         if kind == _ARRAY:
             if key in _TYPED:
                 raise _Damage(f"its key {key} is a list")
-            _skip_list(file, key, size)
+            _read_list(file, key, header)
         elif kind == _STRING or kind in _SCALARS:
             metadata[key] = _text(file, size, size) if kind == _STRING else _number(file, _SCALARS[kind])
         else:
             raise _Damage(f"its key {_shown(key)} has the unknown type {kind}")
         if key in metadata and key in _TYPED:
             _check_value(key, metadata[key])
-    return metadata
 
 
 def _check_value(key: str, value: Scalar) -> None:
@@ -150,15 +196,19 @@ def _text(file: BinaryIO, size: int, longest: int) -> str:
     return file.read(length).decode("utf-8")
 
 
-def _skip_list(file: BinaryIO, key: str, size: int) -> None:
+def _read_list(file: BinaryIO, key: str, header: Header) -> None:
+    size = header.size
     kind, count = _integer(file, "<I"), _integer(file, "<Q")
     if kind not in _SCALARS and kind != _STRING:
         raise _Damage(f"its key {_shown(key)} is a list of the type {kind}, and olpack reads lists of numbers and texts")
     width = 8 if kind == _STRING else struct.calcsize(_SCALARS[kind])
     if count * width > size - file.tell():
         raise _Damage(f"its key {_shown(key)} declares a list of {count:,} entries")
+    header.counts[key] = count
     if kind == _STRING:
         _skip_texts(file, count, size)
+    elif count <= _LONGEST_LIST:
+        header.lists[key] = struct.unpack(f"<{count}{_SCALARS[kind][1]}", file.read(width * count))
     else:
         file.seek(width * count, 1)
 
@@ -177,9 +227,9 @@ def _skip_texts(file: BinaryIO, count: int, size: int) -> None:
     file.seek(begin + at)
 
 
-def _tensors(file: BinaryIO, count: int, size: int) -> dict[str, tuple[tuple[int, ...], int]]:
+def _read_tensors(file: BinaryIO, count: int, header: Header) -> None:
     """The tensors described here: name, number of axes, their lengths, type, offset of each."""
-    tensors: dict[str, tuple[tuple[int, ...], int]] = {}
+    tensors, size = header.tensors, header.size
     for _ in range(count):
         name, axes = _text(file, size, _LONGEST_NAME), _integer(file, "<I")
         if not 1 <= axes <= _MOST_AXES:
@@ -195,7 +245,11 @@ def _tensors(file: BinaryIO, count: int, size: int) -> dict[str, tuple[tuple[int
         if name in tensors:
             raise _Damage(f"it has the tensor {_shown(name)} twice")
         tensors[name] = (shape, type_)
-    return tensors
+        header.offsets[name] = offset
+    alignment = header.integer("general.alignment") or _ALIGNMENT
+    begin = -(-file.tell() // alignment) * alignment
+    for name in tensors:
+        header.offsets[name] += begin
 
 
 def _shown(value: Scalar) -> str:

@@ -165,6 +165,9 @@ class Train(_Section):
     """Most tokens of a micro-batch. `auto`: 512 on a CPU, as many as fit on a GPU."""
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     """Recompute activations in the backward pass: less memory, about a third more time. `auto`: if the GPU fits too few tokens without."""
+    products: Literal["bf16", "fp8", "auto"] = "bf16"
+    """Products with frozen base weights: in 16 bits, or in fp8 (e4m3, one scale for each row) on a GPU of Ada, Hopper or a later generation.
+    `auto`: in fp8 where that is faster."""
     weight_decay: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Decoupled weight decay of AdamW on the adapter."""
     max_grad_norm: Annotated[float, Field(gt=0, le=1e12)] = 1.0
@@ -356,7 +359,8 @@ class Recipe(_Section):
     """The top level of a recipe."""
 
     base: str
-    """`builtin/tiny-coder`, a folder with a Hugging Face model, or a Hub id such as `Qwen/Qwen3-0.6B`."""
+    """`builtin/tiny-coder`, a folder with a Hugging Face model, or a Hub id such as `Qwen/Qwen3-0.6B`; or a GGUF: its path, `owner/repo:file.gguf` on
+    the Hub, `ollama/NAME` of the Ollama server, or `builtin/smollm2-135m`."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id."""
     data: Data
@@ -397,8 +401,8 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _revision_of_hub_id(self) -> Recipe:
-        if self.revision and self.base.startswith("builtin/"):
-            raise ValueError("revision goes with a Hub id; a builtin base has none.")
+        if self.revision and self.base.startswith(("builtin/", "ollama/")):
+            raise ValueError(f"revision goes with a Hub id; {self.base} has none.")
         return self
 
     @model_validator(mode="after")

@@ -3,6 +3,7 @@
     {"prompt": "What is 6 times 7? Answer with the number only.", "exact": "42"}
     {"prompt": "Write `double(number)` in Python.", "python_asserts": ["assert double(4) == 8"]}
     {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}], "contains": true}
+    {"prompt": "Is it hot in Riyadh?", "tools": [{"type": "function", …}], "tool_call": {"name": "weather", "arguments": {"city": "Riyadh"}}}
 
 | check | the answer passes if it | value |
 | --- | --- | --- |
@@ -10,13 +11,15 @@
 | `contains` | contains this text, or all of these | text or list; true: the conversation's last answer |
 | `regex` | has a match | a regular expression of Python |
 | `json` | is JSON | true, or the keys that the object must have |
+| `tool_call` | calls this tool with these arguments, and no other | the `name` and the `arguments` |
 | `python` | is Python that parses and is not empty | true |
 | `python_asserts` | is Python after which these statements pass | text or list |
 | `function` | passes your own function, which returns True, False or a share from 0 to 1 | `file.py:name` |
 
 `python_asserts` runs what a model wrote, in a sandbox, and `function` runs your file, without one: both need `compare.run_answers: true`
 ([what the sandbox stops](../security.md)). The others run nothing. A function gets the answer, and the task if it has a second parameter.
-`json` and the Python checks take the first fenced block of an answer that has one.
+`json` and the Python checks take the first fenced block of an answer that has one. `tools` are those of a row ([forms](../data.md#forms)), and the
+model reads them as its chat template writes them. `tool_call` reads calls that the model writes as JSON, as most do.
 """
 
 from __future__ import annotations
@@ -31,11 +34,12 @@ from pathlib import Path
 from typing import Any
 
 from olpack.bounded_json import check_regular
+from olpack.data.forms import tools_of
 from olpack.errors import OlpackError
 
-CHECKS = ("exact", "contains", "regex", "json", "python", "python_asserts", "function")
+CHECKS = ("exact", "contains", "regex", "json", "tool_call", "python", "python_asserts", "function")
 RUNNING = ("python_asserts", "function")  # those that run code: the answer, or the user's file
-KEYS = ("prompt", "messages", *CHECKS)
+KEYS = ("prompt", "messages", "tools", *CHECKS)
 _MOST_BYTES = 1 << 20  # of a file of checks
 _SHOWN = 10  # problems listed before "and N more"
 
@@ -49,12 +53,14 @@ class Task:
         check: one of CHECKS.
         expected: what the check compares with: a text, a list of texts, or a function as (file, name).
         source: where the task stands, "tasks.jsonl:4".
+        tools: JSON schemas of the functions that the model may call, as in a row; None: none.
     """
 
     messages: list[dict]
     check: str
     expected: Any
     source: str
+    tools: list[dict] | None = None
 
 
 def parse_task(item: Any, source: str = "", folder: Path | None = None, system: str | None = None) -> Task:
@@ -82,7 +88,7 @@ def parse_task(item: Any, source: str = "", folder: Path | None = None, system: 
         raise ValueError(f"a task has one check, of {', '.join(CHECKS)}; this one has {' and '.join(checks) or 'none'}")
     (check,) = checks
     messages, answer = _conversation(item, system)
-    return Task(messages, check, _expected(check, item[check], answer, folder), source)
+    return Task(messages, check, _expected(check, item[check], answer, folder), source, tools_of(item))
 
 
 def load_tasks(path: Path, system: str | None = None) -> list[Task]:
@@ -116,6 +122,11 @@ def load_tasks(path: Path, system: str | None = None) -> list[Task]:
     if not tasks:
         raise OlpackError(f"{path} is empty.", 'Each line is an object such as {"prompt": "What is 6 times 7?", "contains": "42"}.')
     return tasks
+
+
+def call_text(name: Any, arguments: Any) -> str:
+    """A call of a tool as JSON, the same whatever the order of the arguments."""
+    return json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False, sort_keys=True)
 
 
 def check_consent(tasks: Sequence[Task], place: str, remedy: str) -> None:
@@ -189,6 +200,10 @@ def _expected(check: str, value: Any, answer: str | None, folder: Path | None) -
         except (re.error, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"`regex` is no regular expression: {error}") from None
         return value
+    if check == "tool_call":
+        if not isinstance(value, dict) or value.keys() != {"name", "arguments"} or not isinstance(value["arguments"], dict):
+            raise ValueError("`tool_call` is no object with `name` and `arguments`")
+        return [call_text(value["name"], value["arguments"])]
     if check == "python" or (check == "json" and value is True):
         if value is not True:
             raise ValueError("`python` can only be true")

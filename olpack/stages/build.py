@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from olpack.data.dates import is_dated
 from olpack.errors import OlpackError
-from olpack.model.base import Base, resolve
-from olpack.quants import quant_type
+from olpack.model.base import Base
+from olpack.quants import QuantType, quant_type, type_of_file
 from olpack.recipe import Recipe
 from olpack.stages import records
 from olpack.workspace import BuildPaths, file_digest, value_digest
@@ -42,7 +42,6 @@ class Build:
         self.server = server
         self.weights = weights
         self.pre_tokenizer: str | None = None
-        self.quants = [quant_type(name) for name in recipe.quants]
 
     @cached_property
     def paths(self) -> BuildPaths:
@@ -51,7 +50,31 @@ class Build:
         if self.recipe.package == "merged":
             return BuildPaths(self.recipe.name, root)
         base = f"{Path(self.recipe.base).name}-{self.base.digest[:12]}"
-        return BuildPaths(self.recipe.name, root, BuildPaths(base, self.out / "bases" / base))
+        served = self.base.gguf.paths[0] if self.base.gguf else None
+        return BuildPaths(self.recipe.name, root, BuildPaths(base, self.out / "bases" / base), served)
+
+    @property
+    def on_file(self) -> bool:
+        """Whether the package is an adapter on a GGUF, which is served as it is: there are no quants to make."""
+        return self.recipe.package == "adapter" and self.base.gguf is not None
+
+    @cached_property
+    def quants(self) -> list[QuantType]:
+        """The quants of the package; of an adapter on a GGUF, the type of that file alone.
+
+        Raises:
+            OlpackError: the recipe asks for quants of a file that is served as it is.
+        """
+        asked = [quant_type(name) for name in self.recipe.quants]
+        if not self.on_file or self.base.gguf is None:
+            return asked
+        own = type_of_file(self.base.gguf.metadata.get("general.file_type"), next(iter(self.base.gguf.types)))
+        if self.recipe.origin("quants") != "default" and asked != [own]:
+            raise OlpackError(
+                f"`quants` goes with `package: merged`: an adapter is served on {self.base.label} as it is, which is {own.name}.",
+                "Leave `quants` out of the recipe, or set `package: merged`.",
+            )
+        return [own]
 
     @property
     def model_name(self) -> str:
@@ -61,7 +84,10 @@ class Build:
     @cached_property
     def base(self) -> Base:
         """The base model, fetched from the Hub where that is needed."""
-        return resolve(self.recipe.base, relative_to=self.recipe.folder, revision=self.recipe.revision, weights=self.weights)
+        from olpack.deploy.bases import resolve_base
+
+        asked = self.recipe
+        return resolve_base(asked.base, relative_to=asked.folder, revision=asked.revision, weights=self.weights, served=asked.package == "adapter")
 
     @cached_property
     def finished_adapter(self) -> Path | None:

@@ -119,7 +119,7 @@ def collect_importance_matrix(build: Build) -> None:
     source = max(at_hand, key=lambda path: path.stat().st_size, default=build.paths.importance_source)
     try:
         if not at_hand:
-            export(build.base.path, [Target("Q8_0", source)], adapter=build.paths.adapter, merge_base=build.recipe.train.merge_base)
+            export(build.base.source, [Target("Q8_0", source)], adapter=build.paths.adapter, merge_base=build.recipe.train.merge_base)
         dataset = ", ".join(one.label for one in build.sources("train"))
         collect_importance(source, [row.ids for row in rows], build.paths.importance, dataset=dataset)
     finally:
@@ -138,7 +138,7 @@ def measure_matrix_sensitivity(build: Build) -> None:
     rows = _sample(build.rows[0], _SENSITIVITY_TOKENS, lambda row: row.target_count)
     try:
         for quant in REFERENCE_QUANTS:
-            export(build.base.path, [Target(quant, paths.sensitivity_source)], adapter=paths.adapter, merge_base=build.recipe.train.merge_base)
+            export(build.base.source, [Target(quant, paths.sensitivity_source)], adapter=paths.adapter, merge_base=build.recipe.train.merge_base)
             if measure_sensitivity(
                 paths.sensitivity_source,
                 [row.ids for row in rows],

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from olpack import progress
 from olpack.errors import OlpackError
-from olpack.quants import quant_type
 from olpack.recipe.tasks import check_consent, function_files, task_files
 from olpack.stages import deploy, export, records
 from olpack.stages.build import Build
@@ -29,7 +28,9 @@ def inputs(build: Build, unit: str) -> dict[str, Any]:
     """Files, held-out rows, settings, tasks with the files of their checks, and the report's template."""
     asked: dict[str, Any] = {name: build.package.parameters.get(name) for name in _OF_THE_SPEED} | {"modelfile.system": build.recipe.modelfile.system}
     if build.tasks:
-        asked["compare.tasks"] = value_digest([[task.messages, task.check, [str(part) for part in task.expected]] for task in build.tasks])
+        asked["compare.tasks"] = value_digest(
+            [[task.messages, task.check, [str(part) for part in task.expected], *([task.tools] if task.tools else [])] for task in build.tasks]
+        )
         asked |= {str(path): file_digest(path) for path in function_files(build.tasks)}
     if build.recipe.compare.suites and build.suite_folder:
         asked |= {str(path): file_digest(path) for path in task_files(build.suite_folder)}
@@ -150,6 +151,7 @@ def measure_settings(build: Build) -> MeasureSettings:
         suites=tuple(asked.suites),
         suite_folder=str(build.suite_folder) if build.suite_folder else None,
         suite_limit=asked.suite_limit,
+        template=build.renderer.tokenizer.chat_template if build.base.template else None,
     )
 
 
@@ -172,7 +174,17 @@ def _reference_models(build: Build) -> ReferenceModels:
     training, merge_base = records.result(build.paths, "train")["adapter_digest"], build.recipe.train.merge_base
 
     def write(quant: str, path: Path, adapter: Path | None) -> None:
-        write_files(build.base.path, [Target(quant, path)], adapter=adapter, merge_base=merge_base, **header_options(build))
+        if build.paths.served and adapter is None:  # the base is that file, and no quant of it
+            path.symlink_to(build.paths.served.resolve())
+            return
+        write_files(
+            build.base.source,
+            [Target(quant, path)],
+            adapter=adapter,
+            merge_base=merge_base,
+            requantize=build.base.gguf is not None,
+            **header_options(build),
+        )
 
     return ReferenceModels(
         folder=build.paths.temporary,
@@ -190,7 +202,7 @@ def _without_importance_keys(build: Build) -> dict[str, str]:
     """Identity of what the quants with an importance matrix are without it, by quant. Those that cannot be made without are left out."""
     keys = {}
     for quant in build.quants:
-        if uses_importance(build, quant.name) and not records.result(build.paths, f"export-{quant.name}")["needs_importance"]:
+        if uses_importance(build, quant.name) and not export.quant_facts(build, quant.name)["needs_importance"]:
             inputs = export.STAGE.all_inputs(build, f"export-{quant.name}")
             keys[quant.name] = value_digest({name: value for name, value in inputs.items() if name != "export.importance"})
     return keys
@@ -202,7 +214,7 @@ def quant_files(build: Build) -> list[ComparedFile]:
 
     files = []
     for quant in build.quants:
-        made = records.result(build.paths, f"export-{quant.name}")
+        made = export.quant_facts(build, quant.name)
         adapter = build.paths.gguf(ADAPTER) if build.paths.base else None
         size = made["size"] + (records.result(build.paths, f"export-{ADAPTER}")["size"] if adapter else 0)
         types = made["types"] if quant.budget else {}
@@ -240,7 +252,7 @@ def sandboxed(build: Build) -> str:
 
 def recommended(build: Build) -> str:
     """The tag to run: the one that the comparison recommends, or the first quant's."""
-    return records.result(build.paths, "compare").get("recommended") or quant_type(build.recipe.quants[0]).tag
+    return records.result(build.paths, "compare").get("recommended") or build.quants[0].tag
 
 
 STAGE = Stage(

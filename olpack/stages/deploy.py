@@ -7,12 +7,13 @@ not asked yet are asked.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from olpack import progress
 from olpack.errors import OlpackError
+from olpack.model.chat_template import SERVER_VARIABLES, pins_for
 from olpack.stages import export, records
 from olpack.stages.build import Build
 from olpack.stages.export import ADAPTER
@@ -20,7 +21,7 @@ from olpack.stages.modelfiles import package_inputs
 from olpack.stages.prompts import check_questions, held_out_requests, questions
 from olpack.stages.records import Record, Step
 from olpack.stages.stage import Checks, Stage
-from olpack.workspace import value_digest
+from olpack.workspace import make_user_cache, user_cache, value_digest, write_atomically
 
 if TYPE_CHECKING:
     from olpack.data import TokenRow
@@ -90,12 +91,59 @@ def _check_server(build: Build) -> None:
     Raises:
         OlpackError: no server answers, it is too old, or it cannot be given a model with an adapter.
     """
-    from olpack.deploy.client import OllamaClient
+    from olpack.deploy.client import OllamaClient, creates_adapters
 
     client = OllamaClient()
-    if store := _adapter_store(build, client, client.require()):
+    version = client.require()
+    if build.paths.served:
+        _check_served_file(build)
+    if (store := _adapter_store(build, client, version)) and not creates_adapters(version):
         progress.warn(
             f"{_no_adapters(client)}: deploy writes the tags into its model store, {store}. Its files' ADAPTER line is refused by `ollama create`."
+        )
+    served_files(build, client, checked=True)
+    if build.paths.served and build.base.tag:
+        _prove_base(build, client, version)
+
+
+def _prove_base(build: Build, client: OllamaClient, version: str) -> None:
+    """Have the server write requests of the data for the model that an adapter is trained on: they must be the prompts of training.
+
+    Raises:
+        OlpackError: with the first difference.
+    """
+    from olpack.deploy.prompt_identity import check_identity
+
+    asked = questions(build)
+    proof = value_digest([version, build.base.digest, asked])
+    place = user_cache() / "served" / f"{proof[:32]}.ok"
+    if place.is_file():
+        return
+    identity = check_identity(client, build.base.tag, build.renderer.tokenizer, asked, tokens="few")
+    identity.require()
+    progress.say(f"{build.base.tag}: {identity.summary()}")
+    make_user_cache()
+    write_atomically(place, "")
+
+
+def _check_served_file(build: Build) -> None:
+    """Refuse what would take the name of the base from it, or could not be served.
+
+    Raises:
+        OlpackError: the package is called like the model that it is trained on, or the GGUF consists of several files.
+    """
+    from olpack.deploy.names import parse_name, same
+
+    base, gguf = build.base, build.base.gguf
+    if base.tag and same(f"{build.recipe.name}:x", f"{base.tag.removesuffix(':' + parse_name(base.tag).tag)}:x"):
+        raise OlpackError(
+            f"The package is called {build.recipe.name}, as the model that it is trained on: its tags would take the place of {base.tag}.",
+            "Give its folder in modelfiles/ another name.",
+        )
+    if gguf is not None and len(gguf.paths) > 1:
+        raise OlpackError(
+            f"'{gguf.paths[0]}' is one of {len(gguf.paths)} files, and a tag is registered from one.",
+            "Join them with llama-gguf-split --merge, or set `package: merged`.",
         )
 
 
@@ -104,20 +152,37 @@ def _no_adapters(client: OllamaClient) -> str:
 
 
 def _adapter_store(build: Build, client: OllamaClient, version: str):
-    """Where tags with an adapter are written to, for a server that creates none; None where it creates them, or the package has none."""
+    """Where tags with an adapter are written to, for a server that creates none; None where it creates them, or the package has none.
+
+    On a GGUF that is no model of the server, too: a server that registers it may put a template of its own in place of the file's.
+    """
     from olpack.deploy.client import creates_adapters
     from olpack.deploy.ollama_store import store_of
 
-    if not build.paths.base or creates_adapters(version):
+    own_file = bool(build.paths.served) and not build.base.tag
+    if not build.paths.base or (creates_adapters(version) and not own_file):
         return None
     try:
-        return store_of(client)
+        store = store_of(client)
     except OlpackError as error:
+        if own_file and creates_adapters(version):
+            raise OlpackError(
+                f"A tag on '{build.paths.served}' is written into the server's model store, which keeps its prompts as trained, but "
+                f"{error.problem.rstrip('.')}.",
+                f"Register the file once with `ollama create` (FROM {build.paths.served}), and name that model as base: ollama/NAME.",
+            ) from None
         raise OlpackError(
             f"{_no_adapters(client)}. They can be written into its model store, but {error.problem.rstrip('.')}.",
             f"Set `package: merged` in the recipe, or build with --no-deploy and run `olpack deploy {build.recipe.name} --store DIR` where the "
             f"server keeps its models. {error.remedy}",
         ) from None
+    template = build.renderer.tokenizer.chat_template
+    if own_file and (read := sorted(set(pins_for(template)) & set(SERVER_VARIABLES))):
+        raise OlpackError(
+            f"The chat template of '{build.paths.served}' reads {', '.join(read)}, which a server sets and training does not.",
+            f"Register the file once with `ollama create` (FROM {build.paths.served}), and name that model as base: ollama/NAME.",
+        )
+    return store
 
 
 def length_warnings(build: Build, held_out: list[TokenRow]) -> Iterator[str]:
@@ -161,7 +226,7 @@ def run(build: Build, steps: list[Step]) -> None:
     known = {record.model: record for record in registered(build)}
     earlier = records.result(build.paths, "deploy").get("proved", {})
     proved = earlier if earlier.get("server") == [client.url, version] else {"server": [client.url, version]}
-    files = quant_files(build)
+    files = served_files(build, client)
     for file in files:
         if store:
             record = place(client, store, build.recipe.name, file, build.package)
@@ -241,8 +306,31 @@ def quant_files(build: Build) -> list[TagFile]:
     from olpack.deploy.register import TagFile
 
     adapter = build.paths.gguf(ADAPTER) if build.paths.base else None
-    made = {quant: records.result(build.paths, f"export-{quant.name}") for quant in build.quants}
+    made = {quant: export.quant_facts(build, quant.name) for quant in build.quants}
     return [TagFile(quant.tag, build.paths.gguf(quant.name), facts["sha256"], adapter) for quant, facts in made.items()]
+
+
+def served_files(build: Build, client: OllamaClient, checked: bool = False) -> list[TagFile]:
+    """The files of `quant_files` as a server has them: an adapter on a model of the server is registered from that model.
+
+    Args:
+        checked: nothing is made yet: only the model is looked at.
+
+    Raises:
+        OlpackError: the server has the model no more, or another one under its name.
+    """
+    from olpack.deploy.register import Origin
+
+    name = build.base.tag
+    if not (build.paths.served and name):
+        return [] if checked else quant_files(build)
+    info = client.show(name)
+    if info is None:
+        raise OlpackError(f"The Ollama server at {client.url} has no {name} any more.", f"Run `ollama pull {name}`.")
+    own = export.quant_facts(build, build.quants[0].name)["sha256"]
+    if info.blob != f"sha256:{own}":
+        raise OlpackError(f"{name} is another model on the server at {client.url} than the one that is trained on.", "Build again, or pull it there.")
+    return [] if checked else [replace(file, origin=Origin(name, info)) for file in quant_files(build)]
 
 
 def registered(build: Build) -> list[Registered]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import unicodedata
 from collections.abc import Mapping
 from itertools import pairwise
@@ -38,8 +40,9 @@ ADAPTER = "adapter"  # beside the names of quants: the LoRA GGUF of an adapter p
 
 
 def units(build: Build) -> list[str]:
-    """One for each quant, and one for the adapter where it is not merged."""
-    return [f"export-{quant.name}" for quant in build.quants] + ([f"export-{ADAPTER}"] if build.paths.base else [])
+    """One for each quant, and one for the adapter where it is not merged. A GGUF that is served as it is needs none for itself."""
+    made = [] if build.paths.served else [f"export-{quant.name}" for quant in build.quants]
+    return made + ([f"export-{ADAPTER}"] if build.paths.base else [])
 
 
 def inputs(build: Build, unit: str) -> dict[str, Any]:
@@ -76,17 +79,21 @@ def check(build: Build, checks: Checks) -> None:
     """Refuse what the converter, llama.cpp or an importance matrix would refuse, and rows that llama.cpp would read as other tokens."""
     from olpack.export import check_export
 
+    if build.paths.served:
+        _check_file(build, checks)
+        return
     asked = [step.inputs["quant"] for step in checks.steps if step.stage == "export" and step.unit != f"export-{ADAPTER}"]
     quants = asked or build.recipe.quants
     importance, texts = importance_file(build), _texts(build)
     exported = checks.exported = check_export(
-        build.base.path,
+        build.base.source,
         quants + temporary_quants(build, checks.steps),
         out=build.paths.gguf(quants[0]).parent,
         importance="later" if importance == build.paths.importance else importance,
         tensor_types=build.recipe.export.tensor_types,
         rounding=build.recipe.export.rounding,
         texts=texts,
+        requantize=build.base.gguf is not None,
         adapter=None if build.paths.base else build.finished_adapter,
         merge_base=build.recipe.train.merge_base,
         **header_options(build),
@@ -97,6 +104,67 @@ def check(build: Build, checks: Checks) -> None:
     build.pre_tokenizer = exported.pre_tokenizer
 
 
+def _check_file(build: Build, checks: Checks) -> None:
+    """Refuse an adapter on a GGUF whose vocabulary llama.cpp reads otherwise than training does, or that would never end an answer."""
+    from olpack.export import ExportPlan
+    from olpack.export.verify import compare_tokens
+
+    gguf, texts = build.base.gguf, _texts(build)
+    assert gguf is not None and build.paths.served is not None  # so it is with every adapter on a GGUF
+    differences = compare_tokens(build.paths.served, texts)
+    checks.exported = ExportPlan(
+        gguf.architecture,
+        str(gguf.metadata.get("tokenizer.ggml.pre", "")),
+        build.base.context_length,
+        parameters_of(build),
+        {},
+        texts=len(texts),
+        differences=differences,
+    )
+    _judge_tokens(build, texts, differences)
+    end = build.renderer.end_of_turn()
+    if end is not None and build.renderer.tokenizer.convert_tokens_to_ids(end) not in build.base.end_ids() and not _stops_at(build, end):
+        raise OlpackError(
+            f"The chat template ends a turn with '{end}', and llama.cpp does not end an answer there: '{build.paths.served}' names another token.",
+            f"Set `modelfile.parameters.stop` to {end!r}.",
+        )
+
+
+def _stops_at(build: Build, text: str) -> bool:
+    stops = build.package.parameters.get("stop", [])
+    return text in (stops if isinstance(stops, (list, tuple)) else [stops])
+
+
+def parameters_of(build: Build) -> int:
+    """Weights of a GGUF that is served as it is."""
+    assert build.base.gguf is not None
+    return sum(math.prod(tensor.shape) for tensor in build.base.gguf.tensors.values())
+
+
+def quant_facts(build: Build, quant: str) -> dict[str, Any]:
+    """What is known of a quant, or of the GGUF that is served in its place: size, sha256, bits_per_weight, parameters, types, needs_importance."""
+    if build.paths.served is None or quant == ADAPTER:
+        return records.result(build.paths, f"export-{quant}")
+    from olpack.model.gguf_files import content_digest
+
+    gguf = build.base.gguf
+    assert gguf is not None
+    types: dict[str, dict[str, int]] = {}
+    for name, tensor in gguf.tensors.items():
+        if len(tensor.shape) > 1:
+            kind = types.setdefault(_LAYER.sub("", name).removesuffix(".weight"), {})
+            kind[tensor.type.name] = kind.get(tensor.type.name, 0) + 1
+    return {
+        "size": sum(path.stat().st_size for path in gguf.paths),
+        "sha256": content_digest(build.paths.served),
+        "bits_per_weight": 8 * gguf.size / parameters_of(build),
+        "parameters": parameters_of(build),
+        "types": types,
+        "needs_importance": False,
+    }
+
+
+_LAYER = re.compile(r"^blk\.\d+\.")
 _MADE_UP = "the conversation with "  # before the label of one that olpack made up
 
 
@@ -126,6 +194,8 @@ def _judge_tokens(build: Build, texts: list[TokenText], differences: list[TokenD
     for one in sorted(differences, key=lambda one: one.source.startswith(_MADE_UP)):
         trained, read, before = (" ".join(map(repr, tokenizer.convert_ids_to_tokens(ids))) for ids in (one.trained, one.read, one.before))
         text = f"llama.cpp reads {one.source} as other tokens than training does: {read} in place of {trained}, after {before or 'nothing'}"
+        if build.base.gguf is not None:  # whose tokenizer was built to be llama.cpp's
+            raise OlpackError(f"{text}.", "Take the folder of the model as base, and report this with the file's name.")
         if one.source.startswith(_MADE_UP):
             progress.warn(f"{text}.")
         elif _is_composed(tokenizer, whole := texts_of[one.source]) and not unicodedata.is_normalized("NFC", whole):
@@ -176,7 +246,7 @@ def _export_adapter(build: Build, step: Step) -> None:
 
     path = build.paths.gguf(ADAPTER)
     with progress.task("exporting the adapter"):
-        size, sha256 = export_adapter(build.base.path, build.paths.adapter, path)
+        size, sha256 = export_adapter(build.base.source, build.paths.adapter, path)
     records.finish(build.paths, step, [path], {"size": size, "sha256": sha256}, {path: sha256})
     progress.say(f"wrote {path} ({progress.quantity(size, 'B')})")
 
@@ -199,7 +269,7 @@ def write_quants(build: Build, paths: Mapping[str, Path], importance: Path | Non
     from olpack.export import Target, export
 
     return export(
-        build.base.path,
+        build.base.source,
         [Target(quant, path) for quant, path in paths.items()],
         adapter=None if build.paths.base else build.paths.adapter,
         importance=importance,
@@ -207,6 +277,7 @@ def write_quants(build: Build, paths: Mapping[str, Path], importance: Path | Non
         rounding=build.recipe.export.rounding,
         merge_base=build.recipe.train.merge_base,
         sensitivity=build.paths.sensitivity if any(quant_type(quant).budget for quant in paths) else None,
+        requantize=build.base.gguf is not None,
         **header_options(build),
     )
 

@@ -27,7 +27,7 @@ def inputs(build: Build, unit: str) -> dict[str, Any]:
 
 def package_inputs(build: Build) -> dict[str, Any]:
     """Settings that decide what a tag has beside its weights."""
-    return build.settings("modelfile") | {"quants": build.recipe.quants} | ({"package": "adapter"} if build.paths.base else {})
+    return build.settings("modelfile") | {"quants": [quant.name for quant in build.quants]} | ({"package": "adapter"} if build.paths.base else {})
 
 
 def check(build: Build, checks: Checks) -> None:
@@ -85,7 +85,8 @@ def rendered(build: Build) -> dict[Path, str]:
     source, texts = template_source("Modelfile.j2"), {}
     for quant in build.quants:
         path = build.paths.modelfile(quant.tag)
-        gguf = os.path.relpath(build.paths.gguf(quant.name), path.parent)
+        # A model of the server is named as such: its file has no other name there.
+        gguf = build.base.tag if build.paths.served and build.base.tag else os.path.relpath(build.paths.gguf(quant.name), path.parent)
         adapter = os.path.relpath(build.paths.gguf(ADAPTER), path.parent) if build.paths.base else None
         text = render(build.package, gguf, source, adapter)
         if not unrepresentable(build.package) and (lost := differences(parse(text), build.package, adapter)):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from olpack import progress
 from olpack.errors import OlpackError
-from olpack.stages import compare, train
+from olpack.stages import compare, export, train
 from olpack.stages.build import Build
 from olpack.stages.calibration import temporary_quants
 from olpack.stages.order import STAGES, all_steps
@@ -172,7 +172,7 @@ def estimate(build: Build, vram: float | None = None) -> Estimate:
         weights_bytes=stored_bytes(build.base) or sum(frozen_bytes(build.meta_model, held, full)),
         held=came or held,
         adapter_bytes=adapter * (4 + 4 + (8 if device.type == "cpu" else 2)),
-        disk_bytes={quant.name: exported.sizes[quant.name] for quant in build.quants},
+        disk_bytes={"adapter": 2 * adapter} if build.paths.served else {quant.name: exported.sizes[quant.name] for quant in build.quants},
         temporary_bytes=compare.temporary_bytes(build, parameters),
         importance_bytes=exported.sizes["Q8_0"] if "Q8_0" in temporary_quants(build, planned) else 0,
         sensitivity_bytes=exported.sizes["F16"] if "F16" in temporary_quants(build, planned) else 0,
@@ -197,7 +197,15 @@ def _fit(build: Build, rows: list[TokenRow], device: torch.device, vram: float |
     available = planner.free_gpu_memory(device) if vram is None else planner.card_memory(vram)
     whole = whole_parameters(build.base, asked)
     return planner.on_gpu(
-        build.meta_model, rows, asked, available, pinnable=planner.pinnable_memory(), stored=planner.stored_bytes(build.base), whole=whole, gpus=gpus
+        build.meta_model,
+        rows,
+        asked,
+        available,
+        pinnable=planner.pinnable_memory(),
+        stored=planner.stored_bytes(build.base),
+        whole=whole,
+        gpus=gpus,
+        multiplies_fp8=planner.multiplies_fp8(device),
     )
 
 
@@ -220,10 +228,20 @@ def write_plan(build: Build) -> None:
     write_atomically(build.paths.plan, json.dumps(describe(build), indent=1, ensure_ascii=False) + "\n")
 
 
+def _served(build: Build) -> str:
+    """The GGUF that an adapter is trained on and served with, in words."""
+    facts = export.quant_facts(build, build.quants[0].name)
+    return (
+        f"{build.base.tag or build.base.label}: {build.quants[0].name}, {progress.quantity(facts['size'], 'B')}, in {build.paths.served}; "
+        "it is neither downloaded nor copied"
+    )
+
+
 def describe(build: Build, estimated: Estimate | None = None) -> dict:
     """The plan as plain data."""
     settings = {key: {"value": value, "from": build.recipe.origin(key)} for key, value in build.recipe.settings().items()}
     steps = [{"stage": step.stage, "step": step.unit, "stale": step.reason or None} for step in all_steps(build)]
-    places = {"base": str(build.base.path), "build": str(build.paths.root), "server": build.server}
-    plan = {"name": build.recipe.name, **places, "settings": settings, "steps": steps}
+    places = {"base": str(build.base.source), "build": str(build.paths.root), "server": build.server}
+    served = {"served_as_it_is": _served(build)} if build.paths.served else {}
+    plan = {"name": build.recipe.name, **places, **served, "settings": settings, "steps": steps}
     return plan | ({"estimate": asdict(estimated) | {"fit": estimated.fit.as_json()}} if estimated else {})

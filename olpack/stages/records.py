@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from olpack.workspace import BuildPaths, file_digest, value_digest, write_atomic
 
 _ALWAYS_READ = 512 << 20  # bytes: some tenths of a second
 _OBJECT, _OUTPUTS = TypeAdapter(dict[str, Any]), TypeAdapter(dict[str, tuple[int, int, str]])
+_COMPARED = TypeAdapter(dict[str, tuple[int, int, int]])
 _FACTS: dict[str, type | tuple[type, ...]] = {  # of a result: the types of what later steps read
     "adapter_digest": str,
     "rendered_at": str,
@@ -69,20 +71,30 @@ class Record:
         inputs: of that run; empty where it did not finish.
         outputs: size in bytes, modification time in ns and SHA-256 of each file, by its path in the build folder.
         result: facts that later steps and people read.
+        compared: of large files, device, inode, and time of the last change in ns, as they were when the file had this SHA-256.
     """
 
     inputs: dict[str, Any]
     outputs: dict[str, tuple[int, int, str]]
     result: dict[str, Any]
+    compared: dict[str, tuple[int, int, int]] = field(default_factory=dict)
 
 
 def read(paths: BuildPaths, unit: str) -> Record | None:
-    """The record of a step, None before its first run or where the file is none that olpack writes."""
+    """The record of a step, None before its first run or where the file is none that olpack writes, or is damaged.
+
+    Records of earlier versions have no digest, and are read as they are.
+    """
     try:
         saved = bounded_json.read_object(paths.home(unit).stage(unit), "Build again.")
         outputs = _OUTPUTS.validate_python(saved["outputs"])
-        record = Record(_OBJECT.validate_python(saved["inputs"]), outputs, _OBJECT.validate_python(saved["result"]))
+        compared = _COMPARED.validate_python(saved.get("compared", {}))
+        record = Record(_OBJECT.validate_python(saved["inputs"]), outputs, _OBJECT.validate_python(saved["result"]), compared)
     except (OlpackError, ValueError, KeyError):
+        return None
+    if saved.keys() - {"inputs", "outputs", "result", "compared", "digest"}:  # the name of the digest may be what is damaged
+        return None
+    if "digest" in saved and value_digest({name: value for name, value in saved.items() if name != "digest"}) != saved["digest"]:
         return None
     return record if _has_facts(unit, record) else None
 
@@ -129,17 +141,34 @@ def changed(inputs: Mapping[str, Any], before: Mapping[str, Any]) -> str:
 def damage(paths: BuildPaths, unit: str, record: Record) -> str:
     """Which output of a step is missing or was changed, "" where all are as they were written.
 
-    Every file is read, so that a bit that a disk has flipped shows, except large ones with the time and size of their record: quants and adapters of
-    gigabytes would take seconds at every command.
+    Every file is read, so that a bit that a disk has flipped shows. Only large ones, which would take seconds at every command, are read once as
+    long as nothing writes to them: any write gives a file another time of change, whatever modification time it has.
     """
-    for name, (size, modified, digest) in record.outputs.items():
+    for name, (size, _, digest) in record.outputs.items():
         path = paths.home(unit).root / name
         if not path.is_file():
             return f"{path} is gone"
         status = path.stat()
-        if status.st_size != size or ((status.st_mtime_ns != modified or size <= _ALWAYS_READ) and file_digest(path) != digest):
+        known = size > _ALWAYS_READ and record.compared.get(name) == _state(status)
+        if status.st_size != size or (not known and file_digest(path) != digest):
             return f"{path} was changed"
     return ""
+
+
+def _state(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_dev, status.st_ino, status.st_ctime_ns
+
+
+def _compared(paths: BuildPaths, unit: str, outputs: Mapping[str, tuple[int, int, str]]) -> dict[str, tuple[int, int, int]]:
+    """The states of those outputs that are not read again at each command."""
+    return {name: _state((paths.home(unit).root / name).stat()) for name, (size, _, _) in outputs.items() if size > _ALWAYS_READ}
+
+
+def remember_compared(paths: BuildPaths, unit: str) -> None:
+    """Record that the large outputs of a step that is not stale were read: a copied folder, or one of an earlier version."""
+    record = read(paths, unit)
+    if record and (compared := _compared(paths, unit, record.outputs)) != record.compared:
+        _write(paths, unit, replace(record, compared=compared))
 
 
 def finish(paths: BuildPaths, step: Step, outputs: Sequence[Path], result: dict[str, Any], digests: Mapping[Path, str] | None = None) -> None:
@@ -155,7 +184,7 @@ def finish(paths: BuildPaths, step: Step, outputs: Sequence[Path], result: dict[
         status = path.stat()
         digest = (digests or {}).get(path) or file_digest(path)
         described[str(path.relative_to(root))] = (status.st_size, status.st_mtime_ns, digest)
-    _write(paths, step.unit, Record(step.inputs, described, result))
+    _write(paths, step.unit, Record(step.inputs, described, result, _compared(paths, step.unit, described)))
 
 
 def remember(paths: BuildPaths, step: Step, result: dict[str, Any]) -> None:
@@ -164,5 +193,7 @@ def remember(paths: BuildPaths, step: Step, result: dict[str, Any]) -> None:
 
 
 def _write(paths: BuildPaths, unit: str, record: Record) -> None:
-    text = json.dumps({"inputs": record.inputs, "outputs": record.outputs, "result": record.result}, indent=1, ensure_ascii=False)
+    content = {name: value for name, value in asdict(record).items() if value or name != "compared"}
+    content = json.loads(json.dumps(content, ensure_ascii=False))  # as it will be read: tuples are lists then
+    text = json.dumps({**content, "digest": value_digest(content)}, indent=1, ensure_ascii=False)
     write_atomically(paths.home(unit).stage(unit), text + "\n")

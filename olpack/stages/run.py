@@ -11,7 +11,7 @@ from olpack.errors import OlpackError
 from olpack.stages.build import Build
 from olpack.stages.order import STAGES, all_steps, stage_of
 from olpack.stages.plan import check, write_plan
-from olpack.stages.records import Step
+from olpack.stages.records import Step, remember_compared
 from olpack.stages.stage import Stage
 from olpack.workspace import locked, remove
 
@@ -25,7 +25,10 @@ def run(build: Build, only: str | None = None) -> list[Step]:
     Raises:
         OlpackError: a check failed (before any work), a stage failed, or a stage that `only` needs is stale.
     """
-    stale = [step for step in all_steps(build) if step.stale]
+    steps = all_steps(build)
+    for step in steps:
+        progress.detail(f"{step.unit}: {step.reason or 'up to date'}")
+    stale = [step for step in steps if step.stale]
     stages = STAGES
     if only is not None:
         stages = (stage_of(only),)
@@ -35,6 +38,9 @@ def run(build: Build, only: str | None = None) -> list[Step]:
         check(build, stale)
     with locked(build.paths.root):
         remove(build.paths.temporary)  # of a comparison that was killed
+        for step in steps:
+            if not step.stale:
+                remember_compared(build.paths, step.unit)
         done: list[Step] = []
         if stale:
             write_plan(build)

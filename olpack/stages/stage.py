@@ -49,7 +49,8 @@ class Artefact:
         unit = unit or self.name
         inputs, record = self.all_inputs(build, unit), records.read(build.paths, unit)
         if record is None:
-            return Step(self.name, unit, inputs, "not made yet")
+            path = build.paths.home(unit).stage(unit)
+            return Step(self.name, unit, inputs, f"{path} is damaged" if path.is_file() else "not made yet")
         reason = self.stale(build, unit, inputs, record) if record.inputs else "begun and not finished"
         return Step(self.name, unit, inputs, reason, record.result)
 

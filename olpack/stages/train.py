@@ -38,6 +38,8 @@ def inputs(build: Build, unit: str) -> dict[str, Any]:
     if build.finished_adapter:
         return {"base": build.base.digest, "train.adapter": build.finished_adapter_digest}
     settings = {key: value for key, value in build.settings("train").items() if key not in _OTHER_SETTINGS}
+    if settings["train.products"] == "bf16":  # so did builds from before the key, which stay fresh
+        del settings["train.products"]
     chosen = build.recipe.train.keep == "best" or build.recipe.train.patience
     return {"base": build.base.digest} | build.data_inputs("train") | (build.data_inputs("eval") if chosen else {}) | settings
 
@@ -66,6 +68,8 @@ def check(build: Build, checks: Checks) -> None:
     check_training(build.base, build.recipe.train, on_gpu=pick_device().type == "cuda")
     if left_out := experts_left_out(build.base, build.recipe.train):
         progress.warn(left_out)
+    if unseen := _untrained_system(build):
+        progress.warn(unseen)
     if build.meta_model.carries_state:
         progress.warn(
             f"Layers of {build.base.label} carry a state from token to token (convolution, recurrence). Training tries whether it "
@@ -89,7 +93,7 @@ def check(build: Build, checks: Checks) -> None:
         from olpack.export.lora import check_adapter
         from olpack.model.shape import adapter_shapes
 
-        check_adapter(build.base.path, adapter_shapes(build.meta_model, build.recipe.train.target_modules))
+        check_adapter(build.base.source, adapter_shapes(build.meta_model, build.recipe.train.target_modules))
 
 
 def _check_finished(build: Build, folder: Path) -> None:
@@ -141,6 +145,19 @@ def _template_beside(folder: Path) -> str | None:
         return own.read_text(encoding="utf-8", errors="replace")
     template = bounded_json.read_object(settings, "Save the tokenizer again.").get("chat_template") if settings.is_file() else None
     return template if isinstance(template, str) else None
+
+
+def _untrained_system(build: Build) -> str | None:
+    """A warning where the server puts a system prompt before requests, and most rows have been written without one."""
+    chats = [chat for chat in build.chats[0] if chat.messages]
+    without = sum(all(message["role"] != "system" for message in chat.messages) for chat in chats)
+    if not build.recipe.modelfile.system or 2 * without <= len(chats):
+        return None
+    return (
+        f"The server puts `modelfile.system` before each request without a system prompt, and {without:,} of {len(chats):,} training chats have "
+        "none, so that training sees other prompts than it serves. Add the prompt to the rows as a message of role system, or leave out "
+        "`modelfile.system`."
+    )
 
 
 def run(build: Build, steps: list[Step]) -> None:

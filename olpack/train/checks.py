@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from olpack.errors import OlpackError
 from olpack.model.base import Base
 from olpack.model.packed import HQQ_GROUP
-from olpack.model.quantized import dequantized_headers, method_of, quantization_method, quantization_of
+from olpack.model.quantized import method_of, quantization_method, quantization_of
 from olpack.model.shape import MetaModel, adapter_shapes
 from olpack.recipe import Train
 from olpack.train.planner import SHARDABLE
@@ -50,6 +50,7 @@ BASE_KINDS = (
     BaseKind("fp8", "comes so: fp8", "8", False, True),
     BaseKind("compressed-tensors", "comes so: compressed-tensors", "4 or 8, and scales", False, True),
     BaseKind("bitsandbytes", "comes so: bitsandbytes", "4 or 8, and scales", False, True),
+    BaseKind("GGUF", "comes so: gguf", "those of the file", False, True),
 )
 
 
@@ -90,6 +91,8 @@ def check_training(base: Base, settings: Train, *, on_gpu: bool) -> None:
             "Only frozen layers in nf4, fp4 or 16 bits can be sharded over GPUs (`train.sharding: full`).",
             "Set `train.sharding: none`, or `train.quantization` to nf4.",
         )
+    if settings.products == "fp8":
+        _check_fp8(settings)
     if settings.method == "dora" and settings.quantization == "int8" and not on_gpu and not quantization_of(base.config):
         raise OlpackError(
             "DoRA on an int8 base needs a GPU: on a CPU peft loses the scales of int8 when it looks at their norms.",
@@ -104,12 +107,25 @@ def check_training(base: Base, settings: Train, *, on_gpu: bool) -> None:
                 )
 
 
+def _check_fp8(settings: Train) -> None:
+    from olpack.train.device import pick_device
+    from olpack.train.planner import multiplies_fp8
+
+    if not multiplies_fp8(pick_device()):
+        raise OlpackError("This machine has no GPU that multiplies in fp8 (Ada, Hopper or later).", "Set `train.products: auto` or `bf16`.")
+    if settings.method not in ("lora", "rslora") or settings.dropout:
+        raise OlpackError(
+            "Products in fp8 are for lora and rslora without dropout.", "Set `train.products: bf16`, or `train.method: lora` and `train.dropout: 0`."
+        )
+    if settings.sharding == "full":
+        raise OlpackError(
+            "Frozen layers that are sharded over GPUs are not multiplied in fp8.", "Set `train.products: bf16`, or `train.sharding: none`."
+        )
+
+
 def _refuse_lacking(base: Base, meta: MetaModel) -> None:
     """Raises OlpackError for a weight of the text model that the checkpoint lacks: transformers would fill it with random numbers."""
-    from olpack.model.checkpoint import read_tensor_headers
-
-    stored = dequantized_headers(base.path, base.config, read_tensor_headers(base.path))
-    lacking = [name for name in meta.lacking(stored) if not _TOWERS.search(name)]
+    lacking = [name for name in meta.lacking(base.tensor_headers()) if not _TOWERS.search(name)]
     if lacking:
         more = f" and {len(lacking) - 1} more weights" if len(lacking) > 1 else ""
         tied = "lm_head.weight" in lacking
@@ -122,11 +138,9 @@ def _refuse_lacking(base: Base, meta: MetaModel) -> None:
 
 
 def _check_quantized(base: Base, settings: Train, on_gpu: bool) -> None:
-    from olpack.model.checkpoint import read_tensor_headers
-
     name, method = quantization_method(base.config), method_of(base.config)
-    dequantized_headers(base.path, base.config, read_tensor_headers(base.path))
-    if method is None or not method.trains:
+    base.tensor_headers()  # which refuses what cannot be read, with the reason
+    if base.gguf is None and (method is None or not method.trains):
         raise OlpackError(f"{base.label} is quantized by {name}, which olpack exports and does not train on.", _TAKE_ORIGINAL)
     if settings.initialization != "default":
         raise OlpackError(
@@ -138,7 +152,7 @@ def _check_quantized(base: Base, settings: Train, on_gpu: bool) -> None:
             f"{base.label} comes quantized ({name}): its adapter is always merged into the dequantized weights.",
             "Leave out `train.merge_base`.",
         )
-    in_8_bits = method.dequantizer == "bitsandbytes" and quantization_of(base.config).get("load_in_8bit")
+    in_8_bits = method is not None and method.dequantizer == "bitsandbytes" and quantization_of(base.config).get("load_in_8bit")
     if in_8_bits and settings.method == "dora" and not on_gpu:
         raise OlpackError("DoRA on an int8 base needs a GPU: on a CPU peft loses the scales of int8.", "Set `train.method` to lora.")
 

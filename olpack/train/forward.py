@@ -23,6 +23,7 @@ from olpack.train.ops.equivalence import EquivalenceCheck, Pass
 from olpack.train.ops.loss import chunked_cross_entropy
 from olpack.train.ops.pinned_memory import PinnedMemory
 
+FP8_TOLERANCE = 0.2  # of what a layer adds to its input; rounding to e4m3 alone gives about 0.05
 _SAME = 1e-2  # of the norm of a gradient, computed twice the same way
 
 
@@ -36,8 +37,10 @@ class Forward:
         pinned: with checkpointing, memory for the layers' inputs, and for the input embeddings where they are no part of the output layer.
         offload_attention: with checkpointing, save the attention outputs as well, in `pinned` where there is some.
         offload_head: with `pinned`, offload the output layer, too, except for each loss; where nothing else needs it.
+        in_fp8: compute the products with frozen weights in fp8, where every layer then agrees within `FP8_TOLERANCE`.
 
     Attributes:
+        in_fp8: whether they are computed so.
         packs: whether samples can be put end to end. False for a model whose attention is its own: then a batch must be one sample.
     """
 
@@ -50,6 +53,7 @@ class Forward:
         pinned: PinnedMemory | None = None,
         offload_attention: bool = False,
         offload_head: bool = False,
+        in_fp8: bool = False,
     ):
         self.model, self.device, self.dtype = model, device, compute_dtype(device)
         self.base = _base_of(model)
@@ -66,9 +70,10 @@ class Forward:
         pointwise.use_kernels(device, self.dtype, text.to_dict(), adapter.r)
         pointwise.fuse_rotary(self.base)
         with self._autocast():
-            self._fuse(samples, check)
+            fused = self._fuse(samples, check)
             self.packs = self._use_packed_attention(samples, check)
             self._head_alone = self._head_is_all(samples, check)
+            self.in_fp8 = in_fp8 and fused and self._use_fp8(samples, check)
         model.train(training)
         if checkpointing:
             self._checkpoint(samples[0], pinned, offload_attention, shares_keys=bool(getattr(text, "num_kv_shared_layers", 0)))
@@ -77,14 +82,24 @@ class Forward:
                 progress.warn("The output layer computes more than a product, so it stays on the GPU, and takes more memory than planned")
             self._offload_embeddings(pinned, with_head=offload_head and self._head_alone)
 
-    def _fuse(self, samples: list[PackedBatch], check: EquivalenceCheck) -> None:
-        """Put the fused functions in, and take them out again where the model then computes something else."""
+    def _fuse(self, samples: list[PackedBatch], check: EquivalenceCheck) -> bool:
+        """Put the fused functions in, and take them out again where the model then computes something else. Returns whether they are in."""
         changed = [*pointwise.fuse_norms(self.base), *lora.fuse(self.model, self.dtype)]
         if check.agrees(_passes(samples, self.logits)):
-            return
+            return True
         for module in changed:
             del module.forward
         progress.warn(f"{type(self.base).__name__} does not compute what olpack's fused functions compute, so it is trained without them")
+        return False
+
+    def _use_fp8(self, samples: list[PackedBatch], check: EquivalenceCheck) -> bool:
+        """Put the products in fp8 in, and take them out again where a layer then computes something else. Returns whether they are in."""
+        lora.fuse(self.model, self.dtype, in_fp8=True)
+        if check.agrees(_passes(samples, self.logits), FP8_TOLERANCE):
+            return True
+        lora.fuse(self.model, self.dtype)
+        progress.warn(f"Products in fp8 change what {type(self.base).__name__} computes by more than {FP8_TOLERANCE:.0%}, so they stay in 16 bits")
+        return False
 
     def _head_is_all(self, samples: list[PackedBatch], check: EquivalenceCheck) -> bool:
         """Whether the model's logits are those of its frozen head, which is checked: some models scale them."""

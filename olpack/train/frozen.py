@@ -1,11 +1,13 @@
-"""Linear layers whose frozen weight stays packed: bases that come quantized (GPTQ, AWQ, …), and HQQ, whose codes are computed while a base loads.
+"""Linear layers whose frozen weight stays packed: bases that come quantized (GPTQ, AWQ, a GGUF, …), and HQQ, whose codes are computed while a base
+loads.
 
 A layer dequantizes its weight when it computes, and once more in the backward pass, so that nothing dense is saved in between.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,9 +22,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from olpack.errors import OlpackError
 from olpack.model.base import Base
 from olpack.model.checkpoint import TensorHeader, read_tensor_headers
+from olpack.model.gguf_blocks import BlockType
 from olpack.model.names import short_name
 from olpack.model.packed import Layout, dequantize_hqq, quantize_hqq
 from olpack.model.quantized import dequantized_headers, layout_of
+from olpack.train.block_experts import BlockExperts
 
 _METHOD = "olpack"  # our name among transformers' quantizers
 
@@ -70,6 +74,21 @@ class PackedLinear(FrozenLinear):
         return self.layout.dequantize({name: part for name, part in self._buffers.items() if part is not None}).to(self.compute_dtype)
 
 
+class BlockLinear(FrozenLinear):
+    """A linear layer of a GGUF, in the blocks of the file: `blocks` is uint8 [rows, bytes of a row]."""
+
+    def __init__(self, block_type: BlockType, rows: int, columns: int, bias: nn.Parameter | None, dtype: torch.dtype):
+        blocks = torch.empty(rows, block_type.row_bytes(columns), dtype=torch.uint8, device="meta")
+        super().__init__(rows, columns, {"blocks": blocks}, bias, dtype)
+        self.block_type = block_type
+
+    def dequantize(self) -> torch.Tensor:
+        return self.block_type.dequantize(self.get_buffer("blocks"), self.compute_dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, block_type={self.block_type.name}"
+
+
 class HqqLinear(FrozenLinear):
     """A linear layer that is quantized by HQQ while the base loads."""
 
@@ -103,16 +122,20 @@ class _Product(torch.autograd.Function):
 # -- how transformers loads them ------------------------------------------------------------------------------------------------------------
 
 
+Make = Callable[[nn.Module], nn.Module]
+"""From a plain module to the one in its place, whose packed tensors are on the meta device."""
+
+
 class FrozenConfig(QuantizationConfigMixin):
     """Which frozen layers a model gets while it loads.
 
     Args:
-        packed: module name to (layout, rows, columns, headers of its tensors) of a base that comes quantized.
+        packed: name of a linear layer, or of stacked experts, to what makes the module in its place, of a base that comes quantized.
         bits: of HQQ, for a base that does not.
         dtype: in which the model computes.
     """
 
-    def __init__(self, packed: Mapping[str, tuple] | None = None, bits: int | None = None, dtype: torch.dtype = torch.float32):
+    def __init__(self, packed: Mapping[str, Make] | None = None, bits: int | None = None, dtype: torch.dtype = torch.float32):
         self.quant_method = _METHOD  # type: ignore[assignment] # transformers takes any name that is registered, and declares its own only
         self.packed, self.bits, self.dtype = packed, bits, dtype
 
@@ -136,12 +159,10 @@ class _FrozenQuantizer(HfQuantizer):
             text = {id(module) for module in model.get_decoder().modules()}
             self._hqq = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) in text}
             return
-        left = {short_name(name): packed for name, packed in asked.packed.items()}
+        left = {short_name(name): make for name, make in asked.packed.items()}
         for name, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and (packed := left.pop(short_name(name), None)):
-                layout, rows, columns, headers = packed
-                parts = {end: torch.empty(header.shape, dtype=_DTYPES[header.dtype], device="meta") for end, header in headers.items()}
-                model.set_submodule(name, PackedLinear(layout, rows, columns, parts, module.bias, asked.dtype))
+            if (isinstance(module, nn.Linear) or hasattr(module, "num_experts")) and (make := left.pop(short_name(name), None)):
+                model.set_submodule(name, make(module))
         if left:
             raise OlpackError(
                 f"The base packs '{next(iter(left))}', which is no linear layer of the model as transformers has it.",
@@ -151,7 +172,7 @@ class _FrozenQuantizer(HfQuantizer):
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         module, _, end = param_name.rpartition(".")
         if self.quantization_config.packed is not None:  # so that transformers accepts a packed tensor's shape, which is not that of the weight
-            return isinstance(model.get_submodule(module), PackedLinear)
+            return isinstance(model.get_submodule(module), FrozenLinear | BlockExperts)
         return end == "weight" and module in self._hqq
 
     def get_quantize_ops(self) -> ConversionOps:
@@ -218,16 +239,29 @@ def use_packed(config: PretrainedConfig, base: Base, dtype: torch.dtype) -> bool
         return False
     stored = read_tensor_headers(base.path)
     weights = dequantized_headers(base.path, base.config, stored)
-    packed = {}
+    packed: dict[str, Make] = {}
     for name in stored:
         module, marker, end = name.rpartition("." + layout.marker)
         if marker and not end:
             rows, columns = weights[f"{module}.weight"].shape
             headers: dict[str, TensorHeader] = {end: stored[f"{module}.{end}"] for end in layout.parts}
             headers |= {end: stored[f"{module}.{end}"] for end in layout.optional if f"{module}.{end}" in stored}
-            packed[module] = (layout, rows, columns, headers)
+            packed[module] = partial(_packed_linear, layout, rows, columns, headers, dtype)
     for part in (config, config.get_text_config(decoder=True)):
         if getattr(part, "quantization_config", None) is not None:
             del part.quantization_config
-    config.quantization_config = {"quant_method": _METHOD, "frozen": FrozenConfig(packed, dtype=dtype)}
+    use_frozen(config, packed, dtype)
     return True
+
+
+def use_frozen(config: PretrainedConfig, packed: Mapping[str, Make], dtype: torch.dtype) -> None:
+    """Let a model load with these layers in place of its own. Changes `config`."""
+    config.quantization_config = {"quant_method": _METHOD, "frozen": FrozenConfig(packed, dtype=dtype)}
+
+
+def _packed_linear(
+    layout: Layout, rows: int, columns: int, headers: Mapping[str, TensorHeader], dtype: torch.dtype, plain: nn.Module
+) -> PackedLinear:
+    assert isinstance(plain, nn.Linear)
+    parts = {end: torch.empty(header.shape, dtype=_DTYPES[header.dtype], device="meta") for end, header in headers.items()}
+    return PackedLinear(layout, rows, columns, parts, plain.bias, dtype)

@@ -22,6 +22,7 @@ from olpack import __version__, progress
 from olpack.data import TokenRow
 from olpack.errors import OlpackError
 from olpack.model.base import Base
+from olpack.model.quantized import quantization_method
 from olpack.recipe import Train
 from olpack.train.adapter import save_adapter
 from olpack.train.batches import micro_batches, pack, schedule
@@ -31,6 +32,7 @@ from olpack.train.forward import Forward
 from olpack.train.metrics import Metrics
 from olpack.train.model import AdaptedModel, load_with_adapter
 from olpack.train.ops.flat_parameters import FlatParameters
+from olpack.train.ops.fp8 import computing_in_16_bits
 from olpack.train.ops.pinned_memory import PinnedMemory
 from olpack.train.planner import Fit, choose
 from olpack.train.processes import ALONE, Ranks, partition, shard
@@ -51,7 +53,7 @@ def run(
     if fit.summary:
         progress.say(fit.summary)
     pinned = PinnedMemory(sum(fit.pinned_parts.values()), device) if fit.checkpointing and device.type == "cuda" else None
-    with progress.task(f"loading {base.label} ({settings.quantization})"):
+    with progress.task(f"loading {base.label} ({quantization_method(base.config) or settings.quantization})"):
         adapted = load_with_adapter(base, settings, device, sharded=fit.sharded)
         model = adapted.model
         forward = Forward(
@@ -61,6 +63,7 @@ def run(
             pinned=pinned,
             offload_attention=fit.offload_attention,
             offload_head=fit.offload_head,
+            in_fp8=fit.in_fp8,
         )
     if fit.sharded:
         shard(model)
@@ -340,11 +343,11 @@ def _groups(rows: list[TokenRow], budget: int, ranks: Ranks) -> Iterator[tuple[l
 def evaluate(
     forward: Forward, rows: list[TokenRow], budget: int, title: str, ranks: Ranks = ALONE, stop_if_asked: Callable[[], None] | None = None
 ) -> float:
-    """Mean negative log-probability per target token over `rows`, in nats."""
+    """Mean negative log-probability per target token over `rows`, in nats, with products in 16 bits."""
     total = 0.0
     forward.model.eval()
     try:
-        with torch.no_grad(), progress.task(title, total=len(rows), unit="rows") as task:
+        with torch.no_grad(), computing_in_16_bits(), progress.task(title, total=len(rows), unit="rows") as task:
             for group, weight in _groups(rows, forward.budget(budget), ranks):
                 total += forward.loss(pack(group, forward.device)).item() * weight
                 task.advance(min(len(group) * ranks.count, len(rows) - task.done))

@@ -83,9 +83,12 @@ def _load(base: Base, settings: Train, device: torch.device, *, sharded: bool) -
 
     from olpack.model.four_bits import check_kernel
     from olpack.train.frozen import FrozenConfig, use_packed
+    from olpack.train.gguf_model import load_frozen
 
-    check_kernel()
     dtype, kind = compute_dtype(device), settings.quantization
+    if base.gguf is not None:
+        return load_frozen(base.gguf, device, dtype)
+    check_kernel()
     quantization: BitsAndBytesConfig | FrozenConfig | None = None
     config = AutoConfig.from_pretrained(base.path, local_files_only=True, trust_remote_code=False)
     if base.leftover_quantization:

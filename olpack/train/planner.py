@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 CPU_TOKENS = 512  # a CPU is fastest where activations stay in its cache
 _MOST = 16_384  # tokens beyond which a GPU gets no faster (benchmarks/multi_gpu.md)
 _BUSY = 4_096  # tokens below which it does, by more than it costs to compute activations again (benchmarks/train_8b.md)
+_FP8_SIZE = 1 << 25  # tokens of a micro-batch times hidden size, from which on fp8 is faster by a sixth and more (benchmarks/fp8.md)
 _COUNTED = 1_024  # tokens for which activations are counted; they grow with their number
 SHARDABLE = ("nf4", "fp4", "none")  # `train.quantization` of frozen layers that can be sharded over GPUs
 _SLACK = 0.05  # of a GPU's memory that is lost between allocations
@@ -52,6 +53,7 @@ class Fit:
         sharded: whether the frozen layers are sharded over all GPUs.
         offload_attention: whether attention outputs are offloaded to pinned memory, so that they are not computed again.
         offload_head: whether the output layer is in pinned memory except for the loss.
+        in_fp8: whether the products with frozen weights are computed in fp8.
         training: the estimate, by purpose; None on a CPU.
         bytes: estimated GPU memory at the peak; None where it cannot be estimated.
         available: bytes of GPU memory that the run may use; None on a CPU.
@@ -64,6 +66,7 @@ class Fit:
     sharded: bool = False
     offload_attention: bool = False
     offload_head: bool = False
+    in_fp8: bool = False
     training: TrainingMemory | None = None
     bytes: int | None = None
     available: int | None = None
@@ -107,11 +110,25 @@ def choose(base: Base, rows: Sequence[TokenRow], settings: Train, device: torch.
 
     model, whole = MetaModel(base.config, base.label), whole_parameters(base, settings)
     available, pinnable = ranks.smallest(free_gpu_memory(device)), ranks.smallest(pinnable_memory())
-    return on_gpu(model, rows, settings, available, pinnable=pinnable, stored=stored_bytes(base), whole=whole, gpus=ranks.count)
+    return on_gpu(
+        model,
+        rows,
+        settings,
+        available,
+        pinnable=pinnable,
+        stored=stored_bytes(base),
+        whole=whole,
+        gpus=ranks.count,
+        multiplies_fp8=multiplies_fp8(device),
+    )
 
 
 def stored_bytes(base: Base) -> int | None:
-    """Bytes of a base that comes quantized, which takes as much in memory as on the disk; None for another one."""
+    """Bytes in memory of a base that comes quantized, mostly as on the disk; None for another one."""
+    if base.gguf is not None:
+        from olpack.train.gguf_model import frozen_bytes
+
+        return frozen_bytes(base.gguf)
     if not quantization_of(base.config):
         return None
     return sum(file.stat().st_size for file in base.path.glob("model*.safetensors"))
@@ -150,6 +167,7 @@ def on_gpu(
     stored: int | None = None,
     whole: int = 0,
     gpus: int = 1,
+    multiplies_fp8: bool = False,
 ) -> Fit:
     """The fastest choice that fits into `available` bytes of each GPU; settings of the recipe stay as they are.
 
@@ -161,6 +179,7 @@ def on_gpu(
         stored: bytes of a base that comes quantized, as `stored_bytes` counts them.
         whole: weights of modules that are trained as a whole.
         gpus: that share each step's rows.
+        multiplies_fp8: whether the GPU has products in fp8.
     """
     sizes = _Sizes(rows, settings, gpus)
     asked = settings.micro_batch_tokens
@@ -178,7 +197,8 @@ def on_gpu(
         worth = checkpointing and sizes.tokens >= _WORTH * largest * gpus
         offload_attention = worth and training.attention_fits(available, pinnable // gpus, offload_head=offload_head)
         total = training.total(checkpointing, offload_attention=offload_attention, offload_head=offload_head)
-        return Fit(budget, largest, checkpointing, sharded, offload_attention, offload_head, training, total, available)
+        in_fp8 = multiplies_fp8 and not sharded and _worth_fp8(model, settings, stored, largest)
+        return Fit(budget, largest, checkpointing, sharded, offload_attention, offload_head, in_fp8, training, total, available)
 
     for sharded in shardings:
         estimate = _estimator(model, settings, stored, whole, gpus if sharded else 1)
@@ -194,6 +214,23 @@ def on_gpu(
             if fit := _largest_that_fits(tried, fit_of):
                 return _with_summary(fit, sizes, _without(sizes, estimate, budgets) if checkpointing and len(ways) > 1 else None)
     return _with_summary(fit_of(budgets[0]), sizes)
+
+
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether a device multiplies in fp8."""
+    import torch
+
+    from olpack.train.ops.fp8 import CAPABILITY
+
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= CAPABILITY
+
+
+def _worth_fp8(model: MetaModel, settings: Train, stored: int | None, tokens: int) -> bool:
+    """Whether products in fp8 are asked for, or faster: large ones, of weights for which there is a kernel (benchmarks/fp8.md)."""
+    if settings.products != "auto":
+        return settings.products == "fp8"
+    plain = settings.method in ("lora", "rslora") and settings.dropout == 0 and stored is None and settings.quantization in ("nf4", "fp4")
+    return plain and tokens * model.shape.hidden >= _FP8_SIZE
 
 
 _Estimate = Callable[[int, int], "TrainingMemory"]
@@ -239,6 +276,7 @@ def _with_summary(fit: Fit, sizes: _Sizes, without: tuple[int, int | None] | Non
     choice += ", attention outputs offloaded" if fit.offload_attention else ""
     choice += ", output layer offloaded" if fit.offload_head else ""
     choice += ", base weights sharded over all GPUs" if fit.sharded else ""
+    choice += ", products in fp8" if fit.in_fp8 else ""
     if fit.bytes is None or fit.available is None:
         reason = "the activations of this architecture cannot be counted beforehand"
     elif not fit.fits:

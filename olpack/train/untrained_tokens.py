@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain, compress
 from typing import TYPE_CHECKING, Literal
 
@@ -10,14 +11,16 @@ import torch
 
 from olpack.data import TokenRow
 from olpack.model.base import Base
-from olpack.model.checkpoint import TensorHeader, read_tensor_headers
+from olpack.model.checkpoint import TensorHeader
+from olpack.model.gguf_architectures import weights_of
+from olpack.model.gguf_base import GgufBase
 from olpack.model.names import BaseNames
 from olpack.model.shape import MetaModel
 from olpack.recipe import Train
 from olpack.train.adapter import adapter_config
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _SMALL = 0.05  # of the median norm
 _ALIKE = 0.05  # of a vector's norm; vectors of two tokens that were trained are apart by about as much as they are long
@@ -56,15 +59,16 @@ def untrained_tokens(
     if not meta.shape.tied:
         targets = added.intersection(chain.from_iterable(compress(row.ids, row.loss_mask) for row in rows))
         judged[places[id(meta.module.get_output_embeddings())]] = targets
-    headers = read_tensor_headers(base.path)
+    headers = base.tensor_headers()
     names = BaseNames(headers)
     untrained: dict[str, list[str]] = {}  # by module
     for module, used in judged.items():
         (stored,) = revert_weight_conversion(meta.module, {f"{module}.weight": meta.module.get_parameter(f"{module}.weight")})
         name = names.get(stored)
-        if module in changed or name not in headers or headers[name].dtype not in _UNQUANTIZED:
+        if module in changed or name not in headers or (base.gguf is None and headers[name].dtype not in _UNQUANTIZED):
             continue
-        if tokens := _untrained(name, headers[name], used, added, len(tokenizer)):
+        read = partial(_read, name, headers[name]) if base.gguf is None else partial(_read_blocks, base.gguf, meta.module, name)
+        if tokens := _untrained(read, headers[name].shape[0], used, added, len(tokenizer)):
             untrained[module.rpartition(".")[2]] = list(tokenizer.convert_ids_to_tokens(tokens))
     if not untrained:
         return None
@@ -79,22 +83,22 @@ def untrained_tokens(
     )
 
 
-def _untrained(name: str, header: TensorHeader, used: set[int], added: set[int], size: int) -> list[int]:
+def _untrained(read: Callable[[list[int]], torch.Tensor], count: int, used: set[int], added: set[int], size: int) -> list[int]:
     """Those of the tokens whose vectors are untrained.
 
     Args:
-        name, header: of the table of vectors.
+        read: the vectors of tokens, [tokens, size], float32.
+        count: of the vectors in the table.
         used: the tokens that are judged, all of them added ones.
         added: all tokens that were added to the vocabulary.
         size: of the vocabulary. Vectors behind it are of no token.
     """
-    count = header.shape[0]
     asked = sorted(token for token in used if token < count)
     ordinary = _sample([token for token in range(min(size, count)) if token not in added])
     unused = _sample([token for token in sorted({*added, *range(size, count)} - used) if token < count])
     if not asked or not ordinary:
         return []
-    vectors = _read(name, header, [*asked, *unused, *ordinary])
+    vectors = read([*asked, *unused, *ordinary])
     norms, special = vectors.norm(dim=1), len(asked) + len(unused)
     small = norms[: len(asked)] < _SMALL * norms[special:].median()
     distances = torch.cdist(vectors[: len(asked)], vectors[:special], compute_mode="donot_use_mm_for_euclid_dist")
@@ -115,3 +119,9 @@ def _read(name: str, header: TensorHeader, tokens: list[int]) -> torch.Tensor:
     with safe_open(str(header.file), framework="pt") as file:
         table = file.get_slice(name)
         return torch.cat([table[token : token + 1] for token in tokens]).float()
+
+
+def _read_blocks(base: GgufBase, model: PreTrainedModel, name: str, tokens: list[int]) -> torch.Tensor:
+    """As `_read`, of a GGUF."""
+    (tensor,) = weights_of(base, model)[name].tensors
+    return base.tensors[tensor].type.dequantize(base.blocks(tensor)[tokens])

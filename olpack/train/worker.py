@@ -41,7 +41,7 @@ def main() -> None:
             progress.use("json", out=pipe, every=PROGRESS_EVERY_S)
             send("started", pid=os.getpid())
         else:
-            progress.use("quiet")
+            progress.show("quiet")
         # Written by our own parent a moment ago, in a folder that only this user can enter.
         result = run(**pickle.loads(Path(sys.argv[1]).read_bytes()), ranks=ranks)
         ranks.wait()

@@ -59,11 +59,12 @@ class EquivalenceCheck:
         self._calls[-1].append(_Call(layer, output - hidden, output))
         return output
 
-    def agrees(self, passes: Sequence[Pass]) -> bool:
+    def agrees(self, passes: Sequence[Pass], tolerance: float | None = None) -> bool:
         """Whether every layer and the output layer compute the same for every token, up to rounding.
 
         Args:
             passes: one for each sample again, or a single one over all samples end to end.
+            tolerance: share of what a layer adds to its input, by which it may differ; None: that of the dtype's rounding.
 
         Raises:
             ValueError, RuntimeError: of a single one, that the samples' layers cannot be put end to end.
@@ -71,9 +72,10 @@ class EquivalenceCheck:
         calls, logits = self._calls, self._logits
         if len(passes) < len(calls):
             calls, logits = [[_end_to_end(alike) for alike in zip(*calls, strict=True)]], [torch.cat(logits)]
-        return all(self._agrees(*one) for one in zip(passes, calls, logits, strict=True))
+        share = _TOLERANCE[self._dtype] if tolerance is None else tolerance
+        return all(self._agrees(*one, share) for one in zip(passes, calls, logits, strict=True))
 
-    def _agrees(self, run: Pass, calls: list[_Call], logits: torch.Tensor) -> bool:
+    def _agrees(self, run: Pass, calls: list[_Call], logits: torch.Tensor, share: float) -> bool:
         results: list[bool] = []
 
         def compare(layer: int, _: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
@@ -81,16 +83,16 @@ class EquivalenceCheck:
             if call is None or call.layer != layer or call.output.shape != output.shape:
                 results.append(False)
                 return output
-            results.append(self._alike(output, call.output, call.added))
+            results.append(self._alike(output, call.output, call.added, share))
             return call.output
 
         with self._after_each_layer(compare):
             last = run()
-        return len(results) == len(calls) and all(results) and last.shape == logits.shape and self._alike(last, logits, logits)
+        return len(results) == len(calls) and all(results) and last.shape == logits.shape and self._alike(last, logits, logits, share)
 
-    def _alike(self, output: torch.Tensor, expected: torch.Tensor, added: torch.Tensor) -> bool:
+    def _alike(self, output: torch.Tensor, expected: torch.Tensor, added: torch.Tensor, share: float) -> bool:
         apart, added, whole = (value.float().norm(dim=-1) for value in (output.float() - expected.float(), added, expected))
-        return bool((apart <= _TOLERANCE[self._dtype] * added + torch.finfo(self._dtype).eps * whole).all())
+        return bool((apart <= share * added + torch.finfo(self._dtype).eps * whole).all())
 
     @contextmanager
     def _after_each_layer(self, function: AfterLayer) -> Iterator[None]:

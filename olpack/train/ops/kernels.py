@@ -7,7 +7,7 @@ specialized, so that a kernel is compiled once, and not once for those that 16 d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
@@ -408,6 +408,160 @@ def dequantize_4bit(weight: torch.Tensor, state) -> torch.Tensor:
 def _dequantizing(blocksize: int) -> dict[str, int]:
     """Sizes of a program. Sums are rounded like bitsandbytes', after each product."""
     return {"SIZE": blocksize, "BLOCKS": max(1, _NUMBERS // blocksize), "num_warps": 4, "enable_fp_fusion": False}
+
+
+@triton.jit
+def _to_fp8(numbers):
+    return tl.minimum(tl.maximum(numbers, -448.0), 448.0).to(tl.float8e4nv)
+
+
+@triton.jit
+def _four_bits(
+    codes, levels, absmax, outer_levels, outer, offset, row, block, rows, columns, NESTED: tl.constexpr, OUTER: tl.constexpr, SIZE: tl.constexpr
+):
+    """These rows and blocks of columns of a weight in 4 bits, float32 [rows, blocks · SIZE]."""
+    known = (row < rows)[:, None] & (block * SIZE < columns)[None, :]
+    place = row.to(tl.int64)[:, None] * (columns // SIZE) + block[None, :]
+    pair = place[:, :, None] * (SIZE // 2) + tl.arange(0, SIZE // 2)[None, None, :]
+    packed = tl.load(codes + pair, mask=known[:, :, None], other=0).to(tl.int32)
+    largest = tl.load(absmax + place, mask=known, other=0)
+    if NESTED:
+        largest = tl.load(outer_levels + largest.to(tl.int32)) * tl.load(outer + place // OUTER, mask=known, other=0.0) + tl.load(offset)
+    high, low = tl.load(levels + (packed >> 4)) * largest[:, :, None], tl.load(levels + (packed & 15)) * largest[:, :, None]
+    return tl.reshape(tl.join(high, low), (row.shape[0], block.shape[0] * SIZE))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _fp8_weight_kernel(
+    codes,
+    levels,
+    absmax,
+    outer_levels,
+    outer,
+    offset,
+    scale,
+    out,
+    rows,
+    columns,
+    step,
+    NESTED: tl.constexpr,
+    OUTER: tl.constexpr,
+    SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    numbers = _four_bits(codes, levels, absmax, outer_levels, outer, offset, row, block, rows, columns, NESTED, OUTER, SIZE)
+    column = tl.program_id(1) * (BLOCKS * SIZE) + tl.arange(0, BLOCKS * SIZE)
+    numbers = _to_fp8(numbers / tl.load(scale + row, mask=row < rows, other=1.0)[:, None])
+    tl.store(out + row.to(tl.int64)[:, None] * step + column[None, :], numbers, mask=(row < rows)[:, None] & (column < columns)[None, :])
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _turned_fp8_weight_kernel(
+    codes,
+    levels,
+    absmax,
+    outer_levels,
+    outer,
+    offset,
+    scale,
+    out,
+    rows,
+    columns,
+    step,
+    NESTED: tl.constexpr,
+    OUTER: tl.constexpr,
+    SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    # Four rows are one word, because single bytes are turned at a third of the pace.
+    word = tl.program_id(0) * (ROWS // 4) + tl.arange(0, ROWS // 4)
+    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    column = tl.program_id(1) * (BLOCKS * SIZE) + tl.arange(0, BLOCKS * SIZE)
+    inverse = 1 / tl.load(scale + column, mask=column < columns, other=1.0)[None, :]
+    words = tl.zeros([ROWS // 4, BLOCKS * SIZE], tl.int32)
+    for byte in tl.static_range(4):
+        numbers = _four_bits(codes, levels, absmax, outer_levels, outer, offset, 4 * word + byte, block, rows, columns, NESTED, OUTER, SIZE)
+        words |= _to_fp8(numbers * inverse).to(tl.uint8, bitcast=True).to(tl.int32) << (8 * byte)
+    place = column.to(tl.int64)[:, None] * step + word[None, :]
+    tl.store(out + place, tl.trans(words), mask=(column < columns)[:, None] & (4 * word < rows)[None, :])
+
+
+def _fp8_weight_form(size: int, turned: bool) -> dict[str, int]:
+    """Sizes of a program for a weight with blocks of so many numbers."""
+    return {"SIZE": size, "ROWS": 128, "BLOCKS": max(1, (64 if turned else 128) // size), "num_warps": 4}
+
+
+def dequantize_4bit_to_fp8(weight: torch.Tensor, state, scale: torch.Tensor, out: torch.Tensor, turned: bool) -> None:
+    """Write a weight in 4 bits as fp8 codes.
+
+    Args:
+        weight, state: as `dequantize_4bit` takes them; the weight is [rows, columns], both divisible by 16.
+        scale: float32, of each row, or of each column if turned.
+        out: float8_e4m3fn [rows, columns], or [columns, rows] if turned; numbers of a row stand side by side.
+    """
+    rows, columns = state.shape
+    nested, size = state.nested, state.blocksize
+    outer = (state.state2.code, state.state2.absmax, state.offset) if nested else (None, None, None)
+    form = {**_fp8_weight_form(size, turned), "NESTED": nested, "OUTER": state.state2.blocksize if nested else 0}
+    grid = (triton.cdiv(rows, form["ROWS"]), triton.cdiv(columns, form["BLOCKS"] * size))
+    kernel, out = (_turned_fp8_weight_kernel, out.view(torch.int32)) if turned else (_fp8_weight_kernel, out)
+    kernel[grid](weight.view(torch.uint8), state.code, state.absmax, *outer, scale, out, rows, columns, out.stride(0), **form)
+
+
+@triton.jit
+def _highest(numbers, row, columns, step, SIZE: tl.constexpr):
+    """The largest absolute number of a row."""
+    most = tl.zeros([SIZE], tl.float32)
+    for start in range(0, columns, SIZE):
+        column = start + tl.arange(0, SIZE)
+        most = tl.maximum(most, tl.abs(tl.load(numbers + row * step + column, mask=column < columns, other=0.0).to(tl.float32)))
+    return tl.max(most, 0)
+
+
+@triton.jit
+def _write_row(numbers, out, row, columns, step, inverse, SIZE: tl.constexpr):
+    for start in range(0, columns, SIZE):
+        column = start + tl.arange(0, SIZE)
+        wide = tl.load(numbers + row * step + column, mask=column < columns, other=0.0).to(tl.float32)
+        tl.store(out + column, _to_fp8(wide * inverse), mask=column < columns)
+
+
+@triton.jit
+def _quantize_rows_kernel(
+    first, second, third, codes, scale, columns, second_columns, third_columns, step, second_step, third_step, PARTS: tl.constexpr, SIZE: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    most = _highest(first, row, columns, step, SIZE)
+    if PARTS > 1:
+        most = tl.maximum(most, _highest(second, row, second_columns, second_step, SIZE))
+    if PARTS > 2:
+        most = tl.maximum(most, _highest(third, row, third_columns, third_step, SIZE))
+    factor = tl.where(most > 0, most / 448.0, 1.0)
+    tl.store(scale + row, factor)
+    here = codes + row * (columns + second_columns + third_columns)
+    _write_row(first, here, row, columns, step, 1 / factor, SIZE)
+    if PARTS > 1:
+        _write_row(second, here + columns, row, second_columns, second_step, 1 / factor, SIZE)
+    if PARTS > 2:
+        _write_row(third, here + columns + second_columns, row, third_columns, third_step, 1 / factor, SIZE)
+
+
+def quantize_rows(parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`olpack.train.ops.fp8.quantize_rows` of up to three matrices."""
+    parts = [part if part.stride(1) == 1 else part.contiguous() for part in parts]
+    rows, columns = parts[0].shape[0], [part.shape[1] for part in parts]
+    codes = parts[0].new_empty(rows, sum(columns), dtype=torch.float8_e4m3fn)
+    scale = parts[0].new_empty(rows, 1, dtype=torch.float32)
+    none = 3 - len(parts)
+    steps = [part.stride(0) for part in parts] + [0] * none
+    size = min(8192, triton.next_power_of_2(max(columns)))
+    sizes = {"PARTS": len(parts), "SIZE": size, "num_warps": max(4, size // 512)}
+    _quantize_rows_kernel[(rows,)](*parts, *[None] * none, codes, scale, *columns, *[0] * none, *steps, **sizes)
+    return codes, scale
 
 
 def compile_for(dtype: torch.dtype, *, hidden: int, middle: int, head: int, vocabulary: int, rank: int) -> Iterator[None]:
