@@ -31,9 +31,9 @@ from olpack.stages.build import Build
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 QUANTS = ("Q4_0", "Q4_1", "Q5_0", "IQ4_NL", "Q2_K", "Q3_K_S", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
-NARROW = ("Q4_0", "Q5_0", "IQ4_NL", "Q4_K_M")  # for models whose rows are no multiples of 256, which K-quants need
+NARROW = ("Q4_0", "Q4_K_M")  # for models whose rows are no multiples of 256, which K-quants need
 ROUNDINGS: tuple[Rounding, ...] = ("ggml", "search")
-IMPORTANCE_TOKENS = 4_096
+IMPORTANCE_TOKENS = 2_048
 TARGET_TOKENS = {"held-out rows": 1_200, "other text": 600}
 
 OTHER = (

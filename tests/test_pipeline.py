@@ -314,6 +314,8 @@ def test_rounding_concerns_quantized_types_only(workspace):
     assert stale("export.rounding=search") == ["export-Q4_K_M", "export-Q8_0"]
     inputs = {step.unit: step.inputs for step in all_steps(build_of(workspace, "export.rounding=search", "quants=[Q4_K_M, F16]"))}
     assert inputs["export-Q4_K_M"]["export.rounding"] == "search" and "export.rounding" not in inputs["export-F16"]
+    keys = [calibration.SENSITIVITY.step(build_of(workspace, *more)).key for more in ([], ["export.rounding=ggml"], ["export.rounding=search"])]
+    assert keys[0] == keys[1] != keys[2]
     code, printed, _ = olpack(workspace, "plan", "oracle", "--set", "export.rounding=search")
     assert code == 0 and "search: scales of blocks" in printed
 
