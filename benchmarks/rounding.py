@@ -30,7 +30,7 @@ from olpack.quants import Rounding
 from olpack.stages.build import Build
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-QUANTS = ("Q4_0", "Q4_1", "Q5_0", "IQ4_NL", "Q2_K", "Q3_K_S", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
+QUANTS = ("Q4_0", "Q4_1", "Q5_0", "IQ4_NL", "Q4_K_M", "Q2_K", "Q3_K_S", "Q6_K")
 NARROW = ("Q4_0", "Q4_K_M")  # for models whose rows are no multiples of 256, which K-quants need
 ROUNDINGS: tuple[Rounding, ...] = ("ggml", "search")
 IMPORTANCE_TOKENS = 2_048
