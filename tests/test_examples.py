@@ -116,7 +116,7 @@ def test_the_fine_tune_passes_tasks_that_its_base_fails(tmp_path, name):
     if name == "arabic":
         short += ("modelfile.parameters.num_ctx=128", "compare.answer_tokens=32", *(f"train.{key}={value}" for key, value in ARABIC.items()))
     if name == "tools":  # tiny-coder has to see the few rows more often
-        short += ("train.epochs=8",)
+        short += ("train.epochs=4",)
     settings = [word for setting in short for word in ("--set", setting)]
     code, _, said = olpack(tmp_path, "build", name, "--no-deploy", "--quant", "Q8_0", *settings)
     assert code == 0, said
