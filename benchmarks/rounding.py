@@ -95,7 +95,7 @@ def page_of(base: str, work: Path) -> list[str]:
         counts = [sum(mask) for _, mask in rows]
         value, _ = perplexity([row["loss"] for row in unquantized[name]], counts)
         text.append(f"{name.capitalize()}: {sum(counts):,} tokens of {len(rows)} rows, perplexity {value:.3f} unquantized.")
-    text += ["", "| quant | size | rounding | KL, held-out rows | 99 % | perplexity | same top | KL, other text | perplexity | same top | encoding |"]
+    text += ["", "| quant | size | rounding | KL, held-out rows | 99 % | perplexity | same top | KL, other text | perplexity | same top | CPU time |"]
     text += ["| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
     divergences: dict[str, list[float]] = {}
     for quant in NARROW if build.base.config["hidden_size"] % 256 else QUANTS:
@@ -114,12 +114,10 @@ def page_of(base: str, work: Path) -> list[str]:
                 row = [quant, f"{figures['size'] / 1e6:.1f} MB", label, *inside, outside[0], *outside[2:], f"{figures['seconds']:.2f} s"]
                 text.append(f"| {' | '.join(row)} |")
                 divergences.setdefault(label, []).extend(sum(sum(one["divergences"]) for one in figures[name]) for name in texts)
-    text.append("\nKL divergence with the search over that without, geometric mean over all quants and both texts: ")
-    for kind in ("", ", with importance"):
+    text.append("\nKL divergence with the search over that with ggml's scales, geometric mean over these quants and both texts:")
+    for label, kind in (("without importance", ""), ("with", ", with importance")):
         ratios = np.array(divergences[f"search{kind}"]) / np.array(divergences[f"ggml{kind}"])
-        text[-1] += f"{np.exp(np.log(ratios).mean()):.3f}{kind or ' without importance'} (in {(ratios < 1).sum()} of {len(ratios)} lower)" + (
-            "." if kind else ", "
-        )
+        text.append(f"- {label}: {np.exp(np.log(ratios).mean()):.3f}, lower in {(ratios < 1).sum()} of {len(ratios)}")
     return text
 
 
