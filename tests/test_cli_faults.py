@@ -93,7 +93,7 @@ def test_no_temporary_folder_is_one_sentence(body):
 import os, sys, tempfile
 from olpack import cli
 tempfile._candidate_tempdir_list = lambda: ["/proc/nowhere"]
-cli.app = lambda **_: exec({body!r})
+cli.app = lambda *_, **__: exec({body!r})
 cli.main()
 """
     text = "olpack: No temporary folder can be written to. Set TMPDIR to a folder that can, and that has some free space.\n"
@@ -104,7 +104,7 @@ def test_a_read_only_folder_is_one_sentence():
     code = """
 from pathlib import Path
 from olpack import cli
-cli.app = lambda **_: (_ for _ in ()).throw(OSError(30, "Read-only file system", "/cache/file"))
+cli.app = lambda *_, **__: (_ for _ in ()).throw(OSError(30, "Read-only file system", "/cache/file"))
 cli.main()
 """
     sentence = "olpack: /cache/file: Read-only file system. Give this user access to it, or name another folder"

@@ -18,7 +18,7 @@ from ollama_double import OllamaDouble
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from olpack.compare import ComparedFile, MeasureSettings, Results, measure
-from olpack.compare.job import Job, events
+from olpack.compare.job import Asked, Job, events
 from olpack.compare.speed import repeats_of, visits
 from olpack.data.rows import TokenRow
 from olpack.deploy.client import OllamaClient, blob_digest
@@ -116,7 +116,7 @@ def test_what_was_measured_survives_a_later_crash(folder, rows):
         threads=1,
         untimed_threads=1,
         answer_tokens=50_000,
-        answers=[PROMPTS[0]],
+        answers=[Asked(messages=PROMPTS[0])],
         perplexity=True,
         rows=[{"ids": one.ids, "loss_mask": one.loss_mask, "text": one.text} for one in rows],
     )

@@ -162,7 +162,7 @@ def test_an_adapter_is_refused_before_training_where_it_cannot_be_registered(wor
         code, _, said = olpack(workspace, words[0], "prophet", *words[1:], server=ollama_double.url)
         said = " ".join(said.split())
         assert code == 1 and f"Ollama {version} creates no models with adapters" in said, said
-        assert "`package: merged`" in said and "--store DIR" in said and "training" not in said
+        assert "`package: merged`" in said and "--store DIR" in said and "training: " not in said
     assert olpack(workspace, "plan", "oracle", server=ollama_double.url)[0] == 0
     ollama_double.faults.version = "0.34.0"
     assert olpack(workspace, "plan", "prophet", server=ollama_double.url)[0] == 0

@@ -477,10 +477,10 @@ def test_a_context_without_room_is_refused_before_any_work(workspace):
 
 def test_what_needs_no_weights_fetches_none(workspace, monkeypatch):
     from olpack.commands.recommend import advise
-    from olpack.model import base
+    from olpack.deploy import bases
 
-    asked = []
-    monkeypatch.setattr("olpack.stages.build.resolve", lambda label, **said: asked.append(said["weights"]) or base.resolve(label, **said))
+    asked, resolve = [], bases.resolve_base
+    monkeypatch.setattr(bases, "resolve_base", lambda label, **options: asked.append(options["weights"]) or resolve(label, **options))
     monkeypatch.chdir(workspace)
     advise(["oracle"], None, 8.0, 16.0, None, "f16", None, None, None)
     assert asked == [False]

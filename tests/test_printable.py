@@ -86,7 +86,18 @@ def test_tables(capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "300")
     print_findings([Finding(ATTACK, "broken", ATTACK, ATTACK)])
     show.print_packages(
-        [{"name": ATTACK, "recipe": "r", "shipped": False, "trained": True, "quants": {}, "recommended": None, "registered": [ATTACK]}]
+        [
+            {
+                "name": ATTACK,
+                "recipe": "r",
+                "shipped": False,
+                "trained": True,
+                "quants": {},
+                "base": ATTACK,
+                "recommended": None,
+                "registered": [ATTACK],
+            }
+        ]
     )
     quant = QuantResult(quant=ATTACK, tag=ATTACK, file="", sha256="", size_bytes=1, flags=[Flag(code="failed", text=ATTACK, serious=True)])
     machine = MachineInfo(cpu=ATTACK, cores=1, memory_bytes=1, system=ATTACK, busy=0, versions={})

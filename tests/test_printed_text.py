@@ -17,7 +17,9 @@ def wide(monkeypatch):
 
 
 def test_a_list_of_packages(capsys):
-    show.print_packages([{"name": ODD, "recipe": ODD, "shipped": False, "trained": True, "quants": {}, "recommended": None, "registered": [ODD]}])
+    show.print_packages(
+        [{"name": ODD, "recipe": ODD, "shipped": False, "trained": True, "quants": {}, "base": None, "recommended": None, "registered": [ODD]}]
+    )
     assert capsys.readouterr().out.count(ODD) == 3
 
 

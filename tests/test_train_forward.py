@@ -192,7 +192,8 @@ def test_a_layer_is_computed_again_without_its_last_product_where_gradients_stay
     model = with_adapter(Base("tiny", write_model(tmp_path / "model", kind, **settings)), Train(rank=4))
     forward = Forward(model, CPU, checkpointing=True)
     products = []
-    monkeypatch.setattr(lora, "_up", lambda x, h, layer, up=lora._up: products.append(layer) or up(x, h, layer))
+    up = lora._Products.up
+    monkeypatch.setattr(lora._Products, "up", lambda self, x, h, index: products.append(index) or up(self, x, h, index))
     loss = forward.loss(pack(ROWS, CPU))
     made = len(products)
     loss.backward()
@@ -204,7 +205,7 @@ def test_a_backward_pass_that_fails_leaves_nothing_skipped(tmp_path, monkeypatch
     forward = Forward(model, CPU, checkpointing=True)
     wanted, loss = forward.loss(pack(ROWS, CPU)).item(), forward.loss(pack(ROWS, CPU))
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
-        patch.setattr(lora, "_up", raising(torch.OutOfMemoryError))
+        patch.setattr(lora._Products, "up", raising(torch.OutOfMemoryError))
         loss.backward()
     forward.forget()
     assert forward.loss(pack(ROWS, CPU)).item() == wanted

@@ -222,7 +222,9 @@ def multiplies_fp8(device: torch.device) -> bool:
 
     from olpack.train.ops.fp8 import CAPABILITY
 
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= CAPABILITY
+    return (
+        device.type == "cuda" and torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability(device) >= CAPABILITY
+    )
 
 
 def _worth_fp8(model: MetaModel, settings: Train, stored: int | None, tokens: int) -> bool:
