@@ -71,6 +71,9 @@ def test_overrides_win_and_say_so(tmp_path):
         (GOOD + "quants: [{bits: 4}]\n", "a quant is a name such as Q4_K_M, {budget: 4.6 bpw} or {size: 5 GB}"),
         (GOOD + "quants: [{budget: 4.6 bpw}, 4.6BPW]\n", "4.6BPW is listed twice"),
         (GOOD + "quants: [{size: 5 GB}]\npackage: adapter\n", "5GB goes with package: merged"),
+        (GOOD + "train:\n  lora_r: 8\n", "line 4: unknown key 'train.lora_r'. Did you mean 'rank'?"),
+        (GOOD + "train:\n  lr: 1e-4\n", "line 4: unknown key 'train.lr'. Did you mean 'learning_rate'?"),
+        (GOOD + "train:\n  gradient_accumulation_steps: 4\n", "unknown key 'train.gradient_accumulation_steps'. Did you mean 'batch_size'?"),
         (GOOD + "export:\n  tensor_types: {attn_v: q6k}\n", "line 4: 'export.tensor_types': There is no tensor type 'q6k'. Did you mean q6_K?"),
         (GOOD + "export: {importance: train}\npackage: adapter\n", "export goes with package: merged"),
         (GOOD + "modelfile:\n  parameters: {temprature: 1}\n", "temperature"),
@@ -114,3 +117,10 @@ def test_not_utf8(tmp_path):
     path.write_bytes(b"base: \xff\xfe\n")
     with pytest.raises(OlpackError, match="UTF-8"):
         load(path)
+
+
+def test_names_of_other_tools_lead_to_keys_that_exist():
+    from olpack.recipe import reader
+
+    keys = {*reader._keys_of([]), *reader._keys_of(["train"]), *reader._keys_of(["data"])}
+    assert set(reader._OF_OTHER_TOOLS.values()) <= keys and not keys.intersection(reader._OF_OTHER_TOOLS)

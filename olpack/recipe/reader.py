@@ -104,6 +104,34 @@ def _apply_override(document: dict[str, Any], override: str) -> str:
     return key
 
 
+# Names that Axolotl, LLaMA-Factory, Unsloth and peft have for keys of a recipe, and that resemble another key or none.
+_OF_OTHER_TOOLS = {
+    "lora_r": "rank",
+    "lora_rank": "rank",
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "lora_target": "target_modules",
+    "lora_target_modules": "target_modules",
+    "lr": "learning_rate",
+    "lr_scheduler": "schedule",
+    "lr_scheduler_type": "schedule",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "warmup_ratio": "warmup",
+    "gradient_accumulation_steps": "batch_size",
+    "per_device_train_batch_size": "batch_size",
+    "micro_batch_size": "micro_batch_tokens",
+    "random_state": "seed",
+    "base_model": "base",
+    "model_name_or_path": "base",
+    "sequence_len": "max_length",
+    "cutoff_len": "max_length",
+    "max_seq_length": "max_length",
+    "val_set_size": "eval_share",
+}
+
+
 def _shortened(text: str) -> str:
     return text if len(text) <= 200 else f"{text[:200]}…"
 
@@ -120,8 +148,9 @@ def _sentence(item: ErrorDetails, path: Path, lines: dict[str, int], origins: di
     else:
         place = f"{path}, line {lines[known]}" if known in lines else str(path)
     if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(fields[-1], _keys_of(fields[:-1]), n=1, cutoff=0.5)
-        hint = f"Did you mean '{near[0]}'?" if near else f"Known here: {', '.join(_keys_of(fields[:-1]))}."
+        keys = _keys_of(fields[:-1])
+        near = [key for key in (_OF_OTHER_TOOLS.get(fields[-1]),) if key in keys] or difflib.get_close_matches(fields[-1], keys, n=1, cutoff=0.5)
+        hint = f"Did you mean '{near[0]}'?" if near else f"Known here: {', '.join(keys)}."
         return f"{place}: unknown key '{key}'. {hint}"
     if item["type"] == "missing":
         return f"{place}: '{key}' is missing: {_section(fields[:-1]).model_fields[fields[-1]].description}"
