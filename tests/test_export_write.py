@@ -21,9 +21,9 @@ from olpack.llamacpp.source import converter_source
 use_converter(converter_source())
 from olpack.export import run
 counted, quantize_rows = collections.Counter(), library.quantize_rows
-def count(type_, rows, *rest):
+def count(type_, rows, *rest, **options):
     counted[type_] += rows.size
-    return quantize_rows(type_, rows, *rest)
+    return quantize_rows(type_, rows, *rest, **options)
 library.quantize_rows = count
 source, out, *quants = sys.argv[1:]
 targets = [(quant, str(Path(out, quant))) for quant in quants]
