@@ -83,6 +83,12 @@ def test_an_installed_olpack_finds_what_ships_with_it(unpacked, tmp_path):
     assert Path(recipe).is_relative_to(unpacked) and Path(base).is_relative_to(unpacked) and int(length) > 0
 
 
+def test_the_shipped_package_is_planned_without_the_packages_of_extras(tmp_path):
+    code = "import sys; sys.modules |= dict.fromkeys(['lm_eval', 'datasets', 'pyarrow', 'triton']); from olpack import cli; cli.main()"
+    done = subprocess.run([sys.executable, "-c", code, "plan", "coding-assistant"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_version_of_llama_cpp_is_the_same_everywhere():
     from olpack.llamacpp.library import INSTALL
     from olpack.llamacpp.source import VERSION

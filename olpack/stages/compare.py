@@ -60,7 +60,6 @@ def check_answers_may_run(build: Build) -> None:
 
 def check(build: Build, checks: Checks) -> None:
     """Refuse prompts, settings, tasks, suites and a report's template with which a measurement would fail."""
-    from olpack.compare.harness import check_suites
     from olpack.compare.report import check_template
     from olpack.compare.scores import load_function
 
@@ -70,6 +69,8 @@ def check(build: Build, checks: Checks) -> None:
     for task in {task.expected: task for task in build.tasks if task.check == "function"}.values():
         load_function(task)
     if build.recipe.compare.suites:
+        from olpack.compare.harness import check_suites  # which not every installation has
+
         check_suites(build.recipe.compare.suites, build.suite_folder)
 
 
