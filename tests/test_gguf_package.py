@@ -177,3 +177,17 @@ def test_a_file_of_ones_own_goes_into_the_store_as_it_is(workspace, monkeypatch,
     monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "elsewhere"))
     found = said(olpack(root, "plan", "oracle", *settings, server=double.url), 1)
     assert "is written into the server's model store" in found and "Register the file once with `ollama create`" in found
+
+
+def test_an_adapter_that_is_trained_already_goes_onto_the_file(workspace):
+    root, double, *_ = workspace
+    folder = root / "modelfiles/taken"
+    folder.mkdir()
+    for path in (root / "modelfiles/oracle").iterdir():
+        (folder / path.name).write_text(path.read_text())
+    recipe = re.sub(r"train: \{.*\}\n", "train: {adapter: ../../build/oracle/adapter}\n", (folder / "recipe.yaml").read_text())
+    (folder / "recipe.yaml").write_text(recipe)
+    assert "train.adapter" in said(olpack(root, "plan", "taken", server=double.url))
+    said(olpack(root, "build", "taken", "--no-deploy", server=double.url))
+    taken, trained = (root / f"build/{name}/gguf/{name}-adapter.gguf" for name in ("taken", "oracle"))
+    assert taken.read_bytes() == trained.read_bytes()

@@ -102,10 +102,8 @@ def _check_finished(build: Build, folder: Path) -> None:
     from olpack.export.adapter import read_adapter
     from olpack.export.adapter_tokenizer import adapter_tokenizer
     from olpack.export.lora import export_adapter
-    from olpack.model.checkpoint import read_tensor_headers
-    from olpack.model.quantized import dequantized_headers
 
-    headers = dequantized_headers(build.base.path, build.base.config, read_tensor_headers(build.base.path))
+    headers = build.base.tensor_headers()
     dequantized = build.recipe.train.merge_base == "dequantized"
     change = read_adapter(folder, headers, dequantized=dequantized, tied=build.meta_model.shape.tied)
     tokenizer, warning = adapter_tokenizer(folder, build.base.path, change, headers)
@@ -121,7 +119,7 @@ def _check_finished(build: Build, folder: Path) -> None:
         progress.warn(warning)
     if build.paths.base:
         with scratch() as place:
-            export_adapter(build.base.path, folder, place / "adapter.gguf")
+            export_adapter(build.base.source, folder, place / "adapter.gguf")
     if differing := _differing_prompt(build, folder):
         progress.warn(
             f"The chat template beside the adapter '{folder}' writes {differing} otherwise than that of {build.base.label}, and olpack compares and "
