@@ -21,13 +21,14 @@ from olpack.export.gguf_source import open_source
 from olpack.export.importance import ColumnWeights, column_weights
 from olpack.export.job import LATER, ExportedFile, ExportedPart, ExportOptions, ExportPlan, TokenDifference, TokenText, partial_path
 from olpack.export.plan import FilePlan, header_only_gguf, plan_files
-from olpack.export.shards import part_names, split_plan
+from olpack.export.shards import split_plan
 from olpack.export.size_budget import read_sensitivity
 from olpack.export.verify import settle_pretokenizer, training_tokenizer, verify_file, verify_model
 from olpack.export.write import write_files
 from olpack.llamacpp import library
 from olpack.llamacpp.cores import usable_processors
 from olpack.model.checkpoint import check_tokenizer_files, read_config, read_tensor_headers
+from olpack.model.gguf_header import part_names
 from olpack.model.quantized import dequantized_headers
 from olpack.quants import quant_type
 from olpack.workspace import remove

@@ -49,12 +49,6 @@ def split_plan(plan: FilePlan, limit: int | None) -> list[FilePlan]:
     return [_part(plan, keys if number == 0 else b"", infos, group, number, len(groups)) for number, group in enumerate(groups)]
 
 
-def part_names(name: str, count: int) -> list[str]:
-    """The names of the parts of a file: "model.gguf" in two is "model-00001-of-00002.gguf", "model-00002-of-00002.gguf"."""
-    stem = name.removesuffix(".gguf")
-    return [f"{stem}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
-
-
 def _split_keys(number: int, count: int, tensors: int) -> bytes:
     def key(name: str, kind: int, value: bytes) -> bytes:
         return struct.pack("<Q", len(name)) + name.encode() + struct.pack("<I", kind) + value

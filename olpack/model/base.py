@@ -298,7 +298,7 @@ def _file_of_hub(repo: str, name: str, revision: str | None) -> Path:
 
     with _hub_failures(repo, revision):
         try:
-            paths = [Path(hf_hub_download(repo, part, revision=revision)) for part in gguf_files.part_names(name)]
+            paths = [Path(hf_hub_download(repo, part, revision=revision)) for part in gguf_files.all_parts(name)]
         except EntryNotFoundError as error:
             if isinstance(error, LocalEntryNotFoundError):
                 raise

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +19,10 @@ from typing import TYPE_CHECKING
 
 from olpack.errors import OlpackError
 from olpack.model.gguf_blocks import FLOATS, INTEGERS, TYPES, BlockType
-from olpack.model.gguf_header import Header, Scalar, read_header
+from olpack.model.gguf_header import PART, Header, Scalar, part_names, read_header
 
 if TYPE_CHECKING:
     import torch
-
-_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
 @dataclass(frozen=True)
@@ -152,14 +149,15 @@ def parts_of(path: Path) -> tuple[Path, ...]:
     count = header.integer("split.count") or 1
     if count == 1:
         return (path,)
-    match = _PART.fullmatch(path.name)
-    if match is None or int(match[3]) != count or header.integer("split.no") != int(match[2]) - 1:
+    match = PART.fullmatch(path.name)
+    if match is None or int(match["count"]) != count or header.integer("split.no") != int(match["number"]) - 1:
         raise OlpackError(
             f"'{path}' is one of {count} parts of a GGUF, and its name does not tell which.", "Give the parts the names they came with."
         )
-    if int(match[2]) != 1:
-        raise OlpackError(f"'{path}' is part {int(match[2])} of {count} of a GGUF.", f"Name its first part, {match[1]}-00001-of-{match[3]}.gguf.")
-    paths = tuple(path.with_name(f"{match[1]}-{number:05}-of-{match[3]}.gguf") for number in range(1, count + 1))
+    names = part_names(f"{match['stem']}.gguf", count)
+    if path.name != names[0]:
+        raise OlpackError(f"'{path}' is part {int(match['number'])} of {count} of a GGUF.", f"Name its first part, {names[0]}.")
+    paths = tuple(map(path.with_name, names))
     if missing := [part.name for part in paths if not part.is_file()]:
         raise OlpackError(f"'{path.parent}' lacks {missing[0]}, a part of this GGUF.", "Finish its download.")
     return paths

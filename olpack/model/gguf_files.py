@@ -9,7 +9,6 @@ Everything that is no language model is refused here, in one sentence and before
 from __future__ import annotations
 
 import json
-import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ from olpack.llamacpp.vocabulary import Vocabulary
 from olpack.model import gguf_tokenizer
 from olpack.model.gguf_architectures import config_of
 from olpack.model.gguf_base import GgufBase, open_gguf
-from olpack.model.gguf_header import read_header
+from olpack.model.gguf_header import PART, part_names, read_header
 from olpack.package_index import Distribution, download
 from olpack.workspace import (
     file_digest,
@@ -36,7 +35,6 @@ from olpack.workspace import (
     write_atomically,
 )
 
-_PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _KINDS = {  # of `general.type`, and of architectures that are no language models
     "adapter": ("an adapter", "Name the GGUF of the model that it belongs to."),
     "mmproj": ("the projector of a model that sees or hears", "Name the GGUF of its language model."),
@@ -54,12 +52,10 @@ def is_gguf(path: Path) -> bool:
         return file.read(4) == b"GGUF"
 
 
-def part_names(name: str) -> list[str]:
+def all_parts(name: str) -> list[str]:
     """Names of all parts of a GGUF, by that of any of them; the name itself where it is none of a part."""
-    match = _PART.fullmatch(name)
-    if match is None:
-        return [name]
-    return [f"{match['stem']}-{number:05}-of-{match['count']}.gguf" for number in range(1, int(match["count"]) + 1)]
+    match = PART.fullmatch(name)
+    return [name] if match is None else part_names(f"{match['stem']}.gguf", int(match["count"]))
 
 
 def open_model(path: Path) -> GgufBase:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import struct
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -38,8 +39,16 @@ _TYPED: dict[str, tuple[type, int, int]] = {  # key: its type, its least and its
 _AGAIN = "Make it again with 'olpack export', or download it again."
 _LENGTH = struct.Struct("<Q")
 
+PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+"""Name of a part of a split GGUF, as llama.cpp writes it."""
 
 Scalar = str | int | float  # and bool, which is an int
+
+
+def part_names(name: str, count: int) -> list[str]:
+    """The names of the parts of a file: "model.gguf" in two is "model-00001-of-00002.gguf", "model-00002-of-00002.gguf"."""
+    stem = name.removesuffix(".gguf")
+    return [f"{stem}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
 
 
 @dataclass(frozen=True)
