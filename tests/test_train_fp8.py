@@ -132,6 +132,17 @@ def test_layers_that_disagree_stay_in_16_bits(base, monkeypatch, capsys):
     assert loop.evaluate(forward, ROWS, 512, "test") == loop.evaluate(forward_of(base), ROWS, 512, "test")
 
 
+def test_a_gpu_without_them_trains_in_16_bits(base, monkeypatch, capsys):
+    def refused(*_):
+        raise RuntimeError("scaled products need another GPU\nat line 1")
+
+    monkeypatch.setattr(fp8, "multiply", refused)
+    forward = forward_of(base, in_fp8=True)
+    assert not forward.in_fp8
+    assert "stay in 16 bits: scaled products need another GPU\n" in capsys.readouterr().err
+    assert loop.evaluate(forward, ROWS, 512, "test") == loop.evaluate(forward_of(base), ROWS, 512, "test")
+
+
 @pytest.mark.parametrize(
     ("settings", "multiplies", "hidden", "tokens", "chosen"),
     [
