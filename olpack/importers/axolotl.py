@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from olpack.errors import OlpackError
-from olpack.importers.draft import Draft, Given, Rule, by, copied, lost, needless
+from olpack.importers.draft import Draft, Given, Rule, by, copied, lost, needless, switch
 from olpack.importers.trainer import (
+    NO_TOKENS,
+    OWN_KERNELS,
     TRAINER_RULES,
     batch,
     default_batch,
@@ -26,9 +28,7 @@ _OWN_TEMPLATE = (
     "olpack trains and serves the base's own chat template. The nearest way: copy the base into a folder, put the template there as "
     "chat_template.jinja, and name that folder as `base`."
 )
-_OWN_KERNELS = "olpack has its own kernels, and chooses them by itself."
 _SPECIAL = "olpack takes the special tokens of the base's tokenizer."
-_NO_TOKENS = "olpack adds no tokens: it takes the base's tokenizer as it is."
 _WANDB = "olpack sends nothing unless it is asked to. The nearest setting is train.trackers: [wandb]."
 _MULTI = "The nearest settings are train.gpus and train.sharding."
 _PREPARED = "olpack reads the rows at each build, and keeps no prepared copy."
@@ -209,26 +209,6 @@ def _adapter(draft: Draft, given: Given) -> None:
         draft.lose(given, "olpack trains LoRA, rsLoRA, DoRA and VeRA (train.method).")
 
 
-def _bits(quantization: str):
-    def read(draft: Draft, given: Given) -> None:
-        if given.value is True:
-            draft.carry(given, {"train.quantization": quantization})
-        else:
-            draft.need_not(given, "It is off.")
-
-    return read
-
-
-def _method(name: str):
-    def read(draft: Draft, given: Given) -> None:
-        if given.value is True:
-            draft.carry(given, {"train.method": name})
-        else:
-            draft.need_not(given, "It is off.")
-
-    return read
-
-
 def _initial(draft: Draft, given: Given) -> None:
     value = given.value
     if value is True:
@@ -239,13 +219,6 @@ def _initial(draft: Draft, given: Given) -> None:
         draft.carry(given, {"train.initialization": "loftq"})
     else:
         draft.lose(given, "olpack begins with no change, pissa or loftq (train.initialization).")
-
-
-def _all_linear(draft: Draft, given: Given) -> None:
-    if given.value is True:
-        draft.carry(given, {"train.target_modules": "all-linear"})
-    else:
-        draft.need_not(given, "It is off.")
 
 
 def _modules(draft: Draft, given: Given) -> None:
@@ -290,16 +263,16 @@ RULES: dict[str, Rule] = {
     "sequence_len": by(_length, "data.max_length", "A longer row is an error with its line; Axolotl drops or cuts it."),
     "excess_length_strategy": needless("A longer row is an error with its line."),
     "adapter": by(_adapter, "train.quantization", "`lora` without load_in_8bit: none."),
-    "load_in_4bit": by(_bits("nf4"), "train.quantization"),
-    "load_in_8bit": by(_bits("int8"), "train.quantization"),
+    "load_in_4bit": switch("train.quantization", "nf4"),
+    "load_in_8bit": switch("train.quantization", "int8"),
     "lora_r": copied("train.rank"),
     "lora_alpha": copied("train.alpha"),
     "lora_dropout": copied("train.dropout"),
-    "lora_target_linear": by(_all_linear, "train.target_modules"),
+    "lora_target_linear": switch("train.target_modules", "all-linear"),
     "lora_target_modules": by(_modules, "train.target_modules"),
     "lora_modules_to_save": copied("train.modules_to_save"),
-    "peft_use_dora": by(_method("dora"), "train.method"),
-    "peft_use_rslora": by(_method("rslora"), "train.method"),
+    "peft_use_dora": switch("train.method", "dora"),
+    "peft_use_rslora": switch("train.method", "rslora"),
     "peft_init_lora_weights": by(_initial, "train.initialization"),
     "lora_model_dir": lost("A build begins with a new adapter. A finished one is named as train.adapter: import its folder."),
     "lora_target_parameters": lost("olpack trains linear layers, and no stacks of experts."),
@@ -320,7 +293,7 @@ RULES: dict[str, Rule] = {
     "chat_template_jinja": lost(_OWN_TEMPLATE),
     "default_system_message": lost("The nearest setting is modelfile.system, with which the server answers; rows have their own system turns."),
     "special_tokens": lost(_SPECIAL),
-    "tokens": lost(_NO_TOKENS),
+    "tokens": lost(NO_TOKENS),
     "sample_packing": needless("Rows are packed without padding, and attention does not cross rows."),
     "eval_sample_packing": needless("Rows are packed without padding, and attention does not cross rows."),
     "pad_to_sequence_len": needless("Rows are packed without padding, and attention does not cross rows."),
@@ -347,7 +320,7 @@ RULES: dict[str, Rule] = {
             "liger_layer_norm",
             "chunked_cross_entropy",
         ),
-        needless(_OWN_KERNELS),
+        needless(OWN_KERNELS),
     ),
     **dict.fromkeys(
         ("wandb_project", "wandb_entity", "wandb_watch", "wandb_name", "wandb_log_model", "use_wandb", "mlflow_experiment_name"), lost(_WANDB)

@@ -120,6 +120,23 @@ def lost(note: str) -> Rule:
     return Rule("", note, read)
 
 
+def switch(to: str, value: str, note: str = "", off: str = "It is off.") -> Rule:
+    """Where it is on, a recipe key has this value.
+
+    Args:
+        note: for the documentation.
+        off: the note where it is off.
+    """
+
+    def read(draft: Draft, given: Given, rule: Rule) -> None:
+        if given.value is True:
+            draft.carry(given, {to: value})
+        else:
+            draft.need_not(given, off)
+
+    return Rule(to, note, read)
+
+
 def by(read: Callable[[Draft, Given], None], to: str, note: str = "") -> Rule:
     """A function reads it."""
     return Rule(to, note, lambda draft, given, rule: read(draft, given))

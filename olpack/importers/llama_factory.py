@@ -9,8 +9,20 @@ from typing import Any
 from olpack import bounded_json
 from olpack.errors import OlpackError
 from olpack.export.adapter import adapter_files
-from olpack.importers.draft import Draft, Given, Rule, by, copied, lost, needless
-from olpack.importers.trainer import ACCUMULATION, EPOCHS, MICRO_BATCH, SCHEDULE, TRAINER_RULES, batch, default_batch, default_epochs, share
+from olpack.importers.draft import Draft, Given, Rule, by, copied, lost, needless, switch
+from olpack.importers.trainer import (
+    ACCUMULATION,
+    EPOCHS,
+    MICRO_BATCH,
+    NO_TOKENS,
+    OWN_KERNELS,
+    SCHEDULE,
+    TRAINER_RULES,
+    batch,
+    default_batch,
+    default_epochs,
+    share,
+)
 from olpack.workspace import named_from
 
 _BATCH = (MICRO_BATCH, ACCUMULATION), (8, 1)
@@ -28,8 +40,6 @@ _SHAREGPT_TAGS = {
 }
 _CHAT_TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant", "system_tag": "system"}
 _TEMPLATE = "olpack trains and serves the base's own chat template; `olpack data show NAME 1` prints a row as the model reads it."
-_NO_TOKENS = "olpack adds no tokens: it takes the base's tokenizer as it is."
-_OWN_KERNELS = "olpack has its own kernels, and chooses them by itself."
 _OTHER_TRAINING = "olpack trains adapters: LoRA, rsLoRA, DoRA and VeRA (train.method)."
 
 
@@ -92,16 +102,6 @@ def _method(draft: Draft, given: Given) -> None:
         draft.need_not(given, "olpack trains LoRA by default.")
     else:
         draft.lose(given, _OTHER_TRAINING)
-
-
-def _switch(key: str, value: str, instead: str = ""):
-    def read(draft: Draft, given: Given) -> None:
-        if given.value is True:
-            draft.carry(given, {key: value})
-        else:
-            draft.need_not(given, instead or "It is off.")
-
-    return read
 
 
 def _modules(key: str):
@@ -212,13 +212,6 @@ def _max_samples(draft: Draft, given: Given) -> None:
     draft.lose(given, f"A file is read as a whole; of a data set on the Hub `split` can be a part: train[:{given.value}].")
 
 
-def _history(draft: Draft, given: Given) -> None:
-    if given.value is True:
-        draft.carry(given, {"data.learn": "last"})
-    else:
-        draft.need_not(given, "Target tokens are all turns of the assistant.")
-
-
 def _on_prompt(draft: Draft, given: Given) -> None:
     if given.value is False:
         draft.need_not(given, "Target tokens are the assistant's turns.")
@@ -278,7 +271,7 @@ RULES: dict[str, Rule] = {
     "cutoff_len": copied("data.max_length", "A longer row is an error with its line; LLaMA-Factory cuts it."),
     "max_samples": by(_max_samples, "", "A file is read as a whole; of a data set on the Hub `split` can be a part."),
     "val_size": by(share, "data.eval_share"),
-    "mask_history": by(_history, "data.learn"),
+    "mask_history": switch("data.learn", "last", off="Target tokens are all turns of the assistant."),
     "train_on_prompt": by(_on_prompt, "", "Target tokens are the assistant's turns alone."),
     "packing": by(_packing, "", "Rows are packed without padding, and attention does not cross rows."),
     "neat_packing": by(_packing, "", "Rows are packed without padding, and attention does not cross rows."),
@@ -296,9 +289,9 @@ RULES: dict[str, Rule] = {
     "lora_dropout": copied("train.dropout"),
     "lora_target": by(_modules("train.target_modules"), "train.target_modules", "`all` is all-linear."),
     "additional_target": by(_modules("train.modules_to_save"), "train.modules_to_save"),
-    "use_rslora": by(_switch("train.method", "rslora"), "train.method"),
-    "use_dora": by(_switch("train.method", "dora"), "train.method"),
-    "pissa_init": by(_switch("train.initialization", "pissa"), "train.initialization"),
+    "use_rslora": switch("train.method", "rslora"),
+    "use_dora": switch("train.method", "dora"),
+    "pissa_init": switch("train.initialization", "pissa"),
     "pissa_iter": by(_pissa_iterations, "", "olpack's decomposition makes four passes."),
     "pissa_convert": needless("olpack writes an adapter that fits the original base."),
     "create_new_adapter": needless("A build begins with a new adapter."),
@@ -307,10 +300,10 @@ RULES: dict[str, Rule] = {
     ACCUMULATION: by(batch(*_BATCH), "train.batch_size", f"{MICRO_BATCH} × {ACCUMULATION}."),
     "disable_gradient_checkpointing": by(_checkpointing_off, "train.gradient_checkpointing"),
     "early_stopping_steps": by(_early, "train.patience"),
-    "resize_vocab": lost(_NO_TOKENS),
-    "add_tokens": lost(_NO_TOKENS),
-    "add_special_tokens": lost(_NO_TOKENS),
-    "new_special_tokens_config": lost(_NO_TOKENS),
+    "resize_vocab": lost(NO_TOKENS),
+    "add_tokens": lost(NO_TOKENS),
+    "add_special_tokens": lost(NO_TOKENS),
+    "new_special_tokens_config": lost(NO_TOKENS),
     "rope_scaling": lost("olpack leaves the base's positions as they are."),
     "shift_attn": lost("olpack computes full attention."),
     "use_galore": lost("olpack trains with AdamW."),
@@ -321,7 +314,7 @@ RULES: dict[str, Rule] = {
     "trust_remote_code": lost("olpack runs no code that a model contains."),
     **dict.fromkeys(("hf_hub_token", "ms_hub_token", "om_hub_token"), needless("huggingface_hub's own login, or HF_TOKEN, is used.")),
     **dict.fromkeys(
-        ("flash_attn", "use_unsloth", "use_unsloth_gc", "enable_liger_kernel", "use_reentrant_gc", "upcast_layernorm"), needless(_OWN_KERNELS)
+        ("flash_attn", "use_unsloth", "use_unsloth_gc", "enable_liger_kernel", "use_reentrant_gc", "upcast_layernorm"), needless(OWN_KERNELS)
     ),
     **dict.fromkeys(
         ("overwrite_cache", "preprocessing_num_workers", "preprocessing_batch_size", "cache_dir", "use_fast_tokenizer", "low_cpu_mem_usage"),

@@ -6,6 +6,8 @@ from typing import Any
 
 from olpack.importers.draft import Draft, Given, Rule, by, copied, lost, needless
 
+OWN_KERNELS = "olpack has its own kernels, and chooses them by itself."
+NO_TOKENS = "olpack adds no tokens: it takes the base's tokenizer as it is."
 _ADAMW = ("adamw", "paged_adamw")  # how the names of AdamW's forms begin: adamw_torch, adamw_bnb_8bit, paged_adamw_32bit
 _NOT_ADAMW = ("adamw_anyprecision", "adamw_apex_fused", "adamw_torch_4bit")
 _SCHEDULES = {

@@ -12,7 +12,7 @@ from typing import Any
 
 from olpack import bounded_json
 from olpack.errors import OlpackError
-from olpack.importers.draft import Draft, Given, Rule, by, copied, lost, needless
+from olpack.importers.draft import Draft, Given, Rule, by, copied, lost, needless, switch
 from olpack.importers.trainer import ACCUMULATION, EPOCHS, MICRO_BATCH, SCHEDULE, TRAINER_RULES, batch, default_batch, default_epochs
 from olpack.quants import quant_type
 
@@ -383,20 +383,6 @@ def _four_bits(draft: Draft, given: Given) -> None:
         draft.carry(given, {"train.quantization": "none"}, "The base stays in 16 bits.")
 
 
-def _sixteen_bits(draft: Draft, given: Given) -> None:
-    if given.value is True:
-        draft.carry(given, {"train.quantization": "none"})
-    else:
-        draft.need_not(given, "It is off.")
-
-
-def _eight_bits(draft: Draft, given: Given) -> None:
-    if given.value is True:
-        draft.carry(given, {"train.quantization": "int8"})
-    else:
-        draft.need_not(given, "It is off.")
-
-
 def _targets(draft: Draft, given: Given) -> None:
     if not isinstance(given.value, list):
         draft.carry(given, {"train.target_modules": given.value})
@@ -406,13 +392,6 @@ def _targets(draft: Draft, given: Given) -> None:
     if whole:
         to["train.modules_to_save"] = whole
     draft.carry(given, to, "Unsloth trains embedding and output layer as a whole." if whole else "")
-
-
-def _method(draft: Draft, given: Given) -> None:
-    if given.value is True:
-        draft.carry(given, {"train.method": "dora" if given.key == "use_dora" else "rslora"})
-    else:
-        draft.need_not(given, "It is off.")
 
 
 def _loftq(draft: Draft, given: Given) -> None:
@@ -454,8 +433,8 @@ RULES: dict[str, Rule] = {
     "max_seq_length": by(_length, "data.max_length", "A longer row is an error with its line; the trainer cuts it."),
     "max_length": by(_length, "data.max_length", "A longer row is an error with its line; the trainer cuts it."),
     "load_in_4bit": by(_four_bits, "train.quantization", "False: none."),
-    "load_in_8bit": by(_eight_bits, "train.quantization"),
-    "load_in_16bit": by(_sixteen_bits, "train.quantization", "none."),
+    "load_in_8bit": switch("train.quantization", "int8"),
+    "load_in_16bit": switch("train.quantization", "none", "none."),
     "full_finetuning": by(_full, "", "olpack trains an adapter."),
     "dtype": TRAINER_RULES["bf16"],
     "token": needless("huggingface_hub's own login, or HF_TOKEN, is used."),
@@ -471,8 +450,8 @@ RULES: dict[str, Rule] = {
     "bias": by(_bias, "", "olpack trains no biases."),
     "use_gradient_checkpointing": TRAINER_RULES["gradient_checkpointing"],
     "random_state": copied("train.seed", "The seed of the adapter's first values; `seed` of the trainer replaces it."),
-    "use_rslora": by(_method, "train.method"),
-    "use_dora": by(_method, "train.method"),
+    "use_rslora": switch("train.method", "rslora"),
+    "use_dora": switch("train.method", "dora"),
     "loftq_config": by(_loftq, "train.initialization"),
     "init_lora_weights": lost("The nearest setting is train.initialization."),
     "layers_to_transform": lost(_LAYERS),
