@@ -18,6 +18,7 @@ from olpack.compare.divergence import LogitsWriter, open_logits, summarize
 from olpack.data.rows import TokenRow
 from olpack.errors import OlpackError
 from olpack.llamacpp.logits import kl_divergence, log_softmax
+from olpack.recipe.tasks import Task
 
 FAST = dataclasses.replace(SETTINGS, prompt_lengths=(16,), repeats=1)
 KINDS = ("F16", "BF16", "Q8_0", "Q4_0")
@@ -134,6 +135,24 @@ def test_the_reference_is_made_only_where_a_figure_needs_it(folder, rows, tmp_pa
     assert wrote == ["F16", "base Q8_0", "F16"] and more.quants[1].divergence and more.quants[:1] == first.quants
     measure(files, rows, [], FAST, None, "tiny", tmp_path / "cache", dataclasses.replace(asked, reference_key="other"))
     assert wrote[3:] == ["F16", "base Q8_0"]
+
+
+def test_the_unquantized_model_does_the_tasks_too_and_is_written_anew_for_them_alone(folder, rows, tmp_path):
+    wrote: list[str] = []
+    asked = reference_models(folder, tmp_path, wrote)
+    files = [quant_file(folder, "F16")]
+    tasks = [Task([{"role": "user", "content": text}], "regex", "[aeiou]", f"tasks.jsonl:{at}") for at, text in enumerate(("one", "two", "three"))]
+    first = measure(files, rows, [], FAST, None, "tiny", tmp_path / "cache", asked, tasks)
+    assert wrote == ["F16", "base Q8_0"]
+    own = first.quants[0]
+    assert (first.reference.scores, first.reference.task_answers) == (own.scores, own.task_answers) and own.scores.count == 3
+    assert all((kept.value is None) == bool(kept.reason) and kept.value in (None, 1) for kept in (own.gain_kept, own.task_gain_kept))
+
+    # A comparison of an earlier version asked it nothing.
+    for unit in ("tasks", "scores"):
+        (tmp_path / f"cache/reference.{unit}.json").unlink()
+    assert measure(files, rows, [], FAST, None, "tiny", tmp_path / "cache", asked, tasks).reference == first.reference
+    assert wrote == ["F16", "base Q8_0", "F16"]
 
 
 def test_what_an_importance_matrix_gave_is_measured_on_a_file_that_is_there_for_this_only(folder, rows, tmp_path):

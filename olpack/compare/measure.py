@@ -23,6 +23,7 @@ from olpack.compare.cache import (
     suite_keys,
     suite_unit,
 )
+from olpack.compare.gain import set_gains
 from olpack.compare.hardware import describe_machine
 from olpack.compare.job import Asked, Job, RowJob, SuitesJob, asked_of, run_worker
 from olpack.compare.recommend import recommend, set_losses
@@ -72,7 +73,7 @@ def measure(
             An interrupted comparison goes on from there, and an unchanged quant is not measured again. None: nothing is stored.
         references: how to make the models that the files are compared with. They are made only if a figure that is not in the cache needs
             them, and removed at once. None, or no rows: no KL divergence and no figures of the base.
-        tasks: what every file, and the base, is asked and scored on.
+        tasks: what every file, the base and the unquantized fine-tune are asked and scored on.
         examples: (request, answer) of held-out rows, which show in what script answers are expected.
 
     Raises:
@@ -124,6 +125,7 @@ def measure(
     if described:
         set_losses(quants, described.learned_tokens)
         flag_neighbours(quants, described.learned_tokens)
+    set_gains(results)
     results.recommendation = recommend(results, settings.tolerance)
     return results
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from olpack.compare.cache import DIVERGENCE_WITHOUT_IMPORTANCE, Cache, Keys, Units
-from olpack.compare.job import Job, ReferenceLogits, asked_of, run_worker
+from olpack.compare.job import Asked, Job, ReferenceLogits, asked_of, run_worker
 from olpack.compare.results import BaseResult, Divergence, Perplexity, Reference, Scores
 from olpack.compare.scores import check_answers
 from olpack.compare.settings import LOGITS_BYTES
@@ -89,19 +89,24 @@ def measure_references(
         keys: of the units "perplexity", "divergence", "tasks" and "scores", without the identity of a file.
         needed: a quant lacks a divergence, so the reference's logits are needed in any case.
         temporary: the logits last until it closes. The two GGUFs are removed when this returns.
-        tasks: what the base is asked.
+        tasks: what the base and the unquantized fine-tune are asked.
     """
-    reference = Units(cache, "reference", {unit: keys["perplexity"] | {"file": models.reference_key} for unit in ("perplexity", "quant")})
+    own = {"perplexity": keys["perplexity"], "quant": keys["perplexity"]} | {unit: keys[unit] for unit in ("tasks", "scores") if unit in keys}
+    reference = Units(cache, "reference", {unit: key | {"file": models.reference_key} for unit, key in own.items()})
     identity = {"file": models.base_key, "quant": models.base_quant}
     base = Units(cache, "base", {unit: keys[unit] | identity for unit in ("perplexity", "divergence", "tasks", "scores") if unit in keys})
     base_missing = models.write_base is not None and not base.known.keys() >= keys.keys() & {"perplexity", "divergence", "tasks"}
     reference_missing = not {"perplexity", "quant"} <= reference.known.keys()
+    unasked = asked_of(tasks) if reference.lacks("tasks") else []
     figures = ReferenceFigures()
     try:
-        if needed or reference_missing or base_missing:
+        if needed or reference_missing or base_missing or unasked:
             folder = temporary.enter_context(models.temporary())
-            if needed or reference_missing or "divergence" not in base.known:
-                figures.logits = _measure_reference(models, job, folder, reference)
+            if needed or reference_missing or (base_missing and "divergence" not in base.known):
+                figures.logits = _measure_reference(models, job, folder, reference, unasked, figures.problems)
+            elif unasked:
+                with _written(models.write_reference, reference.known["quant"]["quant"], folder) as path:
+                    figures.problems += _ask(path, job, reference, unasked)
             if models.write_base is not None and base_missing:
                 wanted = {"perplexity": True, "tasks": asked_of(tasks), "divergence": figures.logits}
                 missing = {unit: value for unit, value in wanted.items() if unit not in base.known}
@@ -109,10 +114,16 @@ def measure_references(
                     name = f"the base ({models.base_quant})"
                     figures.problems += run_worker(job.model_copy(update={"path": path, **missing}), name, base)
         check_answers(tasks, base, "the base")
+        check_answers(tasks, reference, "the unquantized model")
     except OlpackError as error:
         figures.problems.append(error)
     if "quant" in reference.known and (perplexity := reference.get("perplexity", Perplexity)):
-        figures.reference = Reference(quant=reference.known["quant"]["quant"], perplexity=perplexity)
+        figures.reference = Reference(
+            quant=reference.known["quant"]["quant"],
+            perplexity=perplexity,
+            task_answers=reference.answers("tasks"),
+            scores=reference.get("scores", Scores),
+        )
     if models.write_base is not None and base.known:
         figures.base = BaseResult(
             quant=models.base_quant,
@@ -148,17 +159,25 @@ def measure_without_importance(write: WriteModel, folder: Path, quant: str, job:
     return problems
 
 
-def _measure_reference(models: ReferenceModels, job: Job, folder: Path, units: Units) -> ReferenceLogits:
+def _measure_reference(
+    models: ReferenceModels, job: Job, folder: Path, units: Units, unasked: list[Asked], problems: list[OlpackError]
+) -> ReferenceLogits:
+    """Perplexity, answers to what is `unasked`, and logits. Answers that fail are added to `problems`.
+
+    Raises:
+        OlpackError: there are no logits to compare with.
+    """
     logits = folder / "logits.f32"
     for quant in REFERENCE_QUANTS:
         tried = Units(Cache(None), "reference", {})
         with _written(models.write_reference, quant, folder) as path:
             wanted = {"path": path, "perplexity": True, "write_logits": logits}
-            problems = run_worker(job.model_copy(update=wanted), f"the unquantized model ({quant})", tried)
-        if problems:
-            raise problems[0]
-        if None in tried.known["perplexity"]["row_nll"]:
-            continue
+            if failed := run_worker(job.model_copy(update=wanted), f"the unquantized model ({quant})", tried):
+                raise failed[0]
+            if None in tried.known["perplexity"]["row_nll"]:
+                continue
+            if unasked:
+                problems += _ask(path, job, units, unasked)
         if not (rows := tried.known["logits"]["rows"]):
             limit = quantity(LOGITS_BYTES, "B")
             raise OlpackError(f"The logits of the first held-out row take more than the {limit} allowed for all.", "Put a shorter row first.")
@@ -166,6 +185,11 @@ def _measure_reference(models: ReferenceModels, job: Job, folder: Path, units: U
         units.add("perplexity", tried.known["perplexity"])
         return ReferenceLogits(path=logits, quant=quant, rows=rows)
     raise OlpackError("The unquantized fine-tune's probabilities are no numbers.", "Train again with a lower learning rate.")
+
+
+def _ask(path: Path, job: Job, units: Units, unasked: list[Asked]) -> list[OlpackError]:
+    """The unquantized fine-tune's answers to the tasks, into its unit "tasks"; what went wrong."""
+    return run_worker(job.model_copy(update={"path": path, "tasks": unasked}), "the unquantized model", units)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from olpack.compare.answer_diff import AnswerGroup, group_answers, split_blocks
 from olpack.compare.changes import importance_gains
 from olpack.compare.perplexity import paired_loss
 from olpack.compare.plot import plot_divergence, plot_loss, plot_quality
-from olpack.compare.results import Answer, BaseResult, Loss, PromptSpeed, Reference, Results, Spread, write_results
+from olpack.compare.results import Answer, BaseResult, GainKept, Loss, PromptSpeed, Reference, Results, Spread, write_results
 from olpack.compare.table import MISSING, escaped, markdown_table, plain, rate, seconds, to_csv, types_in_short
 from olpack.progress import quantity
 from olpack.templating import compiled, render
@@ -139,6 +139,8 @@ def _glance(results: Results) -> list[Column]:
     loss: list[_Figure | None] = []
     top: list[_Figure | None] = []
     solved: list[_Figure | None] = []
+    kept: list[_Figure | None] = []
+    task_kept: list[_Figure | None] = []
     for quant in results.quants:
         size.append((quant.size_bytes, quantity(quant.size_bytes, "B"), ""))
         rates = quant.speed.generation_tokens_per_s if quant.speed else None
@@ -148,14 +150,22 @@ def _glance(results: Results) -> list[Column]:
         far, scores = quant.divergence, quant.scores
         top.append((far.same_top, share(far.same_top), _error(far.same_top_standard_error)) if far else None)
         solved.append((scores.mean, share(scores.mean), _error(scores.standard_error)) if scores else None)
+        kept.append(_kept(quant.gain_kept))
+        task_kept.append(_kept(quant.task_gain_kept))
     columns = [
         _column("size", "less is better", size),
         _column("generated tokens/s", "more is better", speed),
         _column("perplexity above the best", "less is better", loss),
         _column("same top token", "as unquantized", top),
         _column("tasks solved", "more is better", solved),
+        _column("gain of the fine-tune kept", "from base to unquantized", kept),
+        _column("its gain in tasks kept", "from base to unquantized", task_kept),
     ]
     return [column for column in columns if any(column.cells)]
+
+
+def _kept(gain: GainKept | None) -> _Figure | None:
+    return None if gain is None or gain.value is None else (gain.value, share(gain.value), _error(gain.standard_error))
 
 
 def _column(title: str, hint: str, figures: Sequence[_Figure | None]) -> Column:

@@ -122,6 +122,20 @@ class Divergence(_Record):
     row_same_top: list[int] = Field(description="tokens of each row at which both give the same token the highest probability")
 
 
+class GainKept(_Record):
+    """How much of the fine-tune's gain over its base a quant keeps, paired on the same rows or tasks."""
+
+    value: float | None = Field(
+        description="(base - quant) / (base - unquantized fine-tune), of the sums over all rows or tasks: 1 is the whole gain; null for `reason`"
+    )
+    standard_error: float | None = Field(
+        description="of `value`, by rows or tasks, by the delta method for a ratio; null with fewer than two of them, and where all give the same share"
+    )
+    gain: float = Field(description="of the unquantized fine-tune over the base: nats per target token, or the difference of the mean scores")
+    gain_standard_error: float | None = Field(description="of `gain`, by rows or tasks; null with fewer than two of them")
+    reason: str = Field("", description="why there is no `value`: the gain is not positive, or it is within two standard errors of none")
+
+
 AnswerFlag = Literal["empty", "looping", "endless", "script", "reasoning"]
 
 
@@ -213,6 +227,8 @@ class QuantResult(_Record):
     answers: list[Answer] | None = Field(None, description="one per prompt, in the order of `Results.prompts`")
     task_answers: list[Answer] | None = Field(None, description="one per task, in the order of `Results.tasks`")
     scores: Scores | None = None
+    gain_kept: GainKept | None = Field(None, description="of the loss on the held-out rows; null without a base and an unquantized reference")
+    task_gain_kept: GainKept | None = Field(None, description="of the scores of the tasks that base, reference and quant all have one of")
     suites: list[SuiteScore] = Field([], description="every metric of `settings.suites`")
     flags: list[Flag] = []
 
@@ -222,6 +238,8 @@ class Reference(_Record):
 
     quant: str = Field(description='quant type that it was written in, "F16"')
     perplexity: Perplexity
+    task_answers: list[Answer] | None = Field(None, description="one per task, in the order of `Results.tasks`")
+    scores: Scores | None = None
 
 
 class BaseResult(_Record):

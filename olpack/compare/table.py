@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rich import box
 from rich.console import Console
@@ -14,7 +14,7 @@ from rich.text import Text
 
 from olpack import printable
 from olpack.compare.changes import Change, importance_gains
-from olpack.compare.results import BaseResult, Divergence, Perplexity, QuantResult, Results, Spread
+from olpack.compare.results import BaseResult, Divergence, GainKept, Perplexity, QuantResult, Results, Spread
 from olpack.progress import quantity
 
 MISSING = "–"
@@ -36,6 +36,8 @@ def print_table(results: Results, console: Console | None = None) -> None:
     console.print(table)
     if compared:
         console.print(_quality(results, chosen))
+    if _kept_by_any(results):
+        console.print(_kept(results, chosen))
     if any(quant.suites for quant in results.quants):
         console.print(_suites(results, chosen))
     for note in _notes(results):
@@ -54,8 +56,18 @@ def markdown_table(results: Results) -> str:
     """The same table as Markdown, with what it was measured on and the recommendation below it."""
     titles = ["quant", "size", "bits per weight", "prompt tokens/s", "generated tokens/s", "load", "peak memory"]
     titles += ["perplexity ± s.e.", "KL divergence, millinats"]
+    shown = _kept_by_any(results)
+    titles += [f"gain kept in {what}" for _, what in shown]
     chosen = results.recommendation.tag if results.recommendation else None
-    rows = [[*_cells(quant, quant.tag == chosen)[1:], _perplexity(quant.perplexity), _divergence(quant.divergence)[0]] for quant in results.quants]
+    rows = [
+        [
+            *_cells(quant, quant.tag == chosen)[1:],
+            _perplexity(quant.perplexity),
+            _divergence(quant.divergence)[0],
+            *(_gain_kept(kept(quant)) for kept, _ in shown),
+        ]
+        for quant in results.quants
+    ]
     lines = [f"| {' | '.join(row)} |" for row in (titles, ["---", *["---:"] * (len(titles) - 1)], *([escaped(cell) for cell in row] for row in rows))]
     engine = next((quant.speed.engine for quant in results.quants if quant.speed), None)
     measured = (
@@ -74,13 +86,47 @@ def escaped(text: str) -> str:
 
 
 def _notes(results: Results) -> list[str]:
-    """How importance matrices changed the divergence and which types budgets chose, a line for each quant."""
-    notes = []
+    """What the fine-tune gained, how importance matrices changed the divergence and which types budgets chose, a line for each."""
+    notes = [note for kept, what, unit in _KEPT if (note := _gain(results, kept, what, unit))]
     for gain in importance_gains(results):
         error = "" if gain.standard_error is None else f" ± {100 * gain.standard_error:.1f}"
         with_it, without = (plain(1000 * divergence.mean) for divergence in (gain.with_importance, gain.without_importance))
         notes.append(f"{gain.quant}: KL mean {with_it} mnat with the importance matrix, {without} without: {100 * gain.change:+.1f}{error}%")
     return notes + [f"{quant.quant}: {types_in_short(quant.types)}" for quant in results.quants if quant.types]
+
+
+_KEPT: tuple[tuple[Callable[[QuantResult], GainKept | None], str, str], ...] = (
+    (lambda quant: quant.gain_kept, "held-out loss", " nats a token"),
+    (lambda quant: quant.task_gain_kept, "task score", ""),
+)
+"""The gains of which a quant keeps a share, each with its name and unit."""
+
+
+def _gain(results: Results, kept: Callable[[QuantResult], GainKept | None], what: str, unit: str) -> str:
+    """What the fine-tune gained over the base, and why no quant's share of it is reported; "" where it was not measured."""
+    gain = next((found for quant in results.quants if (found := kept(quant))), None)
+    if gain is None:
+        return ""
+    reason = f"; the shares that the quants keep are not reported, because {gain.reason}" if gain.reason else ""
+    return f"gain of the fine-tune in {what}: {with_error(gain.gain, gain.gain_standard_error)}{unit}{reason}"
+
+
+def _kept_by_any(results: Results) -> list[tuple[Callable[[QuantResult], GainKept | None], str]]:
+    """The gains of which at least one quant keeps a share that is known."""
+    return [(kept, what) for kept, what, _ in _KEPT if any((found := kept(quant)) and found.value is not None for quant in results.quants)]
+
+
+def _kept(results: Results, chosen: str | None) -> Table:
+    """The shares of the fine-tune's gains that the quants keep."""
+    shown = _kept_by_any(results)
+    table = _table([f"gain kept in\n{what}" for _, what in shown])
+    for quant in results.quants:
+        table.add_row("→" if quant.tag == chosen else "", quant.quant, *(_gain_kept(kept(quant)) for kept, _ in shown), style=_style(quant, chosen))
+    return table
+
+
+def _gain_kept(kept: GainKept | None) -> str:
+    return MISSING if kept is None or kept.value is None else _share(kept.value, kept.standard_error)
 
 
 def _table(titles: list[str]) -> Table:
@@ -122,7 +168,8 @@ def _quality(results: Results, chosen: str | None) -> Table:
         scores = [_share(file.scores.mean, file.scores.standard_error, 0) if file.scores else MISSING] if tasks else []
         table.add_row(mark, name, _perplexity(file.perplexity), *_divergence(file.divergence), *scores, style=style)
     if results.reference:
-        scores = [MISSING] if tasks else []
+        known = results.reference.scores
+        scores = [_share(known.mean, known.standard_error, 0) if known else MISSING] if tasks else []
         table.add_row("", "unquantized", _perplexity(results.reference.perplexity), "0", "0", "100%", *scores, style="dim")
     return table
 
@@ -266,6 +313,9 @@ def _csv_row(quant: QuantResult, results: Results) -> dict[str, object]:
             "kl_divergence_p99": quant.divergence.p99,
             "same_top": quant.divergence.same_top,
         }
+    for name, kept in (("gain_kept", quant.gain_kept), ("task_gain_kept", quant.task_gain_kept)):
+        if kept:
+            row |= {name: kept.value, f"{name}_standard_error": kept.standard_error}
     if quant.divergence_without_importance:
         row["kl_divergence_without_importance"] = quant.divergence_without_importance.mean
     row["flags"] = "; ".join(flag.text for flag in quant.flags)
