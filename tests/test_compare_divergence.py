@@ -180,6 +180,37 @@ def test_what_an_importance_matrix_gave_is_measured_on_a_file_that_is_there_for_
     assert wrote == ["F16", "without"] * 2
 
 
+def test_a_quant_by_ggmls_rounding_is_measured_on_a_file_that_is_there_for_this_only(folder, rows, tmp_path):
+    """Q4_0 stands for ggml's rounding of a quant whose own file is Q8_0."""
+    wrote: list[str] = []
+
+    def write_by_ggml(quant: str, path: Path) -> None:
+        assert quant == "Q8_0" and not list(path.parent.glob("*.gguf"))
+        path.write_bytes((folder / "Q4_0.gguf").read_bytes())
+        wrote.append("by ggml")
+
+    asked = reference_models(
+        folder, tmp_path, wrote, write_base=None, write_by_ggml=write_by_ggml, ggml_keys={"Q8_0": "c"}, ggml_tasks=True, rounding="search"
+    )
+    files = [quant_file(folder, "Q8_0"), quant_file(folder, "Q4_0")]
+    first = measure(files, rows, [], FAST, None, "tiny", tmp_path / "cache", asked)
+    assert wrote == ["F16", "by ggml"] and not (tmp_path / "temporary").exists()
+    (searched, ggml), found = first.quants, first.quants[0].by_ggml
+    assert (found.divergence, found.perplexity, found.rounding) == (ggml.divergence, ggml.perplexity, "search") and ggml.by_ggml is None
+    assert found.divergence_change.value == pytest.approx(searched.divergence.mean - ggml.divergence.mean)
+    assert found.perplexity_change.value == pytest.approx(searched.perplexity.value / ggml.perplexity.value - 1)
+    assert found.same_top_change.value == pytest.approx(searched.divergence.same_top - ggml.divergence.same_top) and found.score_change is None
+    assert measure(files, rows, [], FAST, None, "tiny", tmp_path / "cache", asked).quants == first.quants and len(wrote) == 2
+
+    # With tasks it is written for these alone: the reference has answered them.
+    tasks = [Task([{"role": "user", "content": "one"}], "regex", "[aeiou]", "tasks.jsonl:1")]
+    more = measure(files, rows, [], FAST, None, "tiny", tmp_path / "cache", asked, tasks)
+    assert wrote[2:] == ["F16", "by ggml"]
+    again = more.quants[0].by_ggml
+    assert again.scores == more.quants[1].scores and again.score_change.value == more.quants[0].scores.mean - again.scores.mean
+    assert (again.perplexity, again.divergence) == (found.perplexity, found.divergence)
+
+
 def test_only_whole_rows_whose_logits_fit_are_compared(folder, rows, tmp_path, monkeypatch):
     vocabulary = tiny_gguf.tokenizer().get_vocab_size()
     fits = sum(row.target_count for row in rows[:5])

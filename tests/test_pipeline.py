@@ -19,6 +19,7 @@ from olpack.errors import OlpackError
 from olpack.stages import calibration, compare, export, modelfiles
 from olpack.stages.build import Build
 from olpack.stages.order import all_steps, stage_of
+from olpack.workspace import value_digest
 
 
 @pytest.fixture(scope="module")
@@ -318,6 +319,22 @@ def test_rounding_concerns_quantized_types_only(workspace):
     assert keys[0] == keys[1] != keys[2]
     code, printed, _ = olpack(workspace, "plan", "oracle", "--set", "export.rounding=search")
     assert code == 0 and "search: scales of blocks" in printed
+
+    # The comparison writes the quant once more by ggml's rounding, and a comparison that is asked not to has another outcome.
+    settings = ["export.rounding=search", "quants=[Q4_K_M]"]
+    words = [word for setting in settings for word in ("--set", setting)]
+    code, printed, said = olpack(workspace, "compare", "oracle", *words)
+    assert code == 0 and "Q4_K_M, search against ggml's rounding: KL mean" in printed, said
+    root = workspace / "build/oracle"
+    (quant,) = json.loads((root / "compare/results.json").read_text())["quants"]
+    assert quant["by_ggml"]["divergence"]["mean"] > 0 != quant["by_ggml"]["divergence_change"]["value"]
+    assert not (root / "compare/temporary").exists()
+    ggmls = export.STAGE.all_inputs(build_of(workspace, "quants=[Q4_K_M]"), "export-Q4_K_M")
+    assert compare.by_ggml_keys(build_of(workspace, *settings)) == {"Q4_K_M": value_digest(ggmls)}
+    for how, reason in (("rows", ""), ("tasks", "compare.ggml_rounding changed"), ("none", "compare.ggml_rounding changed")):
+        step = next(step for step in all_steps(build_of(workspace, *settings, f"compare.ggml_rounding={how}")) if step.stage == "compare")
+        assert step.reason == reason
+    assert compare.by_ggml_keys(build_of(workspace, *settings, "compare.ggml_rounding=none")) == {}
 
 
 def test_without_a_quant_to_collect_on_there_is_a_file_for_a_while(workspace):

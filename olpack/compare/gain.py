@@ -1,7 +1,8 @@
 """What a quant keeps of the fine-tune's gain: from the base's loss, or score, down to the unquantized fine-tune's.
 
-With B, F and Q the losses of base, unquantized fine-tune and quant on the same rows, a quant keeps Σ(B_r - Q_r) / Σ(B_r - F_r): 1 is all of the gain,
-0 leaves nothing of it, and less than 0 is a quant that is worse than the base. Tasks have scores in place of losses, and the task in place of the row.
+With B, F and Q the losses of base, unquantized fine-tune and quant on the same rows, a quant keeps Σ(B_r - Q_r) / Σ(B_r - F_r): 1 is all of the
+gain, 0 leaves nothing of it, and less than 0 is a quant that is worse than the base. Tasks have scores in place of losses, and the task in place of
+the row.
 
 It is a ratio of two sums over rows, so `perplexity.ratio` gives its standard error by linearization (the delta method); how hard a row is cancels in
 both differences. Below a gain of two standard errors the ratio has no bounded interval (Fieller, Some Problems in Interval Estimation, 1954), and it

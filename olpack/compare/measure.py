@@ -24,6 +24,7 @@ from olpack.compare.cache import (
     suite_unit,
 )
 from olpack.compare.gain import set_gains
+from olpack.compare.ggml_rounding import by_ggml, ggml_units, measure_by_ggml
 from olpack.compare.hardware import describe_machine
 from olpack.compare.job import Asked, Job, RowJob, SuitesJob, asked_of, run_worker
 from olpack.compare.recommend import recommend, set_losses
@@ -100,23 +101,28 @@ def measure(
         visit = visit_embedded(files, known, job, settings)
     problems = measure_speeds(known, visit, settings.repeats)
     figures = ReferenceFigures()
+    plain = [ggml_units(references, store, file.quant, file.tag, keys) if references else None for file in files]
     with ExitStack() as temporary:
         if references:
-            needed = any(units.lacks("divergence") or units.lacks(DIVERGENCE_WITHOUT_IMPORTANCE) for units in known)
-            figures = measure_references(references, job, keys, store, needed, temporary, tasks)
-        for file, units, failed in zip(files, known, problems, strict=True):
+            needed = any(units.lacks("divergence") or units.lacks(DIVERGENCE_WITHOUT_IMPORTANCE) for units in known + plain if units)
+            figures = measure_references(references, job, keys, store, needed, temporary.enter_context(references.temporary()), tasks)
+        for file, units, by_ggml_units, failed in zip(files, known, plain, problems, strict=True):
             failed += _measure_quality(file, units, job, settings, prompts, tasks, figures)
             if references and references.write_without_importance and figures.logits and units.lacks(DIVERGENCE_WITHOUT_IMPORTANCE):
                 write, folder = references.write_without_importance, references.folder
                 figures.problems += measure_without_importance(write, folder, file.quant, job, figures.logits, units)
+            if references and by_ggml_units:
+                figures.problems += measure_by_ggml(references, file.quant, job, figures.logits, tasks, by_ggml_units)
 
     engine, threads = (f"Ollama {server_version}", None) if server else (embedded, job.threads)
     quants, scripts = [], ExpectedScripts(examples)
-    for file, units, failed in zip(files, known, problems, strict=True):
+    for file, units, by_ggml_units, failed in zip(files, known, plain, problems, strict=True):
         quants.append(result := _identity(file))
         add_figures(result, units, speed_of(units, engine=engine, threads=threads, generated_tokens=settings.generated_tokens), failed)
         if described:
             flag_rows(result, described)
+            if references and by_ggml_units and by_ggml_units.known:
+                result.by_ggml = by_ggml(result, references.rounding, by_ggml_units, described.learned_tokens)
         flag_answers(result, prompts, scripts)
     flag_same_types(quants, {file.quant: file.tensors for file in files})
     results = gather(name, machine, settings, prompts, tasks, quants, problems)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,6 +41,10 @@ class ReferenceModels:
         base_quant: the quant type at which the base is measured.
         write_without_importance: writes one of the quants without its importance matrix; one with a budget, with the same types.
         without_importance_keys: identity of the weights that this gives, by quant: of those that have a matrix and can be made without.
+        write_by_ggml: writes one of the quants by ggml's rounding, with the same types and importance matrix.
+        ggml_keys: identity of the weights that this gives, by quant: of those that have another rounding.
+        ggml_tasks: whether these are asked the tasks too.
+        rounding: of the quants, as `export.rounding` has it.
     """
 
     folder: Path
@@ -51,6 +55,10 @@ class ReferenceModels:
     base_quant: str = "Q8_0"
     write_without_importance: WriteModel | None = None
     without_importance_keys: Mapping[str, str] = field(default_factory=dict)
+    write_by_ggml: WriteModel | None = None
+    ggml_keys: Mapping[str, str] = field(default_factory=dict)
+    ggml_tasks: bool = False
+    rounding: str = "ggml"
 
     @contextmanager
     def temporary(self) -> Iterator[Path]:
@@ -80,7 +88,7 @@ class ReferenceFigures:
 
 
 def measure_references(
-    models: ReferenceModels, job: Job, keys: Keys, cache: Cache, needed: bool, temporary: ExitStack, tasks: Sequence[Task]
+    models: ReferenceModels, job: Job, keys: Keys, cache: Cache, needed: bool, folder: Path, tasks: Sequence[Task]
 ) -> ReferenceFigures:
     """Measure the reference and the base, as far as their figures are not in the cache.
 
@@ -88,7 +96,7 @@ def measure_references(
         job: with the rows, and nothing to measure.
         keys: of the units "perplexity", "divergence", "tasks" and "scores", without the identity of a file.
         needed: a quant lacks a divergence, so the reference's logits are needed in any case.
-        temporary: the logits last until it closes. The two GGUFs are removed when this returns.
+        folder: of `ReferenceModels.temporary`, where the logits stay. The two GGUFs are removed when this returns.
         tasks: what the base and the unquantized fine-tune are asked.
     """
     own = {"perplexity": keys["perplexity"], "quant": keys["perplexity"]} | {unit: keys[unit] for unit in ("tasks", "scores") if unit in keys}
@@ -101,16 +109,15 @@ def measure_references(
     figures = ReferenceFigures()
     try:
         if needed or reference_missing or base_missing or unasked:
-            folder = temporary.enter_context(models.temporary())
             if needed or reference_missing or (base_missing and "divergence" not in base.known):
                 figures.logits = _measure_reference(models, job, folder, reference, unasked, figures.problems)
             elif unasked:
-                with _written(models.write_reference, reference.known["quant"]["quant"], folder) as path:
+                with written(models.write_reference, reference.known["quant"]["quant"], folder) as path:
                     figures.problems += _ask(path, job, reference, unasked)
             if models.write_base is not None and base_missing:
                 wanted = {"perplexity": True, "tasks": asked_of(tasks), "divergence": figures.logits}
                 missing = {unit: value for unit, value in wanted.items() if unit not in base.known}
-                with _written(models.write_base, models.base_quant, folder) as path:
+                with written(models.write_base, models.base_quant, folder) as path:
                     name = f"the base ({models.base_quant})"
                     figures.problems += run_worker(job.model_copy(update={"path": path, **missing}), name, base)
         check_answers(tasks, base, "the base")
@@ -150,7 +157,7 @@ def measure_without_importance(write: WriteModel, folder: Path, quant: str, job:
     """
     temporary = Units(Cache(None), quant, {})
     try:
-        with _written(write, quant, folder) as path:
+        with written(write, quant, folder) as path:
             problems = run_worker(job.model_copy(update={"path": path, "divergence": logits}), f"{quant} without importance", temporary)
     except OlpackError as error:
         return [error]
@@ -170,7 +177,7 @@ def _measure_reference(
     logits = folder / "logits.f32"
     for quant in REFERENCE_QUANTS:
         tried = Units(Cache(None), "reference", {})
-        with _written(models.write_reference, quant, folder) as path:
+        with written(models.write_reference, quant, folder) as path:
             wanted = {"path": path, "perplexity": True, "write_logits": logits}
             if failed := run_worker(job.model_copy(update=wanted), f"the unquantized model ({quant})", tried):
                 raise failed[0]
@@ -193,7 +200,7 @@ def _ask(path: Path, job: Job, units: Units, unasked: list[Asked]) -> list[Olpac
 
 
 @contextmanager
-def _written(write: WriteModel, quant: str, folder: Path) -> Iterator[Path]:
+def written(write: WriteModel, quant: str, folder: Path) -> Iterator[Path]:
     """A GGUF that exists as long as the block runs."""
     path = folder / f"{quant}.gguf"
     try:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from olpack.compare.answer_diff import AnswerGroup, group_answers, split_blocks
 from olpack.compare.changes import importance_gains
-from olpack.compare.perplexity import paired_loss
+from olpack.compare.perplexity import paired_loss, ratio
 from olpack.compare.plot import plot_divergence, plot_loss, plot_quality
-from olpack.compare.results import Answer, BaseResult, GainKept, Loss, PromptSpeed, Reference, Results, Spread, write_results
+from olpack.compare.results import Answer, BaseResult, GainKept, Loss, PromptSpeed, QuantResult, Reference, Results, Spread, write_results
 from olpack.compare.table import MISSING, escaped, markdown_table, plain, rate, seconds, to_csv, types_in_short
 from olpack.progress import quantity
 from olpack.templating import compiled, render
@@ -139,6 +139,7 @@ def _glance(results: Results) -> list[Column]:
     loss: list[_Figure | None] = []
     top: list[_Figure | None] = []
     solved: list[_Figure | None] = []
+    rounded: list[_Figure | None] = []
     kept: list[_Figure | None] = []
     task_kept: list[_Figure | None] = []
     for quant in results.quants:
@@ -150,6 +151,7 @@ def _glance(results: Results) -> list[Column]:
         far, scores = quant.divergence, quant.scores
         top.append((far.same_top, share(far.same_top), _error(far.same_top_standard_error)) if far else None)
         solved.append((scores.mean, share(scores.mean), _error(scores.standard_error)) if scores else None)
+        rounded.append(_against_ggml(quant))
         kept.append(_kept(quant.gain_kept))
         task_kept.append(_kept(quant.task_gain_kept))
     columns = [
@@ -157,11 +159,20 @@ def _glance(results: Results) -> list[Column]:
         _column("generated tokens/s", "more is better", speed),
         _column("perplexity above the best", "less is better", loss),
         _column("same top token", "as unquantized", top),
+        _column("KL divergence (by ggml's rounding: 100%)", "less is better", rounded),
         _column("tasks solved", "more is better", solved),
         _column("gain of the fine-tune kept", "from base to unquantized", kept),
         _column("its gain in tasks kept", "from base to unquantized", task_kept),
     ]
     return [column for column in columns if any(column.cells)]
+
+
+def _against_ggml(quant: QuantResult) -> _Figure | None:
+    own, other = quant.divergence, quant.by_ggml and quant.by_ggml.divergence
+    if own is None or not other or other.rows != own.rows or other.mean <= 0:
+        return None
+    value, error = ratio(own.row_kl, other.row_kl)
+    return value, share(value), _error(error or None)
 
 
 def _kept(gain: GainKept | None) -> _Figure | None:

@@ -129,7 +129,7 @@ class GainKept(_Record):
         description="(base - quant) / (base - unquantized fine-tune), of the sums over all rows or tasks: 1 is the whole gain; null for `reason`"
     )
     standard_error: float | None = Field(
-        description="of `value`, by rows or tasks, by the delta method for a ratio; null with fewer than two of them, and where all give the same share"
+        description="of `value`, by rows or tasks (delta method for a ratio); null with fewer than two of them, and where all give the same share"
     )
     gain: float = Field(description="of the unquantized fine-tune over the base: nats per target token, or the difference of the mean scores")
     gain_standard_error: float | None = Field(description="of `gain`, by rows or tasks; null with fewer than two of them")
@@ -182,6 +182,32 @@ class SuiteScore(_Record):
     limit: int | None = Field(None, description="at most so many questions of it were asked; null: all")
 
 
+class Difference(_Record):
+    """A figure of a quant minus the same figure of another file, paired on the same rows or tasks."""
+
+    value: float
+    standard_error: float | None = Field(description="by rows or tasks; null with fewer than two of them, and where all differ alike")
+
+
+class ByGgml(_Record):
+    """The same quant by ggml's rounding, with the same types and importance matrix. It is written for the comparison and removed after it.
+
+    A change is the quant's own figure minus the one here.
+    """
+
+    rounding: str = Field(description='of the quant itself: "search"')
+    perplexity: Perplexity | None = None
+    perplexity_change: Difference | None = Field(
+        None, description="relative: -0.01 is one per cent lower than by ggml's rounding"
+    )
+    divergence: Divergence | None = None
+    divergence_change: Difference | None = Field(None, description="of the mean KL divergence per token, in nats")
+    same_top_change: Difference | None = Field(None, description="of the share of tokens with the same top token")
+    task_answers: list[Answer] | None = Field(None, description="on request; one per task, in the order of `Results.tasks`")
+    scores: Scores | None = None
+    score_change: Difference | None = Field(None, description="of the mean score, over the tasks that both have a score of")
+
+
 class TaskAsked(_Record):
     """A task as every file got it."""
 
@@ -224,6 +250,7 @@ class QuantResult(_Record):
     divergence_without_importance: Divergence | None = Field(
         None, description="of the same quant without its importance matrix; null where it has none, or cannot be made without"
     )
+    by_ggml: ByGgml | None = Field(None, description="the same quant by ggml's rounding; null where that is the quant itself, or was not asked for")
     answers: list[Answer] | None = Field(None, description="one per prompt, in the order of `Results.prompts`")
     task_answers: list[Answer] | None = Field(None, description="one per task, in the order of `Results.tasks`")
     scores: Scores | None = None
@@ -343,8 +370,9 @@ def _disagreement(results: Results) -> str:
     if rows and (len(rows.learned_tokens) != rows.count or min(rows.learned_tokens, default=1) < 1):
         return f"rows.learned_tokens does not have {rows.count} numbers of tokens"
     names = [(quant.quant, quant) for quant in results.quants]
-    measured: list[tuple[str, QuantResult | BaseResult | Reference]] = [
+    measured: list[tuple[str, QuantResult | ByGgml | BaseResult | Reference]] = [
         *names,
+        *((f"{quant.quant} by ggml's rounding", quant.by_ggml) for quant in results.quants if quant.by_ggml),
         *([("base", results.base)] if results.base else []),
         *([("reference", results.reference)] if results.reference else []),
     ]

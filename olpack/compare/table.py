@@ -14,7 +14,7 @@ from rich.text import Text
 
 from olpack import printable
 from olpack.compare.changes import Change, importance_gains
-from olpack.compare.results import BaseResult, Divergence, GainKept, Perplexity, QuantResult, Results, Spread
+from olpack.compare.results import BaseResult, ByGgml, Divergence, GainKept, Perplexity, QuantResult, Results, Spread
 from olpack.progress import quantity
 
 MISSING = "–"
@@ -86,13 +86,30 @@ def escaped(text: str) -> str:
 
 
 def _notes(results: Results) -> list[str]:
-    """What the fine-tune gained, how importance matrices changed the divergence and which types budgets chose, a line for each."""
+    """What the fine-tune gained, how importance matrices and roundings changed the divergence, and which types budgets chose, a line for each."""
     notes = [note for kept, what, unit in _KEPT if (note := _gain(results, kept, what, unit))]
     for gain in importance_gains(results):
         error = "" if gain.standard_error is None else f" ± {100 * gain.standard_error:.1f}"
         with_it, without = (plain(1000 * divergence.mean) for divergence in (gain.with_importance, gain.without_importance))
         notes.append(f"{gain.quant}: KL mean {with_it} mnat with the importance matrix, {without} without: {100 * gain.change:+.1f}{error}%")
+    notes += [_against_ggml(quant.quant, quant.by_ggml) for quant in results.quants if quant.by_ggml]
     return notes + [f"{quant.quant}: {types_in_short(quant.types)}" for quant in results.quants if quant.types]
+
+
+def _against_ggml(quant: str, other: ByGgml) -> str:
+    """ "Q4_K_M, search against ggml's rounding: KL mean -8.20 ± 0.30 mnat, same top token +2.1 ± 0.8%, perplexity -0.72 ± 0.20%"."""
+    changes = [
+        ("KL mean {} mnat", other.divergence_change, 1000, 2),
+        ("same top token {}%", other.same_top_change, 100, 1),
+        ("perplexity {}%", other.perplexity_change, 100, 2),
+        ("tasks {}%", other.score_change, 100, 0),
+    ]
+    parts = []
+    for form, change, unit, digits in changes:
+        if change:
+            error = "" if change.standard_error is None else f" ± {unit * change.standard_error:.{digits}f}"
+            parts.append(form.format(f"{unit * change.value:+.{digits}f}{error}"))
+    return f"{quant}, {other.rounding} against ggml's rounding: {', '.join(parts) or 'not measured'}"
 
 
 _KEPT: tuple[tuple[Callable[[QuantResult], GainKept | None], str, str], ...] = (
@@ -157,13 +174,17 @@ def _cells(quant: QuantResult, chosen: bool) -> list[str]:
 
 
 def _quality(results: Results, chosen: str | None) -> Table:
-    """Quality and task scores of the base, of every file, and of the unquantized fine-tune, which the files are compared with."""
+    """Quality and task scores of the base, of every file, with the same by ggml's rounding below it, and of the unquantized fine-tune, which the
+    files are compared with."""
     tasks = ["tasks\n± s.e."] if results.tasks else []
     table = _table(["perplexity\n± s.e.", "KL mean\nmnat ± s.e.", "KL 99%\nmnat", "same top\ntoken ± s.e.", *tasks])  # thousandths of a nat
-    rows: list[tuple[str, str, BaseResult | QuantResult, str]] = []
+    rows: list[tuple[str, str, BaseResult | QuantResult | ByGgml, str]] = []
     if results.base:
         rows.append(("", f"base {results.base.quant}", results.base, "dim"))
-    rows += [("→" if quant.tag == chosen else "", quant.quant, quant, _style(quant, chosen)) for quant in results.quants]
+    for quant in results.quants:
+        rows.append(("→" if quant.tag == chosen else "", quant.quant, quant, _style(quant, chosen)))
+        if quant.by_ggml:
+            rows.append(("", "  by ggml", quant.by_ggml, "dim"))
     for mark, name, file, style in rows:
         scores = [_share(file.scores.mean, file.scores.standard_error, 0) if file.scores else MISSING] if tasks else []
         table.add_row(mark, name, _perplexity(file.perplexity), *_divergence(file.divergence), *scores, style=style)
@@ -318,5 +339,13 @@ def _csv_row(quant: QuantResult, results: Results) -> dict[str, object]:
             row |= {name: kept.value, f"{name}_standard_error": kept.standard_error}
     if quant.divergence_without_importance:
         row["kl_divergence_without_importance"] = quant.divergence_without_importance.mean
+    if other := quant.by_ggml:
+        row |= {
+            "ggml_perplexity": other.perplexity.value if other.perplexity else None,
+            "ggml_kl_divergence": other.divergence and other.divergence.mean,
+        }
+        for name in ("perplexity", "divergence", "same_top", "score"):
+            change = getattr(other, f"{name}_change")
+            row |= {f"{name}_against_ggml": change and change.value, f"{name}_against_ggml_standard_error": change and change.standard_error}
     row["flags"] = "; ".join(flag.text for flag in quant.flags)
     return row

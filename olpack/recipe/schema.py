@@ -320,6 +320,9 @@ class Compare(_Section):
     reference: bool = True
     """Compare every quant with the unquantized fine-tune (KL divergence, same top tokens), and measure the untuned base at one quant.
     The comparison uses 2 bytes per parameter and at most 1.1 GB more of the disk while it runs."""
+    ggml_rounding: Literal["none", "rows", "tasks"] = "rows"
+    """Where `export.rounding` is not `ggml`: measure each quant by ggml's rounding too, on the held-out rows, or on these and the `tasks`. `none`
+    saves a quantization and a scoring of each quant. It goes with `reference: true`."""
 
 
 _BUDGETS = {"budget": ("bpw", "{budget: 4.6 bpw}"), "size": ("b", "{size: 5 GB}")}  # key: (end of its value, an example)

@@ -11,7 +11,7 @@ from olpack.errors import OlpackError
 from olpack.recipe.tasks import check_consent, function_files, task_files
 from olpack.stages import deploy, export, records
 from olpack.stages.build import Build
-from olpack.stages.calibration import uses_importance
+from olpack.stages.calibration import importance_file, uses_importance
 from olpack.stages.export import ADAPTER, header_options, write_quants
 from olpack.stages.prompts import check_questions, examples, questions
 from olpack.stages.records import Record, Step
@@ -37,6 +37,8 @@ def inputs(build: Build, unit: str) -> dict[str, Any]:
     template = {"templates/report.html.j2": template_source("report.html.j2")}
     settings = build.settings("compare")
     del settings["compare.run_answers"]  # consent changes no figure
+    if build.recipe.compare.ggml_rounding == "rows":  # as before there was a choice
+        del settings["compare.ggml_rounding"]
     return deploy.exported_files(build) | build.data_inputs("eval") | settings | asked | template
 
 
@@ -196,7 +198,25 @@ def _reference_models(build: Build) -> ReferenceModels:
         base_quant=max(quant_files(build), key=lambda file: (file.quant == "Q8_0", file.size)).quant,
         write_without_importance=lambda quant, path: write_quants(build, {quant: path}, None),
         without_importance_keys=_without_importance_keys(build),
+        write_by_ggml=partial(_write_by_ggml, build),
+        ggml_keys=by_ggml_keys(build),
+        ggml_tasks=build.recipe.compare.ggml_rounding == "tasks",
+        rounding=build.recipe.export.rounding,
     )
+
+
+def _write_by_ggml(build: Build, quant: str, path: Path) -> None:
+    """A quant of the recipe by ggml's rounding. A budget keeps its types: the sensitivity decides them, and it stays what it is."""
+    write_quants(build, {quant: path}, importance_file(build) if uses_importance(build, quant) else None, rounding="ggml")
+
+
+def by_ggml_keys(build: Build) -> dict[str, str]:
+    """Identity of what the quants with another rounding than ggml's are with it, by quant."""
+    if build.recipe.compare.ggml_rounding == "none":
+        return {}
+    inputs = {quant.name: export.STAGE.all_inputs(build, f"export-{quant.name}") for quant in build.quants}
+    other = {quant: own for quant, own in inputs.items() if "export.rounding" in own}
+    return {quant: value_digest({name: value for name, value in own.items() if name != "export.rounding"}) for quant, own in other.items()}
 
 
 def _without_importance_keys(build: Build) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from olpack import __version__, progress
 from olpack.errors import OlpackError
-from olpack.quants import overridable, quant_type
+from olpack.quants import Rounding, overridable, quant_type
 from olpack.stages import records, train
 from olpack.stages.build import Build
 from olpack.stages.calibration import (
@@ -264,8 +264,11 @@ def _export_quants(build: Build, steps: list[Step]) -> None:
     progress.say(f"wrote {made} to {next(iter(paths.values())).parent}")
 
 
-def write_quants(build: Build, paths: Mapping[str, Path], importance: Path | None) -> list[ExportedFile]:
-    """Write quants of the recipe, as it wants them but for the importance matrix. `paths` are by quant, and so is the order of the result."""
+def write_quants(build: Build, paths: Mapping[str, Path], importance: Path | None, rounding: Rounding | None = None) -> list[ExportedFile]:
+    """Write quants of the recipe, as it wants them but for the importance matrix and, where it is given, the rounding.
+
+    `paths` are by quant, and so is the order of the result.
+    """
     from olpack.export import Target, export
 
     return export(
@@ -274,7 +277,7 @@ def write_quants(build: Build, paths: Mapping[str, Path], importance: Path | Non
         adapter=None if build.paths.base else build.paths.adapter,
         importance=importance,
         tensor_types=build.recipe.export.tensor_types,
-        rounding=build.recipe.export.rounding,
+        rounding=rounding or build.recipe.export.rounding,
         merge_base=build.recipe.train.merge_base,
         sensitivity=build.paths.sensitivity if any(quant_type(quant).budget for quant in paths) else None,
         requantize=build.base.gguf is not None,
