@@ -143,7 +143,9 @@ def _kept(results: Results, chosen: str | None) -> Table:
 
 
 def _gain_kept(kept: GainKept | None) -> str:
-    return MISSING if kept is None or kept.value is None else _share(kept.value, kept.standard_error)
+    if kept is None or kept.value is None:
+        return MISSING
+    return _share(kept.value, kept.standard_error, 2 if kept.standard_error is not None and kept.standard_error < 0.001 else 1)
 
 
 def _table(titles: list[str]) -> Table:
