@@ -20,6 +20,7 @@ import numpy as np
 from page import command_line, measured_here, publish
 
 from olpack import recipe
+from olpack.compare.other_text import OTHER_TEXTS
 from olpack.compare.perplexity import perplexity, ratio
 from olpack.export import Target, collect_importance, export
 from olpack.export.importance import read_importance
@@ -35,26 +36,6 @@ NARROW = ("Q4_0", "Q4_K_M")  # for models whose rows are no multiples of 256, wh
 ROUNDINGS: tuple[Rounding, ...] = ("ggml", "search")
 IMPORTANCE_TOKENS = 2_048
 TARGET_TOKENS = {"held-out rows": 1_200, "other text": 600}
-
-OTHER = (
-    "The ferry leaves the harbour at seven in the morning, and those who miss it wait until noon. In winter the crossing takes an hour "
-    "longer, because the captain keeps away from the ice along the northern shore. Passengers bring bread, coffee and blankets, and nobody "
-    "complains about the cold.",
-    "To bake the pie, rub the butter into the flour, add an egg and a little cold water, and let the dough rest for half an hour. Peel six "
-    "apples, cut them into thin slices, and mix them with sugar, lemon juice and cinnamon. Bake until the crust is golden and the juice "
-    "bubbles at the edges.",
-    "After the war the town grew slowly. A mill was built beside the river, then a school, and at last a railway station whose clock was "
-    "always four minutes late. The oldest inhabitants still tell how the whole valley came to see the first train, and how the horses ran "
-    "away from it.",
-    "A healthy heart beats between sixty and a hundred times a minute at rest. During exercise the muscles need more oxygen, so the heart "
-    "beats faster and pumps more blood with every stroke. Regular training lowers the resting pulse, because a stronger heart moves more "
-    "blood with each beat.",
-    "The moon turns once around its axis in the time that it takes to travel around the earth, which is why we always see the same side of "
-    "it. The far side was unknown until a probe photographed it. It has more craters and fewer dark plains than the side that faces us.",
-    "She opened the letter, read it twice, and put it back into the envelope without a word. Her brother asked whether the news was bad. It "
-    "was neither good nor bad, she answered; it only came ten years too late. Outside it had begun to rain, and the lamps along the street "
-    "were lit one by one.",
-)
 
 
 def main() -> None:
@@ -78,7 +59,7 @@ def page_of(base: str, work: Path) -> list[str]:
     train, held_out = build.rows
     texts = {
         "held-out rows": [(row.ids, row.loss_mask) for row in held_out],
-        "other text": [(ids, [False] + [True] * (len(ids) - 1)) for ids in (build.renderer.tokenizer(one)["input_ids"] for one in OTHER)],
+        "other text": [(ids, [False] + [True] * (len(ids) - 1)) for ids in (build.renderer.tokenizer(one)["input_ids"] for one in OTHER_TEXTS)],
     }
     texts = {name: up_to(rows, TARGET_TOKENS[name]) for name, rows in texts.items()}
     exact, matrix = work / "F32.gguf", work / "importance.gguf"

@@ -193,14 +193,19 @@ def test_a_quant_by_ggmls_rounding_is_measured_on_a_file_that_is_there_for_this_
         folder, tmp_path, wrote, write_base=None, write_by_ggml=write_by_ggml, ggml_keys={"Q8_0": "c"}, ggml_tasks=True, rounding="search"
     )
     files = [quant_file(folder, "Q8_0"), quant_file(folder, "Q4_0")]
-    first = measure(files, rows, [], FAST, None, "tiny", tmp_path / "cache", asked)
+    elsewhere = [dataclasses.replace(row, source=f"poems.txt:{number}") for number, row in enumerate(rows[3:6])]
+    first = measure(files, rows, [], FAST, None, "tiny", tmp_path / "cache", asked, other=elsewhere)
     assert wrote == ["F16", "by ggml"] and not (tmp_path / "temporary").exists()
     (searched, ggml), found = first.quants, first.quants[0].by_ggml
     assert (found.divergence, found.perplexity, found.rounding) == (ggml.divergence, ggml.perplexity, "search") and ggml.by_ggml is None
     assert found.divergence_change.value == pytest.approx(searched.divergence.mean - ggml.divergence.mean)
     assert found.perplexity_change.value == pytest.approx(searched.perplexity.value / ggml.perplexity.value - 1)
+    # Rows outside the domain have figures of their own: here they are rows that were scored anyway.
+    assert first.other_text == "poems.txt" and found.other_text == ggml.other_text and found.other_text.rows == 3
+    assert searched.other_text.row_kl == pytest.approx(searched.divergence.row_kl[3:6])
+    assert searched.other_text.row_same_top == searched.divergence.row_same_top[3:6]
     assert found.same_top_change.value == pytest.approx(searched.divergence.same_top - ggml.divergence.same_top) and found.score_change is None
-    assert measure(files, rows, [], FAST, None, "tiny", tmp_path / "cache", asked).quants == first.quants and len(wrote) == 2
+    assert measure(files, rows, [], FAST, None, "tiny", tmp_path / "cache", asked, other=elsewhere).quants == first.quants and len(wrote) == 2
 
     # With tasks it is written for these alone: the reference has answered them.
     tasks = [Task([{"role": "user", "content": "one"}], "regex", "[aeiou]", "tasks.jsonl:1")]
@@ -211,12 +216,11 @@ def test_a_quant_by_ggmls_rounding_is_measured_on_a_file_that_is_there_for_this_
     assert (again.perplexity, again.divergence) == (found.perplexity, found.divergence)
 
 
-def test_only_whole_rows_whose_logits_fit_are_compared(folder, rows, tmp_path, monkeypatch):
+def test_only_whole_rows_whose_logits_fit_are_compared(rows, tmp_path):
     vocabulary = tiny_gguf.tokenizer().get_vocab_size()
     fits = sum(row.target_count for row in rows[:5])
-    monkeypatch.setattr("olpack.compare.divergence.LOGITS_BYTES", 4 * vocabulary * (fits + 1))
     path = tmp_path / "logits.f32"
-    with LogitsWriter(path, [row.target_count for row in rows], vocabulary) as writer:
+    with LogitsWriter(path, [row.target_count for row in rows], vocabulary, 4 * vocabulary * (fits + 1)) as writer:
         for number, row in enumerate(rows):
             for _ in range(row.target_count):
                 writer.add(number, np.full(vocabulary, number))

@@ -15,12 +15,13 @@ from pydantic import BaseModel
 
 from olpack import progress
 from olpack.compare.results import SCHEMA_VERSION, Answer, Rows
-from olpack.compare.settings import LOGITS_BYTES, MeasureSettings
+from olpack.compare.settings import LOGITS_BYTES, OTHER_LOGITS_BYTES, MeasureSettings
 from olpack.recipe.tasks import Task, function_files, task_files
 from olpack.workspace import file_digest, value_digest, write_atomically
 
 SPEED_UNITS = ("speed-0", "speed-1")  # one for each round
 CONCURRENCY = "concurrency"
+OTHER_DIVERGENCE = "other_divergence"  # on text outside the user's domain
 DIVERGENCE_WITHOUT_IMPORTANCE = "divergence-unweighed"  # the divergence that a quant would have without its importance matrix
 
 Key = dict[str, Any]  # a JSON object
@@ -137,10 +138,18 @@ def answer_keys(engine: str, prompts: Sequence[list[dict]], tasks: Sequence[Task
     return keys
 
 
-def row_keys(engine: str, rows: Rows, reference: str | None) -> Keys:
-    """Keys of what is measured on the held-out rows. `reference` is the identity of the unquantized fine-tune; None where there is none."""
+def row_keys(engine: str, rows: Rows, reference: str | None, other: str | None = None) -> Keys:
+    """Keys of what is measured on rows.
+
+    Args:
+        rows: the held-out rows.
+        reference: identity of the unquantized fine-tune; None where there is none.
+        other: identity of the rows outside the user's domain; None where there are none.
+    """
     scored = _SCHEMA | {"engine": engine, "rows": rows.digest}
     divergence = {"divergence": scored | {"reference": reference, "kept": LOGITS_BYTES}} if reference is not None else {}
+    if other is not None and reference is not None:
+        divergence[OTHER_DIVERGENCE] = _SCHEMA | {"engine": engine, "rows": other, "reference": reference, "kept": OTHER_LOGITS_BYTES}
     return {"perplexity": scored} | divergence
 
 

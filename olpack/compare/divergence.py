@@ -14,7 +14,6 @@ import numpy as np
 
 from olpack.compare.perplexity import ratio
 from olpack.compare.results import Divergence
-from olpack.compare.settings import LOGITS_BYTES
 from olpack.errors import OlpackError
 
 _RESAMPLES = 1000
@@ -22,7 +21,7 @@ _PERCENTILE = 0.99
 
 
 class LogitsWriter:
-    """Writes a reference's logits at the target tokens of whole rows, from the first row on, as far as they fit into `LOGITS_BYTES`.
+    """Writes a reference's logits at the target tokens of whole rows, from the first row on, as far as they fit.
 
     The file is float32 of shape [positions, vocabulary], with no header. It is written as a stream: a full disk is then an error, where
     a write into mapped memory would be a signal.
@@ -31,13 +30,14 @@ class LogitsWriter:
         path: the file.
         row_tokens: target tokens of each row.
         vocabulary: entries of one position.
+        limit: bytes that the file may have.
 
     Attributes:
         rows: how many rows fit.
     """
 
-    def __init__(self, path: Path, row_tokens: Sequence[int], vocabulary: int):
-        self.rows = int(np.searchsorted(np.cumsum(row_tokens), LOGITS_BYTES // (4 * vocabulary), side="right"))
+    def __init__(self, path: Path, row_tokens: Sequence[int], vocabulary: int, limit: int):
+        self.rows = int(np.searchsorted(np.cumsum(row_tokens), limit // (4 * vocabulary), side="right"))
         self._file = path.open("wb")
 
     def __enter__(self) -> LogitsWriter:

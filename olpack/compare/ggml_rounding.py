@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from olpack.compare.cache import Cache, Keys, Units
-from olpack.compare.job import Job, ReferenceLogits, asked_of, run_worker
+from olpack.compare.cache import OTHER_DIVERGENCE, Cache, Keys, Units
+from olpack.compare.job import Job, asked_of, run_worker
 from olpack.compare.perplexity import paired_loss, ratio
-from olpack.compare.reference_models import ReferenceModels, written
+from olpack.compare.reference_models import ReferenceFigures, ReferenceModels, written
 from olpack.compare.results import ByGgml, Difference, Divergence, Perplexity, QuantResult, Scores
 from olpack.compare.scores import check_answers
 from olpack.errors import OlpackError
@@ -21,24 +21,24 @@ def ggml_units(models: ReferenceModels, cache: Cache, quant: str, tag: str, keys
     """What is known of a quant by ggml's rounding; None where that is not asked for, or is the quant itself."""
     if (identity := models.ggml_keys.get(quant)) is None:
         return None
-    wanted = ("perplexity", "divergence", *(("tasks", "scores") if models.ggml_tasks else ()))
+    wanted = ("perplexity", "divergence", OTHER_DIVERGENCE, *(("tasks", "scores") if models.ggml_tasks else ()))
     return Units(cache, f"{tag}-ggml", {unit: keys[unit] | {"file": identity} for unit in wanted if unit in keys})
 
 
 def measure_by_ggml(
-    models: ReferenceModels, quant: str, job: Job, logits: ReferenceLogits | None, tasks: Sequence[Task], units: Units
+    models: ReferenceModels, quant: str, job: Job, figures: ReferenceFigures, tasks: Sequence[Task], units: Units
 ) -> list[OlpackError]:
     """Measure what `ggml_units` lack.
 
     Args:
         job: with the rows, and nothing to measure.
-        logits: of the reference; None where they could not be measured.
+        figures: of the reference, with its logits where they could be measured.
         tasks: what it is asked, where `units` have tasks.
 
     Returns:
         what went wrong.
     """
-    wanted: dict[str, object] = {"perplexity": True, "divergence": logits, "tasks": asked_of(tasks)}
+    wanted: dict[str, object] = {"perplexity": True, "divergence": figures.logits, OTHER_DIVERGENCE: figures.other_logits, "tasks": asked_of(tasks)}
     missing = {unit: value for unit, value in wanted.items() if value and units.lacks(unit)}
     name = f"{quant} by ggml's rounding"
     problems = []
@@ -63,6 +63,7 @@ def by_ggml(quant: QuantResult, rounding: str, units: Units, target_tokens: Sequ
         rounding=rounding,
         perplexity=units.get("perplexity", Perplexity),
         divergence=units.get("divergence", Divergence),
+        other_text=units.get(OTHER_DIVERGENCE, Divergence),
         task_answers=units.answers("tasks"),
         scores=units.get("scores", Scores),
     )

@@ -14,13 +14,22 @@ from pydantic import BaseModel
 
 from olpack import progress, workers
 from olpack.compare.cache import Units
+from olpack.compare.settings import LOGITS_BYTES
 from olpack.errors import OlpackError
 from olpack.llamacpp.library import INSTALL
 
 if TYPE_CHECKING:
     from olpack.recipe.tasks import Task
 
-_NOUNS = {"speed": "runs", "concurrency": "loads", "rows": "rows", "answers": "answers", "tasks": "answers", "suites": "requests"}
+_NOUNS = {
+    "speed": "runs",
+    "concurrency": "loads",
+    "rows": "rows",
+    "other text": "texts",
+    "answers": "answers",
+    "tasks": "answers",
+    "suites": "requests",
+}
 
 
 class SpeedJob(BaseModel):
@@ -67,7 +76,8 @@ class Job(BaseModel):
     """What to measure of which file. A unit that is None or False is left out.
 
     `threads` are for what is timed, `untimed_threads` for all else. `write_logits` is the file into which the unquantized model's logits are
-    written, `divergence` the logits that a quant is compared with. `template` writes prompts in place of the file's own chat template.
+    written, of at most `logits_bytes`, `divergence` the logits that a quant is compared with; the same of `other_rows`, which are outside the
+    user's domain. `template` writes prompts in place of the file's own chat template.
     """
 
     path: Path
@@ -82,7 +92,11 @@ class Job(BaseModel):
     speed: SpeedJob | None = None
     perplexity: bool = False
     write_logits: Path | None = None
+    logits_bytes: int = LOGITS_BYTES
     divergence: ReferenceLogits | None = None
+    other_rows: list[RowJob] = []
+    write_other_logits: Path | None = None
+    other_divergence: ReferenceLogits | None = None
     answers: list[Asked] | None = None
     tasks: list[Asked] | None = None
     suites: SuitesJob | None = None

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 from olpack import progress
 from olpack.compare.cache import (
     DIVERGENCE_WITHOUT_IMPORTANCE,
+    OTHER_DIVERGENCE,
     Cache,
     Keys,
     Units,
@@ -58,6 +59,7 @@ def measure(
     references: ReferenceModels | None = None,
     tasks: Sequence[Task] = (),
     examples: Sequence[tuple[str, str]] = (),
+    other: Sequence[TokenRow] = (),
 ) -> Results:
     """Speed, memory, perplexity and answers of every file, with the recommendation.
 
@@ -75,6 +77,7 @@ def measure(
         references: how to make the models that the files are compared with. They are made only if a figure that is not in the cache needs
             them, and removed at once. None, or no rows: no KL divergence and no figures of the base.
         tasks: what every file, the base and the unquantized fine-tune are asked and scored on.
+        other: rows outside the user's domain, on which the divergence is measured too, where there are references.
         examples: (request, answer) of held-out rows, which show in what script answers are expected.
 
     Raises:
@@ -83,13 +86,13 @@ def measure(
     embedded = f"llama-cpp-python {version('llama-cpp-python')}, embedded"
     server_version = server.version() if server else None
     machine = describe_machine(server_version)
-    job = _job(embedded, rows, settings, machine.busy)
+    job = _job(embedded, rows, other, settings, machine.busy)
     described = _describe_rows(rows) if rows else None
     references = references if rows else None
     timed_by = f"Ollama {server_version}" if server else f"{embedded}, {job.threads} threads"
     keys = speed_keys(timed_by, machine.cpu, settings) | answer_keys(embedded, prompts, tasks, settings) | suite_keys(embedded, settings)
     if described:
-        keys |= row_keys(embedded, described, references.reference_key if references else None)
+        keys |= row_keys(embedded, described, references.reference_key if references else None, _digest(other) if other else None)
 
     if settings.template:
         keys = {unit: key | {"template": value_digest(settings.template)} for unit, key in keys.items()}
@@ -104,7 +107,8 @@ def measure(
     plain = [ggml_units(references, store, file.quant, file.tag, keys) if references else None for file in files]
     with ExitStack() as temporary:
         if references:
-            needed = any(units.lacks("divergence") or units.lacks(DIVERGENCE_WITHOUT_IMPORTANCE) for units in known + plain if units)
+            compared = ("divergence", OTHER_DIVERGENCE, DIVERGENCE_WITHOUT_IMPORTANCE)
+            needed = any(units.lacks(unit) for units in known + plain if units for unit in compared)
             figures = measure_references(references, job, keys, store, needed, temporary.enter_context(references.temporary()), tasks)
         for file, units, by_ggml_units, failed in zip(files, known, plain, problems, strict=True):
             failed += _measure_quality(file, units, job, settings, prompts, tasks, figures)
@@ -112,7 +116,7 @@ def measure(
                 write, folder = references.write_without_importance, references.folder
                 figures.problems += measure_without_importance(write, folder, file.quant, job, figures.logits, units)
             if references and by_ggml_units:
-                figures.problems += measure_by_ggml(references, file.quant, job, figures.logits, tasks, by_ggml_units)
+                figures.problems += measure_by_ggml(references, file.quant, job, figures, tasks, by_ggml_units)
 
     engine, threads = (f"Ollama {server_version}", None) if server else (embedded, job.threads)
     quants, scripts = [], ExpectedScripts(examples)
@@ -127,6 +131,7 @@ def measure(
     flag_same_types(quants, {file.quant: file.tensors for file in files})
     results = gather(name, machine, settings, prompts, tasks, quants, problems)
     results.rows, results.reference, results.base = described, figures.reference, figures.base
+    results.other_text = other[0].source.rpartition(":")[0] if other and references else None
     results.flags = [Flag(code="reference", text=str(problem), serious=False) for problem in figures.problems]
     if described:
         set_losses(quants, described.learned_tokens)
@@ -136,7 +141,7 @@ def measure(
     return results
 
 
-def _job(engine: str, rows: Sequence[TokenRow], settings: MeasureSettings, busy: float) -> Job:
+def _job(engine: str, rows: Sequence[TokenRow], other: Sequence[TokenRow], settings: MeasureSettings, busy: float) -> Job:
     """The job of every worker, with nothing to measure yet. `busy` is the share of the CPU time that other processes use."""
     threads = untimed = settings.threads or usable_cores()
     if busy > _BUSY:
@@ -152,6 +157,7 @@ def _job(engine: str, rows: Sequence[TokenRow], settings: MeasureSettings, busy:
         answer_tokens=settings.answer_tokens,
         template=settings.template,
         rows=[RowJob(ids=row.ids, loss_mask=row.loss_mask, text=row.text) for row in rows],
+        other_rows=[RowJob(ids=row.ids, loss_mask=row.loss_mask, text=row.text) for row in other],
     )
 
 
@@ -180,6 +186,7 @@ def _measure_quality(
     wanted: dict[str, object] = {
         "perplexity": bool(job.rows),
         "divergence": figures.logits,
+        OTHER_DIVERGENCE: figures.other_logits,
         "answers": [Asked(messages=messages) for messages in prompts],
         "tasks": asked_of(tasks),
     }
@@ -214,8 +221,12 @@ def _describe_rows(rows: Sequence[TokenRow]) -> Rows:
     return Rows(
         count=len(rows),
         learned_tokens=[row.target_count for row in rows],
-        digest=value_digest([[row.ids, row.loss_mask, row.text] for row in rows]),
+        digest=_digest(rows),
     )
+
+
+def _digest(rows: Sequence[TokenRow]) -> str:
+    return value_digest([[row.ids, row.loss_mask, row.text] for row in rows])
 
 
 def add_figures(result: QuantResult, units: Units, speed: Speed | None, problems: Sequence[OlpackError]) -> None:
@@ -224,6 +235,7 @@ def add_figures(result: QuantResult, units: Units, speed: Speed | None, problems
     result.perplexity = units.get("perplexity", Perplexity)
     result.divergence = units.get("divergence", Divergence)
     result.divergence_without_importance = units.get(DIVERGENCE_WITHOUT_IMPORTANCE, Divergence)
+    result.other_text = units.get(OTHER_DIVERGENCE, Divergence)
     result.answers, result.task_answers = units.answers("answers"), units.answers("tasks")
     result.scores = units.get("scores", Scores)
     suites = [data["scores"] for unit, data in units.known.items() if unit.startswith(suite_unit(""))]

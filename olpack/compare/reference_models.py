@@ -77,11 +77,13 @@ class ReferenceFigures:
 
     Attributes:
         logits: the reference's logits on the disk; None where no file needs them, or they could not be measured.
+        other_logits: those on the rows outside the user's domain; None also where there are no such rows.
         reference, base: their own figures.
         problems: what went wrong. The quants are measured all the same.
     """
 
     logits: ReferenceLogits | None = None
+    other_logits: ReferenceLogits | None = None
     reference: Reference | None = None
     base: BaseResult | None = None
     problems: list[OlpackError] = field(default_factory=list)
@@ -110,7 +112,7 @@ def measure_references(
     try:
         if needed or reference_missing or base_missing or unasked:
             if needed or reference_missing or (base_missing and "divergence" not in base.known):
-                figures.logits = _measure_reference(models, job, folder, reference, unasked, figures.problems)
+                figures.logits, figures.other_logits = _measure_reference(models, job, folder, reference, unasked, figures.problems)
             elif unasked:
                 with written(models.write_reference, reference.known["quant"]["quant"], folder) as path:
                     figures.problems += _ask(path, job, reference, unasked)
@@ -168,17 +170,19 @@ def measure_without_importance(write: WriteModel, folder: Path, quant: str, job:
 
 def _measure_reference(
     models: ReferenceModels, job: Job, folder: Path, units: Units, unasked: list[Asked], problems: list[OlpackError]
-) -> ReferenceLogits:
-    """Perplexity, answers to what is `unasked`, and logits. Answers that fail are added to `problems`.
+) -> tuple[ReferenceLogits, ReferenceLogits | None]:
+    """Perplexity, answers to what is `unasked`, and logits on the rows and on those outside the user's domain.
+
+    Answers that fail are added to `problems`.
 
     Raises:
         OlpackError: there are no logits to compare with.
     """
-    logits = folder / "logits.f32"
+    logits, other = folder / "logits.f32", folder / "other-logits.f32"
     for quant in REFERENCE_QUANTS:
         tried = Units(Cache(None), "reference", {})
         with written(models.write_reference, quant, folder) as path:
-            wanted = {"path": path, "perplexity": True, "write_logits": logits}
+            wanted = {"path": path, "perplexity": True, "write_logits": logits, "write_other_logits": other if job.other_rows else None}
             if failed := run_worker(job.model_copy(update=wanted), f"the unquantized model ({quant})", tried):
                 raise failed[0]
             if None in tried.known["perplexity"]["row_nll"]:
@@ -190,7 +194,9 @@ def _measure_reference(
             raise OlpackError(f"The logits of the first held-out row take more than the {limit} allowed for all.", "Put a shorter row first.")
         units.add("quant", {"quant": quant})
         units.add("perplexity", tried.known["perplexity"])
-        return ReferenceLogits(path=logits, quant=quant, rows=rows)
+        fitting = tried.known["other_logits"]["rows"] if job.other_rows else 0
+        other_logits = ReferenceLogits(path=other, quant=quant, rows=fitting) if fitting else None
+        return ReferenceLogits(path=logits, quant=quant, rows=rows), other_logits
     raise OlpackError("The unquantized fine-tune's probabilities are no numbers.", "Train again with a lower learning rate.")
 
 

@@ -12,7 +12,7 @@ from olpack.compare.answer_diff import AnswerGroup, group_answers, split_blocks
 from olpack.compare.changes import importance_gains
 from olpack.compare.perplexity import paired_loss, ratio
 from olpack.compare.plot import plot_divergence, plot_loss, plot_quality
-from olpack.compare.results import Answer, BaseResult, GainKept, Loss, PromptSpeed, QuantResult, Reference, Results, Spread, write_results
+from olpack.compare.results import Answer, BaseResult, Divergence, GainKept, Loss, PromptSpeed, QuantResult, Reference, Results, Spread, write_results
 from olpack.compare.table import MISSING, escaped, markdown_table, plain, rate, seconds, to_csv, types_in_short
 from olpack.progress import quantity
 from olpack.templating import compiled, render
@@ -142,6 +142,7 @@ def _glance(results: Results) -> list[Column]:
     rounded: list[_Figure | None] = []
     kept: list[_Figure | None] = []
     task_kept: list[_Figure | None] = []
+    elsewhere: list[_Figure | None] = []
     for quant in results.quants:
         size.append((quant.size_bytes, quantity(quant.size_bytes, "B"), ""))
         rates = quant.speed.generation_tokens_per_s if quant.speed else None
@@ -154,6 +155,7 @@ def _glance(results: Results) -> list[Column]:
         rounded.append(_against_ggml(quant))
         kept.append(_kept(quant.gain_kept))
         task_kept.append(_kept(quant.task_gain_kept))
+        elsewhere.append(_millinats(quant.other_text))
     columns = [
         _column("size", "less is better", size),
         _column("generated tokens/s", "more is better", speed),
@@ -163,6 +165,7 @@ def _glance(results: Results) -> list[Column]:
         _column("tasks solved", "more is better", solved),
         _column("gain of the fine-tune kept", "from base to unquantized", kept),
         _column("its gain in tasks kept", "from base to unquantized", task_kept),
+        _column("KL divergence on other text, millinats", "less is better", elsewhere),
     ]
     return [column for column in columns if any(column.cells)]
 
@@ -173,6 +176,12 @@ def _against_ggml(quant: QuantResult) -> _Figure | None:
         return None
     value, error = ratio(own.row_kl, other.row_kl)
     return value, share(value), _error(error or None)
+
+
+def _millinats(far: Divergence | None) -> _Figure | None:
+    if far is None:
+        return None
+    return far.mean, plain(1000 * far.mean), "" if far.standard_error is None else f"± {plain(1000 * far.standard_error)}"
 
 
 def _kept(gain: GainKept | None) -> _Figure | None:

@@ -197,12 +197,11 @@ class ByGgml(_Record):
 
     rounding: str = Field(description='of the quant itself: "search"')
     perplexity: Perplexity | None = None
-    perplexity_change: Difference | None = Field(
-        None, description="relative: -0.01 is one per cent lower than by ggml's rounding"
-    )
+    perplexity_change: Difference | None = Field(None, description="relative: -0.01 is one per cent lower than by ggml's rounding")
     divergence: Divergence | None = None
     divergence_change: Difference | None = Field(None, description="of the mean KL divergence per token, in nats")
     same_top_change: Difference | None = Field(None, description="of the share of tokens with the same top token")
+    other_text: Divergence | None = Field(None, description="on text outside the user's domain")
     task_answers: list[Answer] | None = Field(None, description="on request; one per task, in the order of `Results.tasks`")
     scores: Scores | None = None
     score_change: Difference | None = Field(None, description="of the mean score, over the tasks that both have a score of")
@@ -251,6 +250,7 @@ class QuantResult(_Record):
         None, description="of the same quant without its importance matrix; null where it has none, or cannot be made without"
     )
     by_ggml: ByGgml | None = Field(None, description="the same quant by ggml's rounding; null where that is the quant itself, or was not asked for")
+    other_text: Divergence | None = Field(None, description="on text outside the user's domain: what a quant made for that domain loses elsewhere")
     answers: list[Answer] | None = Field(None, description="one per prompt, in the order of `Results.prompts`")
     task_answers: list[Answer] | None = Field(None, description="one per task, in the order of `Results.tasks`")
     scores: Scores | None = None
@@ -323,6 +323,7 @@ class Results(_Record):
     quants: list[QuantResult]
     reference: Reference | None = None
     base: BaseResult | None = None
+    other_text: str | None = Field(None, description='where the text outside the user\'s domain is from: "builtin", or the name of a file')
     recommendation: Recommendation | None = None
     flags: list[Flag] = Field([], description="warnings about the comparison as a whole")
 
@@ -381,7 +382,7 @@ def _disagreement(results: Results) -> str:
             return f"the perplexity of {name} has {len(one.perplexity.row_nll)} rows"
         if one.perplexity and any(abs(nll) > _MOST_NATS for nll in one.perplexity.row_nll if nll is not None):
             return f"the perplexity of {name} has a row of more than {_MOST_NATS:g} nats"
-        for divergence in (getattr(one, "divergence", None), getattr(one, "divergence_without_importance", None)):
+        for divergence in (getattr(one, name, None) for name in ("divergence", "divergence_without_importance", "other_text")):
             if divergence and not len(divergence.row_kl) == len(divergence.row_same_top) == divergence.rows:
                 return f"the divergence of {name} does not have {divergence.rows} rows"
         for kind, asked in (("answers", results.prompts), ("task_answers", results.tasks)):

@@ -13,6 +13,7 @@ _SHORTEST_PROMPT = 16  # tokens
 # Disk space for the reference's logits: 7,000 positions of a 38k vocabulary or 1,766 of a 152k one. On that many positions the standard error
 # of the mean is a few percent of it, which distinguishes quants; ten times as many positions would only divide the error by three.
 LOGITS_BYTES = 1 << 30
+OTHER_LOGITS_BYTES = 1 << 28  # of those on other text, of which one figure is reported: 441 positions of a 152k vocabulary
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def print_table(results: Results, console: Console | None = None) -> None:
     console.print(table)
     if compared:
         console.print(_quality(results, chosen))
-    if _kept_by_any(results):
+    if _kept_by_any(results) or any(quant.other_text for quant in results.quants):
         console.print(_kept(results, chosen))
     if any(quant.suites for quant in results.quants):
         console.print(_suites(results, chosen))
@@ -58,6 +58,8 @@ def markdown_table(results: Results) -> str:
     titles += ["perplexity ± s.e.", "KL divergence, millinats"]
     shown = _kept_by_any(results)
     titles += [f"gain kept in {what}" for _, what in shown]
+    elsewhere = any(quant.other_text for quant in results.quants)
+    titles += ["KL divergence on other text, millinats"] if elsewhere else []
     chosen = results.recommendation.tag if results.recommendation else None
     rows = [
         [
@@ -65,6 +67,7 @@ def markdown_table(results: Results) -> str:
             _perplexity(quant.perplexity),
             _divergence(quant.divergence)[0],
             *(_gain_kept(kept(quant)) for kept, _ in shown),
+            *(_divergence(quant.other_text)[:1] if elsewhere else []),
         ]
         for quant in results.quants
     ]
@@ -88,6 +91,8 @@ def escaped(text: str) -> str:
 def _notes(results: Results) -> list[str]:
     """What the fine-tune gained, how importance matrices and roundings changed the divergence, and which types budgets chose, a line for each."""
     notes = [note for kept, what, unit in _KEPT if (note := _gain(results, kept, what, unit))]
+    if results.other_text and (far := next((quant.other_text for quant in results.quants if quant.other_text), None)):
+        notes.append(f"other text: {results.other_text}, {far.tokens:,} tokens of {far.rows} texts that are no rows of the package")
     for gain in importance_gains(results):
         error = "" if gain.standard_error is None else f" ± {100 * gain.standard_error:.1f}"
         with_it, without = (plain(1000 * divergence.mean) for divergence in (gain.with_importance, gain.without_importance))
@@ -134,11 +139,15 @@ def _kept_by_any(results: Results) -> list[tuple[Callable[[QuantResult], GainKep
 
 
 def _kept(results: Results, chosen: str | None) -> Table:
-    """The shares of the fine-tune's gains that the quants keep."""
-    shown = _kept_by_any(results)
-    table = _table([f"gain kept in\n{what}" for _, what in shown])
+    """The shares of the fine-tune's gains that the quants keep, and their divergence outside the domain that it was trained on."""
+    shown, elsewhere = _kept_by_any(results), any(quant.other_text for quant in results.quants)
+    table = _table([*(f"gain kept in\n{what}" for _, what in shown), *(["other text: KL\nmean, mnat ± s.e."] if elsewhere else [])])
     for quant in results.quants:
-        table.add_row("→" if quant.tag == chosen else "", quant.quant, *(_gain_kept(kept(quant)) for kept, _ in shown), style=_style(quant, chosen))
+        shares = [_gain_kept(kept(quant)) for kept, _ in shown]
+        far = _divergence(quant.other_text)[:1] if elsewhere else []
+        table.add_row("→" if quant.tag == chosen else "", quant.quant, *shares, *far, style=_style(quant, chosen))
+        if elsewhere and quant.by_ggml:
+            table.add_row("", "  by ggml", *("" for _ in shown), *_divergence(quant.by_ggml.other_text)[:1], style="dim")
     return table
 
 
@@ -341,10 +350,13 @@ def _csv_row(quant: QuantResult, results: Results) -> dict[str, object]:
             row |= {name: kept.value, f"{name}_standard_error": kept.standard_error}
     if quant.divergence_without_importance:
         row["kl_divergence_without_importance"] = quant.divergence_without_importance.mean
+    if quant.other_text:
+        row |= {"other_text_kl_divergence": quant.other_text.mean, "other_text_kl_divergence_standard_error": quant.other_text.standard_error}
     if other := quant.by_ggml:
         row |= {
             "ggml_perplexity": other.perplexity.value if other.perplexity else None,
             "ggml_kl_divergence": other.divergence and other.divergence.mean,
+            "ggml_other_text_kl_divergence": other.other_text and other.other_text.mean,
         }
         for name in ("perplexity", "divergence", "same_top", "score"):
             change = getattr(other, f"{name}_change")

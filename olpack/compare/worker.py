@@ -34,6 +34,7 @@ from olpack.compare.job import Asked, Job, SpeedJob, SuitesJob
 from olpack.compare.perplexity import perplexity
 from olpack.compare.result_flags import answer_of
 from olpack.compare.results import Perplexity
+from olpack.compare.settings import OTHER_LOGITS_BYTES
 from olpack.compare.speed import PromptRun, SpeedRound
 from olpack.errors import OlpackError
 from olpack.llamacpp.engine import Engine, Sampling, llama_cpp
@@ -61,6 +62,8 @@ def main() -> None:
         wanted["speed"] = measure_speed(job, job.speed)
     if job.perplexity or job.write_logits or job.divergence:
         wanted["rows"] = measure_rows(job)
+    if job.write_other_logits or job.other_divergence:
+        wanted["other text"] = measure_other_text(job)
     if job.answers:
         wanted["answers"] = measure_answers(job, "answers", job.answers)
     if job.tasks:
@@ -162,7 +165,7 @@ def measure_rows(job: Job) -> Steps:
     same_top: list[int] = []
     with ExitStack() as opened:
         engine = opened.enter_context(Engine(job.path, max(len(row.ids) for row in rows), job.untimed_threads, adapter=job.adapter))
-        written = opened.enter_context(LogitsWriter(job.write_logits, counts, engine.vocabulary_size)) if job.write_logits else None
+        written = opened.enter_context(LogitsWriter(job.write_logits, counts, engine.vocabulary_size, job.logits_bytes)) if job.write_logits else None
         references: Iterator[np.ndarray] = iter(())
         if job.divergence:
             references = iter(open_logits(job.divergence.path, sum(counts[:compared_rows]), engine.vocabulary_size))
@@ -197,6 +200,13 @@ def measure_rows(job: Job) -> Steps:
     if job.divergence and divergences and all(math.isfinite(value) for row in divergences for value in row):
         results["divergence"] = summarize(job.divergence.quant, divergences, same_top).model_dump(mode="json")
     yield results
+
+
+def measure_other_text(job: Job) -> Steps:
+    """Logits or divergence on the rows outside the user's domain, as `measure_rows` takes them, under units of their own."""
+    rows = {"rows": job.other_rows, "write_logits": job.write_other_logits, "divergence": job.other_divergence}
+    for step in measure_rows(job.model_copy(update={**rows, "perplexity": False, "logits_bytes": OTHER_LOGITS_BYTES})):
+        yield step if isinstance(step, tuple) else {f"other_{unit}": data for unit, data in step.items()}
 
 
 def measure_answers(job: Job, unit: str, conversations: Sequence[Asked]) -> Steps:

@@ -319,7 +319,11 @@ class Compare(_Section):
     """The recommended quant is the smallest whose perplexity is at most this share above the best."""
     reference: bool = True
     """Compare every quant with the unquantized fine-tune (KL divergence, same top tokens), and measure the untuned base at one quant.
-    The comparison uses 2 bytes per parameter and at most 1.1 GB more of the disk while it runs."""
+    The comparison uses 2 bytes per parameter and at most 1.4 GB more of the disk while it runs."""
+    other_text: Literal["builtin", "none"] | str = "builtin"
+    """Text outside the domain of your rows, on which every quant is compared with the unquantized fine-tune too: it shows what an importance matrix
+    or a rounding from your rows costs elsewhere. A path is a text file relative to the recipe, with an empty line between two texts; `builtin` is
+    six short ones in English. It goes with `reference: true`."""
     ggml_rounding: Literal["none", "rows", "tasks"] = "rows"
     """Where `export.rounding` is not `ggml`: measure each quant by ggml's rounding too, on the held-out rows, or on these and the `tasks`. `none`
     saves a quantization and a scoring of each quant. It goes with `reference: true`."""

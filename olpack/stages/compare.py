@@ -20,7 +20,9 @@ from olpack.workspace import file_digest, template_source, value_digest
 
 if TYPE_CHECKING:
     from olpack.compare import ComparedFile, MeasureSettings, ReferenceModels, Results
+    from olpack.data.rows import TokenRow
 
+_BUILTIN = "builtin"  # text of olpack's own
 _OF_THE_SPEED = ("num_ctx", "num_batch", "num_gpu", "num_thread", "use_mmap")
 
 
@@ -39,6 +41,10 @@ def inputs(build: Build, unit: str) -> dict[str, Any]:
     del settings["compare.run_answers"]  # consent changes no figure
     if build.recipe.compare.ggml_rounding == "rows":  # as before there was a choice
         del settings["compare.ggml_rounding"]
+    if build.recipe.compare.other_text == _BUILTIN:
+        del settings["compare.other_text"]
+    elif path := _other_file(build):
+        settings["compare.other_text"] = file_digest(path) if path.is_file() else None
     return deploy.exported_files(build) | build.data_inputs("eval") | settings | asked | template
 
 
@@ -67,6 +73,7 @@ def check(build: Build, checks: Checks) -> None:
 
     check_questions(build)
     measure_settings(build)
+    _other_rows(build)
     check_template(template_source("report.html.j2"))
     for task in {task.expected: task for task in build.tasks if task.check == "function"}.values():
         load_function(task)
@@ -98,6 +105,7 @@ def run(build: Build, steps: list[Step]) -> None:
         references=_reference_models(build) if asked.reference else None,
         tasks=build.tasks,
         examples=examples(build),
+        other=_other_rows(build),
     )
     identity = _prompt_identity(build) if build.server else None
     outputs = write_outputs(results, paths.compare, template_source("report.html.j2"), paths.adapter / "metrics.jsonl", identity)
@@ -156,6 +164,28 @@ def measure_settings(build: Build) -> MeasureSettings:
         suite_limit=asked.suite_limit,
         template=build.renderer.tokenizer.chat_template if build.base.template else None,
     )
+
+
+def _other_file(build: Build) -> Path | None:
+    """The file with text outside the user's domain, which may not be there; None where the recipe names none."""
+    asked = build.recipe.compare.other_text
+    return None if asked in (_BUILTIN, "none") else build.recipe.folder / asked
+
+
+def _other_rows(build: Build) -> list[TokenRow]:
+    """The rows outside the user's domain, as the model reads plain text.
+
+    Raises:
+        OlpackError: the recipe names a file that cannot be read, or has no text.
+    """
+    from olpack.compare.other_text import OTHER_TEXTS, other_rows, read_texts
+
+    if build.recipe.compare.other_text == "none" or not build.recipe.compare.reference:
+        return []
+    path = _other_file(build)
+    texts = read_texts(path) if path else OTHER_TEXTS
+    context = min(build.package.num_ctx, build.base.context_length)
+    return other_rows(texts, path.name if path else _BUILTIN, build.renderer, context)
 
 
 def _prompt_identity(build: Build) -> str | None:
@@ -252,13 +282,14 @@ def temporary_bytes(build: Build, parameters: int) -> int:
 
     The other files that are there for a while, one after the other and after this one, are smaller: quants without their importance matrix.
     """
-    from olpack.compare.settings import LOGITS_BYTES
+    from olpack.compare.settings import LOGITS_BYTES, OTHER_LOGITS_BYTES
 
     if not build.recipe.compare.reference:
         return 0
     vocabulary = build.meta_model.shape.vocabulary
     positions = sum(row.target_count for row in build.rows[1][: build.recipe.compare.eval_rows])
-    return 2 * parameters + min(LOGITS_BYTES, 4 * vocabulary * positions)
+    others = sum(row.target_count for row in _other_rows(build))
+    return 2 * parameters + min(LOGITS_BYTES, 4 * vocabulary * positions) + min(OTHER_LOGITS_BYTES, 4 * vocabulary * others)
 
 
 def sandboxed(build: Build) -> str:
