@@ -13,14 +13,22 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from olpack import progress, workers
-from olpack.compare.cache import Units
+from olpack.compare.cache import ADAPTER_SPEED, Units
 from olpack.errors import OlpackError
 from olpack.llamacpp.library import INSTALL
 
 if TYPE_CHECKING:
     from olpack.recipe.tasks import Task
 
-_NOUNS = {"speed": "runs", "concurrency": "loads", "rows": "rows", "answers": "answers", "tasks": "answers", "suites": "requests"}
+_NOUNS = {
+    "speed": "runs",
+    ADAPTER_SPEED: "turns",
+    "concurrency": "loads",
+    "rows": "rows",
+    "answers": "answers",
+    "tasks": "answers",
+    "suites": "requests",
+}
 
 
 class SpeedJob(BaseModel):
@@ -30,6 +38,15 @@ class SpeedJob(BaseModel):
     prompt_lengths: list[int]
     generated_tokens: int
     repeats: int
+
+
+class AdapterJob(BaseModel):
+    """Turns with the adapter and without it; with a merged file of the same fine-tune, turns of that file too."""
+
+    prompt_tokens: int
+    generated_tokens: int
+    repeats: int
+    merged: Path | None = None
 
 
 class RowJob(BaseModel):
@@ -80,6 +97,7 @@ class Job(BaseModel):
     answer_tokens: int
     rows: list[RowJob] = []
     speed: SpeedJob | None = None
+    adapter_speed: AdapterJob | None = None
     perplexity: bool = False
     write_logits: Path | None = None
     divergence: ReferenceLogits | None = None

@@ -63,6 +63,21 @@ class ReferenceModels:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
+@dataclass(frozen=True)
+class MergedModels:
+    """How the fine-tune of an adapter package becomes one file, as `package: merged` would serve it.
+
+    Attributes:
+        folder: for temporary files, that of the reference models or another; it is removed with its content.
+        write: writes the file of a quant.
+        keys: identity of the weights that this gives, by quant.
+    """
+
+    folder: Path
+    write: WriteModel
+    keys: Mapping[str, str]
+
+
 @dataclass
 class ReferenceFigures:
     """What was measured of the reference models.
@@ -105,7 +120,7 @@ def measure_references(
             if models.write_base is not None and base_missing:
                 wanted = {"perplexity": True, "tasks": asked_of(tasks), "divergence": figures.logits}
                 missing = {unit: value for unit, value in wanted.items() if unit not in base.known}
-                with _written(models.write_base, models.base_quant, folder) as path:
+                with written(models.write_base, models.base_quant, folder) as path:
                     name = f"the base ({models.base_quant})"
                     figures.problems += run_worker(job.model_copy(update={"path": path, **missing}), name, base)
         check_answers(tasks, base, "the base")
@@ -139,7 +154,7 @@ def measure_without_importance(write: WriteModel, folder: Path, quant: str, job:
     """
     temporary = Units(Cache(None), quant, {})
     try:
-        with _written(write, quant, folder) as path:
+        with written(write, quant, folder) as path:
             problems = run_worker(job.model_copy(update={"path": path, "divergence": logits}), f"{quant} without importance", temporary)
     except OlpackError as error:
         return [error]
@@ -152,7 +167,7 @@ def _measure_reference(models: ReferenceModels, job: Job, folder: Path, units: U
     logits = folder / "logits.f32"
     for quant in REFERENCE_QUANTS:
         tried = Units(Cache(None), "reference", {})
-        with _written(models.write_reference, quant, folder) as path:
+        with written(models.write_reference, quant, folder) as path:
             wanted = {"path": path, "perplexity": True, "write_logits": logits}
             problems = run_worker(job.model_copy(update=wanted), f"the unquantized model ({quant})", tried)
         if problems:
@@ -169,8 +184,9 @@ def _measure_reference(models: ReferenceModels, job: Job, folder: Path, units: U
 
 
 @contextmanager
-def _written(write: WriteModel, quant: str, folder: Path) -> Iterator[Path]:
+def written(write: WriteModel, quant: str, folder: Path) -> Iterator[Path]:
     """A GGUF that exists as long as the block runs."""
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{quant}.gguf"
     try:
         write(quant, path)

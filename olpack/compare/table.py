@@ -13,8 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from olpack import printable
+from olpack.compare.adapter_cost import adapter_notes
 from olpack.compare.changes import Change, importance_gains
-from olpack.compare.results import BaseResult, Divergence, Perplexity, QuantResult, Results, Spread
+from olpack.compare.results import AdapterResult, BaseResult, Divergence, Perplexity, QuantResult, Results, Spread
 from olpack.progress import quantity
 
 MISSING = "–"
@@ -29,7 +30,9 @@ def print_table(results: Results, console: Console | None = None) -> None:
     console = console or printable.console()
     chosen = results.recommendation.tag if results.recommendation else None
     # Quality has a table of its own where there is more of it than the perplexity.
-    compared = results.reference is not None or any(quant.divergence or quant.scores for quant in results.quants)
+    compared = results.reference is not None or any(
+        quant.divergence or quant.scores or (quant.adapter and quant.adapter.merged) for quant in results.quants
+    )
     table = _table(["size", "bits/\nweight", "prompt\ntok/s", "gener.\ntok/s", "load", "peak\nmemory", *([] if compared else ["perplexity\n± s.e."])])
     for quant in results.quants:
         table.add_row(*_cells(quant, quant.tag == chosen), *([] if compared else [_perplexity(quant.perplexity)]), style=_style(quant, chosen))
@@ -74,12 +77,13 @@ def escaped(text: str) -> str:
 
 
 def _notes(results: Results) -> list[str]:
-    """How importance matrices changed the divergence and which types budgets chose, a line for each quant."""
+    """How importance matrices changed the divergence, what adapters cost, and which types budgets chose, a line for each quant."""
     notes = []
     for gain in importance_gains(results):
         error = "" if gain.standard_error is None else f" ± {100 * gain.standard_error:.1f}"
         with_it, without = (plain(1000 * divergence.mean) for divergence in (gain.with_importance, gain.without_importance))
         notes.append(f"{gain.quant}: KL mean {with_it} mnat with the importance matrix, {without} without: {100 * gain.change:+.1f}{error}%")
+    notes += [note for quant in results.quants for note in adapter_notes(quant)]
     return notes + [f"{quant.quant}: {types_in_short(quant.types)}" for quant in results.quants if quant.types]
 
 
@@ -117,7 +121,10 @@ def _quality(results: Results, chosen: str | None) -> Table:
     rows: list[tuple[str, str, BaseResult | QuantResult, str]] = []
     if results.base:
         rows.append(("", f"base {results.base.quant}", results.base, "dim"))
-    rows += [("→" if quant.tag == chosen else "", quant.quant, quant, _style(quant, chosen)) for quant in results.quants]
+    for quant in results.quants:
+        rows.append(("→" if quant.tag == chosen else "", quant.quant, quant, _style(quant, chosen)))
+        if quant.adapter and quant.adapter.merged:
+            rows.append(("", f"{quant.quant} merged", quant.adapter.merged, "dim"))
     for mark, name, file, style in rows:
         scores = [_share(file.scores.mean, file.scores.standard_error, 0) if file.scores else MISSING] if tasks else []
         table.add_row(mark, name, _perplexity(file.perplexity), *_divergence(file.divergence), *scores, style=style)
@@ -268,5 +275,21 @@ def _csv_row(quant: QuantResult, results: Results) -> dict[str, object]:
         }
     if quant.divergence_without_importance:
         row["kl_divergence_without_importance"] = quant.divergence_without_importance.mean
+    if quant.adapter:
+        row |= _adapter_columns(quant.adapter)
     row["flags"] = "; ".join(flag.text for flag in quant.flags)
+    return row
+
+
+def _adapter_columns(adapter: AdapterResult) -> dict[str, object]:
+    row: dict[str, object] = {"adapter_bytes": adapter.size_bytes}
+    for speed in adapter.speeds[-1:]:  # a server's, where there is one
+        row["adapter_cost_engine"] = speed.engine
+        for name, rates in (("prompt", speed.prompt), ("generation", speed.generation)):
+            if rates:
+                row |= {f"adapter_cost_of_{name}": rates.cost, f"adapter_cost_of_{name}_standard_error": rates.standard_error}
+    if merged := adapter.merged:
+        row["merged_bytes"] = merged.size_bytes
+        row["merged_perplexity"] = merged.perplexity and merged.perplexity.value
+        row["merged_kl_divergence"] = merged.divergence and merged.divergence.mean
     return row

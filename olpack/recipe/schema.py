@@ -320,6 +320,9 @@ class Compare(_Section):
     reference: bool = True
     """Compare every quant with the unquantized fine-tune (KL divergence, same top tokens), and measure the untuned base at one quant.
     The comparison uses 2 bytes per parameter and at most 1.1 GB more of the disk while it runs."""
+    merged: bool = False
+    """With `package: adapter`: measure the fine-tune as `package: merged` would serve it too, in the same quants: quality, speed, bytes. Each merged
+    file is written for the comparison and removed after it."""
 
 
 _BUDGETS = {"budget": ("bpw", "{budget: 4.6 bpw}"), "size": ("b", "{size: 5 GB}")}  # key: (end of its value, an example)
@@ -426,6 +429,8 @@ class Recipe(_Section):
             raise ValueError(
                 "export goes with package: merged; the quants of a base are shared by packages, and none of them decides for the others."
             )
+        if self.package == "merged" and self.compare.merged:
+            raise ValueError("compare.merged goes with package: adapter; the quants of this package are merged already.")
         if self.package == "adapter" and (budgets := [name for name in self.quants if quant_type(name).budget]):
             raise ValueError(f"{budgets[0]} goes with package: merged; its types are chosen by what this package's training rows lose.")
         return self
