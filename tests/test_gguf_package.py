@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from gguf_files import write_gguf
 from ollama_double import OllamaDouble
@@ -13,6 +14,7 @@ from oracle import CHAT, make_workspace, olpack
 
 from olpack.deploy import parse
 from olpack.deploy.client import OllamaClient, blob_digest
+from olpack.llamacpp.engine import Engine
 
 PLAIN = "{#- " + "a template that no server knows. " * 4 + "-#}" + CHAT
 
@@ -100,9 +102,51 @@ def test_the_list_shows_what_is_shared_and_remove_leaves_it(workspace):
     assert on_server(double) == ["oracle:q4_K_M", "tiny:1b"]
 
 
+def test_the_adapter_is_weighed_against_the_merged_file(workspace):
+    """With and without it, embedded and through the server; merged, it is written for a while, and measured on the same rows."""
+    root, double, file, _ = workspace
+    folder, adapter = root / "build/oracle/compare", root / "build/oracle/gguf/oracle-adapter.gguf"
+    [built] = json.loads((folder / "results.json").read_text())["quants"]
+    assert [speed["engine"].split()[0] for speed in built["adapter"]["speeds"]] == ["llama-cpp-python", "Ollama"]
+    assert built["adapter"]["size_bytes"] == adapter.stat().st_size == built["size_bytes"] - file.stat().st_size
+    assert built["adapter"]["merged"] is None and built["speed"]["engine"].startswith("Ollama")
+    assert "compare.merged" not in json.loads((root / "build/oracle/stages/compare.json").read_text())["inputs"]  # earlier comparisons stay
+    asked = ["compare", "oracle", "--set", "compare.merged=true", "--set", "compare.reference=true"]
+    printed = said(olpack(root, *asked, server=double.url))
+    assert "Q4_K_M merged" in printed and "Q4_K_M: the adapter costs " in printed and "of KL divergence in place of" in printed
+    results = json.loads((folder / "results.json").read_text())
+    [quant] = results["quants"]
+    embedded, served = quant["adapter"]["speeds"]
+    rates = [embedded["generation"][name]["values"] for name in ("with_adapter", "without", "merged")]
+    assert {len(values) for values in rates} == {1} and served["generation"]["merged"] is None
+    merged = quant["adapter"]["merged"]
+    assert abs(merged["size_bytes"] / file.stat().st_size - 1) < 0.05 and merged["perplexity"]["same_tokens_rows"] == 4
+    assert merged["divergence"]["mean"] > quant["divergence"]["mean"] > 0
+    assert results["recommendation"]["package"] in ("adapter", "merged") and "Merged into one Q4_K_M" in results["recommendation"]["reason"]
+    assert not (folder / "temporary").exists() and on_server(double) == ["oracle:latest", "oracle:q4_K_M", "tiny:1b"]
+    double.requests.clear()
+    before = (folder / "measured/q4_K_M-merged.perplexity.json").stat().st_mtime_ns
+    said(olpack(root, *asked, "--set", "compare.max_loss=0.02", server=double.url))
+    assert double.count("POST", "/api/generate") == 0  # nothing is measured anew
+    assert (folder / "measured/q4_K_M-merged.perplexity.json").stat().st_mtime_ns == before
+    said(olpack(root, "compare", "oracle", server=double.url))
+
+
+def test_an_adapter_that_is_left_out_is_not_applied(workspace):
+    root, _, file, _ = workspace
+    ids = list(range(1, 9))
+    with Engine(file, 16, 1) as alone, Engine(file, 16, 1, adapter=root / "build/oracle/gguf/oracle-adapter.gguf") as engine:
+        expected, applied = alone.logprobs(ids, [True] * 8), engine.logprobs(ids, [True] * 8)
+        engine.apply_adapter(False)
+        assert np.array_equal(engine.logprobs(ids, [True] * 8), expected) and not np.array_equal(applied, expected)
+        engine.apply_adapter(True)
+        assert np.array_equal(engine.logprobs(ids, [True] * 8), applied)
+
+
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
+        (["package=merged", "quants=[Q8_0]", "compare.merged=true"], "compare.merged goes with package: adapter"),
         (["quants=[Q8_0]"], "`quants` goes with `package: merged`: an adapter is served on ollama/tiny:1b as it is, which is Q4_K_M."),
         (["revision=main"], "revision goes with a Hub id; ollama/tiny:1b has none."),
         (["base=ollama/tiny:2b"], "has no tiny:2b. Run `ollama pull tiny:2b`"),

@@ -8,7 +8,8 @@
 Public here:
     MeasureSettings, ComparedFile   what to measure, and how
     ReferenceModels                 what to compare it with: the unquantized fine-tune, the base, quants without their importance matrix
-    measure(files, rows, prompts, settings, server, name, cache, references, tasks, examples) -> Results
+    MergedModels                    of an adapter package, how to make the merged files that could be served in its place
+    measure(files, rows, prompts, settings, server, name, cache, references, tasks, examples, merged) -> Results
     Results, read_results(path), write_results(results, path)
     recommend(results) -> Recommendation | None    (measure has already put it into the results)
     print_table(results, console=None), markdown_table(results) -> str
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 from olpack.compare.measure import measure
 from olpack.compare.recommend import recommend
-from olpack.compare.reference_models import ReferenceModels
+from olpack.compare.reference_models import MergedModels, ReferenceModels
 from olpack.compare.report import render_report, write_report
 from olpack.compare.results import Results, read_results, write_results
 from olpack.compare.settings import ComparedFile, MeasureSettings
@@ -28,6 +29,7 @@ from olpack.compare.table import markdown_table, print_table
 __all__ = [
     "ComparedFile",
     "MeasureSettings",
+    "MergedModels",
     "ReferenceModels",
     "Results",
     "markdown_table",

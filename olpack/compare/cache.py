@@ -22,6 +22,7 @@ from olpack.workspace import file_digest, value_digest, write_atomically
 SPEED_UNITS = ("speed-0", "speed-1")  # one for each round
 CONCURRENCY = "concurrency"
 OTHER_DIVERGENCE = "other_divergence"  # on text outside the user's domain
+ADAPTER_SPEED = "adapter-speed"  # speeds with an adapter and without it, in turns on the embedded engine
 DIVERGENCE_WITHOUT_IMPORTANCE = "divergence-unweighed"  # the divergence that a quant would have without its importance matrix
 
 Key = dict[str, Any]  # a JSON object
@@ -122,6 +123,7 @@ def speed_keys(engine: str, cpu: str, settings: MeasureSettings) -> Keys:
         "prompt_lengths": list(settings.prompt_lengths),
         "generated_tokens": settings.generated_tokens,
         "repeats": settings.repeats,
+        **({"load": dict(settings.load)} if settings.load else {}),
     }
     return {**dict.fromkeys(SPEED_UNITS, timed), CONCURRENCY: timed | {"clients": list(settings.clients)}}
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from olpack import progress, workers
-from olpack.compare.cache import Units
+from olpack.compare.cache import ADAPTER_SPEED, Units
 from olpack.compare.settings import LOGITS_BYTES
 from olpack.errors import OlpackError
 from olpack.llamacpp.library import INSTALL
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _NOUNS = {
     "speed": "runs",
+    ADAPTER_SPEED: "turns",
     "concurrency": "loads",
     "rows": "rows",
     "other text": "texts",
@@ -39,6 +40,15 @@ class SpeedJob(BaseModel):
     prompt_lengths: list[int]
     generated_tokens: int
     repeats: int
+
+
+class AdapterJob(BaseModel):
+    """Turns with the adapter and without it; with a merged file of the same fine-tune, turns of that file too."""
+
+    prompt_tokens: int
+    generated_tokens: int
+    repeats: int
+    merged: Path | None = None
 
 
 class RowJob(BaseModel):
@@ -90,6 +100,7 @@ class Job(BaseModel):
     answer_tokens: int
     rows: list[RowJob] = []
     speed: SpeedJob | None = None
+    adapter_speed: AdapterJob | None = None
     perplexity: bool = False
     write_logits: Path | None = None
     logits_bytes: int = LOGITS_BYTES

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,10 +15,14 @@ from typing import TYPE_CHECKING
 from pydantic import TypeAdapter
 
 from olpack import progress
+from olpack.compare.adapter_cost import adapter_result, merged_result
 from olpack.compare.cache import (
+    ADAPTER_SPEED,
     DIVERGENCE_WITHOUT_IMPORTANCE,
     OTHER_DIVERGENCE,
+    SPEED_UNITS,
     Cache,
+    Key,
     Keys,
     Units,
     answer_keys,
@@ -27,9 +34,16 @@ from olpack.compare.cache import (
 from olpack.compare.gain import set_gains
 from olpack.compare.ggml_rounding import by_ggml, ggml_units, measure_by_ggml
 from olpack.compare.hardware import describe_machine
-from olpack.compare.job import Asked, Job, RowJob, SuitesJob, asked_of, run_worker
+from olpack.compare.job import AdapterJob, Asked, Job, RowJob, SuitesJob, asked_of, run_worker
 from olpack.compare.recommend import recommend, set_losses
-from olpack.compare.reference_models import ReferenceFigures, ReferenceModels, measure_references, measure_without_importance
+from olpack.compare.reference_models import (
+    MergedModels,
+    ReferenceFigures,
+    ReferenceModels,
+    measure_references,
+    measure_without_importance,
+    written,
+)
 from olpack.compare.result_flags import ExpectedScripts, flag_answers, flag_neighbours, flag_rows, flag_same_types
 from olpack.compare.results import Divergence, Flag, MachineInfo, Perplexity, QuantResult, Results, Rows, Scores, Speed, SuiteScore, TaskAsked
 from olpack.compare.scores import check_answers
@@ -60,6 +74,7 @@ def measure(
     tasks: Sequence[Task] = (),
     examples: Sequence[tuple[str, str]] = (),
     other: Sequence[TokenRow] = (),
+    merged: MergedModels | None = None,
 ) -> Results:
     """Speed, memory, perplexity and answers of every file, with the recommendation.
 
@@ -79,6 +94,8 @@ def measure(
         tasks: what every file, the base and the unquantized fine-tune are asked and scored on.
         other: rows outside the user's domain, on which the divergence is measured too, where there are references.
         examples: (request, answer) of held-out rows, which show in what script answers are expected.
+        merged: how to make the merged file that is measured beside each file with an adapter. It is written only if a figure that is not in the
+            cache needs it, and removed at once. None: there is none.
 
     Raises:
         OlpackError: nothing could be measured of any file. One file that fails is flagged in its result and does not stop the others.
@@ -91,27 +108,42 @@ def measure(
     references = references if rows else None
     timed_by = f"Ollama {server_version}" if server else f"{embedded}, {job.threads} threads"
     keys = speed_keys(timed_by, machine.cpu, settings) | answer_keys(embedded, prompts, tasks, settings) | suite_keys(embedded, settings)
+    in_turns = f"{embedded}, {job.threads} threads"
+    keys[ADAPTER_SPEED] = speed_keys(in_turns, machine.cpu, settings)[SPEED_UNITS[0]]
     if described:
         keys |= row_keys(embedded, described, references.reference_key if references else None, _digest(other) if other else None)
 
     if settings.template:
         keys = {unit: key | {"template": value_digest(settings.template)} for unit, key in keys.items()}
     store = Cache(cache)
-    known = [_units(store, file, keys, references) for file in files]
+    known = [_units(store, file, keys, references, merged) for file in files]
+    known_merged = [_units_merged(store, file, keys, merged) if merged and file.adapter else None for file in files]
+    alone = {file.tag: _units_alone(store, file, keys) for file in files if file.alone}
     if server:
-        visit = visit_through_server(server, [f"{name}:{file.tag}" for file in files], known, settings)
+        models = [f"{name}:{file.tag}" for file in files] + [file.alone for file in files if file.alone]
+        visit = visit_through_server(server, models, [*known, *alone.values()], settings)
     else:
         visit = visit_embedded(files, known, job, settings)
-    problems = measure_speeds(known, visit, settings.repeats)
+    problems = measure_speeds([*known, *alone.values()], visit, settings.repeats)
+    for file, failed in zip((file for file in files if file.alone), problems[len(files) :], strict=True):
+        problems[files.index(file)] += failed
+    del problems[len(files) :]
     figures = ReferenceFigures()
     plain = [ggml_units(references, store, file.quant, file.tag, keys) if references else None for file in files]
     with ExitStack() as temporary:
+        if merged:
+            temporary.callback(shutil.rmtree, merged.folder, ignore_errors=True)
         if references:
             compared = ("divergence", OTHER_DIVERGENCE, DIVERGENCE_WITHOUT_IMPORTANCE)
             needed = any(units.lacks(unit) for units in known + plain if units for unit in compared)
+            needed |= any(units.lacks("divergence") for units in known_merged if units)
             figures = measure_references(references, job, keys, store, needed, temporary.enter_context(references.temporary()), tasks)
-        for file, units, by_ggml_units, failed in zip(files, known, plain, problems, strict=True):
+        for file, units, of_merged, by_ggml_units, failed in zip(files, known, known_merged, plain, problems, strict=True):
             failed += _measure_quality(file, units, job, settings, prompts, tasks, figures)
+            if merged and of_merged:
+                failed += _measure_merged(file, units, of_merged, merged, job, settings, tasks, figures)
+            elif units.lacks(ADAPTER_SPEED):
+                failed += _measure_in_turns(file, units, job, settings, None)
             if references and references.write_without_importance and figures.logits and units.lacks(DIVERGENCE_WITHOUT_IMPORTANCE):
                 write, folder = references.write_without_importance, references.folder
                 figures.problems += measure_without_importance(write, folder, file.quant, job, figures.logits, units)
@@ -119,10 +151,16 @@ def measure(
                 figures.problems += measure_by_ggml(references, file.quant, job, figures, tasks, by_ggml_units)
 
     engine, threads = (f"Ollama {server_version}", None) if server else (embedded, job.threads)
+    timed = partial(speed_of, engine=engine, threads=threads, generated_tokens=settings.generated_tokens)
     quants, scripts = [], ExpectedScripts(examples)
-    for file, units, by_ggml_units, failed in zip(files, known, plain, problems, strict=True):
+    for file, units, of_merged, by_ggml_units, failed in zip(files, known, known_merged, plain, problems, strict=True):
         quants.append(result := _identity(file))
-        add_figures(result, units, speed_of(units, engine=engine, threads=threads, generated_tokens=settings.generated_tokens), failed)
+        add_figures(result, units, speed := timed(units), failed)
+        if file.adapter:
+            served = [speed, timed(alone[file.tag])] if file.alone else []
+            result.adapter = adapter_result(file.adapter.stat().st_size, units, in_turns, served)
+            if of_merged and described:
+                result.adapter.merged = merged_result(result, of_merged, described.learned_tokens)
         if described:
             flag_rows(result, described)
             if references and by_ggml_units and by_ggml_units.known:
@@ -161,12 +199,66 @@ def _job(engine: str, rows: Sequence[TokenRow], other: Sequence[TokenRow], setti
     )
 
 
-def _units(store: Cache, file: ComparedFile, keys: Keys, references: ReferenceModels | None) -> Units:
-    weights = {"file": file.sha256} | ({"adapter": file_digest(file.adapter)} if file.adapter else {})
-    own = {unit: key | weights for unit, key in keys.items()}
+def _weights(file: ComparedFile) -> Key:
+    return {"file": file.sha256} | ({"adapter": file_digest(file.adapter)} if file.adapter else {})
+
+
+def _units(store: Cache, file: ComparedFile, keys: Keys, references: ReferenceModels | None, merged: MergedModels | None) -> Units:
+    own = {unit: key | _weights(file) for unit, key in keys.items()}
+    if not file.adapter:
+        del own[ADAPTER_SPEED]
+    elif merged:
+        own[ADAPTER_SPEED] |= {"merged": merged.keys[file.quant]}
+    for unit in SPEED_UNITS if file.alone else ():
+        own[unit] |= {"beside": file.alone}  # both are measured in the same rounds, or their difference may be that of two days
     if references and (digest := references.without_importance_keys.get(file.quant)):
         own[DIVERGENCE_WITHOUT_IMPORTANCE] = keys["divergence"] | {"file": digest}
     return Units(store, file.tag, own)
+
+
+def _units_alone(store: Cache, file: ComparedFile, keys: Keys) -> Units:
+    """Of a server's model of the file without its adapter: its speed, and nothing else."""
+    return Units(store, f"{file.tag}-alone", {unit: keys[unit] | _weights(file) | {"alone": file.alone} for unit in SPEED_UNITS})
+
+
+def _units_merged(store: Cache, file: ComparedFile, keys: Keys, merged: MergedModels) -> Units:
+    units: Keys = {"size": {}} | {unit: keys[unit] for unit in ("perplexity", "divergence", "tasks", "scores") if unit in keys}
+    return Units(store, f"{file.tag}-merged", {unit: key | {"merged": merged.keys[file.quant]} for unit, key in units.items()})
+
+
+def _measure_merged(
+    file: ComparedFile,
+    units: Units,
+    of_merged: Units,
+    merged: MergedModels,
+    job: Job,
+    settings: MeasureSettings,
+    tasks: Sequence[Task],
+    figures: ReferenceFigures,
+) -> list[OlpackError]:
+    """Measure the merged file that could be served in place of a file with its adapter, and all of them in turns.
+
+    Returns:
+        what went wrong.
+    """
+    wanted = ["size", "perplexity", "tasks"] + (["divergence"] if figures.logits else [])
+    if not units.lacks(ADAPTER_SPEED) and not any(of_merged.lacks(unit) for unit in wanted):
+        return []
+    try:
+        with written(merged.write, file.quant, merged.folder) as path:
+            of_merged.add("size", {"bytes": path.stat().st_size})
+            one = replace(file, quant=f"{file.quant} merged", path=path, adapter=None)
+            problems = _measure_quality(one, of_merged, job, replace(settings, suites=()), (), tasks, figures)
+            if units.lacks(ADAPTER_SPEED):
+                problems += _measure_in_turns(file, units, job, settings, path)
+    except OlpackError as error:
+        problems = [error]
+    return problems
+
+
+def _measure_in_turns(file: ComparedFile, units: Units, job: Job, settings: MeasureSettings, merged: Path | None) -> list[OlpackError]:
+    plan = AdapterJob(prompt_tokens=max(settings.prompt_lengths), generated_tokens=settings.generated_tokens, repeats=settings.repeats, merged=merged)
+    return run_worker(job.model_copy(update={"path": file.path, "adapter": file.adapter, "adapter_speed": plan}), f"{file.quant} in turns", units)
 
 
 def _measure_quality(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from olpack.compare.adapter_cost import adapter_reasons, better_package
 from olpack.compare.perplexity import paired_loss
 from olpack.compare.results import Loss, QuantResult, Recommendation, Results
 from olpack.progress import quantity
@@ -42,8 +43,9 @@ def recommend(results: Results, tolerance: float = 0.01) -> Recommendation | Non
         chosen, loss = min(accepted, key=lambda item: (item[0].size_bytes, item[1].relative))
     else:  # the best file itself is flagged
         chosen, loss = min(sound, key=lambda item: item[1].relative)
-    reason = " ".join([_reason(chosen, loss, results.quants, sound, tolerance), *_gaps(results.quants)])
-    return Recommendation(quant=chosen.quant, tag=chosen.tag, reason=reason, tolerance=tolerance)
+    package = better_package(chosen, tolerance)
+    reason = " ".join([_reason(chosen, loss, results.quants, sound, tolerance), *adapter_reasons(chosen, package), *_gaps(results.quants)])
+    return Recommendation(quant=chosen.quant, tag=chosen.tag, reason=reason, tolerance=tolerance, package=package)
 
 
 def _gaps(quants: list[QuantResult]) -> list[str]:

@@ -71,6 +71,21 @@ class ReferenceModels:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
+@dataclass(frozen=True)
+class MergedModels:
+    """How the fine-tune of an adapter package becomes one file, as `package: merged` would serve it.
+
+    Attributes:
+        folder: for temporary files, that of the reference models or another; it is removed with its content.
+        write: writes the file of a quant.
+        keys: identity of the weights that this gives, by quant.
+    """
+
+    folder: Path
+    write: WriteModel
+    keys: Mapping[str, str]
+
+
 @dataclass
 class ReferenceFigures:
     """What was measured of the reference models.
@@ -208,6 +223,7 @@ def _ask(path: Path, job: Job, units: Units, unasked: list[Asked]) -> list[Olpac
 @contextmanager
 def written(write: WriteModel, quant: str, folder: Path) -> Iterator[Path]:
     """A GGUF that exists as long as the block runs."""
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{quant}.gguf"
     try:
         write(quant, path)

@@ -81,6 +81,25 @@ class Speed(_Record):
     others: list[str] = Field([], description="through a server: other models that were loaded meanwhile")
 
 
+class AdapterRates(_Record):
+    """Tokens per second with an adapter and without it, in turns: values at the same place were measured one after the other."""
+
+    with_adapter: Spread
+    without: Spread = Field(description="of the same file without the adapter")
+    merged: Spread | None = Field(None, description="of the merged file of the same type, where `compare.merged` asks for it")
+    cost: float = Field(description="share of the speed that the adapter takes, 0.06 is 6 %: one minus the geometric mean of the turns' ratios")
+    standard_error: float | None = Field(description="of `cost`, from the turns; null with fewer than two")
+
+
+class AdapterSpeed(_Record):
+    """What an adapter costs on one engine."""
+
+    engine: str = Field(description="as in Speed")
+    prompt_tokens: int | None = Field(None, description="length of the prompts, the longest of those that speed is measured at")
+    prompt: AdapterRates | None = None
+    generation: AdapterRates | None = None
+
+
 class Perplexity(_Record):
     """Perplexity over the target tokens of the rows, each predicted from all tokens before it."""
 
@@ -227,6 +246,31 @@ class Flag(_Record):
     serious: bool = Field(description="a quant with a serious flag is never recommended")
 
 
+class BaseResult(_Record):
+    """The base before its training, at one quant, on the same rows. It is removed after the comparison too."""
+
+    quant: str = Field(description='"Q8_0"')
+    perplexity: Perplexity | None = None
+    divergence: Divergence | None = Field(None, description="from the unquantized fine-tune")
+    task_answers: list[Answer] | None = Field(None, description="one per task, in the order of `Results.tasks`")
+    scores: Scores | None = None
+
+
+class MergedResult(BaseResult):
+    """The fine-tune as `package: merged` would serve it, in the same quant. It is written for the comparison and removed after it."""
+
+    size_bytes: int
+    loss: Loss | None = Field(None, description="growth of perplexity against the file with its adapter, whose tag `reference` is")
+
+
+class AdapterResult(_Record):
+    """An adapter on a file: what it adds and costs, and the merged file in its place."""
+
+    size_bytes: int = Field(description="of the adapter alone; the quant's `size_bytes` counts the file too")
+    speeds: list[AdapterSpeed] = Field([], description="on the embedded engine, and through a server that has the file without the adapter too")
+    merged: MergedResult | None = Field(None, description="where `compare.merged` asks for it")
+
+
 class QuantResult(_Record):
     """One file."""
 
@@ -257,6 +301,7 @@ class QuantResult(_Record):
     gain_kept: GainKept | None = Field(None, description="of the loss on the held-out rows; null without a base and an unquantized reference")
     task_gain_kept: GainKept | None = Field(None, description="of the scores of the tasks that base, reference and quant all have one of")
     suites: list[SuiteScore] = Field([], description="every metric of `settings.suites`")
+    adapter: AdapterResult | None = Field(None, description="of `package: adapter`; null for a file that has none")
     flags: list[Flag] = []
 
 
@@ -265,16 +310,6 @@ class Reference(_Record):
 
     quant: str = Field(description='quant type that it was written in, "F16"')
     perplexity: Perplexity
-    task_answers: list[Answer] | None = Field(None, description="one per task, in the order of `Results.tasks`")
-    scores: Scores | None = None
-
-
-class BaseResult(_Record):
-    """The base before its training, at one quant, on the same rows. It is removed after the comparison too."""
-
-    quant: str = Field(description='"Q8_0"')
-    perplexity: Perplexity | None = None
-    divergence: Divergence | None = Field(None, description="from the unquantized fine-tune")
     task_answers: list[Answer] | None = Field(None, description="one per task, in the order of `Results.tasks`")
     scores: Scores | None = None
 
@@ -307,6 +342,11 @@ class Recommendation(_Record):
     tag: str
     reason: str = Field(description="one sentence")
     tolerance: float = Field(description="relative growth of perplexity that is accepted")
+    package: Literal["adapter", "merged"] | None = Field(
+        None,
+        description="which of the two serves the fine-tune better, where both were measured: the one whose perplexity is lower by "
+        "more than `tolerance`; where neither is, merged if it generates faster by more than chance, else the adapter, which is less to store",
+    )
 
 
 class Results(_Record):
@@ -376,6 +416,7 @@ def _disagreement(results: Results) -> str:
         *((f"{quant.quant} by ggml's rounding", quant.by_ggml) for quant in results.quants if quant.by_ggml),
         *([("base", results.base)] if results.base else []),
         *([("reference", results.reference)] if results.reference else []),
+        *((f"merged {quant.quant}", quant.adapter.merged) for quant in results.quants if quant.adapter and quant.adapter.merged),
     ]
     for name, one in measured:
         if one.perplexity and (rows is None or len(one.perplexity.row_nll) != rows.count):

@@ -212,7 +212,7 @@ class ServerSpeed:
 
     def _stream(self, model: str, prompt: str, tokens: int) -> _TimedAnswer | None:
         """A timed answer; None where the server broke it off."""
-        options = {"num_ctx": self._settings.context, "num_predict": tokens, "temperature": 0}
+        options = {**self._settings.load, "num_ctx": self._settings.context, "num_predict": tokens, "temperature": 0}
         started, first, last = time.perf_counter(), 0.0, None
         for piece in self._client.stream_generate(model, prompt, options, raw=True):
             first, last = first or time.perf_counter() - started, piece
@@ -282,7 +282,7 @@ def visit_through_server(server: OllamaClient, models: Sequence[str], known: Seq
                     units.add(SPEED_UNITS[round], step.model_dump(mode="json"), store=not problems)  # else the next comparison tries again
                 else:
                     shown.show("speed", *step)
-            if round == ROUNDS - 1 and settings.clients and CONCURRENCY not in units.known:
+            if round == ROUNDS - 1 and settings.clients and units.lacks(CONCURRENCY):
                 for entries in server_speed.concurrency(model, settings.clients):
                     if isinstance(entries, list):
                         units.add(CONCURRENCY, {"clients": [entry.model_dump(mode="json") for entry in entries]})

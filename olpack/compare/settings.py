@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from olpack.errors import OlpackError
 
@@ -28,6 +29,7 @@ class ComparedFile:
         bits_per_weight: None where unknown.
         sha256: of the file, as hexadecimal digits.
         adapter: a LoRA GGUF that is applied to it; None: there is none.
+        alone: the server's model of the same file without the adapter; None: the server has none.
         types: of a budget, how many matrices of each kind have which type: {"attn_v": {"q6_K": 8}}. Empty for one of llama.cpp's own mixes.
         tensors: the same of any quant; empty where unknown.
     """
@@ -41,6 +43,7 @@ class ComparedFile:
     adapter: Path | None = None
     types: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     tensors: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    alone: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class MeasureSettings:
         suites: tasks of lm-evaluation-harness to run on every file.
         suite_folder: a folder with tasks of one's own in YAML.
         suite_limit: at most this many questions of each; None: all.
+        load: further options with which a server loads each model, "num_batch" and its like, so that one that is not the package's runs alike.
         template: a chat template that writes the prompts in place of the files' own; None: those do.
     """
 
@@ -73,6 +77,7 @@ class MeasureSettings:
     suites: tuple[str, ...] = ()
     suite_folder: str | None = None
     suite_limit: int | None = None
+    load: Mapping[str, Any] = field(default_factory=dict)
     template: str | None = None
 
     def __post_init__(self) -> None:

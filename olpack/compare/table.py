@@ -13,8 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from olpack import printable
+from olpack.compare.adapter_cost import adapter_notes
 from olpack.compare.changes import Change, importance_gains
-from olpack.compare.results import BaseResult, ByGgml, Divergence, GainKept, Perplexity, QuantResult, Results, Spread
+from olpack.compare.results import AdapterResult, BaseResult, ByGgml, Divergence, GainKept, Perplexity, QuantResult, Results, Spread
 from olpack.progress import quantity
 
 MISSING = "–"
@@ -29,7 +30,9 @@ def print_table(results: Results, console: Console | None = None) -> None:
     console = console or printable.console()
     chosen = results.recommendation.tag if results.recommendation else None
     # Quality has a table of its own where there is more of it than the perplexity.
-    compared = results.reference is not None or any(quant.divergence or quant.scores for quant in results.quants)
+    compared = results.reference is not None or any(
+        quant.divergence or quant.scores or (quant.adapter and quant.adapter.merged) for quant in results.quants
+    )
     table = _table(["size", "bits/\nweight", "prompt\ntok/s", "gener.\ntok/s", "load", "peak\nmemory", *([] if compared else ["perplexity\n± s.e."])])
     for quant in results.quants:
         table.add_row(*_cells(quant, quant.tag == chosen), *([] if compared else [_perplexity(quant.perplexity)]), style=_style(quant, chosen))
@@ -89,7 +92,7 @@ def escaped(text: str) -> str:
 
 
 def _notes(results: Results) -> list[str]:
-    """What the fine-tune gained, how importance matrices and roundings changed the divergence, and which types budgets chose, a line for each."""
+    """What the fine-tune gained, how importance matrices and roundings changed the divergence, what adapters cost, and which types budgets chose."""
     notes = [note for kept, what, unit in _KEPT if (note := _gain(results, kept, what, unit))]
     if results.other_text and (far := next((quant.other_text for quant in results.quants if quant.other_text), None)):
         notes.append(f"other text: {results.other_text}, {far.tokens:,} tokens of {far.rows} texts that are no rows of the package")
@@ -98,6 +101,7 @@ def _notes(results: Results) -> list[str]:
         with_it, without = (plain(1000 * divergence.mean) for divergence in (gain.with_importance, gain.without_importance))
         notes.append(f"{gain.quant}: KL mean {with_it} mnat with the importance matrix, {without} without: {100 * gain.change:+.1f}{error}%")
     notes += [_against_ggml(quant.quant, quant.by_ggml) for quant in results.quants if quant.by_ggml]
+    notes += [note for quant in results.quants for note in adapter_notes(quant)]
     return notes + [f"{quant.quant}: {types_in_short(quant.types)}" for quant in results.quants if quant.types]
 
 
@@ -196,6 +200,8 @@ def _quality(results: Results, chosen: str | None) -> Table:
         rows.append(("→" if quant.tag == chosen else "", quant.quant, quant, _style(quant, chosen)))
         if quant.by_ggml:
             rows.append(("", "  by ggml", quant.by_ggml, "dim"))
+        if quant.adapter and quant.adapter.merged:
+            rows.append(("", f"{quant.quant} merged", quant.adapter.merged, "dim"))
     for mark, name, file, style in rows:
         scores = [_share(file.scores.mean, file.scores.standard_error, 0) if file.scores else MISSING] if tasks else []
         table.add_row(mark, name, _perplexity(file.perplexity), *_divergence(file.divergence), *scores, style=style)
@@ -361,5 +367,21 @@ def _csv_row(quant: QuantResult, results: Results) -> dict[str, object]:
         for name in ("perplexity", "divergence", "same_top", "score"):
             change = getattr(other, f"{name}_change")
             row |= {f"{name}_against_ggml": change and change.value, f"{name}_against_ggml_standard_error": change and change.standard_error}
+    if quant.adapter:
+        row |= _adapter_columns(quant.adapter)
     row["flags"] = "; ".join(flag.text for flag in quant.flags)
+    return row
+
+
+def _adapter_columns(adapter: AdapterResult) -> dict[str, object]:
+    row: dict[str, object] = {"adapter_bytes": adapter.size_bytes}
+    for speed in adapter.speeds[-1:]:  # a server's, where there is one
+        row["adapter_cost_engine"] = speed.engine
+        for name, rates in (("prompt", speed.prompt), ("generation", speed.generation)):
+            if rates:
+                row |= {f"adapter_cost_of_{name}": rates.cost, f"adapter_cost_of_{name}_standard_error": rates.standard_error}
+    if merged := adapter.merged:
+        row["merged_bytes"] = merged.size_bytes
+        row["merged_perplexity"] = merged.perplexity and merged.perplexity.value
+        row["merged_kl_divergence"] = merged.divergence and merged.divergence.mean
     return row

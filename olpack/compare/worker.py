@@ -27,10 +27,11 @@ from typing import Any
 import numpy as np
 import psutil
 
-from olpack.compare.cache import SPEED_UNITS, suite_unit
+from olpack.compare.adapter_cost import AdapterRuns
+from olpack.compare.cache import ADAPTER_SPEED, SPEED_UNITS, suite_unit
 from olpack.compare.divergence import LogitsWriter, open_logits, summarize
 from olpack.compare.hardware import bytes_read, drop_from_cache, joules, peak_resident
-from olpack.compare.job import Asked, Job, SpeedJob, SuitesJob
+from olpack.compare.job import AdapterJob, Asked, Job, SpeedJob, SuitesJob
 from olpack.compare.perplexity import perplexity
 from olpack.compare.result_flags import answer_of
 from olpack.compare.results import Perplexity
@@ -60,6 +61,8 @@ def main() -> None:
     wanted: dict[str, Steps] = {}
     if job.speed:
         wanted["speed"] = measure_speed(job, job.speed)
+    if job.adapter_speed:
+        wanted[ADAPTER_SPEED] = measure_adapter(job, job.adapter_speed)
     if job.perplexity or job.write_logits or job.divergence:
         wanted["rows"] = measure_rows(job)
     if job.write_other_logits or job.other_divergence:
@@ -112,9 +115,7 @@ def measure_speed(job: Job, plan: SpeedJob) -> Steps:
         for length in dict.fromkeys(min(length, job.context - plan.generated_tokens) for length in plan.prompt_lengths):
             for repeat in range(plan.repeats + 1):
                 ids = tokens(length)
-                started = time.perf_counter()
-                engine.process(ids)  # the logits of the first token are computed when it returns
-                seconds = time.perf_counter() - started
+                seconds = _prompt_s(engine, ids)  # the logits of the first token are computed then
                 if repeat:
                     prompts.append(PromptRun(asked=length, tokens=length, seconds=seconds, first_token_s=seconds))
                 yield (done := done + 1), total
@@ -124,11 +125,10 @@ def measure_speed(job: Job, plan: SpeedJob) -> Steps:
         for repeat in range(plan.repeats + 1):
             engine.process(tokens(min(_BEFORE_GENERATION, job.context - plan.generated_tokens)))
             ids = tokens(plan.generated_tokens)
-            used, started = joules(), time.perf_counter()
-            for token in ids:
-                engine.extend(token)
+            used = joules()
+            seconds = _generation_s(engine, ids)
             if repeat:
-                rates.append(len(ids) / (time.perf_counter() - started))
+                rates.append(len(ids) / seconds)
                 if llama_cpp.llama_supports_gpu_offload() and used is not None and (now := joules()) is not None:
                     energies.append((now - used) / len(ids))
             yield (done := done + 1), total
@@ -147,6 +147,50 @@ def measure_speed(job: Job, plan: SpeedJob) -> Steps:
         memory_bytes=peak - before,
     )
     yield {SPEED_UNITS[plan.round]: measured.model_dump(mode="json")}
+
+
+def measure_adapter(job: Job, plan: AdapterJob) -> Steps:
+    """Prompt and generation speed with the adapter, without it, and of the merged file where there is one, in turns.
+
+    The file is loaded once, and the adapter applied or left out between two runs, so nothing else differs. Each turn runs all of them, in
+    the opposite order of the turn before. The first turn is discarded.
+    """
+    fresh = random.Random(0)
+    runs = AdapterRuns(prompt_tokens=min(plan.prompt_tokens, job.context - plan.generated_tokens))
+    with ExitStack() as opened:
+        engine = opened.enter_context(Engine(job.path, job.context, job.threads, adapter=job.adapter, max_outputs=1))
+        models: list[tuple[str, Engine, bool]] = [("with_adapter", engine, True), ("without", engine, False)]
+        if plan.merged:
+            models.append(("merged", opened.enter_context(Engine(plan.merged, job.context, job.threads, max_outputs=1)), False))
+        for turn in range(plan.repeats + 1):
+            for name, one, applied in models if turn % 2 else reversed(models):
+                one.apply_adapter(applied)
+                prompt, before, generated = (
+                    [fresh.randrange(engine.vocabulary_size) for _ in range(count)]
+                    for count in (runs.prompt_tokens, min(_BEFORE_GENERATION, runs.prompt_tokens), plan.generated_tokens)
+                )
+                one.process(before)  # what a change of the adapter costs once is no part of the speed
+                prompt_s = _prompt_s(one, prompt)
+                one.process(before)
+                generation_s = _generation_s(one, generated)
+                if turn:
+                    runs.prompt.setdefault(name, []).append(len(prompt) / prompt_s)
+                    runs.generation.setdefault(name, []).append(len(generated) / generation_s)
+            yield turn + 1, plan.repeats + 1
+    yield {ADAPTER_SPEED: runs.model_dump(mode="json")}
+
+
+def _prompt_s(engine: Engine, ids: Sequence[int]) -> float:
+    started = time.perf_counter()
+    engine.process(ids)
+    return time.perf_counter() - started
+
+
+def _generation_s(engine: Engine, ids: Sequence[int]) -> float:
+    started = time.perf_counter()
+    for token in ids:
+        engine.extend(token)
+    return time.perf_counter() - started
 
 
 def measure_rows(job: Job) -> Steps:

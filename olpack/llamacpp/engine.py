@@ -115,7 +115,7 @@ class Engine:
     ):
         self.path = Path(path)
         self._template = template
-        self._model = self._context = None
+        self._model = self._context = self._adapter = None
         if not self.path.is_file():
             raise OlpackError(f"There is no GGUF at {self.path}.", "Make it with `olpack export`.")
         _log.start()
@@ -152,16 +152,20 @@ class Engine:
         self._memory = llama_cpp.llama_get_memory(self._context)
         self._batch = llama_cpp.llama_batch_init(_BATCH, 0, 1)
         if adapter is not None:
-            self._apply(adapter)
+            self._load_adapter(adapter)
 
-    def _apply(self, adapter: Path) -> None:
-        loaded = llama_cpp.llama_adapter_lora_init(self._model, os.fsencode(adapter))  # freed with the model
-        if not loaded:
+    def _load_adapter(self, adapter: Path) -> None:
+        self._adapter = llama_cpp.llama_adapter_lora_init(self._model, os.fsencode(adapter))  # freed with the model
+        if not self._adapter:
             reason = _log.reason()
             self.close()
             raise OlpackError(f"llama.cpp cannot apply {adapter} to {self.path}: {reason}.", "Was it made for this base? `olpack export` makes both.")
-        adapters, scales = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(loaded), (ctypes.c_float * 1)(1.0)
-        llama_cpp.llama_set_adapters_lora(self._context, adapters, 1, scales)
+        self.apply_adapter(True)
+
+    def apply_adapter(self, applied: bool) -> None:
+        """Apply the adapter to all that is processed from now on, or leave it out. The next call of `process` plans the computation anew."""
+        adapters, scales = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(self._adapter), (ctypes.c_float * 1)(1.0)
+        llama_cpp.llama_set_adapters_lora(self._context, adapters, int(applied), scales)
 
     def close(self) -> None:
         """Free the model. May be called twice."""

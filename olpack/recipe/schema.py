@@ -327,6 +327,9 @@ class Compare(_Section):
     ggml_rounding: Literal["none", "rows", "tasks"] = "rows"
     """Where `export.rounding` is not `ggml`: measure each quant by ggml's rounding too, on the held-out rows, or on these and the `tasks`. `none`
     saves a quantization and a scoring of each quant. It goes with `reference: true`."""
+    merged: bool = False
+    """With `package: adapter`: measure the fine-tune as `package: merged` would serve it too, in the same quants: quality, speed, bytes. Each merged
+    file is written for the comparison and removed after it."""
 
 
 _BUDGETS = {"budget": ("bpw", "{budget: 4.6 bpw}"), "size": ("b", "{size: 5 GB}")}  # key: (end of its value, an example)
@@ -433,6 +436,8 @@ class Recipe(_Section):
             raise ValueError(
                 "export goes with package: merged; the quants of a base are shared by packages, and none of them decides for the others."
             )
+        if self.package == "merged" and self.compare.merged:
+            raise ValueError("compare.merged goes with package: adapter; the quants of this package are merged already.")
         if self.package == "adapter" and (budgets := [name for name in self.quants if quant_type(name).budget]):
             raise ValueError(f"{budgets[0]} goes with package: merged; its types are chosen by what this package's training rows lose.")
         return self

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from olpack import progress
+from olpack.deploy.names import same
 from olpack.errors import OlpackError
 from olpack.recipe.tasks import check_consent, function_files, task_files
 from olpack.stages import deploy, export, records
@@ -19,8 +21,9 @@ from olpack.stages.stage import Checks, Stage
 from olpack.workspace import file_digest, template_source, value_digest
 
 if TYPE_CHECKING:
-    from olpack.compare import ComparedFile, MeasureSettings, ReferenceModels, Results
+    from olpack.compare import ComparedFile, MeasureSettings, MergedModels, ReferenceModels, Results
     from olpack.data.rows import TokenRow
+    from olpack.deploy.client import OllamaClient
 
 _BUILTIN = "builtin"  # text of olpack's own
 _OF_THE_SPEED = ("num_ctx", "num_batch", "num_gpu", "num_thread", "use_mmap")
@@ -45,6 +48,8 @@ def inputs(build: Build, unit: str) -> dict[str, Any]:
         del settings["compare.other_text"]
     elif path := _other_file(build):
         settings["compare.other_text"] = file_digest(path) if path.is_file() else None
+    if not build.recipe.compare.merged:
+        del settings["compare.merged"]  # which earlier versions did not have
     return deploy.exported_files(build) | build.data_inputs("eval") | settings | asked | template
 
 
@@ -74,6 +79,8 @@ def check(build: Build, checks: Checks) -> None:
     check_questions(build)
     measure_settings(build)
     _other_rows(build)
+    if build.recipe.compare.merged:
+        _check_merged(build)
     check_template(template_source("report.html.j2"))
     for task in {task.expected: task for task in build.tasks if task.check == "function"}.values():
         load_function(task)
@@ -81,6 +88,14 @@ def check(build: Build, checks: Checks) -> None:
         from olpack.compare.harness import check_suites  # which not every installation has
 
         check_suites(build.recipe.compare.suites, build.suite_folder)
+
+
+def _check_merged(build: Build) -> None:
+    """Refuse the type of a GGUF that is served as it is, where no merged file can have it."""
+    from olpack.export import check_export
+
+    if build.paths.served:  # the quants of others were checked by the export
+        check_export(build.base.source, [quant.name for quant in build.quants], requantize=True, **header_options(build))
 
 
 def run(build: Build, steps: list[Step]) -> None:
@@ -95,7 +110,7 @@ def run(build: Build, steps: list[Step]) -> None:
     _, held_out = build.rows
     client = OllamaClient() if build.server else None
     results = measure(
-        quant_files(build),
+        [replace(file, alone=_tag_of_base(build, client)) for file in quant_files(build)],
         held_out[: asked.eval_rows],
         questions(build),
         settings,
@@ -106,6 +121,7 @@ def run(build: Build, steps: list[Step]) -> None:
         tasks=build.tasks,
         examples=examples(build),
         other=_other_rows(build),
+        merged=_merged_models(build) if asked.merged else None,
     )
     identity = _prompt_identity(build) if build.server else None
     outputs = write_outputs(results, paths.compare, template_source("report.html.j2"), paths.adapter / "metrics.jsonl", identity)
@@ -162,6 +178,7 @@ def measure_settings(build: Build) -> MeasureSettings:
         suites=tuple(asked.suites),
         suite_folder=str(build.suite_folder) if build.suite_folder else None,
         suite_limit=asked.suite_limit,
+        load={name: value for name in _OF_THE_SPEED if name != "num_ctx" and (value := build.package.parameters.get(name)) is not None},
         template=build.renderer.tokenizer.chat_template if build.base.template else None,
     )
 
@@ -186,6 +203,13 @@ def _other_rows(build: Build) -> list[TokenRow]:
     texts = read_texts(path) if path else OTHER_TEXTS
     context = min(build.package.num_ctx, build.base.context_length)
     return other_rows(texts, path.name if path else _BUILTIN, build.renderer, context)
+
+
+def _tag_of_base(build: Build, client: OllamaClient | None) -> str | None:
+    """The server's model of the file that an adapter is served on, None where it has none."""
+    if client is None or not build.paths.served or not build.base.tag:
+        return None
+    return next((tag.model for tag in client.tags() if same(tag.model, build.base.tag)), None)
 
 
 def _prompt_identity(build: Build) -> str | None:
@@ -249,6 +273,19 @@ def by_ggml_keys(build: Build) -> dict[str, str]:
     return {quant: value_digest({name: value for name, value in own.items() if name != "export.rounding"}) for quant, own in other.items()}
 
 
+def _merged_models(build: Build) -> MergedModels:
+    """The fine-tune in the quants of the package, as `package: merged` makes them."""
+    from olpack.compare import MergedModels
+    from olpack.llamacpp.source import VERSION
+
+    made = [build.base.digest, records.result(build.paths, "train")["adapter_digest"], VERSION, build.recipe.train.merge_base]
+    return MergedModels(
+        folder=build.paths.temporary,
+        write=lambda quant, path: write_quants(build, {quant: path}, None, merged=True),
+        keys={quant.name: value_digest([*made, quant.name]) for quant in build.quants},
+    )
+
+
 def _without_importance_keys(build: Build) -> dict[str, str]:
     """Identity of what the quants with an importance matrix are without it, by quant. Those that cannot be made without are left out."""
     keys = {}
@@ -285,7 +322,7 @@ def temporary_bytes(build: Build, parameters: int) -> int:
     from olpack.compare.settings import LOGITS_BYTES, OTHER_LOGITS_BYTES
 
     if not build.recipe.compare.reference:
-        return 0
+        return 2 * parameters if build.recipe.compare.merged else 0  # at most
     vocabulary = build.meta_model.shape.vocabulary
     positions = sum(row.target_count for row in build.rows[1][: build.recipe.compare.eval_rows])
     others = sum(row.target_count for row in _other_rows(build))

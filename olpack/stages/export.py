@@ -264,17 +264,17 @@ def _export_quants(build: Build, steps: list[Step]) -> None:
     progress.say(f"wrote {made} to {next(iter(paths.values())).parent}")
 
 
-def write_quants(build: Build, paths: Mapping[str, Path], importance: Path | None, rounding: Rounding | None = None) -> list[ExportedFile]:
-    """Write quants of the recipe, as it wants them but for the importance matrix and, where it is given, the rounding.
-
-    `paths` are by quant, and so is the order of the result.
-    """
+def write_quants(
+    build: Build, paths: Mapping[str, Path], importance: Path | None, merged: bool = False, rounding: Rounding | None = None
+) -> list[ExportedFile]:
+    """Write quants of the recipe, as it wants them but for the importance matrix. `paths` are by quant, and so is the order of the result.
+    `merged`: with the fine-tune in them, whatever the package is. `rounding`: in place of the recipe's."""
     from olpack.export import Target, export
 
     return export(
         build.base.source,
         [Target(quant, path) for quant, path in paths.items()],
-        adapter=None if build.paths.base else build.paths.adapter,
+        adapter=None if build.paths.base and not merged else build.paths.adapter,
         importance=importance,
         tensor_types=build.recipe.export.tensor_types,
         rounding=rounding or build.recipe.export.rounding,
