@@ -322,8 +322,8 @@ def test_rounding_concerns_quantized_types_only(workspace):
 
     # The comparison writes the quant once more by ggml's rounding, and a comparison that is asked not to has another outcome.
     settings = ["export.rounding=search", "quants=[Q4_K_M]"]
-    words = [word for setting in settings for word in ("--set", setting)]
-    code, printed, said = olpack(workspace, "compare", "oracle", *words)
+    assert done(workspace, *settings) == ["export-Q4_K_M"]
+    code, printed, said = olpack(workspace, "compare", "oracle", *(word for setting in settings for word in ("--set", setting)))
     assert code == 0 and "Q4_K_M, search against ggml's rounding: KL mean" in printed, said
     root = workspace / "build/oracle"
     (quant,) = json.loads((root / "compare/results.json").read_text())["quants"]
