@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 
 import pytest
 from test_compare_ggml_rounding import GGML, compared
@@ -36,6 +37,12 @@ def test_a_file_without_text_is_named(tmp_path, content, problem):
     with pytest.raises(OlpackError, match=f"other.txt, which `compare.other_text` names, {problem}") as raised:
         read_texts(path)
     assert "`builtin` or `none`" in raised.value.remedy
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "other.txt")
+    with pytest.raises(OlpackError, match="is a pipe"):
+        read_texts(tmp_path / "other.txt")
 
 
 def test_texts_become_rows_that_a_model_can_read():

@@ -199,6 +199,8 @@ def test_tasks_are_scored_and_nothing_else_is_measured_again(workspace):
     assert code == 1 and "did you mean 'contains'" in said
     code, _, said = olpack(workspace, "compare", "oracle", "--set", "compare.tasks=absent.jsonl")
     assert code == 1 and "absent.jsonl, which `compare.tasks` names" in said
+    code, _, said = olpack(workspace, "compare", "oracle", "--set", "compare.other_text=absent.txt")
+    assert code == 1 and "absent.txt, which `compare.other_text` names, cannot be read" in said
 
 
 def test_a_disk_too_small_for_the_reference_is_warned_of_and_stops_nothing(workspace, monkeypatch):

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from olpack import bounded_json
 from olpack.data.render import Renderer
 from olpack.data.rows import Chat, TokenRow
 from olpack.errors import OlpackError
@@ -47,6 +48,7 @@ def read_texts(path: Path) -> list[str]:
     """
     remedy = "Name a text file in UTF-8, with an empty line between two texts, as `compare.other_text`; or set it to `builtin` or `none`."
     try:
+        bounded_json.check_regular(path)
         with path.open("rb") as file:
             text = file.read(_MOST_BYTES)
         whole = path.stat().st_size <= _MOST_BYTES
