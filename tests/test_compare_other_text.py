@@ -72,5 +72,5 @@ def test_tables_and_page_have_what_quants_lose_elsewhere():
     row = list(csv.DictReader(io.StringIO(to_csv(made))))[1]
     assert (float(row["other_text_kl_divergence"]), float(row["ggml_other_text_kl_divergence"])) == (GGML.mean, 0.01)
     page = workspace.template_source("report.html.j2")
-    assert "KL divergence on other text, millinats" in render_report(made, page) and "other text" not in render_report(four(), page)
+    assert "KL on other text, millinats" in render_report(made, page) and "other text" not in render_report(four(), page)
     assert "other text" not in printed(four())

@@ -165,7 +165,7 @@ def _glance(results: Results) -> list[Column]:
         _column("tasks solved", "more is better", solved),
         _column("gain of the fine-tune kept", "from base to unquantized", kept),
         _column("its gain in tasks kept", "from base to unquantized", task_kept),
-        _column("KL divergence on other text, millinats", "less is better", elsewhere),
+        _column("KL on other text, millinats", "less is better", elsewhere),
     ]
     return [column for column in columns if any(column.cells)]
 
