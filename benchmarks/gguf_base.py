@@ -48,7 +48,6 @@ from olpack.model.shape import MetaModel
 from olpack.stages import records
 from olpack.stages.build import Build
 from olpack.stages.run import run
-from olpack.train.device import pick_device
 from olpack.train.model import load_with_adapter
 from olpack.workspace import shipped
 
@@ -74,6 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="a folder that keeps what is done, with room for 3 GB")
     parser.add_argument("--only", choices=["logits", "served", "tasks"], help="one of the tables")
+    parser.add_argument("--trainings", nargs="*", choices=list(EXAMPLES), default=list(EXAMPLES), help="these of the third table")
     parser.add_argument("--rows", type=int, default=96, help="training rows of the second table")
     parser.add_argument("--threads", type=int, help="of llama.cpp; all cores by default")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
@@ -96,10 +96,11 @@ def main() -> None:
         if not tiny.is_file():
             export(BUILTIN / "tiny-coder", [Target("Q4_0", tiny)], name="tiny-coder")
         for name, source in zip(EXAMPLES, (str(tiny), "builtin/tiny-coder", BASE, str(original)), strict=True):
-            kept(
-                arguments.work / f"{name}.json",
-                lambda name=name, source=source: serve_example(arguments.work / name, source, arguments.threads),
-            )
+            if name in arguments.trainings:
+                kept(
+                    arguments.work / f"{name}.json",
+                    lambda name=name, source=source: serve_example(arguments.work / name, source, arguments.threads),
+                )
     write(arguments.work, arguments.output)
 
 
@@ -246,8 +247,8 @@ def measured(build: Build, files: Files, threads: int | None) -> dict:
 
 
 def forward(build: Build, rows: list[TokenRow]) -> list[np.ndarray]:
-    """Logits of the trained model before each target token, in training's forward pass."""
-    adapted = load_with_adapter(build.base, build.recipe.train, pick_device()).model.eval()
+    """Logits of the trained model before each target token, in training's forward pass in 32 bits, which is that of the CPU."""
+    adapted = load_with_adapter(build.base, build.recipe.train, torch.device("cpu")).model.eval()
     set_peft_model_state_dict(adapted, load_file(build.paths.adapter / "adapter_model.safetensors"))
     found = []
     with torch.no_grad():
