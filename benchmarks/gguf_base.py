@@ -1,6 +1,6 @@
 """Bases that are GGUF files: how near training's forward pass is to llama.cpp on the same file, and the trained model to the served one.
 
-    python benchmarks/gguf_base.py --work FOLDER             # the same command goes on where it was; --only served or --only logits does a half
+    python benchmarks/gguf_base.py --work FOLDER             # the same command goes on where it was; --only does one of the tables
 
 First table: small models of each architecture, converted and quantized by llama.cpp; the largest difference of a logit from llama.cpp's, in
 standard deviations of the logits, and the KL divergence of the tokens. llama.cpp rounds a layer's input to 16 bits where the weight has 16, and to 8
@@ -8,6 +8,9 @@ where it has fewer, which olpack does not: that is what the figures show. With e
 
 Second table: SmolLM2-135M (builtin/smollm2-135m, a Q4_1 file) is trained on its own blocks and, with its dequantized weights as the original, on NF4.
 KL divergence of the served file from training's forward pass, over the target tokens of held-out rows, in millinats.
+
+Third table: the example `persona` with its own settings, on builtin/tiny-coder, once as a Q4_0 file and once on NF4, and on SmolLM2-135M as above:
+24 tasks, answered greedily, the KL divergence as above, and the speed of generation, all files of a training in turns.
 """
 
 from __future__ import annotations
@@ -15,7 +18,10 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import statistics
 import sys
+import time
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -25,19 +31,23 @@ from peft import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from olpack import progress, recipe
+from olpack.compare.cache import Cache, Units
 from olpack.compare.hardware import describe_machine
+from olpack.compare.job import Job, asked_of, run_worker
+from olpack.compare.results import Scores
+from olpack.compare.scores import check_answers
 from olpack.data import TokenRow
 from olpack.export import Target, export
 from olpack.export.lora import export_adapter
+from olpack.llamacpp.cores import usable_cores
 from olpack.llamacpp.engine import Engine
-from olpack.model.base import Base, resolve
+from olpack.model.base import BUILTIN, Base, resolve
 from olpack.model.gguf_architectures import config_of, weights_of
 from olpack.model.gguf_base import open_gguf
 from olpack.model.shape import MetaModel
 from olpack.stages import records
 from olpack.stages.build import Build
 from olpack.stages.run import run
-from olpack.train.device import pick_device
 from olpack.train.model import load_with_adapter
 from olpack.workspace import shipped
 
@@ -47,29 +57,50 @@ from gguf_models import MODELS, QUANTS, has_experts, llama_cpps, make, ours
 BASE = "builtin/smollm2-135m"
 SCORED = 12  # held-out rows
 MERGED = ["Q4_0", "Q4_1", "Q4_K_M", "Q8_0"]
+EXAMPLE = "persona"
+EXAMPLES = {
+    "tiny-coder-blocks": "tiny-coder, the blocks of a Q4_0 file",
+    "tiny-coder-nf4": "tiny-coder, NF4",
+    "smollm2-blocks": "SmolLM2-135M, the blocks of the Q4_1 file",
+    "smollm2-nf4": "SmolLM2-135M, NF4",
+}
+TURNS, BEFORE, GENERATED = 6, 32, 48  # of the speed: turns, and tokens in the context before and generated
+
+Files = dict[str, tuple[Path, Path | None]]  # what is served, by its name in the tables: a GGUF, and the adapter on it
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="a folder that keeps what is done, with room for 3 GB")
-    parser.add_argument("--only", choices=["logits", "served"], help="one of the two tables")
+    parser.add_argument("--only", choices=["logits", "served", "tasks"], help="one of the tables")
+    parser.add_argument("--trainings", nargs="*", choices=list(EXAMPLES), default=list(EXAMPLES), help="these of the third table")
     parser.add_argument("--rows", type=int, default=96, help="training rows of the second table")
     parser.add_argument("--threads", type=int, help="of llama.cpp; all cores by default")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
     arguments = parser.parse_args()
     progress.use("quiet")
     arguments.work.mkdir(parents=True, exist_ok=True)
-    if arguments.only != "served":
+    if arguments.only in (None, "logits"):
         for name in MODELS:
             kept(arguments.work / f"logits-{name}.json", lambda name=name: compare(arguments.work / name, name))
-    if arguments.only != "logits":
+    if arguments.only in (None, "served", "tasks"):
         base = resolve(BASE, relative_to=Path())
         original = unpacked(base, arguments.work / "original")
-        for name, source in (("blocks", BASE), ("nf4", str(original))):
+        for name, source in (("blocks", BASE), ("nf4", str(original))) if arguments.only != "tasks" else ():
             kept(
                 arguments.work / f"served-{name}.json",
                 lambda name=name, source=source: serve(arguments.work / name, source, arguments.rows, arguments.threads),
             )
+    if arguments.only in (None, "tasks"):
+        tiny = arguments.work.absolute() / "tiny-coder-Q4_0.gguf"
+        if not tiny.is_file():
+            export(BUILTIN / "tiny-coder", [Target("Q4_0", tiny)], name="tiny-coder")
+        for name, source in zip(EXAMPLES, (str(tiny), "builtin/tiny-coder", BASE, str(original)), strict=True):
+            if name in arguments.trainings:
+                kept(
+                    arguments.work / f"{name}.json",
+                    lambda name=name, source=source: serve_example(arguments.work / name, source, arguments.threads),
+                )
     write(arguments.work, arguments.output)
 
 
@@ -127,16 +158,82 @@ def serve(folder: Path, base: str, rows: int, threads: int | None) -> dict:
     }
     (package / "recipe.yaml").write_text(json.dumps(asked))
     build = Build(recipe.load(package / "recipe.yaml"), folder / "build")
+    return measured(build, served_files(build, folder), threads)
+
+
+def serve_example(folder: Path, base: str, threads: int | None) -> dict:
+    """Train the example on a base, and have every file that is served answer its tasks. One training of the third table."""
+    package = folder / "modelfiles" / EXAMPLE
+    if not package.is_dir():
+        shutil.copytree(shipped("examples") / EXAMPLE, package)
+    asked = [f"base={base}", f"quants=[{', '.join(MERGED)}]", *(["train.learning_rate=0.002"] if "tiny-coder" in base else [])]
+    build = Build(recipe.load(package / "recipe.yaml", asked), folder / "build")
+    files = served_files(build, folder)
+    row = measured(build, files, threads)
+    rates = speeds(files, threads)
+    for name, (file, adapter) in files.items():
+        row["files"][name] |= {"rates": rates[name], "passed": passed(build, file, adapter, threads)}
+    return row
+
+
+def served_files(build: Build, folder: Path) -> Files:
+    """Train and export."""
     run(build, "train")
     run(build, "export")
-    trained = records.result(build.paths, "train")
-    held_out = build.rows[1][:SCORED]
-    reference = forward(build, held_out)
-    files = {f"merged {quant}": (build.paths.gguf(quant), None) for quant in MERGED}
+    files: Files = {f"merged {quant}": (build.paths.gguf(quant), None) for quant in MERGED}
     if build.base.gguf is not None:
         adapter = folder / "adapter.gguf"
         export_adapter(build.base.source, build.paths.adapter, adapter)
         files = {"adapter on the file": (build.base.source, adapter), "the file without its adapter": (build.base.source, None), **files}
+    return files
+
+
+def passed(build: Build, file: Path, adapter: Path | None, threads: int | None) -> list[float | None]:
+    """Scores of the tasks."""
+    asked, threads = build.recipe.compare, threads or usable_cores()
+    units = Units(Cache(None), "", {})
+    job = Job(
+        path=file,
+        adapter=adapter,
+        engine="",
+        context=build.package.num_ctx,
+        threads=threads,
+        untimed_threads=threads,
+        answer_tokens=asked.answer_tokens,
+        tasks=asked_of(build.tasks),
+    )
+    if problems := run_worker(job, file.name, units):
+        raise problems[0]
+    check_answers(build.tasks, units, file.name)
+    scores = units.get("scores", Scores)
+    assert scores is not None  # the tasks were answered
+    return scores.values
+
+
+def speeds(files: Files, threads: int | None) -> dict[str, list[float]]:
+    """Generated tokens per second of each file, in turns, each in the opposite order of the one before. The first turn is discarded."""
+    rates: dict[str, list[float]] = {name: [] for name in files}
+    with ExitStack() as opened:
+        engines = {
+            name: opened.enter_context(Engine(file, BEFORE + GENERATED, threads, adapter=adapter, max_outputs=1))
+            for name, (file, adapter) in files.items()
+        }
+        for turn in range(TURNS + 1):
+            for name in engines if turn % 2 else reversed(engines):
+                engines[name].process(list(range(1, BEFORE + 1)))
+                started = time.perf_counter()
+                for token in range(1, GENERATED + 1):
+                    engines[name].extend(token)
+                if turn:
+                    rates[name].append(GENERATED / (time.perf_counter() - started))
+    return rates
+
+
+def measured(build: Build, files: Files, threads: int | None) -> dict:
+    """Losses of the training, and the divergence of each file."""
+    trained = records.result(build.paths, "train")
+    held_out = build.rows[1][:SCORED]
+    reference = forward(build, held_out)
     row = {"before": trained["eval_loss_before"], "after": trained["eval_loss_after"], "seconds": trained["seconds"], "files": {}}
     for name, (file, adapter) in files.items():
         tokens = divergences(file, adapter, held_out, reference, threads)
@@ -150,8 +247,8 @@ def serve(folder: Path, base: str, rows: int, threads: int | None) -> dict:
 
 
 def forward(build: Build, rows: list[TokenRow]) -> list[np.ndarray]:
-    """Logits of the trained model before each target token, in training's forward pass."""
-    adapted = load_with_adapter(build.base, build.recipe.train, pick_device()).model.eval()
+    """Logits of the trained model before each target token, in training's forward pass in 32 bits, which is that of the CPU."""
+    adapted = load_with_adapter(build.base, build.recipe.train, torch.device("cpu")).model.eval()
     set_peft_model_state_dict(adapted, load_file(build.paths.adapter / "adapter_model.safetensors"))
     found = []
     with torch.no_grad():
@@ -169,9 +266,10 @@ def divergences(file: Path, adapter: Path | None, rows: list[TokenRow], referenc
 
 
 def write(work: Path, output: Path) -> None:
-    """Both tables, of all that was measured."""
+    """The tables, of all that was measured."""
     machine = describe_machine(None)
-    first, _, second = (__doc__ or "").partition("First table: ")[2].partition("Second table: ")
+    first, _, rest = (__doc__ or "").partition("First table: ")[2].partition("Second table: ")
+    second, _, third = rest.partition("Third table: ")
     text = ["# GGUF files as bases", "", f"S{first.strip()[1:]}", ""]
     text += [f"| architecture | {' | '.join(QUANTS)} |", f"| --- |{' ---: |' * len(QUANTS)}"]
     for name in MODELS:
@@ -189,6 +287,17 @@ def write(work: Path, output: Path) -> None:
                 kl = f"{1000 * figures['kl']:.2f} ± {1000 * figures['error']:.2f}"
                 text.append(f"| {title} | {served} | {figures['bytes'] / 1e6:.1f} MB | {kl} | {1000 * figures['p99']:.1f} |")
             text.append(f"| {title} | loss on held-out rows {row['before']:.3f} -> {row['after']:.3f} in {row['seconds']:.0f} s | | | |")
+    text += ["", f"T{third.strip()[1:]}", ""]
+    text += ["| trained on | served as | size | KL mean ± s.e. | tasks | generated tokens/s |", "| --- | --- | ---: | ---: | ---: | ---: |"]
+    for name, title in EXAMPLES.items():
+        if (file := work / f"{name}.json").is_file():
+            row = json.loads(file.read_text())
+            for served, figures in row["files"].items():
+                kl, scores, rates = f"{1000 * figures['kl']:.2f} ± {1000 * figures['error']:.2f}", figures["passed"], figures["rates"]
+                solved = f"{sum(value or 0 for value in scores):.0f} of {len(scores)}"
+                speed = f"{statistics.median(rates):.0f} ({min(rates):.0f}–{max(rates):.0f})"
+                text.append(f"| {title} | {served} | {figures['bytes'] / 1e6:.1f} MB | {kl} | {solved} | {speed} |")
+            text.append(f"| {title} | loss on held-out rows {row['before']:.3f} -> {row['after']:.3f} in {row['seconds']:.0f} s | | | | |")
     versions = ", ".join(f"{name} {number}" for name, number in machine.versions.items())
     text.append(f"\n{datetime.now(UTC):%Y-%m-%d}, {machine.cores} cores of {machine.cpu}; torch {torch.__version__}, {versions}.")
     text.append("`python benchmarks/gguf_base.py --work FOLDER`\n")

@@ -114,6 +114,17 @@ def test_served_from_one_base(built, ollama_double: OllamaDouble, tmp_path):
     assert client.show("prophet:q8_0").adapter == shown[1].adapter  # the other package keeps its base
 
 
+def test_the_merged_quant_is_measured_beside_base_and_adapter(built, tmp_path):
+    root = tmp_path / "workspace"
+    shutil.copytree(built, root)
+    code, printed, said = olpack(root, "compare", "oracle", "--quant", "Q8_0", "--set", "compare.merged=true")
+    assert code == 0 and "Q8_0 merged" in printed, said
+    [quant] = read_results(root / "build/oracle/compare/results.json").quants
+    merged = quant.adapter.merged
+    assert abs(merged.loss.relative) < 0.02 and merged.size_bytes < quant.size_bytes  # the same model, rounded in another way
+    assert quant.adapter.speeds[0].generation.merged.median > 0 and not list((root / "build/oracle").rglob("Q8_0.gguf"))
+
+
 def test_a_store_and_a_bundle_hold_the_adapter(built, ollama_double: OllamaDouble, tmp_path):
     root = tmp_path / "workspace"
     shutil.copytree(built, root)

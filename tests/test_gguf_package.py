@@ -15,6 +15,7 @@ from oracle import CHAT, make_workspace, olpack
 from olpack.deploy import parse
 from olpack.deploy.client import OllamaClient, blob_digest
 from olpack.llamacpp.engine import Engine
+from olpack.quants import quant_type
 
 PLAIN = "{#- " + "a template that no server knows. " * 4 + "-#}" + CHAT
 
@@ -130,6 +131,13 @@ def test_the_adapter_is_weighed_against_the_merged_file(workspace):
     assert double.count("POST", "/api/generate") == 0  # nothing is measured anew
     assert (folder / "measured/q4_K_M-merged.perplexity.json").stat().st_mtime_ns == before
     said(olpack(root, "compare", "oracle", server=double.url))
+
+
+def test_a_type_that_no_merged_file_can_have_ends_the_plan(workspace, monkeypatch):
+    root, double, *_ = workspace
+    monkeypatch.setattr("olpack.stages.build.type_of_file", lambda *_: quant_type("IQ2_XS"))
+    found = said(olpack(root, "plan", "oracle", "--set", "compare.merged=true", server=double.url), 1)
+    assert re.search(r"No merged file can have the type of ollama/tiny:1b, IQ2_XS: .*importance matrix.* Leave `compare.merged` out.", found), found
 
 
 def test_an_adapter_that_is_left_out_is_not_applied(workspace):

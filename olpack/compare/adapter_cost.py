@@ -133,7 +133,8 @@ def adapter_reasons(quant: QuantResult, package: str | None) -> list[str]:
         return []
     added = f"The adapter adds {quantity(adapter.size_bytes, 'B')} to the base's file"
     speed = next((speed for speed in reversed(adapter.speeds) if speed.generation), None)  # a server's, where there is one
-    sentences = [f"{added} and {_cost(speed.generation, 'generation')} ({speed.engine})." if speed and speed.generation else f"{added}."]
+    cost = f" and costs {_share(speed.generation)} of the generation speed ({speed.engine})" if speed and speed.generation else ""
+    sentences = [f"{added}{cost}."]
     if (merged := adapter.merged) and merged.loss:
         figures = [f"a perplexity {_signed(merged.loss.relative, merged.loss.standard_error)}"]
         if merged.divergence and quant.divergence:
@@ -149,20 +150,18 @@ def adapter_notes(quant: QuantResult) -> list[str]:
     """What an adapter costs on each engine, and the speed of the merged file, a line for each engine."""
     notes = []
     for speed in quant.adapter.speeds if quant.adapter else []:
-        costs = [_cost(speed.prompt, f"prompt ({speed.prompt_tokens} tokens)")] if speed.prompt else []
-        if speed.generation:
-            costs.append(_cost(speed.generation, "generation"))
+        costs = [f"{_share(speed.generation)} of the generation speed"] if speed.generation else []
+        costs += [f"{_share(speed.prompt)} of the speed of prompts of {speed.prompt_tokens} tokens"] if speed.prompt else []
         if costs:
-            notes.append(f"{quant.quant}: the adapter {' and '.join(costs)}, on {speed.engine}")
+            notes.append(f"{quant.quant}: the adapter costs {' and '.join(costs)}: {speed.engine}")
     return notes
 
 
-def _cost(rates: AdapterRates, what: str) -> str:
-    """ "costs 6.1 ± 0.8% of the generation speed", or that no cost can be told from chance."""
-    share = f"{100 * rates.cost:.1f}" + ("" if rates.standard_error is None else f" ± {100 * rates.standard_error:.1f}") + "%"
-    if rates.standard_error is not None and rates.cost <= _ERRORS * rates.standard_error:
-        return f"costs no {what} speed that can be told from chance ({share})"
-    return f"costs {share} of the {what} speed"
+def _share(rates: AdapterRates) -> str:
+    """ "6.1 ± 0.8%", and where that may be chance, this too."""
+    error = rates.standard_error
+    share = f"{100 * rates.cost:.1f}{'' if error is None else f' ± {100 * error:.1f}'}%"
+    return share if error is None or abs(rates.cost) > _ERRORS * error else f"{share} (no more than chance)"
 
 
 def _signed(relative: float, error: float | None) -> str:

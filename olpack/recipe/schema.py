@@ -329,7 +329,7 @@ class Compare(_Section):
     saves a quantization and a scoring of each quant. It goes with `reference: true`."""
     merged: bool = False
     """With `package: adapter`: measure the fine-tune as `package: merged` would serve it too, in the same quants: quality, speed, bytes. Each merged
-    file is written for the comparison and removed after it."""
+    file is written for the comparison and removed after it; while their speeds are measured, both files are in memory."""
 
 
 _BUDGETS = {"budget": ("bpw", "{budget: 4.6 bpw}"), "size": ("b", "{size: 5 GB}")}  # key: (end of its value, an example)

@@ -94,8 +94,14 @@ def _check_merged(build: Build) -> None:
     """Refuse the type of a GGUF that is served as it is, where no merged file can have it."""
     from olpack.export import check_export
 
-    if build.paths.served:  # the quants of others were checked by the export
+    if build.paths.served is None:
+        return  # the export checks the quants
+    try:
         check_export(build.base.source, [quant.name for quant in build.quants], requantize=True, **header_options(build))
+    except OlpackError as error:
+        raise OlpackError(
+            f"No merged file can have the type of {build.base.label}, {build.quants[0].name}: {error.problem}", "Leave `compare.merged` out."
+        ) from None
 
 
 def run(build: Build, steps: list[Step]) -> None:
