@@ -348,8 +348,7 @@ def store_with(client: OllamaClient, origin: Origin) -> Path:
             return store
     raise OlpackError(
         f"The manifest of {origin.name} is not found in the model stores of this machine that can be read ({', '.join(map(str, model_stores()))}).",
-        "Set OLLAMA_MODELS to the folder that the server has it set to, and join its group if it is another user's "
-        "(sudo usermod -aG ollama $USER).",
+        "Set OLLAMA_MODELS to the folder that the server has it set to, and join its group if it is another user's (sudo usermod -aG ollama $USER).",
     )
 
 

@@ -181,7 +181,10 @@ def way_of_tags(build: Build) -> str | None:
 
 
 def _way(build: Build, client: OllamaClient, version: str) -> _Way:
-    """A GGUF that is no model of the server is never created from: a server that registers it may put a template of its own in place of the file's."""
+    """How they get there, as far as this machine's files tell.
+
+    A GGUF that is no model of the server is never created from: a server that registers it may put a template of its own in place of the file's.
+    """
     from olpack.deploy.client import creates_adapters
     from olpack.deploy.ollama_store import store_of
 
