@@ -26,9 +26,9 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 from olpack import progress
-from olpack.deploy.client import OllamaClient
+from olpack.deploy.client import OllamaClient, Tag
 from olpack.deploy.modelfile import Package
-from olpack.deploy.names import canonical, same
+from olpack.deploy.names import same
 from olpack.deploy.ollama_store import ComposedTag, compose_tag, read_back, store_with
 from olpack.deploy.register import Done, Registered, TagFile, check_request
 from olpack.errors import OlpackError
@@ -188,10 +188,10 @@ def pull_tag(client: OllamaClient, name: str, file: TagFile, package: Package) -
     tag = compose_tag(store_with(client, file.origin) if file.origin else None, file, package)
     model, sent = f"{name}:{file.tag}", 0
     done: Done = "unchanged"
-    there = {canonical(listed.model): listed.digest for listed in client.tags()}
-    before = there.get(canonical(model))
+    there = client.tags()
+    before = next((listed.digest for listed in there if same(listed.model, model)), None)
     if before != tag.digest:
-        _remove_left_over(client)
+        _remove_left_over(client, there)
         sent = _pull(client, model, tag, frozenset({tag.weights} if file.origin else ()), before is not None)
         done = "updated" if before else "created"
     listed = read_back(client, model, tag.digest, file, package, f"It was pulled from a registry on {_HERE}.")
@@ -214,8 +214,9 @@ def _pull(client: OllamaClient, model: str, tag: ComposedTag, kept: frozenset[st
                 client.copy(model, old)
             client.copy(registry.model, model)
         finally:
-            for name in (registry.model, old):
-                _remove(client, name)
+            with suppress(OlpackError):  # the next deploy removes them
+                for name in {listed.model for listed in client.tags() if same(listed.model, registry.model) or same(listed.model, old)}:
+                    client.delete(name)
     return registry.bytes_taken
 
 
@@ -246,17 +247,11 @@ def _explained(error: OlpackError, client: OllamaClient, registry: LoopbackRegis
     return error
 
 
-def _remove_left_over(client: OllamaClient) -> None:
+def _remove_left_over(client: OllamaClient, there: list[Tag]) -> None:
     """Remove names of registries that a deploy which was killed has left. One whose port is open may belong to a deploy that runs."""
-    for tag in client.tags():
+    for tag in there:
         if found := _NAME.match(tag.model):
-            with socket.socket() as probe:
+            with socket.socket() as probe, suppress(OlpackError):
                 probe.settimeout(1.0)
                 if probe.connect_ex(("127.0.0.1", int(found[1]) % (1 << 16))):
-                    _remove(client, tag.model)
-
-
-def _remove(client: OllamaClient, name: str) -> None:
-    with suppress(OlpackError):  # the next deploy removes it
-        if any(same(tag.model, name) for tag in client.tags()):
-            client.delete(name)
+                    client.delete(tag.model)
