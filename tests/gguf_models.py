@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,14 @@ LONG = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
 EXPERTS = {"tied": False, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
+LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.25, "mrope_section": [3, 3, 2]},
+}
 MODELS = {
     "llama": ("llama", {"tied": False, "rope_parameters": {"rope_theta": 10000.0, **LLAMA3}}),
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -68,9 +77,61 @@ MODELS = {
     "nemotron-sentencepiece": ("nemotron", {"tied": False, "partial_rotary_factor": 0.5}),
     "qwen2moe": ("qwen2_moe", {**EXPERTS, "shared_expert_intermediate_size": 256}),
     "qwen3moe": ("qwen3_moe", {**EXPERTS, "norm_topk_prob": True}),
+    "qwen35": ("qwen3_5_text", {**LINEAR, "linear_num_key_heads": 4}),
+    "qwen35-values": ("qwen3_5_text", LINEAR),
+    "qwen35moe": ("qwen3_5_moe_text", {**LINEAR, **EXPERTS, "shared_expert_intermediate_size": 256}),
     "gpt-oss": ("gpt_oss", {"tied": False, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16, "attention_bias": True}),
+    "gemma-sentencepiece": ("gemma", {"head_dim": 64}),
+    "llama with experts": ("mixtral", {"tied": False, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "granite": ("granite", {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22, "attention_multiplier": 0.0625}),
+    "granitemoe": (
+        "granitemoe",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "embedding_multiplier": 12.0,
+            "logits_scaling": 6.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.0625,
+        },
+    ),
+    "olmo2": ("olmo2", {"tied": False}),
+    "olmo2 with windows": (
+        "olmo3",
+        {
+            "tied": False,
+            "num_hidden_layers": 4,
+            "sliding_window": 16,
+            "rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5, "factor": 8.0, "original_max_position_embeddings": 64},
+        },
+    ),
+    "command-r": ("cohere", {"logit_scale": 0.0625, "model_max_length": 256}),
+    "cohere2": ("cohere2", {"logit_scale": 0.25, "num_hidden_layers": 4, "sliding_window": 16, "rotary_pct": 1.0}),
+    "smollm3": ("smollm3", {"num_hidden_layers": 4}),
+    "stablelm": ("stablelm", {"tied": False, "use_qkv_bias": True, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}}),
+    "phi2": (
+        "phi",
+        {"tied": False, "num_key_value_heads": 4, "intermediate_size": 1024, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    ),
+    "exaone4": ("exaone4", {"tied": False, "sliding_window": None, "layer_types": ["full_attention"] * 2}),
+    "seed_oss": ("seed_oss", {"tied": False}),
+    "ernie4_5-sentencepiece": ("ernie4_5", {}),
+    "mistral3-sentencepiece": ("mistral", {"tied": False}),
+    "mistral3 with yarn": (
+        "ministral3",
+        {
+            "tied": False,
+            "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 16},
+        },
+    ),
+    "olmoe": ("olmoe", {**EXPERTS, "num_key_value_heads": 4}),
+    "lfm2moe": (
+        "lfm2_moe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
+    ),
     "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
 }
+ROUTERS = tuple(f"{name}.weight" for name in ("router", "mlp.gate", "block_sparse_moe.gate", "router.layer", "feed_forward.gate"))
 IDS = [(7 * place * place + 3 * place) % 340 for place in range(48)]
 
 
@@ -92,6 +153,9 @@ def make(folder: Path, name: str) -> Path:
         write_sentencepiece(source)
         if kind == "gemma4_text":
             write_fast_sentencepiece(source, [])
+    if name == "mistral3-sentencepiece":  # of which the text model alone is converted
+        config = json.loads((source / "config.json").read_text())
+        (source / "config.json").write_text(json.dumps(config | {"architectures": ["Mistral3ForConditionalGeneration"]}))
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -102,15 +166,15 @@ def make(folder: Path, name: str) -> Path:
             weight.add_(0.2 * torch.randn_like(weight))
             if kind == "gemma4_text" and name.endswith(("q_norm.weight", "k_norm.weight")):
                 weight.mul_(0.35)  # its scores are not scaled otherwise, and large ones make much of a rounded cache
-        elif "embed" not in name:  # scores of experts far apart, so that few tokens change theirs by rounding
-            weight.mul_(32 if name.endswith(("router.weight", "mlp.gate.weight")) else 4)
+        elif "embed" not in name and ".linear_attn." not in name:  # whose state sums up what rounding changes
+            weight.mul_(32 if name.endswith(ROUTERS) else 4)  # scores of experts far apart, so that few tokens change theirs by rounding
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
     return source
 
 
 def has_experts(name: str) -> bool:
     """Whether a model of the table has experts, of which a rounded input can choose another one."""
-    return "moe" in name or name == "gpt-oss"
+    return "moe" in name or "experts" in name or name == "gpt-oss"
 
 
 def ours(base: GgufBase) -> np.ndarray:

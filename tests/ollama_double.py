@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from ollama_double_pull import pulled
 from ollama_double_store import TYPES, Refused, Store, short
 
 CANNED = "Here it is:\n\ndef answer():\n    return 42\n"
@@ -74,6 +75,8 @@ class Faults:
     create_error: str | None = None  # what creates end with after their first line, inside 200
     cut_prompts_to: int | None = None  # tokens that it keeps of a longer prompt, without a word
     push_error: str | None = None  # what a registry answers to the first blob
+    no_loopback: bool = False  # the server runs in a container: 127.0.0.1 is another machine's to it
+    corrupt_pulls: bool = False  # what it fetches gets other bytes on the way
     break_pushes: int = 0  # that many pushes end before the manifest, with the connection cut
 
 
@@ -86,6 +89,7 @@ class OllamaDouble:
         self.requests: list[Request] = []
         self.loaded: dict[str, dict] = {}
         self.registry: dict[str, bytes] = {}  # what was pushed: manifests by name, blobs by digest
+        self.fetched: list[Request] = []  # what the server asked of the registries that it pulled from; `sent` counts the bytes that it got
         self.answer: Callable[[str], Answer] = lambda prompt: Answer(_PIECES.findall(CANNED))
         self.tokenize: Callable[[str, str], list[int]] = self._tokens
         self._vocabularies: dict[str, object] = {}
@@ -337,6 +341,13 @@ class _Handler(BaseHTTPRequestHandler):
         double.registry[short(name)] = double.store.manifest_path(name).read_bytes()
         yield {"status": "success"}
 
+    def _pull(self, body: dict) -> None:
+        lines = pulled(self.double, body)
+        if body.get("stream") is False:
+            *_, last = lines
+            return self._send(200, last, "application/json")
+        self._stream(lines)
+
     # -- running ---------------------------------------------------------------------------------------------------------------------------
 
     def _generate(self, body: dict) -> None:
@@ -440,7 +451,7 @@ def _failing(lines: Iterator[dict], error: str) -> Iterator[dict]:
     raise Refused(500, error)
 
 
-_ROUTES = ("version", "tags", "ps", "show", "copy", "delete", "create", "push", "generate", "chat")
+_ROUTES = ("version", "tags", "ps", "show", "copy", "delete", "create", "push", "pull", "generate", "chat")
 
 # Errors that the server finds before it begins the answer of /api/create, which it then sends with a charset.
 _CHECKED_FIRST = ("invalid model name", "file path must be relative")

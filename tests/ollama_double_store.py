@@ -187,13 +187,19 @@ class Store:
         found = self.find(source)
         if found is None:
             raise Refused(404, f"model {source!r} not found")
-        self._write(self.respelled(destination), found[1])
+        path = self.manifest_path(self.respelled(destination))  # what the model of that name alone used stays
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(self.manifest_path(found[0]).read_bytes())
 
     def delete(self, text: str) -> None:
         found = self.find(text)
         if found is None:
             raise Refused(404, f"model '{text}' not found")
-        self.manifest_path(found[0]).unlink()
+        path = self.manifest_path(found[0])
+        path.unlink()
+        for folder in list(path.parents)[:3]:
+            if not any(folder.iterdir()):
+                folder.rmdir()
         self._prune(found[1])
 
     # -- create ----------------------------------------------------------------------------------------------------------------------------

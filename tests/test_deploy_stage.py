@@ -156,7 +156,7 @@ def test_only_exports_whose_files_change_have_another_key(workspace):
 
 @pytest.mark.parametrize("version", ["0.34.1", "0.34.2-rc0", "1.0.0"])
 def test_an_adapter_is_refused_before_training_where_it_cannot_be_registered(workspace, ollama_double, monkeypatch, tmp_path, version):
-    ollama_double.faults.version = version
+    ollama_double.faults.version, ollama_double.faults.no_loopback = version, True
     monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "elsewhere"))
     for words in (["plan"], ["build", "--set", "train.epochs=2"]):
         code, _, said = olpack(workspace, words[0], "prophet", *words[1:], server=ollama_double.url)
@@ -185,14 +185,24 @@ def test_an_adapter_is_written_into_the_servers_store(workspace, ollama_double, 
     assert olpack(workspace, "deploy", "prophet", "--check", "--set", "modelfile.system=Be brief.", server=ollama_double.url)[0] == 0
 
 
-@pytest.mark.parametrize("store", ["another", "of the server"])
-def test_the_doctor_says_so(ollama_double, monkeypatch, tmp_path, store):
-    ollama_double.faults.version = "0.34.2"
+def test_an_adapter_is_pulled_where_there_is_no_store(workspace, ollama_double, monkeypatch, tmp_path):
+    ollama_double.faults.version, ollama_double.store.refuses_adapters = "0.34.2", True
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "elsewhere"))
+    code, _, said = olpack(workspace, "deploy", "prophet", server=ollama_double.url)
+    assert code == 0 and "prompt identical" in said and "pulled, " in said, said
+    assert ollama_double.count("POST", "/api/create") == ollama_double.count("POST", "/api/blobs/") == 0
+    tags = {tag.model for tag in OllamaClient(ollama_double.url).tags()}
+    assert {"prophet:q4_K_M", "prophet:q8_0"} <= tags and not [tag for tag in tags if "127.0.0.1" in tag]
+
+
+@pytest.mark.parametrize(("store", "found_as"), [("another", "use `package: merged`"), ("none", "which it pulls"), ("of the server", "its store")])
+def test_the_doctor_says_so(ollama_double, monkeypatch, tmp_path, store, found_as):
+    ollama_double.faults.version, ollama_double.faults.no_loopback = "0.34.2", store == "another"
     monkeypatch.setenv("OLLAMA_HOST", ollama_double.url)
-    monkeypatch.setenv("OLLAMA_MODELS", str(ollama_double.store.root if store != "another" else tmp_path / "none"))
+    monkeypatch.setenv("OLLAMA_MODELS", str(ollama_double.store.root if store == "of the server" else tmp_path / "none"))
     [found] = [finding for finding in examine() if finding.part == "Ollama"]
     assert found.state == "ready" and "0.34.2" in found.detail and "creates no models with adapters" in found.detail
-    assert ("package: merged" in found.detail) is (store == "another")
+    assert found_as in found.detail and ("package: merged" in found.detail) is (store == "another")
 
 
 def test_the_list_names_the_quants_of_an_adapter_package(workspace):

@@ -30,7 +30,7 @@ from olpack.train.gguf_model import frozen_bytes, load_frozen
 
 # llama.cpp rounds a layer's input to 16 bits where the weight has 16, and to 8 where it has fewer; olpack computes in float32. The largest difference
 # of a logit, in standard deviations of the logits, was 0.015 and 0.27; with experts, where a rounded input can choose another one, 0.1 and 2.3
-# (benchmarks/gguf_base.md). A wrong order of rows or a missing offset gives more than 5 in F16.
+# (benchmarks/gguf_base.md). A wrong order of rows or a missing offset gives more than 2 in F16.
 BOUND = {"F16": 0.05, "quantized": 0.6}
 BOUND_WITH_EXPERTS = {"F16": 0.3, "quantized": 3.5}
 

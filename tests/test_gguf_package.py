@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def workspace(tmp_path_factory):
         size = sum(path.stat().st_size for path in double.store.root.rglob("*") if path.is_file())
         planned = said(olpack(root, "plan", "oracle", server=double.url))
         assert "base tiny:1b: Q4_K_M, " in planned and "it is neither downloaded nor copied" in planned
+        assert "created by the server from tiny:1b" in planned
         assert "texts become the same tokens in llama.cpp" in planned and "tiny:1b: prompt identical" in planned
         assert not (root / "build").exists()
         double.requests.clear()
@@ -202,6 +204,26 @@ def test_a_newer_server_gets_the_tag_through_its_store(workspace, monkeypatch):
     assert shown.system == "Rhyme." and shown.blob == blob_digest(file) and shown.parameters["top_k"] == 9
 
 
+def test_a_newer_server_pulls_the_tag_where_its_store_cannot_be_written(workspace, monkeypatch):
+    root, double, file, _ = workspace
+    monkeypatch.setattr(double.faults, "version", "0.34.2")
+    monkeypatch.setattr(double.store, "refuses_adapters", True)
+    monkeypatch.setattr("olpack.deploy.ollama_store.os.access", lambda path, mode: mode != os.W_OK)
+    system = ["--set", "modelfile.system=Sing."]
+    plan = json.loads(olpack(root, "plan", "oracle", *system, "--json", server=double.url)[1])
+    assert re.fullmatch(r"pulled by the server from a registry .* 127.0.0.1 .*: its model store \S+ cannot be written .*", plan["tags"])
+    assert not [name for name in on_server(double) if "127.0.0.1" in name]
+    double.requests.clear()
+    found = said(olpack(root, "deploy", "oracle", *system, server=double.url))
+    assert "registry that olpack opens on 127.0.0.1" in found and "prompt identical" in found and " pulled, " in found
+    assert double.count("POST", "/api/create") == double.count("POST", "/api/blobs/") == 0
+    shown = OllamaClient(double.url).show("oracle:q4_K_M")
+    assert shown.system == "Sing." and shown.blob == blob_digest(file) and not [name for name in on_server(double) if "127.0.0.1" in name]
+    monkeypatch.setattr(double.faults, "no_loopback", True)
+    found = said(olpack(root, "plan", "oracle", server=double.url), 1)
+    assert "the server does not find a registry on this machine's 127.0.0.1. Set `package: merged`" in found
+
+
 def test_a_model_that_goes_between_plan_and_build(workspace, tmp_path):
     """Another one under its name is another training; none at all is one sentence, and what was built stays."""
     root, double, *_ = workspace
@@ -227,6 +249,8 @@ def test_a_file_of_ones_own_goes_into_the_store_as_it_is(workspace, monkeypatch,
     settings = ["--set", f"base={file}"]
     assert f"in {file}; it is neither downloaded nor copied" in said(olpack(root, "plan", "oracle", *settings, server=double.url))
     monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "elsewhere"))
+    assert "with the base's weights where it lacks them" in said(olpack(root, "plan", "oracle", *settings, server=double.url))
+    monkeypatch.setattr(double.faults, "no_loopback", True)
     found = said(olpack(root, "plan", "oracle", *settings, server=double.url), 1)
     assert "is written into the server's model store" in found and "Register the file once with `ollama create`" in found
 

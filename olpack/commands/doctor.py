@@ -150,17 +150,20 @@ def _server() -> Finding:
             "Install it from https://ollama.com/download and start it with `ollama serve`, or set OLLAMA_HOST.",
         )
     if not creates_adapters(found):
-        without = f"it creates no models with adapters (`package: adapter`), {_store(client)}"
+        without = f"it creates no models with adapters (`package: adapter`), {_instead(client)}"
         return _tried("Ollama", lambda: f"{client.require()} at {client.url}; {without}")
     return _tried("Ollama", lambda: f"{client.require()} at {client.url}")
 
 
-def _store(client: OllamaClient) -> str:
+def _instead(client: OllamaClient) -> str:
+    from olpack.deploy.loopback_registry import reaches
     from olpack.deploy.ollama_store import store_of
 
     try:
         return f"which are written into its store {store_of(client)}"
     except OlpackError as error:
+        if reaches(client):
+            return f"which it pulls from a registry that olpack opens on 127.0.0.1 for that moment: {error.problem}"
         return f"and {error.problem}: use `package: merged`"
 
 

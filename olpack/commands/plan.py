@@ -32,6 +32,8 @@ def print_plan(plan: dict) -> None:
     needs = Table(box=None, pad_edge=False, show_header=False)
     if "served_as_it_is" in plan:
         needs.add_row("base", plan["served_as_it_is"])
+    if "tags" in plan:
+        needs.add_row("tags", plan["tags"])
     epochs, finished = plan["settings"]["train.epochs"]["value"], plan["settings"]["train.adapter"]["value"]
     rows = f"{estimate['train_rows']:,} training rows, {estimate['eval_rows']:,} held out"
     if estimate["train_tokens"]:

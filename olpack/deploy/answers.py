@@ -141,7 +141,7 @@ class Chatted(_Run):
 
 
 class Progress(Answer):
-    """A line of `/api/create` and `/api/push`. `total` and `completed` are bytes of the layer `digest`."""
+    """A line of `/api/create`, `/api/push` and `/api/pull`. `total` and `completed` are bytes of the layer `digest`."""
 
     status: str = ""
     digest: str | None = None

@@ -52,7 +52,7 @@ _NO_ADAPTERS = (0, 34, 1)
 _CHUNK = 1 << 20
 _TRIES = 4
 _MOST_BYTES = 64 << 20  # of an answer: the largest are those of /api/show, with a template and licences
-_MOST_OF_A_PUSH = 1 << 30  # a line of progress every 60 ms, for days
+_MOST_OF_A_TRANSFER = 1 << 30  # a line of progress every 60 ms, for days
 _LONG_S = 24 * 3600.0  # what a person watches: an upload, a push, a registration, a conversation
 _NO_SPACE = re.compile(r"no space left|not enough space|disk quota", re.IGNORECASE)
 
@@ -429,16 +429,34 @@ class OllamaClient:
         Raises:
             OlpackError: the server or the registry refused (also in the middle), or the server stopped without reporting success.
         """
+        remedy = "Run this again: what has been sent stays there."
+        return self._transfer("push", f"pushing {model}", {"model": model, "insecure": insecure}, _LONG_S, remedy)
+
+    def pull(self, model: str, insecure: bool = False, within_s: float = _LONG_S) -> Iterator[Progress]:
+        """Have the server fetch a model from the registry that its name gives. Blobs that it has are not fetched.
+
+        Args:
+            model: `[host/]namespace/model:tag`.
+            insecure: speak plain HTTP to the registry.
+            within_s: longest time for the whole of it, in seconds.
+
+        Yields:
+            lines of progress.
+
+        Raises:
+            OlpackError: the server or the registry refused (also in the middle), or the server stopped without reporting success.
+        """
+        remedy = "Look into its log, then run this again."
+        return self._transfer("pull", f"pulling {model}", {"model": model, "insecure": insecure}, within_s, remedy)
+
+    def _transfer(self, way: str, doing: str, body: Mapping[str, object], within_s: float, remedy: str) -> Iterator[Progress]:
         last = ""
-        with self._failures(f"pushing {model}"):
-            for line in self._lines("/api/push", Progress, {"model": model, "insecure": insecure}, _LONG_S, _MOST_OF_A_PUSH):
+        with self._failures(doing):
+            for line in self._lines(f"/api/{way}", Progress, body, within_s, _MOST_OF_A_TRANSFER):
                 last = line.status
                 yield line
         if last != "success":
-            raise OlpackError(
-                f"The Ollama server at {self.url} stopped pushing {model} without reporting success.",
-                "Run this again: what has been sent stays there.",
-            )
+            raise OlpackError(f"The Ollama server at {self.url} stopped {doing} without reporting success.", remedy)
 
     # -- requests and answers --------------------------------------------------------------------------------------------------------------
 

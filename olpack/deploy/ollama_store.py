@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from olpack import bounded_json, progress
-from olpack.deploy.client import OllamaClient, blob_digest
+from olpack.deploy.client import OllamaClient, Tag, blob_digest
 from olpack.deploy.modelfile import Package
 from olpack.deploy.names import DEFAULT_HOST, DEFAULT_NAMESPACE, Name, canonical, parse_name
-from olpack.deploy.register import Done, Registered, TagFile, check_request, drift
+from olpack.deploy.register import Done, Origin, Registered, TagFile, check_request, drift
 from olpack.errors import OlpackError
 from olpack.model.gguf_header import Header, read_header
 from olpack.quants import QUANT_TYPES
@@ -38,6 +38,7 @@ _MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 _FILE_TYPES = {kind.ftype: name for name, kind in QUANT_TYPES.items() if kind.ftype}
 _CHUNK = 1 << 20
 _MOST_BYTES = 1 << 20  # of a manifest or a config; the server's have some hundred
+_TEXTS = ("template", "system", "license", "messages")
 _INHERITED = ("renderer", "parser", "requires")  # of a config: how the server writes prompts and reads answers
 
 How = Literal["linked", "cloned", "copied", "there"]
@@ -124,7 +125,8 @@ class _Model:
     """What a store has of the model that a tag is made from.
 
     Attributes:
-        layers: its layers beside weights and parameters, by kind: "template", "license", of which there may be several.
+        layers: its layers beside weights and parameters, by kind: "template", "license", of which there may be several; a vision model has a
+            "projector".
         config: those fields of its config that decide how prompts are written and answers are read.
         parameters: its parameters.
     """
@@ -149,7 +151,7 @@ def _model_of(store: Path, name: str) -> _Model:
             layers.setdefault(str(layer.get("mediaType")).removeprefix(_IMAGE), []).append(layer)
     config = _object_of(store, manifest.get("config"))
     return _Model(
-        {kind: layers[kind] for kind in ("template", "system", "license", "messages") if kind in layers},
+        {kind: layers[kind] for kind in (*_TEXTS, "projector") if kind in layers},
         {key: config[key] for key in _INHERITED if config.get(key)},
         _object_of(store, next(iter(layers.get("params", [])), None)),
     )
@@ -165,6 +167,47 @@ def _object_of(store: Path, layer: Any) -> dict[str, Any]:
     except ValueError:
         return {}
     return read if isinstance(read, dict) else {}
+
+
+@dataclass(frozen=True)
+class ComposedTag:
+    """One tag as the server keeps it.
+
+    Attributes:
+        manifest: its bytes.
+        weights: digest of the weights, `sha256:<64 hex>`.
+        texts: the small blobs that the manifest names, by their digest.
+        files: where the others are, by their digest: the adapter first, then the weights.
+    """
+
+    manifest: bytes
+    weights: str
+    texts: dict[str, bytes]
+    files: dict[str, Path]
+
+    @property
+    def digest(self) -> str:
+        """Of the manifest, 64 hexadecimal digits: as the server lists it."""
+        return hashlib.sha256(self.manifest).hexdigest()
+
+
+def compose_tag(store: Path | None, file: TagFile, package: Package) -> ComposedTag:
+    """What a tag consists of. Nothing is written.
+
+    Args:
+        store: where the model is that the tag is made from; None: it is made from none.
+        file, package: as for `write_store`.
+
+    Raises:
+        OlpackError: the store does not have that model.
+    """
+    header = read_header(file.path)
+    weights = f"sha256:{file.sha256}" if file.sha256 else blob_digest(file.path)
+    adapters = {blob_digest(file.adapter): file.adapter} if file.adapter else {}
+    layer = next(((digest, path.stat().st_size) for digest, path in adapters.items()), None)
+    made_from = _model_of(store, file.origin.name) if file.origin and store else None
+    manifest, texts = compose(weights, file.path.stat().st_size, header, package, layer, made_from)
+    return ComposedTag(manifest, weights, texts, {**adapters, weights: file.path})
 
 
 def compose(
@@ -190,7 +233,8 @@ def compose(
         blobs[digest] = content
         return {"mediaType": kind, "digest": digest, "size": len(content)}
 
-    kept = {} if model is None else {kind: layer for kind, layer in model.layers.items() if kind == "license" or not getattr(package, kind)}
+    there = {} if model is None else model.layers
+    kept = {kind: layers for kind, layers in there.items() if kind in _TEXTS and (kind == "license" or not getattr(package, kind))}
     merged = {**(model.parameters if model else {}), **package.parameters}
     parameters = {key: _as_go(value) for key, value in sorted(merged.items())}
     messages = [{"role": turn["role"].lower(), "content": turn["content"]} for turn in package.messages]
@@ -203,6 +247,7 @@ def compose(
     }
     layers: list[dict[str, object]] = [{"mediaType": f"{_IMAGE}model", "digest": weights, "size": size}]
     layers += [{"mediaType": f"{_IMAGE}adapter", "digest": adapter[0], "size": adapter[1]}] if adapter else []
+    layers += there.get("projector", [])
     for kind, content in contents.items():
         layers += kept[kind] if kind in kept else [layer(_IMAGE + kind, content)] if content else []
     family, file_type = header.metadata.get("general.architecture", "unknown"), header.metadata.get("general.file_type")
@@ -288,6 +333,25 @@ def store_of(client: OllamaClient) -> Path:
     return store
 
 
+def store_with(client: OllamaClient, origin: Origin) -> Path:
+    """The folder in which a model of the server is on this machine, whether or not it can be written.
+
+    Raises:
+        OlpackError: it is not found, or cannot be read.
+    """
+    listed = next((tag.digest for tag in client.tags() if canonical(tag.model) == canonical(origin.name)), None)
+    if listed is None:
+        raise OlpackError(f"The Ollama server at {client.url} has no {origin.name} any more.", f"Run `ollama pull {origin.name}`.")
+    named = [Path(origin.info.path).parent.parent] if origin.info.path else []
+    for store in (*named, *model_stores()):
+        if _manifests(store).get(canonical(origin.name)) == listed:
+            return store
+    raise OlpackError(
+        f"The manifest of {origin.name} is not found in the model stores of this machine that can be read ({', '.join(map(str, model_stores()))}).",
+        "Set OLLAMA_MODELS to the folder that the server has it set to, and join its group if it is another user's (sudo usermod -aG ollama $USER).",
+    )
+
+
 _OF_SERVICES = (Path("/usr/share/ollama/.ollama/models"), Path("/var/lib/ollama/.ollama/models"), Path("/var/lib/ollama/models"))
 
 
@@ -315,41 +379,48 @@ def place(client: OllamaClient, store: Path, name: str, file: TagFile, package: 
     started = time.monotonic()
     there = {canonical(tag.model) for tag in client.tags()}
     [made] = write_store(store, name, [file], package)
-    listed = next((tag for tag in client.tags() if canonical(tag.model) == canonical(made.model)), None)
-    info = client.show(made.model)
-    if listed is None or listed.digest != made.digest or info is None:
+    done: Done = "unchanged" if made.done == "unchanged" else "updated" if canonical(made.model) in there else "created"
+    listed = read_back(client, made.model, made.digest, file, package, f"It was written into {store}.")
+    return Registered(listed.model, listed.digest, made.blob, made.blob, 0, round(time.monotonic() - started, 3), done)
+
+
+def read_back(client: OllamaClient, model: str, digest: str, file: TagFile, package: Package, how: str) -> Tag:
+    """What a server that runs lists of a tag that it did not create.
+
+    Args:
+        model: the whole name.
+        digest: of the manifest, 64 hexadecimal digits.
+        file, package: what the tag was made from.
+        how: it got there, as a sentence.
+
+    Raises:
+        OlpackError: the server does not have it, or reads it otherwise.
+    """
+    listed = next((tag for tag in client.tags() if canonical(tag.model) == canonical(model)), None)
+    info = client.show(model)
+    if listed is None or listed.digest != digest or info is None:
         raise OlpackError(
-            f"{made.model} was written into {store}, and the server at {client.url} does not have it.",
-            "Set OLLAMA_MODELS to the folder that the server has it set to.",
+            f"The server at {client.url} does not have {model}. {how}", "Set OLLAMA_MODELS to the folder that the server has it set to."
         )
     if clauses := drift(info, file, package):
-        raise OlpackError(
-            f"The server reads {made.model} otherwise than it was written: {'; '.join(clauses)}.", "Use `package: merged` in the recipe."
-        )
-    done: Done = "unchanged" if made.done == "unchanged" else "updated" if canonical(made.model) in there else "created"
-    return Registered(listed.model, listed.digest, made.blob, made.blob, 0, round(time.monotonic() - started, 3), done)
+        raise OlpackError(f"The server reads {model} otherwise than it was made: {'; '.join(clauses)}.", "Use `package: merged` in the recipe.")
+    return listed
 
 
 # -- writing -------------------------------------------------------------------------------------------------------------------------------
 
 
 def _write_tag(store: Path, model: str, file: TagFile, package: Package) -> Stored:
-    header = read_header(file.path)
-    weights = f"sha256:{file.sha256}" if file.sha256 else blob_digest(file.path)
-    adapter = (file.adapter, blob_digest(file.adapter)) if file.adapter else None
-    layer = (adapter[1], adapter[0].stat().st_size) if adapter else None
-    made_from = _model_of(store, file.origin.name) if file.origin else None
-    manifest, texts = compose(weights, file.path.stat().st_size, header, package, layer, made_from)
-    name = _as_spelled(store, parse_name(model))
+    made = compose_tag(store, file, package)
+    manifest, name = made.manifest, _as_spelled(store, parse_name(model))
     path = store / "manifests" / name.host / name.namespace / name.model / name.tag
 
     def place() -> How:
-        for digest, content in texts.items():
+        for digest, content in made.texts.items():
             if not _blob(store, digest).is_file():
                 _write(_blob(store, digest), content, store)
-        if adapter:
-            _place_weights(*adapter, store)
-        return _place_weights(file.path, weights, store)
+        ways = {digest: _place_weights(source, digest, store) for digest, source in made.files.items()}
+        return ways[made.weights]
 
     how = place()
     unchanged = path.is_file() and path.read_bytes() == manifest
@@ -357,7 +428,7 @@ def _write_tag(store: Path, model: str, file: TagFile, package: Package) -> Stor
         _make_folder(path.parent, store)
         _write(path, manifest, store)
     # A server that started meanwhile may have thrown out blobs that no manifest named yet.
-    if not all(_blob(store, digest).is_file() for digest in (weights, *(adapter or ())[1:], *texts)):
+    if not all(_blob(store, digest).is_file() for digest in (*made.files, *made.texts)):
         how = place()
     listed = f"{name.model}:{name.tag}"
     if name.host != DEFAULT_HOST:
@@ -365,7 +436,7 @@ def _write_tag(store: Path, model: str, file: TagFile, package: Package) -> Stor
     elif name.namespace != DEFAULT_NAMESPACE:
         listed = f"{name.namespace}/{listed}"
     progress.say(f"{'unchanged' if unchanged else 'written'} {listed} (weights {how})")
-    return Stored(listed, hashlib.sha256(manifest).hexdigest(), weights, how, "unchanged" if unchanged else "written")
+    return Stored(listed, made.digest, made.weights, how, "unchanged" if unchanged else "written")
 
 
 def _blob(store: Path, digest: str) -> Path:

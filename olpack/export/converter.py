@@ -226,6 +226,7 @@ def _construct(source: Path, name: str | None) -> Any:
         model = model_class(source, gguf.LlamaFileType.MOSTLY_BF16, source / "unused.gguf", model_name=name)
     except (ValueError, KeyError, TypeError, AssertionError, ImportError) as error:
         raise _refused(source, error) from error
+    model = getattr(model, "impl", model)  # that of Mistral 3 hands its work to another one
     _recognize_pretokenizer(model, source)
     return model
 

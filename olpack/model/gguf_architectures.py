@@ -57,15 +57,19 @@ class Weight:
     Attributes:
         tensors: their names in the GGUF; two for the gates and the up projections of stacked experts, one else.
         heads: of the attention whose rows are permuted; 0: they are not.
+        regrouped: (rows before them, heads of keys, rows of a head of values) of a linear attention whose heads of values stand in another order:
+            the file has the first of each head of keys, then the second of each; transformers has all of the first head of keys first.
         offset: what the file's values have more.
         form: "plain"; "gate_up": two stacks, one after the other along the rows; "interleaved": two transposed stacks, column by column;
-            "transposed": a stack of transposed matrices; "convolution": with an axis of one channel; "row": a matrix of one row.
+            "transposed": a stack of transposed matrices; "convolution": with an axis of one channel; "row": a matrix of one row; "columns": its
+            columns are regrouped, not its rows; "logarithm": of the file's negative values.
     """
 
     tensors: tuple[str, ...]
     heads: int = 0
+    regrouped: tuple[int, int, int] | None = None
     offset: float = 0
-    form: Literal["plain", "gate_up", "interleaved", "transposed", "convolution", "row"] = "plain"
+    form: Literal["plain", "gate_up", "interleaved", "transposed", "convolution", "row", "columns", "logarithm"] = "plain"
 
     @property
     def in_blocks(self) -> bool:
@@ -87,23 +91,43 @@ class Weight:
 
     def rows(self, values: torch.Tensor) -> torch.Tensor:
         """The rows of the file's weights or blocks, in the order of transformers."""
-        if not self.heads:
+        import torch
+
+        if self.heads:
+            return values.unflatten(0, (self.heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+        if not self.regrouped:
             return values
-        return values.unflatten(0, (self.heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+        before, heads, rows = self.regrouped
+        return torch.cat((values[:before], values[before:].unflatten(0, (-1, heads, rows)).transpose(0, 1).flatten(0, 2)))
+
+    def _rows_of_the_file(self, values: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        if self.heads:
+            return values.unflatten(0, (self.heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+        if not self.regrouped:
+            return values
+        before, heads, rows = self.regrouped
+        return torch.cat((values[:before], values[before:].unflatten(0, (heads, -1, rows)).transpose(0, 1).flatten(0, 2)))
 
     def read(self, base: GgufBase, dtype: torch.dtype) -> torch.Tensor:
         """Its values in transformers' shape and order."""
         import torch
 
-        first, *rest = (base.dequantized(tensor, torch.float32 if self.offset else dtype) for tensor in self.tensors)
+        exact = self.offset or self.form == "logarithm"
+        first, *rest = (base.dequantized(tensor, torch.float32 if exact else dtype) for tensor in self.tensors)
         if self.form == "gate_up":
             return torch.cat((first, *rest), dim=1)
         if self.form == "interleaved":
             return torch.stack((first, *rest), dim=2).flatten(1, 2).transpose(1, -1).contiguous()
         if self.form == "transposed":
             return first.transpose(1, 2).contiguous()
+        if self.form == "columns":
+            return self.rows(first.T).T.contiguous()
+        if self.form == "logarithm":
+            return self.rows((-first).log()).to(dtype)
         if self.form in ("convolution", "row"):
-            return first.unsqueeze(int(self.form == "convolution"))
+            return self.rows(first).unsqueeze(int(self.form == "convolution"))
         return (first - self.offset).to(dtype) if self.offset else self.rows(first)
 
     def restore(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -115,11 +139,13 @@ class Weight:
         (name,) = self.tensors
         if self.form == "transposed":
             return {name: values.transpose(1, 2)}
+        if self.form == "columns":
+            return {name: self._rows_of_the_file(values.T).T}
+        if self.form == "logarithm":
+            return {name: -self._rows_of_the_file(values).exp()}
         if self.form in ("convolution", "row"):
-            return {name: values.squeeze(int(self.form == "convolution"))}
-        if self.heads:
-            values = values.unflatten(0, (self.heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-        return {name: values + self.offset if self.offset else values}
+            return {name: self._rows_of_the_file(values.squeeze(int(self.form == "convolution")))}
+        return {name: values + self.offset if self.offset else self._rows_of_the_file(values)}
 
 
 def config_of(base: GgufBase) -> dict[str, Any]:
@@ -141,15 +167,24 @@ def config_of(base: GgufBase) -> dict[str, Any]:
 
 
 def _architecture(base: GgufBase) -> Architecture:
-    if base.architecture not in ARCHITECTURES:
+    name = _variant(base)
+    if name not in ARCHITECTURES:
         raise OlpackError(
             f"'{base.paths[0]}' is of the architecture '{base.architecture}', on whose GGUF files olpack does not train.",
             f"Those that are verified are {', '.join(ARCHITECTURES)}; or take the model's folder as base.",
         )
-    found = ARCHITECTURES[base.architecture]
-    if found.model_type == "llama" and base.integer("expert_count"):
-        raise OlpackError(f"'{base.paths[0]}' is a Mixtral, on whose GGUF files olpack does not train.", _FOLDER)
-    return found
+    return ARCHITECTURES[name]
+
+
+def _variant(base: GgufBase) -> str:
+    """A key of ARCHITECTURES: llama.cpp has one architecture for some that are two in transformers."""
+    if base.architecture == "llama" and base.integer("expert_count"):
+        return "llama with experts"
+    if base.architecture == "olmo2" and base.integer("attention.sliding_window"):
+        return "olmo2 with windows"
+    if base.architecture == "mistral3" and base.number("attention.temperature_scale"):
+        return "mistral3 with yarn"
+    return base.architecture
 
 
 def _needed(base: GgufBase, key: str) -> int:
@@ -246,6 +281,10 @@ def _has(base: GgufBase, name: str) -> bool:
     return f"blk.0.{name}" in base.tensors
 
 
+def _rms(base: GgufBase) -> dict[str, Any]:
+    return {"rms_norm_eps": _epsilon(base)}
+
+
 def _llama(base: GgufBase) -> dict[str, Any]:
     return {"rms_norm_eps": _epsilon(base), "attention_bias": _has(base, "attn_q.bias"), "mlp_bias": _has(base, "ffn_down.bias")}
 
@@ -268,6 +307,109 @@ def _gemma(base: GgufBase, pattern: int, scaled_by_width: int) -> dict[str, Any]
         "attn_logit_softcapping": base.number("attn_logit_softcapping"),
         "final_logit_softcapping": base.number("final_logit_softcapping"),
     }
+
+
+def _chosen(base: GgufBase, name: str = "num_local_experts") -> dict[str, Any]:
+    """The number of experts, and how many of them a token takes."""
+    return {name: _needed(base, "expert_count"), "num_experts_per_tok": _needed(base, "expert_used_count")}
+
+
+def _mixtral(base: GgufBase) -> dict[str, Any]:
+    """llama.cpp attends to the whole context."""
+    return {**_rms(base), **_chosen(base), "sliding_window": None}
+
+
+def _granite(base: GgufBase) -> dict[str, Any]:
+    """A scale that the file does not have, or has as 0, is llama.cpp's default."""
+    return {
+        **_llama(base),
+        "attention_multiplier": base.number("attention.scale") or head_dim(base) ** -0.5,
+        "embedding_multiplier": base.number("embedding_scale") or 1.0,
+        "residual_multiplier": base.number("residual_scale") or 1.0,
+        "logits_scaling": base.number("logit_scale") or 1.0,
+    }
+
+
+def _granite_moe(base: GgufBase) -> dict[str, Any]:
+    return {**_granite(base), **_chosen(base)}
+
+
+def _olmo2(base: GgufBase) -> dict[str, Any]:
+    return {**_rms(base), "attention_bias": False}
+
+
+def _windows(base: GgufBase, pattern: int) -> dict[str, Any]:
+    """Layers with a window of the context, and each `pattern`-th with the whole, where the file does not name those of each kind."""
+    layers, window = _needed(base, "block_count"), base.integer("attention.sliding_window")
+    sliding = base.lists.get(f"{base.architecture}.attention.sliding_window_pattern") or [bool((layer + 1) % pattern) for layer in range(layers)]
+    return {"sliding_window": window, "layer_types": ["sliding_attention" if window and one else "full_attention" for one in sliding]}
+
+
+def _olmo3(base: GgufBase) -> dict[str, Any]:
+    """Only the layers with the whole context scale their rotary embedding."""
+    plain = {"rope_type": "default", "rope_theta": base.number("rope.freq_base") or 10_000.0}
+    return {**_olmo2(base), **_windows(base, 4), "rope_parameters": {"full_attention": _rope(base), "sliding_attention": plain}}
+
+
+def _cohere(base: GgufBase) -> dict[str, Any]:
+    return {"layer_norm_eps": _epsilon(base, "layer_norm_epsilon"), "logit_scale": base.number("logit_scale") or 1.0}
+
+
+def _cohere2(base: GgufBase) -> dict[str, Any]:
+    return {**_cohere(base), **_windows(base, 4)}
+
+
+def _smollm3(base: GgufBase) -> dict[str, Any]:
+    """Each fourth layer has no rotary embedding, as llama.cpp's."""
+    layers = _needed(base, "block_count")
+    return {**_llama(base), "no_rope_layers": [int((layer + 1) % 4 != 0) for layer in range(layers)], "use_sliding_window": False}
+
+
+def _stablelm(base: GgufBase) -> dict[str, Any]:
+    return {
+        "layer_norm_eps": _epsilon(base, "layer_norm_epsilon"),
+        "use_qkv_bias": _has(base, "attn_q.bias"),
+        "use_parallel_residual": not _has(base, "ffn_norm.weight"),
+    }
+
+
+def _phi2(base: GgufBase) -> dict[str, Any]:
+    return {"layer_norm_eps": _epsilon(base, "layer_norm_epsilon")}
+
+
+def _exaone4(base: GgufBase) -> dict[str, Any]:
+    """llama.cpp attends to a window only in the 32B, by its number of layers."""
+    layers = _needed(base, "block_count")
+    if layers == 64:
+        raise OlpackError(f"'{base.paths[0]}' is the EXAONE 4 of 64 layers, on whose GGUF files olpack does not train.", _FOLDER)
+    return {**_rms(base), "sliding_window": None, "layer_types": ["full_attention"] * layers}
+
+
+def _seed_oss(base: GgufBase) -> dict[str, Any]:
+    biases = {"attention_bias": _has(base, "attn_q.bias"), "attention_out_bias": _has(base, "attn_output.bias"), "mlp_bias": False}
+    return {**_rms(base), **biases, "attention_dropout": 0.0, "residual_dropout": 0.0}
+
+
+def _ernie(base: GgufBase) -> dict[str, Any]:
+    return {**_rms(base), "use_bias": _has(base, "attn_q.bias")}
+
+
+def _mistral3(base: GgufBase) -> dict[str, Any]:
+    return {**_rms(base), "sliding_window": None}
+
+
+def _ministral3(base: GgufBase) -> dict[str, Any]:
+    """Queries grow with the logarithm of their position beyond the original context."""
+    even = {"mscale": base.number("rope.scaling.yarn_log_multiplier"), "mscale_all_dim": base.number("rope.scaling.yarn_log_multiplier")}
+    return {**_mistral3(base), "rope_parameters": {**_rope(base), **even, "llama_4_scaling_beta": base.number("attention.temperature_scale")}}
+
+
+def _olmoe(base: GgufBase) -> dict[str, Any]:
+    return {**_olmo2(base), **_chosen(base, "num_experts"), "norm_topk_prob": False}
+
+
+def _lfm2moe(base: GgufBase) -> dict[str, Any]:
+    return {**_lfm2(base), **_experts(base), "num_dense_layers": base.integer("leading_dense_block_count") or 0, "norm_topk_prob": True}
 
 
 def _gemma2(base: GgufBase) -> dict[str, Any]:
@@ -338,11 +480,7 @@ def _nemotron(base: GgufBase) -> dict[str, Any]:
 
 
 def _experts(base: GgufBase) -> dict[str, Any]:
-    return {
-        "num_experts": _needed(base, "expert_count"),
-        "num_experts_per_tok": _needed(base, "expert_used_count"),
-        "moe_intermediate_size": _needed(base, "expert_feed_forward_length"),
-    }
+    return {**_chosen(base, "num_experts"), "moe_intermediate_size": _needed(base, "expert_feed_forward_length")}
 
 
 def _qwen2moe(base: GgufBase) -> dict[str, Any]:
@@ -360,6 +498,46 @@ def _qwen3moe(base: GgufBase) -> dict[str, Any]:
     return {**_experts(base), **_qwen(base), "norm_topk_prob": True}
 
 
+def _qwen35(base: GgufBase) -> dict[str, Any]:
+    """Most layers are a linear attention; layers that predict further tokens come after the others, and are not read."""
+    layers = _needed(base, "block_count") - (base.integer("nextn_predict_layers") or 0)
+    interval = base.integer("full_attention_interval") or 4
+    linear = base.lists.get(f"{base.architecture}.attention.recurrent_layers") or [(layer + 1) % interval for layer in range(layers)]
+    heads = _needed(base, "ssm.time_step_rank")
+    return {
+        **_rms(base),
+        "num_hidden_layers": layers,
+        "layer_types": ["linear_attention" if one else "full_attention" for one in linear[:layers]],
+        "linear_conv_kernel_dim": _needed(base, "ssm.conv_kernel"),
+        "linear_key_head_dim": _needed(base, "ssm.state_size"),
+        "linear_num_key_heads": _needed(base, "ssm.group_count"),
+        "linear_num_value_heads": heads,
+        "linear_value_head_dim": _needed(base, "ssm.inner_size") // heads,
+        "rope_parameters": {**_rope(base), "mrope_section": list(base.lists.get(f"{base.architecture}.rope.dimension_sections", ()))[:3]},
+    }
+
+
+def _qwen35moe(base: GgufBase) -> dict[str, Any]:
+    return {**_qwen35(base), **_experts(base), "shared_expert_intermediate_size": _tensor_shape(base, "blk.0.ffn_up_shexp.weight")[0]}
+
+
+def _linear_attention(base: GgufBase, tensor: str) -> Weight | None:
+    """A weight of Qwen3.5's linear attention that is not as in the file; None for another."""
+    part = tensor.split(".")[2]
+    keys, values = _needed(base, "ssm.group_count"), _needed(base, "ssm.time_step_rank")
+    size = _needed(base, "ssm.inner_size") // values
+    before = 2 * keys * _needed(base, "ssm.state_size")
+    orders = {"attn_qkv": (before, size), "ssm_conv1d": (before, size), "attn_gate": (0, size), "ssm_out": (0, size)}
+    orders |= dict.fromkeys(("ssm_alpha", "ssm_beta", "ssm_a", "ssm_dt"), (0, 1))
+    if part not in orders:
+        return None
+    first, rows = orders[part]
+    forms: dict[str, Literal["convolution", "logarithm", "columns"]] = {"ssm_conv1d": "convolution", "ssm_a": "logarithm"}
+    if keys == values:
+        return Weight((tensor,), form=forms.get(part, "plain"))
+    return Weight((tensor,), regrouped=(first, keys, rows), form="columns" if part == "ssm_out" else forms.get(part, "plain"))
+
+
 def _gpt_oss(base: GgufBase) -> dict[str, Any]:
     found = _experts(base)
     return {
@@ -374,7 +552,7 @@ def _gpt_oss(base: GgufBase) -> dict[str, Any]:
 
 def _lfm2(base: GgufBase) -> dict[str, Any]:
     """A layer without heads for keys is a convolution."""
-    kv_heads = base.lists.get("lfm2.attention.head_count_kv") or (_kv_heads(base),) * _needed(base, "block_count")
+    kv_heads = base.lists.get(f"{base.architecture}.attention.head_count_kv") or (_kv_heads(base),) * _needed(base, "block_count")
     return {
         "layer_types": ["full_attention" if heads else "conv" for heads in kv_heads],
         "conv_L_cache": _needed(base, "shortconv.l_cache"),
@@ -385,26 +563,48 @@ def _lfm2(base: GgufBase) -> dict[str, Any]:
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture("Llama 2 to 3.3, Mistral, SmolLM2", "llama", "LlamaForCausalLM", _llama, permuted=True),
-    "qwen2": Architecture("Qwen2, Qwen2.5", "qwen2", "Qwen2ForCausalLM", lambda base: {"rms_norm_eps": _epsilon(base)}),
+    "llama with experts": Architecture("Mixtral", "mixtral", "MixtralForCausalLM", _mixtral, permuted=True),
+    "mistral3": Architecture("Mistral Small 3.1 and 3.2 (text)", "mistral", "MistralForCausalLM", _mistral3, permuted=True),
+    "mistral3 with yarn": Architecture("Ministral 3, Devstral 2 (text)", "ministral3", "Ministral3ForCausalLM", _ministral3, permuted=True),
+    "qwen2": Architecture("Qwen2, Qwen2.5", "qwen2", "Qwen2ForCausalLM", _rms),
     "qwen3": Architecture("Qwen3", "qwen3", "Qwen3ForCausalLM", _qwen),
+    "qwen2moe": Architecture("Qwen2 MoE", "qwen2_moe", "Qwen2MoeForCausalLM", _qwen2moe),
+    "qwen3moe": Architecture("Qwen3 MoE", "qwen3_moe", "Qwen3MoeForCausalLM", _qwen3moe),
+    "qwen35": Architecture("Qwen3.5, Qwen3.6 (text)", "qwen3_5_text", "Qwen3_5ForCausalLM", _qwen35, norm_offset=1),
+    "qwen35moe": Architecture("Qwen3.5 MoE, Qwen3.6 MoE (text)", "qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", _qwen35moe, norm_offset=1),
+    "gemma": Architecture("Gemma, CodeGemma", "gemma", "GemmaForCausalLM", _rms, norm_offset=1),
     "gemma2": Architecture("Gemma 2", "gemma2", "Gemma2ForCausalLM", _gemma2, norm_offset=1),
     "gemma3": Architecture("Gemma 3 (text)", "gemma3_text", "Gemma3ForCausalLM", _gemma3, norm_offset=1),
     "gemma4": Architecture("Gemma 4 without experts (text)", "gemma4_text", "Gemma4ForCausalLM", _gemma4),
+    "phi2": Architecture("Phi-1, Phi-2", "phi", "PhiForCausalLM", _phi2),
     "phi3": Architecture("Phi-3, Phi-4", "phi3", "Phi3ForCausalLM", _phi3),
-    "starcoder2": Architecture("StarCoder2", "starcoder2", "Starcoder2ForCausalLM", _starcoder2),
-    "nemotron": Architecture("Nemotron, Minitron", "nemotron", "NemotronForCausalLM", _nemotron, norm_offset=1),
-    "qwen2moe": Architecture("Qwen2 MoE", "qwen2_moe", "Qwen2MoeForCausalLM", _qwen2moe),
-    "qwen3moe": Architecture("Qwen3 MoE", "qwen3_moe", "Qwen3MoeForCausalLM", _qwen3moe),
     "gpt-oss": Architecture("gpt-oss", "gpt_oss", "GptOssForCausalLM", _gpt_oss),
+    "granite": Architecture("Granite 3", "granite", "GraniteForCausalLM", _granite, permuted=True),
+    "granitemoe": Architecture("Granite 3 MoE", "granitemoe", "GraniteMoeForCausalLM", _granite_moe, permuted=True),
+    "command-r": Architecture("Command R, Aya 23, Aya Expanse", "cohere", "CohereForCausalLM", _cohere),
+    "cohere2": Architecture("Command R7B, Command A", "cohere2", "Cohere2ForCausalLM", _cohere2),
+    "olmo2": Architecture("OLMo 2", "olmo2", "Olmo2ForCausalLM", _olmo2),
+    "olmo2 with windows": Architecture("OLMo 3", "olmo3", "Olmo3ForCausalLM", _olmo3),
+    "olmoe": Architecture("OLMoE", "olmoe", "OlmoeForCausalLM", _olmoe),
     "lfm2": Architecture("LFM2", "lfm2", "Lfm2ForCausalLM", _lfm2),
+    "lfm2moe": Architecture("LFM2 MoE", "lfm2_moe", "Lfm2MoeForCausalLM", _lfm2moe),
+    "smollm3": Architecture("SmolLM3", "smollm3", "SmolLM3ForCausalLM", _smollm3, permuted=True),
+    "exaone4": Architecture("EXAONE 4 1.2B", "exaone4", "Exaone4ForCausalLM", _exaone4),
+    "ernie4_5": Architecture("ERNIE 4.5 without experts", "ernie4_5", "Ernie4_5ForCausalLM", _ernie),
+    "seed_oss": Architecture("Seed-OSS", "seed_oss", "SeedOssForCausalLM", _seed_oss),
+    "nemotron": Architecture("Nemotron, Minitron", "nemotron", "NemotronForCausalLM", _nemotron, norm_offset=1),
+    "starcoder2": Architecture("StarCoder2", "starcoder2", "Starcoder2ForCausalLM", _starcoder2),
+    "stablelm": Architecture("StableLM 2 1.6B, StableLM 3B", "stablelm", "StableLmForCausalLM", _stablelm),
 }
-"""By llama.cpp's name."""
+"""By llama.cpp's name, and by what tells one model of transformers from another where it has one for both: `_variant`."""
 
 
 def architecture_table() -> str:
     """Markdown: the architectures whose GGUF files can be a base."""
     lines = ["| in the GGUF | models | in transformers |", "| --- | --- | --- |"]
-    lines += [f"| `{name}` | {found.models} | `{found.class_name}` |" for name, found in ARCHITECTURES.items()]
+    for name, found in ARCHITECTURES.items():
+        architecture, _, variant = name.partition(" ")
+        lines.append(f"| `{architecture}`{variant and f' {variant}'} | {found.models} | `{found.class_name}` |")
     return "\n".join(lines) + "\n"
 
 
@@ -441,6 +641,8 @@ def weights_of(base: GgufBase, model: PreTrainedModel) -> dict[str, Weight]:
     shared = getattr(model.config, "num_kv_shared_layers", 0)  # published files have keys and values of these layers, which nothing reads
     first = model.config.num_hidden_layers - shared
     unread = {f"blk.{layer}.attn_{one}.weight" for layer in range(first, first + shared) for one in ("k", "v", "k_norm")}
+    ahead = tuple(f"blk.{layer}." for layer in range(model.config.num_hidden_layers, _needed(base, "block_count")))
+    unread |= {tensor for tensor in base.tensors if tensor.startswith(ahead)}
     if unused := base.tensors.keys() - used - set(_ROPE_FACTORS) - unread:
         raise OlpackError(f"'{base.paths[0]}' has '{min(unused)}', which {found.class_name} of transformers has not.", _FOLDER)
     return weights
@@ -462,7 +664,7 @@ def tensor_headers(base: GgufBase) -> dict[str, TensorHeader]:
     return {name: TensorHeader(tensor.type.name, shapes[name], tensor.path) for name, tensor in found.items()}
 
 
-_STACKS = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up_proj|down_proj)(_bias)?")
+_STACKS = re.compile(r"model\.layers\.(\d+)\.(?:mlp|block_sparse_moe|feed_forward)\.experts\.(gate_up_proj|down_proj)(_bias)?")
 
 
 def _weight(base: GgufBase, architecture: Architecture, name: str, names: Any) -> Weight:
@@ -475,7 +677,7 @@ def _weight(base: GgufBase, architecture: Architecture, name: str, names: Any) -
             return Weight((f"blk.{layer}.ffn_down_exps.{end}",), form="transposed" if oss and not bias else "plain")
         both = (f"blk.{layer}.ffn_gate_exps.{end}", f"blk.{layer}.ffn_up_exps.{end}")
         return Weight(both, form="interleaved" if oss else "gate_up")
-    named = f"{name}.weight" if name.endswith((".sinks", ".layer_scalar")) else name  # as llama.cpp's converter names it
+    named = _as_converted(name)
     tensor = names.get_name(named, try_suffixes=(".weight", ".bias"))
     if tensor is None:
         raise OlpackError(f"'{base.paths[0]}' has no tensor for '{name}' of {architecture.class_name}.", _FOLDER)
@@ -483,11 +685,22 @@ def _weight(base: GgufBase, architecture: Architecture, name: str, names: Any) -
         return Weight((tensor,), heads=_needed(base, "attention.head_count"))
     if architecture.permuted and ".attn_k." in tensor:
         return Weight((tensor,), heads=_kv_heads(base))
-    if architecture.norm_offset and tensor.endswith("norm.weight"):
+    if base.architecture.startswith("qwen35") and name.startswith("model.layers.") and (weight := _linear_attention(base, tensor)):
+        return weight
+    if architecture.norm_offset and tensor.endswith("norm.weight") and not tensor.endswith(".ssm_norm.weight"):
         return Weight((tensor,), offset=architecture.norm_offset)
     if tensor.endswith(".ffn_gate_inp_shexp.weight"):
         return Weight((tensor,), form="row")
     return Weight((tensor,), form="convolution" if ".shortconv.conv." in tensor else "plain")
+
+
+def _as_converted(name: str) -> str:
+    """A parameter as llama.cpp's converter names it."""
+    if name.endswith((".sinks", ".layer_scalar")):
+        return f"{name}.weight"
+    if name.endswith(".expert_bias"):
+        return f"{name}.bias"
+    return name.replace(".dt_bias", ".dt_proj.bias").replace(".block_sparse_moe.router.", ".block_sparse_moe.router.layer.")
 
 
 if __name__ == "__main__":

@@ -7,9 +7,10 @@ not asked yet are asked.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from olpack import progress
 from olpack.errors import OlpackError
@@ -91,16 +92,13 @@ def _check_server(build: Build) -> None:
     Raises:
         OlpackError: no server answers, it is too old, or it cannot be given a model with an adapter.
     """
-    from olpack.deploy.client import OllamaClient, creates_adapters
+    from olpack.deploy.client import OllamaClient
 
     client = OllamaClient()
     version = client.require()
     if build.paths.served:
         _check_served_file(build)
-    if (store := _adapter_store(build, client, version)) and not creates_adapters(version):
-        progress.warn(
-            f"{_no_adapters(client)}: deploy writes the tags into its model store, {store}. Its files' ADAPTER line is refused by `ollama create`."
-        )
+    _check_way(build, client, version)
     served_files(build, client, checked=True)
     if build.paths.served and build.base.tag:
         _prove_base(build, client, version)
@@ -147,42 +145,97 @@ def _check_served_file(build: Build) -> None:
         )
 
 
-def _no_adapters(client: OllamaClient) -> str:
-    return f"Ollama {client.version()} creates no models with adapters (since 0.34.1), and serves those that are there"
+@dataclass(frozen=True)
+class _Way:
+    """How tags with an adapter get onto the server.
+
+    Attributes:
+        kind: the server creates them; olpack writes them into its model store; the server pulls them from a registry that olpack opens for it.
+        store: the model store that is written to.
+        reason: why the store is not, as a clause; and how it could be.
+    """
+
+    kind: Literal["create", "store", "pull"]
+    store: Path | None = None
+    reason: str = ""
+    remedy: str = ""
+
+    def described(self, build: Build) -> str:
+        """For a plan."""
+        if self.kind == "create":
+            return f"created by the server{f' from {build.base.tag}' if build.paths.served else ''}"
+        if self.kind == "store":
+            return f"written into the server's model store, {self.store}"
+        weights = "" if build.base.tag else ", with the base's weights where it lacks them"
+        return f"pulled by the server from a registry that olpack opens on 127.0.0.1 for that moment{weights}: {self.reason}"
 
 
-def _adapter_store(build: Build, client: OllamaClient, version: str):
-    """Where tags with an adapter are written to, for a server that creates none; None where it creates them, or the package has none.
+def way_of_tags(build: Build) -> str | None:
+    """How the tags get onto the server, in words; None for a package without an adapter or a server."""
+    from olpack.deploy.client import OllamaClient
 
-    On a GGUF that is no model of the server, too: a server that registers it may put a template of its own in place of the file's.
+    if not (build.paths.base and build.server):
+        return None
+    client = OllamaClient()
+    return _way(build, client, client.require()).described(build)
+
+
+def _way(build: Build, client: OllamaClient, version: str) -> _Way:
+    """How they get there, as far as this machine's files tell.
+
+    A GGUF that is no model of the server is never created from: a server that registers it may put a template of its own in place of the file's.
     """
     from olpack.deploy.client import creates_adapters
     from olpack.deploy.ollama_store import store_of
 
     own_file = bool(build.paths.served) and not build.base.tag
     if not build.paths.base or (creates_adapters(version) and not own_file):
-        return None
+        return _Way("create")
     try:
-        store = store_of(client)
+        return _Way("store", store_of(client))
     except OlpackError as error:
-        if own_file and creates_adapters(version):
+        return _Way("pull", reason=error.problem.rstrip("."), remedy=error.remedy)
+
+
+def _check_way(build: Build, client: OllamaClient, version: str) -> None:
+    """Refuse a package with an adapter that cannot get onto the server, and report what is unusual about how it does.
+
+    Raises:
+        OlpackError: the server creates no such models, its store cannot be written, and it does not find a registry on this machine; or the prompts
+            of a GGUF that is no model of the server would be others than in training.
+    """
+    from olpack.deploy.client import creates_adapters
+    from olpack.deploy.loopback_registry import reaches
+
+    found = _way(build, client, version)
+    if found.kind == "create":
+        return
+    own_file, creates = bool(build.paths.served) and not build.base.tag, creates_adapters(version)
+    register_it = f"Register the file once with `ollama create` (FROM {build.paths.served}), and name that model as base: ollama/NAME."
+    if found.kind == "pull" and not reaches(client):
+        unreachable = "and the server does not find a registry on this machine's 127.0.0.1"
+        if own_file and creates:
             raise OlpackError(
                 f"A tag on '{build.paths.served}' is written into the server's model store, which keeps its prompts as trained, but "
-                f"{error.problem.rstrip('.')}.",
-                f"Register the file once with `ollama create` (FROM {build.paths.served}), and name that model as base: ollama/NAME.",
-            ) from None
+                f"{found.reason}, {unreachable}.",
+                register_it,
+            )
         raise OlpackError(
-            f"{_no_adapters(client)}. They can be written into its model store, but {error.problem.rstrip('.')}.",
+            f"{_no_adapters(version)}. They can be written into its model store, but {found.reason}, {unreachable}.",
             f"Set `package: merged` in the recipe, or build with --no-deploy and run `olpack deploy {build.recipe.name} --store DIR` where the "
-            f"server keeps its models. {error.remedy}",
-        ) from None
-    template = build.renderer.tokenizer.chat_template
-    if own_file and (read := sorted(set(pins_for(template)) & set(SERVER_VARIABLES))):
-        raise OlpackError(
-            f"The chat template of '{build.paths.served}' reads {', '.join(read)}, which a server sets and training does not.",
-            f"Register the file once with `ollama create` (FROM {build.paths.served}), and name that model as base: ollama/NAME.",
+            f"server keeps its models. {found.remedy}",
         )
-    return store
+    if own_file and (read := sorted(set(pins_for(build.renderer.tokenizer.chat_template)) & set(SERVER_VARIABLES))):
+        raise OlpackError(
+            f"The chat template of '{build.paths.served}' reads {', '.join(read)}, which a server sets and training does not.", register_it
+        )
+    if not creates:
+        how = f"writes the tags into its model store, {found.store}" if found.kind == "store" else f"has the tags {found.described(build)}"
+        progress.warn(f"{_no_adapters(version)}: deploy {how}. Its files' ADAPTER line is refused by `ollama create`.")
+
+
+def _no_adapters(version: str) -> str:
+    return f"Ollama {version} creates no models with adapters (since 0.34.1), and serves those that are there"
 
 
 def length_warnings(build: Build, held_out: list[TokenRow]) -> Iterator[str]:
@@ -217,19 +270,22 @@ def conversations(build: Build) -> list[list[dict]]:
 def run(build: Build, steps: list[Step]) -> None:
     """Register every quant with the server, prove that the prompt is the trained one, and have one tag answer."""
     from olpack.deploy.client import OllamaClient
+    from olpack.deploy.loopback_registry import pull_tag
     from olpack.deploy.ollama_store import place
     from olpack.deploy.register import register
 
     client, (step,) = OllamaClient(), steps
     version = client.require()
-    store = _adapter_store(build, client, version)
+    way = _way(build, client, version)
     known = {record.model: record for record in registered(build)}
     earlier = records.result(build.paths, "deploy").get("proved", {})
     proved = earlier if earlier.get("server") == [client.url, version] else {"server": [client.url, version]}
     files = served_files(build, client)
     for file in files:
-        if store:
-            record = place(client, store, build.recipe.name, file, build.package)
+        if way.kind == "pull":
+            record = pull_tag(client, build.recipe.name, file, build.package)
+        elif way.store:
+            record = place(client, way.store, build.recipe.name, file, build.package)
         else:
             (record,) = register(client, build.recipe.name, [file], build.package, before=list(known.values()))
         known[record.model] = record

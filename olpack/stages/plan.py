@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from olpack import progress
 from olpack.errors import OlpackError
-from olpack.stages import compare, export, train
+from olpack.stages import compare, deploy, export, train
 from olpack.stages.build import Build
 from olpack.stages.calibration import temporary_quants
 from olpack.stages.order import STAGES, all_steps
@@ -244,4 +244,6 @@ def describe(build: Build, estimated: Estimate | None = None) -> dict:
     places = {"base": str(build.base.source), "build": str(build.paths.root), "server": build.server}
     served = {"served_as_it_is": _served(build)} if build.paths.served else {}
     plan = {"name": build.recipe.name, **places, **served, "settings": settings, "steps": steps}
+    if estimated and (way := deploy.way_of_tags(build)):
+        plan["tags"] = way
     return plan | ({"estimate": asdict(estimated) | {"fit": estimated.fit.as_json()}} if estimated else {})
