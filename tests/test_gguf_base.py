@@ -165,7 +165,7 @@ def test_layers_stay_in_blocks_and_give_the_gradients_of_their_dequantized_weigh
     assert torch.equal(found, x.grad)
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3moe", "gpt-oss", "qwen35-values", "llama with experts"])
+@pytest.fixture(scope="module", params=["llama", "qwen3moe", "gpt-oss", "qwen35-values"])
 def quantized(request, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     (file,) = converter().export(make(folder, request.param), [Target("Q4_0", folder / "Q4_0.gguf")])
