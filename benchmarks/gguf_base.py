@@ -276,7 +276,8 @@ def write(work: Path, output: Path) -> None:
         if (file := work / f"logits-{name}.json").is_file():
             row = json.loads(file.read_text())
             figures = [f"{row[quant]['largest']:.3f} ({1000 * row[quant]['kl']:.3f})" for quant in QUANTS]
-            text.append(f"| {name.removesuffix('-sentencepiece')}{' (experts)' if has_experts(name) else ''} | {' | '.join(figures)} |")
+            experts = " (experts)" if has_experts(name) and "experts" not in name else ""
+            text.append(f"| {name.removesuffix('-sentencepiece')}{experts} | {' | '.join(figures)} |")
     text += ["", "Largest difference of a logit in standard deviations (KL divergence in millinats).", ""]
     text += [second.strip(), ""]
     text += ["| trained on | served as | size | KL mean ± s.e. | KL 99 % |", "| --- | --- | ---: | ---: | ---: |"]

@@ -63,6 +63,22 @@ MODELS = {
             "final_logit_softcapping": 30.0,
         },
     ),
+    "gemma4-experts-sentencepiece": (
+        "gemma4_text",
+        {
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 16,
+            "global_head_dim": 128,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "hidden_size_per_layer_input": 0,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 256,
+            "final_logit_softcapping": 30.0,
+        },
+    ),
     "phi3-sentencepiece": (
         "phi3",
         {
@@ -131,7 +147,7 @@ MODELS = {
     ),
     "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
 }
-ROUTERS = tuple(f"{name}.weight" for name in ("router", "mlp.gate", "block_sparse_moe.gate", "router.layer", "feed_forward.gate"))
+ROUTERS = tuple(f"{name}.weight" for name in ("router", "router.proj", "mlp.gate", "block_sparse_moe.gate", "router.layer", "feed_forward.gate"))
 IDS = [(7 * place * place + 3 * place) % 340 for place in range(48)]
 
 

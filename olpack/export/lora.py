@@ -25,6 +25,23 @@ from olpack.model.checkpoint import TensorHeader, read_config, read_tensor_heade
 from olpack.model.quantized import dequantized_headers
 from olpack.workspace import file_digest, remove, scratch, unfinished
 
+# The script makes a class of its own from that of the base's architecture, which leaves out what the converter does before: it counts the layers of a
+# model that predicts ahead, and picks the class that works for Mistral 3.
+_SCRIPT = """
+import pathlib, runpy, sys
+sys.argv = sys.argv[1:]
+folder = pathlib.Path(sys.argv[0]).parent
+sys.path[:1] = [str(folder), str(folder / "gguf-py")]
+import conversion
+known = conversion.get_model_class
+def get_model_class(*asked, **named):
+    found = known(*asked, **named)
+    if found.supports_mtp_export:
+        found.no_mtp, found._original_block_count = True, 0
+    return getattr(found, "Ministral3Model", found)
+conversion.get_model_class = get_model_class
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 _TYPE = "f16"  # half the size of float32; its rounding (2^-11) is far below that of any quantized base
 
 
@@ -150,8 +167,10 @@ def _convert(base: Path, adapter: Path, out: Path) -> None:
     script = converter_source() / "convert_lora_to_gguf.py"
     done = subprocess.run(
         workers.program(
-            sys.executable,  # with a script, Python looks for modules in the script's folder, not in the working folder
+            sys.executable,
             "-B",  # as `use_converter` does
+            "-c",
+            _SCRIPT,
             str(script),
             "--base",
             str(base.absolute()),

@@ -425,8 +425,6 @@ def _gemma4(base: GgufBase) -> dict[str, Any]:
     """Its layers differ: those with the whole context have heads of their own size, of which the rotary embedding turns a part; the last ones use the
     keys and values of earlier ones; the feed-forward layers of these may be twice as wide."""
     layers, name = _needed(base, "block_count"), base.architecture
-    if base.integer("expert_count"):
-        raise OlpackError(f"'{base.paths[0]}' is a Gemma 4 with experts, on whose GGUF files olpack does not train.", _FOLDER)
     pattern = base.lists.get(f"{name}.attention.sliding_window_pattern", ())
     kv_heads = base.lists.get(f"{name}.attention.head_count_kv") or (_kv_heads(base),) * layers
     widths = base.lists.get(f"{name}.feed_forward_length") or (_needed(base, "feed_forward_length"),)
@@ -450,10 +448,21 @@ def _gemma4(base: GgufBase) -> dict[str, Any]:
         "sliding_window": _needed(base, "attention.sliding_window"),
         "layer_types": ["sliding_attention" if sliding else "full_attention" for sliding in pattern],
         "final_logit_softcapping": base.number("final_logit_softcapping"),
+        **(_gemma4_experts(base) if base.integer("expert_count") else {}),
         "rope_parameters": {
             "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 2 * turned / head_dim(base), **theta},
             "sliding_attention": {"rope_type": "default", "rope_theta": base.number("rope.freq_base_swa") or 10_000.0},
         },
+    }
+
+
+def _gemma4_experts(base: GgufBase) -> dict[str, Any]:
+    found = _experts(base)
+    return {
+        "enable_moe_block": True,
+        "num_experts": found["num_experts"],
+        "top_k_experts": found["num_experts_per_tok"],
+        "moe_intermediate_size": found["moe_intermediate_size"],
     }
 
 
@@ -575,7 +584,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "gemma": Architecture("Gemma, CodeGemma", "gemma", "GemmaForCausalLM", _rms, norm_offset=1),
     "gemma2": Architecture("Gemma 2", "gemma2", "Gemma2ForCausalLM", _gemma2, norm_offset=1),
     "gemma3": Architecture("Gemma 3 (text)", "gemma3_text", "Gemma3ForCausalLM", _gemma3, norm_offset=1),
-    "gemma4": Architecture("Gemma 4 without experts (text)", "gemma4_text", "Gemma4ForCausalLM", _gemma4),
+    "gemma4": Architecture("Gemma 4 (text)", "gemma4_text", "Gemma4ForCausalLM", _gemma4),
     "phi2": Architecture("Phi-1, Phi-2", "phi", "PhiForCausalLM", _phi2),
     "phi3": Architecture("Phi-3, Phi-4", "phi3", "Phi3ForCausalLM", _phi3),
     "gpt-oss": Architecture("gpt-oss", "gpt_oss", "GptOssForCausalLM", _gpt_oss),
@@ -664,7 +673,8 @@ def tensor_headers(base: GgufBase) -> dict[str, TensorHeader]:
     return {name: TensorHeader(tensor.type.name, shapes[name], tensor.path) for name, tensor in found.items()}
 
 
-_STACKS = re.compile(r"model\.layers\.(\d+)\.(?:mlp|block_sparse_moe|feed_forward)\.experts\.(gate_up_proj|down_proj)(_bias)?")
+_STACKS = re.compile(r"model\.layers\.(\d+)\.(?:(?:mlp|block_sparse_moe|feed_forward)\.)?experts\.(gate_up_proj|down_proj)(_bias)?")
+_SCALES = {".router.scale": "ffn_gate_inp.scale", ".router.per_expert_scale": "ffn_down_exps.scale"}  # of Gemma 4
 
 
 def _weight(base: GgufBase, architecture: Architecture, name: str, names: Any) -> Weight:
@@ -675,8 +685,12 @@ def _weight(base: GgufBase, architecture: Architecture, name: str, names: Any) -
         oss = architecture.model_type == "gpt_oss"
         if which == "down_proj":
             return Weight((f"blk.{layer}.ffn_down_exps.{end}",), form="transposed" if oss and not bias else "plain")
+        if (stack := f"blk.{layer}.ffn_gate_up_exps.{end}") in base.tensors:
+            return Weight((stack,))
         both = (f"blk.{layer}.ffn_gate_exps.{end}", f"blk.{layer}.ffn_up_exps.{end}")
         return Weight(both, form="interleaved" if oss else "gate_up")
+    if scale := next((tensor for end, tensor in _SCALES.items() if name.endswith(end)), None):
+        return Weight((f"blk.{name.split('.')[2]}.{scale}",))
     named = _as_converted(name)
     tensor = names.get_name(named, try_suffixes=(".weight", ".bias"))
     if tensor is None:

@@ -17,7 +17,7 @@ class BlockExperts(nn.Module):
 
     Args:
         plain: the module of transformers in whose place it goes; its parameters are not used, its gate and its biases are.
-        stacks: "gate", "up", "down" to (type of the blocks; experts, rows, columns).
+        stacks: "gate", "up", "down" to (type of the blocks; experts, rows, columns); "gate_up" where one stack has the rows of both.
         dtype: that it computes in.
     """
 
@@ -45,12 +45,16 @@ class BlockExperts(nn.Module):
                 continue
             token, place = torch.where(top_k_index == expert)
             x = hidden_states[token].to(self.compute_dtype)
-            gate, up = self._product(x, "gate", expert), self._product(x, "up", expert)
-            both = torch.cat((gate, up), -1) if self.concatenated else torch.stack((gate, up), -1).flatten(-2)
-            both = self._biased(both, "gate_up_proj_bias", expert)
+            both = self._biased(self._gate_and_up(x, expert), "gate_up_proj_bias", expert)
             out = self._biased(self._product(self.apply_gate(both), "down", expert), "down_proj_bias", expert)
             result.index_add_(0, token, (out * top_k_weights[token, place, None]).to(result.dtype))
         return result
+
+    def _gate_and_up(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        if "gate_up" in self.types:
+            return self._product(x, "gate_up", expert)
+        gate, up = self._product(x, "gate", expert), self._product(x, "up", expert)
+        return torch.cat((gate, up), -1) if self.concatenated else torch.stack((gate, up), -1).flatten(-2)
 
     def _biased(self, products: torch.Tensor, name: str, expert: int) -> torch.Tensor:
         bias = self._parameters[name]

@@ -25,7 +25,8 @@ from olpack.train.block_experts import BlockExperts
 from olpack.train.frozen import BlockLinear, Make, use_frozen
 
 _BYTES = 2  # of a weight that is dequantized on a GPU
-_EXPERTS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}  # parameters of stacked experts, and the buffers of `BlockExperts` for each
+# Parameters of stacked experts, and the buffers of `BlockExperts` for each.
+_EXPERTS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 
 
 def load_frozen(base: GgufBase, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -95,7 +96,9 @@ def _block_experts(stacks: Mapping[str, GgufTensor], dtype: torch.dtype, plain: 
 
 def _stacks(weights: Mapping[str, Weight], module: str, end: str) -> list[tuple[str, str]]:
     """(name of the buffer, tensor of the file) of what a parameter of a module has in blocks."""
-    return list(zip(_EXPERTS.get(end, ("blocks",)), weights[f"{module}.{end}"].tensors, strict=True))
+    tensors = weights[f"{module}.{end}"].tensors
+    names = _EXPERTS.get(end, ("blocks",))
+    return list(zip(names if len(names) == len(tensors) else ("_".join(names),), tensors, strict=True))
 
 
 def _rows(base: GgufBase, weight: Weight, tensor: str) -> torch.Tensor:
