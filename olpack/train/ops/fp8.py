@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -49,16 +49,28 @@ class Codes(NamedTuple):
     scale: torch.Tensor
 
 
+class WriteFp8(Protocol):
+    """Writes the codes of a packed weight."""
+
+    def __call__(self, scale: torch.Tensor, codes: torch.Tensor, *, turned: bool) -> bool:
+        """Returns False, with nothing written, where no kernel does it.
+
+        Args:
+            scale: float32, of each row, or of each column if turned.
+            codes: float8_e4m3fn [out, in], or [in, out] if turned.
+        """
+
+
 class Weight(NamedTuple):
     """A frozen weight.
 
     Attributes:
         dense: the weight in a dtype, [out, in].
-        packed: its 4 bits and bitsandbytes' state of them as a function, for the kernel; None where it is another kind.
+        write: writes its codes without the dense weight; None for a weight that is not packed.
     """
 
     dense: Callable[[torch.dtype], torch.Tensor]
-    packed: Callable[[], tuple[torch.Tensor, Any]] | None
+    write: WriteFp8 | None
 
 
 class Fp8Weights:
@@ -123,11 +135,8 @@ def _codes(numbers: torch.Tensor) -> torch.Tensor:
 
 def _write(weight: Weight, scale: torch.Tensor, codes: torch.Tensor, dtype: torch.dtype, *, turned: bool = False) -> None:
     """Write the codes of a weight, or of the turned weight."""
-    if (kernels := kernels_for(codes)) and weight.packed is not None:
-        packed, state = weight.packed()
-        if state.shape[1] % state.blocksize == 0:
-            kernels.dequantize_4bit_to_fp8(packed, state, scale, codes, turned)
-            return
+    if weight.write is not None and weight.write(scale, codes, turned=turned):
+        return
     dense = weight.dense(dtype)
     codes.copy_(_codes((dense.T if turned else dense) / scale))
 
