@@ -2,8 +2,8 @@
 
     python benchmarks/gguf_blocks.py [--only kernels|steps] [--seconds 150] [--output benchmarks/gguf_blocks.md]
 
-The files of the second table are headers of Llama 3 8B in llama.cpp's mixes and holes for the data; they are opened, planned and loaded as any, then the
-blocks are filled at random. NF4 is the model of `train_8b.py`. No line is begun once the seconds are over.
+The files of the second table are headers of Llama 3 8B in llama.cpp's mixes and holes for the data; they are opened, planned and loaded as any,
+and the blocks are filled at random. NF4 is the model of `train_8b.py`. No line is begun once the seconds are over.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from olpack.recipe import Train
 from olpack.train import planner
 from olpack.train.frozen import BlockLinear
 from olpack.train.model import load_with_adapter
-from olpack.train.ops import block_kernels, fp8, kernels, lora
+from olpack.train.ops import block_kernels, kernels, lora
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from random_blocks import SCALES, random_blocks
@@ -82,7 +82,8 @@ def kernel_lines(device: torch.device) -> Iterator[str]:
         return f"| {name} | {taken[0]:.4f} ({pace:,.0f}) | {taken[1]:.3f} | {differ} | {taken[2]:.4f} | {taken[3]:.4f} |"
 
     ways = ((scale, codes, False), (turned_scale, turned, True))
-    packed, state = quantize_4bit(STANDARD * torch.randn(ROWS, COLUMNS, device=device, dtype=torch.bfloat16), quant_type="nf4", compress_statistics=True)
+    weight = STANDARD * torch.randn(ROWS, COLUMNS, device=device, dtype=torch.bfloat16)
+    packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     yield line(
         "NF4 (plain: bitsandbytes)",
         packed.nbytes,
@@ -187,10 +188,8 @@ def step_lines(device: torch.device, folder: Path, late: Callable[[], bool]) -> 
         if late():
             return
         free()
-        before, begun, stored, model = torch.cuda.memory_allocated(), time.time(), None, None
-        if quant == "NF4":
-            words = SHAPES["8B"][-1]
-        else:
+        begun, stored, model, words = time.time(), None, None, SHAPES["8B"][-1]
+        if quant != "NF4":
             path = folder / f"{quant}.gguf"
             write_file(quant, path)
             base = Base(quant, folder, gguf=open_gguf(path))
@@ -200,11 +199,8 @@ def step_lines(device: torch.device, folder: Path, late: Callable[[], bool]) -> 
         if quant == "NF4":
             config = bench.forward.base.config.to_dict()
             shape = MetaModel({**config, "architectures": ["LlamaForCausalLM"]}, quant)
-        trained = sum(parameter.nbytes for parameter in bench.model.parameters() if parameter.requires_grad)
-        bench.optimizer.zero_grad(set_to_none=True)
-        gc.collect()
-        taken = sum(tensor.nbytes for tensor in frozen_tensors(bench.model))
-        print(f"{quant}: {time.time() - begun:.1f} s until it trains, {(torch.cuda.memory_allocated() - before - trained) / 2**30:.2f} GiB allocated", flush=True)
+        taken = sum(tensor.nbytes for tensor in frozen_tensors(bench.model)) / 2**30
+        print(f"{quant}: {time.time() - begun:.1f} s until it trains", flush=True)
         for products, checkpointing in (("16 bits", False), ("fp8", False), ("16 bits", True)):
             lora.fuse(bench.model, bench.forward.dtype, in_fp8=products == "fp8")
             bench.checkpointing(checkpointing, offload=False, keep=False)
@@ -218,22 +214,20 @@ def step_lines(device: torch.device, folder: Path, late: Callable[[], bool]) -> 
                 asked = Train(rank=RANK, micro_batch_tokens=tokens, gradient_checkpointing=checkpointing, batch_size=64, epochs=1)
                 fit = planner.on_gpu(shape, rows(tokens, words), asked, 1 << 40, stored=stored)
                 planned = "" if checkpointing else f" ({fit.bytes / 2**30:.1f})"  # with it, olpack offloads the embeddings, too
-                yield (
-                    f"| {quant} | {taken / 2**30:.2f} ({fit.training.weights / 2**30:.2f}) | {products} | {'yes' if checkpointing else 'no'} | {tokens:,} | "
-                    f"{pace:,.0f} | {pace / nf4[key]:.2f} × | {peak:.1f}{planned} |"
-                )
+                way = f"{products} | {'yes' if checkpointing else 'no'} | {tokens:,}"
+                frozen = f"{taken:.2f} ({fit.training.weights / 2**30:.2f})"
+                yield f"| {quant} | {frozen} | {way} | {pace:,.0f} | {pace / nf4[key]:.2f} × | {peak:.1f}{planned} |"
         del bench, model
 
 
 def frozen_tensors(model) -> Iterator[torch.Tensor]:
     """All that the base has in memory."""
-    for module in model.modules():
-        yield from (parameter for parameter in module.parameters(recurse=False) if not parameter.requires_grad)
-        if isinstance(module, BlockLinear):
-            yield module.get_buffer("blocks")
-        state = getattr(getattr(module, "weight", None), "quant_state", None) if not isinstance(module, BlockLinear) else None
-        if state is not None:
-            yield from (state.absmax, *((state.state2.absmax,) if state.nested else ()))
+    yield from (blocks for blocks in model.buffers() if blocks.dtype == torch.uint8)
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            yield parameter
+            if (state := getattr(parameter, "quant_state", None)) is not None:
+                yield from (state.absmax, state.state2.absmax)
 
 
 def main() -> None:

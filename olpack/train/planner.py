@@ -123,12 +123,16 @@ def choose(base: Base, rows: Sequence[TokenRow], settings: Train, device: torch.
     )
 
 
-def stored_bytes(base: Base) -> int | None:
-    """Bytes in memory of a base that comes quantized, mostly as on the disk; None for another one."""
+def stored_bytes(base: Base, rest_bytes: int = 2) -> int | None:
+    """Bytes in memory of a base that comes quantized, mostly as on the disk; None for another one.
+
+    Args:
+        rest_bytes: of a weight of a GGUF that does not stay in blocks: 2 on a GPU, 4 on a CPU.
+    """
     if base.gguf is not None:
         from olpack.train.gguf_model import frozen_bytes
 
-        return frozen_bytes(base.gguf)
+        return frozen_bytes(base.gguf, rest_bytes)
     if not quantization_of(base.config):
         return None
     return sum(file.stat().st_size for file in base.path.glob("model*.safetensors"))

@@ -1,9 +1,9 @@
 """Triton kernels that dequantize the blocks of a GGUF (`olpack.model.gguf_blocks`), in one pass over memory: to a dense weight, to fp8 codes, and
 to the fp8 codes of the turned weight.
 
-All three go by 32 weights at a time, which every type has as two halves of 16: a block is one or eight of them. What a type's function returns is
-ggml's `dequantize_row_*` bit for bit; sums and products are rounded one by one for that. Each weight reads the bytes that it needs, though others need
-them, too: then loads and stores have one layout, and threads exchange nothing.
+All three go by 32 weights at a time, which every type has as two halves of 16: a block is one or eight of them. A type's function returns what
+ggml's `dequantize_row_*` does, bit for bit; sums and products are rounded one by one for that. Each weight reads the bytes that it needs, though
+others need them, too: then loads and stores have one layout, and threads exchange nothing.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def _from_table(code, low, high):
     return (tl.where(code < 8, low, high) >> ((code & 7) * 8).to(tl.int64)).to(tl.int8).to(tl.float32)
 
 
-# -- A function for each type: blocks and words point to the same bytes, block and group [n, 1, 1] are the places of n groups and those in their blocks,
-# -- known [n, 1, 1] says which there are. They return float32 [n, 2, 16].
+# -- A function for each type. blocks and words point to the same bytes; block and group [n, 1, 1] are the blocks of n groups and their places in
+# -- these; known [n, 1, 1] says which there are. They return float32 [n, 2, 16].
 
 
 @triton.jit
