@@ -227,7 +227,7 @@ def frozen_tensors(model) -> Iterator[torch.Tensor]:
         if not parameter.requires_grad:
             yield parameter
             if (state := getattr(parameter, "quant_state", None)) is not None:
-                yield from (state.absmax, state.state2.absmax)
+                yield from (state.absmax, *((state.state2.absmax,) if state.nested else ()))
 
 
 def main() -> None:
