@@ -307,7 +307,8 @@ def dequantize_to_fp8(type_: BlockType, blocks: torch.Tensor, scale: torch.Tenso
         type_: one of `TYPES`.
         blocks: uint8 [rows, bytes of a row]; rows are divisible by 16.
         scale: float32, of each row, or of each column if turned.
-        out: float8_e4m3fn [rows, columns], or [columns, rows] if turned; numbers of a row stand side by side.
+        out: float8_e4m3fn [rows, columns], or [columns, rows] if turned; numbers of a row stand side by side. If turned, its row stride is
+            divisible by 64 (`fp8.turned_codes` says why).
     """
     blocks = blocks.contiguous()
     if not turned:

@@ -31,7 +31,7 @@ def write_fp8(type_: BlockType, blocks: torch.Tensor, scale: torch.Tensor, codes
     Args:
         blocks: uint8 [rows, bytes of a row].
         scale: float32, of each row, or of each column if turned.
-        codes: float8_e4m3fn [rows, columns], or [columns, rows] if turned.
+        codes: float8_e4m3fn [rows, columns], or [columns, rows] if turned: then with a row stride that is divisible by 64.
     """
     if not _has_kernel(type_, blocks, torch.float32):
         return False

@@ -501,7 +501,8 @@ def dequantize_4bit_to_fp8(weight: torch.Tensor, state, scale: torch.Tensor, out
     Args:
         weight, state: as `dequantize_4bit` takes them; the weight is [rows, columns], both divisible by 16.
         scale: float32, of each row, or of each column if turned.
-        out: float8_e4m3fn [rows, columns], or [columns, rows] if turned; numbers of a row stand side by side.
+        out: float8_e4m3fn [rows, columns], or [columns, rows] if turned; numbers of a row stand side by side. If turned, its row stride is
+            divisible by 64 (`fp8.turned_codes` says why).
     """
     rows, columns = state.shape
     nested, size = state.nested, state.blocksize
