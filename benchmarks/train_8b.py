@@ -97,9 +97,9 @@ def rows(tokens: int, words: int, seed: int = 0, longest: int = 2048) -> list:
 
 
 class Bench:
-    """A model, its optimizer, and steps over flat rows."""
+    """A model (by default `random_model`), its optimizer, and steps over flat rows."""
 
-    def __init__(self, shape: str, device: torch.device, *, offload: bool = False):
+    def __init__(self, shape: str, device: torch.device, *, offload: bool = False, model=None):
         from olpack.recipe import Train
         from olpack.train import loop
         from olpack.train.forward import Forward
@@ -107,7 +107,7 @@ class Bench:
         from olpack.train.ops.pinned_memory import PinnedMemory
 
         self.device, self.words = device, SHAPES[shape][-1]
-        self.model = random_model(shape, device)
+        self.model = random_model(shape, device) if model is None else model
         self.built = time.time()
         # Whether layers are computed again without their last product is tried once, before the gradients are joined.
         self.host = PinnedMemory(0, device)  # so that torch locks what is needed

@@ -192,12 +192,13 @@ def test_a_model_in_blocks_computes_what_its_dequantized_weights_do(quantized):
         assert torch.allclose(found, expected, atol=1e-4 * expected.abs().max())
 
 
-def test_the_planned_bytes_are_those_of_the_loaded_model(quantized):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_planned_bytes_are_those_of_the_loaded_model(quantized, dtype):
     base = open_gguf(quantized)
-    model = load_frozen(base, torch.device("cpu"), torch.bfloat16)
+    model = load_frozen(base, torch.device("cpu"), dtype)
     taken = sum(parameter.nbytes for parameter in model.parameters())
     taken += sum(blocks.nbytes for blocks in model.buffers() if blocks.dtype == torch.uint8)
-    assert frozen_bytes(base) == taken
+    assert frozen_bytes(base, dtype.itemsize) == taken
 
 
 def test_training_on_a_gguf_lowers_the_loss(tmp_path):
@@ -206,6 +207,7 @@ def test_training_on_a_gguf_lowers_the_loss(tmp_path):
     folder = make_workspace(tmp_path, tmp_path / "base.gguf")
     code, _, err = olpack(folder, "train", "oracle")
     assert code == 0, err
+    assert "base.gguf (Q4_0)" in err
     lines = [json.loads(line) for line in (folder / "build/oracle/adapter/metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses[-1] < 0.5 * losses[0]

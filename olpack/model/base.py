@@ -16,7 +16,7 @@ from olpack.errors import OlpackError
 from olpack.model import gguf_files, tokenizer_trial
 from olpack.model.checkpoint import TensorHeader, check_tokenizer_files, read_tensor_headers, refuse_adapter
 from olpack.model.gguf_base import GgufBase
-from olpack.model.quantized import dequantized_headers
+from olpack.model.quantized import dequantized_headers, quantization_method
 from olpack.model.settings import read_config_file, read_object
 from olpack.workspace import PACKAGE, files_fingerprint, folder_fingerprint, value_digest
 
@@ -112,6 +112,13 @@ class Base:
         except Exception:  # no model for transformers; `MetaModel` reports it
             return None
         return next((value for name in names if (value := getattr(full, name, None))), None)
+
+    @property
+    def quantization(self) -> str | None:
+        """How its weights come quantized: "gptq", or of a GGUF the type of most of its bytes, "Q4_K"; None where they do not."""
+        if self.gguf is not None:
+            return next(iter(self.gguf.types))
+        return quantization_method(self.config)
 
     @cached_property
     def license(self) -> str | None:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     Function = Callable[[torch.Tensor], torch.Tensor]
 
-_IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-_FP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # doubled, as their scale is halved
+IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+FP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # doubled, as their scale is halved
 _PIECE = 1 << 20  # weights that a thread dequantizes at once
 _GPU_PIECE = 1 << 22  # so that what is computed in between takes some 60 MB
 
@@ -55,17 +55,19 @@ class BlockType:
         return row_bytes // self.bytes * self.weights
 
     def dequantize(self, blocks: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The weights, [..., columns], in `dtype` (float32 by default).
+        """The weights, [..., columns], in `dtype` (float32 by default). On a GPU, weights that are stored in this dtype are not copied.
 
         Args:
             blocks: uint8 [..., bytes of a row], on any device.
         """
         import torch
 
+        on_cpu = blocks.device.type == "cpu"
+        if self.weights == 1 and not on_cpu:
+            return self._function(blocks).to(dtype or torch.float32)
         shape = (*blocks.shape[:-1], self.columns(blocks.shape[-1]))
         each = blocks.reshape(-1, self.bytes)
         weights = torch.empty(len(each), self.weights, dtype=dtype or torch.float32, device=blocks.device)
-        on_cpu = blocks.device.type == "cpu"
         count = max(1, (_PIECE if on_cpu else _GPU_PIECE) // self.weights)
         pieces = list(zip(each.split(count), weights.split(count), strict=True))
         if not on_cpu:
@@ -211,7 +213,7 @@ def _q6_k(blocks: torch.Tensor) -> torch.Tensor:
 
 
 def _iq4_nl(blocks: torch.Tensor) -> torch.Tensor:
-    return _half(blocks, 0) * _from_table(_nibbles(blocks[:, 2:]), _IQ4)
+    return _half(blocks, 0) * _from_table(_nibbles(blocks[:, 2:]), IQ4)
 
 
 def _iq4_xs(blocks: torch.Tensor) -> torch.Tensor:
@@ -220,7 +222,7 @@ def _iq4_xs(blocks: torch.Tensor) -> torch.Tensor:
     high = (_shifted(blocks[:, None, 2:4], (0, 2, 4, 6)) & 3).squeeze(1).transpose(1, 2).flatten(1)
     low = torch.stack((blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4), dim=-1).flatten(1)
     scale = _half(blocks, 0) * ((low | high << 4).float() - 32)
-    return (scale.unsqueeze(-1) * _from_table(_nibbles(blocks[:, 8:].reshape(-1, 8, 16)), _IQ4)).flatten(1)
+    return (scale.unsqueeze(-1) * _from_table(_nibbles(blocks[:, 8:].reshape(-1, 8, 16)), IQ4)).flatten(1)
 
 
 def _mxfp4(blocks: torch.Tensor) -> torch.Tensor:
@@ -229,7 +231,7 @@ def _mxfp4(blocks: torch.Tensor) -> torch.Tensor:
 
     exponent = blocks[:, :1].int()
     bits = torch.where(exponent < 2, 0x00200000 << exponent.clamp(max=1), (exponent - 1) << 23)
-    return bits.view(torch.float32) * _from_table(_nibbles(blocks[:, 1:]), _FP4)
+    return bits.view(torch.float32) * _from_table(_nibbles(blocks[:, 1:]), FP4)
 
 
 def _plain(name: str, blocks: torch.Tensor) -> torch.Tensor:

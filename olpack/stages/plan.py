@@ -140,7 +140,6 @@ def estimate(build: Build, vram: float | None = None) -> Estimate:
     """
     import torch
 
-    from olpack.model.quantized import quantization_method
     from olpack.train.batches import schedule
     from olpack.train.device import pick_device
     from olpack.train.memory import frozen_bytes
@@ -155,7 +154,6 @@ def estimate(build: Build, vram: float | None = None) -> Estimate:
     tokens = sum(len(row.ids) for row in rows)
     parameters = exported.parameters
     full = 4 if device.type == "cpu" else 2
-    came = quantization_method(build.base.config)
     held = asked.quantization if asked.quantization != "none" else "float32" if full == 4 else "bfloat16"
     passes = asked.epochs * tokens * 4 + 2 * sum(len(row.ids) for row in held_out) * 2  # forward 2, backward of activations 2, per weight and token
     return Estimate(
@@ -169,8 +167,8 @@ def estimate(build: Build, vram: float | None = None) -> Estimate:
         device="cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
         train_seconds=passes * parameters / (0.5 * _matmul_rate()) if device.type == "cpu" and not build.finished_adapter else None,
         fit=_fit(build, rows, device, vram),
-        weights_bytes=stored_bytes(build.base) or sum(frozen_bytes(build.meta_model, held, full)),
-        held=came or held,
+        weights_bytes=stored_bytes(build.base, full) or sum(frozen_bytes(build.meta_model, held, full)),
+        held=build.base.quantization or held,
         adapter_bytes=adapter * (4 + 4 + (8 if device.type == "cpu" else 2)),
         disk_bytes={"adapter": 2 * adapter} if build.paths.served else {quant.name: exported.sizes[quant.name] for quant in build.quants},
         temporary_bytes=compare.temporary_bytes(build, parameters),

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from olpack.model.gguf_blocks import BlockType
+from olpack.train.ops.blocks import dequantize
 
 
 class BlockExperts(nn.Module):
@@ -70,8 +71,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, x: torch.Tensor, type_: BlockType, blocks: torch.Tensor) -> torch.Tensor:
         context.type, context.blocks = type_, blocks
-        return F.linear(x, type_.dequantize(blocks, x.dtype))
+        return F.linear(x, dequantize(type_, blocks, x.dtype))
 
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return gradient @ context.type.dequantize(context.blocks, gradient.dtype), None, None
+        return gradient @ dequantize(context.type, context.blocks, gradient.dtype), None, None

@@ -27,6 +27,7 @@ from olpack.model.names import short_name
 from olpack.model.packed import Layout, dequantize_hqq, quantize_hqq
 from olpack.model.quantized import dequantized_headers, layout_of
 from olpack.train.block_experts import BlockExperts
+from olpack.train.ops import blocks
 
 _METHOD = "olpack"  # our name among transformers' quantizers
 
@@ -56,6 +57,10 @@ class FrozenLinear(nn.Linear):
         """The weight, [rows, columns], in the dtype that the model computes in."""
         raise NotImplementedError
 
+    def write_fp8(self, scale: torch.Tensor, codes: torch.Tensor, *, turned: bool) -> bool:
+        """Write the weight as fp8 codes (`olpack.train.ops.fp8.WriteFp8`); returns False where it must be dequantized first."""
+        return False
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _Product.apply(x.to(self.compute_dtype), self)
 
@@ -78,12 +83,15 @@ class BlockLinear(FrozenLinear):
     """A linear layer of a GGUF, in the blocks of the file: `blocks` is uint8 [rows, bytes of a row]."""
 
     def __init__(self, block_type: BlockType, rows: int, columns: int, bias: nn.Parameter | None, dtype: torch.dtype):
-        blocks = torch.empty(rows, block_type.row_bytes(columns), dtype=torch.uint8, device="meta")
-        super().__init__(rows, columns, {"blocks": blocks}, bias, dtype)
+        packed = torch.empty(rows, block_type.row_bytes(columns), dtype=torch.uint8, device="meta")
+        super().__init__(rows, columns, {"blocks": packed}, bias, dtype)
         self.block_type = block_type
 
     def dequantize(self) -> torch.Tensor:
-        return self.block_type.dequantize(self.get_buffer("blocks"), self.compute_dtype)
+        return blocks.dequantize(self.block_type, self.get_buffer("blocks"), self.compute_dtype)
+
+    def write_fp8(self, scale: torch.Tensor, codes: torch.Tensor, *, turned: bool) -> bool:
+        return blocks.write_fp8(self.block_type, self.get_buffer("blocks"), scale, codes, turned=turned)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, block_type={self.block_type.name}"

@@ -24,9 +24,13 @@ from olpack.model.shape import MetaModel
 from olpack.train.block_experts import BlockExperts
 from olpack.train.frozen import BlockLinear, Make, use_frozen
 
+<<<<<<< HEAD
 _BYTES = 2  # of a weight that is dequantized on a GPU
 # Parameters of stacked experts, and the buffers of `BlockExperts` for each.
 _EXPERTS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
+=======
+_EXPERTS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}  # parameters of stacked experts, and the buffers of `BlockExperts` for each
+>>>>>>> kern18
 
 
 def load_frozen(base: GgufBase, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -117,12 +121,13 @@ def _frozen(meta: MetaModel, weights: Mapping[str, Weight]) -> set[str]:
     return names
 
 
-def frozen_bytes(base: GgufBase) -> int:
-    """Bytes of the model on a GPU: the blocks of its linear layers and experts, and 16 bits for each other weight."""
+def frozen_bytes(base: GgufBase, rest_bytes: int = 2) -> int:
+    """Bytes of the model in memory: the blocks of its linear layers and experts, and `rest_bytes` for each other weight (embedding, output layer,
+    norms)."""
     meta = MetaModel(config_of(base), str(base.paths[0]))
     weights, total = weights_of(base, meta.module), 0
     frozen = _frozen(meta, weights)
     for name, weight in weights.items():
         in_blocks = sum(base.tensors[tensor].nbytes for tensor in weight.tensors)
-        total += in_blocks if name in frozen else _BYTES * math.prod(weight.shape(base))
+        total += in_blocks if name in frozen else rest_bytes * math.prod(weight.shape(base))
     return total

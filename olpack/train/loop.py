@@ -22,7 +22,6 @@ from olpack import __version__, progress
 from olpack.data import TokenRow
 from olpack.errors import OlpackError
 from olpack.model.base import Base
-from olpack.model.quantized import quantization_method
 from olpack.recipe import Train
 from olpack.train.adapter import save_adapter
 from olpack.train.batches import micro_batches, pack, schedule
@@ -53,7 +52,7 @@ def run(
     if fit.summary:
         progress.say(fit.summary)
     pinned = PinnedMemory(sum(fit.pinned_parts.values()), device) if fit.checkpointing and device.type == "cuda" else None
-    with progress.task(f"loading {base.label} ({quantization_method(base.config) or settings.quantization})"):
+    with progress.task(f"loading {base.label} ({base.quantization or settings.quantization})"):
         adapted = load_with_adapter(base, settings, device, sharded=fit.sharded)
         model = adapted.model
         forward = Forward(

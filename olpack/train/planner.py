@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from olpack.machine import GPU_MARGIN
+from olpack.model.gguf_architectures import QUANTIZED_AS
+from olpack.model.gguf_blocks import FLOATS
 from olpack.model.quantized import quantization_of
 from olpack.progress import quantity
 from olpack.train.batches import micro_batches, schedule
@@ -123,12 +125,16 @@ def choose(base: Base, rows: Sequence[TokenRow], settings: Train, device: torch.
     )
 
 
-def stored_bytes(base: Base) -> int | None:
-    """Bytes in memory of a base that comes quantized, mostly as on the disk; None for another one."""
+def stored_bytes(base: Base, rest_bytes: int = 2) -> int | None:
+    """Bytes in memory of a base that comes quantized, mostly as on the disk; None for another one.
+
+    Args:
+        rest_bytes: of a weight of a GGUF that does not stay in blocks: 2 on a GPU, 4 on a CPU.
+    """
     if base.gguf is not None:
         from olpack.train.gguf_model import frozen_bytes
 
-        return frozen_bytes(base.gguf)
+        return frozen_bytes(base.gguf, rest_bytes)
     if not quantization_of(base.config):
         return None
     return sum(file.stat().st_size for file in base.path.glob("model*.safetensors"))
@@ -197,7 +203,7 @@ def on_gpu(
         worth = checkpointing and sizes.tokens >= _WORTH * largest * gpus
         offload_attention = worth and training.attention_fits(available, pinnable // gpus, offload_head=offload_head)
         total = training.total(checkpointing, offload_attention=offload_attention, offload_head=offload_head)
-        in_fp8 = multiplies_fp8 and not sharded and _worth_fp8(model, settings, stored, largest)
+        in_fp8 = multiplies_fp8 and not sharded and _worth_fp8(model, settings, largest)
         return Fit(budget, largest, checkpointing, sharded, offload_attention, offload_head, in_fp8, training, total, available)
 
     for sharded in shardings:
@@ -227,12 +233,20 @@ def multiplies_fp8(device: torch.device) -> bool:
     )
 
 
-def _worth_fp8(model: MetaModel, settings: Train, stored: int | None, tokens: int) -> bool:
-    """Whether products in fp8 are asked for, or faster: large ones, of weights for which there is a kernel (benchmarks/fp8.md)."""
+def _worth_fp8(model: MetaModel, settings: Train, tokens: int) -> bool:
+    """Whether products in fp8 are asked for, or faster: large ones, of weights for which there is a kernel (benchmarks/fp8.md, gguf_blocks.md)."""
     if settings.products != "auto":
         return settings.products == "fp8"
-    plain = settings.method in ("lora", "rslora") and settings.dropout == 0 and stored is None and settings.quantization in ("nf4", "fp4")
-    return plain and tokens * model.shape.hidden >= _FP8_SIZE
+    plain = settings.method in ("lora", "rslora") and settings.dropout == 0
+    return plain and _has_fp8_kernels(model, settings) and tokens * model.shape.hidden >= _FP8_SIZE
+
+
+def _has_fp8_kernels(model: MetaModel, settings: Train) -> bool:
+    """Whether kernels write most of the frozen weights as fp8 codes: weights in 4 bits, and the blocks of a GGUF."""
+    stored = quantization_of(model.published)
+    if not stored:
+        return settings.quantization in ("nf4", "fp4")
+    return stored.get("quant_method") == QUANTIZED_AS and stored["types"][0] not in FLOATS
 
 
 _Estimate = Callable[[int, int], "TrainingMemory"]

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -20,6 +20,9 @@ from olpack.train.ops.pointwise import kernels_for
 
 LARGEST = 448.0  # number of e4m3
 STEP = 16  # of the sizes that a product in fp8 takes
+_TURNED_STEP = 64  # of the row strides of turned codes
+_TRIED = 16  # tokens with which gradients are compared
+_TOLERANCE = 0.2  # of a gradient; rounding to e4m3 alone gives about 0.05
 CAPABILITY = (8, 9)  # of a GPU that multiplies in fp8: Ada, Hopper and later
 
 
@@ -49,16 +52,28 @@ class Codes(NamedTuple):
     scale: torch.Tensor
 
 
+class WriteFp8(Protocol):
+    """Writes the codes of a packed weight."""
+
+    def __call__(self, scale: torch.Tensor, codes: torch.Tensor, *, turned: bool) -> bool:
+        """Returns False, with nothing written, where no kernel does it.
+
+        Args:
+            scale: float32, of each row, or of each column if turned.
+            codes: float8_e4m3fn [out, in], or [in, out] if turned: then with a row stride that is divisible by 64.
+        """
+
+
 class Weight(NamedTuple):
     """A frozen weight.
 
     Attributes:
         dense: the weight in a dtype, [out, in].
-        packed: its 4 bits and bitsandbytes' state of them as a function, for the kernel; None where it is another kind.
+        write: writes its codes without the dense weight; None for a weight that is not packed.
     """
 
     dense: Callable[[torch.dtype], torch.Tensor]
-    packed: Callable[[], tuple[torch.Tensor, Any]] | None
+    write: WriteFp8 | None
 
 
 class Fp8Weights:
@@ -67,19 +82,30 @@ class Fp8Weights:
     Args:
         weights: [out_i, in] each.
         dtype: that the model computes in.
+
+    Raises:
+        RuntimeError: gradients are others than those of the dense weights.
     """
 
     def __init__(self, weights: Sequence[Weight], dtype: torch.dtype):
         self._weights, self._dtype = weights, dtype
         highest: list[torch.Tensor] = []
+        dys, expected = [], []
         self._scales: list[torch.Tensor] = []  # [out_i, 1] each
         self._outs: list[int] = []
         for weight in weights:
-            sizes = weight.dense(dtype).abs()
+            dense = weight.dense(dtype)
+            dys.append(_some(dense))
+            expected.append(dys[-1] @ dense)
+            sizes = dense.abs()
             self._scales.append(_scale(sizes.amax(1, keepdim=True)))
             highest.append(sizes.amax(0))
             self._outs.append(sizes.shape[0])
         self._turned_scale = _scale(torch.stack(highest).amax(0)[:, None])  # [in, 1]
+        # The checks of a model's layers compare forward passes only.
+        wanted = torch.stack(expected).float().sum(0)
+        if not (self.gradient(dys).float() - wanted).norm() <= _TOLERANCE * wanted.norm():
+            raise RuntimeError(f"in fp8 gradients differ by more than {_TOLERANCE:.0%} from those of the dense weights")
 
     def product(self, x: Codes, index: int) -> torch.Tensor:
         """x · W_indexᵀ, [tokens, out]."""
@@ -91,10 +117,26 @@ class Fp8Weights:
     def gradient(self, dys: Sequence[torch.Tensor]) -> torch.Tensor:
         """Σ dy_i · W_i, [tokens, in]; dys: [tokens, out_i]."""
         scale = self._turned_scale
-        codes = torch.empty(scale.shape[0], sum(self._outs), dtype=torch.float8_e4m3fn, device=scale.device)
+        codes = turned_codes(scale.shape[0], sum(self._outs), scale.device)
         for weight, part in zip(self._weights, codes.split(self._outs, dim=1), strict=True):
             _write(weight, scale, part, self._dtype, turned=True)
         return multiply(quantize_rows(*dys), Codes(codes, scale), self._dtype)
+
+
+def turned_codes(rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    """Room for the codes of a turned weight, float8_e4m3fn [rows, columns]; its row stride is divisible by 64.
+
+    Kernels turn words of 4 codes. Where the stride is no multiple of 16 words, Triton 3.6 compiles them in another way, and an eighth of the codes
+    is wrong.
+    """
+    stride = -(-columns // _TURNED_STEP) * _TURNED_STEP
+    return torch.empty(rows, stride, dtype=torch.float8_e4m3fn, device=device)[:, :columns]
+
+
+def _some(dense: torch.Tensor) -> torch.Tensor:
+    """Random gradients of an output, [16, out]: the same each time, and torch's own random numbers stay as they are."""
+    generator = torch.Generator(dense.device).manual_seed(0)
+    return torch.randn(_TRIED, dense.shape[0], generator=generator, device=dense.device, dtype=dense.dtype)
 
 
 def fits(*sizes: int) -> bool:
@@ -123,11 +165,8 @@ def _codes(numbers: torch.Tensor) -> torch.Tensor:
 
 def _write(weight: Weight, scale: torch.Tensor, codes: torch.Tensor, dtype: torch.dtype, *, turned: bool = False) -> None:
     """Write the codes of a weight, or of the turned weight."""
-    if (kernels := kernels_for(codes)) and weight.packed is not None:
-        packed, state = weight.packed()
-        if state.shape[1] % state.blocksize == 0:
-            kernels.dequantize_4bit_to_fp8(packed, state, scale, codes, turned)
-            return
+    if weight.write is not None and weight.write(scale, codes, turned=turned):
+        return
     dense = weight.dense(dtype)
     codes.copy_(_codes((dense.T if turned else dense) / scale))
 

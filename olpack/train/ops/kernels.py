@@ -411,7 +411,7 @@ def _dequantizing(blocksize: int) -> dict[str, int]:
 
 
 @triton.jit
-def _to_fp8(numbers):
+def to_fp8(numbers):
     return tl.minimum(tl.maximum(numbers, -448.0), 448.0).to(tl.float8e4nv)
 
 
@@ -454,7 +454,7 @@ def _fp8_weight_kernel(
     block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     numbers = _four_bits(codes, levels, absmax, outer_levels, outer, offset, row, block, rows, columns, NESTED, OUTER, SIZE)
     column = tl.program_id(1) * (BLOCKS * SIZE) + tl.arange(0, BLOCKS * SIZE)
-    numbers = _to_fp8(numbers / tl.load(scale + row, mask=row < rows, other=1.0)[:, None])
+    numbers = to_fp8(numbers / tl.load(scale + row, mask=row < rows, other=1.0)[:, None])
     tl.store(out + row.to(tl.int64)[:, None] * step + column[None, :], numbers, mask=(row < rows)[:, None] & (column < columns)[None, :])
 
 
@@ -485,7 +485,7 @@ def _turned_fp8_weight_kernel(
     words = tl.zeros([ROWS // 4, BLOCKS * SIZE], tl.int32)
     for byte in tl.static_range(4):
         numbers = _four_bits(codes, levels, absmax, outer_levels, outer, offset, 4 * word + byte, block, rows, columns, NESTED, OUTER, SIZE)
-        words |= _to_fp8(numbers * inverse).to(tl.uint8, bitcast=True).to(tl.int32) << (8 * byte)
+        words |= to_fp8(numbers * inverse).to(tl.uint8, bitcast=True).to(tl.int32) << (8 * byte)
     place = column.to(tl.int64)[:, None] * step + word[None, :]
     tl.store(out + place, tl.trans(words), mask=(column < columns)[:, None] & (4 * word < rows)[None, :])
 
@@ -501,7 +501,8 @@ def dequantize_4bit_to_fp8(weight: torch.Tensor, state, scale: torch.Tensor, out
     Args:
         weight, state: as `dequantize_4bit` takes them; the weight is [rows, columns], both divisible by 16.
         scale: float32, of each row, or of each column if turned.
-        out: float8_e4m3fn [rows, columns], or [columns, rows] if turned; numbers of a row stand side by side.
+        out: float8_e4m3fn [rows, columns], or [columns, rows] if turned; numbers of a row stand side by side. If turned, its row stride is
+            divisible by 64 (`fp8.turned_codes` says why).
     """
     rows, columns = state.shape
     nested, size = state.nested, state.blocksize
@@ -527,7 +528,7 @@ def _write_row(numbers, out, row, columns, step, inverse, SIZE: tl.constexpr):
     for start in range(0, columns, SIZE):
         column = start + tl.arange(0, SIZE)
         wide = tl.load(numbers + row * step + column, mask=column < columns, other=0.0).to(tl.float32)
-        tl.store(out + column, _to_fp8(wide * inverse), mask=column < columns)
+        tl.store(out + column, to_fp8(wide * inverse), mask=column < columns)
 
 
 @triton.jit

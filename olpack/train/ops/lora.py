@@ -34,6 +34,8 @@ class _Packed(Protocol):
 
     def dequantize(self) -> torch.Tensor: ...
 
+    def write_fp8(self, scale: torch.Tensor, codes: torch.Tensor, *, turned: bool) -> bool: ...
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -41,14 +43,14 @@ class Layer:
 
     Attributes:
         weight: the frozen weight as a function of the dtype, [out, in].
-        packed: its 4 bits and bitsandbytes' state of them as a function; None where it is another kind.
+        write_fp8: writes its fp8 codes; None for a weight that is not packed.
         bias: [out], or None.
         a, b: the adapter's parameters, [rank, in] and [out, rank].
         scaling: the low-rank product is multiplied by it.
     """
 
     weight: Callable[[torch.dtype], torch.Tensor]
-    packed: Callable[[], tuple[torch.Tensor, Any]] | None
+    write_fp8: fp8.WriteFp8 | None
     bias: torch.Tensor | None
     a: torch.nn.Parameter
     b: torch.nn.Parameter
@@ -106,7 +108,7 @@ class _Fp8Products(_Products):
 
     def __init__(self, layers: tuple[Layer, ...], dtype: torch.dtype):
         super().__init__(layers, dtype)
-        self._weights = fp8.Fp8Weights([fp8.Weight(layer.weight, layer.packed) for layer in layers], dtype)
+        self._weights = fp8.Fp8Weights([fp8.Weight(layer.weight, layer.write_fp8) for layer in layers], dtype)
 
     def operand(self, x: torch.Tensor) -> torch.Tensor | fp8.Codes:
         return x if fp8.in_16_bits.get() else fp8.quantize_rows(x)
@@ -184,12 +186,12 @@ def _plain_layer(module) -> Layer | None:
     return Layer(*weight, module.get_base_layer().bias, module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name])
 
 
-def _frozen_weight(base: torch.nn.Module) -> tuple[Callable[[torch.dtype], torch.Tensor], Callable[[], tuple[torch.Tensor, Any]] | None] | None:
-    """The weight of a frozen linear layer as `Layer.weight`, computed at each call where it is quantized, and as `Layer.packed`."""
+def _frozen_weight(base: torch.nn.Module) -> fp8.Weight | None:
+    """The weight of a frozen linear layer, computed at each call where it is quantized."""
     if not isinstance(base, torch.nn.Linear):
         return None
     if isinstance(base, _Packed):
-        return lambda dtype: base.dequantize().to(dtype), None
+        return fp8.Weight(lambda dtype: base.dequantize().to(dtype), base.write_fp8)
     # Read now, because a weight that is sharded over several GPUs no longer has it.
     if (state := getattr(base.weight, "quant_state", None)) is not None:
         from bitsandbytes.functional import dequantize_4bit
@@ -198,9 +200,15 @@ def _frozen_weight(base: torch.nn.Module) -> tuple[Callable[[torch.dtype], torch
             kernels = pointwise.kernels_for(base.weight) if state.dtype == dtype else None
             return (kernels.dequantize_4bit if kernels else dequantize_4bit)(base.weight.data, state).to(dtype)
 
-        return dense, lambda: (base.weight.data, state)
+        def write_fp8(scale: torch.Tensor, codes: torch.Tensor, *, turned: bool) -> bool:
+            kernels = pointwise.kernels_for(codes) if state.shape[1] % state.blocksize == 0 else None
+            if kernels is not None:
+                kernels.dequantize_4bit_to_fp8(base.weight.data, state, scale, codes, turned)
+            return kernels is not None
+
+        return fp8.Weight(dense, write_fp8)
     if type(base) is torch.nn.Linear and base.weight.is_floating_point() and not base.weight.requires_grad:
-        return lambda dtype: base.weight.to(dtype), None
+        return fp8.Weight(lambda dtype: base.weight.to(dtype), None)
     return None
 
 

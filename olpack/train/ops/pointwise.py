@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -61,14 +62,15 @@ def compile_kernels(device: torch.device, dtype: torch.dtype, config: Mapping[st
     if device.type != "cuda":
         return
     try:  # here and not in the thread: two threads that import the same modules find them half made
-        from olpack.train.ops import kernels
+        from olpack.train.ops import block_kernels, kernels
     except ImportError:  # `use_kernels` warns of it
         return
     sizes = _sizes({**config, **(config.get("text_config") or {})}, rank)
+    of_gguf = (config.get("quantization_config") or {}).get("types", ())
 
     def compile_all() -> None:
         with contextlib.suppress(Exception):
-            for _ in kernels.compile_for(dtype, **sizes):
+            for _ in itertools.chain(kernels.compile_for(dtype, **sizes), block_kernels.compile_for(of_gguf, dtype)):
                 if not threading.main_thread().is_alive():  # the run is over already
                     return
 
