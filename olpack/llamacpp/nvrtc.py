@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+_GROUP = 64  # threads of a group, which share registers
 _LIBRARIES = ("libnvrtc.so.{major}", "libnvrtc.so", "nvrtc64_{major}0_0.dll")
 
 # What a GPU's compiler has no headers for.
@@ -80,3 +81,36 @@ def compile_cubin(source: Path, architecture: str, cuda: str, options: Sequence[
         return text_of("CUBIN")
     finally:
         do("nvrtcDestroyProgram", ctypes.byref(program))
+
+
+class Kernel:
+    """A kernel whose one parameter is a struct, and whose threads each take one of a number of items."""
+
+    def __init__(self, driver: ctypes.CDLL, function: ctypes.c_void_p):
+        self._driver, self._function = driver, function
+
+    def launch(self, count: int, parameter: ctypes.Structure, stream: int) -> None:
+        """Start it for so many items, on a stream of the current context. Raises CudaError."""
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(parameter))
+        groups = -(-count // _GROUP)
+        _check(self._driver, "cuLaunchKernel", self._function, groups, 1, 1, _GROUP, 1, 1, 0, ctypes.c_void_p(stream), pointers, None)
+
+
+def load_kernels(code: bytes, names: Sequence[str]) -> dict[str, Kernel]:
+    """Kernels of machine code, loaded into the current context of the driver, for as long as the process lives. Raises CudaError."""
+    driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    module = ctypes.c_void_p()
+    _check(driver, "cuModuleLoadData", ctypes.byref(module), code)
+    kernels = {}
+    for name in names:
+        function = ctypes.c_void_p()
+        _check(driver, "cuModuleGetFunction", ctypes.byref(function), module, name.encode())
+        kernels[name] = Kernel(driver, function)
+    return kernels
+
+
+def _check(driver: ctypes.CDLL, name: str, *arguments: Any) -> None:
+    if code := getattr(driver, name)(*arguments):
+        text = ctypes.c_char_p()
+        driver.cuGetErrorString(code, ctypes.byref(text))
+        raise CudaError(f"{name}: {(text.value or b'unknown').decode()}")
