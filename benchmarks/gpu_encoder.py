@@ -135,6 +135,16 @@ def export(base: Path, adapter: Path, out: Path, *, on_gpu: bool) -> dict:
     return found
 
 
+def warm_up(work: Path) -> None:
+    """An export of a small model, after which all programs are in the system's cache, as after a training."""
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    write_base(work / "base", 512, 1024, 2, llama=True)
+    write_adapter(work / "adapter", work / "base")
+    describe("a small model", export(work / "base", work / "adapter", work / "quants", on_gpu=True))
+    shutil.rmtree(work)
+
+
 def describe(where: str, found: dict) -> list[str]:
     """The seconds of one export."""
     parts = "; ".join(f"{name} {seconds:.1f}" for name, seconds in found["seconds"].items())
@@ -159,6 +169,7 @@ def main() -> None:
     print(f"compiled and compared in {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
     lines += compare_types(encoder)
     del encoder  # its memory is for the export
+    warm_up(arguments.work / "small")
     base, adapter, began = arguments.work / "base", arguments.work / "adapter", time.monotonic()
     if not adapter.is_dir():
         write_base(base, HIDDEN, INTERMEDIATE, arguments.layers, ROWS, llama=True)
