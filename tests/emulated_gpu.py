@@ -41,7 +41,7 @@ class _Lane:
             if self._encoder.fail_after < 0:
                 raise RuntimeError("out of memory\nand a second line")
 
-    def quantize(self, type_: int, rows: np.ndarray, out: np.ndarray, importance: np.ndarray | None) -> bool:
+    def quantize(self, type_: int, rows: np.ndarray, out: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
         return gpu_encoder.finish(type_, rows, out, self._encoder.kernels.run(type_, rows, out, importance), importance)
 
 

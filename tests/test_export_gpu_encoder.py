@@ -134,6 +134,11 @@ def test_other_bits_than_ggmls_are_not_used(monkeypatch):
     assert isinstance(gpu_encoder.start(), Wrong)
 
 
+def test_the_comparison_with_ggml_prints_nothing(kernels, capfd):
+    assert kquants.agrees(Encoder().quantize_type, library.ggml(), gpu_encoder.RECIPES)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_without_nvrtc_the_error_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.setattr(ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))

@@ -123,7 +123,8 @@ class GpuEncoder:
                 lane = self._lane()
                 lane.upload(rows, importance)
                 for type_ in RECIPES.keys() & outs.keys():
-                    sound &= lane.quantize(type_, rows, outs[type_], importance)
+                    again = lane.quantize(type_, rows, outs[type_], importance)
+                    sound &= not len(again) or library.is_sound(type_, again)
                     del remaining[type_]
             except RuntimeError as error:  # torch's, for a lack of memory too
                 self.failure = str(error)
@@ -172,8 +173,8 @@ class _Lane:
             self._x[: rows.size].copy_(self._host_x[: rows.size], non_blocking=True)
             self._importance = None if importance is None else torch.from_numpy(importance).to(self._x.device)
 
-    def quantize(self, type_: int, rows: np.ndarray, out: np.ndarray, importance: np.ndarray | None) -> bool:
-        """One type of the rows that are on the GPU, where they were uploaded with this importance; whether the result is sound."""
+    def quantize(self, type_: int, rows: np.ndarray, out: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
+        """One type of the rows that are on the GPU, where they were uploaded with this importance; returns what `finish` returns."""
         import numpy as np
         import torch
 
@@ -194,19 +195,21 @@ class _Lane:
         return finish(type_, rows, out, self._host_left[:blocks].numpy(), importance)
 
 
-def finish(type_: int, rows: np.ndarray, out: np.ndarray, left: np.ndarray, importance: np.ndarray | None) -> bool:
-    """Have ggml do the rows of which gpu_blocks.cpp left a block; whether its results are sound. The kernels' own always are.
+def finish(type_: int, rows: np.ndarray, out: np.ndarray, left: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
+    """Have ggml make the rows of which gpu_blocks.cpp left a block.
 
     Args:
         type_, rows, out, importance: as in `library.quantize_rows`; `out` contains what the kernels made.
         left: uint8 [blocks], 1 where a block was left.
+
+    Returns:
+        What ggml made, uint8 [rows of those, bytes]: its scales may be infinite, those of the kernels never are.
     """
     import numpy as np
 
     again = np.unique(left.nonzero()[0] // (rows.shape[1] // RECIPES[type_].block))
-    if not len(again):
-        return True
     made = np.empty((len(again), out.size // len(rows)), np.uint8)
-    sound = library.quantize_rows(type_, np.ascontiguousarray(rows[again]), made, importance)
-    out.reshape(len(rows), -1)[again] = made
-    return sound
+    if len(again):
+        library.encode_rows(type_, np.ascontiguousarray(rows[again]), made, importance)
+        out.reshape(len(rows), -1)[again] = made
+    return made
