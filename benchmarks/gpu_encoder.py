@@ -37,12 +37,10 @@ EXPORT = """
 import json, os, resource, sys, threading, time
 began = time.monotonic()
 from pathlib import Path
-from olpack.export.converter import use_converter
-from olpack.llamacpp.source import converter_source
-use_converter(converter_source())
-from olpack.export import run, write
+from olpack.export import converter, run, write
 from olpack.llamacpp import gpu_encoder
-seconds, lock = {"imports": time.monotonic() - began}, threading.Lock()
+from olpack.llamacpp.source import converter_source
+seconds, lock = {"imports of olpack": time.monotonic() - began}, threading.Lock()
 def timed(owner, name, part):
     function = getattr(owner, name)
     def wrapped(*arguments, **options):
@@ -53,8 +51,9 @@ def timed(owner, name, part):
             with lock:
                 seconds[part] = seconds.get(part, 0) + time.monotonic() - began
     setattr(owner, name, wrapped)
+timed(converter, "use_converter", "imports of the converter")
 timed(run, "_prepare", "plan")
-timed(gpu_encoder, "start", "start of the GPU, beside the plan")
+timed(gpu_encoder, "start", "torch and the start of the GPU, beside these")
 timed(run, "write_files", "the pass")
 timed(run, "verify_file", "verification")
 timed(write._TensorJob, "load", "threads: read and merge")
@@ -63,7 +62,9 @@ timed(write._FileWriter, "_append", "threads: write and hash")
 timed(os, "fsync", "threads: wait for the disk at the end")
 base, adapter, out, *quants = sys.argv[1:]
 targets = [(quant, str(Path(out, f"{quant}.gguf"))) for quant in quants]
-files = run.export(base, targets, {"adapter": adapter}, report=lambda count, total: None)
+gpu = run.begin_gpu_encoder(base, {})
+converter.use_converter(converter_source())
+files = run.export(base, targets, {"adapter": adapter}, lambda count, total: None, gpu)
 used = resource.getrusage(resource.RUSAGE_SELF)
 print(json.dumps({
     "seconds": seconds, "cpu": used.ru_utime + used.ru_stime, "memory": used.ru_maxrss * 1024, "encoder": files[0].encoder,

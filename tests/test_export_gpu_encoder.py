@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from emulated_gpu import Kernels
+from emulated_gpu import Encoder, Kernels
 from test_llamacpp_kquants import by_ggml, kinds
 from tiny_models import write_model
 
@@ -32,7 +32,8 @@ from olpack.llamacpp import gpu_encoder
 source, out, failing, *quants = sys.argv[1:]
 gpu_encoder.start = lambda: Encoder(fail_after=3 if failing == "failing" else None) if failing != "without" else None
 run.GPU_FROM = 0
-files = run.export(source, [(quant, str(Path(out, quant))) for quant in quants], {"threads": 3}, report=lambda count, total: None)
+gpu = run.begin_gpu_encoder(source, {})
+files = run.export(source, [(quant, str(Path(out, quant))) for quant in quants], {"threads": 3}, lambda count, total: None, gpu)
 print(files[0].encoder)
 """
 

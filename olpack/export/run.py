@@ -57,10 +57,11 @@ def check(source: str, quants: list[str], out: str | None, texts: list[dict], op
     )
 
 
-def export(source: str, targets: list[tuple[str, str]], options: ExportOptions, report: Report) -> list[ExportedFile]:
-    """`olpack.export.export`, over the pipe."""
+def export(
+    source: str, targets: list[tuple[str, str]], options: ExportOptions, report: Report, gpu: Future[gpu_encoder.GpuEncoder | None] | None = None
+) -> list[ExportedFile]:
+    """`olpack.export.export`, over the pipe. `gpu`: what `begin_gpu_encoder` returned."""
     started = time.monotonic()
-    gpu = _begin_gpu_encoder(Path(source), options)
     model, plans, weights, warnings, _ = _prepare(Path(source), [quant for quant, _ in targets], options)
     parameters, keys = model.parameters, dict(model.keys)
     files = [_Output(Path(path), split_plan(plan, options.get("split"))) for plan, (_, path) in zip(plans, targets, strict=True)]
@@ -110,9 +111,10 @@ def export(source: str, targets: list[tuple[str, str]], options: ExportOptions, 
     return exported
 
 
-def _begin_gpu_encoder(source: Path, options: ExportOptions) -> Future[gpu_encoder.GpuEncoder | None] | None:
-    """Start the GPU's encoder in a thread of its own, where it would be used and the weights are worth its start."""
-    files = [source] if source.is_file() else list(source.glob("*.safetensors"))
+def begin_gpu_encoder(source: str, options: ExportOptions) -> Future[gpu_encoder.GpuEncoder | None] | None:
+    """Start the GPU's encoder in a thread of its own, where it would be used and the weights are worth its start; needs no converter yet."""
+    place = Path(source)
+    files = [place] if place.is_file() else list(place.glob("*.safetensors"))
     if options.get("rounding", "ggml") != "ggml" or sum(file.stat().st_size for file in files) < GPU_FROM:
         return None
     pool = ThreadPoolExecutor(1, thread_name_prefix="gpu")
