@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="a folder for the models")
     parser.add_argument("--times", type=int, default=5)
     arguments = parser.parse_args()
-    commit = subprocess.run(["git", "-C", arguments.before, "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.check_output(["git", "-C", arguments.before, "rev-parse", "--short", "HEAD"], text=True).strip()
     models = {"2 layers of 512 columns": (512, 1024, 2, None), "8B": (HIDDEN, INTERMEDIATE, 32, ROWS)}
     lines = [measured_here(__file__), "", f"The median of {arguments.times} starts each, in turn; four quants, an adapter of rank 2.", ""]
     lines += [

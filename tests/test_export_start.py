@@ -36,9 +36,7 @@ assert set(names.keys()) == set(ACT2FN) and names._KNOWN <= set(ACT2FN)
 def test_a_plan_imports_no_models_of_transformers(tmp_path):
     model = write_model(tmp_path / "model")
     path = str(Path(__file__).parents[1])
-    child = subprocess.run(
-        [sys.executable, "-c", PLAN, model], capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path}
-    )
+    child = subprocess.run([sys.executable, "-c", PLAN, model], capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path})
     assert child.returncode == 0, child.stderr
 
 

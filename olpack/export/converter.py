@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,7 +67,7 @@ class _Activations:
     def __contains__(self, name: object) -> bool:
         return name in self._KNOWN or name in self.keys()
 
-    def keys(self) -> Iterable[str]:
+    def keys(self) -> Collection[str]:
         from transformers.activations import ACT2FN
 
         return ACT2FN.keys()
