@@ -40,15 +40,18 @@ _PHI3_TOKENS = ("</s>", "<unk>", "<s>", "<|endoftext|>")
 def use_converter(source: Path) -> None:
     """Make `gguf` and `conversion` of llama.cpp's source tree the ones that this process imports."""
     os.environ.pop("NO_LOCAL_GGUF", None)
-    sys.dont_write_bytecode = True  # the folder's files are compared with the release, and compiling them takes a third of a second
-    sys.path[:0] = [str(source), str(source / "gguf-py")]
     logging.disable(logging.CRITICAL)  # what matters of the converter's news becomes an error or a warning of ours
     gc.disable()  # these imports make a million objects that all stay: looking for garbage among them takes most of a second
-    import conversion  # noqa: F401 — with torch and transformers
-    import gguf
+    # Before the converter, so that an installation without bytecode (uv's) gets it: compiling these modules takes most of the imports' time.
     import torch
+    from transformers import AutoConfig, AutoTokenizer  # noqa: F401 — imported when they are named, and used by the converter
 
     _defer_activations()
+    sys.dont_write_bytecode = True  # the folder's files are compared with the release, and compiling them takes a third of a second
+    sys.path[:0] = [str(source), str(source / "gguf-py")]
+    import conversion  # noqa: F401
+    import gguf
+
     gc.freeze()
     gc.enable()
     torch.set_num_threads(1)  # tensors are loaded in many threads, each of which would start a team of its own
