@@ -123,7 +123,7 @@ def _k_quants() -> Finding:
 
     try:
         if k_quants_are_compiled():
-            return Finding("K-quants", "ready", "compiled for this processor, with the bits of llama.cpp's")
+            return Finding("K-quants", "ready", f"compiled for this processor, with the bits of llama.cpp's{_on_the_gpu()}")
     except OlpackError as error:
         return Finding("K-quants", "broken", error.problem, error.remedy)
     return Finding(
@@ -132,6 +132,19 @@ def _k_quants() -> Finding:
         "llama.cpp's own functions make them, several times slower",
         "Install a C++ compiler (`apt install g++`), or name one in CXX.",
     )
+
+
+def _on_the_gpu() -> str:
+    from olpack.llamacpp import gpu_encoder
+
+    try:
+        import torch
+    except ImportError:
+        return ""
+    if not torch.cuda.is_available():
+        return ""
+    encoder = gpu_encoder.start()
+    return f"; exports of large models quantize on {encoder.name}, with the same bits" if encoder else "; the GPU does not make them"
 
 
 def _server() -> Finding:

@@ -13,10 +13,11 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -39,19 +40,54 @@ _PHI3_TOKENS = ("</s>", "<unk>", "<s>", "<|endoftext|>")
 def use_converter(source: Path) -> None:
     """Make `gguf` and `conversion` of llama.cpp's source tree the ones that this process imports."""
     os.environ.pop("NO_LOCAL_GGUF", None)
-    sys.dont_write_bytecode = True  # the folder's files are compared with the release, and compiling them takes a third of a second
-    sys.path[:0] = [str(source), str(source / "gguf-py")]
     logging.disable(logging.CRITICAL)  # what matters of the converter's news becomes an error or a warning of ours
     gc.disable()  # these imports make a million objects that all stay: looking for garbage among them takes most of a second
-    import conversion  # noqa: F401 — with torch and transformers
-    import gguf
+    # Before the converter, so that an installation without bytecode (uv's) gets it: compiling these modules takes most of the imports' time.
     import torch
+    from transformers import AutoConfig, AutoTokenizer  # noqa: F401 — imported when they are named, and used by the converter
+
+    _defer_activations()
+    sys.dont_write_bytecode = True  # the folder's files are compared with the release, and compiling them takes a third of a second
+    sys.path[:0] = [str(source), str(source / "gguf-py")]
+    import conversion  # noqa: F401
+    import gguf
 
     gc.freeze()
     gc.enable()
     torch.set_num_threads(1)  # tensors are loaded in many threads, each of which would start a team of its own
     assert Path(gguf.__file__).is_relative_to(source), "another gguf was imported before the converter's own"
     _keep_floats(gguf)
+
+
+class _Activations:
+    """Stands for `transformers.activations.ACT2FN` where configurations look up the name of an activation: the common ones are known without it."""
+
+    _KNOWN = frozenset({"gelu", "gelu_fast", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "relu2", "sigmoid", "silu", "swish", "tanh"})
+
+    def __len__(self) -> int:
+        return len(self._KNOWN)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._KNOWN or name in self.keys()
+
+    def keys(self) -> Collection[str]:
+        from transformers.activations import ACT2FN
+
+        return ACT2FN.keys()
+
+
+def _defer_activations() -> None:
+    """Keep transformers' configurations from importing its activations, and with them a thousand modules of torch that no conversion uses."""
+    name = "transformers.activations"
+    if name in sys.modules:
+        return
+    sys.modules[name] = stand_in = ModuleType(name)
+    stand_in.ACT2FN = _Activations()  # type: ignore[attr-defined]  # a module's attributes are not declared
+    try:
+        with suppress(ImportError):  # another version of transformers, which needs more of it
+            import transformers.utils.type_validators  # noqa: F401 — keeps the name ACT2FN
+    finally:
+        del sys.modules[name]
 
 
 def _keep_floats(gguf: Any) -> None:

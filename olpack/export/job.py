@@ -50,6 +50,8 @@ class ExportedFile:
         types: how many matrices of each kind have which type: {"attn_v": {"q6_K": 8, "q8_0": 2}}. Kinds in the order of the file.
         needs_importance: whether it can be made with an importance matrix only.
         warnings: of the export that wrote it, as in `ExportPlan`.
+        encoder: what quantized it, with the same bits either way: the GPU's name ("NVIDIA H200"), "CPU", or why
+            the CPU went on after the GPU.
     """
 
     quant: str
@@ -63,6 +65,7 @@ class ExportedFile:
     types: dict[str, dict[str, int]] = field(default_factory=dict)
     needs_importance: bool = False
     warnings: list[str] = field(default_factory=list)
+    encoder: str = "CPU"
 
 
 class ExportOptions(TypedDict, total=False):

@@ -19,7 +19,7 @@ import numpy as np
 from olpack import bounded_regex
 from olpack.errors import OlpackError
 from olpack.export.converter import FLOATS, SourceModel
-from olpack.export.gguf_writer import header_bytes
+from olpack.export.gguf_writer import header_bytes, packed_array
 from olpack.export.importance import ColumnWeights
 from olpack.export.size_budget import MatrixLoss, choose, quantizable_tensors
 from olpack.llamacpp import library
@@ -280,10 +280,10 @@ def _header(model: SourceModel, tensors: Sequence[tuple[str, int, int]], ftype: 
 
     class Writer(gguf.GGUFWriter):
         def _pack_val(self, val: Any, vtype: gguf.GGUFValueType, add_vtype: bool, sub_type: gguf.GGUFValueType | None = None) -> bytes:
-            if vtype != gguf.GGUFValueType.ARRAY:
+            if vtype != gguf.GGUFValueType.ARRAY or not add_vtype:
                 return super()._pack_val(val, vtype, add_vtype, sub_type)
             if id(val) not in model.packed:
-                model.packed[id(val)] = super()._pack_val(val, vtype, add_vtype, sub_type)
+                model.packed[id(val)] = packed_array(val, sub_type) or super()._pack_val(val, vtype, add_vtype, sub_type)
             return model.packed[id(val)]
 
     writer = Writer(None, model.architecture)

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from olpack.export.shards import split_plan
 from olpack.export.size_budget import read_sensitivity
 from olpack.export.verify import settle_pretokenizer, training_tokenizer, verify_file, verify_model
 from olpack.export.write import write_files
-from olpack.llamacpp import library
+from olpack.llamacpp import gpu_encoder, library
 from olpack.llamacpp.cores import usable_processors
 from olpack.model.checkpoint import check_tokenizer_files, read_config, read_tensor_headers
 from olpack.model.gguf_header import part_names
@@ -34,6 +35,8 @@ from olpack.quants import quant_type
 from olpack.workspace import remove
 
 Report = Callable[[int, int], None]
+
+GPU_FROM = 1 << 30  # bytes of weights; of fewer, the CPU makes the quants before a GPU has started
 
 
 def check(source: str, quants: list[str], out: str | None, texts: list[dict], options: ExportOptions, report: Report) -> ExportPlan:
@@ -54,8 +57,10 @@ def check(source: str, quants: list[str], out: str | None, texts: list[dict], op
     )
 
 
-def export(source: str, targets: list[tuple[str, str]], options: ExportOptions, report: Report) -> list[ExportedFile]:
-    """`olpack.export.export`, over the pipe."""
+def export(
+    source: str, targets: list[tuple[str, str]], options: ExportOptions, report: Report, gpu: Future[gpu_encoder.GpuEncoder | None] | None = None
+) -> list[ExportedFile]:
+    """`olpack.export.export`, over the pipe. `gpu`: what `begin_gpu_encoder` returned."""
     started = time.monotonic()
     model, plans, weights, warnings, _ = _prepare(Path(source), [quant for quant, _ in targets], options)
     parameters, keys = model.parameters, dict(model.keys)
@@ -65,6 +70,7 @@ def export(source: str, targets: list[tuple[str, str]], options: ExportOptions, 
     try:
         for file in files:
             file.begin()
+        encoder = gpu.result() if gpu else None
         digests = write_files(
             model,
             [file.partial for file in files],
@@ -72,6 +78,7 @@ def export(source: str, targets: list[tuple[str, str]], options: ExportOptions, 
             round_to_bf16=options.get("round_to_bf16", False),
             importance=weights,
             search=options.get("rounding") == "search",
+            encoder=encoder,
             advance=lambda count: report(count, total),
         )
         for file in files:
@@ -98,9 +105,22 @@ def export(source: str, targets: list[tuple[str, str]], options: ExportOptions, 
                 types=plan.types,
                 needs_importance=plan.needs_importance,
                 warnings=warnings,
+                encoder=encoder.used if encoder else "CPU",
             )
         )
     return exported
+
+
+def begin_gpu_encoder(source: str, options: ExportOptions) -> Future[gpu_encoder.GpuEncoder | None] | None:
+    """Start the GPU's encoder in a thread of its own, where it would be used and the weights are worth its start; needs no converter yet."""
+    place = Path(source)
+    files = [place] if place.is_file() else list(place.glob("*.safetensors"))
+    if options.get("rounding", "ggml") != "ggml" or sum(file.stat().st_size for file in files) < GPU_FROM:
+        return None
+    pool = ThreadPoolExecutor(1, thread_name_prefix="gpu")
+    future = pool.submit(gpu_encoder.start)
+    pool.shutdown(wait=False)
+    return future
 
 
 class _Output:

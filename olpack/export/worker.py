@@ -41,13 +41,13 @@ def main() -> None:
     converter_ready = False
     while (job := jobs.get()) is not None:
         try:
-            if not converter_ready:
-                from olpack.export import converter
+            from olpack.export import converter, importance, run, sensitivity
 
+            if job["do"] == "export":  # a GPU starts while the converter is imported
+                job["gpu"] = run.begin_gpu_encoder(job["source"], job["options"])
+            if not converter_ready:
                 converter.use_converter(Path(sys.argv[1]))
                 converter_ready = True
-            from olpack.export import importance, run, sensitivity
-
             functions: dict[str, Callable[..., object]] = {
                 "check": run.check,
                 "export": run.export,

@@ -2,8 +2,9 @@
 
     this thread     hands out tensor after tensor, as far ahead as the memory allows
     loaders         read tensors and merge the adapter into them, several at a time, because each is the work of one thread
-    quantizers      take rows of what is loaded: each chunk to every type that some file needs, while it is in the cache
-    one per file    waits for the next tensor, appends and hashes it
+    quantizers      take rows of what is loaded: each chunk to every type that some file needs, while it is in the cache, or on a GPU
+    one per file    waits for the next tensor, and appends it
+    one per file    hashes it
 
 All the heavy calls (torch, ggml, write, SHA-256) release the GIL, so these really run at the same time.
 """
@@ -18,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,7 +28,7 @@ import numpy as np
 from olpack.errors import OlpackError
 from olpack.export.converter import FLOATS, SourceModel, SourceTensor
 from olpack.export.plan import FilePlan, padded
-from olpack.llamacpp import library
+from olpack.llamacpp import gpu_encoder, library
 
 MEMORY = 1 << 30  # bytes of tensors in memory, beside the largest one
 CHUNK = 1 << 19  # weights that a thread quantizes at a time: 2 MB of float32
@@ -41,6 +43,7 @@ def write_files(
     round_to_bf16: bool = False,
     importance: Mapping[str, np.ndarray] = {},
     search: bool = False,
+    encoder: gpu_encoder.GpuEncoder | None = None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> list[list[str]]:
     """Write every planned file to its path, in one pass over the model's tensors. The tensors of `model` are used up.
@@ -54,6 +57,7 @@ def write_files(
         importance: float32 [matrices, columns] by tensor name, the weight of each column's error; for a stack of experts one row each. It
             changes nothing in tensors of a type that has nothing to choose.
         search: search for scales that minimize the weighted error, instead of taking ggml's.
+        encoder: a GPU's, which makes the types that it knows; without `search` only.
         advance: gets the bytes of each write, from several threads.
 
     Returns:
@@ -64,9 +68,14 @@ def write_files(
     """
     memory = MemoryBudget()
     writers = [_FileWriter(parts, memory, advance) for parts in files]
-    works = deque(_TensorJob(model.tensors.pop(name), [writer.types[name] for writer in writers], memory, search) for name in writers[0].types)
+    quantize = encoder.quantize_rows if encoder else partial(_on_the_cpu, search)
+    chunk = gpu_encoder.CHUNK if encoder else CHUNK
+    works = deque(
+        _TensorJob(model.tensors.pop(name), [writer.types[name] for writer in writers], memory, quantize, chunk) for name in writers[0].types
+    )
     memory.limit = MEMORY + max(work.nbytes for work in works)
-    loaders = ThreadPoolExecutor(max(1, threads // 2), thread_name_prefix="load")
+    # Where a GPU quantizes, the cores are there for loading.
+    loaders = ThreadPoolExecutor(threads if encoder else max(1, threads // 2), thread_name_prefix="load")
     quantizers = ThreadPoolExecutor(threads, thread_name_prefix="quantize")
     try:
         for writer in writers:
@@ -92,6 +101,14 @@ def write_files(
             writer.todo.put(None)
             writer.join()
     return [writer.digests for writer in writers]
+
+
+# (rows, outs by type, importance) as in `GpuEncoder.quantize_rows`.
+Quantize = Callable[[np.ndarray, Mapping[int, np.ndarray], "np.ndarray | None"], bool]
+
+
+def _on_the_cpu(search: bool, rows: np.ndarray, outs: Mapping[int, np.ndarray], importance: np.ndarray | None) -> bool:
+    return all(library.quantize_rows(type_, rows, out, importance, search=search) for type_, out in outs.items())
 
 
 class MemoryBudget:
@@ -132,11 +149,11 @@ class _TensorJob:
         nbytes: that it takes at most: what is read, that in float32, and what is made of it. The first two only until it is quantized.
     """
 
-    def __init__(self, source: SourceTensor, types: Sequence[int], memory: MemoryBudget, search: bool):
+    def __init__(self, source: SourceTensor, types: Sequence[int], memory: MemoryBudget, quantize: Quantize, chunk: int):
         self.source = source
         self.types = sorted(set(types))
         self._memory, self._readers, self._left = memory, len(types), 0
-        self._search = search
+        self._quantize_rows, self._chunk = quantize, chunk
         self._lock = threading.Lock()
         columns = source.shape[-1] if source.shape else 1
         self._made = sum(source.elements // columns * library.row_size(type_, columns) for type_ in self.types)
@@ -160,7 +177,7 @@ class _TensorJob:
                 self.data[type_] = self.source.stored[1]()
             else:
                 self.data[type_] = np.empty((rows, library.row_size(type_, columns)), np.uint8)
-        step = max(1, CHUNK // columns)
+        step = max(1, self._chunk // columns)
         rounding = self.source.type_name if round_to_bf16 else "F32"
         weights = [None] if importance is None else importance
         rows_of_one = rows // len(weights)  # a chunk is within one expert, because each has its own weights
@@ -190,12 +207,11 @@ class _TensorJob:
         if rounding != "F32":
             _round(rows, rounding)
         complete = {library.tensor_type("f32"), *([self.source.stored[0]] if self.source.stored else [])}
-        for type_, out in self.data.items():
-            if type_ not in complete and not library.quantize_rows(type_, rows, out[part], importance, search=self._search):
-                raise OlpackError(
-                    f"The weight '{self.source.origin}' has values that are too large to be quantized.",
-                    "Leave the quant types below 16 bits out, or take another checkpoint.",
-                )
+        if not self._quantize_rows(rows, {type_: out[part] for type_, out in self.data.items() if type_ not in complete}, importance):
+            raise OlpackError(
+                f"The weight '{self.source.origin}' has values that are too large to be quantized.",
+                "Leave the quant types below 16 bits out, or take another checkpoint.",
+            )
         with self._lock:
             self._left -= 1
             last = self._left == 0
@@ -229,6 +245,7 @@ class _FileWriter(threading.Thread):
         self.digests: list[str] = []
         self._flushed = 0
         self._parts, self._memory, self._advance = parts, memory, advance
+        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="hash")
 
     def run(self) -> None:
         try:
@@ -247,6 +264,8 @@ class _FileWriter(threading.Thread):
             self._memory.fail(failure)
         except BaseException as error:  # whatever it is, the main thread must get it and end the pass
             self._memory.fail(error)
+        finally:
+            self._hasher.shutdown()
 
     def _write(self, plan: FilePlan, file: BinaryIO) -> bool:
         """Write one part; False where the pass ends early."""
@@ -268,12 +287,13 @@ class _FileWriter(threading.Thread):
 
     def _append(self, file: BinaryIO, digest: hashlib._Hash, data: np.ndarray | bytes) -> None:
         view = memoryview(data) if isinstance(data, bytes) else data.data
+        hashing = self._hasher.submit(digest.update, view)
         while view.nbytes:
             written = file.write(view)
-            digest.update(view[:written])
             self._advance(written)
             view = view[written:]
             self._flush(file)
+        hashing.result()
 
     def _flush(self, file: BinaryIO) -> None:
         """Have the system begin to write to the disk, instead of leaving gigabytes to the fsync at the end.

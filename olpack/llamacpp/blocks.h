@@ -6,6 +6,7 @@
 #include <cstring>
 
 constexpr int BLOCK = 256;  // weights of a K-quant with one pair of half-precision scales
+constexpr float ROUNDER = 12582912.f;  // 1.5 * 2^23: added to a number of at most 22 bits, it rounds that to the nearest integer
 
 // Four bits of each of 32 codes.
 inline void write_nibbles(const uint8_t q[32], uint8_t *out) {

@@ -14,6 +14,7 @@
 
 #include "blocks.h"
 #include "lanes.h"
+#include "scales.h"
 
 struct ggml_functions {
     size_t (*quantize_chunk)(int type, const float *source, void *out, int64_t start, int64_t rows, int64_t columns, const float *weights);
@@ -23,22 +24,11 @@ struct ggml_functions {
 
 namespace {
 
-constexpr int TOP = 63;             // of the 6-bit scales of Q4_K and Q5_K
-constexpr float SMALLEST = 1e-15f;  // ggml treats sub-blocks of Q6_K below it as zero
-
 bool any(flags found) {
     const eight_flags both = found.a | found.b;
     int32_t sum = 0;
     for (int k = 0; k < 8; ++k) sum |= both[k];
     return sum != 0;
-}
-
-// The nearest integer, and for what is out of its range the same nonsense as ggml's.
-int32_t nearest(float value) {
-    float moved = value + ROUNDER;
-    int32_t bits;
-    memcpy(&bits, &moved, sizeof bits);
-    return (bits & 0x007fffff) - 0x00400000;
 }
 
 // Scale and offset of 16 sub-blocks of 32 weights, x ~ scale * q + low with q in 0..top, by weighted least squares from a starting scale
@@ -96,86 +86,6 @@ bool fit(const lanes x[32], const lanes weight[32], int top, float first, float 
     return true;
 }
 
-// 8 values >= 0 as q * scale with q in 0..TOP, by weighted least squares; returns the scale.
-float fit_scales(const float x[8], const float weight[8], uint8_t q[8]) {
-    float largest = 0;
-    for (int i = 0; i < 8; ++i) largest = largest > x[i] ? largest : x[i];
-    if (largest < SMALLEST) {
-        memset(q, 0, 8);
-        return 0;
-    }
-    float inverse = TOP / largest, least = 0;
-    {
-        const float scale = 1 / inverse;
-        for (int i = 0; i < 8; ++i) {
-            const float error = x[i] - scale * (uint8_t)nearest(inverse * x[i]);
-            least += weight[i] * error * error;
-        }
-    }
-    for (int attempt = -4; attempt <= 4; ++attempt) {
-        if (attempt == 0) continue;
-        const float tried = (0.1f * attempt + TOP) / largest, scale = 1 / tried;
-        float total = 0;
-        for (int i = 0; i < 8; ++i) {
-            const int32_t near = nearest(tried * x[i]);
-            const float error = x[i] - scale * (near < TOP ? near : TOP);
-            total += weight[i] * error * error;
-        }
-        if (total < least) {
-            least = total;
-            inverse = tried;
-        }
-    }
-    float sum_qx = 0, sum_qq = 0;
-    for (int i = 0; i < 8; ++i) {
-        const int32_t near = nearest(inverse * x[i]);
-        q[i] = near < TOP ? near : TOP;
-        sum_qx += weight[i] * x[i] * q[i];
-        sum_qq += weight[i] * q[i] * q[i];
-    }
-    for (int round = 0; round < 5; ++round) {
-        bool changed = false;
-        for (int i = 0; i < 8; ++i) {
-            float others_qx = sum_qx - weight[i] * x[i] * q[i], others_qq = sum_qq - weight[i] * q[i] * q[i];
-            if (!(others_qx > 0 && others_qq > 0)) continue;
-            int32_t near = nearest(x[i] * others_qq / others_qx);
-            near = near < TOP ? near : TOP;
-            if (near == q[i]) continue;
-            others_qx += weight[i] * x[i] * near;
-            others_qq += weight[i] * near * near;
-            if (others_qx * others_qx * sum_qq > sum_qx * sum_qx * others_qq) {
-                q[i] = near;
-                sum_qx = others_qx;
-                sum_qq = others_qq;
-                changed = true;
-            }
-        }
-        if (!changed) break;
-    }
-    return sum_qq > 0 ? sum_qx / sum_qq : 0;
-}
-
-// One block of Q4_K or Q5_K. False if ggml has to do it.
-bool pack_affine(const float *x, const uint8_t scales[8], const uint8_t offsets[8], float scale, float offset, int top, uint8_t *out,
-                 const ggml_functions &ggml) {
-    const uint16_t halves[2] = {ggml.to_half(scale), ggml.to_half(offset)};
-    const float unit = ggml.from_half(halves[0]), offset_unit = ggml.from_half(halves[1]);
-    uint8_t q[BLOCK];
-    for (int j = 0; j < 8; ++j) {
-        // What does not fit into 6 bits is cut as ggml cuts it, when it packs a scale and takes it out again.
-        const float d = unit * (scales[j] & TOP);
-        if (!d) return false;
-        const float below = offset_unit * (offsets[j] & TOP);
-        for (int i = 0; i < 32; ++i) {
-            int32_t near = nearest((x[32 * j + i] + below) / d);
-            near = near < 0 ? 0 : near;
-            q[32 * j + i] = near < top ? near : top;
-        }
-    }
-    write_q45_k(q, scales, offsets, halves, top, out);
-    return true;
-}
-
 // Two blocks of Q4_K (top 15) or Q5_K (top 31). False for a block that ggml has to do.
 void affine_pair(const float *const blocks[2], const float *const importance[2], int top, uint8_t *const out[2], bool done[2],
                  const ggml_functions &ggml) {
@@ -212,32 +122,12 @@ void affine_pair(const float *const blocks[2], const float *const importance[2],
     }
     for (int b = 0; b < 2; ++b) {
         float scales[8], offsets[8], weights[8];
-        uint8_t scale_q[8], offset_q[8];
         for (int k = 0; k < 8; ++k) {
             scales[k] = scale[8 * b + k];
             offsets[k] = -low[8 * b + k];
             weights[k] = sum_weight[8 * b + k];
         }
-        float unit, offset_unit;
-        if (importance[0]) {
-            unit = fit_scales(scales, weights, scale_q);
-            offset_unit = fit_scales(offsets, weights, offset_q);
-        } else {
-            float largest = 0, largest_offset = 0;
-            for (int k = 0; k < 8; ++k) {
-                largest = scales[k] > largest ? scales[k] : largest;
-                largest_offset = offsets[k] > largest_offset ? offsets[k] : largest_offset;
-            }
-            const float inverse = largest > 0 ? TOP / largest : 0, inverse_offset = largest_offset > 0 ? TOP / largest_offset : 0;
-            for (int k = 0; k < 8; ++k) {
-                const uint8_t near = nearest(inverse * scales[k]), near_offset = nearest(inverse_offset * offsets[k]);
-                scale_q[k] = near < TOP ? near : TOP;
-                offset_q[k] = near_offset < TOP ? near_offset : TOP;
-            }
-            unit = largest / TOP;
-            offset_unit = largest_offset / TOP;
-        }
-        done[b] = found && pack_affine(blocks[b], scale_q, offset_q, unit, offset_unit, top, out[b], ggml);
+        done[b] = found && pack_affine(blocks[b], scales, offsets, importance[0] ? weights : nullptr, top, out[b], ggml);
     }
 }
 
@@ -283,31 +173,9 @@ bool symmetric_block(const float *block, const float *importance, uint8_t *out, 
         }
     }
 
-    float widest = 0, widest_size = 0;
-    for (int k = 0; k < LANES; ++k)
-        if (fabsf(scale[k]) > widest_size) {
-            widest_size = fabsf(scale[k]);
-            widest = scale[k];
-        }
-    if (!(widest_size >= SMALLEST)) return false;
-    const float inverse = -128.f / widest;
-    const uint16_t half = ggml.to_half(1 / inverse);
-    const float unit = ggml.from_half(half);
-    int8_t scales[LANES];
-    uint8_t q[BLOCK];
-    for (int k = 0; k < LANES; ++k) {
-        const int32_t near = nearest(inverse * scale[k]);
-        scales[k] = near < 127 ? near : 127;
-        const float d = unit * scales[k];
-        if (!d) return false;
-        for (int i = 0; i < 16; ++i) {
-            int32_t value = nearest(block[16 * k + i] / d);
-            value = value < -32 ? -32 : value;
-            q[16 * k + i] = (value < 31 ? value : 31) + 32;
-        }
-    }
-    write_q6_k(q, scales, half, out);
-    return true;
+    float scales[LANES];
+    for (int k = 0; k < LANES; ++k) scales[k] = scale[k];
+    return pack_symmetric(block, scales, out, ggml);
 }
 
 }  // namespace

@@ -14,7 +14,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +44,7 @@ def quantizer(ggml: ctypes.CDLL) -> Quantize | None:
     """The compiled function, None where it cannot be had or makes other bits than ggml. Takes some seconds on a machine's first call.
 
     Args:
-        ggml: ggml's base library, with the types of `ggml_quantize_chunk` declared.
+        ggml: ggml's base library, with the types of `ggml_quantize_chunk` and `ggml_row_size` declared.
     """
     library = compiled()
     if library is None:
@@ -68,16 +68,17 @@ def quantizer(ggml: ctypes.CDLL) -> Quantize | None:
         weights = importance.ctypes.data if importance is not None else None
         function(BITS[type_], type_, rows.ctypes.data, out.ctypes.data, *rows.shape, weights, ctypes.addressof(functions))
 
-    return quantize if _agrees(quantize, ggml) else None
+    return quantize if agrees(quantize, ggml, BITS) else None
 
 
-def _agrees(quantize: Quantize, ggml: ctypes.CDLL) -> bool:
+def agrees(quantize: Quantize, ggml: ctypes.CDLL, types: Iterable[int]) -> bool:
+    """Whether a function makes ggml's bits of `sample_rows` in all types, with and without an importance."""
     import numpy as np
 
     rows = sample_rows()
     for importance in (None, np.abs(rows[0]), rows[1] ** 2):
-        for type_, bits in BITS.items():
-            expected, found = np.zeros((2, len(rows), rows.shape[1] // 256 * {4: 144, 5: 176, 6: 210}[bits]), np.uint8)
+        for type_ in types:
+            expected, found = np.zeros((2, len(rows), ggml.ggml_row_size(type_, rows.shape[1])), np.uint8)
             weights = importance.ctypes.data if importance is not None else None
             ggml.ggml_quantize_chunk(type_, rows.ctypes.data, expected.ctypes.data, 0, *rows.shape, weights)
             quantize(type_, rows, found, importance)

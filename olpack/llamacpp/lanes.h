@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "blocks.h"
+
 constexpr int LANES = 16;
 typedef float eight __attribute__((vector_size(32)));
 typedef int32_t eight_flags __attribute__((vector_size(32)));  // -1 where a comparison holds, else 0
@@ -34,8 +36,6 @@ inline flags operator&(flags x, flags y) { return {x.a & y.a, x.b & y.b}; }
 inline lanes select(flags where, lanes x, lanes y) { return {where.a ? x.a : y.a, where.b ? x.b : y.b}; }
 inline lanes least(lanes x, lanes y) { return select(x < y, x, y); }
 inline lanes greatest(lanes x, lanes y) { return select(x > y, x, y); }
-
-constexpr float ROUNDER = 12582912.f;  // 1.5 * 2^23: added to a number of at most 22 bits, it rounds that to the nearest integer
 
 inline lanes rounded(lanes value) { return (value + ROUNDER) - ROUNDER; }
 

@@ -176,6 +176,12 @@ def quantize_rows(type_: int, rows: np.ndarray, out: np.ndarray, importance: np.
     Returns:
         Whether the result is sound, by llama.cpp's own test (no infinite or undefined scale).
     """
+    encode_rows(type_, rows, out, importance, search=search)
+    return is_sound(type_, out)
+
+
+def encode_rows(type_: int, rows: np.ndarray, out: np.ndarray, importance: np.ndarray | None = None, *, search: bool = False) -> None:
+    """`quantize_rows` without the test, which prints what it finds to stderr."""
     count, columns = rows.shape
     assert rows.flags.c_contiguous and out.flags.c_contiguous and out.nbytes == count * row_size(type_, columns)
     if type_ in kquants.BITS and (faster := _k_quantizer()):
@@ -186,7 +192,11 @@ def quantize_rows(type_: int, rows: np.ndarray, out: np.ndarray, importance: np.
         assert written == out.nbytes
     if search and type_ in rounding.TYPES:
         searcher()(type_, rows, out, importance)
-    return ggml().ggml_validate_row_data(type_, out.ctypes.data, out.nbytes)
+
+
+def is_sound(type_: int, data: np.ndarray) -> bool:
+    """llama.cpp's own test of a tensor type's bytes, uint8, C-contiguous: whether no scale is infinite or undefined."""
+    return ggml().ggml_validate_row_data(type_, data.ctypes.data, data.nbytes)
 
 
 def dequantize_rows(type_: int, data: np.ndarray, out: np.ndarray) -> None:

@@ -258,10 +258,11 @@ def _export_quants(build: Build, steps: list[Step]) -> None:
     paths = {step.inputs["quant"]: build.paths.gguf(step.inputs["quant"]) for step in steps}
     files = write_quants(build, paths, importance)
     for step, path, file in zip(steps, paths.values(), files, strict=True):
-        kept = ("size", "sha256", "bits_per_weight", "parameters", "types", "needs_importance")
+        kept = ("size", "sha256", "bits_per_weight", "parameters", "types", "needs_importance", "encoder")
         records.finish(build.paths, step, [path], {name: getattr(file, name) for name in kept}, {path: file.sha256})
     made = ", ".join(f"{file.quant} {progress.quantity(file.size, 'B')}" for file in files)
-    progress.say(f"wrote {made} to {next(iter(paths.values())).parent}")
+    on_gpu = "" if files[0].encoder == "CPU" else f", quantized on {files[0].encoder}"
+    progress.say(f"wrote {made} to {next(iter(paths.values())).parent}{on_gpu}")
 
 
 def write_quants(

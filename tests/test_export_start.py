@@ -1,0 +1,62 @@
+"""What the export's worker imports, and the arrays of a header that it packs at once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import pytest
+from gguf import GGUFValueType
+from tiny_models import write_model
+
+from olpack.export.gguf_writer import packed_array
+
+# Plans an export as the worker does, then looks up activations as configurations do.
+PLAN = """
+import sys
+from olpack.export.converter import use_converter
+from olpack.llamacpp.source import converter_source
+use_converter(converter_source())
+from olpack.export import run
+plan = run.check(sys.argv[1], ["Q8_0"], None, [], {}, lambda count, total: None)
+assert plan.architecture == "qwen3"
+assert not {"torch._dynamo", "transformers.activations"} & sys.modules.keys()
+from transformers.utils import type_validators
+names = type_validators.ACT2FN
+assert "silu" in names and "transformers.activations" not in sys.modules
+assert "laplace" in names and "no such activation" not in names
+from transformers.activations import ACT2FN
+assert set(names.keys()) == set(ACT2FN) and names._KNOWN <= set(ACT2FN)
+"""
+
+
+def test_a_plan_imports_no_models_of_transformers(tmp_path):
+    model = write_model(tmp_path / "model")
+    path = str(Path(__file__).parents[1])
+    child = subprocess.run([sys.executable, "-c", PLAN, model], capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path})
+    assert child.returncode == 0, child.stderr
+
+
+@pytest.mark.parametrize(
+    ("values", "item_type"),
+    [
+        (["a", "é", b"\xff", bytearray(b"x"), ""], None),
+        ([1, -2, gguf.TokenType.CONTROL], None),
+        ([-1000.0, 0.1, 3.0], None),
+        ([True, False], None),
+        ([1, 2], GGUFValueType.UINT32),
+        ([1, 2], GGUFValueType.FLOAT32),
+        ((7, 8, 9), None),
+    ],
+)
+def test_an_array_is_packed_as_the_writer_packs_it(values, item_type):
+    expected = gguf.GGUFWriter(None, "llama")._pack_val(values, GGUFValueType.ARRAY, add_vtype=True, sub_type=item_type)
+    assert packed_array(values, item_type) == expected
+
+
+@pytest.mark.parametrize("values", [[True, 2], [1, 2.0], [[1], [2]], b"abc", []])
+def test_other_arrays_are_left_to_the_writer(values):
+    assert packed_array(values, None) is None
