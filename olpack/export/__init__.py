@@ -23,6 +23,7 @@ __all__ = [
     "ExportPlan",
     "ExportedFile",
     "ExportedPart",
+    "RoundedMatrices",
     "Target",
     "TokenDifference",
     "TokenText",

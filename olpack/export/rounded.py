@@ -27,6 +27,7 @@ from olpack.export.second_order import DAMPING, Factor, factor, round_matrix
 from olpack.export.write import prepare_weights, too_large
 from olpack.llamacpp import library
 from olpack.llamacpp.activations import InputProducts, input_products
+from olpack.llamacpp.cores import usable_processors
 from olpack.llamacpp.grids import GRID_TYPES
 from olpack.machine import this_machine
 from olpack.workspace import write_atomically
@@ -71,7 +72,7 @@ def round_to_files(
     folder: Path,
     *,
     round_to_bf16: bool = False,
-    threads: int,
+    threads: int | None = None,
     report: Callable[[int, int], None],
 ) -> RoundedMatrices:
     """Write the blocks of each matrix in each type to `folder`, except for those that are there. The matrices of `model` are used up.
@@ -82,7 +83,7 @@ def round_to_files(
         gguf: the same model, which reads the rows.
         rows: token ids.
         round_to_bf16: as in `write_files`.
-        threads: that search for scales.
+        threads: that read the rows, by default one for each core; and that search for scales, by default one for each processor.
         report: gets what is done, and how much there is in all: weights, each of which is read once and rounded to each type.
 
     Raises:
@@ -94,8 +95,8 @@ def round_to_files(
     total = sum(model.tensors[name].elements * (1 + len(types)) for name, types in missing.items())
     unread: list[str] = []
     damped: list[str] = []
-    with ThreadPoolExecutor(threads, thread_name_prefix="search") as pool:
-        for names, given in input_factors(gguf, rows, shapes, advance=lambda count: report(count, total)):
+    with ThreadPoolExecutor(threads or usable_processors(), thread_name_prefix="search") as pool:
+        for names, given in input_factors(gguf, rows, shapes, threads=threads, advance=lambda count: report(count, total)):
             for name in names:
                 source = model.tensors.pop(name)
                 if given is None:
@@ -147,6 +148,7 @@ def input_factors(
     rows: Sequence[Sequence[int]],
     shapes: Mapping[str, tuple[int, int]],
     *,
+    threads: int | None = None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Iterator[tuple[list[str], Factor | None]]:
     """What the inputs of matrices say of the errors of their columns, for those with the same input at a time.
@@ -155,6 +157,7 @@ def input_factors(
         gguf: the model, which reads the rows once for as many layers as the memory has room for.
         rows: token ids.
         shapes: (rows, columns) of the matrices, by name.
+        threads: that read the rows; by default one for each core.
         advance: gets a share of the matrices' weights for each row that is read.
 
     Returns:
@@ -175,7 +178,7 @@ def input_factors(
     for names in memory.groups(layers, shapes):
         progress = _Shares(sum(rows * columns for rows, columns in (shapes[name] for name in names)), tokens, advance)
         with torch.inference_mode():
-            found = input_products(gguf, rows, names, memory.device, advance=progress)
+            found = input_products(gguf, rows, names, memory.device, threads=threads, advance=progress)
         inputs: dict[int, tuple[InputProducts, list[str]]] = {}
         for name in names:
             if name in found:

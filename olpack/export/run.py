@@ -81,7 +81,7 @@ def round_matrices(
         rows,
         place,
         round_to_bf16=options.get("round_to_bf16", False),
-        threads=options.get("threads") or usable_processors(),
+        threads=options.get("threads"),
         report=report,
     )
 

@@ -78,7 +78,7 @@ def measure(
             return SensitivityResult(finite=False)
         left = [name for name in names if name in where and name not in found]
         report(sum(map(len, rows)) * (len(names) - len(left)), total)
-        for name, given in _with_factors(Path(gguf), calibration if rounding == "learned" else [], model, left):
+        for name, given in _with_factors(Path(gguf), calibration if rounding == "learned" else [], model, left, threads):
             source = model.tensors.pop(name)
             original = source.load()
             experts: Sequence[np.ndarray | None] = list(weights[name]) if name in weights else [None]
@@ -102,10 +102,12 @@ def measure(
     return SensitivityResult(finite=True)
 
 
-def _with_factors(gguf: Path, rows: list[list[int]], model: SourceModel, names: Sequence[str]) -> Iterator[tuple[str, Factor | None]]:
+def _with_factors(
+    gguf: Path, rows: list[list[int]], model: SourceModel, names: Sequence[str], threads: int | None
+) -> Iterator[tuple[str, Factor | None]]:
     """The matrices with what their inputs on the rows say of errors, where rows are given and the matrix is rounded by that."""
     shapes = {name: (model.tensors[name].shape[0], model.tensors[name].shape[1]) for name in names if rows and is_layer_matrix(model.tensors[name])}
-    for sharing, given in input_factors(gguf, rows, shapes):
+    for sharing, given in input_factors(gguf, rows, shapes, threads=threads):
         for name in sharing:
             yield name, given
     for name in names:

@@ -136,9 +136,7 @@ class _TensorJob:
         nbytes: that it takes at most: what is read, that in float32, and what is made of it. The first two only until it is quantized.
     """
 
-    def __init__(
-        self, source: SourceTensor, types: Sequence[int], memory: MemoryBudget, search: bool, rounded: Mapping[tuple[str, int], Path]
-    ):
+    def __init__(self, source: SourceTensor, types: Sequence[int], memory: MemoryBudget, search: bool, rounded: Mapping[tuple[str, int], Path]):
         self.source = source
         self.types = sorted(set(types))
         self._memory, self._readers, self._left = memory, len(types), 0

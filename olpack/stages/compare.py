@@ -202,6 +202,8 @@ def _reference_models(build: Build) -> ReferenceModels:
 def _without_importance_keys(build: Build) -> dict[str, str]:
     """Identity of what the quants with an importance matrix are without it, by quant. Those that cannot be made without are left out."""
     keys = {}
+    if build.recipe.export.rounding == "learned":  # which weighs errors by the rows itself
+        return {}
     for quant in build.quants:
         if uses_importance(build, quant.name) and not export.quant_facts(build, quant.name)["needs_importance"]:
             inputs = export.STAGE.all_inputs(build, f"export-{quant.name}")
