@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from olpack.errors import OlpackError
 from olpack.export.converter import FLOATS, SourceModel, SourceTensor
 from olpack.export.job import RoundedMatrices

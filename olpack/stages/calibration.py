@@ -31,8 +31,8 @@ _IMPORTANCE_TOKENS = 32_768
 # differ by a factor of ten and more, their figures on so many tokens by some percent.
 _SENSITIVITY_TOKENS = 1_024
 
-# Of the training rows, so many tokens are read to round matrices by what they are multiplied with; twice and four times as many gave nothing more. And
-# at least so many must be there: with an eighth of that the loss was larger than with ggml's blocks, and with half of it that on other text was.
+# Of the training rows, so many tokens are read to round matrices by what they are multiplied with: twice and four times as many gave nothing more.
+# At least so many must be there: with an eighth of that the loss was larger than with ggml's blocks, and with half of it that on other text was.
 _ROUNDING_TOKENS = 16_384
 LEAST_ROUNDING_TOKENS = 2_048
 
@@ -57,6 +57,8 @@ def _importance_inputs(build: Build, unit: str) -> dict[str, Any]:
 def _sensitivity_inputs(build: Build, unit: str) -> dict[str, Any]:
     rounding = build.recipe.export.rounding
     made = fine_tune_inputs(build) | {"tokens": _SENSITIVITY_TOKENS, "importance": importance_key(build)}
+    if rounding == "learned":
+        made["rounding on rows"] = ROUNDING_VERSION
     return made if rounding == "ggml" else made | {"export.rounding": rounding}
 
 

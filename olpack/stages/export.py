@@ -280,7 +280,7 @@ def _export_quants(build: Build, steps: list[Step]) -> None:
 
 def write_quants(build: Build, paths: Mapping[str, Path], importance: Path | None) -> list[ExportedFile]:
     """Write quants of the recipe, as it wants them but for the importance matrix. `paths` are by quant, and so is the order of the result."""
-    from olpack.export import ExportOptions, Target, export
+    from olpack.export import Target, export
 
     options: ExportOptions = {
         "adapter": None if build.paths.base else build.paths.adapter,
