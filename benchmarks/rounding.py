@@ -1,10 +1,12 @@
-"""What `rounding: search` gives: how far quants are from the unquantized model with ggml's scales and with searched ones, and what that takes.
+"""What `rounding: search` and `rounding: learned` give: how far quants are from the unquantized model with ggml's blocks, with searched scales and
+with rounding by output, and what that takes.
 
     python benchmarks/rounding.py --work /tmp/rounding --model builtin/tiny-coder --model SmolLM2-135M     # it goes on where it was
 
-The importance matrix is collected on training rows of the shipped chats. KL divergence, perplexity and the same top token are measured on held-out
-rows, over their target tokens, and over all tokens of texts that have nothing to do with programs. The seconds are of this process's CPU time for
-all matrices of the file, with one thread: ggml's own function, and the search with all that it needs. Prints Markdown tables and writes them to
+The importance matrix is collected on training rows of the shipped chats, 2,048 tokens, and matrices are rounded by their outputs on 16,384 tokens of
+them. KL divergence, perplexity and the same top token are measured on held-out rows, over their target tokens, and over all tokens of texts that have
+nothing to do with programs. The seconds are of CPU time for all matrices of the file, with one thread: ggml's own function, the search with all that
+it needs, and the whole worker process of the rounding by output, which reads the rows besides. Prints Markdown tables and writes them to
 benchmarks/rounding.md.
 """
 
@@ -17,22 +19,26 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import psutil
 from page import command_line, measured_here, publish
 
 from olpack import recipe
 from olpack.compare.perplexity import perplexity, ratio
 from olpack.export import Target, collect_importance, export
+from olpack.export.client import Converter
 from olpack.export.importance import read_importance
 from olpack.llamacpp import library
 from olpack.llamacpp.engine import Engine
 from olpack.llamacpp.logits import kl_divergence, log_softmax
 from olpack.quants import Rounding
 from olpack.stages.build import Build
+from olpack.stages.calibration import rounding_rows
+from olpack.workspace import remove
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-QUANTS = ("Q4_0", "Q4_1", "Q5_0", "IQ4_NL", "Q4_K_M", "Q2_K", "Q3_K_S", "Q6_K")
-NARROW = ("Q4_0", "Q4_K_M")  # for models whose rows are no multiples of 256, which K-quants need
-ROUNDINGS: tuple[Rounding, ...] = ("ggml", "search")
+QUANTS = ("Q4_0", "Q4_1", "Q5_0", "IQ4_NL", "Q4_K_M", "Q5_K_M", "Q2_K", "Q3_K_S", "Q6_K", "Q8_0")
+NARROW = ("Q4_0", "Q4_K_M", "Q2_K", "Q3_K_S")  # for models whose rows are no multiples of 256, which K-quants need
+KINDS: tuple[tuple[Rounding, bool], ...] = (("ggml", False), ("search", False), ("ggml", True), ("search", True), ("learned", True))
 IMPORTANCE_TOKENS = 2_048
 TARGET_TOKENS = {"held-out rows": 1_200, "other text": 600}
 
@@ -63,7 +69,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, action="append", required=True, help="a model's folder, or builtin/tiny-coder. Repeatable")
     arguments = parser.parse_args()
     text = [
-        "# What searched scales give\n",
+        "# What searched scales and rounding by output give\n",
         __doc__.split("\n\n")[2].replace("Prints Markdown tables and writes them to\nbenchmarks/rounding.md.", "").strip(),
     ]
     for model in arguments.model:
@@ -89,7 +95,7 @@ def page_of(base: str, work: Path) -> list[str]:
             exact, [ids for ids, _ in up_to([(row.ids, [True] * len(row.ids)) for row in train], IMPORTANCE_TOKENS)], matrix, dataset="train"
         )
     measured = Measured(work, texts)
-    unquantized = measured.of("F32", lambda: (exact, 0.0))
+    unquantized = measured.of("F32", lambda: (exact, 0.0, 0))
     text = [f"\n## {Path(base).name}, {exact.stat().st_size / 4e6:.0f} M parameters\n"]
     for name, rows in texts.items():
         counts = [sum(mask) for _, mask in rows]
@@ -97,28 +103,55 @@ def page_of(base: str, work: Path) -> list[str]:
         text.append(f"{name.capitalize()}: {sum(counts):,} tokens of {len(rows)} rows, perplexity {value:.3f} unquantized.")
     text += ["", "| quant | size | rounding | KL, held-out rows | 99 % | perplexity | same top | KL, other text | perplexity | same top | CPU time |"]
     text += ["| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
-    divergences: dict[str, list[float]] = {}
-    for quant in NARROW if build.base.config["hidden_size"] % 256 else QUANTS:
-        for importance in (None, matrix):
-            for rounding in ROUNDINGS:
-                label = f"{rounding}, with importance" if importance else rounding
-                path = work / f"{quant}-{label}.gguf"
+    divergences: dict[str, list[list[float]]] = {}
+    peak = 0
+    quants = NARROW if build.base.config["hidden_size"] % 256 else QUANTS
+    for quant in quants:
+        for rounding, with_importance in KINDS:
+            importance = matrix if with_importance else None
+            label = f"{rounding}, with importance" if importance else rounding
+            path = work / f"{quant}-{label}.gguf"
 
-                def made(quant=quant, path=path, importance=importance, rounding=rounding) -> tuple[Path, float]:
-                    export(build.base.path, [Target(quant, path)], importance=importance, rounding=rounding)
-                    return path, encoding_seconds(exact, path, importance, rounding)
+            def made(quant=quant, path=path, importance=importance, rounding=rounding) -> tuple[Path, float, int]:
+                if rounding == "learned":
+                    return path, *round_by_output(build, exact, quant, path, importance)
+                export(build.base.path, [Target(quant, path)], importance=importance, rounding=rounding)
+                return path, encoding_seconds(exact, path, importance, rounding), 0
 
-                figures = measured.of(f"{quant}, {label}", made)
-                path.unlink(missing_ok=True)
-                inside, outside = (cells(figures[name], [sum(mask) for _, mask in rows]) for name, rows in texts.items())
-                row = [quant, f"{figures['size'] / 1e6:.1f} MB", label, *inside, outside[0], *outside[2:], f"{figures['seconds']:.2f} s"]
-                text.append(f"| {' | '.join(row)} |")
-                divergences.setdefault(label, []).extend(sum(sum(one["divergences"]) for one in figures[name]) for name in texts)
-    text.append("\nKL divergence with the search over that with ggml's scales, geometric mean over these quants and both texts:")
-    for label, kind in (("without importance", ""), ("with", ", with importance")):
-        ratios = np.array(divergences[f"search{kind}"]) / np.array(divergences[f"ggml{kind}"])
-        text.append(f"- {label}: {np.exp(np.log(ratios).mean()):.3f}, lower in {(ratios < 1).sum()} of {len(ratios)}")
+            figures = measured.of(f"{quant}, {label}", made)
+            path.unlink(missing_ok=True)
+            inside, outside = (cells(figures[name], [sum(mask) for _, mask in rows]) for name, rows in texts.items())
+            row = [quant, f"{figures['size'] / 1e6:.1f} MB", label, *inside, outside[0], *outside[2:], f"{figures['seconds']:.2f} s"]
+            text.append(f"| {' | '.join(row)} |")
+            peak = max(peak, figures["peak"])
+            divergences.setdefault(label, []).append([sum(sum(one["divergences"]) for one in figures[name]) for name in texts])
+    text.append(f"\nThe worker that rounds by output takes {peak / 1e9:.1f} GB of memory at most.")
+    text += ["\nKL divergence over that with ggml's blocks, each with importance:\n", "| quant | search | learned | search, other text | learned |"]
+    text.append("| --- | ---: | ---: | ---: | ---: |")
+    ratios = [np.divide(divergences[f"{one}, with importance"], divergences["ggml, with importance"]) for one in ("search", "learned")]
+    for quant, *both in zip(quants, *ratios, strict=True):
+        text.append(f"| {quant} | {' | '.join(f'{one[place] - 1:+.0%}' for place in (0, 1) for one in both)} |")
+    without = np.divide(divergences["search"], divergences["ggml"])
+    text.append(f"\nOf the search without importance, geometric mean over these quants and both texts: {np.exp(np.log(without).mean()) - 1:+.0%}.")
     return text
+
+
+def round_by_output(build: Build, exact: Path, quant: str, path: Path, importance: Path | None) -> tuple[float, int]:
+    """Write a quant with `rounding: learned`. Returns the CPU seconds of the worker process that rounds its matrices, all of its work included, and
+    the peak of its memory in bytes."""
+    folder = path.with_suffix(".blocks")
+    rows = [row.ids for row in rounding_rows(build.rows[0])]
+    with Converter() as converter:
+        converter.check(build.base.path, [quant], importance=importance)  # what it loads at first is not counted
+        worker = psutil.Process(converter.pid)
+        started = sum(worker.cpu_times()[:2])
+        converter.round(build.base.path, [quant], exact, rows, folder, importance=importance, rounding="learned", threads=1)
+        seconds = sum(worker.cpu_times()[:2]) - started
+        status = Path(f"/proc/{converter.pid}/status").read_text().splitlines()
+        peak = 1024 * int(next(line for line in status if line.startswith("VmHWM")).split()[1])
+        converter.export(build.base.path, [Target(quant, path)], importance=importance, rounding="learned", rounded=folder)
+    remove(folder)
+    return seconds, peak
 
 
 def up_to(rows: Sequence[tuple[Sequence[int], Sequence[bool]]], tokens: int) -> list[tuple[Sequence[int], Sequence[bool]]]:
@@ -135,14 +168,18 @@ class Measured:
         self._found: dict[str, dict] = json.loads(self._record.read_text()) if self._record.is_file() else {}
         self._reference: dict[str, list[np.ndarray]] = {}
 
-    def of(self, name: str, made: Callable[[], tuple[Path, float]]) -> dict:
-        """Of a file that `made` writes, with the seconds that its encoding took, unless they are known."""
+    def of(self, name: str, made: Callable[[], tuple[Path, float, int]]) -> dict:
+        """Of a file that `made` writes, with the seconds that its encoding took and the peak of its memory, unless they are known."""
         if name not in self._found:
-            file, seconds = made()
+            file, seconds, peak = made()
             self._reference = self._reference or {
                 text: [scores.astype(np.float32) for scores in self._scores(self._exact, text)] for text in self._texts
             }
-            self._found[name] = {text: list(self._rows(file, text)) for text in self._texts} | {"size": file.stat().st_size, "seconds": seconds}
+            self._found[name] = {text: list(self._rows(file, text)) for text in self._texts} | {
+                "size": file.stat().st_size,
+                "seconds": seconds,
+                "peak": peak,
+            }
             self._record.write_text(json.dumps(self._found))
         return self._found[name]
 

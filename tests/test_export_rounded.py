@@ -208,9 +208,15 @@ def test_sensitivity_is_measured_with_the_same_rounding(unquantized, tmp_path):
         assert errors == sorted(errors, reverse=True)
 
 
+def write_long_rows(path: Path) -> None:
+    """2,048 tokens and some more, in few rows."""
+    turns = [[{"role": "user", "content": f"{number}"}, {"role": "assistant", "content": "forty-two " * 18}] for number in range(300, 324)]
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
+
+
 def test_quantize_reads_rows(tmp_path):
     base = oracle.write_base(tmp_path / "parrot")
-    oracle.write_rows(tmp_path / "rows.jsonl", 120)
+    write_long_rows(tmp_path / "rows.jsonl")
     words = ("quantize", str(base), "--quant", "Q4_0", "--out", "made", "--rounding", "learned")
     code, _, message = oracle.olpack(tmp_path, *words)
     assert code == 1 and "Name a file of chats or texts: --rows FILE." in message
@@ -230,7 +236,7 @@ def test_a_build(tmp_path):
     words = ("--set", "train.epochs=1", "--set", "quants=[Q4_0, F16]", "--set", "export.rounding=learned")
     code, _, message = oracle.olpack(root, "plan", "oracle", *words)
     assert code == 1 and "needs 2,048 tokens of training rows" in message
-    oracle.write_rows(root / "modelfiles/oracle/train.jsonl", 120, first=200)
+    write_long_rows(root / "modelfiles/oracle/train.jsonl")
     code, printed, message = oracle.olpack(root, "plan", "oracle", *words)
     assert code == 0 and "learned: so that the outputs of each matrix on training rows change least" in printed, message
     for stage in ("train", "export"):
