@@ -1,13 +1,13 @@
 """What `rounding: search` and `rounding: learned` give: how far quants are from the unquantized model with ggml's blocks, with searched scales and
 with rounding by output, and what that takes.
 
-    python benchmarks/rounding.py --work /tmp/rounding --model builtin/tiny-coder --model SmolLM2-135M     # it goes on where it was
+    python benchmarks/rounding.py --work /tmp/rounding --model builtin/tiny-coder --model builtin/smollm2-135m     # it goes on where it was
 
 The importance matrix is collected on training rows of the shipped chats, 2,048 tokens, and matrices are rounded by their outputs on 16,384 tokens of
 them. KL divergence, perplexity and the same top token are measured on held-out rows, over their target tokens, and over all tokens of texts that have
 nothing to do with programs. The seconds are of CPU time for all matrices of the file, with one thread: ggml's own function, the search with all that
-it needs, and the whole worker process of the rounding by output, which reads the rows besides. Prints Markdown tables and writes them to
-benchmarks/rounding.md.
+it needs, and the whole worker process of the rounding by output, which reads the rows besides; with a GPU, where that is done on it, this one's wall
+time. Prints Markdown tables and writes them to benchmarks/rounding.md.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from pathlib import Path
 import gguf
 import numpy as np
 import psutil
+import torch
 from page import command_line, measured_here, publish
 
 from olpack import recipe
 from olpack.compare.perplexity import perplexity, ratio
-from olpack.export import Target, collect_importance, export
+from olpack.export import ExportOptions, Target, collect_importance, export
 from olpack.export.client import Converter
 from olpack.export.importance import read_importance
 from olpack.llamacpp import library
@@ -37,7 +38,7 @@ from olpack.workspace import remove
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 QUANTS = ("Q4_0", "Q4_1", "Q5_0", "IQ4_NL", "Q4_K_M", "Q5_K_M", "Q2_K", "Q3_K_S", "Q6_K", "Q8_0")
-NARROW = ("Q4_0", "Q4_K_M", "Q2_K", "Q3_K_S")  # for models whose rows are no multiples of 256, which K-quants need
+NARROW = ("Q4_0", "Q4_K_M", "Q2_K", "Q3_K_S")  # for models whose rows are no multiples of 256, which K-quants need; with importance only
 KINDS: tuple[tuple[Rounding, bool], ...] = (("ggml", False), ("search", False), ("ggml", True), ("search", True), ("learned", True))
 IMPORTANCE_TOKENS = 2_048
 TARGET_TOKENS = {"held-out rows": 1_200, "other text": 600}
@@ -66,19 +67,20 @@ OTHER = (
 def main() -> None:
     parser = command_line(__file__, __doc__)
     parser.add_argument("--work", type=Path, required=True, help="a folder that keeps what is done")
-    parser.add_argument("--model", type=Path, action="append", required=True, help="a model's folder, or builtin/tiny-coder. Repeatable")
+    parser.add_argument("--model", type=Path, action="append", required=True, help="a model's folder or GGUF, or builtin/NAME. Repeatable")
+    parser.add_argument("--threads", type=int, default=1, help="of llama.cpp while it reads text")
     arguments = parser.parse_args()
     text = [
         "# What searched scales and rounding by output give\n",
-        __doc__.split("\n\n")[2].replace("Prints Markdown tables and writes them to\nbenchmarks/rounding.md.", "").strip(),
+        __doc__.split("\n\n")[2].replace("Prints Markdown tables and writes them to benchmarks/rounding.md.", "").strip(),
     ]
     for model in arguments.model:
         base = str(model.resolve()) if model.is_dir() else str(model)
-        text += page_of(base, arguments.work / model.name)
+        text += page_of(base, arguments.work / model.name, arguments.threads)
     publish([*text, "", measured_here(__file__)], arguments.output)
 
 
-def page_of(base: str, work: Path) -> list[str]:
+def page_of(base: str, work: Path, threads: int) -> list[str]:
     """The tables of one model."""
     build = Build(recipe.load(REPOSITORY / "modelfiles/coding-assistant/recipe.yaml", [f"base={base}"]), out=work)
     train, held_out = build.rows
@@ -87,14 +89,18 @@ def page_of(base: str, work: Path) -> list[str]:
         "other text": [(ids, [False] + [True] * (len(ids) - 1)) for ids in (build.renderer.tokenizer(one)["input_ids"] for one in OTHER)],
     }
     texts = {name: up_to(rows, TARGET_TOKENS[name]) for name, rows in texts.items()}
-    exact, matrix = work / "F32.gguf", work / "importance.gguf"
+    exact, matrix, requantize = work / "F32.gguf", work / "importance.gguf", build.base.gguf is not None
     if not exact.is_file():
-        export(build.base.path, [Target("F32", exact)])
+        export(build.base.source, [Target("F32", exact)], requantize=requantize)
     if not matrix.is_file():
         collect_importance(
-            exact, [ids for ids, _ in up_to([(row.ids, [True] * len(row.ids)) for row in train], IMPORTANCE_TOKENS)], matrix, dataset="train"
+            exact,
+            [ids for ids, _ in up_to([(row.ids, [True] * len(row.ids)) for row in train], IMPORTANCE_TOKENS)],
+            matrix,
+            dataset="train",
+            threads=threads,
         )
-    measured = Measured(work, texts)
+    measured = Measured(work, texts, threads)
     unquantized = measured.of("F32", lambda: (exact, 0.0, 0))
     text = [f"\n## {Path(base).name}, {exact.stat().st_size / 4e6:.0f} M parameters\n"]
     for name, rows in texts.items():
@@ -105,17 +111,18 @@ def page_of(base: str, work: Path) -> list[str]:
     text += ["| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
     divergences: dict[str, list[list[float]]] = {}
     peak = 0
-    quants = NARROW if build.base.config["hidden_size"] % 256 else QUANTS
+    narrow = build.base.config["hidden_size"] % 256 > 0
+    quants, kinds = (NARROW, [kind for kind in KINDS if kind[1]]) if narrow else (QUANTS, KINDS)
     for quant in quants:
-        for rounding, with_importance in KINDS:
+        for rounding, with_importance in kinds:
             importance = matrix if with_importance else None
             label = f"{rounding}, with importance" if importance else rounding
             path = work / f"{quant}-{label}.gguf"
 
             def made(quant=quant, path=path, importance=importance, rounding=rounding) -> tuple[Path, float, int]:
                 if rounding == "learned":
-                    return path, *round_by_output(build, exact, quant, path, importance)
-                export(build.base.path, [Target(quant, path)], importance=importance, rounding=rounding)
+                    return path, *round_by_output(build, exact, quant, path, importance, threads)
+                export(build.base.source, [Target(quant, path)], importance=importance, rounding=rounding, requantize=requantize)
                 return path, encoding_seconds(exact, path, importance, rounding), 0
 
             figures = measured.of(f"{quant}, {label}", made)
@@ -131,25 +138,33 @@ def page_of(base: str, work: Path) -> list[str]:
     ratios = [np.divide(divergences[f"{one}, with importance"], divergences["ggml, with importance"]) for one in ("search", "learned")]
     for quant, *both in zip(quants, *ratios, strict=True):
         text.append(f"| {quant} | {' | '.join(f'{one[place] - 1:+.0%}' for place in (0, 1) for one in both)} |")
-    without = np.divide(divergences["search"], divergences["ggml"])
-    text.append(f"\nOf the search without importance, geometric mean over these quants and both texts: {np.exp(np.log(without).mean()) - 1:+.0%}.")
+    if not narrow:
+        without = np.divide(divergences["search"], divergences["ggml"])
+        text.append(
+            f"\nOf the search without importance, geometric mean over these quants and both texts: {np.exp(np.log(without).mean()) - 1:+.0%}."
+        )
     return text
 
 
-def round_by_output(build: Build, exact: Path, quant: str, path: Path, importance: Path | None) -> tuple[float, int]:
-    """Write a quant with `rounding: learned`. Returns the CPU seconds of the worker process that rounds its matrices, all of its work included, and
+def round_by_output(build: Build, exact: Path, quant: str, path: Path, importance: Path | None, threads: int) -> tuple[float, int]:
+    """Write a quant with `rounding: learned`. Returns the seconds of the worker process that rounds its matrices, all of its work included, and
     the peak of its memory in bytes."""
     folder = path.with_suffix(".blocks")
     rows = [row.ids for row in rounding_rows(build.rows[0])]
+    options: ExportOptions = {"importance": importance, "rounding": "learned", "requantize": build.base.gguf is not None, "threads": threads}
     with Converter() as converter:
-        converter.check(build.base.path, [quant], importance=importance)  # what it loads at first is not counted
+        converter.check(build.base.source, [quant], **options)  # what it loads at first is not counted
         worker = psutil.Process(converter.pid)
-        started = sum(worker.cpu_times()[:2])
-        converter.round(build.base.path, [quant], exact, rows, folder, importance=importance, rounding="learned", threads=1)
-        seconds = sum(worker.cpu_times()[:2]) - started
+
+        def clock() -> float:
+            return time.monotonic() if torch.cuda.is_available() else sum(worker.cpu_times()[:2])
+
+        started = clock()
+        converter.round(build.base.source, [quant], exact, rows, folder, **options)
+        seconds = clock() - started
         status = Path(f"/proc/{converter.pid}/status").read_text().splitlines()
         peak = 1024 * int(next(line for line in status if line.startswith("VmHWM")).split()[1])
-        converter.export(build.base.path, [Target(quant, path)], importance=importance, rounding="learned", rounded=folder)
+        converter.export(build.base.source, [Target(quant, path)], rounded=folder, **options)
     remove(folder)
     return seconds, peak
 
@@ -163,8 +178,8 @@ def up_to(rows: Sequence[tuple[Sequence[int], Sequence[bool]]], tokens: int) -> 
 class Measured:
     """Figures of files: for each text and row the sums over its target tokens, kept in a file."""
 
-    def __init__(self, work: Path, texts: dict[str, list]):
-        self._texts, self._exact, self._record = texts, work / "F32.gguf", work / "measured.json"
+    def __init__(self, work: Path, texts: dict[str, list], threads: int):
+        self._threads, self._texts, self._exact, self._record = threads, texts, work / "F32.gguf", work / "measured.json"
         self._found: dict[str, dict] = json.loads(self._record.read_text()) if self._record.is_file() else {}
         self._reference: dict[str, list[np.ndarray]] = {}
 
@@ -195,7 +210,7 @@ class Measured:
     def _scores(self, file: Path, text: str) -> Iterator[np.ndarray]:
         """For one row after the other, natural-log probabilities [target tokens, vocabulary]."""
         rows = self._texts[text]
-        with Engine(file, max(len(ids) for ids, _ in rows), 1) as engine:
+        with Engine(file, max(len(ids) for ids, _ in rows), self._threads) as engine:
             for ids, mask in rows:
                 yield np.stack([log_softmax(logits) for _, logits in engine.scored(ids, mask)])
 
