@@ -5,9 +5,8 @@ with rounding by output, and what that takes.
 
 The importance matrix is collected on training rows of the shipped chats, 2,048 tokens, and matrices are rounded by their outputs on 16,384 tokens of
 them. KL divergence, perplexity and the same top token are measured on held-out rows, over their target tokens, and over all tokens of texts that have
-nothing to do with programs. The seconds are of CPU time for all matrices of the file, with one thread: ggml's own function, the search with all that
-it needs, and the whole worker process of the rounding by output, which reads the rows besides; with a GPU, where that is done on it, this one's wall
-time. Prints Markdown tables and writes them to benchmarks/rounding.md.
+nothing to do with programs. The seconds are of CPU time for all matrices of the file, with one thread: ggml's own function, and the search with all
+that it needs. Prints Markdown tables and writes them to benchmarks/rounding.md.
 """
 
 from __future__ import annotations
@@ -77,6 +76,7 @@ def main() -> None:
     for model in arguments.model:
         base = str(model.resolve()) if model.is_dir() else str(model)
         text += page_of(base, arguments.work / model.name, arguments.threads)
+        remove(arguments.work / model.name / "blocks")
     publish([*text, "", measured_here(__file__)], arguments.output)
 
 
@@ -101,7 +101,7 @@ def page_of(base: str, work: Path, threads: int) -> list[str]:
             threads=threads,
         )
     measured = Measured(work, texts, threads)
-    unquantized = measured.of("F32", lambda: (exact, 0.0, 0))
+    unquantized = measured.of("F32", lambda: (exact, 0.0))
     text = [f"\n## {Path(base).name}, {exact.stat().st_size / 4e6:.0f} M parameters\n"]
     for name, rows in texts.items():
         counts = [sum(mask) for _, mask in rows]
@@ -110,29 +110,29 @@ def page_of(base: str, work: Path, threads: int) -> list[str]:
     text += ["", "| quant | size | rounding | KL, held-out rows | 99 % | perplexity | same top | KL, other text | perplexity | same top | CPU time |"]
     text += ["| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
     divergences: dict[str, list[list[float]]] = {}
-    peak = 0
     narrow = build.base.config["hidden_size"] % 256 > 0
     quants, kinds = (NARROW, [kind for kind in KINDS if kind[1]]) if narrow else (QUANTS, KINDS)
+    by_output = RoundingByOutput(build, work, quants, matrix, threads)
     for quant in quants:
         for rounding, with_importance in kinds:
             importance = matrix if with_importance else None
             label = f"{rounding}, with importance" if importance else rounding
             path = work / f"{quant}-{label}.gguf"
 
-            def made(quant=quant, path=path, importance=importance, rounding=rounding) -> tuple[Path, float, int]:
+            def made(quant=quant, path=path, importance=importance, rounding=rounding) -> tuple[Path, float]:
                 if rounding == "learned":
-                    return path, *round_by_output(build, exact, quant, path, importance, threads)
+                    return by_output.write(quant, path), 0.0
                 export(build.base.source, [Target(quant, path)], importance=importance, rounding=rounding, requantize=requantize)
-                return path, encoding_seconds(exact, path, importance, rounding), 0
+                return path, encoding_seconds(exact, path, importance, rounding)
 
             figures = measured.of(f"{quant}, {label}", made)
             path.unlink(missing_ok=True)
             inside, outside = (cells(figures[name], [sum(mask) for _, mask in rows]) for name, rows in texts.items())
-            row = [quant, f"{figures['size'] / 1e6:.1f} MB", label, *inside, outside[0], *outside[2:], f"{figures['seconds']:.2f} s"]
+            seconds = f"{figures['seconds']:.2f} s" if rounding != "learned" else "below"
+            row = [quant, f"{figures['size'] / 1e6:.1f} MB", label, *inside, outside[0], *outside[2:], seconds]
             text.append(f"| {' | '.join(row)} |")
-            peak = max(peak, figures["peak"])
             divergences.setdefault(label, []).append([sum(sum(one["divergences"]) for one in figures[name]) for name in texts])
-    text.append(f"\nThe worker that rounds by output takes {peak / 1e9:.1f} GB of memory at most.")
+    text.append(f"\n{by_output.sentence()}")
     text += ["\nKL divergence over that with ggml's blocks, each with importance:\n", "| quant | search | learned | search, other text | learned |"]
     text.append("| --- | ---: | ---: | ---: | ---: |")
     ratios = [np.divide(divergences[f"{one}, with importance"], divergences["ggml, with importance"]) for one in ("search", "learned")]
@@ -146,27 +146,51 @@ def page_of(base: str, work: Path, threads: int) -> list[str]:
     return text
 
 
-def round_by_output(build: Build, exact: Path, quant: str, path: Path, importance: Path | None, threads: int) -> tuple[float, int]:
-    """Write a quant with `rounding: learned`. Returns the seconds of the worker process that rounds its matrices, all of its work included, and
-    the peak of its memory in bytes."""
-    folder = path.with_suffix(".blocks")
-    rows = [row.ids for row in rounding_rows(build.rows[0])]
-    options: ExportOptions = {"importance": importance, "rounding": "learned", "requantize": build.base.gguf is not None, "threads": threads}
-    with Converter() as converter:
-        converter.check(build.base.source, [quant], **options)  # what it loads at first is not counted
-        worker = psutil.Process(converter.pid)
+class RoundingByOutput:
+    """Quants of a model with `rounding: learned`, whose matrices are rounded at once as in a build: the rows are read once for all of them."""
 
-        def clock() -> float:
-            return time.monotonic() if torch.cuda.is_available() else sum(worker.cpu_times()[:2])
+    def __init__(self, build: Build, work: Path, quants: Sequence[str], importance: Path, threads: int):
+        self._source, self._quants, self._exact, self._folder = build.base.source, quants, work / "F32.gguf", work / "blocks"
+        self._rows = [row.ids for row in rounding_rows(build.rows[0])]
+        self._options: ExportOptions = {
+            "importance": importance,
+            "rounding": "learned",
+            "requantize": build.base.gguf is not None,
+            "threads": threads,
+            "rounded": self._folder,
+        }
+        self._record = work / "rounding.json"
 
-        started = clock()
-        converter.round(build.base.source, [quant], exact, rows, folder, **options)
-        seconds = clock() - started
-        status = Path(f"/proc/{converter.pid}/status").read_text().splitlines()
-        peak = 1024 * int(next(line for line in status if line.startswith("VmHWM")).split()[1])
-        converter.export(build.base.source, [Target(quant, path)], rounded=folder, **options)
-    remove(folder)
-    return seconds, peak
+    def write(self, quant: str, path: Path) -> Path:
+        if not self._record.is_file():
+            self._round()
+        export(self._source, [Target(quant, path)], **self._options)
+        return path
+
+    def _round(self) -> None:
+        """Round all matrices, and record seconds and peak memory of the worker process: of its CPU time, with a GPU of wall time."""
+        with Converter() as converter:
+            converter.check(self._source, self._quants, **self._options)  # what it loads at first is not counted
+            worker = psutil.Process(converter.pid)
+
+            def clock() -> float:
+                return time.monotonic() if torch.cuda.is_available() else sum(worker.cpu_times()[:2])
+
+            started = clock()
+            converter.round(self._source, self._quants, self._exact, self._rows, self._folder, **self._options)
+            seconds = clock() - started
+            status = Path(f"/proc/{converter.pid}/status").read_text().splitlines()
+            peak = 1024 * int(next(line for line in status if line.startswith("VmHWM")).split()[1])
+        self._record.write_text(json.dumps({"seconds": seconds, "peak": peak, "gpu": torch.cuda.is_available()}))
+
+    def sentence(self) -> str:
+        """What was recorded."""
+        took = json.loads(self._record.read_text())
+        where = "on a GPU" if took["gpu"] else "of CPU time"
+        return (
+            f"Rounding by output takes {took['seconds']:.0f} s {where} for all matrices of these {len(self._quants)} quants together, "
+            f"{sum(map(len, self._rows)):,} tokens read once, and {took['peak'] / 1e9:.1f} GB of memory."
+        )
 
 
 def up_to(rows: Sequence[tuple[Sequence[int], Sequence[bool]]], tokens: int) -> list[tuple[Sequence[int], Sequence[bool]]]:
@@ -183,17 +207,16 @@ class Measured:
         self._found: dict[str, dict] = json.loads(self._record.read_text()) if self._record.is_file() else {}
         self._reference: dict[str, list[np.ndarray]] = {}
 
-    def of(self, name: str, made: Callable[[], tuple[Path, float, int]]) -> dict:
-        """Of a file that `made` writes, with the seconds that its encoding took and the peak of its memory, unless they are known."""
+    def of(self, name: str, made: Callable[[], tuple[Path, float]]) -> dict:
+        """Of a file that `made` writes, with the seconds that its encoding took, unless they are known."""
         if name not in self._found:
-            file, seconds, peak = made()
+            file, seconds = made()
             self._reference = self._reference or {
                 text: [scores.astype(np.float32) for scores in self._scores(self._exact, text)] for text in self._texts
             }
             self._found[name] = {text: list(self._rows(file, text)) for text in self._texts} | {
                 "size": file.stat().st_size,
                 "seconds": seconds,
-                "peak": peak,
             }
             self._record.write_text(json.dumps(self._found))
         return self._found[name]
