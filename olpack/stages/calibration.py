@@ -36,7 +36,7 @@ _SENSITIVITY_TOKENS = 1_024
 _ROUNDING_TOKENS = 16_384
 LEAST_ROUNDING_TOKENS = 2_048
 
-_SEARCH_SECONDS = 1e-7  # for a weight: to search scales and to choose codes column by column
+_SEARCH_SECONDS = 2e-7  # for a weight: to search scales and to choose codes column by column
 
 ROUNDING_VERSION = 1  # raised when the same inputs would no longer give the same blocks
 
