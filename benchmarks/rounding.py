@@ -1,11 +1,12 @@
-"""What `rounding: search` gives: how far quants are from the unquantized model with ggml's scales and with searched ones, and what that takes.
+"""What `rounding: search` and `rounding: learned` give: how far quants are from the unquantized model with ggml's blocks, with searched scales and
+with rounding by output, and what that takes.
 
-    python benchmarks/rounding.py --work /tmp/rounding --model builtin/tiny-coder --model SmolLM2-135M     # it goes on where it was
+    python benchmarks/rounding.py --work /tmp/rounding --model builtin/tiny-coder --model builtin/smollm2-135m     # it goes on where it was
 
-The importance matrix is collected on training rows of the shipped chats. KL divergence, perplexity and the same top token are measured on held-out
-rows, over their target tokens, and over all tokens of texts that have nothing to do with programs. The seconds are of this process's CPU time for
-all matrices of the file, with one thread: ggml's own function, and the search with all that it needs. Prints Markdown tables and writes them to
-benchmarks/rounding.md.
+The importance matrix is collected on training rows of the shipped chats, 2,048 tokens, and matrices are rounded by their outputs on 16,384 tokens of
+them. KL divergence, perplexity and the same top token are measured on held-out rows, over their target tokens, and over all tokens of texts that have
+nothing to do with programs. The seconds are of CPU time for all matrices of the file, with one thread: ggml's own function, and the search with all
+that it needs. Prints Markdown tables and writes them to benchmarks/rounding.md.
 """
 
 from __future__ import annotations
@@ -17,23 +18,28 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import psutil
+import torch
 from page import command_line, measured_here, publish
 
 from olpack import recipe
 from olpack.compare.other_text import OTHER_TEXTS
 from olpack.compare.perplexity import perplexity, ratio
-from olpack.export import Target, collect_importance, export
+from olpack.export import ExportOptions, Target, collect_importance, export
+from olpack.export.client import Converter
 from olpack.export.importance import read_importance
 from olpack.llamacpp import library
 from olpack.llamacpp.engine import Engine
 from olpack.llamacpp.logits import kl_divergence, log_softmax
 from olpack.quants import Rounding
 from olpack.stages.build import Build
+from olpack.stages.calibration import rounding_rows
+from olpack.workspace import remove
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-QUANTS = ("Q4_0", "Q4_1", "Q5_0", "IQ4_NL", "Q4_K_M", "Q2_K", "Q3_K_S", "Q6_K")
-NARROW = ("Q4_0", "Q4_K_M")  # for models whose rows are no multiples of 256, which K-quants need
-ROUNDINGS: tuple[Rounding, ...] = ("ggml", "search")
+QUANTS = ("Q4_0", "Q4_1", "Q5_0", "IQ4_NL", "Q4_K_M", "Q5_K_M", "Q2_K", "Q3_K_S", "Q6_K", "Q8_0")
+NARROW = ("Q4_0", "Q4_K_M", "Q2_K", "Q3_K_S")  # for models whose rows are no multiples of 256, which K-quants need; with importance only
+KINDS: tuple[tuple[Rounding, bool], ...] = (("ggml", False), ("search", False), ("ggml", True), ("search", True), ("learned", True))
 IMPORTANCE_TOKENS = 2_048
 TARGET_TOKENS = {"held-out rows": 1_200, "other text": 600}
 
@@ -41,19 +47,21 @@ TARGET_TOKENS = {"held-out rows": 1_200, "other text": 600}
 def main() -> None:
     parser = command_line(__file__, __doc__)
     parser.add_argument("--work", type=Path, required=True, help="a folder that keeps what is done")
-    parser.add_argument("--model", type=Path, action="append", required=True, help="a model's folder, or builtin/tiny-coder. Repeatable")
+    parser.add_argument("--model", type=Path, action="append", required=True, help="a model's folder or GGUF, or builtin/NAME. Repeatable")
+    parser.add_argument("--threads", type=int, default=1, help="of llama.cpp while it reads text")
     arguments = parser.parse_args()
     text = [
-        "# What searched scales give\n",
-        __doc__.split("\n\n")[2].replace("Prints Markdown tables and writes them to\nbenchmarks/rounding.md.", "").strip(),
+        "# What searched scales and rounding by output give\n",
+        __doc__.split("\n\n")[2].replace("Prints Markdown tables and writes them to benchmarks/rounding.md.", "").strip(),
     ]
     for model in arguments.model:
         base = str(model.resolve()) if model.is_dir() else str(model)
-        text += page_of(base, arguments.work / model.name)
+        text += page_of(base, arguments.work / model.name, arguments.threads)
+        remove(arguments.work / model.name / "blocks")
     publish([*text, "", measured_here(__file__)], arguments.output)
 
 
-def page_of(base: str, work: Path) -> list[str]:
+def page_of(base: str, work: Path, threads: int) -> list[str]:
     """The tables of one model."""
     build = Build(recipe.load(REPOSITORY / "modelfiles/coding-assistant/recipe.yaml", [f"base={base}"]), out=work)
     train, held_out = build.rows
@@ -62,14 +70,18 @@ def page_of(base: str, work: Path) -> list[str]:
         "other text": [(ids, [False] + [True] * (len(ids) - 1)) for ids in (build.renderer.tokenizer(one)["input_ids"] for one in OTHER_TEXTS)],
     }
     texts = {name: up_to(rows, TARGET_TOKENS[name]) for name, rows in texts.items()}
-    exact, matrix = work / "F32.gguf", work / "importance.gguf"
+    exact, matrix, requantize = work / "F32.gguf", work / "importance.gguf", build.base.gguf is not None
     if not exact.is_file():
-        export(build.base.path, [Target("F32", exact)])
+        export(build.base.source, [Target("F32", exact)], requantize=requantize)
     if not matrix.is_file():
         collect_importance(
-            exact, [ids for ids, _ in up_to([(row.ids, [True] * len(row.ids)) for row in train], IMPORTANCE_TOKENS)], matrix, dataset="train"
+            exact,
+            [ids for ids, _ in up_to([(row.ids, [True] * len(row.ids)) for row in train], IMPORTANCE_TOKENS)],
+            matrix,
+            dataset="train",
+            threads=threads,
         )
-    measured = Measured(work, texts)
+    measured = Measured(work, texts, threads)
     unquantized = measured.of("F32", lambda: (exact, 0.0))
     text = [f"\n## {Path(base).name}, {exact.stat().st_size / 4e6:.0f} M parameters\n"]
     for name, rows in texts.items():
@@ -78,28 +90,88 @@ def page_of(base: str, work: Path) -> list[str]:
         text.append(f"{name.capitalize()}: {sum(counts):,} tokens of {len(rows)} rows, perplexity {value:.3f} unquantized.")
     text += ["", "| quant | size | rounding | KL, held-out rows | 99 % | perplexity | same top | KL, other text | perplexity | same top | CPU time |"]
     text += ["| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
-    divergences: dict[str, list[float]] = {}
-    for quant in NARROW if build.base.config["hidden_size"] % 256 else QUANTS:
-        for importance in (None, matrix):
-            for rounding in ROUNDINGS:
-                label = f"{rounding}, with importance" if importance else rounding
-                path = work / f"{quant}-{label}.gguf"
+    divergences: dict[str, list[list[float]]] = {}
+    narrow = build.base.config["hidden_size"] % 256 > 0
+    quants, kinds = (NARROW, [kind for kind in KINDS if kind[1]]) if narrow else (QUANTS, KINDS)
+    by_output = RoundingByOutput(build, work, quants, matrix, threads)
+    for quant in quants:
+        for rounding, with_importance in kinds:
+            importance = matrix if with_importance else None
+            label = f"{rounding}, with importance" if importance else rounding
+            path = work / f"{quant}-{label}.gguf"
 
-                def made(quant=quant, path=path, importance=importance, rounding=rounding) -> tuple[Path, float]:
-                    export(build.base.path, [Target(quant, path)], importance=importance, rounding=rounding)
-                    return path, encoding_seconds(exact, path, importance, rounding)
+            def made(quant=quant, path=path, importance=importance, rounding=rounding) -> tuple[Path, float]:
+                if rounding == "learned":
+                    return by_output.write(quant, path), 0.0
+                export(build.base.source, [Target(quant, path)], importance=importance, rounding=rounding, requantize=requantize)
+                return path, encoding_seconds(exact, path, importance, rounding)
 
-                figures = measured.of(f"{quant}, {label}", made)
-                path.unlink(missing_ok=True)
-                inside, outside = (cells(figures[name], [sum(mask) for _, mask in rows]) for name, rows in texts.items())
-                row = [quant, f"{figures['size'] / 1e6:.1f} MB", label, *inside, outside[0], *outside[2:], f"{figures['seconds']:.2f} s"]
-                text.append(f"| {' | '.join(row)} |")
-                divergences.setdefault(label, []).extend(sum(sum(one["divergences"]) for one in figures[name]) for name in texts)
-    text.append("\nKL divergence with the search over that with ggml's scales, geometric mean over these quants and both texts:")
-    for label, kind in (("without importance", ""), ("with", ", with importance")):
-        ratios = np.array(divergences[f"search{kind}"]) / np.array(divergences[f"ggml{kind}"])
-        text.append(f"- {label}: {np.exp(np.log(ratios).mean()):.3f}, lower in {(ratios < 1).sum()} of {len(ratios)}")
+            figures = measured.of(f"{quant}, {label}", made)
+            path.unlink(missing_ok=True)
+            inside, outside = (cells(figures[name], [sum(mask) for _, mask in rows]) for name, rows in texts.items())
+            seconds = f"{figures['seconds']:.2f} s" if rounding != "learned" else "below"
+            row = [quant, f"{figures['size'] / 1e6:.1f} MB", label, *inside, outside[0], *outside[2:], seconds]
+            text.append(f"| {' | '.join(row)} |")
+            divergences.setdefault(label, []).append([sum(sum(one["divergences"]) for one in figures[name]) for name in texts])
+    text.append(f"\n{by_output.sentence()}")
+    text += ["\nKL divergence over that with ggml's blocks, each with importance:\n", "| quant | search | learned | search, other text | learned |"]
+    text.append("| --- | ---: | ---: | ---: | ---: |")
+    ratios = [np.divide(divergences[f"{one}, with importance"], divergences["ggml, with importance"]) for one in ("search", "learned")]
+    for quant, *both in zip(quants, *ratios, strict=True):
+        text.append(f"| {quant} | {' | '.join(f'{one[place] - 1:+.0%}' for place in (0, 1) for one in both)} |")
+    if not narrow:
+        without = np.divide(divergences["search"], divergences["ggml"])
+        text.append(
+            f"\nOf the search without importance, geometric mean over these quants and both texts: {np.exp(np.log(without).mean()) - 1:+.0%}."
+        )
     return text
+
+
+class RoundingByOutput:
+    """Quants of a model with `rounding: learned`, whose matrices are rounded at once as in a build: the rows are read once for all of them."""
+
+    def __init__(self, build: Build, work: Path, quants: Sequence[str], importance: Path, threads: int):
+        self._source, self._quants, self._exact, self._folder = build.base.source, quants, work / "F32.gguf", work / "blocks"
+        self._rows = [row.ids for row in rounding_rows(build.rows[0])]
+        self._options: ExportOptions = {
+            "importance": importance,
+            "rounding": "learned",
+            "requantize": build.base.gguf is not None,
+            "threads": threads,
+            "rounded": self._folder,
+        }
+        self._record = work / "rounding.json"
+
+    def write(self, quant: str, path: Path) -> Path:
+        if not self._record.is_file():
+            self._round()
+        export(self._source, [Target(quant, path)], **self._options)
+        return path
+
+    def _round(self) -> None:
+        """Round all matrices, and record seconds and peak memory of the worker process: of its CPU time, with a GPU of wall time."""
+        with Converter() as converter:
+            converter.check(self._source, self._quants, **self._options)  # what it loads at first is not counted
+            worker = psutil.Process(converter.pid)
+
+            def clock() -> float:
+                return time.monotonic() if torch.cuda.is_available() else sum(worker.cpu_times()[:2])
+
+            started = clock()
+            converter.round(self._source, self._quants, self._exact, self._rows, self._folder, **self._options)
+            seconds = clock() - started
+            status = Path(f"/proc/{converter.pid}/status").read_text().splitlines()
+            peak = 1024 * int(next(line for line in status if line.startswith("VmHWM")).split()[1])
+        self._record.write_text(json.dumps({"seconds": seconds, "peak": peak, "gpu": torch.cuda.is_available()}))
+
+    def sentence(self) -> str:
+        """What was recorded."""
+        took = json.loads(self._record.read_text())
+        where = "on a GPU" if took["gpu"] else "of CPU time"
+        return (
+            f"Rounding by output takes {took['seconds']:.0f} s {where} for all matrices of these {len(self._quants)} quants together, "
+            f"{sum(map(len, self._rows)):,} tokens read once, and {took['peak'] / 1e9:.1f} GB of memory."
+        )
 
 
 def up_to(rows: Sequence[tuple[Sequence[int], Sequence[bool]]], tokens: int) -> list[tuple[Sequence[int], Sequence[bool]]]:
@@ -111,8 +183,8 @@ def up_to(rows: Sequence[tuple[Sequence[int], Sequence[bool]]], tokens: int) -> 
 class Measured:
     """Figures of files: for each text and row the sums over its target tokens, kept in a file."""
 
-    def __init__(self, work: Path, texts: dict[str, list]):
-        self._texts, self._exact, self._record = texts, work / "F32.gguf", work / "measured.json"
+    def __init__(self, work: Path, texts: dict[str, list], threads: int):
+        self._threads, self._texts, self._exact, self._record = threads, texts, work / "F32.gguf", work / "measured.json"
         self._found: dict[str, dict] = json.loads(self._record.read_text()) if self._record.is_file() else {}
         self._reference: dict[str, list[np.ndarray]] = {}
 
@@ -123,7 +195,10 @@ class Measured:
             self._reference = self._reference or {
                 text: [scores.astype(np.float32) for scores in self._scores(self._exact, text)] for text in self._texts
             }
-            self._found[name] = {text: list(self._rows(file, text)) for text in self._texts} | {"size": file.stat().st_size, "seconds": seconds}
+            self._found[name] = {text: list(self._rows(file, text)) for text in self._texts} | {
+                "size": file.stat().st_size,
+                "seconds": seconds,
+            }
             self._record.write_text(json.dumps(self._found))
         return self._found[name]
 
@@ -139,7 +214,7 @@ class Measured:
     def _scores(self, file: Path, text: str) -> Iterator[np.ndarray]:
         """For one row after the other, natural-log probabilities [target tokens, vocabulary]."""
         rows = self._texts[text]
-        with Engine(file, max(len(ids) for ids, _ in rows), 1) as engine:
+        with Engine(file, max(len(ids) for ids, _ in rows), self._threads) as engine:
             for ids, mask in rows:
                 yield np.stack([log_softmax(logits) for _, logits in engine.scored(ids, mask)])
 

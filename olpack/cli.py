@@ -469,16 +469,22 @@ def quantize(
     ] = None,
     importance: Annotated[Path | None, typer.Option("--importance", metavar="FILE", help="Importance matrix in llama.cpp's GGUF format.")] = None,
     rounding: Annotated[
-        Rounding, typer.Option("--rounding", help="Scales of blocks: 'ggml' as llama-quantize does, or 'search' for the smallest error.")
+        Rounding,
+        typer.Option(
+            "--rounding",
+            help="Blocks of weights: 'ggml' as llama-quantize makes them, 'search' for the smallest error of the weights, "
+            "'learned' for that of each matrix's output on --rows.",
+        ),
     ] = "ggml",
+    rows: Annotated[Path | None, typer.Option("--rows", metavar="FILE", help="Chats or texts, for --rounding learned.")] = None,
     as_json: Json = False,
 ) -> None:
     """Quantize a model in one pass, without a recipe."""
-    from olpack.commands.quantize import print_files, rows
+    from olpack.commands.quantize import as_plain_data, print_files
     from olpack.commands.quantize import quantize as run
 
-    files = run(source, quant, adapter=adapter, out=out, name=name, split=split, importance=importance, rounding=rounding)
-    _print(as_json, rows(files), partial(print_files, files))
+    files = run(source, quant, adapter=adapter, out=out, name=name, split=split, importance=importance, rounding=rounding, rows=rows)
+    _print(as_json, as_plain_data(files), partial(print_files, files))
 
 
 @app.command()

@@ -14,8 +14,9 @@ from typing import Literal
 
 from olpack.errors import OlpackError
 
-# How the blocks of a quantized type get their scales: as ggml chooses them, or by a search for the smallest error.
-Rounding = Literal["ggml", "search"]
+# How a quantized type's blocks are made: as ggml makes them, with scales that a search finds to give the smallest error, or so that the outputs
+# of each matrix on the training rows change least.
+Rounding = Literal["ggml", "search", "learned"]
 
 
 @dataclass(frozen=True)

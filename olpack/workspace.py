@@ -6,6 +6,7 @@ build/NAME/adapter/                 what training made
 build/NAME/gguf/NAME-Q4_K_M.gguf    what export made
 build/NAME/importance.gguf          the importance matrix, where one was collected
 build/NAME/sensitivity.json         what each matrix loses when it is rounded, where a budget was given
+build/NAME/rounded/                 matrices rounded for the next quants, until those are complete
 build/NAME/modelfiles/q4_K_M.Modelfile
 build/NAME/compare/results.json, report.html
 build/NAME/stages/*.json            which inputs each of these was made from
@@ -167,6 +168,15 @@ class BuildPaths:
     @property
     def sensitivity_source(self) -> Path:
         return self.root / "sensitivity-source.gguf"
+
+    @property
+    def rounded(self) -> Path:
+        """Blocks of the matrices that are rounded on training rows, in a folder for each set of inputs, until the quants with them are complete."""
+        return self.root / "rounded"
+
+    @property
+    def rounding_source(self) -> Path:
+        return self.root / "rounding-source.gguf"
 
     def modelfile(self, tag: str) -> Path:
         return self.root / "modelfiles" / f"{tag}.Modelfile"

@@ -48,11 +48,18 @@ def print_plan(plan: dict) -> None:
         _add_training(needs, estimate, epochs)
     files = ", ".join(f"{quant} {progress.quantity(size, 'B')}" for quant, size in estimate["disk_bytes"].items())
     needs.add_row("disk", f"{progress.quantity(sum(estimate['disk_bytes'].values()), 'B')}: {files}; no intermediate files")
-    if (rounding := plan["settings"]["export.rounding"]["value"]) != "ggml":
-        needs.add_row("rounding", f"{rounding}: scales of blocks with the smallest weighted error, in place of ggml's")
+    if (rounding := plan["settings"]["export.rounding"]["value"]) == "search":
+        needs.add_row("rounding", "search: scales of blocks with the smallest weighted error, in place of ggml's")
+    elif rounding == "learned":
+        takes = f", about {progress.duration(estimate['rounding_seconds'])}" if estimate["rounding_seconds"] else ""
+        needs.add_row("rounding", f"learned: so that the outputs of each matrix on training rows change least{takes}")
     if estimate["importance_bytes"]:
         needs.add_row(
             "while exporting", f"{progress.quantity(estimate['importance_bytes'], 'B')} more disk: a Q8_0 to collect the importance matrix on"
+        )
+    if estimate["rounding_bytes"]:
+        needs.add_row(
+            "while exporting", f"{progress.quantity(estimate['rounding_bytes'], 'B')} more disk: rounded matrices, and a model to read rows"
         )
     if estimate["sensitivity_bytes"]:
         needs.add_row(

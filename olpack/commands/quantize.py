@@ -9,8 +9,9 @@ from typing import Any
 
 from olpack import printable, progress
 from olpack.errors import OlpackError
-from olpack.export import ExportedFile, Target, export
-from olpack.quants import Rounding, bytes_of, quant_type
+from olpack.export import ExportedFile, ExportOptions, Target, export, round_matrices
+from olpack.quants import Rounding, bytes_of, gains_by_importance, quant_type
+from olpack.workspace import remove
 
 
 def quantize(
@@ -23,6 +24,7 @@ def quantize(
     split: str | None = None,
     importance: Path | None = None,
     rounding: Rounding = "ggml",
+    rows: Path | None = None,
 ) -> list[ExportedFile]:
     """Write NAME-QUANT.gguf for every quant.
 
@@ -34,10 +36,11 @@ def quantize(
         name: of the model, also in the files' header; by default the source's.
         split: most bytes of one file, such as "4GB".
         importance: an importance matrix of this model, in llama.cpp's GGUF form.
-        rounding: how blocks get their scales, as in a recipe's `export.rounding`.
+        rounding: how blocks are made, as in a recipe's `export.rounding`.
+        rows: chats or texts in a form of `data.train`, for the rounding "learned", as which they are rendered.
 
     Raises:
-        OlpackError: what `olpack.export.export` refuses, no such source, an unknown quant or size.
+        OlpackError: what `olpack.export.export` refuses, no such source, an unknown quant or size, wrong rows or too few.
     """
     names = list(dict.fromkeys(quant_type(quant).name for quant in quants))
     limit = None if split is None else bytes_of(split)
@@ -49,10 +52,49 @@ def quantize(
     targets = [Target(quant, out / f"{file_name}-{quant}.gguf") for quant in names]
     if path.is_file() and path.resolve() in (target.path.resolve() for target in targets):
         raise OlpackError(f"'{source}' would be replaced by what is made from it.", "Give another folder with --out, or another --name.")
-    files = export(path, targets, adapter=adapter, name=title, split=limit, importance=importance, rounding=rounding)
+    options: ExportOptions = {"adapter": adapter, "name": title, "split": limit, "importance": importance, "rounding": rounding}
+    work = out / f".{file_name}.rounding"
+    if rounding == "learned":
+        if rows is None:
+            raise OlpackError("`--rounding learned` reads rows of data, and none are named.", "Name a file of chats or texts: --rows FILE.")
+        options["rounded"] = _round_on_rows(source, path, names, rows, work, options)
+    elif rows is not None:
+        raise OlpackError("`--rows` names rows for `--rounding learned`.", "Set that, or leave --rows out.")
+    files = export(path, targets, **options)
+    remove(work)
     for warning in files[0].warnings if files else ():
         progress.warn(warning)
     return files
+
+
+def _round_on_rows(source: str, path: Path, quants: Sequence[str], file: Path, work: Path, options: ExportOptions) -> Path | None:
+    """Round the matrices of some quants on rows, or go on where that was interrupted. Returns the folder of their blocks.
+
+    Args:
+        path: of the source's folder or GGUF.
+        work: folder of what is there until the quants are complete.
+    """
+    from olpack.data import Renderer, Source, load_chats, render_rows
+    from olpack.deploy.bases import resolve_base
+    from olpack.stages.calibration import blocks_folder, rounded_on, rounding_rows
+    from olpack.workspace import folder_fingerprint
+
+    if not any(gains_by_importance(quant_type(quant), {}) for quant in quants):
+        return None
+    base = resolve_base(source, relative_to=Path())
+    chosen = rounding_rows(render_rows(load_chats(Source(file)), [], Renderer(base.tokenizer(), base.end_ids()), max_length=base.context_length)[0])
+    adapter = options.get("adapter")
+    folder = blocks_folder(work, [base.digest, folder_fingerprint(adapter) if adapter else None], chosen)
+    reader = path if path.is_file() else work / "source.gguf"
+    try:
+        if reader != path:
+            export(path, [Target("Q8_0", reader)], adapter=adapter)
+        made = round_matrices(path, quants, reader, [row.ids for row in chosen], folder, **options)
+    finally:
+        if reader != path:
+            remove(reader)
+    progress.say(rounded_on(made, chosen))
+    return folder
 
 
 def _find(source: str) -> tuple[Path, str]:
@@ -66,7 +108,7 @@ def _find(source: str) -> tuple[Path, str]:
     return base.source, (base.path.resolve().name if path.is_dir() else source.rpartition("/")[2].replace(":", "-").removesuffix(".gguf"))
 
 
-def rows(files: Sequence[ExportedFile]) -> list[dict[str, Any]]:
+def as_plain_data(files: Sequence[ExportedFile]) -> list[dict[str, Any]]:
     """The files as JSON takes them."""
     made = []
     for file in files:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
 
-from olpack.export.job import ExportedFile, ExportedPart, ExportOptions, ExportPlan, Target, TokenDifference, TokenText
+from olpack.export.job import ExportedFile, ExportedPart, ExportOptions, ExportPlan, RoundedMatrices, Target, TokenDifference, TokenText
 from olpack.quants import Rounding
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "ExportPlan",
     "ExportedFile",
     "ExportedPart",
+    "RoundedMatrices",
     "Target",
     "TokenDifference",
     "TokenText",
@@ -30,6 +31,7 @@ __all__ = [
     "collect_importance",
     "export",
     "measure_sensitivity",
+    "round_matrices",
 ]
 
 
@@ -102,6 +104,29 @@ def collect_importance(gguf: Path, rows: Sequence[Sequence[int]], out: Path, *, 
         converter.collect(gguf, rows, out, dataset=dataset, threads=threads)
 
 
+def round_matrices(
+    source: Path, quants: Sequence[str], gguf: Path, rows: Sequence[Sequence[int]], folder: Path, **options: Unpack[ExportOptions]
+) -> RoundedMatrices:
+    """Round the matrices of a model's layers so that their outputs on rows of text change least, for an export with `rounding: "learned"`.
+
+    What is written stays there, so a later call with the same folder goes on where it was. Its name must tell apart what the blocks depend on:
+    model, adapter and rows.
+
+    Args:
+        source, quants, options: as for the `export` that follows, which gets the folder as `rounded`.
+        gguf: the same model, adapter included, best in 16 or 8 bits. It reads the rows once for as many layers as the memory has room for.
+        rows: token ids, each row read from an empty context. Every token counts.
+        folder: for the blocks, which take as much space as the matrices in the files.
+
+    Raises:
+        OlpackError: as `export`; no rows; a GGUF that llama.cpp cannot run, or one that computes no numbers; too little space.
+    """
+    from olpack.export.client import worker
+
+    with worker() as converter:
+        return converter.round(source, quants, gguf, rows, folder, **options)
+
+
 def measure_sensitivity(
     gguf: Path,
     rows: Sequence[Sequence[int]],
@@ -111,6 +136,7 @@ def measure_sensitivity(
     key: str,
     importance: Path | None = None,
     rounding: Rounding = "ggml",
+    calibration: Sequence[Sequence[int]] = (),
     threads: int | None = None,
 ) -> bool:
     """Measure how far a model's predictions move when one of its matrices is rounded, for one matrix after the other.
@@ -125,6 +151,7 @@ def measure_sensitivity(
         key: tells apart what the figures depend on: model, rows, importance matrix.
         importance: the importance matrix with which the files will be quantized.
         rounding: how they will be quantized, as in `ExportOptions`.
+        calibration: the rows of `round_matrices`, where that is "learned".
         threads: CPU threads of the passes; by default the physical cores that this process may use.
 
     Returns:
@@ -136,4 +163,6 @@ def measure_sensitivity(
     from olpack.export.client import worker
 
     with worker() as converter:
-        return converter.measure(gguf, rows, loss_masks, out, key=key, importance=importance, rounding=rounding, threads=threads)
+        return converter.measure(
+            gguf, rows, loss_masks, out, key=key, importance=importance, rounding=rounding, calibration=calibration, threads=threads
+        )

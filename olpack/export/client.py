@@ -21,6 +21,7 @@ from olpack.export.job import (
     ExportOptions,
     ExportPlan,
     ImportanceCounts,
+    RoundedMatrices,
     SensitivityResult,
     Target,
     TokenText,
@@ -145,6 +146,32 @@ class Converter:
                 "and the types that need an importance matrix will be poor there."
             )
 
+    def round(
+        self, source: Path, quants: Sequence[str], gguf: Path, rows: Sequence[Sequence[int]], folder: Path, **options: Unpack[ExportOptions]
+    ) -> RoundedMatrices:
+        """As `olpack.export.round_matrices`."""
+        _prepare_folder(folder / "blocks")
+        made = self._do(
+            RoundedMatrices,
+            "rounding matrices",
+            "weights",
+            do="round",
+            source=_text(source),
+            quants=[quant_type(name).name for name in quants],
+            gguf=_text(gguf),
+            rows=[list(row) for row in rows],
+            folder=_text(folder),
+            options=_as_json(options),
+        )
+        for names, what in (
+            (made.unread, "was multiplied with nothing but zeros on these rows; its scales are searched for"),
+            (made.damped, "needed more damping than others for its second moments to be positive definite, so it gains less"),
+        ):
+            if names:
+                more = f" (and {len(names) - 1} more matrices)" if len(names) > 1 else ""
+                progress.warn(f"{names[0]}{more} {what}.")
+        return made
+
     def measure(
         self,
         gguf: Path,
@@ -155,6 +182,7 @@ class Converter:
         key: str,
         importance: Path | None = None,
         rounding: Rounding = "ggml",
+        calibration: Sequence[Sequence[int]] = (),
         threads: int | None = None,
     ) -> bool:
         """As `olpack.export.measure_sensitivity`."""
@@ -169,6 +197,7 @@ class Converter:
             loss_masks=[list(mask) for mask in loss_masks],
             importance=_text(importance),
             rounding=rounding,
+            calibration=[list(row) for row in calibration],
             out=_text(out),
             key=key,
             threads=threads,

@@ -89,8 +89,10 @@ class ExportOptions(TypedDict, total=False):
         tensor_types: regular expression to tensor type ("attn_v": "q6_K"). The first that is found in a tensor's name decides its type, in
             quantized files; where rows do not fit its blocks, llama.cpp takes another.
         sensitivity: what `measure_sensitivity` wrote of this model. Files whose quant is a budget ("4.6bpw", "5GB") need it.
-        rounding: how the blocks of quantized types get their scales: as ggml chooses them ("ggml", the default), or by a search for those with
-            the smallest squared error ("search"), weighted by the importance matrix where there is one.
+        rounding: how the blocks of quantized types are made: as ggml makes them ("ggml", the default); with scales that a search finds to give
+            the smallest squared error ("search"), weighted by the importance matrix where there is one; or so that each matrix's outputs on rows
+            of data change least ("learned"), and by the search where that is not possible.
+        rounded: for "learned", the folder that `round_matrices` filled for this model and these quants.
         round_to_bf16: round every tensor that llama.cpp would store in 16 bits to bfloat16 before it is quantized, as the usual
             way over a BF16 file does. The default quantizes the exact float32 values.
         split: most bytes of one file. A larger GGUF becomes several, "model-00001-of-00003.gguf" and so on in place of "model.gguf", which
@@ -110,6 +112,7 @@ class ExportOptions(TypedDict, total=False):
     tensor_types: Mapping[str, str]
     sensitivity: Path | None
     rounding: Rounding
+    rounded: Path | None
     round_to_bf16: bool
     split: int | None
     threads: int | None
@@ -185,6 +188,23 @@ class ImportanceCounts:
 
     experts: int
     unused: int
+
+
+@dataclass(frozen=True)
+class RoundedMatrices:
+    """Matrices that were rounded by what they are multiplied with.
+
+    Attributes:
+        matrices: how many.
+        unread: those that no row was multiplied with, or only zeros, and whose scales are searched for.
+        damped: those whose second moments needed more damping than others to be positive definite.
+        singular: those with more columns than tokens were read, so that their second moments are singular before damping.
+    """
+
+    matrices: int
+    unread: list[str]
+    damped: list[str]
+    singular: list[str]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Two jobs of the worker: to check an export, and to run it."""
+"""Three jobs of the worker: to check an export, to round matrices before it, and to run it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,19 @@ from olpack.export.adapter_tokenizer import adapter_tokenizer
 from olpack.export.converter import SourceModel, open_model
 from olpack.export.gguf_source import open_source
 from olpack.export.importance import ColumnWeights, column_weights
-from olpack.export.job import LATER, ExportedFile, ExportedPart, ExportOptions, ExportPlan, TokenDifference, TokenText, partial_path
+from olpack.export.job import (
+    LATER,
+    ExportedFile,
+    ExportedPart,
+    ExportOptions,
+    ExportPlan,
+    RoundedMatrices,
+    TokenDifference,
+    TokenText,
+    partial_path,
+)
 from olpack.export.plan import FilePlan, header_only_gguf, plan_files
+from olpack.export.rounded import packed_size, round_to_files, rounded_files, rounded_types
 from olpack.export.shards import split_plan
 from olpack.export.size_budget import read_sensitivity
 from olpack.export.verify import settle_pretokenizer, training_tokenizer, verify_file, verify_model
@@ -31,7 +42,7 @@ from olpack.llamacpp.cores import usable_processors
 from olpack.model.checkpoint import check_tokenizer_files, read_config, read_tensor_headers
 from olpack.model.gguf_header import part_names
 from olpack.model.quantized import dequantized_headers
-from olpack.quants import quant_type
+from olpack.quants import overridable, quant_type
 from olpack.workspace import remove
 
 Report = Callable[[int, int], None]
@@ -43,7 +54,7 @@ def check(source: str, quants: list[str], out: str | None, texts: list[dict], op
     """`olpack.export.check_export`, over the pipe."""
     model, plans, _, warnings, differences = _prepare(Path(source), quants, options, [TokenText(**text) for text in texts], report)
     if out is not None:
-        check_space([Path(out, plan.quant.name) for plan in plans], plans)
+        check_space([Path(out, plan.quant.name) for plan in plans], [plan.size for plan in plans])
     context = model.key(f"{model.architecture}.context_length")
     return ExportPlan(
         architecture=model.architecture,
@@ -57,6 +68,27 @@ def check(source: str, quants: list[str], out: str | None, texts: list[dict], op
     )
 
 
+def round_matrices(
+    source: str, quants: list[str], gguf: str, rows: list[list[int]], folder: str, options: ExportOptions, report: Report
+) -> RoundedMatrices:
+    """`olpack.export.round_matrices`, over the pipe."""
+    model, plans, _, _, _ = _prepare(Path(source), quants, options)
+    wanted, place = rounded_types(model, plans), Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    there = sum(file.stat().st_size for file in place.iterdir())
+    check_space([place / "blocks"], [max(0, packed_size(model, wanted) - there)])
+    return round_to_files(
+        model,
+        wanted,
+        Path(gguf),
+        rows,
+        place,
+        round_to_bf16=options.get("round_to_bf16", False),
+        threads=options.get("threads"),
+        report=report,
+    )
+
+
 def export(
     source: str, targets: list[tuple[str, str]], options: ExportOptions, report: Report, gpu: Future[gpu_encoder.GpuEncoder | None] | None = None
 ) -> list[ExportedFile]:
@@ -65,7 +97,8 @@ def export(
     model, plans, weights, warnings, _ = _prepare(Path(source), [quant for quant, _ in targets], options)
     parameters, keys = model.parameters, dict(model.keys)
     files = [_Output(Path(path), split_plan(plan, options.get("split"))) for plan, (_, path) in zip(plans, targets, strict=True)]
-    check_space([path for file in files for path in file.paths], [part for file in files for part in file.parts])
+    check_space([path for file in files for path in file.paths], [part.size for file in files for part in file.parts])
+    rounded = _rounded(model, plans, options)
     total = sum(file.size for file in files)
     try:
         for file in files:
@@ -77,8 +110,9 @@ def export(
             threads=options.get("threads") or usable_processors(),
             round_to_bf16=options.get("round_to_bf16", False),
             importance=weights,
-            search=options.get("rounding") == "search",
+            search=options.get("rounding", "ggml") != "ggml",
             encoder=encoder,
+            rounded=rounded,
             advance=lambda count: report(count, total),
         )
         for file in files:
@@ -156,7 +190,7 @@ def _prepare(
 ) -> tuple[SourceModel, list[FilePlan], dict[str, np.ndarray], list[str], list[TokenDifference]]:
     """Everything up to the first weight: (model, one plan per quant, weights of the columns by tensor, warnings, texts that differ)."""
     types = [quant_type(name) for name in quants]
-    if options.get("rounding") == "search":
+    if options.get("rounding", "ggml") != "ggml":
         library.searcher()  # raises where it cannot be compiled
     warnings: list[str] = []
     folder = source
@@ -184,6 +218,8 @@ def _prepare(
             more = f", and {len(plan.fallbacks) - 1} more tensors" if len(plan.fallbacks) > 1 else ""
             warnings.append(f"{plan.quant.name} does not fit this model's shapes everywhere: {plan.fallbacks[0]}{more}.")
     warnings += _rounded_away(model, plans)
+    if options.get("rounding") == "learned":
+        warnings += _without_gain(model, plans)
     alike: dict[tuple, list[str]] = {}
     for plan in plans:
         alike.setdefault(tuple(plan.tensors), []).append(plan.quant.name)
@@ -213,6 +249,25 @@ def _rounded_away(model: SourceModel, plans: Sequence[FilePlan]) -> list[str]:
     ]
 
 
+def _without_gain(model: SourceModel, plans: Sequence[FilePlan]) -> list[str]:
+    """A warning where `rounding: learned` changes no matrix of a file."""
+    idle = [plan.quant.name for plan in plans if overridable(plan.quant) and not rounded_types(model, [plan])]
+    return [f"`rounding: learned` gains nothing for {' and '.join(idle)}: none of its types leaves a choice that counts."] if idle else []
+
+
+def _rounded(model: SourceModel, plans: Sequence[FilePlan], options: ExportOptions) -> dict[tuple[str, int], Path]:
+    """The files of blocks that were made before, by matrix and tensor type."""
+    wanted = rounded_types(model, plans) if options.get("rounding") == "learned" else {}
+    if not wanted:
+        return {}
+    if (folder := options.get("rounded")) is None:
+        raise OlpackError(
+            "`rounding: learned` rounds matrices by what they are multiplied with on rows of data, and there are none.",
+            "Give rows to `olpack quantize` with --rows.",
+        )
+    return rounded_files(Path(folder), wanted)
+
+
 def _open_folder(source: Path, options: ExportOptions, header: dict, warnings: list[str]) -> tuple[SourceModel, Path]:
     """(the model, the folder of its tokenizer)."""
     config = read_config(source)
@@ -228,15 +283,15 @@ def _open_folder(source: Path, options: ExportOptions, header: dict, warnings: l
     return open_model(source, adapter=change, tokenizer=tokenizer, **header), tokenizer or source
 
 
-def check_space(paths: list[Path], plans: list[FilePlan]) -> None:
-    """Raises OlpackError if the disks of `paths` have too little free space for the planned files."""
+def check_space(paths: list[Path], sizes: list[int]) -> None:
+    """Raises OlpackError if the disks of `paths` have too little free space for files of these sizes."""
     wanted: dict[int, int] = {}
     place: dict[int, Path] = {}
-    for path, plan in zip(paths, plans, strict=True):
+    for path, size in zip(paths, sizes, strict=True):
         folder = next(parent for parent in path.absolute().parents if parent.is_dir())
         device = folder.stat().st_dev
         place[device] = folder
-        wanted[device] = wanted.get(device, 0) + plan.size
+        wanted[device] = wanted.get(device, 0) + size
     for device, needed in wanted.items():
         free = shutil.disk_usage(place[device]).free
         if needed > free:

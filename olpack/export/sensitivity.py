@@ -6,7 +6,8 @@ and the matrix is restored. The figure is the KL divergence of the predictions f
 What the other types would cost follows from the error that they make in the weights: KL divergence has its minimum, zero, where nothing
 changes, so to leading order it is quadratic in the change, half of δᵀFδ with F the Fisher information (Kullback, Information Theory and
 Statistics, 1959, section 2.6). With F approximated as a quantizer that has an importance matrix does it, by the mean squares of the columns'
-inputs, the divergence grows as the squared error weighted with these.
+inputs, the divergence grows as the squared error weighted with these. Where matrices are rounded by all second moments of their inputs, it is
+these that weight the errors.
 """
 
 from __future__ import annotations
@@ -21,15 +22,19 @@ from typing import Any
 import numpy as np
 
 from olpack.errors import OlpackError
+from olpack.export.converter import SourceModel
 from olpack.export.gguf_source import open_source
 from olpack.export.importance import column_weights
 from olpack.export.job import SensitivityResult
 from olpack.export.plan import header_only_gguf
+from olpack.export.rounded import input_factors, is_layer_matrix
+from olpack.export.second_order import Factor, output_error, round_matrix
 from olpack.export.size_budget import MatrixLoss, candidates, quantizable_tensors
 from olpack.export.write import CHUNK
 from olpack.llamacpp import library
 from olpack.llamacpp.cores import usable_processors
 from olpack.llamacpp.graph import LoadedWeights
+from olpack.llamacpp.grids import GRID_TYPES
 from olpack.llamacpp.logits import kl_divergence, log_softmax
 from olpack.quants import Rounding
 from olpack.workspace import write_atomically
@@ -48,6 +53,7 @@ def measure(
     loss_masks: list[list[bool]],
     importance: str | None,
     rounding: Rounding,
+    calibration: list[list[int]],
     out: str,
     key: str,
     threads: int | None,
@@ -59,7 +65,7 @@ def measure(
     model = open_source(Path(gguf))
     weights = column_weights(Path(importance), model.tensors).by_tensor if importance else None
     weights = weights or {}
-    search = rounding == "search"
+    search = rounding != "ggml"
     with header_only_gguf(model) as header_gguf:
         names = quantizable_tensors(header_gguf)
     found = _measured_before(Path(out), key)
@@ -70,17 +76,21 @@ def measure(
         where.check()
         if not reference.finite:
             return SensitivityResult(finite=False)
-        for name in names:
+        left = [name for name in names if name in where and name not in found]
+        report(sum(map(len, rows)) * (len(names) - len(left)), total)
+        for name, given in _with_factors(Path(gguf), calibration if rounding == "learned" else [], model, left, threads):
             source = model.tensors.pop(name)
-            if name in found or name not in where:
-                report(sum(map(len, rows)), total)
-                continue
             original = source.load()
             experts: Sequence[np.ndarray | None] = list(weights[name]) if name in weights else [None]
             types = candidates(original.shape[1], name in weights)
             probe = next(type_ for type_ in _PROBES if type_ in types)
-            errors = dict(zip(types, pool.map(partial(_squared_error, values=original, experts=experts, search=search), types), strict=True))
-            where.write(name, _as(source.type_name, _rounded(probe, original, experts, pool, search)))
+            if given is None:
+                errors = dict(zip(types, pool.map(partial(_squared_error, values=original, experts=experts, search=search), types), strict=True))
+                rounded = _rounded(probe, original, experts, pool, search)
+            else:
+                errors = {type_: _output_error(type_, original, experts[0], given, pool) for type_ in types}
+                rounded = _by_output(probe, original, experts[0], given, pool)
+            where.write(name, _as(source.type_name, rounded))
             try:
                 divergence = reference.divergence(lambda count: report(count, total))
             finally:
@@ -90,6 +100,19 @@ def measure(
             found[name] = MatrixLoss(divergence, probe, errors)
             write_atomically(Path(out), json.dumps({"key": key, "matrices": {name: vars(loss) for name, loss in found.items()}}, indent=1) + "\n")
     return SensitivityResult(finite=True)
+
+
+def _with_factors(
+    gguf: Path, rows: list[list[int]], model: SourceModel, names: Sequence[str], threads: int | None
+) -> Iterator[tuple[str, Factor | None]]:
+    """The matrices with what their inputs on the rows say of errors, where rows are given and the matrix is rounded by that."""
+    shapes = {name: (model.tensors[name].shape[0], model.tensors[name].shape[1]) for name in names if rows and is_layer_matrix(model.tensors[name])}
+    for sharing, given in input_factors(gguf, rows, shapes, threads=threads):
+        for name in sharing:
+            yield name, given
+    for name in names:
+        if name not in shapes:
+            yield name, None
 
 
 def _measured_before(path: Path, key: str) -> dict[str, MatrixLoss]:
@@ -142,6 +165,22 @@ def _squared_error(type_name: str, values: np.ndarray, experts: Sequence[np.ndar
     return total
 
 
+def _output_error(type_name: str, values: np.ndarray, importance: np.ndarray | None, given: Factor, pool: ThreadPoolExecutor) -> float:
+    """What a type changes in the outputs of some rows from all of the matrix, squared and summed."""
+    some = values[np.unique(np.linspace(0, len(values) - 1, min(len(values), max(1, _SAMPLE // values.shape[1]))).astype(int))]
+    return output_error(some, _by_output(type_name, some, importance, given, pool), given)
+
+
+def _by_output(type_name: str, values: np.ndarray, importance: np.ndarray | None, given: Factor, pool: ThreadPoolExecutor) -> np.ndarray:
+    """A matrix rounded to a type as the files have it, float32 of the same shape: by its outputs where that type can be."""
+    if type_name not in GRID_TYPES:
+        return _round(type_name, values, importance, search=True)
+    packed = round_matrix(type_name, values, given, pool)
+    if packed is None:
+        raise _too_large()
+    return _dequantized(type_name, packed, values)
+
+
 def _rounded(type_name: str, values: np.ndarray, experts: Sequence[np.ndarray | None], pool: ThreadPoolExecutor, search: bool) -> np.ndarray:
     """A matrix rounded to a type, float32 of the same shape."""
     rows, columns = values.shape
@@ -158,10 +197,18 @@ def _round(type_name: str, values: np.ndarray, importance: np.ndarray | None, se
     type_ = library.tensor_type(type_name)
     packed = np.empty((len(values), library.row_size(type_, values.shape[1])), np.uint8)
     if not library.quantize_rows(type_, values, packed, importance, search=search):
-        raise OlpackError("The model has weights that are too large to be quantized.", "Leave the budget out, or take another checkpoint.")
-    rounded = np.empty_like(values)
-    library.dequantize_rows(type_, packed, rounded)
-    return rounded
+        raise _too_large()
+    return _dequantized(type_name, packed, values)
+
+
+def _dequantized(type_name: str, packed: np.ndarray, like: np.ndarray) -> np.ndarray:
+    values = np.empty_like(like)
+    library.dequantize_rows(library.tensor_type(type_name), packed, values)
+    return values
+
+
+def _too_large() -> OlpackError:
+    return OlpackError("The model has weights that are too large to be quantized.", "Leave the budget out, or take another checkpoint.")
 
 
 def _as(type_name: str, values: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The worker process: `python -m olpack.export.worker CONVERTER_FOLDER`, driven by `client.py` over a pipe.
 
-One JSON object a line comes in on stdin ({"do": "check", "export", "collect" or "measure", …}), JSON objects go out on stdout until one has "result",
-"error" or "crash". End of input ends the process, also in the middle of an export: its partial files go with it.
+One JSON object a line comes in on stdin ({"do": "check", "round", "export", "collect" or "measure", …}), JSON objects go out on stdout until one has
+"result", "error" or "crash". End of input ends the process, also in the middle of an export: its partial files go with it.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def main() -> None:
                 "export": run.export,
                 "collect": importance.collect,
                 "measure": sensitivity.measure,
+                "round": run.round_matrices,
             }
             send(result=functions[job.pop("do")](**job, report=_reporter(send)))
         except OlpackError as error:

@@ -44,6 +44,7 @@ def write_files(
     importance: Mapping[str, np.ndarray] = {},
     search: bool = False,
     encoder: gpu_encoder.GpuEncoder | None = None,
+    rounded: Mapping[tuple[str, int], Path] = {},
     advance: Callable[[int], None] = lambda count: None,
 ) -> list[list[str]]:
     """Write every planned file to its path, in one pass over the model's tensors. The tensors of `model` are used up.
@@ -58,6 +59,7 @@ def write_files(
             changes nothing in tensors of a type that has nothing to choose.
         search: search for scales that minimize the weighted error, instead of taking ggml's.
         encoder: a GPU's, which makes the types that it knows; without `search` only.
+        rounded: by tensor name and type, the file of its blocks, which are taken in place of others.
         advance: gets the bytes of each write, from several threads.
 
     Returns:
@@ -71,7 +73,7 @@ def write_files(
     quantize = encoder.quantize_rows if encoder else partial(_on_the_cpu, search)
     chunk = gpu_encoder.CHUNK if encoder else CHUNK
     works = deque(
-        _TensorJob(model.tensors.pop(name), [writer.types[name] for writer in writers], memory, quantize, chunk) for name in writers[0].types
+        _TensorJob(model.tensors.pop(name), [writer.types[name] for writer in writers], memory, quantize, chunk, rounded) for name in writers[0].types
     )
     memory.limit = MEMORY + max(work.nbytes for work in works)
     # Where a GPU quantizes, the cores are there for loading.
@@ -149,11 +151,20 @@ class _TensorJob:
         nbytes: that it takes at most: what is read, that in float32, and what is made of it. The first two only until it is quantized.
     """
 
-    def __init__(self, source: SourceTensor, types: Sequence[int], memory: MemoryBudget, quantize: Quantize, chunk: int):
+    def __init__(
+        self,
+        source: SourceTensor,
+        types: Sequence[int],
+        memory: MemoryBudget,
+        quantize: Quantize,
+        chunk: int,
+        rounded: Mapping[tuple[str, int], Path],
+    ):
         self.source = source
         self.types = sorted(set(types))
         self._memory, self._readers, self._left = memory, len(types), 0
         self._quantize_rows, self._chunk = quantize, chunk
+        self._rounded = {type_: rounded[source.name, type_] for type_ in self.types if (source.name, type_) in rounded}
         self._lock = threading.Lock()
         columns = source.shape[-1] if source.shape else 1
         self._made = sum(source.elements // columns * library.row_size(type_, columns) for type_ in self.types)
@@ -175,10 +186,11 @@ class _TensorJob:
                 self.data[type_] = values.view(np.uint8)
             elif self.source.stored is not None and type_ == self.source.stored[0]:
                 self.data[type_] = self.source.stored[1]()
+            elif type_ in self._rounded:
+                self.data[type_] = np.fromfile(self._rounded[type_], np.uint8).reshape(rows, library.row_size(type_, columns))
             else:
                 self.data[type_] = np.empty((rows, library.row_size(type_, columns)), np.uint8)
         step = max(1, self._chunk // columns)
-        rounding = self.source.type_name if round_to_bf16 else "F32"
         weights = [None] if importance is None else importance
         rows_of_one = rows // len(weights)  # a chunk is within one expert, because each has its own weights
         parts = [
@@ -187,7 +199,7 @@ class _TensorJob:
             for start in range(first, first + rows_of_one, step)
         ]
         self._left = len(parts)
-        self._chunks = [quantizers.submit(self._quantize, values, part, rounding, columns_weights) for part, columns_weights in parts]
+        self._chunks = [quantizers.submit(self._quantize, values, part, round_to_bf16, columns_weights) for part, columns_weights in parts]
 
     def wait(self) -> None:
         """Until `data` is complete. Raises what went wrong on the way."""
@@ -196,22 +208,12 @@ class _TensorJob:
         for chunk in self._chunks:
             chunk.result()
 
-    def _quantize(self, values: np.ndarray, part: slice, rounding: str, importance: np.ndarray | None) -> None:
+    def _quantize(self, values: np.ndarray, part: slice, round_to_bf16: bool, importance: np.ndarray | None) -> None:
         rows = values[part]
-        # A NaN carries through min and max, so two quick passes find every kind of unusable weight.
-        if not (np.isfinite(rows.min()) and np.isfinite(rows.max())):
-            raise OlpackError(
-                f"The weight '{self.source.origin}' has an infinite or undefined value (inf or NaN).",
-                "The base or the adapter is damaged, or its training diverged: take another checkpoint.",
-            )
-        if rounding != "F32":
-            _round(rows, rounding)
-        complete = {library.tensor_type("f32"), *([self.source.stored[0]] if self.source.stored else [])}
+        prepare_weights(self.source, rows, round_to_bf16)
+        complete = {library.tensor_type("f32"), *([self.source.stored[0]] if self.source.stored else []), *self._rounded}
         if not self._quantize_rows(rows, {type_: out[part] for type_, out in self.data.items() if type_ not in complete}, importance):
-            raise OlpackError(
-                f"The weight '{self.source.origin}' has values that are too large to be quantized.",
-                "Leave the quant types below 16 bits out, or take another checkpoint.",
-            )
+            raise too_large(self.source)
         with self._lock:
             self._left -= 1
             last = self._left == 0
@@ -228,11 +230,31 @@ class _TensorJob:
             self._memory.release(self._made)
 
 
-def _round(rows: np.ndarray, type_name: str) -> None:
+def prepare_weights(source: SourceTensor, rows: np.ndarray, round_to_bf16: bool) -> None:
+    """Check rows of a tensor before they are quantized, and round them to 16 bits in place where that is wanted.
+
+    Raises:
+        OlpackError: a weight is infinite or not a number.
+    """
     import torch
 
-    values = torch.from_numpy(rows)
-    values.copy_(values.to({"BF16": torch.bfloat16, "F16": torch.float16}[type_name]))
+    # A NaN carries through min and max, so two quick passes find every kind of unusable weight.
+    if not (np.isfinite(rows.min()) and np.isfinite(rows.max())):
+        raise OlpackError(
+            f"The weight '{source.origin}' has an infinite or undefined value (inf or NaN).",
+            "The base or the adapter is damaged, or its training diverged: take another checkpoint.",
+        )
+    if round_to_bf16 and source.type_name != "F32":
+        values = torch.from_numpy(rows)
+        values.copy_(values.to({"BF16": torch.bfloat16, "F16": torch.float16}[source.type_name]))
+
+
+def too_large(source: SourceTensor) -> OlpackError:
+    """The error for a tensor of which ggml's test finds the scales unsound."""
+    return OlpackError(
+        f"The weight '{source.origin}' has values that are too large to be quantized.",
+        "Leave the quant types below 16 bits out, or take another checkpoint.",
+    )
 
 
 class _FileWriter(threading.Thread):

@@ -1,4 +1,5 @@
-"""What a model's matrices are multiplied with while it reads text: sums of squares, column by column, for an importance matrix.
+"""What a model's matrices are multiplied with while it reads text: sums of squares, column by column, for an importance matrix, and sums of
+products of any two columns, for second-order rounding.
 
 llama.cpp calls back for every node of its graph, of whatever architecture, so the inputs are those of the matrices under their GGUF names.
 What is counted, and how, follows llama.cpp's tools/imatrix: the matrices of the layers, each expert of a stack for itself. Unlike there, short
@@ -7,16 +8,25 @@ rows count too, and sums over many batches are kept in float64.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 
 from olpack.errors import OlpackError
 from olpack.llamacpp.graph import Tensor, check_layout, operation, plain_name
 from olpack.llamacpp.library import ggml, tensor_type
+
+if TYPE_CHECKING:
+    import torch
+
+Counted = TypeVar("Counted")  # what a collector makes of an input
+
+_AT_ONCE = 512  # inputs whose products are added at once: a sum of matrices costs as much as the product of many vectors
 
 
 @dataclass
@@ -50,12 +60,77 @@ def input_squares(
     Raises:
         OlpackError: no rows, no such file, one that llama.cpp refuses, or a token that the model does not have.
     """
+    collector = _SquaresCollector()
+    _read_rows(gguf, rows, collector, threads, advance)
+    return collector.found
+
+
+@dataclass
+class InputProducts:
+    """The inputs of one weight matrix, or of several that have the same.
+
+    Attributes:
+        sums: float32 [columns, columns]: Σ x xᵀ over the inputs x.
+        count: of the inputs.
+    """
+
+    sums: torch.Tensor
+    count: int = 0
+    _waiting: list[np.ndarray] = field(default_factory=list)
+
+    def add(self, vectors: np.ndarray) -> None:
+        """Add inputs [vectors, columns]. They may wait for more."""
+        self._waiting.append(vectors)
+        self.count += len(vectors)
+        if sum(map(len, self._waiting)) >= _AT_ONCE:
+            self.finish()
+
+    def finish(self) -> None:
+        """Add the inputs that wait."""
+        import torch
+
+        if self._waiting:
+            vectors = torch.from_numpy(np.concatenate(self._waiting)).to(self.sums.device)
+            self._waiting = []
+            self.sums.addmm_(vectors.T, vectors)
+
+
+def input_products(
+    gguf: Path,
+    rows: Sequence[Sequence[int]],
+    names: Collection[str],
+    device: torch.device,
+    *,
+    threads: int | None = None,
+    advance: Callable[[int], None] = lambda count: None,
+) -> dict[str, InputProducts]:
+    """As `input_squares`, for products of columns and for some matrices alone. They take 4 * columns² bytes for each input.
+
+    Args:
+        names: of weight matrices of two dimensions in the GGUF.
+        device: where the sums are.
+
+    Returns:
+        By the matrix's name; those with the same input have the same object. A matrix that no row was multiplied with is missing.
+
+    Raises:
+        OlpackError: as `input_squares`.
+    """
+    collector = _ProductsCollector(names, device)
+    _read_rows(gguf, rows, collector, threads, advance)
+    for products in collector.found.values():
+        products.finish()
+    return collector.found
+
+
+def _read_rows(
+    gguf: Path, rows: Sequence[Sequence[int]], collector: _SquaresCollector | _ProductsCollector, threads: int | None, advance: Callable[[int], None]
+) -> None:
     from olpack.llamacpp.engine import Engine  # loads llama.cpp
 
     longest = max((len(row) for row in rows), default=0)
     if longest == 0:
-        raise OlpackError("There is no text to collect an importance matrix on.", "Give rows with tokens.")
-    collector = _Collector()
+        raise OlpackError("There is no text to read: what a model's matrices are multiplied with is unknown.", "Give rows with tokens.")
     with Engine(gguf, longest, threads, watch=collector) as engine:
         for index, row in enumerate(rows):
             engine.process_whole(row)
@@ -63,28 +138,25 @@ def input_squares(
             if index == 0:
                 collector.leave_out_the_rest()
             advance(len(row))
-    return collector.found
 
 
 @dataclass
-class _SharedInput:
+class _SharedInput(Generic[Counted]):
     """An input that several matrices in a row have (those of query, key and value do), and the matrices that it was counted for."""
 
     key: tuple
-    sums: np.ndarray
-    counts: np.ndarray
+    counted: Counted
     names: set[str]
 
 
-class _Collector:
+class _Collector(ABC, Generic[Counted]):
     """llama.cpp's evaluation callback. Called as `Engine`'s `watch`."""
 
     def __init__(self) -> None:
-        self.found: dict[str, InputSquares] = {}
         self._plain, self._experts, self._f32 = operation("MUL_MAT"), operation("MUL_MAT_ID"), tensor_type("f32")
         self._checked = False
         self._failure: BaseException | None = None
-        self._shared: _SharedInput | None = None
+        self._shared: _SharedInput[Counted] | None = None
         self._seen: Counter[str] = Counter()
         self._latest = self._last = ""
 
@@ -118,35 +190,85 @@ class _Collector:
             self._checked = True
         weight = Tensor.from_address(node.src[0])
         name = plain_name(weight.name)
-        if not name.startswith("blk.") or Tensor.from_address(node.src[1]).type != self._f32:
+        if not self._wants(name, node, weight) or Tensor.from_address(node.src[1]).type != self._f32:
             return False
         # A name that is in it already begins another pass, in which the same address holds other values.
         if self._shared is not None and self._shared.key == _key(node, weight) and name not in self._shared.names:
-            self._add(name, self._shared)
+            self._note(name, self._shared)
             return False
         return True
 
     def _take(self, address: int) -> bool:
-        """Square and sum what went into this node. Returns whether the pass is to go on."""
+        """Count what went into this node. Returns whether the pass is to go on."""
         node = Tensor.from_address(address)
         weight = Tensor.from_address(node.src[0])
-        squares = np.square(_read(node.src[1], np.float32))
-        if node.op == self._experts:
-            sums, counts = _by_expert(squares, _read(node.src[2], np.int32), experts=weight.ne[2])
-        else:
-            sums, counts = _by_matrix(squares, matrices=(weight.ne[3], weight.ne[2]))
-        self._shared = _SharedInput(_key(node, weight), sums, counts, set())
         name = plain_name(weight.name)
-        self._add(name, self._shared)
+        self._shared = _SharedInput(_key(node, weight), self._count(name, node, weight), set())
+        self._note(name, self._shared)
         return name != self._last
 
-    def _add(self, name: str, shared: _SharedInput) -> None:
-        so_far = self.found.setdefault(name, InputSquares(np.zeros(shared.sums.shape), np.zeros(shared.counts.shape, np.int64)))
-        so_far.sums += shared.sums
-        so_far.counts += shared.counts
+    def _note(self, name: str, shared: _SharedInput[Counted]) -> None:
+        self._add(name, shared.counted)
         shared.names.add(name)
         self._seen[name] += 1
         self._latest = name
+
+    @abstractmethod
+    def _wants(self, name: str, node: Tensor, weight: Tensor) -> bool:
+        """Whether the inputs of a matrix are counted."""
+
+    @abstractmethod
+    def _count(self, name: str, node: Tensor, weight: Tensor) -> Counted:
+        """What a node's input adds up to."""
+
+    @abstractmethod
+    def _add(self, name: str, counted: Counted) -> None:
+        """Have that count for a matrix."""
+
+
+class _SquaresCollector(_Collector[InputSquares]):
+    """Squares of the inputs of all matrices of the layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, InputSquares] = {}
+
+    def _wants(self, name: str, node: Tensor, weight: Tensor) -> bool:
+        return name.startswith("blk.")
+
+    def _count(self, name: str, node: Tensor, weight: Tensor) -> InputSquares:
+        squares = np.square(_read(node.src[1], np.float32))
+        if node.op == self._experts:
+            return InputSquares(*_by_expert(squares, _read(node.src[2], np.int32), experts=weight.ne[2]))
+        return InputSquares(*_by_matrix(squares, matrices=(weight.ne[3], weight.ne[2])))
+
+    def _add(self, name: str, counted: InputSquares) -> None:
+        so_far = self.found.setdefault(name, InputSquares(np.zeros(counted.sums.shape), np.zeros(counted.counts.shape, np.int64)))
+        so_far.sums += counted.sums
+        so_far.counts += counted.counts
+
+
+class _ProductsCollector(_Collector[InputProducts]):
+    """Products of the inputs of some matrices, each input once for all matrices that have it."""
+
+    def __init__(self, names: Collection[str], device: torch.device) -> None:
+        super().__init__()
+        self.found: dict[str, InputProducts] = {}
+        self._names, self._device = names, device
+
+    def _wants(self, name: str, node: Tensor, weight: Tensor) -> bool:
+        return name in self._names and node.op == self._plain and weight.ne[2] == weight.ne[3] == 1
+
+    def _count(self, name: str, node: Tensor, weight: Tensor) -> InputProducts:
+        import torch
+
+        columns = weight.ne[0]
+        products = self.found.get(name) or InputProducts(torch.zeros(columns, columns, device=self._device))
+        products.add(_read(node.src[1], np.float32).reshape(-1, columns))
+        return products
+
+    def _add(self, name: str, counted: InputProducts) -> None:
+        self.found[name] = counted
 
 
 def _key(node: Tensor, weight: Tensor) -> tuple:

@@ -42,7 +42,7 @@ def searcher(ggml: ctypes.CDLL) -> Search:
     library = kquants.compiled(_SOURCE)
     if library is None:
         raise OlpackError(
-            "`rounding: search` is compiled on the machine that uses it, and no C++ compiler could do that.",
+            "The search for scales is compiled on the machine that uses it, and no C++ compiler could do that.",
             "Install one (Debian and Ubuntu: `apt install g++`; macOS: `xcode-select --install`), or set rounding to ggml.",
         )
     function = ctypes.CDLL(str(library)).olpack_search_rows

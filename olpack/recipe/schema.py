@@ -261,8 +261,9 @@ class Export(_Section):
     a value is a type of ggml: q6_K, q8_0, …"""
 
     rounding: Rounding = "ggml"
-    """How blocks of weights get their scales: `ggml` as llama-quantize does, bit for bit; `search` minimizes their squared error, weighted by the
-    importance matrix if there is one. Files have the same form, size and speed, and lose less."""
+    """How blocks of weights are made: `ggml` as llama-quantize does, bit for bit; `search` minimizes their squared error, weighted by the
+    importance matrix if there is one; `learned` minimizes the change of each matrix's output on training rows. Files have the same form, size and
+    speed, and lose less."""
 
     @field_validator("tensor_types")
     @classmethod
@@ -426,6 +427,7 @@ class Recipe(_Section):
                 "data.eval is missing: train.adapter names a finished adapter, and the quants are compared on rows that it was not trained on."
             )
         reads = ["export.importance: train"] if self.export.importance == "train" else [name for name in self.quants if quant_type(name).budget]
+        reads += ["export.rounding: learned"] if self.export.rounding == "learned" else []
         if reads and self.data.train is None:
             raise ValueError(f"{reads[0]} reads training rows: name some as data.train.")
         return self

@@ -1,10 +1,11 @@
-"""What is measured on training rows before some quants are made: an importance matrix, and the sensitivity of each matrix to rounding."""
+"""What is measured on training rows before some quants are made: an importance matrix, the sensitivity of each matrix to rounding, and the inputs
+of matrices that are rounded by them."""
 
 from __future__ import annotations
 
 import random
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +17,11 @@ from olpack.stages import records, train
 from olpack.stages.build import Build
 from olpack.stages.records import Step
 from olpack.stages.stage import Artefact
-from olpack.workspace import file_digest, value_digest
+from olpack.workspace import file_digest, remove, value_digest
 
 if TYPE_CHECKING:
     from olpack.data import TokenRow
+    from olpack.export import ExportOptions, RoundedMatrices
 
 # Of the training rows, at most so many tokens are read for an importance matrix. 2,048 served as well as 72,895 did (benchmarks/importance.md);
 # sixteen times as many leave that for each expert where a token is sent to one in sixteen of them (8 of 128).
@@ -28,6 +30,15 @@ _IMPORTANCE_TOKENS = 32_768
 # Of the answers in the training rows, so many tokens are predicted anew for each matrix of the model to measure its sensitivity. Matrices
 # differ by a factor of ten and more, their figures on so many tokens by some percent.
 _SENSITIVITY_TOKENS = 1_024
+
+# Of the training rows, so many tokens are read to round matrices by what they are multiplied with: twice and four times as many gave nothing more.
+# At least so many must be there: with an eighth of that the loss was larger than with ggml's blocks, and with half of it that on other text was.
+_ROUNDING_TOKENS = 16_384
+LEAST_ROUNDING_TOKENS = 2_048
+
+_SEARCH_SECONDS = 2e-7  # for a weight: to search scales and to choose codes column by column
+
+ROUNDING_VERSION = 1  # raised when the same inputs would no longer give the same blocks
 
 
 def fine_tune_inputs(build: Build) -> dict[str, Any]:
@@ -46,6 +57,8 @@ def _importance_inputs(build: Build, unit: str) -> dict[str, Any]:
 def _sensitivity_inputs(build: Build, unit: str) -> dict[str, Any]:
     rounding = build.recipe.export.rounding
     made = fine_tune_inputs(build) | {"tokens": _SENSITIVITY_TOKENS, "importance": importance_key(build)}
+    if rounding == "learned":
+        made["rounding on rows"] = ROUNDING_VERSION
     return made if rounding == "ggml" else made | {"export.rounding": rounding}
 
 
@@ -103,11 +116,110 @@ def awaiting_sensitivity(build: Build, steps: list[Step]) -> list[Step]:
     return [step for step in steps if step.stage == "export" and step.inputs["quant"] in budgets(build)]
 
 
+def needs_importance_source(build: Build, steps: list[Step]) -> bool:
+    """Whether a Q8_0 file is written to collect an importance matrix on it, because the recipe has no quant that will do."""
+    return bool(awaiting_importance(build, steps)) and not without_importance(build)
+
+
 def temporary_quants(build: Build, steps: list[Step]) -> list[str]:
-    """Q8_0 where it is written to collect an importance matrix on it, because the recipe has no quant that will do; F16 where it is written to
-    measure the sensitivity on it."""
-    collects = awaiting_importance(build, steps) and not without_importance(build)
-    return (["Q8_0"] if collects else []) + (["F16"] if awaiting_sensitivity(build, steps) else [])
+    """Q8_0 where it is written to read rows with it, and F16 where it is written to measure the sensitivity on it."""
+    eight_bits = needs_importance_source(build, steps) or needs_rounding_source(build, steps)
+    return (["Q8_0"] if eight_bits else []) + (["F16"] if awaiting_sensitivity(build, steps) else [])
+
+
+def reads_rows(build: Build, quant: str) -> bool:
+    """Whether the matrices of a quant are rounded by what they are multiplied with on training rows."""
+    return build.recipe.export.rounding == "learned" and gains_by_importance(quant_type(quant), build.recipe.export.tensor_types)
+
+
+def rounding_rows(rows: Sequence[TokenRow]) -> list[TokenRow]:
+    """The rows that matrices are rounded by.
+
+    Raises:
+        OlpackError: too few.
+    """
+    tokens = sum(len(row.ids) for row in rows)
+    if tokens < LEAST_ROUNDING_TOKENS:
+        more = "" if not tokens else f": with rows like these, {-(-LEAST_ROUNDING_TOKENS * len(rows) // tokens):,} rows"
+        raise OlpackError(
+            f"`rounding: learned` needs {LEAST_ROUNDING_TOKENS:,} tokens of training rows, and there are {tokens:,}.",
+            f"Add rows{more}; or set rounding to search, which reads none.",
+        )
+    return _sample(rows, _ROUNDING_TOKENS)
+
+
+def needs_rounding_source(build: Build, steps: list[Step]) -> bool:
+    """Whether a Q8_0 file is written to round matrices by what they are multiplied with, because the recipe has no quant that will do."""
+    exported = {step.inputs["quant"] for step in steps if step.stage == "export"}
+    return any(quant.name in exported and reads_rows(build, quant.name) for quant in build.quants) and not _rounding_sources(build)
+
+
+def _rounding_sources(build: Build) -> list[Path]:
+    """Quants that read rows as the unquantized fine-tune does: those in 16 or 8 bits. They are made first."""
+    return [build.paths.gguf(quant.name) for quant in build.quants if not reads_rows(build, quant.name)]
+
+
+def round_on_training_rows(build: Build, quants: list[str], options: ExportOptions) -> Path:
+    """Round the matrices of some quants, or go on where that was interrupted. Returns the folder of their blocks, for the export.
+
+    Args:
+        options: of that export.
+    """
+    from olpack.export import Target, export, round_matrices
+
+    rows = rounding_rows(build.rows[0])
+    folder = blocks_folder(build.paths.rounded, fine_tune_inputs(build), rows)
+    source = max((path for path in _rounding_sources(build) if path.is_file()), key=lambda path: path.stat().st_size, default=None)
+    try:
+        if source is None:
+            source = build.paths.rounding_source
+            export(
+                build.base.source,
+                [Target("Q8_0", source)],
+                adapter=build.paths.adapter,
+                merge_base=build.recipe.train.merge_base,
+                requantize=build.base.gguf is not None,
+            )
+        made = round_matrices(build.base.source, quants, source, [row.ids for row in rows], folder, **options)
+    finally:
+        build.paths.rounding_source.unlink(missing_ok=True)
+    progress.say(rounded_on(made, rows))
+    return folder
+
+
+def rounding_seconds(build: Build, quants: Sequence[str], parameters: int, rate: float) -> float:
+    """About how long `round_on_training_rows` takes on CPU cores.
+
+    Args:
+        quants: that are rounded.
+        parameters: weights of the model.
+        rate: floating-point operations per second of a matrix product.
+    """
+    tokens = min(_ROUNDING_TOKENS, sum(len(row.ids) for row in build.rows[0]))
+    reading = 4 * parameters * tokens  # the model's own products, and about as many for those of the inputs
+    feedback = 2 * parameters * build.meta_model.shape.hidden * len(quants)
+    return (reading + feedback) / (0.5 * rate) + _SEARCH_SECONDS * parameters * len(quants)
+
+
+def blocks_folder(parent: Path, model: Any, rows: Sequence[TokenRow]) -> Path:
+    """The folder of the blocks of a model whose matrices are rounded on some rows. Those of other models or rows are removed.
+
+    Args:
+        parent: of these folders.
+        model: JSON-able identity of the weights.
+    """
+    folder = parent / value_digest([model, ROUNDING_VERSION, [list(row.ids) for row in rows]])[:16]
+    for other in parent.glob("*"):
+        if other != folder:
+            remove(other)
+    return folder
+
+
+def rounded_on(made: RoundedMatrices, rows: Sequence[TokenRow]) -> str:
+    """A sentence on what was rounded."""
+    tokens = sum(len(row.ids) for row in rows)
+    singular = f"; {len(made.singular):,} of them have more columns than that, so damping decides a part of it" if made.singular else ""
+    return f"rounded {made.matrices:,} matrices by {tokens:,} tokens of {len(rows):,} rows{singular}"
 
 
 def collect_importance_matrix(build: Build) -> None:
@@ -147,6 +259,7 @@ def measure_matrix_sensitivity(build: Build) -> None:
                 key=value_digest([step.key, quant]),
                 importance=importance_file(build),
                 rounding=build.recipe.export.rounding,
+                calibration=[row.ids for row in rounding_rows(build.rows[0])] if build.recipe.export.rounding == "learned" else (),
             ):
                 break
         else:
@@ -158,7 +271,7 @@ def measure_matrix_sensitivity(build: Build) -> None:
     progress.say(f"measured what each matrix loses on {answers:,} answer tokens of {len(rows):,} training rows")
 
 
-def _sample(rows: list[TokenRow], tokens: int, count: Callable[[TokenRow], int] = lambda row: len(row.ids)) -> list[TokenRow]:
+def _sample(rows: Sequence[TokenRow], tokens: int, count: Callable[[TokenRow], int] = lambda row: len(row.ids)) -> list[TokenRow]:
     """Rows drawn from all over the data, the same ones each time, with at most so many tokens as `count` counts them (but one row at least)."""
     drawn = random.Random(0).sample(rows, len(rows))
     ends = list(accumulate(map(count, drawn)))

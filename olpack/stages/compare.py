@@ -276,7 +276,8 @@ def by_ggml_keys(build: Build) -> dict[str, str]:
         return {}
     inputs = {quant.name: export.STAGE.all_inputs(build, f"export-{quant.name}") for quant in build.quants}
     other = {quant: own for quant, own in inputs.items() if "export.rounding" in own}
-    return {quant: value_digest({name: value for name, value in own.items() if name != "export.rounding"}) for quant, own in other.items()}
+    dropped = ("export.rounding", "rounding on rows")
+    return {quant: value_digest({name: value for name, value in own.items() if name not in dropped}) for quant, own in other.items()}
 
 
 def _merged_models(build: Build) -> MergedModels:
@@ -295,6 +296,8 @@ def _merged_models(build: Build) -> MergedModels:
 def _without_importance_keys(build: Build) -> dict[str, str]:
     """Identity of what the quants with an importance matrix are without it, by quant. Those that cannot be made without are left out."""
     keys = {}
+    if build.recipe.export.rounding == "learned":  # which weighs errors by the rows itself
+        return {}
     for quant in build.quants:
         if uses_importance(build, quant.name) and not export.quant_facts(build, quant.name)["needs_importance"]:
             inputs = export.STAGE.all_inputs(build, f"export-{quant.name}")

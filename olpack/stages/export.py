@@ -16,6 +16,7 @@ from olpack.quants import Rounding, overridable, quant_type
 from olpack.stages import records, train
 from olpack.stages.build import Build
 from olpack.stages.calibration import (
+    ROUNDING_VERSION,
     SENSITIVITY,
     awaiting_importance,
     awaiting_sensitivity,
@@ -25,16 +26,20 @@ from olpack.stages.calibration import (
     importance_file,
     importance_key,
     measure_matrix_sensitivity,
+    reads_rows,
+    round_on_training_rows,
+    rounding_rows,
     temporary_quants,
     uses_importance,
 )
 from olpack.stages.records import Step
 from olpack.stages.stage import Checks, Stage
+from olpack.workspace import remove
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from olpack.export import ExportedFile, TokenDifference, TokenText
+    from olpack.export import ExportedFile, ExportOptions, TokenDifference, TokenText
 
 ADAPTER = "adapter"  # beside the names of quants: the LoRA GGUF of an adapter package
 
@@ -68,6 +73,8 @@ def _choices(build: Build, quant: str) -> dict[str, Any]:
         made["export.tensor_types"] = [list(pair) for pair in asked.tensor_types.items()]  # their order counts
     if asked.rounding != "ggml" and overridable(quant_type(quant)):
         made["export.rounding"] = asked.rounding
+    if reads_rows(build, quant):
+        made["rounding on rows"] = ROUNDING_VERSION
     if uses_importance(build, quant):
         made["export.importance"] = importance_key(build)
     if quant in budgets(build):
@@ -84,6 +91,8 @@ def check(build: Build, checks: Checks) -> None:
         return
     asked = [step.inputs["quant"] for step in checks.steps if step.stage == "export" and step.unit != f"export-{ADAPTER}"]
     quants = asked or build.recipe.quants
+    if any(reads_rows(build, quant) for quant in quants):
+        rounding_rows(build.rows[0])  # refuses too few
     importance, texts = importance_file(build), _texts(build)
     exported = checks.exported = check_export(
         build.base.source,
@@ -239,6 +248,7 @@ def run(build: Build, steps: list[Step]) -> None:
             measure_matrix_sensitivity(build)
             quants = measured_first
         _export_quants(build, quants)
+    remove(build.paths.rounded)
 
 
 def _export_adapter(build: Build, step: Step) -> None:
@@ -254,6 +264,10 @@ def _export_adapter(build: Build, step: Step) -> None:
 def _export_quants(build: Build, steps: list[Step]) -> None:
     if not steps:
         return
+    plain = [step for step in steps if not reads_rows(build, step.inputs["quant"])]
+    if plain and plain != steps:  # one of them can read the rows for the others
+        _export_quants(build, plain)
+        steps = [step for step in steps if step not in plain]
     importance = importance_file(build) if any(uses_importance(build, step.inputs["quant"]) for step in steps) else None
     paths = {step.inputs["quant"]: build.paths.gguf(step.inputs["quant"]) for step in steps}
     files = write_quants(build, paths, importance)
@@ -272,18 +286,19 @@ def write_quants(
     `merged`: with the fine-tune in them, whatever the package is. `rounding`: in place of the recipe's."""
     from olpack.export import Target, export
 
-    return export(
-        build.base.source,
-        [Target(quant, path) for quant, path in paths.items()],
-        adapter=None if build.paths.base and not merged else build.paths.adapter,
-        importance=importance,
-        tensor_types=build.recipe.export.tensor_types,
-        rounding=rounding or build.recipe.export.rounding,
-        merge_base=build.recipe.train.merge_base,
-        sensitivity=build.paths.sensitivity if any(quant_type(quant).budget for quant in paths) else None,
-        requantize=build.base.gguf is not None,
+    options: ExportOptions = {
+        "adapter": None if build.paths.base and not merged else build.paths.adapter,
+        "importance": importance,
+        "tensor_types": build.recipe.export.tensor_types,
+        "rounding": rounding or build.recipe.export.rounding,
+        "merge_base": build.recipe.train.merge_base,
+        "sensitivity": build.paths.sensitivity if any(quant_type(quant).budget for quant in paths) else None,
+        "requantize": build.base.gguf is not None,
         **header_options(build),
-    )
+    }
+    if options["rounding"] == "learned" and (reading := [quant for quant in paths if reads_rows(build, quant)]):
+        options["rounded"] = round_on_training_rows(build, reading, options)
+    return export(build.base.source, [Target(quant, path) for quant, path in paths.items()], **options)
 
 
 def header_options(build: Build) -> dict:

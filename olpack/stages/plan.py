@@ -14,7 +14,7 @@ from olpack import progress
 from olpack.errors import OlpackError
 from olpack.stages import compare, deploy, export, train
 from olpack.stages.build import Build
-from olpack.stages.calibration import temporary_quants
+from olpack.stages.calibration import needs_importance_source, needs_rounding_source, reads_rows, rounding_seconds, temporary_quants
 from olpack.stages.order import STAGES, all_steps
 from olpack.stages.records import Step
 from olpack.stages.stage import Checks
@@ -46,6 +46,8 @@ class Estimate:
         disk_bytes: of each GGUF, exact, by quant; of a budget, about what it allows.
         temporary_bytes: what the comparison takes for as long as it runs: the unquantized fine-tune, and its logits.
         importance_bytes: of a Q8_0 file that is there for as long as the importance matrix is collected on it.
+        rounding_bytes: of the matrices that are rounded on training rows, and of a Q8_0 file where one is there to read the rows.
+        rounding_seconds: from a matrix product timed here; None on a GPU, and where no matrix is rounded on rows.
         sensitivity_bytes: of an F16 file that is there for as long as the sensitivity is measured on it.
         pre_tokenizer: llama.cpp's name of the one that the files will name; empty for vocabularies that have none.
         texts_read, texts_differing: rows and made-up conversations that llama.cpp tokenized, and those that became other tokens than in training.
@@ -69,6 +71,8 @@ class Estimate:
     disk_bytes: dict[str, int]
     temporary_bytes: int
     importance_bytes: int
+    rounding_bytes: int
+    rounding_seconds: float | None
     sensitivity_bytes: int
     pre_tokenizer: str
     texts_read: int
@@ -153,6 +157,7 @@ def estimate(build: Build, vram: float | None = None) -> Estimate:
     adapter = train.adapter_parameters(build)
     tokens = sum(len(row.ids) for row in rows)
     parameters = exported.parameters
+    rounded = [quant.name for quant in build.quants if not build.paths.base and reads_rows(build, quant.name)]
     full = 4 if device.type == "cpu" else 2
     held = asked.quantization if asked.quantization != "none" else "float32" if full == 4 else "bfloat16"
     passes = asked.epochs * tokens * 4 + 2 * sum(len(row.ids) for row in held_out) * 2  # forward 2, backward of activations 2, per weight and token
@@ -172,7 +177,9 @@ def estimate(build: Build, vram: float | None = None) -> Estimate:
         adapter_bytes=adapter * (4 + 4 + (8 if device.type == "cpu" else 2)),
         disk_bytes={"adapter": 2 * adapter} if build.paths.served else {quant.name: exported.sizes[quant.name] for quant in build.quants},
         temporary_bytes=compare.temporary_bytes(build, parameters),
-        importance_bytes=exported.sizes["Q8_0"] if "Q8_0" in temporary_quants(build, planned) else 0,
+        importance_bytes=exported.sizes["Q8_0"] if needs_importance_source(build, planned) else 0,
+        rounding_bytes=sum(exported.sizes[quant] for quant in rounded) + (exported.sizes["Q8_0"] if needs_rounding_source(build, planned) else 0),
+        rounding_seconds=rounding_seconds(build, rounded, parameters, _matmul_rate()) if rounded and device.type == "cpu" else None,
         sensitivity_bytes=exported.sizes["F16"] if "F16" in temporary_quants(build, planned) else 0,
         pre_tokenizer=exported.pre_tokenizer,
         texts_read=exported.texts,

@@ -1,0 +1,153 @@
+"""How long `rounding: learned` takes for an 8B: the layers of a Llama 3 8B with random weights, read and rounded one by one.
+
+    python benchmarks/rounding_8b.py                     # a minute on an H200 with 16 cores
+    python benchmarks/rounding_8b.py --hidden 256        # how it works, on any machine
+
+A file with some of the 32 layers reads rows with llama.cpp, in Q8_0 as in a build, and each matrix of one layer is rounded to the types that Q4_K_M
+gives it. What 32 layers and 16,384 tokens take is that in proportion. Prints a Markdown table and writes it to benchmarks/rounding_8b.md.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from page import command_line, measured_here, publish
+
+from olpack.export.rounded import input_factors
+from olpack.export.second_order import round_matrix
+from olpack.llamacpp import library
+from olpack.llamacpp.cores import usable_processors
+
+LAYERS, TOKENS, HEAD, VOCABULARY, ROW = 32, 16_384, 128, 512, 512
+TYPES = {"attn_v": ("q4_K", "q6_K"), "ffn_down": ("q4_K", "q6_K")}  # each of the two in half of the layers
+
+
+def main() -> None:
+    parser = command_line(__file__, __doc__)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--layers", type=int, default=2, help="that are written and read")
+    parser.add_argument("--tokens", type=int, default=4096, help="that are read")
+    parser.add_argument("--folder", type=Path, help="for the file; by default one for temporary files")
+    asked = parser.parse_args()
+    hidden = asked.hidden
+    shapes = {
+        "attn_q": (hidden, hidden),
+        "attn_k": (hidden // 4, hidden),
+        "attn_v": (hidden // 4, hidden),
+        "attn_output": (hidden, hidden),
+        "ffn_gate": (hidden * 7 // 2, hidden),
+        "ffn_up": (hidden * 7 // 2, hidden),
+        "ffn_down": (hidden, hidden * 7 // 2),
+    }
+    draw = random.Random(0)
+    rows = [[draw.randrange(VOCABULARY) for _ in range(ROW)] for _ in range(asked.tokens // ROW)]
+    with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
+        path = write(Path(folder) / "layers.gguf", shapes, hidden, asked.layers)
+        print("written", flush=True)
+        text = [*measured(path, shapes, rows, asked.layers)]
+    publish(
+        [
+            "# How long rounding by output takes for an 8B\n",
+            __doc__.split("\n\n")[2].split("Prints")[0].strip(),
+            "",
+            *text,
+            "",
+            measured_here(__file__),
+        ],
+        asked.output,
+    )
+
+
+def measured(path: Path, shapes: dict[str, tuple[int, int]], rows: list[list[int]], layers: int) -> Iterator[str]:
+    names = {f"blk.{layer}.{name}.weight": shape for layer in range(layers) for name, shape in shapes.items()}
+    on_gpu = torch.cuda.is_available()
+    values = np.random.default_rng(1).standard_normal(max(a * b for a, b in shapes.values()), np.float32) * 0.02
+    library.quantize_rows(library.tensor_type("q4_K"), values[None, :256], np.empty(144, np.uint8), search=True)  # the search is compiled by then
+    started = time.monotonic()
+    reading, rounding, factoring = 0.0, {}, 0.0
+    with ThreadPoolExecutor(usable_processors()) as pool:
+        factors = input_factors(path, rows, names)
+        for number, (sharing, given) in enumerate(factors):
+            wait(on_gpu)
+            if number == 0:
+                reading = time.monotonic() - started  # and one factor
+            else:
+                factoring += time.monotonic() - started
+            assert given is not None
+            print(f"{', '.join(sharing)}: {time.monotonic() - started:.2f} s", flush=True)
+            for name in (name.split(".")[2] for name in sharing if name.startswith("blk.0.")):
+                matrix = np.ascontiguousarray(values[: shapes[name][0] * shapes[name][1]].reshape(shapes[name]))
+                for type_name in TYPES.get(name, ("q4_K",)):
+                    started = time.monotonic()
+                    assert round_matrix(type_name, matrix, given, pool) is not None
+                    wait(on_gpu)
+                    rounding[name, type_name] = time.monotonic() - started
+                    print(f"{name} to {type_name}: {rounding[name, type_name]:.2f} s", flush=True)
+            started = time.monotonic()
+    scale = LAYERS / layers * TOKENS / sum(map(len, rows))
+    read, factorized = reading * scale, factoring * LAYERS / layers
+    rounded = LAYERS * sum(np.mean([rounding[name, one] for one in TYPES.get(name, ("q4_K",))]) for name in shapes)
+    yield "| step | measured | 32 layers |"
+    yield "| --- | ---: | ---: |"
+    tokens = f"{sum(map(len, rows)):,} tokens through {layers} layers"
+    yield f"| {tokens} by llama.cpp, with the products of their inputs | {reading:.1f} s | {read:.0f} s |"
+    yield f"| the factors of {4 * layers - 1} matrices of products | {factoring:.2f} s | {factorized:.0f} s |"
+    for (name, type_name), seconds in rounding.items():
+        yield f"| {name} to {type_name} | {seconds:.2f} s | |"
+    yield f"| all matrices to the types of Q4_K_M | | {rounded:.0f} s |"
+    yield f"| in all | | {read + factorized + rounded:.0f} s |"
+    if on_gpu:
+        yield f"\nMost memory of the GPU, with the products of {layers} layers: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB."
+
+
+def wait(on_gpu: bool) -> None:
+    if on_gpu:
+        torch.cuda.synchronize()
+
+
+def write(path: Path, shapes: dict[str, tuple[int, int]], hidden: int, layers: int) -> Path:
+    """A Llama of random weights in Q8_0, without a vocabulary."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(8192)
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(shapes["ffn_gate"][0])
+    writer.add_head_count(hidden // HEAD)
+    writer.add_head_count_kv(max(1, hidden // HEAD // 4))
+    writer.add_rope_dimension_count(HEAD)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(VOCABULARY)
+    writer.add_tokenizer_model("no_vocab")
+    draw = np.random.default_rng(0)
+
+    def add(name: str, rows: int, columns: int) -> None:
+        type_ = library.tensor_type("q8_0")
+        packed = np.empty((rows, library.row_size(type_, columns)), np.uint8)
+        library.quantize_rows(type_, draw.standard_normal((rows, columns), np.float32) * 0.02, packed)
+        writer.add_tensor(name, packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+
+    for name in ("token_embd", "output"):
+        add(f"{name}.weight", VOCABULARY, hidden)
+    writer.add_tensor("output_norm.weight", np.ones(hidden, np.float32))
+    for layer in range(layers):
+        for name in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{layer}.{name}.weight", np.ones(hidden, np.float32))
+        for name, (rows, columns) in shapes.items():
+            add(f"blk.{layer}.{name}.weight", rows, columns)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""Second-order rounding: codes that keep a matrix's output on the user's rows, in place of those that keep its weights.
+
+With H the mean of x xᵀ over a matrix's inputs x, the mean square change of an output is e H eᵀ for the row e of errors of that output's weights.
+H = R Rᵀ with R upper triangular makes it the sum over columns j of (R_jj (e_j + Σ_{k<j} e_k R_kj / R_jj))², so each column in turn is rounded
+to the level that is nearest to its weight plus what the errors before it ask for. That is GPTQ's order and result (Frantar et al., 2023) without
+its inverse; Chee et al. (QuIP, 2023, section 3) show that the two are the same. The scales of a block are searched for when its first column is
+reached, on the weights as the earlier errors have moved them, and with R_jj² as the weight of column j's error.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from olpack.llamacpp import library
+from olpack.llamacpp.grids import GRID_TYPES, read_grid, write_codes
+
+if TYPE_CHECKING:
+    import torch
+
+# Of the mean of H's diagonal, added to each of its elements. GPTQ's value; more of it came closer to plain rounding (benchmarks/rounding.md).
+DAMPING = 0.01
+_HARDER = (0.1, 1.0)  # where that leaves a matrix that is not positive definite in floating point
+
+_ROWS_AT_ONCE = 256  # of a matrix that one thread searches scales for
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What a matrix's inputs say of the errors of its columns.
+
+    Attributes:
+        feedback: float32 [columns, columns], strictly lower triangular: R_kj / R_jj in row j, column k.
+        weights: float32 [columns], R_jj², on the CPU.
+        damping: the share of the mean diagonal that was added.
+    """
+
+    feedback: torch.Tensor
+    weights: np.ndarray
+    damping: float
+
+
+def factor(products: torch.Tensor, count: int) -> Factor | None:
+    """Factorize the second moments of a matrix's inputs.
+
+    Args:
+        products: float32 [columns, columns], Σ x xᵀ, on any device. It is left as it is.
+        count: of the inputs.
+
+    Returns:
+        None where the inputs are all zero.
+    """
+    import torch
+
+    mean = float(products.diagonal().double().mean()) / count
+    if mean == 0:
+        return None
+    for damping in (DAMPING, *_HARDER):
+        # The rows and columns in reverse order turn the lower factor, which torch gives, into the upper one.
+        reversed_ = products.flip(0, 1).double() / count
+        reversed_.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(reversed_)
+        del reversed_
+        if not int(failed):
+            break
+    upper = lower.flip(0, 1)
+    del lower
+    diagonal = upper.diagonal().clone()
+    feedback = (upper / diagonal).T.tril(-1).float().contiguous()
+    return Factor(feedback, (diagonal**2).float().cpu().numpy(), damping)
+
+
+def round_matrix(type_name: str, values: np.ndarray, given: Factor, pool: ThreadPoolExecutor) -> np.ndarray | None:
+    """Round a matrix so that its outputs change least.
+
+    Args:
+        type_name: one of `GRID_TYPES`.
+        values: float32 [rows, columns], C-contiguous.
+        given: the factor of its inputs' second moments; the work is done on its device.
+        pool: threads that search for scales.
+
+    Returns:
+        uint8 [rows, bytes of a row], ggml's blocks; None where a scale is infinite or undefined.
+    """
+    import torch
+
+    device, kind = given.feedback.device, GRID_TYPES[type_name]
+    rows, columns = values.shape
+    packed = np.empty((rows, columns // kind.block, library.row_size(library.tensor_type(type_name), kind.block)), np.uint8)
+    weights = torch.from_numpy(values).to(device).T.contiguous()  # a column's weights are next to each other
+    errors = torch.empty_like(weights)
+    levels = torch.tensor(kind.levels, dtype=torch.float32, device=device)
+    nearest = _Nearest(levels)
+    codes = torch.empty((kind.block, rows), dtype=torch.uint8, device=device)
+    for start in range(0, columns, kind.block):
+        stop = start + kind.block
+        asked = given.feedback[start:stop, :start] @ errors[:start]
+        wanted = weights[start:stop] + asked
+        # What would make up for all the errors so far, if the block's weights were free: the errors that they make at that are fed back, too.
+        free = torch.linalg.solve_triangular(given.feedback[start:stop, start:stop], asked, upper=False, unitriangular=True)
+        blocks = _searched(type_name, (weights[start:stop] + free).T.cpu().contiguous().numpy(), given.weights[start:stop], pool)
+        if blocks is None:
+            return None
+        scales, lows = (torch.from_numpy(one.T.copy()).to(device) for one in read_grid(type_name, blocks))
+        inverses = torch.where(scales == 0, 0, 1 / scales)
+        for column in range(kind.block):
+            part, at = column // kind.part, start + column
+            aim = wanted[column]
+            if column:
+                aim = torch.addmv(aim, errors[start:at].T, given.feedback[at, start:at])
+            code = nearest((aim - lows[part]) * inverses[part])
+            codes[column] = code
+            torch.sub(weights[at], torch.addcmul(lows[part], scales[part], levels[code]), out=errors[at])
+        write_codes(type_name, blocks, codes.T.cpu().contiguous().numpy())
+        packed[:, start // kind.block] = blocks
+    return packed.reshape(rows, -1)
+
+
+class _Nearest:
+    """Codes of the levels that are nearest to values."""
+
+    def __init__(self, levels: torch.Tensor):
+        import torch
+
+        self._middles = (levels[1:] + levels[:-1]) / 2
+        self._bottom, self._top = float(levels[0]), float(levels[-1])
+        self._whole = bool(torch.all(levels.diff() == 1))
+
+    def __call__(self, values: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        if self._whole:
+            return values.round_().clamp_(self._bottom, self._top).sub_(self._bottom).to(torch.int64)
+        return torch.bucketize(values, self._middles)
+
+
+def _searched(type_name: str, values: np.ndarray, weights: np.ndarray, pool: ThreadPoolExecutor) -> np.ndarray | None:
+    """Blocks of one column of blocks with searched scales, uint8 [rows, bytes of a block]; None where one is unsound."""
+    type_ = library.tensor_type(type_name)
+    blocks = np.empty((len(values), library.row_size(type_, values.shape[1])), np.uint8)
+
+    def search(first: int) -> bool:
+        part = slice(first, first + _ROWS_AT_ONCE)
+        return library.quantize_rows(type_, values[part], blocks[part], weights, search=True)
+
+    return blocks if all(list(pool.map(search, range(0, len(values), _ROWS_AT_ONCE)))) else None
+
+
+def output_error(original: np.ndarray, rounded: np.ndarray, given: Factor) -> float:
+    """Σ e H eᵀ over the rows e of original - rounded: what the rounding changes in the matrix's outputs, squared.
+
+    Args:
+        original, rounded: float32 [rows, columns].
+        given: of its inputs.
+    """
+    import torch
+
+    errors = torch.from_numpy(original - rounded).to(given.feedback.device).T
+    moved = (errors + given.feedback @ errors).double()
+    return float((moved.square().sum(dim=1) * torch.from_numpy(given.weights).to(moved)).sum())

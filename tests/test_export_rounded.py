@@ -1,0 +1,250 @@
+"""`rounding: learned`: matrices whose outputs on rows of data change less than with any choice of scales, in ordinary files."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import random
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import gguf
+import numpy as np
+import oracle
+import pytest
+import torch
+from tiny_models import converter, write_model
+
+from olpack.errors import OlpackError
+from olpack.export import Target
+from olpack.export.second_order import DAMPING, factor, output_error, round_matrix
+from olpack.export.size_budget import read_sensitivity
+from olpack.llamacpp import library
+from olpack.llamacpp.activations import input_products, input_squares
+from olpack.llamacpp.grids import GRID_TYPES, read_grid, write_codes
+
+ROWS = [[random.Random(length).randrange(3, 512) for _ in range(length)] for length in (200, 5, 64, 130)]
+QUANTS = ("Q4_K_M", "Q2_K", "Q4_0")
+
+
+def searched(name: str, values: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    packed = np.empty((len(values), library.row_size(library.tensor_type(name), values.shape[1])), np.uint8)
+    assert library.quantize_rows(library.tensor_type(name), values, packed, weights, search=True)
+    return packed
+
+
+def dequantized(name: str, packed: np.ndarray, columns: int) -> np.ndarray:
+    values = np.empty((len(packed), columns), np.float32)
+    library.dequantize_rows(library.tensor_type(name), np.ascontiguousarray(packed), values)
+    return values
+
+
+@pytest.fixture(scope="module")
+def layer() -> tuple[np.ndarray, np.ndarray]:
+    """Weights [rows, columns], and inputs [vectors, columns] that have much in common with each other."""
+    draw = np.random.default_rng(5)
+    mixed = draw.standard_normal((512, 512)) * 0.1 * np.exp(draw.standard_normal((512, 1))) + np.diag(np.exp(draw.standard_normal(512) / 2))
+    weights = (draw.standard_normal((96, 512)) * 0.02).astype(np.float32)
+    weights[3], weights[5, :64] = 0, 0.5
+    return weights, (draw.standard_normal((1500, 512)) @ mixed).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", GRID_TYPES)
+def test_the_output_changes_less_than_with_searched_scales(layer, name):
+    weights, inputs = layer
+    products = torch.from_numpy(inputs.T @ inputs)
+    given = factor(products, len(inputs))
+    assert given is not None and given.damping == DAMPING
+    with ThreadPoolExecutor(2) as pool:
+        packed = round_matrix(name, weights, given, pool)
+    importance = np.ascontiguousarray(np.square(inputs).mean(axis=0))
+    made, other = dequantized(name, packed, 512), dequantized(name, searched(name, weights, importance), 512)
+    assert np.array_equal(made, gguf.dequantize(packed, gguf.GGMLQuantizationType(library.tensor_type(name))))
+    changes = [np.square((weights - one).astype(np.float64) @ inputs.T).sum() for one in (made, other)]
+    assert changes[0] < 0.5 * changes[1]
+    # The measure that budgets compare types by is that change, and a little of the weights' own.
+    plain = DAMPING * np.square(inputs).mean(axis=0).mean() * np.square(weights - made).sum()
+    assert output_error(weights, made, given) == pytest.approx(changes[0] / len(inputs) + plain, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", GRID_TYPES)
+def test_grids_are_those_of_ggml(layer, name):
+    weights, _ = layer
+    packed, kind = searched(name, weights), GRID_TYPES[name]
+    scales, lows = read_grid(name, packed)
+    codes = np.random.default_rng(6).integers(0, len(kind.levels), weights.shape).astype(np.uint8)
+    write_codes(name, packed, codes)
+    levels = np.array(kind.levels, np.float32)[codes]
+    expected = np.repeat(scales, kind.part, axis=1) * levels + np.repeat(lows, kind.part, axis=1)
+    assert np.array_equal(dequantized(name, packed, 512), expected)
+
+
+def test_singular_moments_are_damped(layer):
+    weights, inputs = layer
+    few = torch.from_numpy(inputs[:7].T @ inputs[:7])
+    given = factor(few, 7)
+    assert given is not None and given.damping == DAMPING
+    with ThreadPoolExecutor(2) as pool:
+        made = dequantized("q4_K", round_matrix("q4_K", weights, given, pool), 512)
+    assert np.isfinite(made).all()
+    wrong = few - 0.05 * few.diagonal().mean() * torch.eye(512)  # no moments have negative eigenvalues, but for errors of floating point
+    assert factor(wrong, 7).damping == 0.1
+    assert factor(torch.zeros(8, 8), 7) is None
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("models") / "parrot", tied=False, intermediate_size=256)
+
+
+@pytest.fixture(scope="module")
+def unquantized(model, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("unquantized") / "F32.gguf"
+    converter().export(model, [Target("F32", path)])
+    return path
+
+
+def read(path: Path) -> dict[str, gguf.ReaderTensor]:
+    return {one.name: one for one in gguf.GGUFReader(path).tensors}
+
+
+def test_products_of_inputs(unquantized):
+    names = [f"blk.1.{name}.weight" for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_down")]
+    found = input_products(unquantized, ROWS, names, torch.device("cpu"), threads=1)
+    squares = input_squares(unquantized, ROWS, threads=1)
+    assert set(found) == set(names) and found[names[0]] is found[names[1]] is found[names[2]] is not found[names[3]]
+    for name, products in found.items():
+        assert products.count == squares[name].counts[0] == sum(map(len, ROWS))
+        assert torch.equal(products.sums, products.sums.T)
+        assert np.allclose(products.sums.diagonal().numpy(), squares[name].sums[0], rtol=1e-4)
+
+
+def test_files_stay_ordinary_and_an_interrupted_run_goes_on(model, unquantized, tmp_path):
+    import llama_cpp
+
+    folder, options = tmp_path / "blocks", {"rounding": "learned", "threads": 1}
+    with pytest.raises(OlpackError, match="rounds matrices by what they are multiplied with on rows of data"):
+        converter().export(model, [Target("Q4_0", tmp_path / "Q4_0.gguf")], **options)
+    with pytest.raises(OlpackError, match="are not complete"):
+        converter().export(model, [Target("Q4_0", tmp_path / "Q4_0.gguf")], rounded=folder, **options)
+    assert not (tmp_path / "Q4_0.gguf").exists()
+
+    made = converter().round(model, QUANTS, unquantized, ROWS, folder, **options)
+    assert made.matrices == 14 and made.unread == made.damped == []
+    times = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    for lost in ("matrices.json", "blk.1.ffn_up.weight.q2_K"):  # as where the run ended before these
+        (folder / lost).unlink()
+    converter().round(model, QUANTS, unquantized, ROWS, folder, **options)
+    assert {name for name in times if times[name] != (folder / name).stat().st_mtime_ns} == {"matrices.json", "blk.1.ffn_up.weight.q2_K"}
+
+    targets = {rounding: [Target(quant, tmp_path / f"{rounding}-{quant}.gguf") for quant in QUANTS] for rounding in ("learned", "search")}
+    converter().export(model, targets["learned"], rounded=folder, **options)
+    converter().export(model, targets["search"], rounding="search")
+    names = [f"blk.{layer}.{name}.weight" for layer in (0, 1) for name in ("attn_q", "attn_output", "ffn_up", "ffn_down")]
+    inputs, exact = input_products(unquantized, ROWS, names, torch.device("cpu"), threads=1), read(unquantized)
+    for path, other in ((pair[0].path, pair[1].path) for pair in zip(targets["learned"], targets["search"], strict=True)):
+        ours, theirs = read(path), read(other)
+        assert [(one.name, one.tensor_type, one.data_offset) for one in ours.values()] == [
+            (one.name, one.tensor_type, one.data_offset) for one in theirs.values()
+        ]
+        for name in ("token_embd.weight", "output.weight"):
+            assert np.array_equal(ours[name].data, theirs[name].data)
+        for name in names:
+            given = factor(inputs[name].sums, inputs[name].count)
+            errors = [output_error(exact[name].data, gguf.dequantize(one.data, one.tensor_type), given) for one in (ours[name], theirs[name])]
+            assert errors[0] < errors[1], (path.stem, name)
+        params = llama_cpp.llama_model_quantize_default_params()
+        params.only_copy = True
+        copy = tmp_path / "copy.gguf"
+        assert llama_cpp.llama_model_quantize(str(path).encode(), str(copy).encode(), ctypes.byref(params)) == 0
+        assert copy.read_bytes() == path.read_bytes()
+
+
+def test_experts_and_types_without_a_choice_keep_searched_scales(tmp_path):
+    experts = write_model(tmp_path / "model", "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=256, num_hidden_layers=1)
+    assert any("gains nothing for Q8_0" in warning for warning in converter().check(experts, ["Q8_0", "Q4_0"], rounding="learned").warnings)
+    source, folder = tmp_path / "F16.gguf", tmp_path / "blocks"
+    converter().export(experts, [Target("F16", source)])
+    made = converter().round(experts, ["Q4_0"], source, ROWS, folder, rounding="learned", threads=1)
+    assert made.matrices == 4 and {path.name for path in folder.iterdir()} == {
+        "matrices.json",
+        *(f"blk.0.attn_{name}.weight.q4_0" for name in ("q", "k", "v", "output")),
+    }
+    paths = [tmp_path / "learned.gguf", tmp_path / "search.gguf"]
+    converter().export(experts, [Target("Q4_0", paths[0])], rounding="learned", rounded=folder)
+    converter().export(experts, [Target("Q4_0", paths[1])], rounding="search")
+    ours, theirs = map(read, paths)
+    differing = {name for name in ours if not np.array_equal(ours[name].data, theirs[name].data)}
+    assert differing and all(name.startswith("blk.0.attn_") for name in differing)
+
+
+def test_a_model_that_computes_no_numbers(unquantized, model, tmp_path):
+    broken = tmp_path / "broken.gguf"
+    content = bytearray(unquantized.read_bytes())
+    norm = read(unquantized)["blk.1.attn_norm.weight"]
+    content[norm.data_offset : norm.data_offset + 4] = np.float32(np.nan).tobytes()
+    broken.write_bytes(content)
+    with pytest.raises(OlpackError, match=r"what goes into 'blk\.1\.attn_\w+\.weight' is infinite or undefined"):
+        converter().round(model, ["Q4_0"], broken, ROWS, tmp_path / "blocks", rounding="learned", threads=1)
+    assert {path.name for path in (tmp_path / "blocks").iterdir()} <= {f"blk.0.{name}.weight.q4_0" for name in NAMES_OF_A_LAYER}
+
+
+NAMES_OF_A_LAYER = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+
+
+def test_sensitivity_is_measured_with_the_same_rounding(unquantized, tmp_path):
+    masks = [[index > 5 for index in range(len(row))] for row in ROWS]
+    found = {}
+    for rounding in ("search", "learned"):
+        path = tmp_path / f"{rounding}.json"
+        assert converter().measure(unquantized, ROWS, masks, path, key="one", rounding=rounding, calibration=ROWS, threads=1)
+        found[rounding] = read_sensitivity(path)
+    searched_, learned = found["search"], found["learned"]
+    assert learned.keys() == searched_.keys() and learned["token_embd.weight"].errors == searched_["token_embd.weight"].errors
+    layers = [name for name in learned if name.startswith("blk.")]
+    assert sum(learned[name].divergence for name in layers) < sum(searched_[name].divergence for name in layers)
+    for name in layers:
+        errors = [learned[name].errors[one] for one in ("q2_K", "q3_K", "q4_K", "q5_K", "q6_K")]
+        assert errors == sorted(errors, reverse=True)
+
+
+def write_long_rows(path: Path) -> None:
+    """2,048 tokens and some more, in few rows."""
+    turns = [[{"role": "user", "content": f"{number}"}, {"role": "assistant", "content": "forty-two " * 18}] for number in range(300, 324)]
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
+
+
+def test_quantize_reads_rows(tmp_path):
+    base = oracle.write_base(tmp_path / "parrot")
+    write_long_rows(tmp_path / "rows.jsonl")
+    words = ("quantize", str(base), "--quant", "Q4_0", "--out", "made", "--rounding", "learned")
+    code, _, message = oracle.olpack(tmp_path, *words)
+    assert code == 1 and "Name a file of chats or texts: --rows FILE." in message
+    code, _, message = oracle.olpack(tmp_path, *words[:-1], "search", "--rows", "rows.jsonl")
+    assert code == 1 and "names rows for `--rounding learned`" in message
+    oracle.write_rows(tmp_path / "few.jsonl", 3)
+    code, _, message = oracle.olpack(tmp_path, *words, "--rows", "few.jsonl")
+    assert code == 1 and "needs 2,048 tokens" in message and "with rows like these" in message
+    assert not (tmp_path / "made").exists()
+    code, _, message = oracle.olpack(tmp_path, *words, "--rows", "rows.jsonl")
+    assert code == 0 and "rounded 14 matrices by" in message, message
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["parrot-Q4_0.gguf"]
+
+
+def test_a_build(tmp_path):
+    root = oracle.make_workspace(tmp_path / "work", oracle.write_base(tmp_path / "base"))
+    words = ("--set", "train.epochs=1", "--set", "quants=[Q4_0, F16]", "--set", "export.rounding=learned")
+    code, _, message = oracle.olpack(root, "plan", "oracle", *words)
+    assert code == 1 and "needs 2,048 tokens of training rows" in message
+    write_long_rows(root / "modelfiles/oracle/train.jsonl")
+    code, printed, message = oracle.olpack(root, "plan", "oracle", *words)
+    assert code == 0 and "learned: so that the outputs of each matrix on training rows change least" in printed, message
+    for stage in ("train", "export"):
+        code, _, message = oracle.olpack(root, stage, "oracle", *words)
+        assert code == 0, message
+    made = oracle.files(root / "build/oracle")
+    assert {"gguf/oracle-Q4_0.gguf", "gguf/oracle-F16.gguf"} <= set(made) and not any("round" in name for name in made)
+    inputs = {quant: json.loads((root / f"build/oracle/stages/export-{quant}.json").read_text())["inputs"] for quant in ("Q4_0", "F16")}
+    assert inputs["Q4_0"]["export.rounding"] == "learned" and "export.rounding" not in inputs["F16"]
+    code, _, message = oracle.olpack(root, "export", "oracle", *words)
+    assert code == 0 and oracle.files(root / "build/oracle") == made
