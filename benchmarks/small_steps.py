@@ -78,6 +78,10 @@ def run(folder: Path, tokens: int, busy: int) -> None:
     base, settings = Base("random", folder), Train(rank=RANK, alpha=RANK)
     pointwise.compile_kernels(device, compute_dtype(device), base.config, RANK)
     lap("the kernels' compilation begins")
+    import olpack.train
+
+    if hasattr(olpack.train, "import_libraries"):
+        olpack.train.import_libraries()
     from olpack.train import loop, model
     from olpack.train.forward import Forward
     from olpack.train.ops import equivalence, lora
