@@ -110,12 +110,8 @@ def run(folder: Path, tokens: int, busy: int) -> None:
         if fp8:
             lora.fuse(adapted, forward.dtype, in_fp8=True)
             print("fp8, plain:", bench.speed(), bench.launches(), flush=True)
-        losses = [bench.losses(first, settings) for _ in range(2)]
+        bench.compare(first, settings)
         forward.use_graphs()
-        losses.append(bench.losses(first, settings))
-        apart = [max(abs(a - b) for a, b in zip(losses[0], other, strict=True)) for other in losses[1:]]
-        print(f"losses of {len(losses[0])} steps: plain {losses[0][0]:.5f} to {losses[0][-1]:.5f}; plain again {apart[0]:.1e} apart, "
-              f"in graphs {apart[1]:.1e}", flush=True)  # fmt: skip
         print(f"{'fp8, ' if fp8 else ''}in graphs:", bench.speed(), bench.launches(), flush=True)
         print("graphs:", list(forward._graphs._seen) if forward._graphs else None, flush=True)
         if busy:
@@ -129,7 +125,9 @@ def run(folder: Path, tokens: int, busy: int) -> None:
     if in_graphs:
         lora.fuse(adapted, forward.dtype)
         forward.use_graphs()
-        adapted.get_base_model().get_decoder().layers[1].register_forward_hook(lambda *_: print(end="") or float(torch.ones(1, device=device)) and None)
+        adapted.get_base_model().get_decoder().layers[1].register_forward_hook(
+            lambda *_: print(end="") or float(torch.ones(1, device=device)) and None
+        )
         print("a model that waits for the GPU:", [round(bench.step(seed), 4) for seed in (0, 0, 0, 1)], flush=True)
 
 
@@ -176,10 +174,38 @@ class _Steps:
         events = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
         longest = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)[:14]
         table = "".join(f"\n    {event.self_device_time_total / 1e3:7.2f} ms {event.count:5} × {event.key[:90]}" for event in longest)
-        return f"{len(events)} kernels and copies, {sum(event.self_device_time_total for event in events) / 1e6:.3f} s of the GPU in {wall:.3f} s{table}"
+        return (
+            f"{len(events)} kernels and copies, {sum(event.self_device_time_total for event in events) / 1e6:.3f} s of the GPU in {wall:.3f} s{table}"
+        )
 
-    def losses(self, first: list, settings) -> list[float]:
-        """Of eight steps over three batches, from the same adapter on."""
+    def compare(self, first: list, settings) -> None:
+        """The same eight steps in several ways, without and with sums in a fixed order (flash attention adds up gradients in any order)."""
+        import torch
+
+        forward = self.forward
+        for in_order in (False, True):
+            torch.use_deterministic_algorithms(in_order, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = False
+            plain = self.losses(first, settings)
+            found = {"again": self.losses(first, settings)}
+            forward.use_graphs()
+            forward.forget()
+            found["padded"] = padded = self.losses(first, settings)
+            forward.use_graphs()
+            found["in graphs"] = self.losses(first, settings)
+            forward.use_graphs()
+            found["resumed at step 4"] = self.losses(first, settings, resumed=4)
+            forward._graphs = None
+            apart = [f"{name} {_apart(plain, losses):.1e} from plain, {_apart(padded, losses):.1e} from padded" for name, losses in found.items()]
+            print(f"sums in {'a fixed' if in_order else 'any'} order: plain {plain[0]:.5f} to {plain[-1]:.5f};", "; ".join(apart), flush=True)
+        torch.use_deterministic_algorithms(False)
+
+    def losses(self, first: list, settings, resumed: int | None = None) -> list[float]:
+        """Of eight steps over three batches, from the same adapter on, and the norm of the adapter then.
+
+        Args:
+            resumed: before this step, all graphs are forgotten, as in a run that resumes.
+        """
         import torch
 
         from olpack.train import loop
@@ -187,7 +213,16 @@ class _Steps:
         for parameter, value in zip(self.trained.parameters, first, strict=True):
             parameter.data.copy_(value)
         self.optimizer = loop._optimizer(self.trained.parameters, settings, torch.device("cuda"))
-        return [self.step(seed) for seed in (0, 1, 2, 0, 1, 2, 0, 1)]
+        found = []
+        for number, seed in enumerate((0, 1, 2, 0, 1, 2, 0, 1)):
+            if number == resumed:
+                self.forward.use_graphs()
+            found.append(self.step(seed))
+        return [*found, sum(parameter.double().norm().item() for parameter in self.trained.parameters)]
+
+
+def _apart(some: list[float], others: list[float]) -> float:
+    return max(abs(a - b) for a, b in zip(some, others, strict=True))
 
 
 def main() -> None:

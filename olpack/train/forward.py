@@ -138,11 +138,11 @@ class Forward:
         self.model.zero_grad(set_to_none=True)
         return norms
 
-    def forget(self) -> None:
-        """Free what a pass saved that ended without its backward pass."""
+    def forget(self) -> bool:
+        """Free what a pass saved that ended without its backward pass, and the memory of CUDA graphs. Returns whether there were graphs."""
         if self._recompute is not None:
             self._recompute.forget()
-        self._graphs = None  # whose memory others may need
+        return self._graphs is not None and self._graphs.free()
 
     def use_graphs(self) -> None:
         """Compute small micro-batches by CUDA graphs, where every pass launches the same kernels. The gradients' places in memory must stay."""

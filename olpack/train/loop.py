@@ -313,9 +313,11 @@ def _backward(forward: Forward, trained: FlatParameters, rows: list[TokenRow], s
                 assert parameter.grad is not None  # `fill` has put zeros where there was none
                 parameter.grad /= count  # last, in float32: in 16 bits the gradients of one token among thousands could vanish
             return total / count
-        forward.forget()
+        had_graphs = ranks.any(forward.forget())
         if forward.device.type == "cuda":
             torch.cuda.empty_cache()
+        if had_graphs:
+            continue  # with their memory
         longest = max(len(row.ids) for row in rows)
         if not forward.packs or state.budget <= longest:
             raise OlpackError(

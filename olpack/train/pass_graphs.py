@@ -1,8 +1,11 @@
 """Forward and backward passes over small micro-batches as CUDA graphs.
 
 The host launches thousands of kernels for a pass, which takes it longer than the GPU computes where tokens are few. A graph launches them all at
-once, so that such a step does not wait for the host. A graph is of one form (`olpack.train.batches.Form`), to which batches are padded. The first
-batch of a form goes the plain way, which compiles kernels; the second is recorded; all are computed by the same kernels.
+once, so that such a step does not wait for the host. A graph is of one form (`olpack.train.batches.Form`), to which batches are padded.
+
+All small micro-batches are padded, those that no graph computes, too: the first of a form (which compiles kernels), those of forms beyond the first
+`_MOST`, and all where no graph can be made. A matrix product rounds otherwise for another number of rows. So kernels and sizes, and with them the
+losses, follow from the rows alone, and a run that resumes elsewhere in the schedule computes what an unbroken one does.
 """
 
 from __future__ import annotations
@@ -37,19 +40,31 @@ class PassGraphs:
     def backward(self, rows: list[TokenRow]) -> torch.Tensor | None:
         """Add the gradients of the summed loss of a micro-batch; returns that loss. None, and nothing is done, where a graph gains nothing."""
         form = Form.of(rows)
-        if not self._works or form.tokens * self._layer_weights > _WORK or (form not in self._seen and len(self._seen) == _MOST):
+        if form.tokens * self._layer_weights > _WORK:
             return None
         batch = pad(pack(rows, self._device), form)
-        if form not in self._seen:
-            self._seen[form] = None
-        elif (graph := self._seen[form] or self._record(batch, form)) is not None:
+        if (graph := self._graph(batch, form)) is not None:
             return graph.run(batch)
         loss = self._loss(batch)
         loss.backward()
         return loss.detach()
 
+    def free(self) -> bool:
+        """Free the graphs' memory, for good. Returns whether there were graphs."""
+        found = any(self._seen.values())
+        self._seen, self._pool, self._works = {}, None, False
+        return found
+
+    def _graph(self, batch: PackedBatch, form: Form) -> _Graph | None:
+        """The graph of a form, which is recorded when the form comes for the second time; None before, and where there is none."""
+        if form in self._seen:
+            return self._seen[form] or (self._record(batch, form) if self._works else None)
+        if len(self._seen) < _MOST:
+            self._seen[form] = None
+        return None
+
     def _record(self, batch: PackedBatch, form: Form) -> _Graph | None:
-        """The graph of a form; None where memory is short or the model does something that no graph can."""
+        """None where memory is short or the model does something that no graph can."""
         before = torch.cuda.memory_reserved(self._device)
         torch.cuda.empty_cache()
         passing = before - torch.cuda.memory_reserved(self._device)  # bytes that a pass needs beside the model
@@ -60,7 +75,7 @@ class PassGraphs:
             graph = self._seen[form] = _Graph(self._loss, batch, self._pool)
         except Exception as error:  # a library that waits for the GPU, or allocates in its own way: whatever it is, the plain way works
             self._works = False
-            progress.warn(f"Small steps wait for the host: no CUDA graph can be made here ({(str(error).strip() or repr(error)).splitlines()[0]})")
+            progress.detail(f"Small steps wait for the host: no CUDA graph can be made ({(str(error).strip() or repr(error)).splitlines()[0]})")
             return None
         self._pool = graph.pool
         return graph
