@@ -1,4 +1,4 @@
-"""How long an 8B takes to its first step, phase by phase; and steps of few tokens: speed, kernels launched, the same losses with CUDA graphs as without.
+"""How long an 8B takes to its first step, phase by phase; and steps of few tokens: speed, kernels launched, the same losses with CUDA graphs.
 
     python benchmarks/small_steps.py make FOLDER                              # a base of Llama 3 8B's shape with random weights, 16 GB
     python benchmarks/small_steps.py run FOLDER [--olpack DIR] [--tokens 2048]
@@ -159,8 +159,9 @@ class _Steps:
             torch.cuda.synchronize()
             seconds.append(time.time() - started)
         median, slowest = sorted(seconds[WARM:])[(STEPS - WARM) // 2], max(seconds[WARM:])
-        peak = torch.cuda.max_memory_allocated() / 2**30
-        return f"{self.tokens / median:,.0f} tokens/s (slowest step {self.tokens / slowest:,.0f}), peak {peak:.2f} GiB, {torch.cuda.memory_reserved() / 2**30:.1f} reserved;"
+        peak, reserved = torch.cuda.max_memory_allocated() / 2**30, torch.cuda.memory_reserved() / 2**30
+        rates = f"{self.tokens / median:,.0f} tokens/s (slowest step {self.tokens / slowest:,.0f})"
+        return f"{rates}, peak {peak:.2f} GiB, {reserved:.1f} reserved;"
 
     def launches(self) -> str:
         import torch

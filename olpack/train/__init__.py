@@ -67,7 +67,7 @@ def import_libraries() -> None:
     hidden = [name for name in ("scipy", "sklearn", "torchvision") if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type] # None is documented: the import of such a module fails
     try:
-        import peft
+        import peft  # noqa: F401
         import transformers.modeling_utils  # noqa: F401
     finally:
         for name in hidden:
