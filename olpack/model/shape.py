@@ -247,15 +247,21 @@ class MetaModel:
         (`h.0.` of GPT-2), and with the text model of a vision model in front or behind (`language_model.model.`).
         """
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming, apply_renamings
+        from transformers.core_model_loading import WeightRenaming
 
         renamings = [change for change in get_model_conversion_mapping(self.module) if isinstance(change, WeightRenaming)]
+
+        def renamed(name: str) -> str:
+            for change in renamings:
+                name, _ = change.rename_source_key(name)
+            return name
+
         ends = set()
         for name in stored:
-            parts = apply_renamings(name, renamings).split(".")
+            parts = renamed(name).split(".")
             ends |= {".".join(parts[at:]) for at in range(len(parts))}
         prefix = f"{self.module.base_model_prefix}."
-        return [name for name in self.checkpoint() if apply_renamings(name, renamings).removeprefix(prefix) not in ends]
+        return [name for name in self.checkpoint() if renamed(name).removeprefix(prefix) not in ends]
 
 
 def write_header_only_checkpoint(model: MetaModel, folder: Path) -> None:

@@ -11,7 +11,8 @@ losses, follow from the rows alone, and a run that resumes elsewhere in the sche
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 
@@ -34,7 +35,7 @@ class PassGraphs:
     def __init__(self, loss: Callable[[PackedBatch], torch.Tensor], device: torch.device, layer_weights: int):
         self._loss, self._device, self._layer_weights = loss, device, layer_weights
         self._seen: dict[Form, _Graph | None] = {}
-        self._pool: tuple[int, int] | None = None  # memory that all graphs have together, because only one runs at a time
+        self._pool: Any = None  # memory that all graphs have together, because only one runs at a time
         self._works = True
 
     def backward(self, rows: list[TokenRow]) -> torch.Tensor | None:
@@ -86,11 +87,12 @@ class _Graph:
 
     Args:
         batch: of the graph's form.
-        pool: memory of other graphs.
+        pool: of the other graphs; None: there are none.
     """
 
-    def __init__(self, loss: Callable[[PackedBatch], torch.Tensor], batch: PackedBatch, pool: tuple[int, int] | None):
-        self._batch = PackedBatch(**{name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in vars(batch).items()})
+    def __init__(self, loss: Callable[[PackedBatch], torch.Tensor], batch: PackedBatch, pool: Any):
+        own: dict[str, Any] = {name: value.clone() for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+        self._batch = replace(batch, **own)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             total = loss(self._batch)

@@ -178,7 +178,8 @@ def all_fused(model: torch.nn.Module) -> bool:
 
 def frozen_weights(model: torch.nn.Module) -> int:
     """Weights of the layers with an adapter."""
-    return sum(layer.in_features * layer.out_features for layer in _adapted(model) if isinstance(layer, LoraLayer))
+    layers = (layer for layer in _adapted(model) if isinstance(layer, LoraLayer))
+    return sum((layer.in_features or 0) * (layer.out_features or 0) for layer in layers)
 
 
 def _adapted(model: torch.nn.Module) -> list[torch.nn.Module]:
