@@ -1,4 +1,4 @@
-"""The order of rows in training, and their packing into batches: end to end, with no padding."""
+"""The order of rows in training, and their packing into batches: end to end, with no padding, or padded to one of few sizes."""
 
 from __future__ import annotations
 
