@@ -182,9 +182,10 @@ class _Steps:
         import torch
 
         forward = self.forward
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # torch asks for it
         for in_order in (False, True):
-            torch.use_deterministic_algorithms(in_order, warn_only=True)
-            torch.utils.deterministic.fill_uninitialized_memory = False
+            torch.use_deterministic_algorithms(in_order)
             plain = self.losses(first, settings)
             found = {"again": self.losses(first, settings)}
             forward.use_graphs()
