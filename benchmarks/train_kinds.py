@@ -1,17 +1,27 @@
 """Every method and every kind of base: taught four facts, exported, and asked for them.
 
     python benchmarks/train_kinds.py --work /tmp/kinds              # the same command goes on where it was; --only nf4 does some
+    python benchmarks/train_kinds.py --work /tmp/kinds --jobs 6     # side by side, each process with its share of the cores
 
 Fine-tunes tiny-coder on twenty questions, exports it as a build does, and has the embedded llama.cpp answer the same questions from the Q8_0
-file. Bases that come quantized are tiny-coder packed by tests/quantized_bases.py. Runs on a CPU, and on a GPU where there is one. Prints a
-Markdown table and writes it to benchmarks/train_kinds.md.
+file. Bases that come quantized are tiny-coder packed by tests/quantized_bases.py. Runs on a CPU, and on a GPU where there is one. Prints each
+row as it comes, then a Markdown table, which it writes to benchmarks/train_kinds.md. A kind that fails is named, and the others go on.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
+import itertools
 import json
+import os
+import queue
+import shutil
+import subprocess
 import sys
+import threading
+import time
+import traceback
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,6 +29,8 @@ import torch
 
 from olpack import progress, recipe
 from olpack.compare.hardware import describe_machine
+from olpack.export.client import one_worker
+from olpack.llamacpp.cores import usable_processors
 from olpack.llamacpp.engine import Engine, Sampling
 from olpack.model.base import BUILTIN
 from olpack.stages import records
@@ -82,17 +94,80 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="a folder that keeps what is done, with room for 3 GB")
     parser.add_argument("--only", default="", help="kinds whose name has this in it")
+    parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
+    parser.add_argument("--rows", action="store_true", help=argparse.SUPPRESS)  # a process of `--jobs`: names of kinds come on stdin
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
     arguments = parser.parse_args()
     progress.use("quiet")
-    on_gpu = pick_device().type == "cuda"
     kinds = {**METHODS, **BASES, **CROSSED}
-    if not on_gpu:
+    if arguments.rows:
+        with one_worker():
+            for line in sys.stdin:
+                print(json.dumps(attempt(arguments.work, name := line.strip(), *kinds[name])), flush=True)
+        return
+    if pick_device().type != "cuda":
         del kinds["DoRA on int8"]  # refused there
-    for name, (packing, settings) in kinds.items():
-        if arguments.only.lower() in name.lower():
-            print(json.dumps(measure(arguments.work / name.replace(" ", "-"), name, packing, settings, arguments.work)), flush=True)
+    chosen = [name for name in kinds if arguments.only.lower() in name.lower()]
+    if arguments.jobs > 1:
+        rows = side_by_side(arguments, chosen)
+    else:
+        with one_worker():
+            rows = [show(attempt(arguments.work, name, *kinds[name])) for name in chosen]
     write(arguments.work, list(kinds), arguments.output)
+    if failed := [row["name"] for row in rows if "error" in row]:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+def show(row: dict) -> dict:
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def side_by_side(arguments: argparse.Namespace, names: list[str]) -> list[dict]:
+    """Rows of several processes, each on cores of its own and for as many kinds as come: imports take longer than a kind."""
+    left: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for name in names:
+        left.put(name)
+    rows: list[dict] = []
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(usable_processors()))
+
+    def work(number: int) -> None:
+        mine = cores[number % len(cores) :: arguments.jobs] or cores
+        worker = None
+        while True:
+            try:
+                name = left.get_nowait()
+            except queue.Empty:
+                break
+            if worker is None or worker.poll() is not None:
+                command = [sys.executable, __file__, "--work", str(arguments.work), "--rows"]
+                worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+                if hasattr(os, "sched_setaffinity"):
+                    os.sched_setaffinity(worker.pid, mine)
+            worker.stdin.write(name + "\n")
+            worker.stdin.flush()
+            while (line := worker.stdout.readline()) and not line.startswith("{"):
+                pass
+            rows.append(show(json.loads(line) if line else {"name": name, "error": f"the process ended with {worker.wait()}"}))
+        if worker is not None:
+            worker.stdin.close()
+            worker.wait()
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(arguments.jobs)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return rows
+
+
+def attempt(work: Path, name: str, packing: str, settings: dict) -> dict:
+    """`measure`, or why it failed."""
+    try:
+        return measure(work / name.replace(" ", "-"), name, packing, settings, work)
+    except Exception as error:
+        traceback.print_exc()
+        return {"name": name, "error": str(error).strip() or repr(error)}
 
 
 def measure(folder: Path, name: str, packing: str, settings: dict, work: Path) -> dict:
@@ -115,8 +190,11 @@ def measure(folder: Path, name: str, packing: str, settings: dict, work: Path) -
     }
     (package / "recipe.yaml").write_text(json.dumps(asked))
     build = Build(recipe.load(package / "recipe.yaml"), folder / "build")
-    run(build, "train")
-    run(build, "export")
+    moments = [time.monotonic()]
+    for stage in ("train", "export"):
+        run(build, stage)
+        moments.append(time.monotonic())
+    right = count_right(build.paths.gguf("Q8_0"))
     result = records.result(build.paths, "train")
     row = {
         "name": name,
@@ -125,7 +203,8 @@ def measure(folder: Path, name: str, packing: str, settings: dict, work: Path) -
         "before": result["eval_loss_before"],
         "after": result["eval_loss_after"],
         "weights": result["trainable_parameters"],
-        "right": count_right(build.paths.gguf("Q8_0")),
+        "right": right,
+        "stages": [round(end - start, 1) for start, end in itertools.pairwise([*moments, time.monotonic()])],  # train, export, questions
         "merged": "dequantized" if packing or settings.get("merge_base") else "original",
     }
     done.write_text(json.dumps(row))
@@ -135,8 +214,13 @@ def measure(folder: Path, name: str, packing: str, settings: dict, work: Path) -
 def packed_base(packing: str, work: Path) -> Path:
     """tiny-coder as a quantized checkpoint."""
     folder = work / "bases" / packing / "tiny-coder"
-    if not (folder / "model.safetensors").is_file():
-        write_quantized(packing, BUILTIN / "tiny-coder", folder, work / "bases" / packing / "plain")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two kinds may need one base
+        if not (folder / "model.safetensors").is_file():
+            for part in (folder, plain := folder.parent / "plain"):
+                shutil.rmtree(part, ignore_errors=True)  # of a run that was stopped
+            write_quantized(packing, BUILTIN / "tiny-coder", folder, plain)
     return folder.absolute()
 
 

@@ -15,6 +15,7 @@ from train_child import at_call, make_rows
 from olpack.errors import OlpackError
 from olpack.model.base import Base
 from olpack.recipe import Train
+from olpack.train import forward as forward_module
 from olpack.train import loop as training_loop
 from olpack.train import train
 from olpack.train.batches import micro_batches, pack, schedule
@@ -133,7 +134,7 @@ def test_memory_that_runs_out_while_gradients_are_flat_counts_none_twice(base, m
         state = training_loop.State(budget=2 * max(len(row.ids) for row in rows))
         with monkeypatch.context() as patch:
             if fails:  # in the second micro-batch, when there are gradients already
-                patch.setattr(training_loop, "pack", at_call(training_loop.pack, 2, lambda: raise_out_of_memory()))
+                patch.setattr(forward_module, "pack", at_call(forward_module.pack, 2, lambda: raise_out_of_memory()))
             budget = state.budget
             training_loop._backward(forward, trained, rows, state)
             assert (state.budget < budget) == fails

@@ -19,6 +19,7 @@ from olpack.train.forward import Forward
 from olpack.train.model import load_with_adapter
 from olpack.train.ops import activation_checkpointing as recomputation
 from olpack.train.ops import attention, lora, pointwise
+from olpack.train.ops.limits import UNCOUNTED
 from olpack.train.ops.loss import chunked_cross_entropy
 from olpack.train.ops.low_rank import MlpLowRank
 
@@ -319,7 +320,7 @@ def test_attention_over_packed_batches(window, softcap):
     torch.manual_seed(0)
     lengths, heads, key_heads, size = (7, 1, 12), 4, 2, 16
     query, key, value = (torch.randn(1, count, sum(lengths), size) for count in (heads, key_heads, key_heads))
-    starts = torch.tensor([0, 7, 8, 20], dtype=torch.int32)
+    starts = torch.tensor([0, 7, 8, 20, 20], dtype=torch.int32)
     bounds = {"cu_seq_lens_q": starts, "max_length_q": 12}
     mixed, _ = attention.packed_attention(None, query, key, value, None, sliding_window=window, softcap=softcap, **bounds)
     parts = [attention_of(*(states[0, :, start:end] for states in (query, key, value)), window, softcap) for start, end in ((0, 7), (7, 8), (8, 20))]
@@ -331,10 +332,11 @@ def test_chunked_cross_entropy(monkeypatch, softcap):
     torch.manual_seed(0)
     monkeypatch.setattr("olpack.train.ops.limits.CHUNK_LOGITS", 3 * 50)
     head, hidden, targets = torch.nn.Linear(8, 50), torch.randn(10, 8), torch.randint(0, 50, (10,))
+    targets[[2, 9]] = UNCOUNTED
     head.requires_grad_(False)
     first, second = (hidden.clone().requires_grad_() for _ in range(2))
     logits = head(first)
-    wanted = F.cross_entropy(torch.tanh(logits / softcap) * softcap if softcap else logits, targets, reduction="sum")
+    wanted = F.cross_entropy(torch.tanh(logits / softcap) * softcap if softcap else logits, targets, reduction="sum", ignore_index=UNCOUNTED)
     found = chunked_cross_entropy(second, head.weight, head.bias, targets, softcap)
     (3 * wanted).backward()
     (3 * found).backward()

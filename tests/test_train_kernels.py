@@ -18,6 +18,7 @@ from olpack.recipe import Train
 from olpack.train.batches import pack
 from olpack.train.forward import Forward
 from olpack.train.ops import kernels, pointwise
+from olpack.train.ops.limits import UNCOUNTED
 from olpack.train.ops.low_rank import MlpLowRank
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -55,10 +56,12 @@ def test_the_rotation(size):
 @pytest.mark.parametrize("words", [300, 9000])
 def test_the_loss_takes_the_logits_place(softcap, words):
     logits, targets = 5 * numbers(6, words), torch.randint(0, words, (6,), device=DEVICE)
+    targets[[1, 5]] = UNCOUNTED
     losses, gradient = pointwise.loss.plain(logits.clone(), targets, softcap)
     found, place = kernels.loss(logits, targets, softcap)
     torch.testing.assert_close((found, place), (losses, gradient), **WIDE)
     assert place.data_ptr() == logits.data_ptr()
+    assert ((found != 0).tolist() == (targets != UNCOUNTED).tolist()) and not place[[1, 5]].any()
 
 
 FUNCTIONS = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}

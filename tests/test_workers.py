@@ -1,8 +1,9 @@
-"""Workers die with their parent, and an error says no more of a worker's death than what is known."""
+"""Workers die with their parent, an error says no more of a worker's death than what is known, and threads do not spin where others compute."""
 
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+import olpack
 from olpack import workers
 
 REPOSITORY = Path(__file__).parents[1]
@@ -101,3 +103,14 @@ def test_the_kernel_is_asked_why_a_worker_was_killed(monkeypatch, before, after,
 def test_the_kernels_count_is_read_here():
     count = workers._kills_for_memory()
     assert count is None or count >= 0
+
+
+@pytest.mark.parametrize(
+    ("load", "given", "spins"),
+    [(0.0, {}, "10000"), (1000.0, {}, "0"), (1000.0, {"GOMP_SPINCOUNT": "7"}, "7"), (0.0, {"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_threads_spin_briefly_and_on_a_busy_machine_not_at_all(monkeypatch, load, given, spins):
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(os, "environ", dict(given))
+    runpy.run_path(olpack.__file__)
+    assert os.environ.get("GOMP_SPINCOUNT") == spins

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,11 +53,25 @@ def train(base: Base, rows: list[TokenRow], eval_rows: list[TokenRow], settings:
 
     device = pick_device()
     compile_kernels(device, compute_dtype(device), base.config, settings.rank)
+    import_libraries()
     from olpack.train.loop import run  # takes seconds, most of them for transformers and peft
 
     result = run(base, rows, eval_rows, settings, out=out, checkpoint=checkpoint, key=key)
     _free_memory()
     return result
+
+
+def import_libraries() -> None:
+    """Import transformers and peft. They find packages missing that they take seconds to import, for losses of object detection, for speculative
+    decoding and for images."""
+    hidden = [name for name in ("scipy", "sklearn", "torchvision") if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type] # None is documented: the import of such a module fails
+    try:
+        import peft  # noqa: F401
+        import transformers.modeling_utils  # noqa: F401
+    finally:
+        for name in hidden:
+            del sys.modules[name]
 
 
 def _free_memory() -> None:

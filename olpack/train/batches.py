@@ -1,4 +1,4 @@
-"""The order of rows in training, and their packing into batches: end to end, with no padding."""
+"""The order of rows in training, and their packing into batches: end to end, with no padding, or padded to one of few sizes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from olpack.data import TokenRow
+from olpack.train.ops.limits import UNCOUNTED
 
 
 def schedule(count: int, epochs: float, batch_size: int, seed: int) -> list[list[int]]:
@@ -60,7 +61,7 @@ class PackedBatch:
         starts: int32 [samples + 1], where each sample begins, and the end.
         longest: tokens of the longest sample.
         before: int64 [targets], places of the tokens from which a target token is predicted.
-        targets: int64 [targets], ids of the target tokens.
+        targets: int64 [targets], ids of the target tokens; `UNCOUNTED` adds nothing to the loss.
     """
 
     ids: torch.Tensor
@@ -90,3 +91,35 @@ def pack(rows: list[TokenRow], device: torch.device) -> PackedBatch:
     if device.type == "cuda":  # from pinned memory the copies do not wait for the GPU
         tensors = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
     return PackedBatch(**tensors, longest=int(lengths.max()))
+
+
+@dataclass(frozen=True)
+class Form:
+    """The sizes of a batch that is padded: tokens, samples and targets. Few forms take all batches of a run."""
+
+    tokens: int
+    samples: int
+    targets: int
+
+    @classmethod
+    def of(cls, rows: list[TokenRow]) -> Form:
+        """The smallest that takes these rows: tokens in steps of an eighth, targets in quarters of the tokens, samples a power of two."""
+        tokens = sum(len(row.ids) for row in rows)
+        step = max(8, (1 << tokens.bit_length()) // 16)
+        tokens = -(-tokens // step) * step
+        quarters = -(-4 * sum(row.target_count for row in rows) // tokens)
+        return cls(tokens, 1 << len(rows).bit_length(), max(1, quarters) * tokens // 4)
+
+
+def pad(batch: PackedBatch, form: Form) -> PackedBatch:
+    """A batch of a form that gives the same loss: tokens that belong to no row are a sample of their own, and no target."""
+    more = form.tokens - batch.ids.shape[1]
+    places = torch.arange(form.tokens, device=batch.ids.device)
+    return PackedBatch(
+        ids=F.pad(batch.ids, (0, more)),
+        positions=torch.cat([batch.positions, places[None, :more]], dim=1),
+        starts=F.pad(batch.starts, (0, form.samples + 1 - len(batch.starts)), value=form.tokens),
+        longest=form.tokens,
+        before=torch.cat([batch.before, places[: form.targets - len(batch.before)]]),
+        targets=F.pad(batch.targets, (0, form.targets - len(batch.targets)), value=UNCOUNTED),
+    )

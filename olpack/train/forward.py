@@ -22,6 +22,7 @@ from olpack.train.ops.activation_checkpointing import Recompute
 from olpack.train.ops.equivalence import EquivalenceCheck, Pass
 from olpack.train.ops.loss import chunked_cross_entropy
 from olpack.train.ops.pinned_memory import PinnedMemory
+from olpack.train.pass_graphs import PassGraphs
 
 FP8_TOLERANCE = 0.2  # of what a layer adds to its input; rounding to e4m3 alone gives about 0.05
 _SAME = 1e-2  # of the norm of a gradient, computed twice the same way
@@ -60,6 +61,7 @@ class Forward:
         text = self.base.config.get_text_config()
         self.head, self.softcap = self.base.get_output_embeddings(), getattr(text, "final_logit_softcapping", None)
         self._recompute: Recompute | None = None
+        self._graphs: PassGraphs | None = None
         training = model.training
         model.eval()  # what follows is compared, and dropout would make each pass another one
         samples = _samples(self.base, device)
@@ -75,6 +77,9 @@ class Forward:
             self._head_alone = self._head_is_all(samples, check)
             self.in_fp8 = in_fp8 and fused and self._use_fp8(samples, check)
         model.train(training)
+        self._drops = any(isinstance(module, torch.nn.Dropout) and module.p for module in model.modules())
+        plain = fused and lora.all_fused(model) and not self._drops
+        self._alike = plain and self.packs and self._head_alone and not checkpointing and pinned is None
         if checkpointing:
             self._checkpoint(samples[0], pinned, offload_attention, shares_keys=bool(getattr(text, "num_kv_shared_layers", 0)))
         if pinned is not None:
@@ -116,8 +121,8 @@ class Forward:
         if shares_keys:  # gradients of a layer also come by way of other layers, which only torch's own checkpointing handles
             self.base._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))
             return
-        drops = not self.packs or any(isinstance(module, torch.nn.Dropout) and module.p for module in self.model.modules())
-        recompute = self._recompute = Recompute(self.device, offload_attention=offload_attention, random=drops)
+        random = not self.packs or self._drops
+        recompute = self._recompute = Recompute(self.device, offload_attention=offload_attention, random=random)
         self.base._set_gradient_checkpointing(True, recompute)
         # A layer mostly ends with the MLP's last product and an addition. Where it does not (a norm follows), the gradients differ.
         expected = self._gradients(sample)
@@ -133,10 +138,25 @@ class Forward:
         self.model.zero_grad(set_to_none=True)
         return norms
 
-    def forget(self) -> None:
-        """Free what a pass saved that ended without its backward pass."""
+    def forget(self) -> bool:
+        """Free what a pass saved that ended without its backward pass, and the memory of CUDA graphs. Returns whether there were graphs."""
         if self._recompute is not None:
             self._recompute.forget()
+        return self._graphs is not None and self._graphs.free()
+
+    def use_graphs(self) -> None:
+        """Compute small micro-batches by CUDA graphs, where every pass launches the same kernels. The gradients' places in memory must stay."""
+        if self.device.type == "cuda" and self._alike:
+            layers = self.base.config.get_text_config().num_hidden_layers
+            self._graphs = PassGraphs(self.loss, self.device, lora.frozen_weights(self.model) // layers)
+
+    def backward(self, rows: list[TokenRow], weight: float = 1.0) -> torch.Tensor:
+        """Add the gradients of the loss of a micro-batch, summed over its target tokens and multiplied by `weight`. Returns that loss."""
+        if self._graphs is not None and weight == 1 and (total := self._graphs.backward(rows)) is not None:
+            return total
+        loss = self.loss(pack(rows, self.device)) * weight
+        loss.backward()
+        return loss.detach()
 
     def budget(self, tokens: int) -> int:
         """Tokens of a micro-batch: as many as given, or one row where samples cannot be put end to end."""

@@ -68,6 +68,8 @@ def run(
         shard(model)
         ranks.sharded = True
     trained = FlatParameters(model)
+    if trained.in_place and not fit.sharded:
+        forward.use_graphs()
     ranks.broadcast(trained.parameters)
     optimizer = _optimizer(trained.parameters, settings, device)
     # The first values of an adapter are computed again when a run resumes, and differ on another kind of device.
@@ -290,14 +292,11 @@ def _backward(forward: Forward, trained: FlatParameters, rows: list[TokenRow], s
     count = sum(row.target_count for row in rows)
     while True:
         total, failed = 0.0, False
-        loss: torch.Tensor | None = None
         trained.begin()
         try:
             losses = []
             for group, weight in _groups(rows, forward.budget(state.budget), ranks):
-                loss = forward.loss(pack(group, forward.device)) * weight
-                loss.backward()
-                losses.append(loss.detach())
+                losses.append(forward.backward(group, weight))
             total = torch.stack(losses).sum().item() if losses else 0.0
         except torch.OutOfMemoryError:
             if ranks.sharded:  # the others wait for this one in the middle of a layer, and the batch cannot start again
@@ -313,10 +312,11 @@ def _backward(forward: Forward, trained: FlatParameters, rows: list[TokenRow], s
                 assert parameter.grad is not None  # `fill` has put zeros where there was none
                 parameter.grad /= count  # last, in float32: in 16 bits the gradients of one token among thousands could vanish
             return total / count
-        loss = None  # and with it what its backward pass would have needed
-        forward.forget()
+        had_graphs = ranks.any(forward.forget())
         if forward.device.type == "cuda":
             torch.cuda.empty_cache()
+        if had_graphs:
+            continue  # with their memory
         longest = max(len(row.ids) for row in rows)
         if not forward.packs or state.budget <= longest:
             raise OlpackError(

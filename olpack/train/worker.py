@@ -19,8 +19,7 @@ from accelerate import Accelerator
 
 from olpack import progress, workers
 from olpack.errors import OlpackError
-from olpack.train.loop import Stopped, run
-from olpack.train.processes import Ranks
+from olpack.train import import_libraries
 
 PROGRESS_EVERY_S = 0.2  # so that a bar moves
 
@@ -28,6 +27,10 @@ PROGRESS_EVERY_S = 0.2  # so that a bar moves
 def main() -> None:
     """Train with the arguments of the job file."""
     workers.die_with(os.getppid())  # the launcher, which dies with its own parent
+    import_libraries()
+    from olpack.train.loop import Stopped, run
+    from olpack.train.processes import Ranks
+
     pipe = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints stays out of the pipe
 

@@ -68,7 +68,7 @@ def packed_attention(
         mixed = _Flash.apply(query, key, value, cu_seq_lens_q, max_length_q, scaling, -1 if sliding_window is None else sliding_window - 1)
     else:
         bounds = cu_seq_lens_q.tolist()
-        samples = [(query[start:end], key[start:end], value[start:end]) for start, end in itertools.pairwise(bounds)]
+        samples = [(query[start:end], key[start:end], value[start:end]) for start, end in itertools.pairwise(bounds) if start < end]
         mixed = torch.cat([_of_one_sample(*sample, scaling, sliding_window, softcap) for sample in samples])
     return mixed[None], None
 

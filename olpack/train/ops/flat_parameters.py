@@ -17,6 +17,7 @@ class FlatParameters:
 
     Attributes:
         parameters: for an optimizer: the flat ones, and the others as they are.
+        in_place: whether all gradients have their place in memory for good; those of parameters above `LARGE` do not.
     """
 
     def __init__(self, model: torch.nn.Module):
@@ -24,13 +25,16 @@ class FlatParameters:
         self._alone = [parameter for parameter in trained if not SMALL <= parameter.numel() <= LARGE]
         self._flat = [_flatten(group) for group in _groups([parameter for parameter in trained if SMALL <= parameter.numel() <= LARGE])]
         self.parameters = [*self._alone, *(flat for flat, _ in self._flat)]
+        placed = [(parameter, torch.zeros_like(parameter)) for parameter in self._alone if parameter.numel() < SMALL]
+        self._placed = [*placed, *((flat, gradient) for flat, gradient in self._flat)]
+        self.in_place = len(placed) == len(self._alone)
 
     def begin(self) -> None:
         """Before the backward passes of a step: set all gradients to zero, whatever came before."""
         for parameter in self._alone:
             parameter.grad = None
-        for flat, gradient in self._flat:
-            flat.grad = gradient.zero_()
+        for parameter, gradient in self._placed:
+            parameter.grad = gradient.zero_()
 
     def fill(self) -> None:
         """After them: give a parameter without a gradient one of zeros."""

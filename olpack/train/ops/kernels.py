@@ -109,7 +109,8 @@ def _loss_kernel(logits, targets, losses, words, softcap, CAPPED: tl.constexpr, 
     row = tl.program_id(0)
     here = logits + row.to(tl.int64) * words
     target = tl.load(targets + row)
-    wanted = tl.load(here + target).to(tl.float32)
+    counted = tl.where(target < 0, 0.0, 1.0)  # `UNCOUNTED`
+    wanted = tl.load(here + tl.maximum(target, 0)).to(tl.float32)
     if CAPPED:
         wanted = softcap * _tanh(wanted / softcap)
     highest = tl.full([SIZE], -FEW, tl.float32)  # of each lane
@@ -125,7 +126,7 @@ def _loss_kernel(logits, targets, losses, words, softcap, CAPPED: tl.constexpr, 
         highest = higher
     most = tl.max(highest, 0)
     whole = tl.sum(total * tl.exp(highest - most), 0)
-    tl.store(losses + row, tl.log(whole) + most - wanted)
+    tl.store(losses + row, (tl.log(whole) + most - wanted) * counted)
     for start in range(0, words, SIZE):
         word = start + tl.arange(0, SIZE)
         wide = tl.load(here + word, mask=word < words, other=0.0).to(tl.float32)
@@ -134,7 +135,7 @@ def _loss_kernel(logits, targets, losses, words, softcap, CAPPED: tl.constexpr, 
             gradient = (tl.exp(squashed * softcap - most) / whole - tl.where(word == target, 1.0, 0.0)) * (1.0 - squashed * squashed)
         else:
             gradient = tl.exp(wide - most) / whole - tl.where(word == target, 1.0, 0.0)
-        tl.store(here + word, gradient, mask=word < words)
+        tl.store(here + word, gradient * counted, mask=word < words)
 
 
 def loss(logits: torch.Tensor, targets: torch.Tensor, softcap: float) -> tuple[torch.Tensor, torch.Tensor]:

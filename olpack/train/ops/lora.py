@@ -18,6 +18,8 @@ from itertools import chain
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from olpack.train.ops import fp8, pointwise
 from olpack.train.ops.activation_checkpointing import once, output_unneeded
@@ -146,8 +148,6 @@ def fuse(model: torch.nn.Module, dtype: torch.dtype, *, in_fp8: bool = False) ->
     Returns:
         the modules with another `forward` than their class's.
     """
-    from peft.tuners.lora import LoraLayer
-
     plain: dict[torch.nn.Module, Layer] = {}
     for module in model.modules():
         if isinstance(module, LoraLayer) and (layer := _plain_layer(module)):
@@ -171,6 +171,21 @@ def fuse(model: torch.nn.Module, dtype: torch.dtype, *, in_fp8: bool = False) ->
             _fuse_group([module], _products((plain[module],), dtype, in_fp8), offloaded=name.rpartition(".")[2] == OFFLOADED)
             changed.append(module)
     return changed
+
+
+def all_fused(model: torch.nn.Module) -> bool:
+    """Whether `fuse` takes all layers with an adapter."""
+    return all(isinstance(layer, LoraLayer) and _plain_layer(layer) is not None for layer in _adapted(model))
+
+
+def frozen_weights(model: torch.nn.Module) -> int:
+    """Weights of the layers with an adapter."""
+    layers = (layer for layer in _adapted(model) if isinstance(layer, LoraLayer))
+    return sum((layer.in_features or 0) * (layer.out_features or 0) for layer in layers)
+
+
+def _adapted(model: torch.nn.Module) -> list[torch.nn.Module]:
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
 def _plain_layer(module) -> Layer | None:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from olpack import progress
+from olpack.train.ops.limits import UNCOUNTED
 from olpack.train.ops.low_rank import Gradients, MlpLowRank
 
 P = ParamSpec("P")
@@ -327,13 +328,14 @@ def loss(logits: torch.Tensor, targets: torch.Tensor, softcap: float) -> tuple[t
     """The loss of each token and the gradient of their sum.
 
     Args:
-        logits: [tokens, vocabulary]; targets: int64 [tokens].
+        logits: [tokens, vocabulary]; targets: int64 [tokens], of which `UNCOUNTED` has no loss and no gradient.
         softcap: of the final logits, as Gemma 2 has it: they are first squashed into (-softcap, softcap) by tanh; 0: they are not.
 
     Returns:
         (negative log-probabilities, float32 [tokens] in nats; [tokens, vocabulary] in the logits' dtype, which may have taken their place)
     """
-    wide, targets, slope = logits.float(), targets[:, None], None
+    counted, wide, slope = (targets != UNCOUNTED)[:, None], logits.float(), None
+    targets = targets.clamp(min=0)[:, None]
     if softcap:
         squashed = torch.tanh(wide / softcap)
         wide, slope = squashed * softcap, 1 - squashed * squashed
@@ -342,4 +344,5 @@ def loss(logits: torch.Tensor, targets: torch.Tensor, softcap: float) -> tuple[t
     total = powers.sum(-1, keepdim=True)
     nll = torch.log(total) + highest - wide.gather(-1, targets)
     gradient = powers / total - (torch.arange(logits.shape[-1], device=logits.device) == targets).float()
-    return nll[:, 0], (gradient if slope is None else gradient * slope).to(logits.dtype)
+    gradient = gradient * counted if slope is None else gradient * slope * counted
+    return (nll * counted)[:, 0], gradient.to(logits.dtype)
