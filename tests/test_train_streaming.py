@@ -1,12 +1,13 @@
 """Streamed layers: the same losses, gradients and adapter as with all layers on the GPU, and what the plan chooses.
 
 Without a GPU the copies are made either at once or as late as the events allow: a slot that is overwritten too early, or used too early, changes the
-losses. With one, `test_a_gpu_trains_the_same_with_streamed_layers` runs on it.
+losses. With one, it makes them.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -14,11 +15,12 @@ import pytest
 import torch
 from test_train_forward import MODELS, ROWS, gradients
 from test_train_offloading import Runtime
-from tiny_models import write_model
+from tiny_models import converter, write_model
 from torch.overrides import TorchFunctionMode
 from train_child import make_rows
 
 from olpack.data import TokenRow
+from olpack.export import Target
 from olpack.model.base import Base
 from olpack.model.gguf_base import open_gguf
 from olpack.model.shape import MetaModel
@@ -31,7 +33,7 @@ from olpack.train.model import load_with_adapter
 from olpack.train.ops import layer_stream
 from olpack.train.ops.layer_stream import LayerStream
 
-CPU = torch.device("cpu")
+DEVICE = pick_device()
 LAYERS = 6
 torch.set_num_threads(1)
 
@@ -79,8 +81,15 @@ class Copying(TorchFunctionMode):
         return None
 
 
-@pytest.fixture(params=["at once", "late"])
-def stream(request, monkeypatch) -> Stream:
+@pytest.fixture(params=["gpu"] if DEVICE.type == "cuda" else ["at once", "late"])
+def stream(request, monkeypatch) -> Iterator[Stream | None]:
+    """The stream of copies; None where a GPU has its own."""
+    if request.param == "gpu":
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        yield None
+        torch.use_deterministic_algorithms(False)
+        return
     stream = Stream(request.param == "late")
     runtime = Runtime()
     for name, value in {
@@ -93,7 +102,7 @@ def stream(request, monkeypatch) -> Stream:
         "check_error": lambda _: None,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    return stream
+    yield stream
 
 
 def make_base(folder, kind: str = "llama") -> Base:
@@ -101,25 +110,25 @@ def make_base(folder, kind: str = "llama") -> Base:
     return Base(kind, write_model(folder / "model", model_type, **{**settings, "num_hidden_layers": LAYERS, "hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "num_attention_heads": 2}))
 
 
-def train_two_steps(base: Base, settings: Train, device: torch.device, streamed: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+def train_two_steps(base: Base, settings: Train, streamed: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses of an evaluation, a pass that comes to no end, two steps, and an evaluation; the gradients of the last step."""
-    model = load_with_adapter(base, settings, device, streamed=streamed).model
-    forward = Forward(model, device, checkpointing=True)
+    model = load_with_adapter(base, settings, DEVICE, streamed=streamed).model
+    forward = Forward(model, DEVICE, checkpointing=True)
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-2)
-    losses = [loop.evaluate(forward, ROWS, 512, "eval loss"), forward.loss(pack(ROWS[:1], device)).item()]
+    losses = [loop.evaluate(forward, ROWS, 512, "eval loss"), forward.loss(pack(ROWS[:1], DEVICE)).item()]
     forward.forget()
     for _ in range(2):
         optimizer.zero_grad()
         for row in ROWS:
-            loss = forward.loss(pack([row], device))
+            loss = forward.loss(pack([row], DEVICE))
             loss.backward()
             losses.append(loss.item())
         optimizer.step()
     return [*losses, loop.evaluate(forward, ROWS, 512, "eval loss")], gradients(model)
 
 
-def same(base: Base, settings: Train, device: torch.device, streamed: int) -> None:
-    (losses, found), (expected, plain) = (train_two_steps(base, settings, device, count) for count in (streamed, 0))
+def same(base: Base, settings: Train, streamed: int) -> None:
+    (losses, found), (expected, plain) = (train_two_steps(base, settings, count) for count in (streamed, 0))
     assert losses == expected
     assert found.keys() == plain.keys()
     assert all(torch.equal(gradient, plain[name]) for name, gradient in found.items())
@@ -127,35 +136,32 @@ def same(base: Base, settings: Train, device: torch.device, streamed: int) -> No
 
 @pytest.mark.parametrize(
     ("kind", "quantization", "streamed"),
-    [("llama", "nf4", 6), ("llama", "nf4", 4), ("qwen3", "fp4", 5), ("qwen2-bias", "none", 6), ("gemma3-window", "nf4", 6), ("qwen3-moe", "nf4", 6)],
+    [("llama", "nf4", 6), ("qwen3", "fp4", 4), ("qwen2-bias", "none", 6), ("qwen3-moe", "nf4", 5)],
 )
 def test_losses_and_gradients_are_the_same_to_the_bit(tmp_path, stream, kind, quantization, streamed):
-    same(make_base(tmp_path, kind), Train(rank=4, quantization=quantization), CPU, streamed)
-    assert stream.count > 100
+    same(make_base(tmp_path, kind), Train(rank=4, quantization=quantization), streamed)
+    assert stream is None or stream.count > 20
 
 
 def test_a_gguf_streams_its_blocks(tmp_path, stream):
-    from olpack.export import Target
-    from olpack.export.client import converter
-
     (file,) = converter().export(make_base(tmp_path).path, [Target("Q4_K_M", tmp_path / "base.gguf")])
-    same(Base("gguf", tmp_path, gguf=open_gguf(file.path)), Train(rank=4), CPU, 6)
+    same(Base("gguf", tmp_path, gguf=open_gguf(file.path)), Train(rank=4), 6)
 
 
 def test_two_layers_are_on_their_way_and_the_backward_pass_begins_with_those_that_are_there(stream):
     layers = [torch.nn.Linear(8, 8, bias=False).requires_grad_(False) for _ in range(LAYERS)]
     weights = [layer.weight.clone() for layer in layers]
-    streaming = LayerStream(layers, CPU)
+    streaming = LayerStream(layers, DEVICE)
     assert streaming.nbytes == LAYERS * 8 * 8 * 4
     there: list[list[int]] = []
 
     def use(index: int) -> None:
-        layers[index](torch.ones(1, 8))
-        assert torch.equal(layers[index].weight, weights[index])
+        layers[index](torch.ones(1, 8, device=DEVICE))
+        assert torch.equal(layers[index].weight.cpu(), weights[index])
         there.append(sorted(slot.position for slot in streaming._slots if slot.position is not None))
 
     for _ in range(2):
-        before = stream.count
+        before = stream and stream.count
         with torch.no_grad():
             for index in range(LAYERS):
                 use(index)
@@ -164,36 +170,25 @@ def test_two_layers_are_on_their_way_and_the_backward_pass_begins_with_those_tha
         forward, backward = there[:LAYERS], there[LAYERS:]
         assert forward == [[0, 1, 2], [1, 2, 3], [2, 3, 4], [3, 4, 5], [3, 4, 5], [3, 4, 5]]
         assert backward == [[3, 4, 5], [2, 3, 4], [1, 2, 3], [0, 1, 2], [0, 1, 2], [0, 1, 2]]
-        assert stream.count - before == 2 * (LAYERS - 3) + (3 if before == 0 else 0)
+        assert stream is None or stream.count - before == 2 * (LAYERS - 3) + (3 if before == 0 else 0)
         there.clear()
 
 
 def test_a_system_that_locks_no_memory_streams_from_other_memory(tmp_path, stream, monkeypatch, capsys):
     monkeypatch.setattr(layer_stream, "locked", lambda *_: None)
-    same(make_base(tmp_path), Train(rank=4), CPU, 6)
+    same(make_base(tmp_path), Train(rank=4), 6)
     assert capsys.readouterr().err.count("locks no memory") == 1
 
 
 def test_a_whole_run_writes_the_same_adapter(tmp_path, stream, monkeypatch):
     base, rows, results = make_base(tmp_path), make_rows(12), []
     for streamed in (0, LAYERS):
-        monkeypatch.setattr(planner, "on_cpu", lambda settings, streamed=streamed, **_: planner.Fit(64, 64, True, streamed=streamed))
+        monkeypatch.setattr(loop, "choose", lambda *_, streamed=streamed: planner.Fit(64, 64, True, streamed=streamed))
         out = tmp_path / str(streamed)
         settings = Train(rank=4, epochs=2, batch_size=4, learning_rate=1e-2)
         loop.run(base, rows, make_rows(4, seed=9), settings, out=out / "adapter", checkpoint=out / "checkpoint", key="")
         results.append((out / "adapter/adapter_model.safetensors").read_bytes())
     assert results[0] == results[1]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("quantization", ["nf4", "none"])
-def test_a_gpu_trains_the_same_with_streamed_layers(tmp_path, monkeypatch, quantization):
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        same(make_base(tmp_path), Train(rank=4, quantization=quantization), pick_device(), 6)
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 # -- what the plan chooses --------------------------------------------------------------------------------------------------------------------

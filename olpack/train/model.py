@@ -75,14 +75,14 @@ def load_with_adapter(base: Base, settings: Train, device: torch.device, *, shar
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if streamed:
-        _stream(model, device, streamed)
+        stream_layers(model, device, streamed)
     start = begin(adapted, base, settings, compute_dtype(device))
     adapted.peft_config["default"].base_model_name_or_path = base.label
     adapted.train()
     return AdaptedModel(adapted, start, quantization)
 
 
-def _stream(model: PreTrainedModel, device: torch.device, count: int) -> None:
+def stream_layers(model: PreTrainedModel, device: torch.device, count: int) -> None:
     """Move a model to the GPU, but for so many of its layers, evenly among the others, and for the input embeddings."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
