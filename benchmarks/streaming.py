@@ -2,8 +2,8 @@
 
     python benchmarks/streaming.py [--seconds 170] [--lines 8B:2.4 70B:8 32B:4.8 70B:24]
 
-Shapes of Llama 3 8B and 70B and of Qwen2.5 32B with random weights in NF4, made on the GPU; LoRA of rank 16 on all linear layers. Each line is the
-planner's choice for a limit, which `set_per_process_memory_fraction` then enforces (GB of 10⁹ bytes; the driver's context, about 0.5 GB, comes on top).
+Shapes of Llama 3 8B and 70B and of Qwen2.5 32B with random weights in NF4, made on the GPU; LoRA of rank 16 on all linear layers. Each line is
+the planner's choice for a limit, which `set_per_process_memory_fraction` then enforces: GB of 10⁹ bytes, without the driver's context (0.5 GB).
 The losses of an 8B are compared with those of the same micro-batches without streaming. Needs 70 GB of host memory for the largest line.
 Prints each line as soon as it has it, and writes the table to benchmarks/streaming.md. No line begins once the seconds are over.
 """
@@ -45,6 +45,7 @@ class Run:
         from olpack.train.forward import Forward
         from olpack.train.model import stream_layers
         from olpack.train.ops.flat_parameters import FlatParameters
+        from olpack.train.ops.layer_stream import tensors_of
         from olpack.train.ops.pinned_memory import PinnedMemory
 
         torch.cuda.set_per_process_memory_fraction(1.0)
@@ -62,8 +63,14 @@ class Run:
         self.fit = fit
         if fit.streamed:
             stream_layers(model.get_base_model(), device, fit.streamed)
-        gc.collect()
-        torch.cuda.empty_cache()
+            # Side by side, as a base that loads in the host's memory has them, and not between the holes that the streamed layers leave.
+            staying = [tensor for tensor in tensors_of(model) if tensor.is_cuda]
+            for tensor in staying:
+                tensor.data = tensor.data.cpu()
+            free()
+            for tensor in staying:
+                tensor.data = tensor.data.to(device)
+        free()
         print(f"{shape} made, {time.time() - BEGUN:.0f} s since the start", flush=True)
         if limit is not None:
             torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(device).total_memory)
@@ -98,8 +105,8 @@ class Run:
 
 def free() -> None:
     gc.collect()
-    torch.cuda.empty_cache()
     torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
 
 
 def line(shape: str, gigabytes: float, device: torch.device, compare: bool, steps: int) -> str:
@@ -118,12 +125,14 @@ def line(shape: str, gigabytes: float, device: torch.device, compare: bool, step
         del plain
         free()
         apart = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
-        compared = f"{'equal to the bit' if losses == expected else f'at most {apart:.1e} apart'} over {COMPARED} steps ({', '.join(map(repr, losses))})"
+        compared = (
+            f"{'equal to the bit' if losses == expected else f'at most {apart:.1e} apart'} over {COMPARED} steps ({', '.join(map(repr, losses))})"
+        )
         compared += f"; without streaming {peak:.2f} GB, {STEP / seconds[len(seconds) // 2]:,.0f} tokens/s"
     link = f"{fit.pace.link / 1e9:.1f} | {fit.expected_tokens_per_s:,.0f}" if fit.pace else "| "
     return (
-        f"| {shape} | {gigabytes:g} | {fit.largest:,} | {fit.streamed} of {SHAPES[shape][2]} | {fit.bytes / 1e9:.2f} | {peaks[0]:.2f} | {peaks[1]:.2f} "
-        f"| {link} | {pace:,.0f} | {compared} |"
+        f"| {shape} | {gigabytes:g} | {fit.largest:,} | {fit.streamed} of {SHAPES[shape][2]} "
+        f"| {fit.bytes / 1e9:.2f} | {peaks[0]:.2f} | {peaks[1]:.2f} | {link} | {pace:,.0f} | {compared} |"
     )
 
 

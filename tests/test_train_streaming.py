@@ -107,7 +107,14 @@ def stream(request, monkeypatch) -> Iterator[Stream | None]:
 
 def make_base(folder, kind: str = "llama") -> Base:
     model_type, settings = MODELS[kind]
-    return Base(kind, write_model(folder / "model", model_type, **{**settings, "num_hidden_layers": LAYERS, "hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "num_attention_heads": 2}))
+    return Base(
+        kind,
+        write_model(
+            folder / "model",
+            model_type,
+            **{**settings, "num_hidden_layers": LAYERS, "hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "num_attention_heads": 2},
+        ),
+    )
 
 
 def train_two_steps(base: Base, settings: Train, streamed: int) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -149,15 +156,15 @@ def test_a_gguf_streams_its_blocks(tmp_path, stream):
 
 
 def test_two_layers_are_on_their_way_and_the_backward_pass_begins_with_those_that_are_there(stream):
-    layers = [torch.nn.Linear(8, 8, bias=False).requires_grad_(False) for _ in range(LAYERS)]
-    weights = [layer.weight.clone() for layer in layers]
+    layers = [torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False)).requires_grad_(False) for _ in range(LAYERS)]
+    weights = [layer[0].weight.clone() for layer in layers]
     streaming = LayerStream(layers, DEVICE)
     assert streaming.nbytes == LAYERS * 8 * 8 * 4
     there: list[list[int]] = []
 
     def use(index: int) -> None:
         layers[index](torch.ones(1, 8, device=DEVICE))
-        assert torch.equal(layers[index].weight.cpu(), weights[index])
+        assert torch.equal(layers[index][0].weight.cpu(), weights[index])
         there.append(sorted(slot.position for slot in streaming._slots if slot.position is not None))
 
     for _ in range(2):

@@ -221,7 +221,11 @@ def _offload(weight: torch.Tensor, pinned: PinnedMemory) -> None:
 def _look_up_in_host_memory(embeddings: torch.nn.Embedding, device: torch.device) -> None:
     """Let embeddings in the host's memory give the GPU the rows that it asks for."""
     weight = embeddings.weight
-    embeddings.forward = lambda ids: F.embedding(ids.cpu(), weight).to(device, non_blocking=True)  # type: ignore[method-assign] # of one module
+
+    def look_up(input: torch.Tensor) -> torch.Tensor:
+        return F.embedding(input.cpu(), weight).to(device, non_blocking=True)
+
+    embeddings.forward = look_up  # type: ignore[method-assign] # of one module
 
 
 def _passes(samples: list[PackedBatch], logits: Callable[[PackedBatch], torch.Tensor]) -> list[Pass]:

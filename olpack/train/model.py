@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +20,7 @@ from olpack.model.quantized import quantization_of
 from olpack.recipe import Train
 from olpack.train.adapter import Start, adapter_config, begin
 from olpack.train.device import compute_dtype
-from olpack.train.ops.layer_stream import LayerStream, move
+from olpack.train.ops.layer_stream import LayerStream, move, tensors_of
 
 
 @dataclass
@@ -86,14 +88,26 @@ def stream_layers(model: PreTrainedModel, device: torch.device, count: int) -> N
     """Move a model to the GPU, but for so many of its layers, evenly among the others, and for the input embeddings."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
+    if device.type == "cuda":
+        _map_memory_in_small_pieces()
     layers = [module for module in model.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
     streamed = [layer for index, layer in enumerate(layers) if (index + 1) * count // len(layers) > index * count // len(layers)]
     LayerStream(streamed, device)
-    waiting = {id(parameter) for layer in streamed for parameter in layer.parameters()}
+    placed = [tensor for layer in streamed for tensor in tensors_of(layer)]
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     if type(embeddings) is torch.nn.Embedding and head is not None and head.weight is not embeddings.weight:
-        waiting.add(id(embeddings.weight))
-    move(model, device, but=waiting)
+        placed.append(embeddings.weight)
+    move(model, device, but=placed)
+
+
+def _map_memory_in_small_pieces() -> None:
+    """Have torch's allocator map memory piece by piece, unless the user has set it up: an output layer of 1 GB that comes and goes leaves holes in
+    memory of which nothing is to spare."""
+    if "PYTORCH_CUDA_ALLOC_CONF" in os.environ or "PYTORCH_ALLOC_CONF" in os.environ:
+        return
+    with warnings.catch_warnings(), contextlib.suppress(AttributeError, RuntimeError):  # no public function sets it while a process runs
+        warnings.simplefilter("ignore")
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
 
 
 def _load(base: Base, settings: Train, device: torch.device, *, sharded: bool, streams: bool) -> PreTrainedModel:

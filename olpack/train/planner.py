@@ -292,16 +292,20 @@ def on_gpu(
             fit_of = partial(using, estimate, sharded, checkpointing, may_offload_head)
             if fit := _largest_that_fits(tried, fit_of):
                 return _with_summary(fit, sizes, _without(sizes, estimate, budgets) if checkpointing and len(ways) > 1 else None)
-    if ways[-1] and settings.sharding != "full" and _can_stream(settings, stored):
+    if ways[-1] and settings.sharding != "full" and _can_stream(model, settings):
         estimate = _estimator(model, settings, stored, whole, 1)
         if fit := _streaming(estimate, model, sizes, budgets, available, streamable // gpus):
             return _with_summary(_with_pace(fit, model, pace()), sizes)
     return _with_summary(fit_of(budgets[0]), sizes)
 
 
-def _can_stream(settings: Train, stored: int | None) -> bool:
-    """Whether a base loads in the host's memory as it does on the GPU, and trains there with a fresh adapter as it does elsewhere."""
-    return settings.method in ("lora", "rslora") and settings.initialization == "default" and (stored is not None or settings.quantization in SHARDABLE)
+def _can_stream(model: MetaModel, settings: Train) -> bool:
+    """Whether a base loads in the host's memory as it does on the GPU, and begins to train there as it does elsewhere. LLM.int8 has tensors of its
+    own beside the weights, and HQQ would compute its codes on the host."""
+    frozen = settings.quantization in SHARDABLE
+    if stored := quantization_of(model.published):
+        frozen = not stored.get("load_in_8bit")
+    return frozen and settings.method in ("lora", "rslora") and settings.initialization == "default"
 
 
 def _streaming(estimate: _Estimate, model: MetaModel, sizes: _Sizes, budgets: list[int], available: int, streamable: int) -> Fit | None:

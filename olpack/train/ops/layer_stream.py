@@ -9,7 +9,7 @@ The tensors keep their places in the modules and their packing; only the memory 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -36,13 +36,13 @@ class _Slot:
 
     Attributes:
         piece: uint8, as large as the largest layer.
-        position: of the layer that it has, or is to have once `copied` has come; None: of none.
+        position: of the layer that it has once `copied` has come; None: of none.
     """
 
-    def __init__(self, size: int, device: torch.device):
+    def __init__(self, size: int, device: torch.device, copied: torch.cuda.Event):
         self.piece = torch.empty(size, dtype=torch.uint8, device=device)
         self.position: int | None = None
-        self.copied: torch.cuda.Event | None = None
+        self.copied = copied
         self._tensors: dict[tuple[_Place, ...], list[torch.Tensor]] = {}
 
     def tensors(self, places: tuple[_Place, ...]) -> list[torch.Tensor]:
@@ -54,8 +54,8 @@ class _Slot:
 class LayerStream:
     """Moves the frozen weights of layers to pinned memory, and has each on the GPU while its layer computes.
 
-    Where they are trained they must be checkpointed: without a forward pass of the same layer just before it, a backward pass would see the weights of
-    another.
+    Where they are trained they must be checkpointed: without a forward pass of the same layer just before it, a backward pass would see the
+    weights of another.
 
     Args:
         layers: in the order of the forward pass. Their other tensors (adapters, norms) go to the GPU.
@@ -67,18 +67,20 @@ class LayerStream:
 
     def __init__(self, layers: Sequence[torch.nn.Module], device: torch.device):
         self._device, self._copies, self._locks = device, torch.cuda.Stream(device), True
-        self._layers = [_weights(layer) for layer in layers]
+        # Of its parts, and begun by them: a hook of the layer itself may run outside of its checkpoint, and so not when it is computed again.
+        parts = [[part for part in layer.children() if _weights(part)] for layer in layers]
+        self._layers = [[weight for part in each for weight in _weights(part)] for each in parts]
         self._places = [_places(weights) for weights in self._layers]
         sizes = [places[-1].start + weights[-1].nbytes for places, weights in zip(self._places, self._layers, strict=True)]
         self.nbytes = sum(sizes)
         self._pieces = [self._move(weights, places, size) for weights, places, size in zip(self._layers, self._places, sizes, strict=True)]
         if not self._locks:
             progress.warn("The system locks no memory for the streamed layers, so the GPU waits for each copy of one")
-        self._slots = [_Slot(max(sizes), device) for _ in range(min(SLOTS, len(layers)))]
+        self._slots = [_Slot(max(sizes), device, self._copies.record_event()) for _ in range(min(SLOTS, len(layers)))]
         self._computing: tuple[int, bool] | None = None
         for position, layer in enumerate(layers):
-            move(layer, device, but={id(weight) for weight in self._layers[position]})
-            for part in _parts(layer, self._layers[position]):
+            move(layer, device, but=self._layers[position])
+            for part in parts[position]:
                 part.register_forward_pre_hook(partial(self._begin, position))
 
     def _move(self, weights: list[torch.Tensor], places: tuple[_Place, ...], size: int) -> torch.Tensor:
@@ -117,42 +119,30 @@ class LayerStream:
         return [ahead if ahead <= last else 2 * last + 1 - ahead for ahead in range(position, position + count)]
 
 
-def move(module: torch.nn.Module, device: torch.device, but: set[int]) -> None:
-    """Move the tensors of a module to a device, in place, but for those of these ids."""
-    for tensor in _tensors(module):
-        if id(tensor) not in but and tensor.device != device:
+def move(module: torch.nn.Module, device: torch.device, but: Iterable[torch.Tensor]) -> None:
+    """Move the tensors of a module to a device, in place, but for these."""
+    staying = set(map(id, but))
+    for tensor in tensors_of(module):
+        if id(tensor) not in staying and tensor.device != device:
             tensor.data = tensor.data.to(device)
 
 
-def _parts(layer: torch.nn.Module, weights: list[torch.Tensor]) -> list[torch.nn.Module]:
-    """The modules in a layer that are called first of those with its streamed weights. Not the layer itself, if that has none beside them: hooks of a
-    layer may run outside of its checkpoint, and then not when it is computed again."""
-    streamed = {id(weight) for weight in weights}
-    if any(id(tensor) in streamed for tensor in _own(layer)):
-        return [layer]
-    return [child for child in layer.children() if any(id(tensor) in streamed for tensor in _tensors(child))]
-
-
-def _weights(layer: torch.nn.Module) -> list[torch.Tensor]:
-    """The frozen tensors of a layer that are streamed: matrices, and packed numbers. Norms, biases and the few scales of scales are small."""
-    frozen = {id(tensor): tensor for tensor in _tensors(layer) if not tensor.requires_grad and tensor.numel()}
+def _weights(part: torch.nn.Module) -> list[torch.Tensor]:
+    """The frozen tensors of a part of a layer that are streamed: matrices and packed numbers. Norms, biases, and scales of scales are small."""
+    frozen = {id(tensor): tensor for tensor in tensors_of(part) if not tensor.requires_grad and tensor.numel()}
     return [tensor for tensor in frozen.values() if tensor.dim() > 1 or not tensor.is_floating_point()]
 
 
-def _tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+def tensors_of(module: torch.nn.Module) -> Iterator[torch.Tensor]:
     """All tensors of a module, with those of bitsandbytes' states of its weights."""
     for part in module.modules():
-        yield from _own(part)
-
-
-def _own(module: torch.nn.Module) -> Iterator[torch.Tensor]:
-    for tensor in (*module._parameters.values(), *module._buffers.values()):
-        if tensor is not None:
-            yield tensor
-            state = getattr(tensor, "quant_state", None)
-            while state is not None:
-                yield from (value for value in vars(state).values() if isinstance(value, torch.Tensor))
-                state = state.state2
+        for tensor in (*part._parameters.values(), *part._buffers.values()):
+            if tensor is not None:
+                yield tensor
+                state = getattr(tensor, "quant_state", None)
+                while state is not None:
+                    yield from (value for value in vars(state).values() if isinstance(value, torch.Tensor))
+                    state = state.state2
 
 
 def _places(weights: list[torch.Tensor]) -> tuple[_Place, ...]:
