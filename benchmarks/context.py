@@ -106,8 +106,8 @@ def measure(bench: Bench, gigabytes: int, tokens: int) -> str:
         try:
             loss, seconds = bench.step(tokens)
             break
-        except OlpackError as error:  # memory ran out
-            print(f"{tokens:,} tokens in {gigabytes} GB: {error}", flush=True)
+        except (OlpackError, torch.OutOfMemoryError) as error:
+            print(f"out of memory: {tokens:,} tokens in {gigabytes} GB, peak {torch.cuda.max_memory_allocated() / 1e9:.2f} GB: {error}", flush=True)
             tokens = tokens * 9 // 10
     torch.cuda.set_per_process_memory_fraction(1.0)
     peak, published = torch.cuda.max_memory_allocated() / 1e9, PUBLISHED[bench.shape, gigabytes]

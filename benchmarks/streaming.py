@@ -25,6 +25,7 @@ from page import command_line
 from train_8b import BEGUN, RANK, SHAPES, random_model, rows
 
 SLACK = 0.05  # of the limit, as the planner leaves it of a GPU's memory
+SLACKS = (SLACK, 0.08, 0.12, 0.16, 0.2)  # which are tried in turn
 STEP = 16_384  # tokens
 COMPARED = 3  # steps whose losses are compared
 
@@ -36,9 +37,10 @@ class Run:
         shape: one of `SHAPES`.
         limit: bytes of GPU memory; None: all.
         fit: the planner's choice, or that of another run; None: to be made.
+        slack: of the limit, what the planner leaves.
     """
 
-    def __init__(self, shape: str, device: torch.device, limit: float | None, fit=None):
+    def __init__(self, shape: str, device: torch.device, limit: float | None, fit=None, slack: float = SLACK):
         from olpack.model.shape import MetaModel
         from olpack.recipe import Train
         from olpack.train import loop, planner
@@ -57,13 +59,16 @@ class Run:
             batch = rows(STEP, self.words)
             settings = Train(batch_size=len(batch), epochs=1, rank=RANK, gradient_checkpointing=True)
             meta = MetaModel({"architectures": ["LlamaForCausalLM"], **model.config.to_dict()}, shape)
-            available, host = round(limit * (1 - SLACK)), planner.streamable_memory()
+            available, host = round(limit * (1 - slack)), planner.streamable_memory()
             fit = planner.on_gpu(meta, batch, settings, available, streamable=host, pace=partial(planner.measure_pace, device))
             print(fit.summary, f"({time.time() - BEGUN:.0f} s since the start)", flush=True)
         self.fit = fit
         if fit.streamed:
+            # As with a base that loads in the host's memory: the embeddings stay there, and what goes to the GPU lies side by side, not between the
+            # holes that the streamed layers leave.
+            embeddings = model.get_base_model().get_input_embeddings().weight
+            embeddings.data = embeddings.data.cpu()
             stream_layers(model.get_base_model(), device, fit.streamed)
-            # Side by side, as a base that loads in the host's memory has them, and not between the holes that the streamed layers leave.
             staying = [tensor for tensor in tensors_of(model) if tensor.is_cuda]
             for tensor in staying:
                 tensor.data = tensor.data.cpu()
@@ -88,7 +93,10 @@ class Run:
         batch = rows(STEP, self.words, seed)
         torch.cuda.synchronize()
         started = time.time()
-        loss = loop._backward(self.forward, self.trained, batch, State(budget=self.fit.tokens))
+        state = State(budget=self.fit.tokens)
+        loss = loop._backward(self.forward, self.trained, batch, state)
+        if state.budget < self.fit.tokens:
+            raise torch.OutOfMemoryError(f"the step was halved to {state.budget:,} tokens at once")
         torch.nn.utils.clip_grad_norm_(self.trained.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -109,14 +117,32 @@ def free() -> None:
     torch.cuda.empty_cache()
 
 
-def line(shape: str, gigabytes: float, device: torch.device, compare: bool, steps: int) -> str:
-    run = Run(shape, device, gigabytes * 1e9)
+def steps_within(shape: str, gigabytes: float, device: torch.device, slack: float, compare: bool, steps: int):
+    """(the planner's choice, losses, seconds of the other steps, peaks in GB: of tensors, with the allocator's free pieces)"""
+    run = Run(shape, device, gigabytes * 1e9, slack=slack)
     losses = run.losses() if compare else [run.step(0)[0]]
     seconds = sorted(run.step(seed)[1] for seed in range(1, 1 + steps))
-    peaks = [torch.cuda.max_memory_allocated() / 1e9, torch.cuda.max_memory_reserved() / 1e9]
-    fit, pace = run.fit, STEP / seconds[len(seconds) // 2]
-    del run
-    free()
+    return run.fit, losses, seconds, [torch.cuda.max_memory_allocated() / 1e9, torch.cuda.max_memory_reserved() / 1e9]
+
+
+def line(shape: str, gigabytes: float, device: torch.device, compare: bool, steps: int) -> str:
+    """A line of the table. Where memory runs out, which is printed, the planner leaves more of the limit."""
+    from olpack.errors import OlpackError
+
+    measured = None
+    for slack in SLACKS:
+        try:
+            measured = steps_within(shape, gigabytes, device, slack, compare, steps)
+        except (torch.OutOfMemoryError, OlpackError) as error:
+            peak = torch.cuda.max_memory_allocated() / 1e9
+            print(f"out of memory: {shape} in {gigabytes:g} GB with {slack:.0%} left, peak {peak:.2f} GB: {str(error)[:300]}", flush=True)
+        free()
+        if measured:
+            break
+    if measured is None:
+        return f"does not fit: {shape} in {gigabytes:g} GB"
+    fit, losses, seconds, peaks = measured
+    pace = STEP / seconds[len(seconds) // 2]
     compared = f"first loss {losses[0]:.4f}"
     if compare:
         plain = Run(shape, device, None, replace(fit, streamed=0))
@@ -157,7 +183,7 @@ def main() -> None:
             continue
         shape, gigabytes = asked.split(":")
         try:
-            page.append(line(shape, float(gigabytes), device, compare=shape == "8B", steps=3 if shape == "8B" else 1))
+            page.append(line(shape, float(gigabytes), device, compare=shape == "8B", steps=1))
         except Exception as error:  # the other lines are worth having
             page.append(f"failed: {asked}: {error!r}")
             free()

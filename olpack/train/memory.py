@@ -123,7 +123,8 @@ class TrainingMemory:
             parts["inputs of the layers, attention's results"] = self.checkpointed + self.results
         else:
             parts["inputs of the layers"] = self.checkpointed
-        at_loss, name = self.logits + head, "output layer and logits" if offload_head else "logits"
+        # Streamed layers leave so little beside the output layer that a matrix counts: the checks before the first step have both on the GPU.
+        at_loss, name = head + max(self.logits, self.dequantized if streamed else 0), "output layer and logits" if offload_head else "logits"
         backward = self.working + self.dequantized + (sum(self.layer.values()) if checkpointing else 0)
         parts[f"the larger of {name} ({quantity(at_loss, 'B')}) and one layer's backward pass"] = max(at_loss, backward)
         return parts

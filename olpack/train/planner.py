@@ -43,7 +43,6 @@ _SLACK = 0.05  # of a GPU's memory that is lost between allocations
 _WORTH = 50  # micro-batches, from which on it pays to pin memory for attention outputs: 3 s beside the loading, and 4 % of each step gained
 _PINNABLE_SHARE = 0.25  # of the host's free memory: it is locked, and nothing else can use it meanwhile
 _STREAMABLE_SHARE = 0.8  # of the same, for frozen layers that the GPU has no memory for
-_REACHED = 0.7  # of the speed of a large product alone, by a step with checkpointing (benchmarks/train_8b.md)
 _STEPS = 400  # at most so many steps are looked at for the largest micro-batch
 
 
@@ -77,7 +76,7 @@ class Fit:
         in_fp8: whether the products with frozen weights are computed in fp8.
         streamed: frozen layers that are in pinned memory except while they compute.
         pace: with streamed layers, what bounds their speed; else None.
-        expected_tokens_per_s: with streamed layers, what follows from that; else None.
+        expected_tokens_per_s: with streamed layers, the most that follows from that; else None.
         training: the estimate, by purpose; None on a CPU.
         bytes: estimated GPU memory at the peak; None where it cannot be estimated.
         available: bytes of GPU memory that the run may use; None on a CPU.
@@ -330,13 +329,16 @@ def _streaming(estimate: _Estimate, model: MetaModel, sizes: _Sizes, budgets: li
 
 
 def _with_pace(fit: Fit, model: MetaModel, pace: Pace) -> Fit:
-    """The choice with the tokens/s that are to be expected: those of the slower one, link or products."""
+    """The choice with the tokens/s that it trains at most: those of the slower one, link or products, if it alone took time."""
+    from olpack.model.shape import adapter_shapes
+
     assert fit.training is not None
-    copied = 2 * (fit.streamed - SLOTS) * fit.training.streamable + (fit.training.head if fit.offload_head else 0)  # bytes, forward and back
-    rate = fit.largest * pace.link / copied
+    copied = 2 * (fit.streamed - SLOTS) * fit.training.streamable + fit.training.host_inputs  # bytes to the GPU: layers twice, their inputs once
+    rate = fit.largest * pace.link / (copied + (fit.training.head if fit.offload_head else 0))
     if pace.products is not None:
-        multiplied = model.parameters.active - (0 if model.shape.tied else model.parameters.embedding)
-        rate = min(rate, _REACHED * pace.products / (6 * multiplied))  # forward, forward again, back
+        weights = model.parameters.active - model.parameters.embedding - model.parameters.head  # the loss is of target tokens alone, may be of few
+        last = sum(rows * columns for name, (rows, columns) in adapter_shapes(model).items() if name.endswith("down_proj"))
+        rate = min(rate, pace.products / (6 * weights - 2 * last))  # forward, forward again but for a layer's last product, back
     return replace(fit, pace=pace, expected_tokens_per_s=rate)
 
 
@@ -415,7 +417,7 @@ def _with_summary(fit: Fit, sizes: _Sizes, without: tuple[int, int | None] | Non
         reason = f"{quantity(fit.bytes, 'B')} of {quantity(fit.available, 'B')} available (estimate)"
         if fit.pace and fit.expected_tokens_per_s:
             link = f"{quantity(fit.pace.link, 'B')}/s, {'measured' if fit.pace.products else 'assumed'}"
-            reason += f"; all frozen layers would not fit; at most about {fit.expected_tokens_per_s:,.0f} tokens/s over this link ({link})"
+            reason += f"; all frozen layers would not fit; at most about {fit.expected_tokens_per_s:,.0f} tokens/s (link: {link})"
         if without and without[1] is not None:
             reason += f"; without checkpointing {without[0]:,} tokens would take {quantity(without[1], 'B')}"
     return replace(fit, summary=f"{choice}: {reason}")
