@@ -25,7 +25,7 @@ from page import command_line
 from train_8b import BEGUN, RANK, SHAPES, random_model, rows
 
 SLACK = 0.05  # of the limit, as the planner leaves it of a GPU's memory
-SLACKS = (SLACK, 0.08, 0.12, 0.16, 0.2)  # which are tried in turn
+SLACKS = (SLACK, 0.07, 0.09, 0.11)  # which are tried in turn
 STEP = 16_384  # tokens
 COMPARED = 3  # steps whose losses are compared
 
@@ -41,6 +41,7 @@ class Run:
     """
 
     def __init__(self, shape: str, device: torch.device, limit: float | None, fit=None, slack: float = SLACK):
+        from olpack.errors import OlpackError
         from olpack.model.shape import MetaModel
         from olpack.recipe import Train
         from olpack.train import loop, planner
@@ -62,6 +63,8 @@ class Run:
             available, host = round(limit * (1 - slack)), planner.streamable_memory()
             fit = planner.on_gpu(meta, batch, settings, available, streamable=host, pace=partial(planner.measure_pace, device))
             print(fit.summary, f"({time.time() - BEGUN:.0f} s since the start)", flush=True)
+            if not fit.fits:
+                raise OlpackError("No row fits.", "Take a larger limit.")
         self.fit = fit
         if fit.streamed:
             # As with a base that loads in the host's memory: the embeddings stay there, and what goes to the GPU lies side by side, not between the
