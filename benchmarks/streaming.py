@@ -71,6 +71,7 @@ class Run:
             # holes that the streamed layers leave.
             embeddings = model.get_base_model().get_input_embeddings().weight
             embeddings.data = embeddings.data.cpu()
+            free()  # or a slot takes a piece of their memory, and the rest of it is lost
             stream_layers(model.get_base_model(), device, fit.streamed)
             staying = [tensor for tensor in tensors_of(model) if tensor.is_cuda]
             for tensor in staying:

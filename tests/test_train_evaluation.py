@@ -162,10 +162,10 @@ def test_what_fits_is_the_fastest_that_does(model):
     narrow = planner.on_gpu(model, rows, settings, round(0.5 * (checkpointed.bytes + wide.bytes)))
     assert narrow.checkpointing and narrow.tokens == wide.tokens and narrow.bytes == checkpointed.bytes < narrow.available < wide.bytes
     assert f"without checkpointing {wide.largest:,} tokens would take" in narrow.summary
-    tight = planner.on_gpu(model, rows, settings, narrow.bytes - 1)
+    tight = planner.on_gpu(model, rows, settings, narrow.bytes - 1, streamable=1 << 30)
     assert tight.offload_head and tight.tokens == narrow.tokens and tight.bytes < narrow.bytes - 50e6
     assert not narrow.offload_head and "output layer offloaded" in tight.summary
-    tighter = planner.on_gpu(model, rows, settings, tight.bytes - 1)
+    tighter = planner.on_gpu(model, rows, settings, tight.bytes - 1, streamable=1 << 30)
     assert tighter.offload_head and tighter.tokens < narrow.tokens
     none = planner.on_gpu(model, rows, settings, 100 << 20)
     assert none.tokens == max(len(row.ids) for row in rows) and "more than the" in none.summary

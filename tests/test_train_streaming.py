@@ -189,13 +189,13 @@ def test_a_system_that_locks_no_memory_streams_from_other_memory(tmp_path, strea
 
 def test_a_whole_run_writes_the_same_adapter(tmp_path, stream, monkeypatch):
     base, rows, results = make_base(tmp_path), make_rows(12), []
-    for streamed in (0, LAYERS):
-        monkeypatch.setattr(loop, "choose", lambda *_, streamed=streamed: planner.Fit(64, 64, True, streamed=streamed))
-        out = tmp_path / str(streamed)
+    for name, changed in {"plain": {}, "streamed": {"streamed": LAYERS}, "loaded": {"loads_in_host_memory": True}}.items():
+        monkeypatch.setattr(loop, "choose", lambda *_, changed=changed: planner.Fit(64, 64, True, **changed))
+        out = tmp_path / name
         settings = Train(rank=4, epochs=2, batch_size=4, learning_rate=1e-2)
         loop.run(base, rows, make_rows(4, seed=9), settings, out=out / "adapter", checkpoint=out / "checkpoint", key="")
         results.append((out / "adapter/adapter_model.safetensors").read_bytes())
-    assert results[0] == results[1]
+    assert results[0] == results[1] == results[2]
 
 
 # -- what the plan chooses --------------------------------------------------------------------------------------------------------------------
@@ -236,6 +236,31 @@ def test_layers_are_streamed_where_they_do_not_fit(model):
     assert some.pinned_parts["streamed layers"] == some.streamed * some.training.streamable
     assert some.pinned_by_forward == some.pinned_parts["inputs of the layers"] + some.pinned_parts["output layer"]
     assert some.as_json()["streamed"] == some.streamed
+
+
+def test_streamed_layers_leave_at_least_what_the_allocator_loses(model):
+    lost = 16 * (20 << 20)
+    small, large = (fit(model, limit * (1 - planner._SLACK)) for limit in (2.4e9, 8e9))
+    assert small.streamed and small.bytes <= small.available == round(2.4e9) - lost
+    assert large.available == round(8e9 * (1 - planner._SLACK)) < round(8e9) - lost  # a share of it is more
+    assert not fit(model, 0.95 * (small.bytes + lost) - 10e6, micro_batch_tokens=small.tokens).fits
+
+
+def test_a_base_loads_in_host_memory_where_it_does_not_fit_before_its_embeddings_are_offloaded(model):
+    tight, wide, without = (fit(model, available, streamable=host) for available, host in ((5.7e9, HOST), (12e9, HOST), (5.7e9, 1 << 30)))
+    assert tight.fits and tight.loads_in_host_memory and not tight.streamed and tight.offload_head
+    assert "base loads in host memory" in tight.summary and tight.as_json()["loads_in_host_memory"]
+    memory = tight.training
+    assert tight.bytes <= tight.available < memory.before_steps
+    assert tight.bytes >= memory.before_steps - memory.offloaded  # the same checks without the embeddings
+    assert tight.pinned_by_forward == sum(tight.pinned_parts.values()) - memory.offloaded
+    assert not wide.loads_in_host_memory and wide.available > wide.training.before_steps
+    assert not without.fits and not without.loads_in_host_memory and without.bytes >= without.training.before_steps
+
+
+def test_a_base_that_only_the_gpu_loads_needs_memory_for_its_embeddings(model):
+    found = fit(model, 5.7e9, initialization="pissa")
+    assert not found.fits and "more than the" in found.summary
 
 
 def test_the_estimate_covers_the_checks_before_the_first_step(model):

@@ -54,7 +54,7 @@ def run(
         progress.say(fit.summary)
     pinned = PinnedMemory(fit.pinned_by_forward, device) if fit.checkpointing and device.type == "cuda" else None
     with progress.task(f"loading {base.label} ({quantization_method(base.config) or settings.quantization})"):
-        adapted = load_with_adapter(base, settings, device, sharded=fit.sharded, streamed=fit.streamed)
+        adapted = load_with_adapter(base, settings, device, sharded=fit.sharded, streamed=fit.streamed, in_host_memory=fit.loads_in_host_memory)
         model = adapted.model
         forward = Forward(
             model,

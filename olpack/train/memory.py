@@ -123,8 +123,8 @@ class TrainingMemory:
             parts["inputs of the layers, attention's results"] = self.checkpointed + self.results
         else:
             parts["inputs of the layers"] = self.checkpointed
-        # Streamed layers leave so little beside the output layer that a matrix counts: the checks before the first step have both on the GPU.
-        at_loss, name = head + max(self.logits, self.dequantized if streamed else 0), "output layer and logits" if offload_head else "logits"
+        # Where the output layer is offloaded there is so little memory that a matrix counts: the checks before the first step have both on the GPU.
+        at_loss, name = head + max(self.logits, self.dequantized if offload_head else 0), "output layer and logits" if offload_head else "logits"
         backward = self.working + self.dequantized + (sum(self.layer.values()) if checkpointing else 0)
         parts[f"the larger of {name} ({quantity(at_loss, 'B')}) and one layer's backward pass"] = max(at_loss, backward)
         return parts
@@ -134,6 +134,12 @@ class TrainingMemory:
         if self.activations is None:
             return None
         return sum(self.parts(checkpointing, offload_attention=offload_attention, offload_head=offload_head, streamed=streamed).values())
+
+    @property
+    def before_steps(self) -> int:
+        """The bytes of a base that loads on the GPU, at the checks before the first step: they compute a few tokens forward and back, before anything
+        is offloaded."""
+        return self.weights + self.adapter + self.gradients + self.workspace + self.dequantized
 
     def pinned_parts(self, *, offload_attention: bool = False, offload_head: bool = False, streamed: int = 0) -> dict[str, int]:
         """The bytes of pinned memory that a step with checkpointing fills, by purpose."""

@@ -38,7 +38,9 @@ class AdaptedModel:
     quantization: FrozenQuantization | None
 
 
-def load_with_adapter(base: Base, settings: Train, device: torch.device, *, sharded: bool = False, streamed: int = 0) -> AdaptedModel:
+def load_with_adapter(
+    base: Base, settings: Train, device: torch.device, *, sharded: bool = False, streamed: int = 0, in_host_memory: bool = False
+) -> AdaptedModel:
     """Load the base, frozen, and put a fresh adapter on it (the model still answers as the base does).
 
     Args:
@@ -49,6 +51,7 @@ def load_with_adapter(base: Base, settings: Train, device: torch.device, *, shar
             no integers, and 16-bit numbers are copied on a GPU in a way that makes all NaNs the same one: codes that look like one are lost.
         streamed: so many of its layers are in pinned memory except while they compute (`olpack.train.ops.layer_stream`), and so are input embeddings
             that are no output layer.
+        in_host_memory: it loads there and goes to the GPU without such embeddings, which are never on the GPU then; with streamed layers always.
 
     Raises:
         OlpackError: the base does not load, or does not fit into the GPU's memory.
@@ -58,9 +61,9 @@ def load_with_adapter(base: Base, settings: Train, device: torch.device, *, shar
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     getLogger("bitsandbytes.autograd._functions").setLevel(ERROR)  # int8 warns at each layer that it casts its input
-    adapter = adapter_config(base, settings)
+    adapter, in_host_memory = adapter_config(base, settings), in_host_memory or streamed > 0
     try:
-        model = _load(base, settings, device, sharded=sharded, streams=streamed > 0)
+        model = _load(base, settings, device, sharded=sharded, in_host_memory=in_host_memory)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise OlpackError(f"{base.label} does not fit into the GPU's memory.", "Take a smaller base, or set `train.quantization: nf4`.") from None
@@ -76,7 +79,7 @@ def load_with_adapter(base: Base, settings: Train, device: torch.device, *, shar
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    if streamed:
+    if in_host_memory:
         stream_layers(model, device, streamed)
     start = begin(adapted, base, settings, compute_dtype(device))
     adapted.peft_config["default"].base_model_name_or_path = base.label
@@ -92,7 +95,8 @@ def stream_layers(model: PreTrainedModel, device: torch.device, count: int) -> N
         _map_memory_in_small_pieces()
     layers = [module for module in model.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
     streamed = [layer for index, layer in enumerate(layers) if (index + 1) * count // len(layers) > index * count // len(layers)]
-    LayerStream(streamed, device)
+    if streamed:
+        LayerStream(streamed, device)
     placed = [tensor for layer in streamed for tensor in tensors_of(layer)]
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     if type(embeddings) is torch.nn.Embedding and head is not None and head.weight is not embeddings.weight:
@@ -110,8 +114,8 @@ def _map_memory_in_small_pieces() -> None:
         torch.cuda.memory._set_allocator_settings("expandable_segments:True")
 
 
-def _load(base: Base, settings: Train, device: torch.device, *, sharded: bool, streams: bool) -> PreTrainedModel:
-    """The base, quantized as `train.quantization` or its own config.json has it; in the host's memory if it streams layers."""
+def _load(base: Base, settings: Train, device: torch.device, *, sharded: bool, in_host_memory: bool) -> PreTrainedModel:
+    """The base, quantized as `train.quantization` or its own config.json has it."""
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -119,7 +123,7 @@ def _load(base: Base, settings: Train, device: torch.device, *, sharded: bool, s
     from olpack.train.frozen import FrozenConfig, StreamedFourBits, use_packed
     from olpack.train.gguf_model import load_frozen
 
-    dtype, kind, place = compute_dtype(device), settings.quantization, torch.device("cpu") if streams else device
+    dtype, kind, place = compute_dtype(device), settings.quantization, torch.device("cpu") if in_host_memory else device
     if base.gguf is not None:
         return load_frozen(base.gguf, place, dtype)
     check_kernel()
@@ -129,7 +133,7 @@ def _load(base: Base, settings: Train, device: torch.device, *, sharded: bool, s
         del config.quantization_config
     if not use_packed(config, base, dtype) and not quantization_of(base.config):
         if kind in ("nf4", "fp4"):
-            four_bits = partial(StreamedFourBits, device) if streams else partial(BitsAndBytesConfig, load_in_4bit=True)
+            four_bits = partial(StreamedFourBits, device) if in_host_memory else partial(BitsAndBytesConfig, load_in_4bit=True)
             quantization = four_bits(
                 bnb_4bit_quant_type=kind,
                 bnb_4bit_compute_dtype=dtype,

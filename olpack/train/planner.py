@@ -43,6 +43,9 @@ _SLACK = 0.05  # of a GPU's memory that is lost between allocations
 _WORTH = 50  # micro-batches, from which on it pays to pin memory for attention outputs: 3 s beside the loading, and 4 % of each step gained
 _PINNABLE_SHARE = 0.25  # of the host's free memory: it is locked, and nothing else can use it meanwhile
 _STREAMABLE_SHARE = 0.8  # of the same, for frozen layers that the GPU has no memory for
+# At least so much is lost between allocations where layers are streamed: 16 of the pieces in which torch maps memory. Of 2.4 GB a loss of 0.26 GB was
+# more than an 8B had left, and 0.34 GB less (benchmarks/streaming.md).
+_LOST = 16 * (20 << 20)
 _STEPS = 400  # at most so many steps are looked at for the largest micro-batch
 
 
@@ -75,6 +78,8 @@ class Fit:
         offload_head: whether the output layer is in pinned memory except for the loss.
         in_fp8: whether the products with frozen weights are computed in fp8.
         streamed: frozen layers that are in pinned memory except while they compute.
+        loads_in_host_memory: whether the base loads there, because the GPU has no memory for what is offloaded afterwards. With streamed layers it
+            does so in any case.
         pace: with streamed layers, what bounds their speed; else None.
         expected_tokens_per_s: with streamed layers, the most that follows from that; else None.
         training: the estimate, by purpose; None on a CPU.
@@ -91,6 +96,7 @@ class Fit:
     offload_head: bool = False
     in_fp8: bool = False
     streamed: int = 0
+    loads_in_host_memory: bool = False
     pace: Pace | None = None
     expected_tokens_per_s: float | None = None
     training: TrainingMemory | None = None
@@ -121,8 +127,9 @@ class Fit:
 
     @property
     def pinned_by_forward(self) -> int:
-        """Bytes of pinned memory that the forward pass uses: all but what a base with streamed layers has in the host's memory already."""
-        loaded = self.streamed * self.training.streamable + self.training.offloaded if self.training and self.streamed else 0
+        """Bytes of pinned memory that the forward pass uses: all but what a base that loads in the host's memory has there already."""
+        loads = self.training is not None and (self.streamed or self.loads_in_host_memory)
+        loaded = self.streamed * self.training.streamable + self.training.offloaded if self.training and loads else 0
         return sum(self.pinned_parts.values()) - loaded
 
     def as_json(self) -> dict[str, Any]:
@@ -265,6 +272,9 @@ def on_gpu(
         offload_attention = worth and training.attention_fits(available, pinnable // gpus, offload_head=offload_head)
         total = training.total(checkpointing, offload_attention=offload_attention, offload_head=offload_head)
         in_fp8 = multiplies_fp8 and not sharded and _worth_fp8(model, settings, stored, largest)
+        loads_in_host_memory = not sharded and total is not None and training.before_steps > available
+        if loads_in_host_memory and not (checkpointing and _loads_in_host_memory(model, settings) and training.weights <= streamable // gpus):
+            loads_in_host_memory, total = False, max(total or 0, training.before_steps)
         return Fit(
             budget,
             largest,
@@ -273,6 +283,7 @@ def on_gpu(
             offload_attention,
             offload_head,
             in_fp8,
+            loads_in_host_memory=loads_in_host_memory,
             training=training,
             bytes=total,
             available=available,
@@ -291,14 +302,14 @@ def on_gpu(
             fit_of = partial(using, estimate, sharded, checkpointing, may_offload_head)
             if fit := _largest_that_fits(tried, fit_of):
                 return _with_summary(fit, sizes, _without(sizes, estimate, budgets) if checkpointing and len(ways) > 1 else None)
-    if ways[-1] and settings.sharding != "full" and _can_stream(model, settings):
+    if ways[-1] and settings.sharding != "full" and _loads_in_host_memory(model, settings):
         estimate = _estimator(model, settings, stored, whole, 1)
         if fit := _streaming(estimate, model, sizes, budgets, available, streamable // gpus):
             return _with_summary(_with_pace(fit, model, pace()), sizes)
     return _with_summary(fit_of(budgets[0]), sizes)
 
 
-def _can_stream(model: MetaModel, settings: Train) -> bool:
+def _loads_in_host_memory(model: MetaModel, settings: Train) -> bool:
     """Whether a base loads in the host's memory as it does on the GPU, and begins to train there as it does elsewhere. LLM.int8 has tensors of its
     own beside the weights, and HQQ would compute its codes on the host."""
     frozen = settings.quantization in SHARDABLE
@@ -311,6 +322,7 @@ def _streaming(estimate: _Estimate, model: MetaModel, sizes: _Sizes, budgets: li
     """The largest micro-batch that fits with all layers streamed, and the fewest layers that are for it. The output layer is offloaded: it is copied
     once, a layer twice. None where that does not fit either."""
     layers = model.shape.layers
+    available = min(available, round(available / (1 - _SLACK)) - _LOST)
 
     def using(budget: int, streamed: int) -> Fit:
         largest, targets = sizes.largest(budget)
@@ -404,6 +416,7 @@ def _with_summary(fit: Fit, sizes: _Sizes, without: tuple[int, int | None] | Non
     choice += ", attention outputs offloaded" if fit.offload_attention else ""
     choice += ", output layer offloaded" if fit.offload_head else ""
     choice += f", {fit.streamed} frozen layers streamed" if fit.streamed else ""
+    choice += ", base loads in host memory" if fit.loads_in_host_memory else ""
     choice += ", base weights sharded over all GPUs" if fit.sharded else ""
     choice += ", products in fp8" if fit.in_fp8 else ""
     if fit.bytes is None or fit.available is None:
