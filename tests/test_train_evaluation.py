@@ -202,7 +202,7 @@ def test_attention_outputs_are_offloaded_where_they_fit_and_the_run_is_long(mode
     without = planner.on_gpu(model, rows, settings, 80 << 30)
     assert not without.offload_attention and without.bytes < offloaded.bytes and without.tokens == offloaded.tokens
     assert not planner.on_gpu(model, rows, settings, 80 << 30, pinnable=sum(offloaded.pinned_parts.values()) - 1).offload_attention
-    assert not planner.on_gpu(model, rows, settings, offloaded.bytes - 1, pinnable=pinnable).offload_attention
+    assert not planner.on_gpu(model, rows, settings, offloaded.bytes - 1, pinnable=pinnable, streamable=pinnable).offload_attention
     assert not planner.on_gpu(model, rows, settings.model_copy(update={"epochs": 1}), 80 << 30, pinnable=pinnable).offload_attention
 
 
