@@ -25,6 +25,7 @@ from page import command_line
 BEGUN = time.time()
 SHAPES = {  # hidden size, MLP, layers, heads, key heads, vocabulary
     "8B": (4096, 14336, 32, 32, 8, 128256),
+    "32B": (5120, 27648, 64, 40, 8, 152064),
     "70B": (8192, 28672, 80, 64, 8, 128256),
     "1B": (2048, 8192, 16, 32, 8, 128256),
     "tiny": (256, 512, 3, 4, 2, 1000),
@@ -32,7 +33,7 @@ SHAPES = {  # hidden size, MLP, layers, heads, key heads, vocabulary
 RANK = 16
 
 
-def random_model(shape: str, device: torch.device):
+def random_model(shape: str, device: torch.device, rank: int = RANK):
     """Llama 3's shape in NF4 with double quantization, with LoRA on all linear layers; layer after layer, so that it needs no more than it holds."""
     from bitsandbytes.nn import Linear4bit, Params4bit
     from peft import LoraConfig, get_peft_model
@@ -77,7 +78,7 @@ def random_model(shape: str, device: torch.device):
     model.is_loaded_in_4bit = True
     model.config.use_cache = False
     model.requires_grad_(False)
-    adapted = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", task_type="CAUSAL_LM")).train()
+    adapted = get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")).train()
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

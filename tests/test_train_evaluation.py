@@ -162,10 +162,10 @@ def test_what_fits_is_the_fastest_that_does(model):
     narrow = planner.on_gpu(model, rows, settings, round(0.5 * (checkpointed.bytes + wide.bytes)))
     assert narrow.checkpointing and narrow.tokens == wide.tokens and narrow.bytes == checkpointed.bytes < narrow.available < wide.bytes
     assert f"without checkpointing {wide.largest:,} tokens would take" in narrow.summary
-    tight = planner.on_gpu(model, rows, settings, narrow.bytes - 1)
+    tight = planner.on_gpu(model, rows, settings, narrow.bytes - 1, streamable=1 << 30)
     assert tight.offload_head and tight.tokens == narrow.tokens and tight.bytes < narrow.bytes - 50e6
     assert not narrow.offload_head and "output layer offloaded" in tight.summary
-    tighter = planner.on_gpu(model, rows, settings, tight.bytes - 1)
+    tighter = planner.on_gpu(model, rows, settings, tight.bytes - 1, streamable=1 << 30)
     assert tighter.offload_head and tighter.tokens < narrow.tokens
     none = planner.on_gpu(model, rows, settings, 100 << 20)
     assert none.tokens == max(len(row.ids) for row in rows) and "more than the" in none.summary
@@ -202,7 +202,7 @@ def test_attention_outputs_are_offloaded_where_they_fit_and_the_run_is_long(mode
     without = planner.on_gpu(model, rows, settings, 80 << 30)
     assert not without.offload_attention and without.bytes < offloaded.bytes and without.tokens == offloaded.tokens
     assert not planner.on_gpu(model, rows, settings, 80 << 30, pinnable=sum(offloaded.pinned_parts.values()) - 1).offload_attention
-    assert not planner.on_gpu(model, rows, settings, offloaded.bytes - 1, pinnable=pinnable).offload_attention
+    assert not planner.on_gpu(model, rows, settings, offloaded.bytes - 1, pinnable=pinnable, streamable=pinnable).offload_attention
     assert not planner.on_gpu(model, rows, settings.model_copy(update={"epochs": 1}), 80 << 30, pinnable=pinnable).offload_attention
 
 

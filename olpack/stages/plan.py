@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from olpack import progress
@@ -207,6 +208,8 @@ def _fit(build: Build, rows: list[TokenRow], device: torch.device, vram: float |
         asked,
         available,
         pinnable=planner.pinnable_memory(),
+        streamable=planner.streamable_memory(),
+        pace=partial(planner.measure_pace, device) if vram is None else lambda: planner.ASSUMED_PACE,
         stored=planner.stored_bytes(build.base),
         whole=whole,
         gpus=gpus,

@@ -62,6 +62,9 @@ class Forward:
         self.head, self.softcap = self.base.get_output_embeddings(), getattr(text, "final_logit_softcapping", None)
         self._recompute: Recompute | None = None
         self._graphs: PassGraphs | None = None
+        embeddings = self.base.get_input_embeddings()
+        if type(embeddings) is torch.nn.Embedding and embeddings.weight.device.type != device.type:  # a base whose layers are streamed
+            _look_up_in_host_memory(embeddings, device)
         training = model.training
         model.eval()  # what follows is compared, and dropout would make each pass another one
         samples = _samples(self.base, device)
@@ -204,9 +207,8 @@ class Forward:
         elif shared:
             return
         if plain is not None:
-            weight = plain.weight
-            _offload(weight, pinned)
-            embeddings.forward = lambda ids: F.embedding(ids.cpu(), weight).to(device, non_blocking=True)
+            _offload(plain.weight, pinned)
+            _look_up_in_host_memory(plain, device)
 
     def _use_packed_attention(self, samples: list[PackedBatch], check: EquivalenceCheck) -> bool:
         """Put the attention over packed batches in, and check that two samples in one batch give what each gives alone."""
@@ -234,6 +236,16 @@ def _base_of(model: PeftModel) -> PreTrainedModel:
 def _offload(weight: torch.Tensor, pinned: PinnedMemory) -> None:
     if weight.device.type != "cpu":  # a matrix may be both embedding and output layer
         weight.data = pinned.allocate(weight.data).copy_(weight.data)
+
+
+def _look_up_in_host_memory(embeddings: torch.nn.Embedding, device: torch.device) -> None:
+    """Let embeddings in the host's memory give the GPU the rows that it asks for."""
+    weight = embeddings.weight
+
+    def look_up(input: torch.Tensor) -> torch.Tensor:
+        return F.embedding(input.cpu(), weight).to(device, non_blocking=True)
+
+    embeddings.forward = look_up  # type: ignore[method-assign] # of one module
 
 
 def _passes(samples: list[PackedBatch], logits: Callable[[PackedBatch], torch.Tensor]) -> list[Pass]:

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps
+from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from olpack.errors import OlpackError
@@ -29,7 +31,7 @@ from olpack.model.quantized import dequantized_headers, layout_of
 from olpack.train.block_experts import BlockExperts
 from olpack.train.ops import blocks
 
-_METHOD = "olpack"  # our name among transformers' quantizers
+_METHOD, _STREAMED = "olpack", "olpack-streamed"  # our names among transformers' quantizers
 
 
 class FrozenLinear(nn.Linear):
@@ -216,6 +218,40 @@ class _ToHqq(ConversionOps):
         return {}
 
 
+class StreamedFourBits(BitsAndBytesConfig):
+    """4 bits that a GPU computes while a model loads, one matrix after the other, and that stay in the host's memory.
+
+    Args:
+        device: the GPU, whose 4 bits are those of a model that loads there.
+        settings: of bitsandbytes.
+    """
+
+    def __init__(self, device: torch.device, **settings: Any):
+        super().__init__(load_in_4bit=True, **settings)
+        self.quant_method = _STREAMED  # type: ignore[assignment] # as above
+        self.device = device
+
+
+class _StreamedQuantizer(Bnb4BitHfQuantizer):
+    quantization_config: StreamedFourBits
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _ToFourBits(self, self.quantization_config.device)
+
+
+class _ToFourBits(Bnb4bitQuantize):
+    """bitsandbytes' quantization on a GPU of a matrix in the host's memory."""
+
+    def __init__(self, quantizer: _StreamedQuantizer, device: torch.device):
+        super().__init__(quantizer)
+        self.device = device
+
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, torch.Tensor]:  # type: ignore[override] # called by keyword
+        weights = {name: (value[0] if isinstance(value, list) else value).to(self.device) for name, value in input_dict.items()}
+        return {name: weight.to("cpu") for name, weight in super().convert(weights, **kwargs).items()}
+
+
+AUTO_QUANTIZER_MAPPING[_STREAMED], AUTO_QUANTIZATION_CONFIG_MAPPING[_STREAMED] = _StreamedQuantizer, StreamedFourBits
 AUTO_QUANTIZER_MAPPING[_METHOD], AUTO_QUANTIZATION_CONFIG_MAPPING[_METHOD] = _FrozenQuantizer, FrozenConfig
 
 _DTYPES = {

@@ -51,9 +51,9 @@ def run(
     fit = choose(base, rows, settings, device, ranks)
     if fit.summary:
         progress.say(fit.summary)
-    pinned = PinnedMemory(sum(fit.pinned_parts.values()), device) if fit.checkpointing and device.type == "cuda" else None
+    pinned = PinnedMemory(fit.pinned_by_forward, device) if fit.checkpointing and device.type == "cuda" else None
     with progress.task(f"loading {base.label} ({base.quantization or settings.quantization})"):
-        adapted = load_with_adapter(base, settings, device, sharded=fit.sharded)
+        adapted = load_with_adapter(base, settings, device, sharded=fit.sharded, streamed=fit.streamed, in_host_memory=fit.loads_in_host_memory)
         model = adapted.model
         forward = Forward(
             model,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from olpack.errors import OlpackError
 from olpack.model.shape import MetaModel, Shape, adapter_shapes
 from olpack.progress import quantity
-from olpack.train.ops.limits import tokens_at_once
+from olpack.train.ops.limits import SLOTS, tokens_at_once
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +74,7 @@ class TrainingMemory:
         host_inputs, host_results: bytes of pinned memory for the layers' inputs and for the attention outputs, with checkpointing.
         offloaded: of the weights, those in pinned memory with checkpointing: embeddings that are no output layer.
         head: of the weights, the output layer, where it can be offloaded except for the loss; else 0.
+        streamable: of the weights, those of one layer, where layers can be streamed with checkpointing (`olpack.train.ops.layer_stream`); else 0.
         working: temporary memory of one layer's backward pass; with checkpointing, that layer's activations come on top.
         dequantized: the largest matrix in 16 bits, where the base is quantized; it is made anew for each product.
         layer: activations of the largest layer, by purpose.
@@ -92,13 +93,14 @@ class TrainingMemory:
     host_results: int
     offloaded: int
     head: int
+    streamable: int
     working: int
     dequantized: int
     layer: dict[str, int]
     logits: int
     workspace: int = 64 << 20
 
-    def parts(self, checkpointing: bool, *, offload_attention: bool = False, offload_head: bool = False) -> dict[str, int]:
+    def parts(self, checkpointing: bool, *, offload_attention: bool = False, offload_head: bool = False, streamed: int = 0) -> dict[str, int]:
         """The bytes at the peak of a step, by purpose. The peak is either at the loss, where the logits are, or in the backward pass, where they are
         gone. Activations that cannot be counted are left out.
 
@@ -106,10 +108,11 @@ class TrainingMemory:
             checkpointing: gradient checkpointing.
             offload_attention: also save `results`; with checkpointing.
             offload_head: the output layer is on the GPU at the loss only; with checkpointing.
+            streamed: so many layers are on the GPU only while they compute; with checkpointing.
         """
         head = self.head if offload_head else 0
         parts = {
-            "base": self.weights - head - (self.offloaded if checkpointing else 0),
+            "base": self.weights - head - (self.offloaded if checkpointing else 0) - max(0, streamed - SLOTS) * self.streamable,
             "adapter, gradients, optimizer, cuBLAS": self.adapter + self.gradients + self.optimizer + self.workspace,
         }
         if self.activations is None or self.checkpointed is None:
@@ -120,24 +123,32 @@ class TrainingMemory:
             parts["inputs of the layers, attention's results"] = self.checkpointed + self.results
         else:
             parts["inputs of the layers"] = self.checkpointed
-        at_loss, name = self.logits + head, "output layer and logits" if offload_head else "logits"
+        # Where the output layer is offloaded there is so little memory that a matrix counts: the checks before the first step have both on the GPU.
+        at_loss, name = head + max(self.logits, self.dequantized if offload_head else 0), "output layer and logits" if offload_head else "logits"
         backward = self.working + self.dequantized + (sum(self.layer.values()) if checkpointing else 0)
         parts[f"the larger of {name} ({quantity(at_loss, 'B')}) and one layer's backward pass"] = max(at_loss, backward)
         return parts
 
-    def total(self, checkpointing: bool, *, offload_attention: bool = False, offload_head: bool = False) -> int | None:
+    def total(self, checkpointing: bool, *, offload_attention: bool = False, offload_head: bool = False, streamed: int = 0) -> int | None:
         """Sum of `parts`; None where activations cannot be counted."""
         if self.activations is None:
             return None
-        return sum(self.parts(checkpointing, offload_attention=offload_attention, offload_head=offload_head).values())
+        return sum(self.parts(checkpointing, offload_attention=offload_attention, offload_head=offload_head, streamed=streamed).values())
 
-    def pinned_parts(self, *, offload_attention: bool = False, offload_head: bool = False) -> dict[str, int]:
+    @property
+    def before_steps(self) -> int:
+        """The bytes of a base that loads on the GPU, at the checks before the first step: they compute a few tokens forward and back, before anything
+        is offloaded."""
+        return self.weights + self.adapter + self.gradients + self.workspace + self.dequantized
+
+    def pinned_parts(self, *, offload_attention: bool = False, offload_head: bool = False, streamed: int = 0) -> dict[str, int]:
         """The bytes of pinned memory that a step with checkpointing fills, by purpose."""
         parts = {
             "inputs of the layers": self.host_inputs,
             "attention's results": self.host_results if offload_attention else 0,
             "embeddings": self.offloaded,
             "output layer": self.head if offload_head else 0,
+            "streamed layers": streamed * self.streamable,
         }
         return {name: size for name, size in parts.items() if size}
 
@@ -272,6 +283,8 @@ def estimate_training(
     largest = 2 * max((rows * columns for rows, columns in adapter_shapes(model).values()), default=0)
     dequantized = largest if weights is not None or precision != "bfloat16" else 0
     weights = sum(frozen_bytes(model, precision)) if weights is None else weights
+    rest = 2 * (model.parameters.total - model.parameters.linear - model.parameters.experts)
+    layer_bytes = max(0, weights - rest) // model.shape.layers
     if shards > 1:
         whole = 2 * (model.parameters.embedding + model.parameters.head)
         layers = weights - whole
@@ -293,6 +306,7 @@ def estimate_training(
         host_results=counted.attention if counted else 0,
         offloaded=2 * model.parameters.embedding if chunked and model.parameters.head else 0,
         head=2 * _offloadable_head(model, targets) if chunked else 0,
+        streamable=layer_bytes if counted and counted.offloadable and shards == 1 else 0,
         working=counted.working if counted else 0,
         dequantized=dequantized,
         layer=max(counted.layers, key=lambda layer: sum(layer.values()), default={}) if counted else {},

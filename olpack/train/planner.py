@@ -2,6 +2,8 @@
 
 Without checkpointing nothing is computed twice, so that is chosen where it takes enough tokens to keep the GPU busy; with it, the largest
 micro-batch that fits: in a long run with attention outputs offloaded, and where little would fit otherwise with the output layer offloaded.
+Where no micro-batch fits beside the frozen layers, as many of these are streamed as the largest micro-batch needs (`olpack.train.ops.layer_stream`):
+a copy of a layer serves all tokens of a micro-batch, so the larger it is, the less the copies delay.
 The memory is estimated from the model's shape and from the training rows.
 """
 
@@ -21,6 +23,7 @@ from olpack.model.gguf_blocks import FLOATS
 from olpack.model.quantized import quantization_of
 from olpack.progress import quantity
 from olpack.train.batches import micro_batches, schedule
+from olpack.train.ops.limits import SLOTS
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +44,27 @@ SHARDABLE = ("nf4", "fp4", "none")  # `train.quantization` of frozen layers that
 _SLACK = 0.05  # of a GPU's memory that is lost between allocations
 _WORTH = 50  # micro-batches, from which on it pays to pin memory for attention outputs: 3 s beside the loading, and 4 % of each step gained
 _PINNABLE_SHARE = 0.25  # of the host's free memory: it is locked, and nothing else can use it meanwhile
+_STREAMABLE_SHARE = 0.8  # of the same, for frozen layers that the GPU has no memory for
+# At least so much is lost between allocations where layers are streamed: 16 of the pieces in which torch maps memory. Of 2.4 GB a loss of 0.26 GB was
+# more than an 8B had left, and 0.34 GB less (benchmarks/streaming.md).
+_LOST = 16 * (20 << 20)
 _STEPS = 400  # at most so many steps are looked at for the largest micro-batch
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What bounds the speed of a run whose layers are streamed.
+
+    Attributes:
+        link: bytes/s from pinned memory to the GPU.
+        products: floating-point operations/s of a large product in 16 bits; None where no GPU is there to measure it.
+    """
+
+    link: float
+    products: float | None = None
+
+
+ASSUMED_PACE = Pace(12e9)  # of a GPU that is not there: 16 lanes of PCIe 3, or 8 of PCIe 4
 
 
 @dataclass(frozen=True)
@@ -56,6 +79,11 @@ class Fit:
         offload_attention: whether attention outputs are offloaded to pinned memory, so that they are not computed again.
         offload_head: whether the output layer is in pinned memory except for the loss.
         in_fp8: whether the products with frozen weights are computed in fp8.
+        streamed: frozen layers that are in pinned memory except while they compute.
+        loads_in_host_memory: whether the base loads there, because the GPU has no memory for what is offloaded afterwards. With streamed layers it
+            does so in any case.
+        pace: with streamed layers, what bounds their speed; else None.
+        expected_tokens_per_s: with streamed layers, the most that follows from that; else None.
         training: the estimate, by purpose; None on a CPU.
         bytes: estimated GPU memory at the peak; None where it cannot be estimated.
         available: bytes of GPU memory that the run may use; None on a CPU.
@@ -69,6 +97,10 @@ class Fit:
     offload_attention: bool = False
     offload_head: bool = False
     in_fp8: bool = False
+    streamed: int = 0
+    loads_in_host_memory: bool = False
+    pace: Pace | None = None
+    expected_tokens_per_s: float | None = None
     training: TrainingMemory | None = None
     bytes: int | None = None
     available: int | None = None
@@ -84,14 +116,23 @@ class Fit:
         """`bytes` by purpose, also where not all can be estimated."""
         if self.training is None:
             return {}
-        return self.training.parts(self.checkpointing, offload_attention=self.offload_attention, offload_head=self.offload_head)
+        return self.training.parts(
+            self.checkpointing, offload_attention=self.offload_attention, offload_head=self.offload_head, streamed=self.streamed
+        )
 
     @property
     def pinned_parts(self) -> dict[str, int]:
         """Bytes of pinned memory for each GPU, by purpose."""
         if self.training is None or self.bytes is None or not self.checkpointing:
             return {}
-        return self.training.pinned_parts(offload_attention=self.offload_attention, offload_head=self.offload_head)
+        return self.training.pinned_parts(offload_attention=self.offload_attention, offload_head=self.offload_head, streamed=self.streamed)
+
+    @property
+    def pinned_by_forward(self) -> int:
+        """Bytes of pinned memory that the forward pass uses: all but what a base that loads in the host's memory has there already."""
+        loads = self.training is not None and (self.streamed or self.loads_in_host_memory)
+        loaded = self.streamed * self.training.streamable + self.training.offloaded if self.training and loads else 0
+        return sum(self.pinned_parts.values()) - loaded
 
     def as_json(self) -> dict[str, Any]:
         """Plain data under the names of plan.json, bytes throughout."""
@@ -112,12 +153,15 @@ def choose(base: Base, rows: Sequence[TokenRow], settings: Train, device: torch.
 
     model, whole = MetaModel(base.config, base.label), whole_parameters(base, settings)
     available, pinnable = ranks.smallest(free_gpu_memory(device)), ranks.smallest(pinnable_memory())
+    streamable = ranks.smallest(streamable_memory())
     return on_gpu(
         model,
         rows,
         settings,
         available,
         pinnable=pinnable,
+        streamable=streamable,
+        pace=partial(measure_pace, device),
         stored=stored_bytes(base),
         whole=whole,
         gpus=ranks.count,
@@ -158,6 +202,32 @@ def pinnable_memory() -> int:
     return round(psutil.virtual_memory().available * _PINNABLE_SHARE)
 
 
+def streamable_memory() -> int:
+    """Bytes of host memory that a run may pin where the GPU has no memory for its frozen layers."""
+    return round(psutil.virtual_memory().available * _STREAMABLE_SHARE)
+
+
+def measure_pace(device: torch.device) -> Pace:
+    """Measured in about 0.1 s, the best of a few copies and products."""
+    import torch
+
+    piece = torch.empty(1 << 26, dtype=torch.uint8, pin_memory=True)
+    copy, matrix = torch.empty_like(piece, device=device), torch.ones(4096, 4096, dtype=torch.float16, device=device)
+
+    def seconds(compute: Callable[[], object]) -> float:
+        best = float("inf")
+        for _ in range(4):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            compute()
+            end.record()
+            end.synchronize()
+            best = min(best, begin.elapsed_time(end) / 1000)
+        return best
+
+    return Pace(piece.nbytes / seconds(lambda: copy.copy_(piece, non_blocking=True)), 2 * 4096**3 / seconds(lambda: matrix @ matrix))
+
+
 def card_memory(gib: float) -> int:
     """Bytes that a run may use of a card of so many GiB: the driver's context takes some."""
     return max(0, round((gib * (1 << 30) - GPU_MARGIN) * (1 - _SLACK)))
@@ -170,6 +240,8 @@ def on_gpu(
     available: int,
     *,
     pinnable: int = 0,
+    streamable: int = 0,
+    pace: Callable[[], Pace] = lambda: ASSUMED_PACE,
     stored: int | None = None,
     whole: int = 0,
     gpus: int = 1,
@@ -182,6 +254,8 @@ def on_gpu(
         rows: training rows, of which the longest and the largest micro-batch decide.
         settings: the recipe's `train` section.
         pinnable: bytes of host memory that may be pinned, all GPUs together, to offload attention outputs.
+        streamable: bytes of host memory that may be pinned, all GPUs together, to stream frozen layers.
+        pace: measures what bounds the speed of streamed layers.
         stored: bytes of a base that comes quantized, as `stored_bytes` counts them.
         whole: weights of modules that are trained as a whole.
         gpus: that share each step's rows.
@@ -204,7 +278,22 @@ def on_gpu(
         offload_attention = worth and training.attention_fits(available, pinnable // gpus, offload_head=offload_head)
         total = training.total(checkpointing, offload_attention=offload_attention, offload_head=offload_head)
         in_fp8 = multiplies_fp8 and not sharded and _worth_fp8(model, settings, largest)
-        return Fit(budget, largest, checkpointing, sharded, offload_attention, offload_head, in_fp8, training, total, available)
+        loads_in_host_memory = not sharded and total is not None and training.before_steps > available
+        if loads_in_host_memory and not (checkpointing and _loads_in_host_memory(model, settings) and training.weights <= streamable // gpus):
+            loads_in_host_memory, total = False, max(total or 0, training.before_steps)
+        return Fit(
+            budget,
+            largest,
+            checkpointing,
+            sharded,
+            offload_attention,
+            offload_head,
+            in_fp8,
+            loads_in_host_memory=loads_in_host_memory,
+            training=training,
+            bytes=total,
+            available=available,
+        )
 
     for sharded in shardings:
         estimate = _estimator(model, settings, stored, whole, gpus if sharded else 1)
@@ -219,7 +308,56 @@ def on_gpu(
             fit_of = partial(using, estimate, sharded, checkpointing, may_offload_head)
             if fit := _largest_that_fits(tried, fit_of):
                 return _with_summary(fit, sizes, _without(sizes, estimate, budgets) if checkpointing and len(ways) > 1 else None)
+    if ways[-1] and settings.sharding != "full" and _loads_in_host_memory(model, settings):
+        estimate = _estimator(model, settings, stored, whole, 1)
+        if fit := _streaming(estimate, model, sizes, budgets, available, streamable // gpus):
+            return _with_summary(_with_pace(fit, model, pace()), sizes)
     return _with_summary(fit_of(budgets[0]), sizes)
+
+
+def _loads_in_host_memory(model: MetaModel, settings: Train) -> bool:
+    """Whether a base loads in the host's memory as it does on the GPU, and begins to train there as it does elsewhere. LLM.int8 has tensors of its
+    own beside the weights, and HQQ would compute its codes on the host."""
+    frozen = settings.quantization in SHARDABLE
+    if stored := quantization_of(model.published):
+        frozen = not stored.get("load_in_8bit")
+    return frozen and settings.method in ("lora", "rslora") and settings.initialization == "default"
+
+
+def _streaming(estimate: _Estimate, model: MetaModel, sizes: _Sizes, budgets: list[int], available: int, streamable: int) -> Fit | None:
+    """The largest micro-batch that fits with all layers streamed, and the fewest layers that are for it. The output layer is offloaded: it is copied
+    once, a layer twice. None where that does not fit either."""
+    layers = model.shape.layers
+    available = min(available, round(available / (1 - _SLACK)) - _LOST)
+
+    def using(budget: int, streamed: int) -> Fit:
+        largest, targets = sizes.largest(budget)
+        training = estimate(largest, targets)
+        total = training.total(True, offload_head=True, streamed=streamed)
+        return Fit(budget, largest, True, offload_head=training.head > 0, streamed=streamed, training=training, bytes=total, available=available)
+
+    if layers <= SLOTS or not estimate(*sizes.largest(budgets[0])).streamable:
+        return None
+    whole = _largest_that_fits(budgets, lambda budget: using(budget, layers))
+    if whole is None:
+        return None
+    counts = range(SLOTS + 1, layers + 1)
+    fit = using(whole.tokens, counts[bisect_left(counts, True, key=lambda count: using(whole.tokens, count).fits)])
+    return fit if sum(fit.pinned_parts.values()) <= streamable else None
+
+
+def _with_pace(fit: Fit, model: MetaModel, pace: Pace) -> Fit:
+    """The choice with the tokens/s that it trains at most: those of the slower one, link or products, if it alone took time."""
+    from olpack.model.shape import adapter_shapes
+
+    assert fit.training is not None
+    copied = 2 * (fit.streamed - SLOTS) * fit.training.streamable + fit.training.host_inputs  # bytes to the GPU: layers twice, their inputs once
+    rate = fit.largest * pace.link / (copied + (fit.training.head if fit.offload_head else 0))
+    if pace.products is not None:
+        weights = model.parameters.active - model.parameters.embedding - model.parameters.head  # the loss is of target tokens alone, may be of few
+        last = sum(rows * columns for name, (rows, columns) in adapter_shapes(model).items() if name.endswith("down_proj"))
+        rate = min(rate, pace.products / (6 * weights - 2 * last))  # forward, forward again but for a layer's last product, back
+    return replace(fit, pace=pace, expected_tokens_per_s=rate)
 
 
 def multiplies_fp8(device: torch.device) -> bool:
@@ -291,6 +429,8 @@ def _with_summary(fit: Fit, sizes: _Sizes, without: tuple[int, int | None] | Non
     choice = f"micro-batch {fit.largest:,} tokens, {'gradient' if fit.checkpointing else 'no gradient'} checkpointing"
     choice += ", attention outputs offloaded" if fit.offload_attention else ""
     choice += ", output layer offloaded" if fit.offload_head else ""
+    choice += f", {fit.streamed} frozen layers streamed" if fit.streamed else ""
+    choice += ", base loads in host memory" if fit.loads_in_host_memory else ""
     choice += ", base weights sharded over all GPUs" if fit.sharded else ""
     choice += ", products in fp8" if fit.in_fp8 else ""
     if fit.bytes is None or fit.available is None:
@@ -302,6 +442,9 @@ def _with_summary(fit: Fit, sizes: _Sizes, without: tuple[int, int | None] | Non
         )
     else:
         reason = f"{quantity(fit.bytes, 'B')} of {quantity(fit.available, 'B')} available (estimate)"
+        if fit.pace and fit.expected_tokens_per_s:
+            link = f"{quantity(fit.pace.link, 'B')}/s, {'measured' if fit.pace.products else 'assumed'}"
+            reason += f"; all frozen layers would not fit; at most about {fit.expected_tokens_per_s:,.0f} tokens/s (link: {link})"
         if without and without[1] is not None:
             reason += f"; without checkpointing {without[0]:,} tokens would take {quantity(without[1], 'B')}"
     return replace(fit, summary=f"{choice}: {reason}")

@@ -13,7 +13,7 @@ import weakref
 
 import torch
 
-_ALIGNED = 512  # bytes, as an allocation of CUDA is
+ALIGNED = 512  # bytes, as an allocation of CUDA is
 _PORTABLE = 1  # flag of cudaHostRegister: locked for every GPU
 
 
@@ -37,16 +37,7 @@ class PinnedMemory:
         self._locking.start()
 
     def _lock(self) -> None:
-        with contextlib.suppress(Exception):  # too little memory, or the system locks none
-            pages = mmap.mmap(-1, self._size)
-            with contextlib.suppress(AttributeError, OSError):  # not every system has larger pages
-                pages.madvise(mmap.MADV_HUGEPAGE)
-            memory = torch.frombuffer(pages, dtype=torch.uint8)
-            memory.zero_()  # by several threads, while locking would ask the system for one page after the other
-            with torch.cuda.device(self._device):
-                torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), self._size, _PORTABLE))
-            self._memory = memory
-            weakref.finalize(self, _unlock, memory, self._device)
+        self._memory = locked(self, self._size, self._device)
 
     def allocate(self, like: torch.Tensor) -> torch.Tensor:
         """A tensor of the same shape and dtype, uninitialized."""
@@ -54,12 +45,27 @@ class PinnedMemory:
         begin, end = self.used, self.used + like.nbytes
         if self._memory is None or end > self._size:
             return _pinned_by_torch(like)
-        self.used = -(-end // _ALIGNED) * _ALIGNED
+        self.used = -(-end // ALIGNED) * ALIGNED
         return self._memory[begin:end].view(like.dtype).view(like.shape)
 
     def release(self, used: int) -> None:
         """Free all that was allocated since so many bytes were in use. Copies in flight may end: those that follow wait for them."""
         self.used = used
+
+
+def locked(owner: object, size: int, device: torch.device) -> torch.Tensor | None:
+    """Memory in large pages, uint8 [size], of zeros, pinned as long as its owner exists; None where there is too little, or the system locks none."""
+    with contextlib.suppress(Exception):
+        pages = mmap.mmap(-1, size)
+        with contextlib.suppress(AttributeError, OSError):  # not every system has larger pages
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        memory = torch.frombuffer(pages, dtype=torch.uint8)
+        memory.zero_()  # by several threads, while locking would ask the system for one page after the other
+        with torch.cuda.device(device):
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, _PORTABLE))
+        weakref.finalize(owner, _unlock, memory, device)
+        return memory
+    return None
 
 
 def _pinned_by_torch(like: torch.Tensor) -> torch.Tensor:
