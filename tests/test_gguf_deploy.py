@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
+import struct
 from pathlib import Path
 
 import gguf
@@ -247,7 +249,7 @@ def test_a_pull_that_fails_leaves_the_tag_as_it_was(newer, tmp_path, monkeypatch
     shutil.move(weights, tmp_path / "base.gguf")
     newer.store.facts(f"sha256:{files[1].sha256}")
     gone = TagFile(files[1].tag, tmp_path / "base.gguf", files[1].sha256, files[1].adapter, files[1].origin)
-    with pytest.raises(OlpackError, match="has the weights of the tag's base no more"):
+    with pytest.raises(OlpackError, match="no longer has the weights of the tag's base"):
         pull_tag(client, "support", gone, PACKAGE)
 
 
@@ -259,8 +261,19 @@ def test_what_a_killed_deploy_left_goes_with_the_next(newer, tmp_path):
         file = read(client, adapter(tmp_path / "a.gguf"))
         pull_tag(client, "support", file, PACKAGE)
         assert registry.model in {tag.model for tag in client.tags()}  # that deploy may still run
-    pull_tag(client, "other", file, PACKAGE)
+    assert pull_tag(client, "support", file, PACKAGE).done == "unchanged"  # it may have been killed after it named the tag
     assert sorted(tag.model for tag in client.tags() if "olpack-" in tag.model) == [registry.model.replace("127.0.0.1", "192.0.2.1")]
+
+
+def test_a_connection_that_breaks_prints_nothing(capfd):
+    with LoopbackRegistry(None) as registry:
+        host, _, port = registry.host.partition(":")
+        for sent in (b"", b"GET /v2/"):
+            with socket.create_connection((host, int(port))) as broken:
+                broken.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # it ends with a reset
+                broken.sendall(sent)
+        assert httpx.get(f"http://{registry.host}/v2/").status_code == 404
+    assert capfd.readouterr().err == ""
 
 
 def test_the_registry_has_one_tag_for_who_knows_its_name(tmp_path):

@@ -60,25 +60,37 @@ def adapter_result(size: int, units: Units, engine: str, served: Sequence[Speed 
                 AdapterSpeed(
                     engine=own.engine,
                     prompt_tokens=own.prompt[-1].prompt_tokens if own.prompt else None,
-                    prompt=_rates(*prompts),
-                    generation=_rates(own.generation_tokens_per_s, alone.generation_tokens_per_s),
+                    prompt=_rates(*prompts, in_turns=False),
+                    generation=_rates(own.generation_tokens_per_s, alone.generation_tokens_per_s, in_turns=False),
                 )
             )
     return AdapterResult(size_bytes=size, speeds=speeds)
 
 
-def _rates(with_adapter: Spread | None, without: Spread | None, merged: Spread | None = None) -> AdapterRates | None:
+def _rates(
+    with_adapter: Spread | None, without: Spread | None, merged: Spread | None = None, *, in_turns: bool = True
+) -> AdapterRates | None:
     if with_adapter is None or without is None:
         return None
-    gain, error = _gain(with_adapter, without)
+    gain, error = (_gain if in_turns else _unpaired_gain)(with_adapter, without)
     return AdapterRates(with_adapter=with_adapter, without=without, merged=merged, cost=-gain, standard_error=error)
 
 
 def _gain(speed: Spread, other: Spread) -> tuple[float, float | None]:
     """How much higher a speed is than another that was measured in turns with it, 0.06 is 6 %, and the standard error; None with one turn."""
-    logs = [math.log(own / beside) for own, beside in zip(speed.values, other.values, strict=False)]  # a server may have failed in a turn
+    logs = [math.log(own / beside) for own, beside in zip(speed.values, other.values, strict=True)]
     ratio = math.exp(statistics.fmean(logs))
     return ratio - 1, ratio * statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else None
+
+
+def _unpaired_gain(speed: Spread, other: Spread) -> tuple[float, float | None]:
+    """As `_gain`, of speeds of two models that a server ran one after the other: no run of one is the neighbour of a run of the other, and a run may
+    have failed. The error is that of the difference of two independent means; None with one run of either."""
+    own, beside = ([math.log(value) for value in one.values] for one in (speed, other))
+    ratio = math.exp(statistics.fmean(own) - statistics.fmean(beside))
+    if min(len(own), len(beside)) < 2:
+        return ratio - 1, None
+    return ratio - 1, ratio * math.sqrt(sum(statistics.variance(logs) / len(logs) for logs in (own, beside)))
 
 
 def merged_result(quant: QuantResult, units: Units, target_tokens: Sequence[int]) -> MergedResult | None:
