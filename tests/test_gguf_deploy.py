@@ -6,6 +6,7 @@ import json
 import shutil
 import socket
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -16,7 +17,7 @@ import pytest
 import served_gguf
 from ollama_double_store import encoded
 
-from olpack.deploy import Package
+from olpack.deploy import Package, ollama_store
 from olpack.deploy.client import OllamaClient, blob_digest
 from olpack.deploy.loopback_registry import LoopbackRegistry, pull_tag, reaches
 from olpack.deploy.ollama_store import ComposedTag, place, store_of
@@ -190,6 +191,22 @@ def test_a_server_pulls_the_tag_that_its_store_would_get(newer, tmp_path):
     assert before.items() <= pulled.items()
     client.delete("support:q4_K_M")
     assert place(client, store_of(client), "support", file, PACKAGE).digest == made.digest and on_disk(newer) == pulled
+
+
+def test_stores_that_cannot_be_looked_into_are_passed_over(newer, tmp_path, monkeypatch):
+    """As the home of the service's user is on Ubuntu, 0750. Root may look into all, so a name that is too long gives the error."""
+    client = OllamaClient(newer.url)
+    file = read(client, adapter(tmp_path / "a.gguf"))
+    locked, known = tmp_path / ("x" * 300), ollama_store.model_stores()
+    monkeypatch.setattr(ollama_store, "model_stores", lambda: [locked, *known])
+    assert store_of(client) == newer.store.root
+    hidden = replace(file, origin=replace(file.origin, info=replace(file.origin.info, path=None)))
+    assert pull_tag(client, "support", hidden, PACKAGE).done == "created"
+    monkeypatch.setattr(ollama_store, "model_stores", lambda: [locked])
+    with pytest.raises(OlpackError, match="no folder with the models of the server"):
+        store_of(client)
+    with pytest.raises(OlpackError, match="The manifest of tiny:1b is not found"):
+        pull_tag(client, "other", hidden, PACKAGE)
 
 
 def test_a_pull_of_the_same_or_another_adapter(newer, tmp_path):
