@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from pydantic import BaseModel
@@ -47,29 +47,31 @@ def adapter_result(size: int, units: Units, engine: str, served: Sequence[Speed 
     """
     speeds = []
     if runs := units.get(ADAPTER_SPEED, AdapterRuns):
-        prompt, generation = ({name: Spread.of(values) for name, values in kind.items()} for kind in (runs.prompt, runs.generation))
         speeds.append(
             AdapterSpeed(
-                engine=engine, prompt_tokens=runs.prompt_tokens, prompt=_rates(**prompt) if prompt else None, generation=_rates(**generation)
+                engine=engine, prompt_tokens=runs.prompt_tokens, prompt=_rates_in_turns(runs.prompt), generation=_rates_in_turns(runs.generation)
             )
         )
     match served:
         case [Speed() as own, Speed() as alone]:
-            prompts = [speed.prompt[-1].tokens_per_s if speed.prompt else None for speed in (own, alone)]
+            own_prompt, alone_prompt = (speed.prompt[-1].tokens_per_s if speed.prompt else None for speed in (own, alone))
             speeds.append(
                 AdapterSpeed(
                     engine=own.engine,
                     prompt_tokens=own.prompt[-1].prompt_tokens if own.prompt else None,
-                    prompt=_rates(*prompts, in_turns=False),
+                    prompt=_rates(own_prompt, alone_prompt, in_turns=False),
                     generation=_rates(own.generation_tokens_per_s, alone.generation_tokens_per_s, in_turns=False),
                 )
             )
     return AdapterResult(size_bytes=size, speeds=speeds)
 
 
-def _rates(
-    with_adapter: Spread | None, without: Spread | None, merged: Spread | None = None, *, in_turns: bool = True
-) -> AdapterRates | None:
+def _rates_in_turns(kind: Mapping[str, Sequence[float]]) -> AdapterRates | None:
+    own, alone, merged = (Spread.of(kind[name]) if name in kind else None for name in ("with_adapter", "without", "merged"))
+    return _rates(own, alone, merged)
+
+
+def _rates(with_adapter: Spread | None, without: Spread | None, merged: Spread | None = None, in_turns: bool = True) -> AdapterRates | None:
     if with_adapter is None or without is None:
         return None
     gain, error = (_gain if in_turns else _unpaired_gain)(with_adapter, without)
