@@ -101,6 +101,7 @@ def main() -> None:
             "registered.",
             "Bytes are those of bodies that are sent, and those that the server gets from olpack. The server asks three times for a blob: for its "
             "size, for its place, of which answer it does not read the body, and for its content.",
+            "The double pulls as the source of Ollama 0.33 does; no real server has been recorded pulling a tag.",
             *(line for way, lines in pages.items() for line in ("", f"## {titles[way]}", *lines)),
             "",
             "`python benchmarks/adapter_requests.py`",

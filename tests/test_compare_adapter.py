@@ -78,6 +78,18 @@ def test_a_server_that_has_the_file_alone_gives_figures_of_its_own():
     assert served.generation is served.prompt is served.prompt_tokens is None
 
 
+def test_runs_of_two_models_through_a_server_are_not_paired():
+    """Both vary alike by chance; as pairs they would give no error at all. A run that failed leaves one value out."""
+    [_, served] = adapter_of(on_a_file(served=(speed(40, 44), speed(50, 55)), with_adapter=WITH, without=WITHOUT)).speeds
+    deviation = abs(math.log(1.1)) / 2
+    assert served.generation.cost == pytest.approx(0.2)
+    assert served.generation.standard_error == pytest.approx(0.8 * math.sqrt(2) * deviation)
+    [_, served] = adapter_of(on_a_file(served=(speed(40, 44), speed(50, 55, 50, 55)), with_adapter=WITH, without=WITHOUT)).speeds
+    assert served.generation.cost == pytest.approx(0.2)
+    [_, served] = adapter_of(on_a_file(served=(speed(40), speed(50, 55)), with_adapter=WITH, without=WITHOUT)).speeds
+    assert served.generation.standard_error is None
+
+
 @pytest.mark.parametrize(
     ("merged", "generation", "package", "text"),
     [

@@ -12,7 +12,9 @@ from test_compare_results import four, printed
 
 from olpack import workspace
 from olpack.compare import markdown_table, render_report
+from olpack.compare.divergence import LogitsWriter
 from olpack.compare.other_text import OTHER_TEXTS, other_rows, read_texts
+from olpack.compare.settings import OTHER_LOGITS_BYTES
 from olpack.compare.table import to_csv
 from olpack.data.render import Renderer
 from olpack.errors import OlpackError
@@ -48,12 +50,21 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 def test_texts_become_rows_that_a_model_can_read():
     base = Base("builtin/tiny-coder", BUILTIN / "tiny-coder")
     renderer = Renderer(base.tokenizer(), base.end_ids())
-    rows = other_rows(OTHER_TEXTS, "builtin", renderer, 4096)
+    rows = other_rows(OTHER_TEXTS, "builtin", renderer, 4096, 38_000)
     assert [row.source for row in rows] == [f"builtin:{number}" for number in range(1, 7)]
     assert all(len(row.ids) > 20 and row.target_count == len(row.ids) - 1 for row in rows)
-    assert [len(row.ids) for row in other_rows(OTHER_TEXTS, "builtin", renderer, 12)] == [12] * 6
-    (cut,) = other_rows(["word " * 100_000], "long.txt", renderer, 4096)
+    assert [len(row.ids) for row in other_rows(OTHER_TEXTS, "builtin", renderer, 12, 38_000)] == [12] * 6
+    (cut,) = other_rows(["word " * 100_000], "long.txt", renderer, 4096, 38_000)
     assert len(cut.ids) == len(cut.loss_mask) == 512
+
+
+@pytest.mark.parametrize("vocabulary", [38_000, 152_000, 262_144])
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_the_logits_of_some_long_texts_fit_whatever_the_vocabulary(tmp_path, vocabulary, count):
+    base = Base("builtin/tiny-coder", BUILTIN / "tiny-coder")
+    rows = other_rows(["word " * 5000] * count, "long.txt", Renderer(base.tokenizer(), base.end_ids()), 4096, vocabulary)
+    with LogitsWriter(tmp_path / "logits.f32", [row.target_count for row in rows], vocabulary, OTHER_LOGITS_BYTES) as written:
+        assert written.rows >= min(count, 4)
 
 
 def test_tables_and_page_have_what_quants_lose_elsewhere():

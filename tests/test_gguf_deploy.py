@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
+import struct
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -14,7 +17,7 @@ import pytest
 import served_gguf
 from ollama_double_store import encoded
 
-from olpack.deploy import Package
+from olpack.deploy import Package, ollama_store
 from olpack.deploy.client import OllamaClient, blob_digest
 from olpack.deploy.loopback_registry import LoopbackRegistry, pull_tag, reaches
 from olpack.deploy.ollama_store import ComposedTag, place, store_of
@@ -190,6 +193,22 @@ def test_a_server_pulls_the_tag_that_its_store_would_get(newer, tmp_path):
     assert place(client, store_of(client), "support", file, PACKAGE).digest == made.digest and on_disk(newer) == pulled
 
 
+def test_stores_that_cannot_be_looked_into_are_passed_over(newer, tmp_path, monkeypatch):
+    """As the home of the service's user is on Ubuntu, 0750. Root may look into all, so a name that is too long gives the error."""
+    client = OllamaClient(newer.url)
+    file = read(client, adapter(tmp_path / "a.gguf"))
+    locked, known = tmp_path / ("x" * 300), ollama_store.model_stores()
+    monkeypatch.setattr(ollama_store, "model_stores", lambda: [locked, *known])
+    assert store_of(client) == newer.store.root
+    hidden = replace(file, origin=replace(file.origin, info=replace(file.origin.info, path=None)))
+    assert pull_tag(client, "support", hidden, PACKAGE).done == "created"
+    monkeypatch.setattr(ollama_store, "model_stores", lambda: [locked])
+    with pytest.raises(OlpackError, match="no folder with the models of the server"):
+        store_of(client)
+    with pytest.raises(OlpackError, match="The manifest of tiny:1b is not found"):
+        pull_tag(client, "other", hidden, PACKAGE)
+
+
 def test_a_pull_of_the_same_or_another_adapter(newer, tmp_path):
     client = OllamaClient(newer.url)
     files = [read(client, adapter(tmp_path / f"{at}.gguf", at)) for at in range(2)]
@@ -247,7 +266,7 @@ def test_a_pull_that_fails_leaves_the_tag_as_it_was(newer, tmp_path, monkeypatch
     shutil.move(weights, tmp_path / "base.gguf")
     newer.store.facts(f"sha256:{files[1].sha256}")
     gone = TagFile(files[1].tag, tmp_path / "base.gguf", files[1].sha256, files[1].adapter, files[1].origin)
-    with pytest.raises(OlpackError, match="has the weights of the tag's base no more"):
+    with pytest.raises(OlpackError, match="no longer has the weights of the tag's base"):
         pull_tag(client, "support", gone, PACKAGE)
 
 
@@ -259,8 +278,19 @@ def test_what_a_killed_deploy_left_goes_with_the_next(newer, tmp_path):
         file = read(client, adapter(tmp_path / "a.gguf"))
         pull_tag(client, "support", file, PACKAGE)
         assert registry.model in {tag.model for tag in client.tags()}  # that deploy may still run
-    pull_tag(client, "other", file, PACKAGE)
+    assert pull_tag(client, "support", file, PACKAGE).done == "unchanged"  # it may have been killed after it named the tag
     assert sorted(tag.model for tag in client.tags() if "olpack-" in tag.model) == [registry.model.replace("127.0.0.1", "192.0.2.1")]
+
+
+def test_a_connection_that_breaks_prints_nothing(capfd):
+    with LoopbackRegistry(None) as registry:
+        host, _, port = registry.host.partition(":")
+        for sent in (b"", b"GET /v2/"):
+            with socket.create_connection((host, int(port))) as broken:
+                broken.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # it ends with a reset
+                broken.sendall(sent)
+        assert httpx.get(f"http://{registry.host}/v2/").status_code == 404
+    assert capfd.readouterr().err == ""
 
 
 def test_the_registry_has_one_tag_for_who_knows_its_name(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from pydantic import BaseModel
@@ -47,38 +47,52 @@ def adapter_result(size: int, units: Units, engine: str, served: Sequence[Speed 
     """
     speeds = []
     if runs := units.get(ADAPTER_SPEED, AdapterRuns):
-        prompt, generation = ({name: Spread.of(values) for name, values in kind.items()} for kind in (runs.prompt, runs.generation))
         speeds.append(
             AdapterSpeed(
-                engine=engine, prompt_tokens=runs.prompt_tokens, prompt=_rates(**prompt) if prompt else None, generation=_rates(**generation)
+                engine=engine, prompt_tokens=runs.prompt_tokens, prompt=_rates_in_turns(runs.prompt), generation=_rates_in_turns(runs.generation)
             )
         )
     match served:
         case [Speed() as own, Speed() as alone]:
-            prompts = [speed.prompt[-1].tokens_per_s if speed.prompt else None for speed in (own, alone)]
+            own_prompt, alone_prompt = (speed.prompt[-1].tokens_per_s if speed.prompt else None for speed in (own, alone))
             speeds.append(
                 AdapterSpeed(
                     engine=own.engine,
                     prompt_tokens=own.prompt[-1].prompt_tokens if own.prompt else None,
-                    prompt=_rates(*prompts),
-                    generation=_rates(own.generation_tokens_per_s, alone.generation_tokens_per_s),
+                    prompt=_rates(own_prompt, alone_prompt, in_turns=False),
+                    generation=_rates(own.generation_tokens_per_s, alone.generation_tokens_per_s, in_turns=False),
                 )
             )
     return AdapterResult(size_bytes=size, speeds=speeds)
 
 
-def _rates(with_adapter: Spread | None, without: Spread | None, merged: Spread | None = None) -> AdapterRates | None:
+def _rates_in_turns(kind: Mapping[str, Sequence[float]]) -> AdapterRates | None:
+    own, alone, merged = (Spread.of(kind[name]) if name in kind else None for name in ("with_adapter", "without", "merged"))
+    return _rates(own, alone, merged)
+
+
+def _rates(with_adapter: Spread | None, without: Spread | None, merged: Spread | None = None, in_turns: bool = True) -> AdapterRates | None:
     if with_adapter is None or without is None:
         return None
-    gain, error = _gain(with_adapter, without)
+    gain, error = (_gain if in_turns else _unpaired_gain)(with_adapter, without)
     return AdapterRates(with_adapter=with_adapter, without=without, merged=merged, cost=-gain, standard_error=error)
 
 
 def _gain(speed: Spread, other: Spread) -> tuple[float, float | None]:
     """How much higher a speed is than another that was measured in turns with it, 0.06 is 6 %, and the standard error; None with one turn."""
-    logs = [math.log(own / beside) for own, beside in zip(speed.values, other.values, strict=False)]  # a server may have failed in a turn
+    logs = [math.log(own / beside) for own, beside in zip(speed.values, other.values, strict=True)]
     ratio = math.exp(statistics.fmean(logs))
     return ratio - 1, ratio * statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else None
+
+
+def _unpaired_gain(speed: Spread, other: Spread) -> tuple[float, float | None]:
+    """As `_gain`, of speeds of two models that a server ran one after the other: no run of one is the neighbour of a run of the other, and a run may
+    have failed. The error is that of the difference of two independent means; None with one run of either."""
+    own, beside = ([math.log(value) for value in one.values] for one in (speed, other))
+    ratio = math.exp(statistics.fmean(own) - statistics.fmean(beside))
+    if min(len(own), len(beside)) < 2:
+        return ratio - 1, None
+    return ratio - 1, ratio * math.sqrt(sum(statistics.variance(logs) / len(logs) for logs in (own, beside)))
 
 
 def merged_result(quant: QuantResult, units: Units, target_tokens: Sequence[int]) -> MergedResult | None:

@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from olpack import bounded_json
+from olpack.compare.settings import OTHER_LOGITS_BYTES
 from olpack.data.render import Renderer
 from olpack.data.rows import Chat, TokenRow
 from olpack.errors import OlpackError
 
 _MOST_TOKENS = 512  # of one text
+_FITTING = 4  # texts whose logits fit on the disk together, however long they are: of a single one there is no standard error
 _MOST_CHARACTERS = 32 * _MOST_TOKENS  # more are not tokenized
 _MOST_BYTES = 1 << 20  # of a file: its beginning has more tokens than are read
 
@@ -60,13 +62,14 @@ def read_texts(path: Path) -> list[str]:
     return texts
 
 
-def other_rows(texts: Sequence[str], source: str, renderer: Renderer, context: int) -> list[TokenRow]:
+def other_rows(texts: Sequence[str], source: str, renderer: Renderer, context: int, vocabulary: int) -> list[TokenRow]:
     """Rows of texts, each as the model reads a text that is no conversation. All tokens but those that begin it are target tokens.
 
     Args:
         source: where the texts are from.
         context: most tokens that the model reads at once; longer texts are cut, at 512 tokens in any case.
+        vocabulary: entries of one position's logits. With a large one texts are cut so that the logits of at least four of them fit.
     """
-    most = min(_MOST_TOKENS, context)
+    most = min(_MOST_TOKENS, context, OTHER_LOGITS_BYTES // (4 * vocabulary * min(_FITTING, len(texts))))
     rows = [renderer.rows(Chat([], f"{source}:{number}", text=text[:_MOST_CHARACTERS]))[0] for number, text in enumerate(texts, 1)]
     return [TokenRow(row.ids[:most], row.loss_mask[:most], row.text, row.source) for row in rows]

@@ -82,13 +82,16 @@ class Speed(_Record):
 
 
 class AdapterRates(_Record):
-    """Tokens per second with an adapter and without it, in turns: values at the same place were measured one after the other."""
+    """Tokens per second with an adapter and without it. On the embedded engine in turns: values at the same place were measured one after the other.
+    Through a server each model is measured on its own, in two rounds of opposite order, and the values are not paired."""
 
     with_adapter: Spread
     without: Spread = Field(description="of the same file without the adapter")
     merged: Spread | None = Field(None, description="of the merged file of the same type, where `compare.merged` asks for it")
-    cost: float = Field(description="share of the speed that the adapter takes, 0.06 is 6 %: one minus the geometric mean of the turns' ratios")
-    standard_error: float | None = Field(description="of `cost`, from the turns; null with fewer than two")
+    cost: float = Field(description="share of the speed that the adapter takes, 0.06 is 6 %: one minus the ratio of the geometric means")
+    standard_error: float | None = Field(
+        description="of `cost`: from the ratios of the turns, or from the spread of both where they are not paired; null with fewer than two values"
+    )
 
 
 class AdapterSpeed(_Record):

@@ -102,6 +102,9 @@ class _Server(socketserver.ThreadingTCPServer):
     request_queue_size = 64  # a large file is asked for in 16 parts at once
     registry: LoopbackRegistry
 
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Nothing is printed of a connection that breaks before its request is read."""
+
 
 class _Handler(BaseHTTPRequestHandler):
     server: _Server
@@ -190,8 +193,8 @@ def pull_tag(client: OllamaClient, name: str, file: TagFile, package: Package) -
     done: Done = "unchanged"
     there = client.tags()
     before = next((listed.digest for listed in there if same(listed.model, model)), None)
+    _remove_left_over(client, there)
     if before != tag.digest:
-        _remove_left_over(client, there)
         sent = _pull(client, model, tag, frozenset({tag.weights} if file.origin else ()), before is not None)
         done = "updated" if before else "created"
     listed = read_back(client, model, tag.digest, file, package, f"It was pulled from a registry on {_HERE}.")
@@ -243,7 +246,7 @@ def _explained(error: OlpackError, client: OllamaClient, registry: LoopbackRegis
             "Set `package: merged` in the recipe, or run `olpack deploy NAME --store DIR` with the folder where the server keeps its models.",
         )
     if tag.weights in registry.missed:
-        return OlpackError(f"The Ollama server at {client.url} has the weights of the tag's base no more.", "Pull the base, and deploy again.")
+        return OlpackError(f"The Ollama server at {client.url} no longer has the weights of the tag's base.", "Pull the base, and deploy again.")
     return error
 
 

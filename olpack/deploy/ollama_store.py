@@ -322,8 +322,7 @@ def store_of(client: OllamaClient) -> Path:
         raise OlpackError(f"the server at {client.url} runs on another machine", "Run olpack there.")
     remedy = "Set OLLAMA_MODELS to the folder that the server has it set to."
     listed = {canonical(tag.model): tag.digest for tag in client.tags()}
-    places = [place for place in model_stores() if (place / "blobs").is_dir()]
-    stores = [place for place in places if _manifests(place) == listed]
+    stores = [place for place in model_stores() if _has_blobs(place) and _manifests(place) == listed]
     if not stores:
         looked = ", ".join(map(str, model_stores()))
         raise OlpackError(f"no folder with the models of the server at {client.url} is found ({looked})", remedy)
@@ -355,12 +354,21 @@ def store_with(client: OllamaClient, origin: Origin) -> Path:
 _OF_SERVICES = (Path("/usr/share/ollama/.ollama/models"), Path("/var/lib/ollama/.ollama/models"), Path("/var/lib/ollama/models"))
 
 
+def _has_blobs(store: Path) -> bool:
+    try:
+        return (store / "blobs").is_dir()
+    except OSError:  # a folder above it is another user's
+        return False
+
+
 def _manifests(store: Path) -> dict[str, str]:
-    digests = {}
-    for path in store.glob("manifests/*/*/*/*"):
-        host, namespace, model, tag = path.relative_to(store / "manifests").parts
-        with suppress(OSError):
-            digests[canonical(f"{host}/{namespace}/{model}:{tag}")] = hashlib.sha256(path.read_bytes()).hexdigest()
+    """Digests of the manifests of a store, by name; empty where it cannot be read."""
+    digests: dict[str, str] = {}
+    with suppress(OSError):
+        for path in store.glob("manifests/*/*/*/*"):
+            host, namespace, model, tag = path.relative_to(store / "manifests").parts
+            with suppress(OSError):
+                digests[canonical(f"{host}/{namespace}/{model}:{tag}")] = hashlib.sha256(path.read_bytes()).hexdigest()
     return digests
 
 

@@ -208,7 +208,7 @@ def _other_rows(build: Build) -> list[TokenRow]:
     path = _other_file(build)
     texts = read_texts(path) if path else OTHER_TEXTS
     context = min(build.package.num_ctx, build.base.context_length)
-    return other_rows(texts, path.name if path else _BUILTIN, build.renderer, context)
+    return other_rows(texts, path.name if path else _BUILTIN, build.renderer, context, build.meta_model.shape.vocabulary)
 
 
 def _tag_of_base(build: Build, client: OllamaClient | None) -> str | None:
