@@ -13,15 +13,18 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from tiny_models import converter, write_model
+from tiny_models import converter, write_adapter, write_model
 
 from olpack.errors import OlpackError
-from olpack.export import Target
+from olpack.export import Target, run
+from olpack.export.converter import SourceModel, SourceTensor
+from olpack.export.plan import FilePlan
 from olpack.export.second_order import DAMPING, factor, output_error, round_matrix
 from olpack.export.size_budget import read_sensitivity
 from olpack.llamacpp import library
 from olpack.llamacpp.activations import input_products, input_squares
 from olpack.llamacpp.grids import GRID_TYPES, read_grid, write_codes
+from olpack.quants import quant_type
 
 ROWS = [[random.Random(length).randrange(3, 512) for _ in range(length)] for length in (200, 5, 64, 130)]
 QUANTS = ("Q4_K_M", "Q2_K", "Q4_0")
@@ -231,6 +234,45 @@ def test_quantize_reads_rows(tmp_path):
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["parrot-Q4_0.gguf"]
 
 
+def test_quantize_refuses_an_export_that_would_fail_before_it_rounds(tmp_path):
+    base = oracle.write_base(tmp_path / "parrot")
+    write_long_rows(tmp_path / "rows.jsonl")
+    words = ("--out", "made", "--rounding", "learned", "--rows", "rows.jsonl")
+    code, _, message = oracle.olpack(tmp_path, "quantize", str(base), "--quant", "Q4_0", "--quant", "IQ2_XXS", *words)
+    assert code == 1 and "IQ2_XXS" in message and "rounding matrices" not in message
+    assert not (tmp_path / "made").exists()
+
+
+def test_quantize_rounds_an_adapter_on_a_gguf_by_the_inputs_of_both(tmp_path):
+    base = oracle.write_base(tmp_path / "parrot")
+    write_adapter(tmp_path / "adapter", base)
+    write_long_rows(tmp_path / "rows.jsonl")
+    converter().export(base, [Target("F32", tmp_path / "parrot.gguf")])
+    found = []
+    for source in ("parrot", "parrot.gguf"):
+        words = ("--adapter", "adapter", "--rounding", "learned", "--rows", "rows.jsonl", "--out", f"made-{source}")
+        code, _, message = oracle.olpack(tmp_path, "quantize", source, "--quant", "Q4_0", *words)
+        assert code == 0, message
+        found.append(read(tmp_path / f"made-{source}" / "parrot-Q4_0.gguf"))
+    for name, tensor in found[0].items():
+        assert np.array_equal(tensor.data, found[1][name].data), name
+
+
+def test_a_check_counts_the_blocks_beside_the_files(monkeypatch, tmp_path):
+    name, counted = "blk.0.attn_q.weight", []
+    model = SourceModel("llama", {name: SourceTensor(name, name, (64, 256), "F32", 4 * 64 * 256, None)}, {})
+    plan = FilePlan(quant_type("Q4_0"), b"", [(name, library.tensor_type("q4_0"), 64 * 144)], [])
+    monkeypatch.setattr(run, "_prepare", lambda *arguments: (model, [plan], {}, [], []))
+    monkeypatch.setattr(run, "check_space", lambda paths, sizes: counted.append(dict(zip(paths, sizes, strict=True))))
+    options = {"rounding": "learned", "rounded": str(tmp_path / "rounded")}
+    for _ in range(2):
+        run.check("model", ["Q4_0"], [], str(tmp_path), [], options, lambda done, total: None)
+        (tmp_path / "rounded" / "of this model").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "rounded" / "of this model" / "a matrix").write_bytes(bytes(44))  # an interrupted run
+    assert [sizes[tmp_path / "rounded" / "blocks"] for sizes in counted] == [64 * 144, 64 * 144 - 44]
+    assert all(sizes[tmp_path / "Q4_0"] == plan.size for sizes in counted)
+
+
 def test_a_build(tmp_path):
     root = oracle.make_workspace(tmp_path / "work", oracle.write_base(tmp_path / "base"))
     words = ("--set", "train.epochs=1", "--set", "quants=[Q4_0, F16]", "--set", "export.rounding=learned")
@@ -239,6 +281,8 @@ def test_a_build(tmp_path):
     write_long_rows(root / "modelfiles/oracle/train.jsonl")
     code, printed, message = oracle.olpack(root, "plan", "oracle", *words)
     assert code == 0 and "learned: so that the outputs of each matrix on training rows change least" in printed, message
+    code, _, message = oracle.olpack(root, "plan", "oracle", *words, "--quant", "Q4_0")
+    assert code == 0 and "gains nothing" not in message, message  # for the Q8_0 that is there for a while
     for stage in ("train", "export"):
         code, _, message = oracle.olpack(root, stage, "oracle", *words)
         assert code == 0, message
@@ -248,3 +292,9 @@ def test_a_build(tmp_path):
     assert inputs["Q4_0"]["export.rounding"] == "learned" and "export.rounding" not in inputs["F16"]
     code, _, message = oracle.olpack(root, "export", "oracle", *words)
     assert code == 0 and oracle.files(root / "build/oracle") == made
+    for left in ("rounding-source.gguf", "rounded/blocks"):  # of a run that was killed before the recipe had ggml's rounding
+        path = root / "build/oracle" / left
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"left")
+    code, _, message = oracle.olpack(root, "export", "oracle", *words[:-1], "export.rounding=ggml")
+    assert code == 0 and not any("round" in name for name in oracle.files(root / "build/oracle")), message

@@ -9,7 +9,8 @@ from typing import Any
 
 from olpack import printable, progress
 from olpack.errors import OlpackError
-from olpack.export import ExportedFile, ExportOptions, Target, export, round_matrices
+from olpack.export import ExportedFile, ExportOptions, Target, check_export, export, round_matrices
+from olpack.export.client import one_worker
 from olpack.quants import Rounding, bytes_of, gains_by_importance, quant_type
 from olpack.workspace import remove
 
@@ -57,10 +58,12 @@ def quantize(
     if rounding == "learned":
         if rows is None:
             raise OlpackError("`--rounding learned` reads rows of data, and none are named.", "Name a file of chats or texts: --rows FILE.")
-        options["rounded"] = _round_on_rows(source, path, names, rows, work, options)
     elif rows is not None:
         raise OlpackError("`--rows` names rows for `--rounding learned`.", "Set that, or leave --rows out.")
-    files = export(path, targets, **options)
+    with one_worker():
+        if rows is not None:
+            options["rounded"] = _round_on_rows(source, path, names, rows, work, options)
+        files = export(path, targets, **options)
     remove(work)
     for warning in files[0].warnings if files else ():
         progress.warn(warning)
@@ -84,8 +87,9 @@ def _round_on_rows(source: str, path: Path, quants: Sequence[str], file: Path, w
     base = resolve_base(source, relative_to=Path())
     chosen = rounding_rows(render_rows(load_chats(Source(file)), [], Renderer(base.tokenizer(), base.end_ids()), max_length=base.context_length)[0])
     adapter = options.get("adapter")
+    reader = path if path.is_file() and not adapter else work / "source.gguf"
+    check_export(path, quants, temporary=[] if reader == path else ["Q8_0"], out=work.parent, **{**options, "rounded": work})
     folder = blocks_folder(work, [base.digest, folder_fingerprint(adapter) if adapter else None], chosen)
-    reader = path if path.is_file() else work / "source.gguf"
     try:
         if reader != path:
             export(path, [Target("Q8_0", reader)], adapter=adapter)

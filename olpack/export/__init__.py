@@ -36,13 +36,20 @@ __all__ = [
 
 
 def check_export(
-    source: Path, quants: Sequence[str], *, out: Path | None = None, texts: Sequence[TokenText] = (), **options: Unpack[ExportOptions]
+    source: Path,
+    quants: Sequence[str],
+    *,
+    temporary: Sequence[str] = (),
+    out: Path | None = None,
+    texts: Sequence[TokenText] = (),
+    **options: Unpack[ExportOptions],
 ) -> ExportPlan:
     """Find whatever would fail in an export, before anything is trained. Takes seconds and writes nothing.
 
     Args:
         source: folder of a Hugging Face model (config.json, tokenizer, safetensors), or a GGUF in F16, BF16 or F32.
         quants: quant types, in any case.
+        temporary: further ones, whose files are removed once they were read. Nothing is warned of for them.
         out: folder that the files will go to; its free space is checked when given.
         texts: what training tokenizes; llama.cpp's tokens of each are compared with training's.
         options: as for `export`.
@@ -58,7 +65,7 @@ def check_export(
     from olpack.export.client import worker
 
     with worker() as converter:
-        return converter.check(source, quants, out=out, texts=texts, **options)
+        return converter.check(source, quants, temporary=temporary, out=out, texts=texts, **options)
 
 
 def export(source: Path, targets: Sequence[Target], **options: Unpack[ExportOptions]) -> list[ExportedFile]:

@@ -83,7 +83,14 @@ class Converter:
         return self._process.poll() is None
 
     def check(
-        self, source: Path, quants: Sequence[str], *, out: Path | None = None, texts: Sequence[TokenText] = (), **options: Unpack[ExportOptions]
+        self,
+        source: Path,
+        quants: Sequence[str],
+        *,
+        temporary: Sequence[str] = (),
+        out: Path | None = None,
+        texts: Sequence[TokenText] = (),
+        **options: Unpack[ExportOptions],
     ) -> ExportPlan:
         """As `olpack.export.check_export`."""
         return self._do(
@@ -93,6 +100,7 @@ class Converter:
             do="check",
             source=_text(source),
             quants=[quant_type(name).name for name in quants],
+            temporary=[quant_type(name).name for name in temporary],
             out=_text(out),
             texts=[asdict(text) for text in texts],
             options=_as_json(options),

@@ -92,7 +92,8 @@ class ExportOptions(TypedDict, total=False):
         rounding: how the blocks of quantized types are made: as ggml makes them ("ggml", the default); with scales that a search finds to give
             the smallest squared error ("search"), weighted by the importance matrix where there is one; or so that each matrix's outputs on rows
             of data change least ("learned"), and by the search where that is not possible.
-        rounded: for "learned", the folder that `round_matrices` filled for this model and these quants.
+        rounded: for "learned", the folder that `round_matrices` filled for this model and these quants; in a check, the folder that is to contain
+            such folders, and may contain those of an interrupted run.
         round_to_bf16: round every tensor that llama.cpp would store in 16 bits to bfloat16 before it is quantized, as the usual
             way over a BF16 file does. The default quantizes the exact float32 values.
         split: most bytes of one file. A larger GGUF becomes several, "model-00001-of-00003.gguf" and so on in place of "model.gguf", which

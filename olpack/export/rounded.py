@@ -53,6 +53,12 @@ def is_layer_matrix(source: SourceTensor) -> bool:
     return bool(_MATRIX.fullmatch(source.name)) and len(source.shape) == 2 and source.type_name in FLOATS
 
 
+def missing_types(folder: Path, wanted: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """The matrices that are not in `folder` in some of the types that are wanted, and those types."""
+    missing = {name: [one for one in types if not _blocks_file(folder, name, one).is_file()] for name, types in wanted.items()}
+    return {name: types for name, types in missing.items() if types}
+
+
 def packed_size(model: SourceModel, wanted: Mapping[str, Sequence[str]]) -> int:
     """Bytes of the blocks of matrices in some types."""
     return sum(
@@ -87,8 +93,7 @@ def round_to_files(
     Raises:
         OlpackError: what goes into a matrix is no number, a weight is none, or a disk fills up.
     """
-    missing = {name: [one for one in types if not _blocks_file(folder, name, one).is_file()] for name, types in wanted.items()}
-    missing = {name: types for name, types in missing.items() if types}
+    missing = missing_types(folder, wanted)
     shapes = {name: (model.tensors[name].shape[0], model.tensors[name].shape[1]) for name in missing}
     total = sum(model.tensors[name].elements * (1 + len(types)) for name, types in missing.items())
     unread: list[str] = []

@@ -32,7 +32,7 @@ from olpack.export.job import (
     partial_path,
 )
 from olpack.export.plan import FilePlan, header_only_gguf, plan_files
-from olpack.export.rounded import packed_size, round_to_files, rounded_files, rounded_types
+from olpack.export.rounded import missing_types, packed_size, round_to_files, rounded_files, rounded_types
 from olpack.export.shards import split_plan
 from olpack.export.size_budget import read_sensitivity
 from olpack.export.verify import settle_pretokenizer, training_tokenizer, verify_file, verify_model
@@ -50,11 +50,18 @@ Report = Callable[[int, int], None]
 GPU_FROM = 1 << 30  # bytes of weights; of fewer, the CPU makes the quants before a GPU has started
 
 
-def check(source: str, quants: list[str], out: str | None, texts: list[dict], options: ExportOptions, report: Report) -> ExportPlan:
+def check(
+    source: str, quants: list[str], temporary: list[str], out: str | None, texts: list[dict], options: ExportOptions, report: Report
+) -> ExportPlan:
     """`olpack.export.check_export`, over the pipe."""
-    model, plans, _, warnings, differences = _prepare(Path(source), quants, options, [TokenText(**text) for text in texts], report)
+    model, plans, _, warnings, differences = _prepare(Path(source), quants, options, temporary, [TokenText(**text) for text in texts], report)
     if out is not None:
-        check_space([Path(out, plan.quant.name) for plan in plans], [plan.size for plan in plans])
+        paths, sizes = [Path(out, plan.quant.name) for plan in plans], [plan.size for plan in plans]
+        if options.get("rounding") == "learned":
+            folder = Path(options.get("rounded") or out)
+            paths.append(folder / "blocks")
+            sizes.append(max(0, packed_size(model, rounded_types(model, plans)) - _blocks_size(options)))
+        check_space(paths, sizes)
     context = model.key(f"{model.architecture}.context_length")
     return ExportPlan(
         architecture=model.architecture,
@@ -68,6 +75,12 @@ def check(source: str, quants: list[str], out: str | None, texts: list[dict], op
     )
 
 
+def _blocks_size(options: ExportOptions) -> int:
+    """Bytes of the blocks of an earlier run, in whatever folder of its own: they are used again, or they go when others are made."""
+    folder = options.get("rounded")
+    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()) if folder else 0
+
+
 def round_matrices(
     source: str, quants: list[str], gguf: str, rows: list[list[int]], folder: str, options: ExportOptions, report: Report
 ) -> RoundedMatrices:
@@ -75,8 +88,7 @@ def round_matrices(
     model, plans, _, _, _ = _prepare(Path(source), quants, options)
     wanted, place = rounded_types(model, plans), Path(folder)
     place.mkdir(parents=True, exist_ok=True)
-    there = sum(file.stat().st_size for file in place.iterdir())
-    check_space([place / "blocks"], [max(0, packed_size(model, wanted) - there)])
+    check_space([place / "blocks"], [packed_size(model, missing_types(place, wanted))])
     return round_to_files(
         model,
         wanted,
@@ -186,10 +198,18 @@ class _Output:
 
 
 def _prepare(
-    source: Path, quants: list[str], options: ExportOptions, texts: Sequence[TokenText] = (), report: Report = lambda *_: None
+    source: Path,
+    quants: list[str],
+    options: ExportOptions,
+    temporary: Sequence[str] = (),
+    texts: Sequence[TokenText] = (),
+    report: Report = lambda *_: None,
 ) -> tuple[SourceModel, list[FilePlan], dict[str, np.ndarray], list[str], list[TokenDifference]]:
-    """Everything up to the first weight: (model, one plan per quant, weights of the columns by tensor, warnings, texts that differ)."""
-    types = [quant_type(name) for name in quants]
+    """Everything up to the first weight: (model, one plan per quant, weights of the columns by tensor, warnings, texts that differ).
+
+    Quants that are `temporary` have plans after the others, and no warnings.
+    """
+    types = [quant_type(name) for name in [*quants, *temporary]]
     if options.get("rounding", "ggml") != "ggml":
         library.searcher()  # raises where it cannot be compiled
     warnings: list[str] = []
@@ -213,22 +233,23 @@ def _prepare(
     with header_only_gguf(model) as header_gguf:
         plans = plan_files(model, header_gguf, types, importance=weights, tensor_types=options.get("tensor_types", {}), losses=losses)
         warnings += verify_model(folder, tokenizer, header_gguf, model.keys)
-    for plan in plans:
+    kept = plans[: len(quants)]
+    for plan in kept:
         if plan.fallbacks:
             more = f", and {len(plan.fallbacks) - 1} more tensors" if len(plan.fallbacks) > 1 else ""
             warnings.append(f"{plan.quant.name} does not fit this model's shapes everywhere: {plan.fallbacks[0]}{more}.")
-    warnings += _rounded_away(model, plans)
+    warnings += _rounded_away(model, kept)
     if options.get("rounding") == "learned":
-        warnings += _without_gain(model, plans)
+        warnings += _without_gain(model, kept)
     alike: dict[tuple, list[str]] = {}
-    for plan in plans:
+    for plan in kept:
         alike.setdefault(tuple(plan.tensors), []).append(plan.quant.name)
     for names in alike.values():
         if len(names) > 1:
             warnings.append(f"{' and '.join(names)} have the same type for every tensor of this model: one of them is enough.")
     if weights is None or weights.by_tensor is None:
         return model, plans, {}, warnings, differences
-    if unweighted := list(dict.fromkeys(name for plan in plans for name in plan.unweighted)):
+    if unweighted := list(dict.fromkeys(name for plan in kept for name in plan.unweighted)):
         more = f" and {len(unweighted) - 1} more tensors" if len(unweighted) > 1 else ""
         warnings.append(f"The importance matrix lacks {unweighted[0]}{more}, quantized as without one.")
     if weights.unknown:

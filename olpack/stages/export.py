@@ -96,11 +96,13 @@ def check(build: Build, checks: Checks) -> None:
     importance, texts = importance_file(build), _texts(build)
     exported = checks.exported = check_export(
         build.base.source,
-        quants + temporary_quants(build, checks.steps),
+        quants,
+        temporary=temporary_quants(build, checks.steps),
         out=build.paths.gguf(quants[0]).parent,
         importance="later" if importance == build.paths.importance else importance,
         tensor_types=build.recipe.export.tensor_types,
         rounding=build.recipe.export.rounding,
+        rounded=build.paths.rounded,
         texts=texts,
         requantize=build.base.gguf is not None,
         adapter=None if build.paths.base else build.finished_adapter,
@@ -233,7 +235,7 @@ def run(build: Build, steps: list[Step]) -> None:
     """
     from olpack.export.client import one_worker
 
-    for left in (build.paths.importance_source, build.paths.sensitivity_source):
+    for left in (build.paths.importance_source, build.paths.sensitivity_source, build.paths.rounding_source):
         left.unlink(missing_ok=True)  # of a build that was killed
     if alone := [step for step in steps if step.unit == f"export-{ADAPTER}"]:
         _export_adapter(build, alone[0])
