@@ -25,8 +25,7 @@ from olpack.train.block_experts import BlockExperts
 from olpack.train.frozen import BlockLinear, Make, use_frozen
 
 _BYTES = 2  # of a weight that is dequantized on a GPU
-# Parameters of stacked experts, and the buffers of `BlockExperts` for each.
-_EXPERTS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
+_EXPERTS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}  # parameters of stacked experts, and the buffers of `BlockExperts` for each
 
 
 def load_frozen(base: GgufBase, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
