@@ -21,10 +21,13 @@ from olpack.errors import OlpackError
 from olpack.export import Target
 from olpack.export.lora import export_adapter
 from olpack.llamacpp import library
+from olpack.model.base import resolve
 from olpack.model.gguf_architectures import ARCHITECTURES, architecture_table, config_of, rope_factors, weights_of
 from olpack.model.gguf_base import open_gguf
 from olpack.model.gguf_blocks import INTEGERS, TYPES
 from olpack.model.shape import MetaModel
+from olpack.recipe import Train
+from olpack.train.checks import check_training
 from olpack.train.frozen import BlockLinear
 from olpack.train.gguf_model import frozen_bytes, load_frozen
 
@@ -199,6 +202,14 @@ def test_the_planned_bytes_are_those_of_the_loaded_model(quantized, dtype):
     taken = sum(parameter.nbytes for parameter in model.parameters())
     taken += sum(blocks.nbytes for blocks in model.buffers() if blocks.dtype == torch.uint8)
     assert frozen_bytes(base, dtype.itemsize) == taken
+
+
+@pytest.mark.parametrize(("name", "head_dim"), [("qwen3moe", 64), ("gemma4-sentencepiece", 128), ("gemma4-experts-sentencepiece", 64)])
+def test_experts_and_layers_with_heads_of_their_own_are_trained_on(name, head_dim, tmp_path):
+    (file,) = converter().export(make(tmp_path, name), [Target("Q4_0", tmp_path / "Q4_0.gguf")])
+    base = resolve(str(file.path), relative_to=tmp_path)
+    check_training(base, Train(), on_gpu=False)
+    assert MetaModel(base.config, base.label).shape.head_dim == head_dim  # of the layers with the largest cache
 
 
 def test_training_on_a_gguf_lowers_the_loss(tmp_path):

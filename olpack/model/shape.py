@@ -152,9 +152,14 @@ class MetaModel:
     @cached_property
     def shape(self) -> Shape:
         config = self.text_config
+        # Layers with settings of their own, as Gemma 4 has them, must be asked one by one.
+        each = (
+            [config.per_layer_config[layer] for layer in range(config.num_hidden_layers)] if getattr(config, "is_heterogeneous", False) else [config]
+        )
+        widest = max(each, key=lambda one: (getattr(one, "head_dim", None) or 0) * (getattr(one, "num_key_value_heads", None) or 0))
 
         def first(*names: str) -> int | None:
-            return next((value for name in names if (value := getattr(config, name, None))), None)
+            return next((value for name in names if (value := getattr(widest, name, None))), None)
 
         layers, heads = config.num_hidden_layers, first("num_attention_heads") or 0
         experts = first("num_local_experts", "num_experts", "n_routed_experts") or 0

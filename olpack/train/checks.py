@@ -124,7 +124,12 @@ def _check_fp8(settings: Train) -> None:
 
 
 def _refuse_lacking(base: Base, meta: MetaModel) -> None:
-    """Raises OlpackError for a weight of the text model that the checkpoint lacks: transformers would fill it with random numbers."""
+    """Raises OlpackError for a weight of the text model that the checkpoint lacks: transformers would fill it with random numbers.
+
+    A GGUF that opens as a base lacks none, and stacks experts that a checkpoint has one by one.
+    """
+    if base.gguf is not None:
+        return
     lacking = [name for name in meta.lacking(base.tensor_headers()) if not _TOWERS.search(name)]
     if lacking:
         more = f" and {len(lacking) - 1} more weights" if len(lacking) > 1 else ""
