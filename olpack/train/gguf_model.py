@@ -24,13 +24,8 @@ from olpack.model.shape import MetaModel
 from olpack.train.block_experts import BlockExperts
 from olpack.train.frozen import BlockLinear, Make, use_frozen
 
-<<<<<<< HEAD
 # Parameters of stacked experts, and the buffers of `BlockExperts` for each.
 _EXPERTS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
-=======
-_BYTES = 2  # of a weight that is dequantized on a GPU
-_EXPERTS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}  # parameters of stacked experts, and the buffers of `BlockExperts` for each
->>>>>>> tags18
 
 
 def load_frozen(base: GgufBase, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
