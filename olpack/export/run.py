@@ -160,7 +160,7 @@ def export(
 def begin_gpu_encoder(source: str, options: ExportOptions) -> Future[gpu_encoder.GpuEncoder | None] | None:
     """Start the GPU's encoder in a thread of its own, where it would be used and the weights are worth its start; needs no converter yet."""
     place = Path(source)
-    files = [place] if place.is_file() else list(place.glob("*.safetensors"))
+    files = [place] if place.is_file() else [file for file in place.glob("*.safetensors") if file.is_file()]  # no link to what is gone
     if options.get("rounding", "ggml") != "ggml" or sum(file.stat().st_size for file in files) < GPU_FROM:
         return None
     pool = ThreadPoolExecutor(1, thread_name_prefix="gpu")
