@@ -51,7 +51,7 @@ GPU_FROM = 1 << 30  # bytes of weights; of fewer, the CPU makes the quants befor
 
 
 def check(
-    source: str, quants: list[str], temporary: list[str], out: str | None, texts: list[dict], options: ExportOptions, report: Report
+    source: str, quants: list[str], out: str | None, texts: list[dict], options: ExportOptions, report: Report, temporary: Sequence[str] = ()
 ) -> ExportPlan:
     """`olpack.export.check_export`, over the pipe."""
     model, plans, _, warnings, differences = _prepare(Path(source), quants, options, temporary, [TokenText(**text) for text in texts], report)
