@@ -14,6 +14,7 @@ from emulated_gpu import Encoder, Kernels
 from test_llamacpp_kquants import by_ggml, kinds
 from tiny_models import write_model
 
+from olpack.export import run
 from olpack.llamacpp import gpu_encoder, kquants, library, nvrtc
 from olpack.workspace import file_digest
 
@@ -98,6 +99,18 @@ def test_the_export_makes_the_same_files(tmp_path):
     files, used = zip(*found.values(), strict=True)
     assert files[0] == files[1] == files[2]
     assert used == ("CPU", "a GPU", "a GPU, then the CPU: out of memory")
+
+
+def test_a_gpu_starts_for_large_models_by_ggmls_rounding_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_encoder, "start", lambda: "an encoder")
+    (tmp_path / "model.safetensors").write_bytes(bytes(64))
+    (tmp_path / "of a download that ended early.safetensors").symlink_to(tmp_path / "gone")
+    assert run.begin_gpu_encoder(str(tmp_path), {}) is None
+    monkeypatch.setattr(run, "GPU_FROM", 64)
+    for options in ({}, {"rounding": "ggml"}):
+        assert run.begin_gpu_encoder(str(tmp_path), options).result() == "an encoder"
+    for rounding in ("search", "learned"):
+        assert run.begin_gpu_encoder(str(tmp_path), {"rounding": rounding}) is None
 
 
 def test_without_a_gpu_there_is_no_encoder(monkeypatch):

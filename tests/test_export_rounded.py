@@ -266,7 +266,7 @@ def test_a_check_counts_the_blocks_beside_the_files(monkeypatch, tmp_path):
     monkeypatch.setattr(run, "check_space", lambda paths, sizes: counted.append(dict(zip(paths, sizes, strict=True))))
     options = {"rounding": "learned", "rounded": str(tmp_path / "rounded")}
     for _ in range(2):
-        run.check("model", ["Q4_0"], [], str(tmp_path), [], options, lambda done, total: None)
+        run.check("model", ["Q4_0"], str(tmp_path), [], options, lambda done, total: None)
         (tmp_path / "rounded" / "of this model").mkdir(parents=True, exist_ok=True)
         (tmp_path / "rounded" / "of this model" / "a matrix").write_bytes(bytes(44))  # an interrupted run
     assert [sizes[tmp_path / "rounded" / "blocks"] for sizes in counted] == [64 * 144, 64 * 144 - 44]

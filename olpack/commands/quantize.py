@@ -88,7 +88,8 @@ def _round_on_rows(source: str, path: Path, quants: Sequence[str], file: Path, w
     chosen = rounding_rows(render_rows(load_chats(Source(file)), [], Renderer(base.tokenizer(), base.end_ids()), max_length=base.context_length)[0])
     adapter = options.get("adapter")
     reader = path if path.is_file() and not adapter else work / "source.gguf"
-    check_export(path, quants, temporary=[] if reader == path else ["Q8_0"], out=work.parent, **{**options, "rounded": work})
+    checked: ExportOptions = {**options, "rounded": work}
+    check_export(path, quants, temporary=[] if reader == path else ["Q8_0"], out=work.parent, **checked)
     folder = blocks_folder(work, [base.digest, folder_fingerprint(adapter) if adapter else None], chosen)
     try:
         if reader != path:

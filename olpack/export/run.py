@@ -51,7 +51,7 @@ GPU_FROM = 1 << 30  # bytes of weights; of fewer, the CPU makes the quants befor
 
 
 def check(
-    source: str, quants: list[str], temporary: list[str], out: str | None, texts: list[dict], options: ExportOptions, report: Report
+    source: str, quants: list[str], out: str | None, texts: list[dict], options: ExportOptions, report: Report, temporary: Sequence[str] = ()
 ) -> ExportPlan:
     """`olpack.export.check_export`, over the pipe."""
     model, plans, _, warnings, differences = _prepare(Path(source), quants, options, temporary, [TokenText(**text) for text in texts], report)
@@ -160,7 +160,7 @@ def export(
 def begin_gpu_encoder(source: str, options: ExportOptions) -> Future[gpu_encoder.GpuEncoder | None] | None:
     """Start the GPU's encoder in a thread of its own, where it would be used and the weights are worth its start; needs no converter yet."""
     place = Path(source)
-    files = [place] if place.is_file() else list(place.glob("*.safetensors"))
+    files = [place] if place.is_file() else [file for file in place.glob("*.safetensors") if file.is_file()]  # no link to what is gone
     if options.get("rounding", "ggml") != "ggml" or sum(file.stat().st_size for file in files) < GPU_FROM:
         return None
     pool = ThreadPoolExecutor(1, thread_name_prefix="gpu")
