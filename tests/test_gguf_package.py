@@ -142,6 +142,12 @@ def test_a_type_that_no_merged_file_can_have_ends_the_plan(workspace, monkeypatc
     assert re.search(r"No merged file can have the type of ollama/tiny:1b, IQ2_XS: .*importance matrix.* Leave `compare.merged` out.", found), found
 
 
+def test_a_merge_into_the_type_of_the_base_is_warned_of(workspace):
+    root, double, _, _ = workspace
+    found = said(olpack(root, "plan", "oracle", "--set", "package=merged", "--set", "quants=[Q4_0,Q4_K_M,Q8_0]", server=double.url))
+    assert found.count("is the type of the base's own weights") == 1 and "Q4_K_M is the type of the base's own weights" in found
+
+
 def test_an_adapter_that_is_left_out_is_not_applied(workspace):
     root, _, file, _ = workspace
     ids = list(range(1, 9))

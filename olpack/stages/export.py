@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from olpack import __version__, progress
 from olpack.errors import OlpackError
+from olpack.model.gguf_blocks import FLOATS
 from olpack.quants import Rounding, overridable, quant_type
 from olpack.stages import records, train
 from olpack.stages.build import Build
@@ -111,8 +112,22 @@ def check(build: Build, checks: Checks) -> None:
     )
     for warning in exported.warnings:
         progress.warn(warning)
+    _warn_of_own_type(build)
     _judge_tokens(build, texts, exported.differences)
     build.pre_tokenizer = exported.pre_tokenizer
+
+
+def _warn_of_own_type(build: Build) -> None:
+    """Warn of merged quants of a GGUF's own type: its weights lie on that grid, and changes smaller than half a step are rounded away."""
+    base = build.base.quantization
+    if build.base.gguf is None or build.paths.base or base in (*FLOATS, "Q8_0"):  # whose steps are small
+        return
+    for quant in build.quants:
+        if quant.name == base or quant.name.startswith(f"{base}_"):
+            progress.warn(
+                f"{quant.name} is the type of the base's own weights: merged onto the same grid, most of a small fine-tune is rounded away. "
+                "Take another type, or set `package: adapter`."
+            )
 
 
 def _check_file(build: Build, checks: Checks) -> None:
