@@ -189,7 +189,8 @@ def test_tasks_are_scored_and_nothing_else_is_measured_again(workspace):
     before = files(workspace / "build/oracle/compare/measured")
     asked = 'compare.tasks=[{prompt: "What is 3 + 1?", exact: forty-two}, {prompt: "What is 4 + 1?", json: true}]'
     code, printed, said = olpack(workspace, "compare", "oracle", "--set", asked)
-    assert code == 0 and "50" in printed and "unquantized model" not in said  # the base alone is asked
+    assert code == 0 and "50" in printed and "measuring the base (Q8_0): tasks" in said and "measuring the unquantized model: tasks" in said
+    assert "unquantized model: perplexity" not in said
     results = json.loads((workspace / "build/oracle/compare/results.json").read_text())
     assert results["quants"][1]["scores"]["values"] == [1, 0] and results["base"]["scores"]["values"] == [0, 0]
     assert not (workspace / "build/oracle/compare/temporary").exists()
