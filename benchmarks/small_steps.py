@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import random
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 
 BEGUN = time.time()
 SHAPE = {"8B": (4096, 14336, 32, 128256), "tiny": (1024, 2048, 3, None)}  # hidden size, MLP, layers, vocabulary
-RANK, LONGEST = 16, 2048
+RANK = 16
 STEPS, WARM = 12, 5
 
 
@@ -47,18 +46,6 @@ def timed(owner: object, name: str) -> None:
             print(f"           {time.time() - started:6.2f} s in {name}", flush=True)
 
     setattr(owner, name, wrapped)
-
-
-def rows(tokens: int, words: int, seed: int) -> list:
-    """Samples of log-normal length (median about 365 tokens), so many tokens together."""
-    from olpack.data import TokenRow
-
-    rng, found = random.Random(seed), []
-    while tokens:
-        length = min(tokens, LONGEST, max(8, int(rng.lognormvariate(5.9, 0.7))))
-        found.append(TokenRow(rng.choices(range(3, words), k=length), [True] * length, "", ""))
-        tokens -= length
-    return found
 
 
 def run(folder: Path, tokens: int, busy: int) -> None:
@@ -135,6 +122,7 @@ class _Steps:
 
     def step(self, seed: int) -> float:
         import torch
+        from train_8b import rows  # which imports torch, whose time is measured before
 
         from olpack.train import loop
         from olpack.train.checkpoint import State

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from absent_gpu import compile_kernels
 from fp8_codes import assert_writes_codes
 from random_blocks import SCALES, random_blocks
 
@@ -161,18 +159,6 @@ def test_weights_in_16_bits_have_no_kernel(used):
 
 
 COMPILED = """
-import sys
-import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-
-class Driver:  # of a GPU that is not here
-    get_current_target = lambda self: GPUTarget("cuda", int(sys.argv[1]), 32)
-    get_current_device = lambda self: 0
-    get_current_stream = lambda self, device: 0
-    get_active_torch_device = lambda self: torch.device("cpu")
-
-driver.set_active(Driver())
 from olpack.train.ops import block_kernels
 print(*(compiled.metadata.name for compiled in block_kernels.compile_for(sys.argv[2:], torch.bfloat16)))
 """
@@ -180,7 +166,5 @@ print(*(compiled.metadata.name for compiled in block_kernels.compile_for(sys.arg
 
 def test_the_kernels_are_compiled_for_a_gpu(tmp_path):
     names = ["Q3_K", "Q5_0", "IQ4_XS", "BF16"]  # the last has no kernel
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run([sys.executable, "-c", COMPILED, "86", *names], capture_output=True, text=True, env=environment)
+    done = compile_kernels(COMPILED, 86, *names, cache=tmp_path)
     assert done.stdout.split() == ["_dequantize_kernel"] * 3, done.stderr

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
+from absent_gpu import compile_kernels
 from gated import gated_mlp
 from tiny_models import write_model
 from triton.runtime.errors import OutOfResources
@@ -168,18 +165,6 @@ def test_sizes_that_a_config_has_otherwise_are_usual_ones():
 
 
 COMPILED = """
-import sys
-import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-
-class Driver:  # of a GPU that is not here
-    get_current_target = lambda self: GPUTarget("cuda", int(sys.argv[1]), 32)
-    get_current_device = lambda self: 0
-    get_current_stream = lambda self, device: 0
-    get_active_torch_device = lambda self: torch.device("cpu")
-
-driver.set_active(Driver())
 from olpack.train.ops import kernels
 list(kernels.compile_for(torch.bfloat16, hidden=4096, middle=14336, head=128, vocabulary=128256, rank=int(sys.argv[2])))
 for name in sorted(name for name in dir(kernels) if name.endswith("_kernel")):
@@ -191,9 +176,7 @@ SHARED = 99 << 10  # bytes of shared memory that a program may have on the small
 
 @pytest.mark.parametrize(("capability", "rank"), [(86, 64), (90, 16), (120, 32)])
 def test_the_kernels_are_compiled_for_a_gpu(tmp_path, capability, rank):
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run([sys.executable, "-c", COMPILED, str(capability), str(rank)], capture_output=True, text=True, env=environment)
+    done = compile_kernels(COMPILED, capability, str(rank), cache=tmp_path)
     shared = dict(line.split() for line in done.stdout.splitlines())
     assert shared.keys() == {
         "_adapted_gradients_kernel",

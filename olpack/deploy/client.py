@@ -657,6 +657,18 @@ def _short(error: object) -> str:
     return (text if len(text) <= 300 else text[:300] + "…").rstrip(".")
 
 
+def show_transfer(lines: Iterator[Progress], doing: str, size: int) -> None:
+    """Show the lines of a push or a pull, of `size` bytes in all, as a task's progress. Raises what the lines raise."""
+    done: dict[str, int] = {}
+    with progress.task(doing, size, "B") as task:
+        for line in lines:
+            if line.digest:
+                task.advance(line.completed - done.get(line.digest, 0))
+                done[line.digest] = line.completed
+            else:
+                task.advance(0, note=line.status)
+
+
 def blob_digest(path: Path) -> str:
     """`sha256:<64 hex>` of a file, as the API names it. The file is read once, with progress."""
     return f"sha256:{shown_digest(path, f'reading {path.name}')}"

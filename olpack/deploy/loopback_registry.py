@@ -26,7 +26,7 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 from olpack import progress
-from olpack.deploy.client import OllamaClient, Tag
+from olpack.deploy.client import OllamaClient, Tag, show_transfer
 from olpack.deploy.modelfile import Package
 from olpack.deploy.names import same
 from olpack.deploy.ollama_store import ComposedTag, compose_tag, read_back, store_with
@@ -224,17 +224,10 @@ def _pull(client: OllamaClient, model: str, tag: ComposedTag, kept: frozenset[st
 
 
 def _follow(client: OllamaClient, registry: LoopbackRegistry, tag: ComposedTag, model: str) -> None:
-    fetched: dict[str, int] = {}
     named = json.loads(tag.manifest)
     size = sum(layer["size"] for layer in (*named["layers"], named["config"]))
     try:
-        with progress.task(f"the server pulls {model}", size, "B") as task:
-            for line in client.pull(registry.model, insecure=True):
-                if line.digest:
-                    task.advance(line.completed - fetched.get(line.digest, 0))
-                    fetched[line.digest] = line.completed
-                else:
-                    task.advance(0, note=line.status)
+        show_transfer(client.pull(registry.model, insecure=True), f"the server pulls {model}", size)
     except OlpackError as error:
         raise _explained(error, client, registry, tag) from error
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 
 from olpack import progress
-from olpack.deploy.client import OllamaClient
+from olpack.deploy.client import OllamaClient, show_transfer
 from olpack.deploy.names import DEFAULT_HOST, DEFAULT_NAMESPACE, canonical, check_name, parse_name
 from olpack.errors import OlpackError
 
@@ -71,18 +71,11 @@ def _target(model: str, namespace: str | None) -> str:
 
 
 def _push(client: OllamaClient, model: str, size: int, insecure: bool) -> None:
-    sent: dict[str, int] = {}
-    with progress.task(f"pushing {model}", size, "B") as task:
-        try:
-            for line in client.push(model, insecure):
-                if line.digest:
-                    task.advance(line.completed - sent.get(line.digest, 0))
-                    sent[line.digest] = line.completed
-                else:
-                    task.advance(0, note=line.status)
-        except OlpackError as error:
-            remedy = next((remedy for sign, remedy in _REMEDIES.items() if re.search(sign, error.problem, re.IGNORECASE)), error.remedy)
-            raise OlpackError(error.problem, remedy) from error
+    try:
+        show_transfer(client.push(model, insecure), f"pushing {model}", size)
+    except OlpackError as error:
+        remedy = next((remedy for sign, remedy in _REMEDIES.items() if re.search(sign, error.problem, re.IGNORECASE)), error.remedy)
+        raise OlpackError(error.problem, remedy) from error
     parsed = parse_name(model)
     where = f"https://ollama.com/{parsed.namespace}/{parsed.model}" if parsed.host == DEFAULT_HOST else parsed.host
     progress.say(f"pushed {model} to {where}")
