@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -116,58 +116,17 @@ def measure(
     if settings.template:
         keys = {unit: key | {"template": value_digest(settings.template)} for unit, key in keys.items()}
     store = Cache(cache)
-    known = [_units(store, file, keys, references, merged) for file in files]
-    known_merged = [_units_merged(store, file, keys, merged) if merged and file.adapter else None for file in files]
-    alone = {file.tag: _units_alone(store, file, keys) for file in files if file.alone}
-    if server:
-        models = [f"{name}:{file.tag}" for file in files] + [file.alone for file in files if file.alone]
-        visit = visit_through_server(server, models, [*known, *alone.values()], settings)
-    else:
-        visit = visit_embedded(files, known, job, settings)
-    problems = measure_speeds([*known, *alone.values()], visit, settings.repeats)
-    for file, failed in zip((file for file in files if file.alone), problems[len(files) :], strict=True):
-        problems[files.index(file)] += failed
-    del problems[len(files) :]
-    figures = ReferenceFigures()
-    plain = [ggml_units(references, store, file.quant, file.tag, keys) if references else None for file in files]
-    with ExitStack() as temporary:
-        if merged:
-            temporary.callback(shutil.rmtree, merged.folder, ignore_errors=True)
-        if references:
-            compared = ("divergence", OTHER_DIVERGENCE, DIVERGENCE_WITHOUT_IMPORTANCE)
-            needed = any(units.lacks(unit) for units in known + plain if units for unit in compared)
-            needed |= any(units.lacks("divergence") for units in known_merged if units)
-            figures = measure_references(references, job, keys, store, needed, temporary.enter_context(references.temporary()), tasks)
-        for file, units, of_merged, by_ggml_units, failed in zip(files, known, known_merged, plain, problems, strict=True):
-            failed += _measure_quality(file, units, job, settings, prompts, tasks, figures)
-            if merged and of_merged:
-                failed += _measure_merged(file, units, of_merged, merged, job, settings, tasks, figures)
-            elif units.lacks(ADAPTER_SPEED):
-                failed += _measure_in_turns(file, units, job, settings, None)
-            if references and references.write_without_importance and figures.logits and units.lacks(DIVERGENCE_WITHOUT_IMPORTANCE):
-                write, folder = references.write_without_importance, references.folder
-                figures.problems += measure_without_importance(write, folder, file.quant, job, figures.logits, units)
-            if references and by_ggml_units:
-                figures.problems += measure_by_ggml(references, file.quant, job, figures, tasks, by_ggml_units)
-
+    measured = [_known(store, file, keys, references, merged) for file in files]
+    _measure_speeds(measured, server, name, job, settings)
+    figures = _measure_the_rest(measured, job, settings, prompts, tasks, keys, store, references, merged)
     engine, threads = (f"Ollama {server_version}", None) if server else (embedded, job.threads)
     timed = partial(speed_of, engine=engine, threads=threads, generated_tokens=settings.generated_tokens)
-    quants, scripts = [], ExpectedScripts(examples)
-    for file, units, of_merged, by_ggml_units, failed in zip(files, known, known_merged, plain, problems, strict=True):
-        quants.append(result := _identity(file))
-        add_figures(result, units, speed := timed(units), failed)
-        if file.adapter:
-            served = [speed, timed(alone[file.tag])] if file.alone else []
-            result.adapter = adapter_result(file.adapter.stat().st_size, units, in_turns, served)
-            if of_merged and described:
-                result.adapter.merged = merged_result(result, of_merged, described.learned_tokens)
-        if described:
-            flag_rows(result, described)
-            if references and by_ggml_units and by_ggml_units.known:
-                result.by_ggml = by_ggml(result, references.rounding, by_ggml_units, described.learned_tokens)
+    rounding, scripts = references.rounding if references else None, ExpectedScripts(examples)
+    quants = [_result(one, timed, in_turns, described, rounding) for one in measured]
+    for result in quants:
         flag_answers(result, prompts, scripts)
     flag_same_types(quants, {file.quant: file.tensors for file in files})
-    results = gather(name, machine, settings, prompts, tasks, quants, problems)
+    results = gather(name, machine, settings, prompts, tasks, quants, [one.problems for one in measured])
     results.rows, results.reference, results.base = described, figures.reference, figures.base
     results.other_text = other[0].source.rpartition(":")[0] if other and references else None
     results.flags = [Flag(code="reference", text=str(problem), serious=False) for problem in figures.problems]
@@ -177,6 +136,112 @@ def measure(
     set_gains(results)
     results.recommendation = recommend(results, settings.tolerance)
     return results
+
+
+@dataclass
+class _Measured:
+    """What is known of one file and of what it is compared with; None for what is not asked for.
+
+    Attributes:
+        own: of the file.
+        merged: of the merged file that could be served in its place.
+        alone: of the server's model of the file without its adapter.
+        by_ggml: of the same quant by ggml's rounding.
+        problems: what went wrong.
+    """
+
+    file: ComparedFile
+    own: Units
+    merged: Units | None
+    alone: Units | None
+    by_ggml: Units | None
+    problems: list[OlpackError] = field(default_factory=list)
+
+
+def _known(store: Cache, file: ComparedFile, keys: Keys, references: ReferenceModels | None, merged: MergedModels | None) -> _Measured:
+    """What the cache has of a file."""
+    return _Measured(
+        file,
+        own=_units(store, file, keys, references, merged),
+        merged=_units_merged(store, file, keys, merged) if merged and file.adapter else None,
+        alone=_units_alone(store, file, keys) if file.alone else None,
+        by_ggml=ggml_units(references, store, file.quant, file.tag, keys) if references else None,
+    )
+
+
+def _measure_speeds(measured: Sequence[_Measured], server: OllamaClient | None, name: str, job: Job, settings: MeasureSettings) -> None:
+    """Measure the speed of every file, and of the server's models without their adapters, in rounds that visit all of them."""
+    own, alone = [one.own for one in measured], [(one, one.alone) for one in measured if one.alone]
+    units = [*own, *(units for _, units in alone)]
+    if server:
+        models = [f"{name}:{one.file.tag}" for one in measured] + [one.file.alone for one, _ in alone if one.file.alone]
+        visit = visit_through_server(server, models, units, settings)
+    else:
+        visit = visit_embedded([one.file for one in measured], own, job, settings)
+    for one, failed in zip([*measured, *(one for one, _ in alone)], measure_speeds(units, visit, settings.repeats), strict=True):
+        one.problems += failed
+
+
+def _measure_the_rest(
+    measured: Sequence[_Measured],
+    job: Job,
+    settings: MeasureSettings,
+    prompts: Sequence[list[dict]],
+    tasks: Sequence[Task],
+    keys: Keys,
+    store: Cache,
+    references: ReferenceModels | None,
+    merged: MergedModels | None,
+) -> ReferenceFigures:
+    """Measure all but the speed of files as they are served. The models that they are compared with are there for as long as that takes.
+
+    Returns:
+        the figures of the reference models.
+    """
+    figures = ReferenceFigures()
+    with ExitStack() as temporary:
+        if merged:
+            temporary.callback(shutil.rmtree, merged.folder, ignore_errors=True)
+        if references:
+            compared = ("divergence", OTHER_DIVERGENCE, DIVERGENCE_WITHOUT_IMPORTANCE)
+            needed = any(units.lacks(unit) for one in measured for units in (one.own, one.by_ggml) if units for unit in compared)
+            needed |= any(one.merged.lacks("divergence") for one in measured if one.merged)
+            figures = measure_references(references, job, keys, store, needed, temporary.enter_context(references.temporary()), tasks)
+        for one in measured:
+            one.problems += _measure_quality(one.file, one.own, job, settings, prompts, tasks, figures)
+            if merged and one.merged:
+                one.problems += _measure_merged(one.file, one.own, one.merged, merged, job, settings, tasks, figures)
+            elif one.own.lacks(ADAPTER_SPEED):
+                one.problems += _measure_in_turns(one.file, one.own, job, settings, None)
+            if references and references.write_without_importance and figures.logits and one.own.lacks(DIVERGENCE_WITHOUT_IMPORTANCE):
+                write, folder = references.write_without_importance, references.folder
+                figures.problems += measure_without_importance(write, folder, one.file.quant, job, figures.logits, one.own)
+            if references and one.by_ggml:
+                figures.problems += measure_by_ggml(references, one.file.quant, job, figures, tasks, one.by_ggml)
+    return figures
+
+
+def _result(one: _Measured, timed: Callable[[Units], Speed | None], in_turns: str, described: Rows | None, rounding: str | None) -> QuantResult:
+    """The result of a file.
+
+    Args:
+        timed: gives the speed that units have.
+        in_turns: the engine that measures an adapter's cost in turns.
+        described: the rows, if there are any.
+        rounding: of the quants, where they are compared with ggml's.
+    """
+    file, result = one.file, _identity(one.file)
+    add_figures(result, one.own, speed := timed(one.own), one.problems)
+    if file.adapter:
+        served = [speed, timed(one.alone)] if one.alone else []
+        result.adapter = adapter_result(file.adapter.stat().st_size, one.own, in_turns, served)
+        if one.merged and described:
+            result.adapter.merged = merged_result(result, one.merged, described.learned_tokens)
+    if described:
+        flag_rows(result, described)
+        if rounding and one.by_ggml and one.by_ggml.known:
+            result.by_ggml = by_ggml(result, rounding, one.by_ggml, described.learned_tokens)
+    return result
 
 
 def _job(engine: str, rows: Sequence[TokenRow], other: Sequence[TokenRow], settings: MeasureSettings, busy: float) -> Job:
