@@ -165,7 +165,7 @@ def round_on_training_rows(build: Build, quants: list[str], options: ExportOptio
     Args:
         options: of that export.
     """
-    from olpack.export import Target, export, round_matrices
+    from olpack.export import round_matrices
 
     rows = rounding_rows(build.rows[0])
     folder = blocks_folder(build.paths.rounded, fine_tune_inputs(build), rows)
@@ -173,18 +173,19 @@ def round_on_training_rows(build: Build, quants: list[str], options: ExportOptio
     try:
         if source is None:
             source = build.paths.rounding_source
-            export(
-                build.base.source,
-                [Target("Q8_0", source)],
-                adapter=build.paths.adapter,
-                merge_base=build.recipe.train.merge_base,
-                requantize=build.base.gguf is not None,
-            )
+            _write_fine_tune(build, "Q8_0", source)
         made = round_matrices(build.base.source, quants, source, [row.ids for row in rows], folder, **options)
     finally:
         build.paths.rounding_source.unlink(missing_ok=True)
     progress.say(rounded_on(made, rows))
     return folder
+
+
+def _write_fine_tune(build: Build, quant: str, path: Path) -> None:
+    """The fine-tune in one file, which is there to read rows with."""
+    from olpack.export import Target, export
+
+    export(build.base.source, [Target(quant, path)], adapter=build.paths.adapter, merge_base=build.recipe.train.merge_base)
 
 
 def rounding_seconds(build: Build, quants: Sequence[str], parameters: int, rate: float) -> float:
@@ -224,14 +225,14 @@ def rounded_on(made: RoundedMatrices, rows: Sequence[TokenRow]) -> str:
 
 def collect_importance_matrix(build: Build) -> None:
     """Read training rows with the largest quant that needs no matrix, or with a Q8_0 file that is there for this only."""
-    from olpack.export import Target, collect_importance, export
+    from olpack.export import collect_importance
 
     step, rows = IMPORTANCE.step(build), _sample(build.rows[0], _IMPORTANCE_TOKENS)
     at_hand = [build.paths.gguf(quant) for quant in without_importance(build)]
     source = max(at_hand, key=lambda path: path.stat().st_size, default=build.paths.importance_source)
     try:
         if not at_hand:
-            export(build.base.source, [Target("Q8_0", source)], adapter=build.paths.adapter, merge_base=build.recipe.train.merge_base)
+            _write_fine_tune(build, "Q8_0", source)
         dataset = ", ".join(one.label for one in build.sources("train"))
         collect_importance(source, [row.ids for row in rows], build.paths.importance, dataset=dataset)
     finally:
@@ -244,13 +245,13 @@ def collect_importance_matrix(build: Build) -> None:
 def measure_matrix_sensitivity(build: Build) -> None:
     """Round one matrix of the unquantized fine-tune after the other and read training rows: a 16-bit file is there for this only."""
     from olpack.compare.reference_models import REFERENCE_QUANTS
-    from olpack.export import Target, export, measure_sensitivity
+    from olpack.export import measure_sensitivity
 
     paths, step = build.paths, SENSITIVITY.step(build)
     rows = _sample(build.rows[0], _SENSITIVITY_TOKENS, lambda row: row.target_count)
     try:
         for quant in REFERENCE_QUANTS:
-            export(build.base.source, [Target(quant, paths.sensitivity_source)], adapter=paths.adapter, merge_base=build.recipe.train.merge_base)
+            _write_fine_tune(build, quant, paths.sensitivity_source)
             if measure_sensitivity(
                 paths.sensitivity_source,
                 [row.ids for row in rows],
