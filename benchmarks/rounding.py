@@ -32,8 +32,9 @@ from olpack.llamacpp import library
 from olpack.llamacpp.engine import Engine
 from olpack.llamacpp.logits import kl_divergence, log_softmax
 from olpack.quants import Rounding
+from olpack.recipe import Export
 from olpack.stages.build import Build
-from olpack.stages.calibration import rounding_rows
+from olpack.stages.calibration import rounding_rows, train_scales
 from olpack.workspace import remove
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -140,16 +141,18 @@ class RoundingByOutput:
             "threads": threads,
             "rounded": self._folder,
         }
+        self._train = build.rows[0]
         self._record = work / "rounding.json"
 
     def write(self, quant: str, path: Path) -> Path:
         if not self._record.is_file():
             self._round()
-        export(self._source, [Target(quant, path)], **self._options)
+        scales = {name: Path(file) for name, file in json.loads(self._record.read_text())["scales"].items()}
+        export(self._source, [Target(quant, path)], scales=scales, **self._options)
         return path
 
     def _round(self) -> None:
-        """Round all matrices, and record seconds and peak memory of the worker process: of its CPU time, with a GPU of wall time."""
+        """Round all matrices and train block scales, and record seconds and peak memory of both: of CPU time, with a GPU of wall time."""
         with Converter() as converter:
             converter.check(self._source, self._quants, **self._options)  # what it loads at first is not counted
             worker = psutil.Process(converter.pid)
@@ -158,11 +161,15 @@ class RoundingByOutput:
                 return time.monotonic() if torch.cuda.is_available() else sum(worker.cpu_times()[:2])
 
             started = clock()
-            converter.round(self._source, self._quants, self._exact, self._rows, self._folder, **self._options)
+            made = converter.round(self._source, self._quants, self._exact, self._rows, self._folder, **self._options)
             seconds = clock() - started
-            status = Path(f"/proc/{converter.pid}/status").read_text().splitlines()
-            peak = 1024 * int(next(line for line in status if line.startswith("VmHWM")).split()[1])
-        self._record.write_text(json.dumps({"seconds": seconds, "peak": peak, "gpu": torch.cuda.is_available()}))
+            peak = peak_memory(converter.pid)
+        on_gpu = torch.cuda.is_available()
+        started = time.monotonic() if on_gpu else time.process_time()
+        scales = train_scales(self._exact, made, self._train, self._folder, Export().scale_steps)
+        took = {"seconds": seconds, "peak": peak, "gpu": on_gpu, "scales": {quant: str(path) for quant, path in scales.items()}}
+        took["scale seconds"] = (time.monotonic() if on_gpu else time.process_time()) - started
+        self._record.write_text(json.dumps(took | {"scale peak": peak_memory("self")}))
 
     def sentence(self) -> str:
         """What was recorded."""
@@ -170,8 +177,15 @@ class RoundingByOutput:
         where = "on a GPU" if took["gpu"] else "of CPU time"
         return (
             f"Rounding by output takes {took['seconds']:.0f} s {where} for all matrices of these {len(self._quants)} quants together, "
-            f"{sum(map(len, self._rows)):,} tokens read once, and {took['peak'] / 1e9:.1f} GB of memory."
+            f"{sum(map(len, self._rows)):,} tokens read once, and {took['peak'] / 1e9:.1f} GB of memory. Training the block scales of "
+            f"{' and '.join(took['scales'])} takes {took['scale seconds']:.0f} s {where} together, and {took['scale peak'] / 1e9:.1f} GB."
         )
+
+
+def peak_memory(process: int | str) -> int:
+    """Bytes of a process, so far."""
+    status = Path(f"/proc/{process}/status").read_text().splitlines()
+    return 1024 * int(next(line for line in status if line.startswith("VmHWM")).split()[1])
 
 
 def up_to(rows: Sequence[tuple[Sequence[int], Sequence[bool]]], tokens: int) -> list[tuple[Sequence[int], Sequence[bool]]]:
