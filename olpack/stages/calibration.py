@@ -209,8 +209,7 @@ def train_scales(gguf: Path, made: RoundedMatrices, rows: Sequence[TokenRow], fo
 
     found: dict[str, Path] = {}
     for quant, types in made.few_bits.items() if steps else ():
-        key = value_digest([_SCALES_VERSION, steps, types, [row.ids for row in rows]])[:16]
-        path = folder / f"{quant}-{key}.safetensors"
+        path = folder / f"{value_digest([_SCALES_VERSION, steps, types, [row.ids for row in rows]])[:16]}.safetensors"
         if not path.is_file():
             matrices = {name: (type_name, blocks_file(folder, name, type_name)) for name, type_name in types.items()}
             try:
