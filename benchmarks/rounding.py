@@ -210,11 +210,15 @@ class RoundingByOutput:
         """What was recorded."""
         took = json.loads(self._record.read_text())
         where = "on a GPU" if took["gpu"] else "of CPU time"
-        return (
+        sentence = (
             f"Rounding by output takes {took['seconds']:.0f} s {where} for all matrices of these {len(self._quants)} quants together, "
-            f"{sum(map(len, self._rows)):,} tokens read once, and {took['peak'] / 1e9:.1f} GB of memory. Training the block scales of "
-            f"{' and '.join(took['scales'])} in {took['scale steps']} steps takes {took['scale seconds']:.0f} s {where} together, and {took['scale peak'] / 1e9:.1f} GB."
+            f"{sum(map(len, self._rows)):,} tokens read once, and {took['peak'] / 1e9:.1f} GB of memory."
         )
+        if not took["scales"]:
+            return sentence
+        seconds, peak = f"{took['scale seconds']:.0f} s {where}", f"{took['scale peak'] / 1e9:.1f} GB"
+        trained = f"Training the block scales of {' and '.join(took['scales'])} in {took['scale steps']} steps takes {seconds} together, and {peak}."
+        return f"{sentence} {trained}"
 
 
 def peak_memory(process: int | str) -> int:
