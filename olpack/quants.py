@@ -208,9 +208,9 @@ def overridable(quant: QuantType) -> bool:
 
 
 def has_few_bits(quant: QuantType, tensor_types: Mapping[str, str]) -> bool:
-    """Whether a file may have matrices of 2 or 3 bits whose codes are chosen one by one: a budget decides that by what it measures."""
-    few = ("Q2_K", "Q3_K")
-    return quant.budget is not None or quant.name.startswith(few) or any(one.upper() in few for one in tensor_types.values())
+    """Whether a file may have matrices of up to 4 bits whose codes are chosen one by one: a budget decides that by what it measures."""
+    few = ("Q2_K", "Q3_K", "Q4_", "IQ4_NL")
+    return quant.budget is not None or any(one.upper().startswith(few) for one in (quant.name, *tensor_types.values()))
 
 
 def gains_by_importance(quant: QuantType, tensor_types: Mapping[str, str]) -> bool:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _MATRIX = re.compile(r"blk\.(\d+)\.[\w.-]+")
 _INDEX = "matrices.json"
-_FEW_BITS = ("q2_K", "q3_K")  # with more, trained block scales gained nothing (benchmarks/rounding.md)
+_FEW_BITS = ("q2_K", "q3_K", "q4_0", "q4_1", "q4_K", "iq4_nl")  # with more, little is left to gain by training their scales
 
 
 def rounded_types(model: SourceModel, plans: Sequence[FilePlan]) -> dict[str, list[str]]:
@@ -55,7 +55,7 @@ def is_layer_matrix(source: SourceTensor) -> bool:
 
 
 def few_bit_matrices(model: SourceModel, plan: FilePlan) -> dict[str, str]:
-    """The matrices of a file that can be rounded, and their types, where some of these have 2 or 3 bits; else nothing."""
+    """The matrices of a file that can be rounded, and their types, where some of these have up to 4 bits; else nothing."""
     types = {name: one for name, (one,) in rounded_types(model, [plan]).items()}
     return types if any(one in _FEW_BITS for one in types.values()) else {}
 

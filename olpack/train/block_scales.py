@@ -2,7 +2,7 @@
 
 Each block has one or two half-precision numbers: what scales its levels, and what scales its lows where its type has them. They are multiplied by
 factors that Adam trains by the KL divergence of the quant's predictions from the unquantized model's on training rows. Codes and the small integers
-beside them stay, so the file has the same form. Types of 2 and 3 bits gain most (benchmarks/rounding.md).
+beside them stay, so the file has the same form. The fewer bits, the more is gained (benchmarks/rounding.md).
 """
 
 from __future__ import annotations
