@@ -64,7 +64,8 @@ def main() -> None:
         base = str(model.resolve()) if model.is_dir() else str(model)
         text += page_of(base, arguments.work / model.name, arguments.threads, arguments.scale_steps)
         remove(arguments.work / model.name / "blocks")
-    text += gain_of_a_fine_tune(arguments.work)
+    if any(model.name == "tiny-coder" for model in arguments.model):
+        text += gain_of_a_fine_tune(arguments.work)
     publish([*text, "", measured_here(__file__)], arguments.output)
 
 

@@ -479,7 +479,7 @@ def quantize(
     rows: Annotated[Path | None, typer.Option("--rows", metavar="FILE", help="Chats or texts, for --rounding learned.")] = None,
     scale_steps: Annotated[
         int, typer.Option("--scale-steps", min=0, max=10_000, help="With --rounding learned: steps of training of block scales at up to 4 bits.")
-    ] = 100,
+    ] = 50,
     as_json: Json = False,
 ) -> None:
     """Quantize a model in one pass, without a recipe."""

@@ -26,7 +26,7 @@ def quantize(
     importance: Path | None = None,
     rounding: Rounding = "ggml",
     rows: Path | None = None,
-    scale_steps: int = 100,
+    scale_steps: int = 50,
 ) -> list[ExportedFile]:
     """Write NAME-QUANT.gguf for every quant.
 

@@ -248,8 +248,8 @@ def rounding_seconds(build: Build, quants: Sequence[str], trained: int, paramete
     if trained:
         from olpack.train.block_scales import training_tokens
 
-        # Two forward passes, and the gradients of inputs and of weights.
-        training = 8 * parameters * trained * training_tokens(build.rows[0], build.recipe.export.scale_steps)
+        # Two forward passes, the gradients of inputs and of weights, and as long again for their sums and to dequantize.
+        training = 16 * parameters * trained * training_tokens(build.rows[0], build.recipe.export.scale_steps)
     return (reading + feedback + training) / (0.5 * rate) + _SEARCH_SECONDS * parameters * len(quants)
 
 
