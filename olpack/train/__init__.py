@@ -57,7 +57,7 @@ def train(base: Base, rows: list[TokenRow], eval_rows: list[TokenRow], settings:
     from olpack.train.loop import run  # takes seconds, most of them for transformers and peft
 
     result = run(base, rows, eval_rows, settings, out=out, checkpoint=checkpoint, key=key)
-    _free_memory()
+    free_memory()
     return result
 
 
@@ -74,7 +74,7 @@ def import_libraries() -> None:
             del sys.modules[name]
 
 
-def _free_memory() -> None:
+def free_memory() -> None:
     """Free the model's memory: the next stages, with llama.cpp or Ollama, need it on the same GPU."""
     import torch
 
