@@ -205,7 +205,7 @@ class RoundedMatrices:
         unread: those that no row was multiplied with, or only zeros, and whose scales are searched for.
         damped: those whose second moments needed more damping than others to be positive definite.
         singular: those with more columns than tokens were read, so that their second moments are singular before damping.
-        few_bits: for each quant some of whose matrices have up to 4 bits, the types of its rounded matrices by name. Their block scales can be
+        few_bits: for each quant most of whose weights are in Q2_K, Q3_K or Q4_0, the types of its rounded matrices by name. Their block scales can be
             trained (`olpack.train.block_scales`).
     """
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 _MATRIX = re.compile(r"blk\.(\d+)\.[\w.-]+")
 _INDEX = "matrices.json"
-_FEW_BITS = ("q2_K", "q3_K", "q4_0", "q4_1", "q4_K", "iq4_nl")  # with more, little is left to gain by training their scales
+_FEW_BITS = ("q2_K", "q3_K", "q4_0")  # trained scales gained nothing for Q4_K, Q4_1 and IQ4_NL (benchmarks/LOG.md)
 
 
 def rounded_types(model: SourceModel, plans: Sequence[FilePlan]) -> dict[str, list[str]]:
@@ -57,8 +57,7 @@ def is_layer_matrix(source: SourceTensor) -> bool:
 
 
 def few_bit_matrices(model: SourceModel, plan: FilePlan, tensor_types: Mapping[str, str]) -> dict[str, str]:
-    """The matrices of a file that can be rounded, and their types, where most of the layers' weights are in such matrices of up to 4 bits; else
-    nothing."""
+    """The matrices of a file that can be rounded, and their types, where most of the layers' weights are in Q2_K, Q3_K or Q4_0; else nothing."""
     if not has_few_bits(plan.quant, tensor_types):
         return {}
     types = {name: one for name, (one,) in rounded_types(model, [plan]).items()}
