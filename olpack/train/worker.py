@@ -19,7 +19,7 @@ from accelerate import Accelerator
 
 from olpack import progress, workers
 from olpack.errors import OlpackError
-from olpack.train import import_libraries
+from olpack.model.libraries import import_libraries
 
 PROGRESS_EVERY_S = 0.2  # so that a bar moves
 
@@ -27,7 +27,7 @@ PROGRESS_EVERY_S = 0.2  # so that a bar moves
 def main() -> None:
     """Train with the arguments of the job file."""
     workers.die_with(os.getppid())  # the launcher, which dies with its own parent
-    import_libraries()
+    import_libraries(distributed=True)
     from olpack.train.loop import Stopped, run
     from olpack.train.processes import Ranks
 
