@@ -35,7 +35,7 @@ def attempt(name, use):
 """
 
 USES = {
-    "a module of the compiler": "import torch._dynamo.config as config, torch._dynamo; assert torch._dynamo.config is config is sys.modules[config.__name__]",
+    "a module of the compiler": "import torch._dynamo.config as config; assert torch._dynamo.config is config is sys.modules['torch._dynamo.config']",
     "a name of a module": "from torch._dynamo.utils import counters; assert sys.modules['torch._dynamo.utils'].counters is counters",
     "a name of the compiler": "import torch._dynamo; assert callable(torch._dynamo.explain) and torch._dynamo.__file__",
     "torch.compile": "assert torch.compile(lambda x: x + 1)(torch.zeros(1)) == 1",

@@ -18,6 +18,7 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 _COMPILER = "torch._dynamo"
 _WRAPPER = "torch._dynamo._trace_wrapped_higher_order_op"  # of which transformers imports one class for masks that it makes
+_hides: bool | None = None  # whether the packages of _UNUSED are hidden; None before the first block
 _UNUSED = ("scipy", "sklearn", "torchvision")  # for losses of object detection, for speculative decoding and for images
 
 
@@ -45,9 +46,12 @@ def nothing_unused(*, distributed: bool = False) -> Iterator[None]:
 
 @contextmanager
 def fewer_packages() -> Iterator[None]:
-    """Within the block, imports find packages missing that transformers takes seconds to import. It asks once for what there is, so that each of its
-    imports must be in such a block."""
-    hidden = [name for name in _UNUSED if name not in sys.modules]
+    """Within the block, imports find packages missing that transformers takes seconds to import. It asks once for what there is: where its first
+    import was in no such block, as that of another program, all are found."""
+    global _hides
+    if _hides is None:
+        _hides = "transformers" not in sys.modules
+    hidden = [name for name in _UNUSED if _hides and name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type] # None is documented: the import of such a module fails
     try:
         yield
