@@ -6,7 +6,8 @@ with rounding by output, and what that takes.
 The importance matrix is collected on training rows of the shipped chats, 2,048 tokens, and matrices are rounded by their outputs on 16,384 tokens of
 them. KL divergence, perplexity and the same top token are measured on held-out rows, over their target tokens, and over all tokens of texts that have
 nothing to do with programs. The seconds are of CPU time for all matrices of the file, with one thread: ggml's own function, and the search with all
-that it needs. Prints Markdown tables and writes them to benchmarks/rounding.md.
+that it needs. The last table is of a fine-tune: the shipped coding assistant, built with `rounding: learned`, its 200 tasks, and how much of the
+fine-tune's gain over its base a quant keeps. Prints Markdown tables and writes them to benchmarks/rounding.md.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import torch
 from page import command_line, measured_here, publish
 
 from olpack import recipe
+from olpack.compare import read_results
+from olpack.compare.gain import gain_of_rows, gain_of_tasks
 from olpack.compare.other_text import OTHER_TEXTS
 from olpack.compare.perplexity import perplexity, ratio
 from olpack.export import ExportOptions, Target, collect_importance, export
@@ -32,8 +35,10 @@ from olpack.llamacpp import library
 from olpack.llamacpp.engine import Engine
 from olpack.llamacpp.logits import kl_divergence, log_softmax
 from olpack.quants import Rounding
+from olpack.recipe import Export
 from olpack.stages.build import Build
-from olpack.stages.calibration import rounding_rows
+from olpack.stages.calibration import rounding_rows, train_scales
+from olpack.stages.run import run
 from olpack.workspace import remove
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -48,6 +53,7 @@ def main() -> None:
     parser = command_line(__file__, __doc__)
     parser.add_argument("--work", type=Path, required=True, help="a folder that keeps what is done")
     parser.add_argument("--model", type=Path, action="append", required=True, help="a model's folder or GGUF, or builtin/NAME. Repeatable")
+    parser.add_argument("--scale-steps", type=int, default=Export().scale_steps, help="in which block scales are trained")
     parser.add_argument("--threads", type=int, default=1, help="of llama.cpp while it reads text")
     arguments = parser.parse_args()
     text = [
@@ -56,12 +62,14 @@ def main() -> None:
     ]
     for model in arguments.model:
         base = str(model.resolve()) if model.is_dir() else str(model)
-        text += page_of(base, arguments.work / model.name, arguments.threads)
+        text += page_of(base, arguments.work / model.name, arguments.threads, arguments.scale_steps)
         remove(arguments.work / model.name / "blocks")
+    if any(model.name == "tiny-coder" for model in arguments.model):
+        text += gain_of_a_fine_tune(arguments.work)
     publish([*text, "", measured_here(__file__)], arguments.output)
 
 
-def page_of(base: str, work: Path, threads: int) -> list[str]:
+def page_of(base: str, work: Path, threads: int, scale_steps: int) -> list[str]:
     """The tables of one model."""
     build = Build(recipe.load(REPOSITORY / "modelfiles/coding-assistant/recipe.yaml", [f"base={base}"]), out=work)
     train, held_out = build.rows
@@ -93,7 +101,7 @@ def page_of(base: str, work: Path, threads: int) -> list[str]:
     divergences: dict[str, list[list[float]]] = {}
     narrow = build.base.config["hidden_size"] % 256 > 0
     quants, kinds = (NARROW, [kind for kind in KINDS if kind[1]]) if narrow else (QUANTS, KINDS)
-    by_output = RoundingByOutput(build, work, quants, matrix, threads)
+    by_output = RoundingByOutput(build, work, quants, matrix, threads, scale_steps)
     for quant in quants:
         for rounding, with_importance in kinds:
             importance = matrix if with_importance else None
@@ -127,10 +135,39 @@ def page_of(base: str, work: Path, threads: int) -> list[str]:
     return text
 
 
+def gain_of_a_fine_tune(work: Path) -> list[str]:
+    """The table of the shipped package's fine-tune."""
+    asked = [f"quants=[{', '.join(NARROW)}]", "export.rounding=learned", "export.importance=train", "compare.ggml_rounding=tasks"]
+    build = Build(recipe.load(REPOSITORY / "modelfiles/coding-assistant/recipe.yaml", asked), out=work)
+    run(build)
+    results = read_results(build.paths.results)
+    base, reference = results.base, results.reference
+    assert base and base.scores and base.perplexity and reference and reference.scores
+    text = [
+        "\n## A fine-tune of tiny-coder\n",
+        f"On {sum(results.rows.learned_tokens):,} target tokens of held-out rows and {reference.scores.count} tasks: "
+        f"perplexity {base.perplexity.value:.3f} of the base and {reference.perplexity.value:.3f} of the unquantized fine-tune; tasks passed "
+        f"{base.scores.mean:.1%} and {reference.scores.mean:.1%}.\n",
+        "| quant | rounding | KL | perplexity | same top | tasks passed | gain of loss kept | of tasks |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for quant in results.quants:
+        other = quant.by_ggml
+        assert other
+        for name, one in (("ggml", other), ("learned", quant)):
+            assert one.divergence and one.perplexity and one.scores
+            kept = (gain_of_rows(results, one), gain_of_tasks(results, one))
+            shares = [f"{gain.value:.1%} ± {gain.standard_error or 0:.1%}" if gain and gain.value is not None else "" for gain in kept]
+            kl = f"{1000 * one.divergence.mean:.2f} ± {1000 * (one.divergence.standard_error or 0):.2f}"
+            cells = [quant.quant, name, kl, f"{one.perplexity.value:.3f}", f"{one.divergence.same_top:.2%}", f"{one.scores.mean:.1%}", *shares]
+            text.append(f"| {' | '.join(cells)} |")
+    return text
+
+
 class RoundingByOutput:
     """Quants of a model with `rounding: learned`, whose matrices are rounded at once as in a build: the rows are read once for all of them."""
 
-    def __init__(self, build: Build, work: Path, quants: Sequence[str], importance: Path, threads: int):
+    def __init__(self, build: Build, work: Path, quants: Sequence[str], importance: Path, threads: int, scale_steps: int):
         self._source, self._quants, self._exact, self._folder = build.base.source, quants, work / "F32.gguf", work / "blocks"
         self._rows = [row.ids for row in rounding_rows(build.rows[0])]
         self._options: ExportOptions = {
@@ -140,16 +177,18 @@ class RoundingByOutput:
             "threads": threads,
             "rounded": self._folder,
         }
+        self._train, self._scale_steps = build.rows[0], scale_steps
         self._record = work / "rounding.json"
 
     def write(self, quant: str, path: Path) -> Path:
         if not self._record.is_file():
             self._round()
-        export(self._source, [Target(quant, path)], **self._options)
+        scales = {name: Path(file) for name, file in json.loads(self._record.read_text())["scales"].items()}
+        export(self._source, [Target(quant, path)], scales=scales, **self._options)
         return path
 
     def _round(self) -> None:
-        """Round all matrices, and record seconds and peak memory of the worker process: of its CPU time, with a GPU of wall time."""
+        """Round all matrices and train block scales, and record seconds and peak memory of both: of CPU time, with a GPU of wall time."""
         with Converter() as converter:
             converter.check(self._source, self._quants, **self._options)  # what it loads at first is not counted
             worker = psutil.Process(converter.pid)
@@ -158,20 +197,35 @@ class RoundingByOutput:
                 return time.monotonic() if torch.cuda.is_available() else sum(worker.cpu_times()[:2])
 
             started = clock()
-            converter.round(self._source, self._quants, self._exact, self._rows, self._folder, **self._options)
+            made = converter.round(self._source, self._quants, self._exact, self._rows, self._folder, **self._options)
             seconds = clock() - started
-            status = Path(f"/proc/{converter.pid}/status").read_text().splitlines()
-            peak = 1024 * int(next(line for line in status if line.startswith("VmHWM")).split()[1])
-        self._record.write_text(json.dumps({"seconds": seconds, "peak": peak, "gpu": torch.cuda.is_available()}))
+            peak = peak_memory(converter.pid)
+        on_gpu = torch.cuda.is_available()
+        started = time.monotonic() if on_gpu else time.process_time()
+        scales = train_scales(self._exact, made, self._train, self._folder, self._scale_steps)
+        took = {"seconds": seconds, "peak": peak, "gpu": on_gpu, "scales": {quant: str(path) for quant, path in scales.items()}}
+        took["scale steps"], took["scale seconds"] = self._scale_steps, (time.monotonic() if on_gpu else time.process_time()) - started
+        self._record.write_text(json.dumps(took | {"scale peak": peak_memory("self")}))
 
     def sentence(self) -> str:
         """What was recorded."""
         took = json.loads(self._record.read_text())
         where = "on a GPU" if took["gpu"] else "of CPU time"
-        return (
+        sentence = (
             f"Rounding by output takes {took['seconds']:.0f} s {where} for all matrices of these {len(self._quants)} quants together, "
             f"{sum(map(len, self._rows)):,} tokens read once, and {took['peak'] / 1e9:.1f} GB of memory."
         )
+        if not took["scales"]:
+            return sentence
+        seconds, peak = f"{took['scale seconds']:.0f} s {where}", f"{took['scale peak'] / 1e9:.1f} GB"
+        trained = f"Training the block scales of {' and '.join(took['scales'])} in {took['scale steps']} steps takes {seconds} together, and {peak}."
+        return f"{sentence} {trained}"
+
+
+def peak_memory(process: int | str) -> int:
+    """Bytes of a process, so far."""
+    status = Path(f"/proc/{process}/status").read_text().splitlines()
+    return 1024 * int(next(line for line in status if line.startswith("VmHWM")).split()[1])
 
 
 def up_to(rows: Sequence[tuple[Sequence[int], Sequence[bool]]], tokens: int) -> list[tuple[Sequence[int], Sequence[bool]]]:

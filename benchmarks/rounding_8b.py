@@ -1,10 +1,11 @@
 """How long `rounding: learned` takes for an 8B: the layers of a Llama 3 8B with random weights, read and rounded one by one.
 
-    python benchmarks/rounding_8b.py                     # a minute on an H200 with 16 cores
-    python benchmarks/rounding_8b.py --hidden 256        # how it works, on any machine
+    python benchmarks/rounding_8b.py                     # two minutes on an H200 with 16 cores
+    python benchmarks/rounding_8b.py --hidden 512        # how it works, on any machine
 
 A file with some of the 32 layers reads rows with llama.cpp, in Q8_0 as in a build, and each matrix of one layer is rounded to the types that Q4_K_M
-gives it. What 32 layers and 16,384 tokens take is that in proportion. Prints a Markdown table and writes it to benchmarks/rounding_8b.md.
+gives it. What 32 layers and 16,384 tokens take is that in proportion. Then the scales of these blocks are trained for some steps of 16 such rows, in
+proportion likewise. Prints a Markdown table and writes it to benchmarks/rounding_8b.md.
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ import numpy as np
 import torch
 from page import command_line, measured_here, publish
 
+from olpack.data import TokenRow
 from olpack.export.rounded import input_factors
 from olpack.export.second_order import round_matrix
 from olpack.llamacpp import library
 from olpack.llamacpp.cores import usable_processors
+from olpack.recipe import Export
+from olpack.train.block_scales import ROWS_A_STEP, train_block_scales
 
 LAYERS, TOKENS, HEAD, VOCABULARY, ROW = 32, 16_384, 128, 512, 512
 TYPES = {"attn_v": ("q4_K", "q6_K"), "ffn_down": ("q4_K", "q6_K")}  # each of the two in half of the layers
@@ -73,6 +77,7 @@ def measured(path: Path, shapes: dict[str, tuple[int, int]], rows: list[list[int
     library.quantize_rows(library.tensor_type("q4_K"), values[None, :256], np.empty(144, np.uint8), search=True)  # the search is compiled by then
     started = time.monotonic()
     reading, rounding, factoring = 0.0, {}, 0.0
+    blocks: dict[str, tuple[str, Path]] = {}
     with ThreadPoolExecutor(usable_processors()) as pool:
         factors = input_factors(path, rows, names)
         for number, (sharing, given) in enumerate(factors):
@@ -87,11 +92,16 @@ def measured(path: Path, shapes: dict[str, tuple[int, int]], rows: list[list[int
                 matrix = np.ascontiguousarray(values[: shapes[name][0] * shapes[name][1]].reshape(shapes[name]))
                 for type_name in TYPES.get(name, ("q4_K",)):
                     started = time.monotonic()
-                    assert round_matrix(type_name, matrix, given, pool) is not None
+                    packed = round_matrix(type_name, matrix, given, pool)
                     wait(on_gpu)
                     rounding[name, type_name] = time.monotonic() - started
                     print(f"{name} to {type_name}: {rounding[name, type_name]:.2f} s", flush=True)
+                    assert packed is not None
+                    blocks[name] = (type_name, path.with_name(f"{name}.{type_name}"))
+                    packed.tofile(blocks[name][1])
             started = time.monotonic()
+    trained = {f"blk.{layer}.{name}.weight": of_type for layer in range(layers) for name, of_type in blocks.items()}
+    step = seconds_a_step(path, trained, rows) * LAYERS / layers
     scale = LAYERS / layers * TOKENS / sum(map(len, rows))
     read, factorized = reading * scale, factoring * LAYERS / layers
     rounded = LAYERS * sum(np.mean([rounding[name, one] for one in TYPES.get(name, ("q4_K",))]) for name in shapes)
@@ -103,9 +113,23 @@ def measured(path: Path, shapes: dict[str, tuple[int, int]], rows: list[list[int
     for (name, type_name), seconds in rounding.items():
         yield f"| {name} to {type_name} | {seconds:.2f} s | |"
     yield f"| all matrices to the types of Q4_K_M | | {rounded:.0f} s |"
-    yield f"| in all | | {read + factorized + rounded:.0f} s |"
+    training = step * Export().scale_steps
+    yield f"| a step of training of the block scales, {ROWS_A_STEP * ROW:,} tokens | {step * layers / LAYERS:.2f} s | {step:.1f} s |"
+    yield f"| {Export().scale_steps} such steps | | {training:.0f} s |"
+    yield f"| in all | | {read + factorized + rounded + training:.0f} s |"
     if on_gpu:
         yield f"\nMost memory of the GPU, with the products of {layers} layers: {torch.cuda.max_memory_allocated() / 1e9:.1f} GB."
+
+
+def seconds_a_step(path: Path, matrices: dict[str, tuple[str, Path]], rows: list[list[int]]) -> float:
+    """Of training of block scales: what six steps take more than two, a quarter of it."""
+    took = []
+    given = [TokenRow(ids, [True] * len(ids), "", "") for ids in rows]
+    for steps in (2, 2, 6):  # the first loads kernels
+        started = time.monotonic()
+        train_block_scales(path, matrices, given, path.with_name(f"{steps}.safetensors"), steps=steps, title="training block scales")
+        took.append(time.monotonic() - started)
+    return (took[2] - took[1]) / 4
 
 
 def wait(on_gpu: bool) -> None:

@@ -477,13 +477,18 @@ def quantize(
         ),
     ] = "ggml",
     rows: Annotated[Path | None, typer.Option("--rows", metavar="FILE", help="Chats or texts, for --rounding learned.")] = None,
+    scale_steps: Annotated[
+        int, typer.Option("--scale-steps", min=0, max=10_000, help="With --rounding learned: steps of training of block scales at up to 4 bits.")
+    ] = 50,
     as_json: Json = False,
 ) -> None:
     """Quantize a model in one pass, without a recipe."""
     from olpack.commands.quantize import as_plain_data, print_files
     from olpack.commands.quantize import quantize as run
 
-    files = run(source, quant, adapter=adapter, out=out, name=name, split=split, importance=importance, rounding=rounding, rows=rows)
+    files = run(
+        source, quant, adapter=adapter, out=out, name=name, split=split, importance=importance, rounding=rounding, rows=rows, scale_steps=scale_steps
+    )
     _print(as_json, as_plain_data(files), partial(print_files, files))
 
 

@@ -207,6 +207,12 @@ def overridable(quant: QuantType) -> bool:
     return quant.name not in ("F32", "F16", "BF16")
 
 
+def has_few_bits(quant: QuantType, tensor_types: Mapping[str, str]) -> bool:
+    """Whether a file may have matrices of up to 4 bits whose codes are chosen one by one: a budget decides that by what it measures."""
+    few = ("Q2_K", "Q3_K", "Q4_", "IQ4_NL")
+    return quant.budget is not None or any(one.upper().startswith(few) for one in (quant.name, *tensor_types.values()))
+
+
 def gains_by_importance(quant: QuantType, tensor_types: Mapping[str, str]) -> bool:
     """Whether an importance matrix decides anything in a file of this type, with these types for single tensors (pattern to name)."""
     if not overridable(quant):

@@ -229,7 +229,7 @@ def test_quantize_reads_rows(tmp_path):
     code, _, message = oracle.olpack(tmp_path, *words, "--rows", "few.jsonl")
     assert code == 1 and "needs 2,048 tokens" in message and "with rows like these" in message
     assert not (tmp_path / "made").exists()
-    code, _, message = oracle.olpack(tmp_path, *words, "--rows", "rows.jsonl")
+    code, _, message = oracle.olpack(tmp_path, *words, "--rows", "rows.jsonl", "--scale-steps", "0")
     assert code == 0 and "rounded 14 matrices by" in message, message
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["parrot-Q4_0.gguf"]
 
@@ -250,7 +250,7 @@ def test_quantize_rounds_an_adapter_on_a_gguf_by_the_inputs_of_both(tmp_path):
     converter().export(base, [Target("F32", tmp_path / "parrot.gguf")])
     found = []
     for source in ("parrot", "parrot.gguf"):
-        words = ("--adapter", "adapter", "--rounding", "learned", "--rows", "rows.jsonl", "--out", f"made-{source}")
+        words = ("--adapter", "adapter", "--rounding", "learned", "--rows", "rows.jsonl", "--scale-steps", "0", "--out", f"made-{source}")
         code, _, message = oracle.olpack(tmp_path, "quantize", source, "--quant", "Q4_0", *words)
         assert code == 0, message
         found.append(read(tmp_path / f"made-{source}" / "parrot-Q4_0.gguf"))
@@ -269,13 +269,14 @@ def test_a_check_counts_the_blocks_beside_the_files(monkeypatch, tmp_path):
         run.check("model", ["Q4_0"], str(tmp_path), [], options, lambda done, total: None)
         (tmp_path / "rounded" / "of this model").mkdir(parents=True, exist_ok=True)
         (tmp_path / "rounded" / "of this model" / "a matrix").write_bytes(bytes(44))  # an interrupted run
-    assert [sizes[tmp_path / "rounded" / "blocks"] for sizes in counted] == [64 * 144, 64 * 144 - 44]
+    needed = 64 * 144 + 64 * 8 * 14  # blocks, and what the training of their 8 scales a row needs
+    assert [sizes[tmp_path / "rounded" / "blocks"] for sizes in counted] == [needed, needed - 44]
     assert all(sizes[tmp_path / "Q4_0"] == plan.size for sizes in counted)
 
 
 def test_a_build(tmp_path):
     root = oracle.make_workspace(tmp_path / "work", oracle.write_base(tmp_path / "base"))
-    words = ("--set", "train.epochs=1", "--set", "quants=[Q4_0, F16]", "--set", "export.rounding=learned")
+    words = ("--set", "train.epochs=1", "--set", "quants=[Q4_0, F16]", "--set", "export.scale_steps=0", "--set", "export.rounding=learned")
     code, _, message = oracle.olpack(root, "plan", "oracle", *words)
     assert code == 1 and "needs 2,048 tokens of training rows" in message
     write_long_rows(root / "modelfiles/oracle/train.jsonl")

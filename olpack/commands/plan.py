@@ -52,7 +52,8 @@ def print_plan(plan: dict) -> None:
         needs.add_row("rounding", "search: scales of blocks with the smallest weighted error, in place of ggml's")
     elif rounding == "learned":
         takes = f", about {progress.duration(estimate['rounding_seconds'])}" if estimate["rounding_seconds"] else ""
-        needs.add_row("rounding", f"learned: so that the outputs of each matrix on training rows change least{takes}")
+        trained = f"; the block scales of {' and '.join(estimate['scaled'])} are trained" if estimate["scaled"] else ""
+        needs.add_row("rounding", f"learned: so that the outputs of each matrix on training rows change least{trained}{takes}")
     if estimate["importance_bytes"]:
         needs.add_row(
             "while exporting", f"{progress.quantity(estimate['importance_bytes'], 'B')} more disk: a Q8_0 to collect the importance matrix on"

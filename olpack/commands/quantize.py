@@ -26,6 +26,7 @@ def quantize(
     importance: Path | None = None,
     rounding: Rounding = "ggml",
     rows: Path | None = None,
+    scale_steps: int = 50,
 ) -> list[ExportedFile]:
     """Write NAME-QUANT.gguf for every quant.
 
@@ -39,6 +40,7 @@ def quantize(
         importance: an importance matrix of this model, in llama.cpp's GGUF form.
         rounding: how blocks are made, as in a recipe's `export.rounding`.
         rows: chats or texts in a form of `data.train`, for the rounding "learned", as which they are rendered.
+        scale_steps: as in a recipe's `export.scale_steps`.
 
     Raises:
         OlpackError: what `olpack.export.export` refuses, no such source, an unknown quant or size, wrong rows or too few.
@@ -62,7 +64,7 @@ def quantize(
         raise OlpackError("`--rows` names rows for `--rounding learned`.", "Set that, or leave --rows out.")
     with one_worker():
         if rows is not None:
-            options["rounded"] = _round_on_rows(source, path, names, rows, work, options)
+            options |= _round_on_rows(source, path, names, rows, work, options, scale_steps)
         files = export(path, targets, **options)
     remove(work)
     for warning in files[0].warnings if files else ():
@@ -70,22 +72,26 @@ def quantize(
     return files
 
 
-def _round_on_rows(source: str, path: Path, quants: Sequence[str], file: Path, work: Path, options: ExportOptions) -> Path | None:
-    """Round the matrices of some quants on rows, or go on where that was interrupted. Returns the folder of their blocks.
+def _round_on_rows(source: str, path: Path, quants: Sequence[str], file: Path, work: Path, options: ExportOptions, scale_steps: int) -> ExportOptions:
+    """Round the matrices of some quants on rows and train their block scales, or go on where that was interrupted.
 
     Args:
         path: of the source's folder or GGUF.
         work: folder of what is there until the quants are complete.
+
+    Returns:
+        Options that say where blocks and scales are.
     """
     from olpack.data import Renderer, Source, load_chats, render_rows
     from olpack.deploy.bases import resolve_base
-    from olpack.stages.calibration import blocks_folder, rounded_on, rounding_rows
+    from olpack.stages.calibration import blocks_folder, rounded_on, rounding_rows, train_scales
     from olpack.workspace import folder_fingerprint
 
     if not any(gains_by_importance(quant_type(quant), {}) for quant in quants):
-        return None
+        return {}
     base = resolve_base(source, relative_to=Path())
-    chosen = rounding_rows(render_rows(load_chats(Source(file)), [], Renderer(base.tokenizer(), base.end_ids()), max_length=base.context_length)[0])
+    rendered, _ = render_rows(load_chats(Source(file)), [], Renderer(base.tokenizer(), base.end_ids()), max_length=base.context_length)
+    chosen = rounding_rows(rendered)
     adapter = options.get("adapter")
     reader = path if path.is_file() and not adapter else work / "source.gguf"
     checked: ExportOptions = {**options, "rounded": work}
@@ -95,11 +101,12 @@ def _round_on_rows(source: str, path: Path, quants: Sequence[str], file: Path, w
         if reader != path:
             export(path, [Target("Q8_0", reader)], adapter=adapter)
         made = round_matrices(path, quants, reader, [row.ids for row in chosen], folder, **options)
+        progress.say(rounded_on(made, chosen))
+        scales = train_scales(reader, made, rendered, folder, scale_steps)
     finally:
         if reader != path:
             remove(reader)
-    progress.say(rounded_on(made, chosen))
-    return folder
+    return {"rounded": folder, "scales": scales}
 
 
 def _find(source: str) -> tuple[Path, str]:

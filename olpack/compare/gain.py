@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from olpack.compare.perplexity import ratio
-from olpack.compare.results import GainKept, QuantResult, Results
+from olpack.compare.results import ByGgml, GainKept, QuantResult, Results
 
 _CLEAR = 2  # standard errors that a gain must have, for a share of it to be a figure
 
@@ -22,10 +22,11 @@ _CLEAR = 2  # standard errors that a gain must have, for a share of it to be a f
 def set_gains(results: Results) -> None:
     """Fill in `gain_kept` and `task_gain_kept` of every quant, where base, unquantized fine-tune and quant have the figures."""
     for quant in results.quants:
-        quant.gain_kept, quant.task_gain_kept = _of_rows(results, quant), _of_tasks(results, quant)
+        quant.gain_kept, quant.task_gain_kept = gain_of_rows(results, quant), gain_of_tasks(results, quant)
 
 
-def _of_rows(results: Results, quant: QuantResult) -> GainKept | None:
+def gain_of_rows(results: Results, quant: QuantResult | ByGgml) -> GainKept | None:
+    """Of the loss on the held-out rows; None where one of the three models has none."""
     models = (results.base, results.reference, quant)
     losses = [model.perplexity.finite_nll if model and model.perplexity else None for model in models]
     base, tuned, own = losses
@@ -34,8 +35,8 @@ def _of_rows(results: Results, quant: QuantResult) -> GainKept | None:
     return gain_kept(base, tuned, own, results.rows.learned_tokens)
 
 
-def _of_tasks(results: Results, quant: QuantResult) -> GainKept | None:
-    """On the tasks that all three models have a score of."""
+def gain_of_tasks(results: Results, quant: QuantResult | ByGgml) -> GainKept | None:
+    """Of the scores of the tasks that all three models have one of; None where there is no such task."""
     models = (results.base, results.reference, quant)
     scores = [model.scores.values if model and model.scores else [] for model in models]
     if not all(scores):

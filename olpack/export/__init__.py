@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
 
-from olpack.export.job import ExportedFile, ExportedPart, ExportOptions, ExportPlan, RoundedMatrices, Target, TokenDifference, TokenText
+from olpack.export.job import ExportedFile, ExportedPart, ExportOptions, ExportPlan, RoundedMatrices, Target, TokenDifference, TokenText, blocks_file
 from olpack.quants import Rounding
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Target",
     "TokenDifference",
     "TokenText",
+    "blocks_file",
     "check_export",
     "collect_importance",
     "export",

@@ -92,6 +92,7 @@ class ExportOptions(TypedDict, total=False):
         rounding: how the blocks of quantized types are made: as ggml makes them ("ggml", the default); with scales that a search finds to give
             the smallest squared error ("search"), weighted by the importance matrix where there is one; or so that each matrix's outputs on rows
             of data change least ("learned"), and by the search where that is not possible.
+        scales: for "learned", by quant the files of trained block scales, which take the place of those of its rounded matrices.
         rounded: for "learned", the folder that `round_matrices` filled for this model and these quants; in a check, the folder that is to contain
             such folders, and may contain those of an interrupted run.
         round_to_bf16: round every tensor that llama.cpp would store in 16 bits to bfloat16 before it is quantized, as the usual
@@ -114,6 +115,7 @@ class ExportOptions(TypedDict, total=False):
     sensitivity: Path | None
     rounding: Rounding
     rounded: Path | None
+    scales: Mapping[str, Path]
     round_to_bf16: bool
     split: int | None
     threads: int | None
@@ -166,6 +168,7 @@ class ExportPlan:
             to another type, a base that is trained in a lower precision.
         texts: how many texts were given.
         differences: those of them that llama.cpp reads as other tokens than training.
+        few_bits: the quants that `RoundedMatrices.few_bits` would have.
     """
 
     architecture: str
@@ -176,6 +179,7 @@ class ExportPlan:
     warnings: list[str] = field(default_factory=list)
     texts: int = 0
     differences: list[TokenDifference] = field(default_factory=list)
+    few_bits: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -200,12 +204,15 @@ class RoundedMatrices:
         unread: those that no row was multiplied with, or only zeros, and whose scales are searched for.
         damped: those whose second moments needed more damping than others to be positive definite.
         singular: those with more columns than tokens were read, so that their second moments are singular before damping.
+        few_bits: for each quant some of whose matrices have up to 4 bits, the types of its rounded matrices by name. Their block scales can be
+            trained (`olpack.train.block_scales`).
     """
 
     matrices: int
     unread: list[str]
     damped: list[str]
     singular: list[str]
+    few_bits: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -223,3 +230,8 @@ def partial_path(path: Path, pid: int) -> Path:
     """Where a file is written until it is complete: beside its final path, with the writing process in its name. Parts are written into
     a folder of this name."""
     return path.with_name(f".{path.name}.{pid}.partial")
+
+
+def blocks_file(folder: Path, name: str, type_name: str) -> Path:
+    """Where `round_matrices` writes the blocks of a matrix in a type."""
+    return folder / f"{name}.{type_name}"

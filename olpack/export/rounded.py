@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from olpack.errors import OlpackError
 from olpack.export.converter import FLOATS, SourceModel, SourceTensor
-from olpack.export.job import RoundedMatrices
+from olpack.export.job import RoundedMatrices, blocks_file
 from olpack.export.plan import FilePlan
 from olpack.export.second_order import DAMPING, Factor, factor, round_matrix
 from olpack.export.write import prepare_weights, too_large
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 _MATRIX = re.compile(r"blk\.(\d+)\.[\w.-]+")
 _INDEX = "matrices.json"
+_FEW_BITS = ("q2_K", "q3_K", "q4_0", "q4_1", "q4_K", "iq4_nl")  # with more, little is left to gain by training their scales
 
 
 def rounded_types(model: SourceModel, plans: Sequence[FilePlan]) -> dict[str, list[str]]:
@@ -53,9 +54,15 @@ def is_layer_matrix(source: SourceTensor) -> bool:
     return bool(_MATRIX.fullmatch(source.name)) and len(source.shape) == 2 and source.type_name in FLOATS
 
 
+def few_bit_matrices(model: SourceModel, plan: FilePlan) -> dict[str, str]:
+    """The matrices of a file that can be rounded, and their types, where some of these have up to 4 bits; else nothing."""
+    types = {name: one for name, (one,) in rounded_types(model, [plan]).items()}
+    return types if any(one in _FEW_BITS for one in types.values()) else {}
+
+
 def missing_types(folder: Path, wanted: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     """The matrices that are not in `folder` in some of the types that are wanted, and those types."""
-    missing = {name: [one for one in types if not _blocks_file(folder, name, one).is_file()] for name, types in wanted.items()}
+    missing = {name: [one for one in types if not blocks_file(folder, name, one).is_file()] for name, types in wanted.items()}
     return {name: types for name, types in missing.items() if types}
 
 
@@ -113,7 +120,7 @@ def round_to_files(
                     blocks = round_matrix(one, values, given, pool)
                     if blocks is None:
                         raise too_large(source)
-                    write_atomically(_blocks_file(folder, name, one), blocks.tobytes())
+                    write_atomically(blocks_file(folder, name, one), blocks.tobytes())
                     report(values.size, total)
     made = {name: types for name, types in wanted.items() if name not in unread}
     write_atomically(folder / _INDEX, json.dumps(made, indent=1) + "\n")
@@ -133,11 +140,7 @@ def rounded_files(folder: Path, wanted: Mapping[str, Sequence[str]]) -> dict[tup
         made: dict[str, list[str]] = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise OlpackError(f"The rounded matrices in '{folder}' are not complete.", "Build again: it goes on where it was.") from error
-    return {(name, library.tensor_type(one)): _blocks_file(folder, name, one) for name in wanted.keys() & made.keys() for one in wanted[name]}
-
-
-def _blocks_file(folder: Path, name: str, type_name: str) -> Path:
-    return folder / f"{name}.{type_name}"
+    return {(name, library.tensor_type(one)): blocks_file(folder, name, one) for name in wanted.keys() & made.keys() for one in wanted[name]}
 
 
 def _layer(name: str) -> int:

@@ -32,13 +32,14 @@ from olpack.export.job import (
     partial_path,
 )
 from olpack.export.plan import FilePlan, header_only_gguf, plan_files
-from olpack.export.rounded import missing_types, packed_size, round_to_files, rounded_files, rounded_types
+from olpack.export.rounded import few_bit_matrices, missing_types, packed_size, round_to_files, rounded_files, rounded_types
 from olpack.export.shards import split_plan
 from olpack.export.size_budget import read_sensitivity
 from olpack.export.verify import settle_pretokenizer, training_tokenizer, verify_file, verify_model
 from olpack.export.write import write_files
 from olpack.llamacpp import gpu_encoder, library
 from olpack.llamacpp.cores import usable_processors
+from olpack.llamacpp.grids import GRID_TYPES, HALVES
 from olpack.model.checkpoint import check_tokenizer_files, read_config, read_tensor_headers
 from olpack.model.gguf_header import part_names
 from olpack.model.quantized import dequantized_headers
@@ -47,6 +48,7 @@ from olpack.workspace import remove
 
 Report = Callable[[int, int], None]
 
+_SCALE_STATE = 14  # bytes of a trained number of a block: itself, its best value, and what Adam knows of it
 GPU_FROM = 1 << 30  # bytes of weights; of fewer, the CPU makes the quants before a GPU has started
 
 
@@ -60,7 +62,8 @@ def check(
         if options.get("rounding") == "learned":
             folder = Path(options.get("rounded") or out)
             paths.append(folder / "blocks")
-            sizes.append(max(0, packed_size(model, rounded_types(model, plans)) - _blocks_size(options)))
+            needed = packed_size(model, rounded_types(model, plans)) + sum(_scales_size(model, plan) for plan in plans)
+            sizes.append(max(0, needed - _blocks_size(options)))
         check_space(paths, sizes)
     context = model.key(f"{model.architecture}.context_length")
     return ExportPlan(
@@ -72,7 +75,14 @@ def check(
         warnings=warnings,
         texts=len(texts),
         differences=differences,
+        few_bits=[plan.quant.name for plan in plans if options.get("rounding") == "learned" and few_bit_matrices(model, plan)],
     )
+
+
+def _scales_size(model: SourceModel, plan: FilePlan) -> int:
+    """Bytes of what an interrupted training of a file's block scales needs to go on."""
+    types = few_bit_matrices(model, plan)
+    return sum(_SCALE_STATE * len(HALVES[one]) * (model.tensors[name].elements // GRID_TYPES[one].block) for name, one in types.items())
 
 
 def _blocks_size(options: ExportOptions) -> int:
@@ -87,9 +97,10 @@ def round_matrices(
     """`olpack.export.round_matrices`, over the pipe."""
     model, plans, _, _, _ = _prepare(Path(source), quants, options)
     wanted, place = rounded_types(model, plans), Path(folder)
+    few_bits = {plan.quant.name: few_bit_matrices(model, plan) for plan in plans}
     place.mkdir(parents=True, exist_ok=True)
     check_space([place / "blocks"], [packed_size(model, missing_types(place, wanted))])
-    return round_to_files(
+    made = round_to_files(
         model,
         wanted,
         Path(gguf),
@@ -99,6 +110,8 @@ def round_matrices(
         threads=options.get("threads"),
         report=report,
     )
+    matrices = {quant: {name: one for name, one in types.items() if name not in made.unread} for quant, types in few_bits.items()}
+    return replace(made, few_bits={quant: types for quant, types in matrices.items() if types})
 
 
 def export(
@@ -110,7 +123,7 @@ def export(
     parameters, keys = model.parameters, dict(model.keys)
     files = [_Output(Path(path), split_plan(plan, options.get("split"))) for plan, (_, path) in zip(plans, targets, strict=True)]
     check_space([path for file in files for path in file.paths], [part.size for file in files for part in file.parts])
-    rounded = _rounded(model, plans, options)
+    rounded, scales = _rounded(model, plans, options), options.get("scales", {})
     total = sum(file.size for file in files)
     try:
         for file in files:
@@ -125,6 +138,7 @@ def export(
             search=options.get("rounding", "ggml") != "ggml",
             encoder=encoder,
             rounded=rounded,
+            scales=[Path(scales[quant]) if quant in scales else None for quant, _ in targets],
             advance=lambda count: report(count, total),
         )
         for file in files:

@@ -29,6 +29,7 @@ from olpack.errors import OlpackError
 from olpack.export.converter import FLOATS, SourceModel, SourceTensor
 from olpack.export.plan import FilePlan, padded
 from olpack.llamacpp import gpu_encoder, library
+from olpack.llamacpp.grids import write_halves
 
 MEMORY = 1 << 30  # bytes of tensors in memory, beside the largest one
 CHUNK = 1 << 19  # weights that a thread quantizes at a time: 2 MB of float32
@@ -45,6 +46,7 @@ def write_files(
     search: bool = False,
     encoder: gpu_encoder.GpuEncoder | None = None,
     rounded: Mapping[tuple[str, int], Path] = {},
+    scales: Sequence[Path | None] = (),
     advance: Callable[[int], None] = lambda count: None,
 ) -> list[list[str]]:
     """Write every planned file to its path, in one pass over the model's tensors. The tensors of `model` are used up.
@@ -60,6 +62,7 @@ def write_files(
         search: search for scales that minimize the weighted error, instead of taking ggml's.
         encoder: a GPU's, which makes the types that it knows; without `search` only.
         rounded: by tensor name and type, the file of its blocks, which are taken in place of others.
+        scales: for each file trained block scales, as `olpack.train.block_scales` writes them, or None; by default none has any.
         advance: gets the bytes of each write, from several threads.
 
     Returns:
@@ -69,7 +72,7 @@ def write_files(
         OlpackError: a weight that is infinite or not a number, one too large for a type, a disk that fills up.
     """
     memory = MemoryBudget()
-    writers = [_FileWriter(parts, memory, advance) for parts in files]
+    writers = [_FileWriter(parts, memory, advance, path) for parts, path in zip(files, scales or [None] * len(files), strict=True)]
     quantize = encoder.quantize_rows if encoder else partial(_on_the_cpu, search)
     chunk = gpu_encoder.CHUNK if encoder else CHUNK
     works = deque(
@@ -257,16 +260,39 @@ def too_large(source: SourceTensor) -> OlpackError:
     )
 
 
+class _TrainedScales:
+    """Block scales of one file's matrices."""
+
+    def __init__(self, path: Path):
+        from safetensors import safe_open
+
+        self._tensors = safe_open(path, "numpy")
+        self._names = set(self._tensors.keys())
+
+    def of(self, name: str, type_: int, blocks: np.ndarray) -> np.ndarray:
+        """The blocks of a matrix with the scales that the file has for it; the same array where it has none.
+
+        Args:
+            blocks: uint8 [rows, bytes of a row], which other files may take as they are.
+        """
+        if name not in self._names:
+            return blocks
+        own = blocks.copy()
+        write_halves(library.type_name(type_), own, self._tensors.get_tensor(name))
+        return own
+
+
 class _FileWriter(threading.Thread):
     """Appends tensors to one file in order, part by part, and hashes what it writes."""
 
-    def __init__(self, parts: Sequence[tuple[FilePlan, Path]], memory: MemoryBudget, advance: Callable[[int], None]):
+    def __init__(self, parts: Sequence[tuple[FilePlan, Path]], memory: MemoryBudget, advance: Callable[[int], None], scales: Path | None):
         super().__init__(name=f"write-{parts[0][0].quant.name}", daemon=True)
         self.types = {name: type_ for plan, _ in parts for name, type_, _ in plan.tensors}
         self.todo: queue.SimpleQueue[_TensorJob | None] = queue.SimpleQueue()
         self.digests: list[str] = []
         self._flushed = 0
         self._parts, self._memory, self._advance = parts, memory, advance
+        self._scales = _TrainedScales(scales) if scales else None
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="hash")
 
     def run(self) -> None:
@@ -298,7 +324,10 @@ class _FileWriter(threading.Thread):
             if work is None or self._memory.failure is not None:
                 return False
             work.wait()
-            data = work.data[self.types[work.source.name]].reshape(-1)
+            data = work.data[self.types[work.source.name]]
+            if self._scales:
+                data = self._scales.of(work.source.name, self.types[work.source.name], data)
+            data = data.reshape(-1)
             self._append(file, digest, data)
             self._append(file, digest, bytes(padded(data.nbytes) - data.nbytes))
             del data

@@ -48,6 +48,20 @@ GRID_TYPES = {
     "q6_K": GridType(256, 16, _whole(-32, 31)),
 }
 
+# Bytes of a block at which its half-precision numbers begin: what scales the levels, and what scales the lows of a type that has them.
+HALVES = {
+    "q4_0": (0,),
+    "q4_1": (0, 2),
+    "q5_0": (0,),
+    "q5_1": (0, 2),
+    "iq4_nl": (0,),
+    "q2_K": (80, 82),
+    "q3_K": (108,),
+    "q4_K": (0, 2),
+    "q5_K": (0, 2),
+    "q6_K": (208,),
+}
+
 
 def read_grid(name: str, packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Scales and lows of rows of blocks.
@@ -123,6 +137,19 @@ def write_codes(name: str, packed: np.ndarray, codes: np.ndarray) -> None:
             blocks[..., 128:192] = _pairs(quarters >> 4)
         case _:
             raise ValueError(name)
+
+
+def write_halves(name: str, packed: np.ndarray, halves: np.ndarray) -> None:
+    """Give blocks other half-precision numbers; all else stays.
+
+    Args:
+        name: one of `GRID_TYPES`.
+        packed: uint8 [rows, bytes of a row], changed in place.
+        halves: float16 [numbers of a block, rows, blocks], in the order of `HALVES`.
+    """
+    blocks = packed.reshape(len(packed), -1, library.row_size(library.tensor_type(name), GRID_TYPES[name].block))
+    for at, numbers in zip(HALVES[name], halves, strict=True):
+        blocks[..., at : at + 2] = numbers[..., None].view(np.uint8)
 
 
 def _halves(data: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from olpack import progress
 from olpack.errors import OlpackError
-from olpack.quants import gains_by_importance, quant_type
+from olpack.quants import gains_by_importance, has_few_bits, quant_type
 from olpack.stages import records, train
 from olpack.stages.build import Build
 from olpack.stages.records import Step
@@ -39,6 +39,7 @@ LEAST_ROUNDING_TOKENS = 2_048
 _SEARCH_SECONDS = 2e-7  # for a weight: to search scales and to choose codes column by column
 
 ROUNDING_VERSION = 1  # raised when the same inputs would no longer give the same blocks
+_SCALES_VERSION = 1  # likewise, of trained block scales
 
 
 def fine_tune_inputs(build: Build) -> dict[str, Any]:
@@ -132,6 +133,12 @@ def reads_rows(build: Build, quant: str) -> bool:
     return build.recipe.export.rounding == "learned" and gains_by_importance(quant_type(quant), build.recipe.export.tensor_types)
 
 
+def trains_scales(build: Build, quant: str) -> bool:
+    """Whether the block scales of a quant are trained, if its matrices turn out to have few bits."""
+    asked = build.recipe.export
+    return reads_rows(build, quant) and asked.scale_steps > 0 and has_few_bits(quant_type(quant), asked.tensor_types)
+
+
 def rounding_rows(rows: Sequence[TokenRow]) -> list[TokenRow]:
     """The rows that matrices are rounded by.
 
@@ -159,11 +166,14 @@ def _rounding_sources(build: Build) -> list[Path]:
     return [build.paths.gguf(quant.name) for quant in build.quants if not reads_rows(build, quant.name)]
 
 
-def round_on_training_rows(build: Build, quants: list[str], options: ExportOptions) -> Path:
-    """Round the matrices of some quants, or go on where that was interrupted. Returns the folder of their blocks, for the export.
+def round_on_training_rows(build: Build, quants: list[str], options: ExportOptions) -> ExportOptions:
+    """Round the matrices of some quants and train their block scales, or go on where that was interrupted.
 
     Args:
-        options: of that export.
+        options: of the export that follows.
+
+    Returns:
+        What is added to them: where blocks and scales are.
     """
     from olpack.export import round_matrices
 
@@ -175,10 +185,44 @@ def round_on_training_rows(build: Build, quants: list[str], options: ExportOptio
             source = build.paths.rounding_source
             _write_fine_tune(build, "Q8_0", source)
         made = round_matrices(build.base.source, quants, source, [row.ids for row in rows], folder, **options)
+        progress.say(rounded_on(made, rows))
+        scales = train_scales(source, made, build.rows[0], folder, build.recipe.export.scale_steps)
     finally:
         build.paths.rounding_source.unlink(missing_ok=True)
-    progress.say(rounded_on(made, rows))
-    return folder
+    return {"rounded": folder, "scales": scales}
+
+
+def train_scales(gguf: Path, made: RoundedMatrices, rows: Sequence[TokenRow], folder: Path, steps: int) -> dict[str, Path]:
+    """Train the block scales of quants with few bits, or go on where that was interrupted.
+
+    Args:
+        gguf: the unquantized model.
+        made: what was rounded, into `folder`.
+        rows: training rows.
+        steps: of training; 0: none are trained.
+
+    Returns:
+        Files of scales by quant. A quant whose scales cannot be trained is not among them, and a warning says why.
+    """
+    from olpack.export import blocks_file
+    from olpack.train.block_scales import train_block_scales
+
+    found: dict[str, Path] = {}
+    for quant, types in made.few_bits.items() if steps else ():
+        path = folder / f"{value_digest([_SCALES_VERSION, steps, types, [row.ids for row in rows]])[:16]}.safetensors"
+        if not path.is_file():
+            matrices = {name: (type_name, blocks_file(folder, name, type_name)) for name, type_name in types.items()}
+            try:
+                trained = train_block_scales(gguf, matrices, rows, path, steps=steps, title=f"training the block scales of {quant}")
+            except OlpackError as error:
+                progress.warn(f"The block scales of {quant} stay as they were rounded: {error.problem}")
+                continue
+            progress.say(
+                f"trained the block scales of {quant} for {trained.steps:,} steps: KL divergence from the unquantized model "
+                f"{1000 * trained.before:.1f} -> {1000 * trained.after:.1f} mnat a token on training rows that were set aside"
+            )
+        found[quant] = path
+    return found
 
 
 def _write_fine_tune(build: Build, quant: str, path: Path) -> None:
@@ -188,18 +232,25 @@ def _write_fine_tune(build: Build, quant: str, path: Path) -> None:
     export(build.base.source, [Target(quant, path)], adapter=build.paths.adapter, merge_base=build.recipe.train.merge_base)
 
 
-def rounding_seconds(build: Build, quants: Sequence[str], parameters: int, rate: float) -> float:
+def rounding_seconds(build: Build, quants: Sequence[str], trained: int, parameters: int, rate: float) -> float:
     """About how long `round_on_training_rows` takes on CPU cores.
 
     Args:
         quants: that are rounded.
+        trained: of how many of them the block scales are trained.
         parameters: weights of the model.
         rate: floating-point operations per second of a matrix product.
     """
     tokens = min(_ROUNDING_TOKENS, sum(len(row.ids) for row in build.rows[0]))
     reading = 4 * parameters * tokens  # the model's own products, and about as many for those of the inputs
     feedback = 2 * parameters * build.meta_model.shape.hidden * len(quants)
-    return (reading + feedback) / (0.5 * rate) + _SEARCH_SECONDS * parameters * len(quants)
+    training = 0
+    if trained:
+        from olpack.train.block_scales import training_tokens
+
+        # Two forward passes, the gradients of inputs and of weights, and as long again for their sums and to dequantize.
+        training = 16 * parameters * trained * training_tokens(build.rows[0], build.recipe.export.scale_steps)
+    return (reading + feedback + training) / (0.5 * rate) + _SEARCH_SECONDS * parameters * len(quants)
 
 
 def blocks_folder(parent: Path, model: Any, rows: Sequence[TokenRow]) -> Path:

@@ -31,6 +31,7 @@ from olpack.stages.calibration import (
     round_on_training_rows,
     rounding_rows,
     temporary_quants,
+    trains_scales,
     uses_importance,
 )
 from olpack.stages.records import Step
@@ -76,6 +77,8 @@ def _choices(build: Build, quant: str) -> dict[str, Any]:
         made["export.rounding"] = asked.rounding
     if reads_rows(build, quant):
         made["rounding on rows"] = ROUNDING_VERSION
+    if trains_scales(build, quant):
+        made["export.scale_steps"] = asked.scale_steps
     if uses_importance(build, quant):
         made["export.importance"] = importance_key(build)
     if quant in budgets(build):
@@ -314,7 +317,7 @@ def write_quants(
         **header_options(build),
     }
     if options["rounding"] == "learned" and (reading := [quant for quant in paths if reads_rows(build, quant)]):
-        options["rounded"] = round_on_training_rows(build, reading, options)
+        options |= round_on_training_rows(build, reading, options)
     return export(build.base.source, [Target(quant, path) for quant, path in paths.items()], **options)
 
 

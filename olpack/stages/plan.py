@@ -48,6 +48,7 @@ class Estimate:
         temporary_bytes: what the comparison takes for as long as it runs: the unquantized fine-tune, and its logits.
         importance_bytes: of a Q8_0 file that is there for as long as the importance matrix is collected on it.
         rounding_bytes: of the matrices that are rounded on training rows, and of a Q8_0 file where one is there to read the rows.
+        scaled: the quants whose block scales are trained.
         rounding_seconds: from a matrix product timed here; None on a GPU, and where no matrix is rounded on rows.
         sensitivity_bytes: of an F16 file that is there for as long as the sensitivity is measured on it.
         pre_tokenizer: llama.cpp's name of the one that the files will name; empty for vocabularies that have none.
@@ -73,6 +74,7 @@ class Estimate:
     temporary_bytes: int
     importance_bytes: int
     rounding_bytes: int
+    scaled: list[str]
     rounding_seconds: float | None
     sensitivity_bytes: int
     pre_tokenizer: str
@@ -160,6 +162,7 @@ def estimate(build: Build, vram: float | None = None) -> Estimate:
     tokens = sum(len(row.ids) for row in rows)
     parameters = exported.parameters
     rounded = [quant.name for quant in build.quants if not build.paths.base and reads_rows(build, quant.name)]
+    scaled = [quant for quant in exported.few_bits if build.recipe.export.scale_steps]
     full = 4 if device.type == "cpu" else 2
     held = asked.quantization if asked.quantization != "none" else "float32" if full == 4 else "bfloat16"
     passes = asked.epochs * tokens * 4 + 2 * sum(len(row.ids) for row in held_out) * 2  # forward 2, backward of activations 2, per weight and token
@@ -181,7 +184,8 @@ def estimate(build: Build, vram: float | None = None) -> Estimate:
         temporary_bytes=compare.temporary_bytes(build, parameters),
         importance_bytes=exported.sizes["Q8_0"] if needs_importance_source(build, planned) else 0,
         rounding_bytes=sum(exported.sizes[quant] for quant in rounded) + (exported.sizes["Q8_0"] if needs_rounding_source(build, planned) else 0),
-        rounding_seconds=rounding_seconds(build, rounded, parameters, _matmul_rate()) if rounded and device.type == "cpu" else None,
+        scaled=scaled,
+        rounding_seconds=rounding_seconds(build, rounded, len(scaled), parameters, _matmul_rate()) if rounded and device.type == "cpu" else None,
         sensitivity_bytes=exported.sizes["F16"] if "F16" in temporary_quants(build, planned) else 0,
         pre_tokenizer=exported.pre_tokenizer,
         texts_read=exported.texts,
