@@ -244,7 +244,7 @@ def train_scales(gguf: Path, made: RoundedMatrices, rows: Sequence[TokenRow], fo
         return {}
     from olpack.export import blocks_file
     from olpack.model.gguf_base import open_gguf
-    from olpack.train import import_libraries
+    from olpack.model.libraries import import_libraries
 
     import_libraries()
     from olpack.train.block_scales import train_block_scales, trains

@@ -84,12 +84,13 @@ class Estimate:
     warnings: list[str] = field(default_factory=list)
 
 
-def check(build: Build, stale: list[Step]) -> ExportPlan | None:
+def check(build: Build, stale: list[Step], *, now: bool = False) -> ExportPlan | None:
     """Refuse now what would fail later. Reads headers, the tokenizer and every row; writes nothing in the build.
 
     Args:
         build: the package.
         stale: the steps that will run. Those that are done are not checked again.
+        now: they run next, and are not only planned.
 
     Returns:
         What the export would write; None where neither training nor the export is stale.
@@ -97,7 +98,7 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
     Raises:
         OlpackError: the first thing that would fail, with its remedy.
     """
-    checks = Checks(stale)
+    checks = Checks(stale, now)
     if "compare" in checks.stages:
         compare.check_answers_may_run(build)
     if checks.stages & {"export", "deploy", "compare"}:
