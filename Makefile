@@ -1,6 +1,7 @@
 # make demo         everything it needs into .venv, then the shipped package: train, export, compare
 # make test         everything it needs into .venv, then the test suite, in two processes (WORKERS=8 for eight)
 # make test-fast    those of the tests that train and export no model
+# make test-oldest  the fast tests and some others with the oldest packages that pyproject.toml admits, in .venv-oldest
 # make test-slow    what takes an hour: builds that are killed, long fuzzing, and the tables of hostile inputs, in build/test-slow
 # make lint         ruff, mypy, and the imports between the rooms of olpack/
 # make docs         the generated pages of docs/reference/
@@ -9,13 +10,16 @@
 # make dist         the archives of a release in dist/, checked
 # make site         the documents as a site in build/site/; a broken link fails it
 # make links        checks links within the project, and lists those that lead to other hosts
-.PHONY: demo test test-fast test-slow lint docs site links install audit lock dist clean
+.PHONY: demo test test-fast test-oldest test-slow lint docs site links install audit lock dist clean
 
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 TESTED := $(VENV)/.ready-for-tests
+OLDEST := .venv-oldest
+# Modules that train, plan, export and compare, on a Hub model's folder and on a GGUF: together they call every library.
+CALLING_LIBRARIES := pipeline plan_bases train_forward four_bits gguf_base gguf_package export_identity compare_harness train_trackers
 LLAMA_CPP := 0.3.36
 WORKERS ?= 2
 # Source archives in here are fetched once, and the converter is taken from the same one that the library was built from.
@@ -30,6 +34,10 @@ test: install $(TESTED)
 
 test-fast: $(TESTED)
 	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --fast
+
+test-oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile --fast
+	$(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(CALLING_LIBRARIES:%=tests/test_%.py)
 
 test-slow: $(TESTED)
 	rm -rf build/test-slow
@@ -84,6 +92,16 @@ $(TESTED): .ci/requirements/test.txt $(READY)
 	$(PIP) check
 	touch $@
 
+# pip resolves here, so that lower bounds which exclude each other are an error. llama.cpp's wheel is that of `make install`.
+$(OLDEST)/.ready: pyproject.toml constraints.txt .ci/oldest.py $(READY)
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(VENV)/bin/python .ci/oldest.py > $(OLDEST)/requirements.txt
+	$(OLDEST)/bin/python -m pip --disable-pip-version-check install -q -r $(OLDEST)/requirements.txt
+	$(OLDEST)/bin/python .ci/llama_cpp.py $(SDIST)
+	$(OLDEST)/bin/python -m pip --disable-pip-version-check install -q -e .
+	$(OLDEST)/bin/python -m pip check
+	touch $@
+
 # pip-audit and uv have an environment of their own, so that olpack's has nothing that olpack does not need.
 $(VENV)/tools/bin/python: | $(VENV)/bin/python
 	$(PYTHON) -m venv $(VENV)/tools
@@ -101,4 +119,4 @@ dist: | $(VENV)/tools/bin/python
 	$(VENV)/tools/bin/python -m twine check --strict dist/*
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(OLDEST) build dist

@@ -2,22 +2,40 @@
 
     python benchmarks/small_steps.py make FOLDER                              # a base of Llama 3 8B's shape with random weights, 16 GB
     python benchmarks/small_steps.py run FOLDER [--olpack DIR] [--tokens 2048]
+    python benchmarks/small_steps.py start FOLDER --olpack DIR                # what `olpack train` takes before it loads the base, there and here
 
-`run` prints as it goes. `--olpack` is a folder with another version of olpack, to compare two of them; `--busy N` measures again while N processes
-use the host's cores.
+`run` prints as it goes. `start` runs both in turn, each time in a new process, on rows of the shipped package: with bytecode, and with none, as
+packages are that uv installs (Python is to look for it in an empty folder). `--olpack` is a folder with another version of olpack, to compare two of
+them; `--busy N` measures again while N processes use the host's cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import json
 import os
+import shutil
+import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 BEGUN = time.time()
+START = """
+import sys, time
+began = time.monotonic()
+import json, os
+import olpack.train
+def stop(*_, **__):
+    print(json.dumps([time.monotonic() - began, time.process_time(), len(sys.modules)]), flush=True)
+    os._exit(0)
+olpack.train.train = stop
+from olpack.cli import main
+sys.argv = ["olpack", "--quiet", "train", "coding-assistant"]
+main()
+"""
 SHAPE = {"8B": (4096, 14336, 32, 128256), "tiny": (1024, 2048, 3, None)}  # hidden size, MLP, layers, vocabulary
 RANK = 16
 STEPS, WARM = 12, 5
@@ -65,10 +83,11 @@ def run(folder: Path, tokens: int, busy: int) -> None:
     base, settings = Base("random", folder), Train(rank=RANK, alpha=RANK)
     pointwise.compile_kernels(device, compute_dtype(device), base.config, RANK)
     lap("the kernels' compilation begins")
-    import olpack.train
-
-    if hasattr(olpack.train, "import_libraries"):
-        olpack.train.import_libraries()
+    try:
+        from olpack.model.libraries import import_libraries
+    except ImportError:  # another version of olpack
+        from olpack.train import import_libraries
+    import_libraries()
     from olpack.train import loop, model
     from olpack.train.forward import Forward
     from olpack.train.ops import equivalence, lora
@@ -209,19 +228,48 @@ class _Steps:
         return [*found, sum(parameter.double().norm().item() for parameter in self.trained.parameters)]
 
 
+def start(folder: Path, before: Path, times: int) -> None:
+    repository = Path(__file__).resolve().parents[1]
+    package = folder / "modelfiles/coding-assistant"
+    shutil.copytree(repository / "modelfiles/coding-assistant", package, dirs_exist_ok=True)
+    for name, count in (("train", 40), ("eval", 8)):
+        file = package / f"{name}.jsonl"
+        file.write_text("".join(file.read_text(encoding="utf-8").splitlines(keepends=True)[:count]), encoding="utf-8")
+    commit = subprocess.check_output(["git", "-C", before, "rev-parse", "--short", "HEAD"], text=True).strip()
+    checkouts = {f"at {commit}": before.resolve(), "here": repository}
+    print("| bytecode | olpack | seconds | of the processor | modules |\n| --- | --- | ---: | ---: | ---: |")
+    for bytecode in ("there", "none"):
+        runs: dict[str, list[list[float]]] = {checkout: [] for checkout in checkouts}
+        for turn in range(times + 1):
+            for checkout, source in checkouts.items():
+                shutil.rmtree(folder / "build", ignore_errors=True)
+                variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(source), os.environ.get("PYTHONPATH")]))}
+                if bytecode == "none":
+                    variables |= {"PYTHONPYCACHEPREFIX": str(folder / "no-bytecode"), "PYTHONDONTWRITEBYTECODE": "1"}
+                done = subprocess.run([sys.executable, "-P", "-c", START], cwd=folder, env=variables, check=True, stdout=subprocess.PIPE, text=True)
+                if turn:  # the first is not counted
+                    runs[checkout].append(json.loads(done.stdout.splitlines()[-1]))
+        for checkout, made in runs.items():
+            seconds, processor, modules = (statistics.median(column) for column in zip(*made, strict=True))
+            print(f"| {bytecode} | {checkout} | {seconds:.2f} | {processor:.2f} | {modules:,.0f} |", flush=True)
+
+
 def _apart(some: list[float], others: list[float]) -> float:
     return max(abs(a - b) for a, b in zip(some, others, strict=True))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["make", "run"])
+    parser.add_argument("what", choices=["make", "run", "start"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shape", choices=SHAPE, default="8B")
     parser.add_argument("--olpack", type=Path)
+    parser.add_argument("--times", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--busy", type=int, default=0)
     arguments = parser.parse_args()
+    if arguments.what == "start":
+        return start(arguments.folder, arguments.olpack, arguments.times)
     if arguments.olpack:
         sys.path.insert(0, str(arguments.olpack))
     if arguments.what == "make":

@@ -478,8 +478,11 @@ def quantize(
     ] = "ggml",
     rows: Annotated[Path | None, typer.Option("--rows", metavar="FILE", help="Chats or texts, for --rounding learned.")] = None,
     scale_steps: Annotated[
-        int, typer.Option("--scale-steps", min=0, max=10_000, help="With --rounding learned: steps of training of block scales at up to 4 bits.")
-    ] = 50,
+        int | None,
+        typer.Option(
+            "--scale-steps", min=0, max=10_000, help="With --rounding learned: steps of training of the block scales of Q2_K, Q3_K and Q4_0 (50)."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Quantize a model in one pass, without a recipe."""

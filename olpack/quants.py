@@ -208,8 +208,8 @@ def overridable(quant: QuantType) -> bool:
 
 
 def has_few_bits(quant: QuantType, tensor_types: Mapping[str, str]) -> bool:
-    """Whether a file may have matrices of up to 4 bits whose codes are chosen one by one: a budget decides that by what it measures."""
-    few = ("Q2_K", "Q3_K", "Q4_", "IQ4_NL")
+    """Whether a file may have matrices in Q2_K, Q3_K or Q4_0: a budget decides that by what it measures."""
+    few = ("Q2_K", "Q3_K", "Q4_0")
     return quant.budget is not None or any(one.upper().startswith(few) for one in (quant.name, *tensor_types.values()))
 
 

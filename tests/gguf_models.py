@@ -118,7 +118,10 @@ MODELS = {
             "tied": False,
             "num_hidden_layers": 4,
             "sliding_window": 16,
-            "rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5, "factor": 8.0, "original_max_position_embeddings": 64},
+            "rope_parameters": {
+                "full_attention": {"rope_type": "yarn", "rope_theta": 5e5, "factor": 8.0, "original_max_position_embeddings": 64},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+            },
         },
     ),
     "command-r": ("cohere", {"logit_scale": 0.0625, "model_max_length": 256}),

@@ -70,4 +70,6 @@ def olpack(folder: Path, *words: str, server: str = "http://127.0.0.1:9", column
 
 
 def files(folder: Path) -> dict[str, int]:
-    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in sorted(folder.rglob("*")) if path.is_file()}
+    """When each file was written, by its path; of the lock, which some versions of filelock write anew or remove, only that it is there."""
+    found = {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: 0 if Path(name).name == ".lock" else time for name, time in found.items()}

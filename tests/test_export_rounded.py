@@ -264,12 +264,12 @@ def test_a_check_counts_the_blocks_beside_the_files(monkeypatch, tmp_path):
     plan = FilePlan(quant_type("Q4_0"), b"", [(name, library.tensor_type("q4_0"), 64 * 144)], [])
     monkeypatch.setattr(run, "_prepare", lambda *arguments: (model, [plan], {}, [], []))
     monkeypatch.setattr(run, "check_space", lambda paths, sizes: counted.append(dict(zip(paths, sizes, strict=True))))
-    options = {"rounding": "learned", "rounded": str(tmp_path / "rounded")}
+    options = {"rounding": "learned", "rounded": str(tmp_path / "rounded"), "scales": "later"}
     for _ in range(2):
         run.check("model", ["Q4_0"], str(tmp_path), [], options, lambda done, total: None)
         (tmp_path / "rounded" / "of this model").mkdir(parents=True, exist_ok=True)
         (tmp_path / "rounded" / "of this model" / "a matrix").write_bytes(bytes(44))  # an interrupted run
-    needed = 64 * 144 + 64 * 8 * 14  # blocks, and what the training of their 8 scales a row needs
+    needed = 64 * 144 + 64 * 8 * 28  # blocks, and what the training of their 8 scales a row needs
     assert [sizes[tmp_path / "rounded" / "blocks"] for sizes in counted] == [needed, needed - 44]
     assert all(sizes[tmp_path / "Q4_0"] == plan.size for sizes in counted)
 

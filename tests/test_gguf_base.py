@@ -265,3 +265,28 @@ def test_a_truncated_file_is_refused(llama, tmp_path):
     (tmp_path / "cut.gguf").write_bytes(whole[:-1000])
     with pytest.raises(OlpackError, match=r"is truncated: it has [\d,]+ bytes, and '\S+' ends at byte"):
         open_gguf(tmp_path / "cut.gguf")
+
+
+def test_a_file_that_takes_the_place_of_another_is_read_anew(tmp_path):
+    path, new = tmp_path / "model.gguf", tmp_path / "new.gguf"
+
+    def write(target: Path, value: float) -> None:
+        writer = gguf.GGUFWriter(target, "llama")
+        writer.add_tensor("output.weight", np.full((1, 32), value, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    write(path, 1)
+    first = open_gguf(path)
+    assert first.dequantized("output.weight").unique().tolist() == [1]
+    write(new, 2)
+    new.replace(path)
+    second = open_gguf(path)
+    assert first.dequantized("output.weight").unique().tolist() == [1]  # which stays mapped
+    write(new, 3)
+    new.replace(path)
+    assert open_gguf(path).dequantized("output.weight").unique().tolist() == [3]
+    with pytest.raises(OlpackError, match="was replaced while it was read"):
+        second.dequantized("output.weight")

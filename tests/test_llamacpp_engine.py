@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import tiny_gguf
@@ -11,6 +13,7 @@ from olpack.errors import OlpackError
 from olpack.llamacpp.chat_template import render_chat
 from olpack.llamacpp.cores import _container_limit
 from olpack.llamacpp.engine import Engine, Sampling, _chunks, _until_stop
+from olpack.llamacpp.side_by_side import side_by_side
 
 TEXT = "<|im_start|>user\nWrite a naïve café 日本語 🙂<|im_end|>\n<|im_start|>assistant\ndef add(a, b):\n    return a + b\n"
 CHAT = [{"role": "user", "content": "Write a naïve café 日本語 🙂"}]
@@ -196,3 +199,20 @@ def test_a_containers_cpu_limit_is_respected(tmp_path, content, limit):
     if content:
         file.write_text(content)
     assert _container_limit(file) == limit
+
+
+def test_works_side_by_side_give_what_they_give_one_after_the_other(gguf_path, tokenizer):
+    prompts = [tokenizer.encode(TEXT * (1 + number % 3)).ids[: 20 + 7 * number] for number in range(12)]
+
+    def answer(ids, engine):
+        return list(engine.generate(ids, 20, Sampling(temperature=0))), engine.logprobs(ids, [True] * len(ids)).tolist()
+
+    works = [partial(answer, ids) for ids in prompts]
+    with Engine(gguf_path, context=900, threads=1) as engine:
+        alone = [work(engine) for work in works]
+    with Engine(gguf_path, context=900, threads=2) as engine:
+        assert list(side_by_side(engine, works, 4, 2)) == alone
+        assert list(side_by_side(engine, works[:2], 4, 2)) == alone[:2]
+        with pytest.raises(OlpackError, match="The prompt has 901 tokens"):
+            list(side_by_side(engine, [*works, partial(answer, [3] * 901)], 4, 2))
+        assert works[0](engine) == alone[0]  # the engine is as it was

@@ -334,6 +334,11 @@ def test_rounding_concerns_quantized_types_only(workspace):
     assert not (root / "compare/temporary").exists()
     ggmls = export.STAGE.all_inputs(build_of(workspace, "quants=[Q4_K_M]"), "export-Q4_K_M")
     assert compare.by_ggml_keys(build_of(workspace, *settings)) == {"Q4_K_M": value_digest(ggmls)}
+    by_rows = ["export.rounding=learned", "quants=[Q4_K_M, Q4_0, IQ3_M]"]
+    builds = [build_of(workspace, *by_rows, *more) for more in ([], ["export.scale_steps=7"], ["export.scale_steps=0"])]
+    assert all(compare.by_ggml_keys(build)["Q4_K_M"] == value_digest(ggmls) for build in builds)
+    for quant, different in (("Q4_0", 3), ("Q4_K_M", 1), ("IQ3_M", 1)):  # of the others no block scales are trained
+        assert len({export.STAGE.step(build, f"export-{quant}").key for build in builds}) == different
     for how, reason in (("rows", ""), ("tasks", "compare.ggml_rounding changed"), ("none", "compare.ggml_rounding changed")):
         step = next(step for step in all_steps(build_of(workspace, *settings, f"compare.ggml_rounding={how}")) if step.stage == "compare")
         assert step.reason == reason

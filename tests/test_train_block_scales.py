@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import oracle
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,7 @@ from olpack.errors import OlpackError
 from olpack.export import Target, blocks_file
 from olpack.llamacpp import library
 from olpack.llamacpp.grids import GRID_TYPES, HALVES, write_halves
+from olpack.model.gguf_base import open_gguf
 from olpack.model.gguf_blocks import TYPES
 from olpack.train import block_scales
 from olpack.train.block_scales import ScaledLinear, train_block_scales
@@ -149,6 +152,50 @@ def test_a_model_that_predicts_no_numbers(rounded, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["broken.gguf"]
 
 
+def test_activations_that_do_not_fit_are_computed_again(rounded, tmp_path, monkeypatch):
+    _, exact, _, matrices = rounded
+    found = []
+    for again in (False, True):
+        monkeypatch.setattr(block_scales, "check_memory", lambda *arguments, again=again: again)
+        out = tmp_path / f"{again}.safetensors"
+        assert train_block_scales(exact, matrices, TOKEN_ROWS, out, steps=3, title="training").steps
+        found.append(out.read_bytes())
+    assert found[0] == found[1]
+
+
+def test_too_little_memory_is_refused_before_anything_is_loaded(rounded, tmp_path, monkeypatch):
+    _, exact, _, matrices = rounded
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**6, total=10**6))
+    with pytest.raises(OlpackError, match=r"needs [\d.]+ MB of memory for both models, and 1\.0 MB are free") as error:
+        train_block_scales(exact, matrices, TOKEN_ROWS, tmp_path / "scales.safetensors", steps=3, title="training")
+    assert "scale_steps: 0" in error.value.remedy and not list(tmp_path.iterdir())
+    base = oracle.write_base(tmp_path / "base")
+    write_long_rows(tmp_path / "rows.jsonl")
+    words = ("quantize", str(base), "--quant", "Q2_K", "--rounding", "learned", "--rows", "rows.jsonl", "--out", "made")
+    code, _, message = oracle.olpack(tmp_path, *words)
+    assert code == 1 and "--scale-steps 0" in message and not list((tmp_path / "made").glob("*.gguf"))
+    monkeypatch.undo()
+    code, _, message = oracle.olpack(tmp_path, *words, "--scale-steps", "2")  # the blocks are there still
+    assert code == 0 and "rounding matrices: 0 weights" not in message and list((tmp_path / "made").glob("*.gguf")), message
+
+
+def test_a_damaged_state_is_left_alone(rounded, tmp_path):
+    _, exact, _, matrices = rounded
+    (tmp_path / "scales.state").write_bytes(b"PK damaged")
+    made = train_block_scales(exact, matrices, TOKEN_ROWS, tmp_path / "scales.safetensors", steps=2, title="training")
+    assert made is not None and [path.name for path in tmp_path.iterdir()] == ["scales.safetensors"]
+
+
+def test_long_rows_are_read_up_to_their_last_target_token(rounded, tmp_path, monkeypatch):
+    _, exact, _, matrices = rounded
+    monkeypatch.setattr(block_scales, "LONGEST", 8)
+    quant = block_scales._Quant(open_gguf(exact), matrices, torch.device("cpu"))
+    ids = list(range(20))
+    for targets, expected in (([12, 13], range(6, 14)), ([], range(12, 20)), ([2], range(8)), ([19], range(12, 20))):
+        row = TokenRow(ids, [place in targets for place in ids], "", "")
+        assert list(quant._window(row)) == list(expected) and quant.count([row]) == 8
+
+
 def test_quantize_and_build_train_them(tmp_path):
     root = oracle.make_workspace(tmp_path / "work", oracle.write_base(tmp_path / "base"))
     write_long_rows(root / "modelfiles/oracle/train.jsonl")
@@ -177,11 +224,8 @@ def test_a_model_without_such_training_keeps_its_rounding(tmp_path, monkeypatch)
     base = oracle.write_base(tmp_path / "parrot")
     write_long_rows(tmp_path / "rows.jsonl")
 
-    def refuse(path):
-        raise OlpackError("olpack does not train on this architecture.", "Take another.")
-
-    monkeypatch.setattr(block_scales, "open_gguf", refuse)
+    monkeypatch.setattr(block_scales, "trains", lambda architecture: False)
     words = ("quantize", str(base), "--quant", "Q2_K", "--rounding", "learned", "--rows", "rows.jsonl")
     code, _, message = oracle.olpack(tmp_path, *words, "--scale-steps", "2")
-    assert code == 0 and "The block scales of Q2_K stay as they were rounded: olpack does not train on this architecture." in message, message
+    assert code == 0 and "The block scales of Q2_K stay as they were rounded: olpack trains on no GGUF files of the architecture" in message, message
     assert (tmp_path / "parrot-Q2_K.gguf").is_file()

@@ -12,6 +12,7 @@ from olpack.errors import OlpackError
 from olpack.export import ExportedFile, ExportOptions, Target, check_export, export, round_matrices
 from olpack.export.client import one_worker
 from olpack.quants import Rounding, bytes_of, gains_by_importance, quant_type
+from olpack.recipe import Export
 from olpack.workspace import remove
 
 
@@ -26,7 +27,7 @@ def quantize(
     importance: Path | None = None,
     rounding: Rounding = "ggml",
     rows: Path | None = None,
-    scale_steps: int = 50,
+    scale_steps: int | None = None,
 ) -> list[ExportedFile]:
     """Write NAME-QUANT.gguf for every quant.
 
@@ -40,7 +41,7 @@ def quantize(
         importance: an importance matrix of this model, in llama.cpp's GGUF form.
         rounding: how blocks are made, as in a recipe's `export.rounding`.
         rows: chats or texts in a form of `data.train`, for the rounding "learned", as which they are rendered.
-        scale_steps: as in a recipe's `export.scale_steps`.
+        scale_steps: as in a recipe's `export.scale_steps`, and by default the same.
 
     Raises:
         OlpackError: what `olpack.export.export` refuses, no such source, an unknown quant or size, wrong rows or too few.
@@ -62,9 +63,12 @@ def quantize(
             raise OlpackError("`--rounding learned` reads rows of data, and none are named.", "Name a file of chats or texts: --rows FILE.")
     elif rows is not None:
         raise OlpackError("`--rows` names rows for `--rounding learned`.", "Set that, or leave --rows out.")
+    elif scale_steps is not None:
+        raise OlpackError("`--scale-steps` is of `--rounding learned`.", "Set that, or leave --scale-steps out.")
     with one_worker():
         if rows is not None:
-            options |= _round_on_rows(source, path, names, rows, work, options, scale_steps)
+            steps = Export().scale_steps if scale_steps is None else scale_steps
+            options |= _round_on_rows(source, path, names, rows, work, options, steps)
         files = export(path, targets, **options)
     remove(work)
     for warning in files[0].warnings if files else ():
@@ -94,7 +98,7 @@ def _round_on_rows(source: str, path: Path, quants: Sequence[str], file: Path, w
     chosen = rounding_rows(rendered)
     adapter = options.get("adapter")
     reader = path if path.is_file() and not adapter else work / "source.gguf"
-    checked: ExportOptions = {**options, "rounded": work}
+    checked: ExportOptions = {**options, "rounded": work, "scales": "later" if scale_steps else {}}
     check_export(path, quants, temporary=[] if reader == path else ["Q8_0"], out=work.parent, **checked)
     folder = blocks_folder(work, [base.digest, folder_fingerprint(adapter) if adapter else None], chosen)
     try:

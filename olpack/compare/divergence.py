@@ -6,6 +6,7 @@ themselves, so llama.cpp's own rounding (its kernels quantize activations too) i
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,8 +24,8 @@ _PERCENTILE = 0.99
 class LogitsWriter:
     """Writes a reference's logits at the target tokens of whole rows, from the first row on, as far as they fit.
 
-    The file is float32 of shape [positions, vocabulary], with no header. It is written as a stream: a full disk is then an error, where
-    a write into mapped memory would be a signal.
+    The file is float32 of shape [positions, vocabulary], with no header. It is written by calls: a full disk is then an error, where
+    a write into mapped memory would be a signal. Threads may write rows in any order, each row by one thread.
 
     Args:
         path: the file.
@@ -37,8 +38,11 @@ class LogitsWriter:
     """
 
     def __init__(self, path: Path, row_tokens: Sequence[int], vocabulary: int, limit: int):
-        self.rows = int(np.searchsorted(np.cumsum(row_tokens), limit // (4 * vocabulary), side="right"))
+        ends = np.cumsum(row_tokens)
+        self.rows = int(np.searchsorted(ends, limit // (4 * vocabulary), side="right"))
+        self._next = [4 * vocabulary * int(end - count) for end, count in zip(ends, row_tokens, strict=True)]  # where the row goes on
         self._file = path.open("wb")
+        self._lock = threading.Lock()
 
     def __enter__(self) -> LogitsWriter:
         return self
@@ -54,8 +58,11 @@ class LogitsWriter:
             OlpackError: the disk is full.
         """
         if row < self.rows:
-            with self._writing():
-                self._file.write(logits.astype(np.float32).tobytes())
+            written = logits.astype(np.float32).tobytes()
+            with self._lock, self._writing():
+                self._file.seek(self._next[row])
+                self._file.write(written)
+            self._next[row] += len(written)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

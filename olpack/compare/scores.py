@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from statistics import fmean, stdev
 from types import ModuleType
@@ -106,10 +106,16 @@ def score(task: Task, answer: str) -> float:
         case "python":
             return float(_parses(fenced(answer)))
         case "python_asserts":
-            return float(_parses(fenced(answer)) and asserts_hold(fenced(answer), task.expected))
+            return float(_parses(fenced(answer)) and _holds(fenced(answer), tuple(task.expected)))
         case "function":
             return _share_by_function(task, answer)
     raise ValueError(task.check)
+
+
+@lru_cache(maxsize=10_000)
+def _holds(code: str, asserts: tuple[str, ...]) -> bool:
+    """Whether the code does what the asserts say. Most quants give the same answers, and each is run once."""
+    return asserts_hold(code, asserts)
 
 
 def fenced(answer: str) -> str:

@@ -14,6 +14,7 @@ after another, and choosing them takes no time. The first run of each is discard
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -22,6 +23,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,12 +37,13 @@ from olpack.compare.hardware import bytes_read, drop_from_cache, joules, peak_re
 from olpack.compare.job import AdapterJob, Asked, Job, SpeedJob, SuitesJob
 from olpack.compare.perplexity import perplexity
 from olpack.compare.result_flags import answer_of
-from olpack.compare.results import Perplexity
+from olpack.compare.results import Answer, Perplexity
 from olpack.compare.settings import OTHER_LOGITS_BYTES
 from olpack.compare.speed import PromptRun, SpeedRound
 from olpack.errors import OlpackError
 from olpack.llamacpp.engine import Engine, Sampling, llama_cpp
 from olpack.llamacpp.logits import kl_divergence, log_softmax
+from olpack.llamacpp.side_by_side import side_by_side
 
 _BEFORE_GENERATION = 32  # tokens already in the context when generation is timed
 
@@ -193,6 +197,17 @@ def _generation_s(engine: Engine, ids: Sequence[int]) -> float:
     return time.perf_counter() - started
 
 
+@dataclass
+class _RowScores:
+    """Of one row: the negative log-likelihood of its target tokens in nats, their divergences from the reference and how many have its top token,
+    and whether the GGUF's tokenizer gives the row's ids."""
+
+    nll: float = 0.0
+    divergences: list[float] = field(default_factory=list)
+    same_top: int = 0
+    same_tokens: bool = False
+
+
 def measure_rows(job: Job) -> Steps:
     """One pass over the rows for all that is computed from the logits of the target tokens.
 
@@ -203,33 +218,32 @@ def measure_rows(job: Job) -> Steps:
     compared_rows = job.divergence.rows if job.divergence else 0
     rows = job.rows if every_row else job.rows[:compared_rows]
     counts = [sum(row.loss_mask[1:]) for row in job.rows]
-    sums: list[float] = []
-    same_tokens = 0
-    divergences: list[list[float]] = []
-    same_top: list[int] = []
+    starts = [0, *itertools.accumulate(counts)]
+    scores: list[_RowScores] = []
     with ExitStack() as opened:
         engine = opened.enter_context(Engine(job.path, max(len(row.ids) for row in rows), job.untimed_threads, adapter=job.adapter))
         written = opened.enter_context(LogitsWriter(job.write_logits, counts, engine.vocabulary_size, job.logits_bytes)) if job.write_logits else None
-        references: Iterator[np.ndarray] = iter(())
-        if job.divergence:
-            references = iter(open_logits(job.divergence.path, sum(counts[:compared_rows]), engine.vocabulary_size))
-        for number, row in enumerate(rows):
-            total, row_divergences, row_same = 0.0, [], 0
-            for token, logits in engine.scored(row.ids, row.loss_mask):
-                scores = log_softmax(logits)
-                total -= float(scores[token])
+        references = open_logits(job.divergence.path, starts[compared_rows], engine.vocabulary_size) if job.divergence else None
+
+        def score(number: int, one: Engine) -> _RowScores:
+            row, found = rows[number], _RowScores()
+            reference = references[starts[number] : starts[number + 1]] if references is not None and number < compared_rows else None
+            for position, (token, logits) in enumerate(one.scored(row.ids, row.loss_mask)):
+                own = log_softmax(logits)
+                found.nll -= float(own[token])
                 if written:
                     written.add(number, logits)
-                if number < compared_rows:
-                    reference = next(references)
-                    row_divergences.append(kl_divergence(log_softmax(reference), scores))
-                    row_same += int(np.argmax(reference) == np.argmax(logits))
-            sums.append(total)
-            same_tokens += engine.tokenize(row.text) == row.ids
-            if number < compared_rows:
-                divergences.append(row_divergences)
-                same_top.append(row_same)
-            yield number + 1, len(rows)
+                if reference is not None:
+                    found.divergences.append(kl_divergence(log_softmax(reference[position]), own))
+                    found.same_top += int(np.argmax(reference[position]) == np.argmax(logits))
+            found.same_tokens = one.tokenize(row.text) == row.ids
+            return found
+
+        works = [partial(score, number) for number in range(len(rows))]
+        for row_scores in side_by_side(engine, works, job.threads, job.untimed_threads):
+            scores.append(row_scores)
+            yield len(scores), len(rows)
+    sums, divergences = [one.nll for one in scores], [one.divergences for one in scores[:compared_rows]]
     results: dict[str, dict[str, Any]] = {}
     if job.perplexity:
         value, error = perplexity(sums, counts)
@@ -237,12 +251,12 @@ def measure_rows(job: Job) -> Steps:
             value=value if math.isfinite(value) else None,
             standard_error=error if error is not None and math.isfinite(error) else None,
             row_nll=[total if math.isfinite(total) else None for total in sums],
-            same_tokens_rows=same_tokens,
+            same_tokens_rows=sum(one.same_tokens for one in scores),
         ).model_dump(mode="json")
     if written:
         results["logits"] = {"rows": written.rows}
     if job.divergence and divergences and all(math.isfinite(value) for row in divergences for value in row):
-        results["divergence"] = summarize(job.divergence.quant, divergences, same_top).model_dump(mode="json")
+        results["divergence"] = summarize(job.divergence.quant, divergences, [one.same_top for one in scores[:compared_rows]]).model_dump(mode="json")
     yield results
 
 
@@ -257,11 +271,15 @@ def measure_answers(job: Job, unit: str, conversations: Sequence[Asked]) -> Step
     """A free answer to each conversation of a unit, at temperature 0."""
     answers = []
     with Engine(job.path, job.context, job.untimed_threads, adapter=job.adapter, template=job.template) as engine:
-        for done, asked in enumerate(conversations, 1):
-            generation = engine.generate(asked.messages, job.answer_tokens, Sampling(temperature=0), asked.tools)
+
+        def answer(prompt: str, one: Engine) -> Answer:
+            generation = one.generate(one.tokenize(prompt), job.answer_tokens, Sampling(temperature=0))
             text = "".join(generation)  # finish and tokens are final only now
-            answer = answer_of(text, generation.finish, generation.tokens, prompt=engine.chat_prompt(asked.messages, asked.tools))
-            answers.append(answer.model_dump(mode="json"))
+            return answer_of(text, generation.finish, generation.tokens, prompt=prompt)
+
+        works = [partial(answer, engine.chat_prompt(asked.messages, asked.tools)) for asked in conversations]
+        for done, made in enumerate(side_by_side(engine, works, job.threads, job.untimed_threads), 1):
+            answers.append(made.model_dump(mode="json"))
             yield done, len(conversations)
     yield {unit: {"answers": answers}}
 

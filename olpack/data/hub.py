@@ -84,12 +84,13 @@ def _failures(asked: HubSet) -> Iterator[None]:
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
     from huggingface_hub.errors import (
         GatedRepoError,
+        HfHubHTTPError,
         HFValidationError,
+        HTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
-    from huggingface_hub.utils import httpx
 
     name = f"The data set {asked.id}"
     try:
@@ -106,12 +107,18 @@ def _failures(asked: HubSet) -> Iterator[None]:
             f"{name} is not on the Hugging Face Hub, or it is private.",
             "Check its spelling; for a private one run `hf auth login`. A file here is named with `file`.",
         ) from None
-    except (LocalEntryNotFoundError, ConnectionError, httpx.TransportError):
+    except (LocalEntryNotFoundError, ConnectionError, HTTPError) as error:
+        if isinstance(error, HfHubHTTPError):  # an answer
+            raise _not_fetched(name, error) from None
         raise OlpackError(
             f"{name} is not in the local cache and the Hugging Face Hub cannot be reached.", "Connect once, or save it as a file and name that."
         ) from None
     except ValueError as error:  # a split or subset that is not there, with those that are
         reason = " ".join(str(error).split("\nExample")[0].split())
         raise OlpackError(f"{name} cannot be read: {reason}", "Name one of those that it has as `split` or `subset`.") from None
-    except (httpx.HTTPError, DatasetsError, RuntimeError, OSError) as error:
-        raise OlpackError(f"{name} could not be fetched: {str(error).strip().splitlines()[0]}", "Run the same command again to go on.") from None
+    except (DatasetsError, RuntimeError, OSError) as error:
+        raise _not_fetched(name, error) from None
+
+
+def _not_fetched(name: str, error: Exception) -> OlpackError:
+    return OlpackError(f"{name} could not be fetched: {str(error).strip().splitlines()[0]}", "Run the same command again to go on.")

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-_REASONING = ("reasoning_content", "reasoning", "thinking")  # names of one field of a message
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one field of a message, in the order of transformers
 _PROBE = "olpack"  # stands for reasoning, to see where a template writes it
 _PAIRS = (  # marks that open a block at the end of a generation prompt, and what closes it
     (r"<(\w[\w:.-]*)>", r"</\1>"),
@@ -67,7 +67,12 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict], *, 
     """
     try:
         with bounded(_SECONDS):
-            text = tokenizer.apply_chat_template(messages, tools=None if tools is None else [*tools], tokenize=False, add_generation_prompt=ask)
+            text = tokenizer.apply_chat_template(
+                [_under_all_names(message) for message in messages],
+                tools=None if tools is None else [*tools],
+                tokenize=False,
+                add_generation_prompt=ask,
+            )
     except (Exceeded, MemoryError) as error:
         why = str(error) if isinstance(error, Exceeded) else "it takes too much memory"
         raise TemplateExceeded(f"The base's chat template fails: {why}.", "Take a base with another chat template, or fix it.") from None
@@ -411,6 +416,12 @@ def _reasoning(message: dict) -> str:
     """The reasoning that stands in a field of its own, "" where there is none."""
     reasoning = next((message[name] for name in _REASONING if message.get(name)), "")
     return reasoning if isinstance(reasoning, str) else ""
+
+
+def _under_all_names(message: dict) -> dict:
+    """The message with its reasoning under both names that templates read, as transformers gives it to them from 5.21 on."""
+    reasoning = next((message[name] for name in _REASONING if message.get(name) is not None), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 def _is_target(message: dict) -> bool:

@@ -17,6 +17,7 @@ from pydantic import TypeAdapter
 from olpack import progress, workers
 from olpack.errors import OlpackError
 from olpack.export.job import (
+    LATER,
     ExportedFile,
     ExportOptions,
     ExportPlan,
@@ -327,7 +328,8 @@ def _as_json(options: ExportOptions) -> dict[str, Any]:
     if unknown := options.keys() - ExportOptions.__annotations__.keys():
         raise TypeError(f"no export option: {', '.join(sorted(unknown))}")
     job = {name: _text(value) if isinstance(value, Path) else value for name, value in options.items()}
-    job["scales"] = {quant_type(quant).name: _text(path) for quant, path in options.get("scales", {}).items()}
+    if (scales := options.get("scales", {})) != LATER:
+        job["scales"] = {quant_type(quant).name: _text(path) for quant, path in scales.items()}
     return {**job, "tensor_types": check_tensor_types(options.get("tensor_types") or {})}
 
 

@@ -9,7 +9,7 @@ from typing import Literal, TypedDict
 
 from olpack.quants import Rounding
 
-LATER: Literal["later"] = "later"  # in place of an importance matrix, which will be collected on the model that is checked
+LATER: Literal["later"] = "later"  # in place of what will be made of the model that is checked: an importance matrix, block scales
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,8 @@ class ExportOptions(TypedDict, total=False):
         rounding: how the blocks of quantized types are made: as ggml makes them ("ggml", the default); with scales that a search finds to give
             the smallest squared error ("search"), weighted by the importance matrix where there is one; or so that each matrix's outputs on rows
             of data change least ("learned"), and by the search where that is not possible.
-        scales: for "learned", by quant the files of trained block scales, which take the place of those of its rounded matrices.
+        scales: for "learned", by quant the files of trained block scales, which take the place of those of its rounded matrices. "later",
+            in a check only: they will be trained.
         rounded: for "learned", the folder that `round_matrices` filled for this model and these quants; in a check, the folder that is to contain
             such folders, and may contain those of an interrupted run.
         round_to_bf16: round every tensor that llama.cpp would store in 16 bits to bfloat16 before it is quantized, as the usual
@@ -115,7 +116,7 @@ class ExportOptions(TypedDict, total=False):
     sensitivity: Path | None
     rounding: Rounding
     rounded: Path | None
-    scales: Mapping[str, Path]
+    scales: Mapping[str, Path] | Literal["later"]
     round_to_bf16: bool
     split: int | None
     threads: int | None
@@ -204,7 +205,7 @@ class RoundedMatrices:
         unread: those that no row was multiplied with, or only zeros, and whose scales are searched for.
         damped: those whose second moments needed more damping than others to be positive definite.
         singular: those with more columns than tokens were read, so that their second moments are singular before damping.
-        few_bits: for each quant some of whose matrices have up to 4 bits, the types of its rounded matrices by name. Their block scales can be
+        few_bits: for each quant most of whose weights are in Q2_K, Q3_K or Q4_0, the types of its rounded matrices by name. Their block scales can be
             trained (`olpack.train.block_scales`).
     """
 

@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ from olpack.llamacpp.activations import InputProducts, input_products
 from olpack.llamacpp.cores import usable_processors
 from olpack.llamacpp.grids import GRID_TYPES
 from olpack.machine import this_machine
+from olpack.quants import has_few_bits
 from olpack.workspace import write_atomically
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 
 _MATRIX = re.compile(r"blk\.(\d+)\.[\w.-]+")
 _INDEX = "matrices.json"
-_FEW_BITS = ("q2_K", "q3_K", "q4_0", "q4_1", "q4_K", "iq4_nl")  # with more, little is left to gain by training their scales
+_FEW_BITS = ("q2_K", "q3_K", "q4_0")  # trained scales gained nothing for Q4_K, Q4_1 and IQ4_NL (benchmarks/LOG.md)
 
 
 def rounded_types(model: SourceModel, plans: Sequence[FilePlan]) -> dict[str, list[str]]:
@@ -54,10 +56,14 @@ def is_layer_matrix(source: SourceTensor) -> bool:
     return bool(_MATRIX.fullmatch(source.name)) and len(source.shape) == 2 and source.type_name in FLOATS
 
 
-def few_bit_matrices(model: SourceModel, plan: FilePlan) -> dict[str, str]:
-    """The matrices of a file that can be rounded, and their types, where some of these have up to 4 bits; else nothing."""
+def few_bit_matrices(model: SourceModel, plan: FilePlan, tensor_types: Mapping[str, str]) -> dict[str, str]:
+    """The matrices of a file that can be rounded, and their types, where most of the layers' weights are in Q2_K, Q3_K or Q4_0; else nothing."""
+    if not has_few_bits(plan.quant, tensor_types):
+        return {}
     types = {name: one for name, (one,) in rounded_types(model, [plan]).items()}
-    return types if any(one in _FEW_BITS for one in types.values()) else {}
+    of_layers = sum(model.tensors[name].elements for name, _, _ in plan.tensors if _MATRIX.fullmatch(name))
+    few = sum(model.tensors[name].elements for name, one in types.items() if one in _FEW_BITS)
+    return types if 2 * few > of_layers else {}
 
 
 def missing_types(folder: Path, wanted: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
@@ -105,7 +111,7 @@ def round_to_files(
     total = sum(model.tensors[name].elements * (1 + len(types)) for name, types in missing.items())
     unread: list[str] = []
     damped: list[str] = []
-    with ThreadPoolExecutor(threads or usable_processors(), thread_name_prefix="search") as pool:
+    with _gpu_memory_for_others(), ThreadPoolExecutor(threads or usable_processors(), thread_name_prefix="search") as pool:
         for names, given in input_factors(gguf, rows, shapes, threads=threads, advance=lambda count: report(count, total)):
             for name in names:
                 source = model.tensors.pop(name)
@@ -128,6 +134,17 @@ def round_to_files(
     return RoundedMatrices(
         matrices=len(made), unread=unread, damped=damped, singular=[name for name, (_, columns) in shapes.items() if columns > tokens]
     )
+
+
+@contextmanager
+def _gpu_memory_for_others() -> Iterator[None]:
+    """Give back what torch keeps of a GPU's memory: this process goes on, and another one trains block scales."""
+    import torch
+
+    try:
+        yield
+    finally:
+        torch.cuda.empty_cache()  # does nothing where no GPU was used
 
 
 def rounded_files(folder: Path, wanted: Mapping[str, Sequence[str]]) -> dict[tuple[str, int], Path]:

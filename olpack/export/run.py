@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -48,7 +48,7 @@ from olpack.workspace import remove
 
 Report = Callable[[int, int], None]
 
-_SCALE_STATE = 14  # bytes of a trained number of a block: itself, its best value, and what Adam knows of it
+_SCALE_STATE = 28  # bytes of a trained number of a block: its factor, its best value, and what Adam knows of it, twice while that is written
 GPU_FROM = 1 << 30  # bytes of weights; of fewer, the CPU makes the quants before a GPU has started
 
 
@@ -57,13 +57,14 @@ def check(
 ) -> ExportPlan:
     """`olpack.export.check_export`, over the pipe."""
     model, plans, _, warnings, differences = _prepare(Path(source), quants, options, temporary, [TokenText(**text) for text in texts], report)
+    few_bits = _few_bits(model, plans, options)
     if out is not None:
         paths, sizes = [Path(out, plan.quant.name) for plan in plans], [plan.size for plan in plans]
         if options.get("rounding") == "learned":
             folder = Path(options.get("rounded") or out)
             paths.append(folder / "blocks")
-            needed = packed_size(model, rounded_types(model, plans)) + sum(_scales_size(model, plan) for plan in plans)
-            sizes.append(max(0, needed - _blocks_size(options)))
+            trained = sum(_scales_size(model, types) for types in few_bits.values()) if options.get("scales") == LATER else 0
+            sizes.append(max(0, packed_size(model, rounded_types(model, plans)) + trained - _blocks_size(options)))
         check_space(paths, sizes)
     context = model.key(f"{model.architecture}.context_length")
     return ExportPlan(
@@ -75,13 +76,20 @@ def check(
         warnings=warnings,
         texts=len(texts),
         differences=differences,
-        few_bits=[plan.quant.name for plan in plans if options.get("rounding") == "learned" and few_bit_matrices(model, plan)],
+        few_bits=list(few_bits),
     )
 
 
-def _scales_size(model: SourceModel, plan: FilePlan) -> int:
-    """Bytes of what an interrupted training of a file's block scales needs to go on."""
-    types = few_bit_matrices(model, plan)
+def _few_bits(model: SourceModel, plans: Sequence[FilePlan], options: ExportOptions) -> dict[str, dict[str, str]]:
+    """As `RoundedMatrices.few_bits`."""
+    if options.get("rounding") != "learned":
+        return {}
+    found = {plan.quant.name: few_bit_matrices(model, plan, options.get("tensor_types", {})) for plan in plans}
+    return {quant: types for quant, types in found.items() if types}
+
+
+def _scales_size(model: SourceModel, types: Mapping[str, str]) -> int:
+    """Most bytes of what an interrupted training of the block scales of matrices of some types needs to go on."""
     return sum(_SCALE_STATE * len(HALVES[one]) * (model.tensors[name].elements // GRID_TYPES[one].block) for name, one in types.items())
 
 
@@ -97,7 +105,7 @@ def round_matrices(
     """`olpack.export.round_matrices`, over the pipe."""
     model, plans, _, _, _ = _prepare(Path(source), quants, options)
     wanted, place = rounded_types(model, plans), Path(folder)
-    few_bits = {plan.quant.name: few_bit_matrices(model, plan) for plan in plans}
+    few_bits = _few_bits(model, plans, options)
     place.mkdir(parents=True, exist_ok=True)
     check_space([place / "blocks"], [packed_size(model, missing_types(place, wanted))])
     made = round_to_files(
@@ -124,6 +132,7 @@ def export(
     files = [_Output(Path(path), split_plan(plan, options.get("split"))) for plan, (_, path) in zip(plans, targets, strict=True)]
     check_space([path for file in files for path in file.paths], [part.size for file in files for part in file.parts])
     rounded, scales = _rounded(model, plans, options), options.get("scales", {})
+    assert scales != LATER  # which is of a check
     total = sum(file.size for file in files)
     try:
         for file in files:

@@ -11,6 +11,7 @@ built badly for this machine dies by a signal instead of raising; what must surv
 from __future__ import annotations
 
 import codecs
+import copy
 import ctypes
 import os
 from collections import deque
@@ -116,6 +117,7 @@ class Engine:
         self.path = Path(path)
         self._template = template
         self._model = self._context = self._adapter = None
+        self._owns_model = True
         if not self.path.is_file():
             raise OlpackError(f"There is no GGUF at {self.path}.", "Make it with `olpack export`.")
         _log.start()
@@ -134,12 +136,17 @@ class Engine:
         self.context = context
         self._outputs = max(1, min(_BATCH, max_outputs or _LOGITS_BYTES // (4 * self.vocabulary_size)))
 
+        self._open_context(threads or usable_cores(), watch)
+        if adapter is not None:
+            self._load_adapter(adapter)
+
+    def _open_context(self, threads: int, watch: Callable[[int, bool], bool] | None = None) -> None:
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx = context
+        params.n_ctx = self.context
         params.n_batch = params.n_ubatch = _BATCH
         params.n_outputs_max = self._outputs
         params.swa_full = False  # one sequence that only grows or starts again: a sliding layer needs no more than its window
-        params.n_threads = params.n_threads_batch = threads or usable_cores()
+        params.n_threads = params.n_threads_batch = threads
         params.no_perf = True
         if watch is not None:
             self._watch = llama_cpp.ggml_backend_sched_eval_callback(lambda tensor, ask, _: watch(tensor, ask))  # must outlive the context
@@ -148,11 +155,26 @@ class Engine:
         if not self._context:
             reason = _log.reason()
             self.close()
-            raise OlpackError(f"llama.cpp cannot make a context of {context} tokens for {self.path}: {reason}.", "Try a smaller context.")
-        self._memory = llama_cpp.llama_get_memory(self._context)
-        self._batch = llama_cpp.llama_batch_init(_BATCH, 0, 1)
-        if adapter is not None:
-            self._load_adapter(adapter)
+            raise OlpackError(f"llama.cpp cannot make a context of {self.context} tokens for {self.path}: {reason}.", "Try a smaller context.")
+        self._memory: Any = llama_cpp.llama_get_memory(self._context)
+        self._batch: Any = llama_cpp.llama_batch_init(_BATCH, 0, 1)
+
+    def beside(self, threads: int) -> Engine:
+        """Another context on the same weights, which another thread of this process may use at the same time. It is closed before this one.
+
+        Args:
+            threads: CPU threads of the other context.
+        """
+        other = copy.copy(self)
+        other._owns_model, other._context = False, None
+        other._open_context(threads)
+        if other._adapter:
+            other.apply_adapter(True)
+        return other
+
+    def use_threads(self, threads: int) -> None:
+        """Compute on this many CPU threads from now on."""
+        llama_cpp.llama_set_n_threads(self._context, threads, threads)
 
     def _load_adapter(self, adapter: Path) -> None:
         self._adapter = llama_cpp.llama_adapter_lora_init(self._model, os.fsencode(adapter))  # freed with the model
@@ -173,9 +195,9 @@ class Engine:
             llama_cpp.llama_batch_free(self._batch)
             llama_cpp.llama_free(self._context)
             self._context = None
-        if self._model:
+        if self._model and self._owns_model:
             llama_cpp.llama_model_free(self._model)
-            self._model = None
+        self._model = None
 
     def __enter__(self) -> Engine:
         return self

@@ -16,6 +16,7 @@ from olpack.errors import OlpackError
 from olpack.model import gguf_files, tokenizer_trial
 from olpack.model.checkpoint import TensorHeader, check_tokenizer_files, read_tensor_headers, refuse_adapter
 from olpack.model.gguf_base import GgufBase
+from olpack.model.libraries import fewer_packages
 from olpack.model.quantized import dequantized_headers, quantization_method
 from olpack.model.settings import read_config_file, read_object
 from olpack.workspace import PACKAGE, files_fingerprint, folder_fingerprint, value_digest
@@ -222,10 +223,12 @@ def load_untried(folder: Path) -> Any:
     """
     settings = folder / "tokenizer_config.json"
     if settings.is_file() and read_object(settings).get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend"):
-        from transformers import PreTrainedTokenizerFast
+        with fewer_packages():
+            from transformers import PreTrainedTokenizerFast
 
         return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    from transformers import AutoTokenizer
+    with fewer_packages():
+        from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from olpack.errors import OlpackError
 from olpack.model.gguf_blocks import FLOATS, INTEGERS, TYPES, BlockType
-from olpack.model.gguf_header import PART, Header, Scalar, part_names, read_header
+from olpack.model.gguf_header import PART, FileState, Header, Scalar, file_state, part_names, read_header
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +35,7 @@ class GgufTensor:
         type: of its blocks.
         path: the file that contains it.
         offset: the byte of the file where its data begins.
+        state: of the file when it was opened.
     """
 
     name: str
@@ -42,6 +43,7 @@ class GgufTensor:
     type: BlockType
     path: Path
     offset: int
+    state: FileState
 
     @property
     def nbytes(self) -> int:
@@ -121,9 +123,12 @@ class GgufBase:
     def blocks(self, name: str) -> torch.Tensor:
         """The blocks of a tensor, uint8 [..., bytes of a row], mapped into memory: a page is read when it is used, and what is written stays out of
         the file.
+
+        Raises:
+            OlpackError: another file has taken the place of the one that was opened.
         """
         tensor = self.tensors[name]
-        bytes_ = _mapped(tensor.path)[tensor.offset : tensor.offset + tensor.nbytes]
+        bytes_ = _mapped(tensor.path, tensor.state)[tensor.offset : tensor.offset + tensor.nbytes]
         return bytes_.view(*tensor.shape[:-1], tensor.type.row_bytes(tensor.shape[-1]))
 
     def dequantized(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -132,11 +137,13 @@ class GgufBase:
 
 
 @functools.lru_cache(maxsize=64)
-def _mapped(path: Path) -> torch.Tensor:
-    """A file's bytes, uint8 [bytes], mapped for this process alone."""
+def _mapped(path: Path, state: FileState) -> torch.Tensor:
+    """The bytes of the file that has this state, uint8 [bytes], mapped for this process alone."""
     import torch
 
-    return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+    if file_state(path.stat()) != state:
+        raise OlpackError(f"'{path}' was replaced while it was read.", "Run the same command again.")
+    return torch.from_file(str(path), shared=False, size=state[0], dtype=torch.uint8)
 
 
 def parts_of(path: Path) -> tuple[Path, ...]:
@@ -194,7 +201,7 @@ def _tensor(path: Path, header: Header, name: str) -> GgufTensor:
     type_ = TYPES[number]
     if shape[-1] % type_.weights:
         raise OlpackError(f"'{path}' has '{name}' with rows of {shape[-1]} weights, which are no blocks of {type_.name}.", "Download it again.")
-    tensor = GgufTensor(name, shape, type_, path, header.offsets[name])
+    tensor = GgufTensor(name, shape, type_, path, header.offsets[name], header.state)
     if tensor.offset + tensor.nbytes > header.size:
         raise OlpackError(
             f"'{path}' is truncated: it has {header.size:,} bytes, and '{name}' ends at byte {tensor.offset + tensor.nbytes:,}.",

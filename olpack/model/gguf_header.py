@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import struct
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 """Name of a part of a split GGUF, as llama.cpp writes it."""
 
 Scalar = str | int | float  # and bool, which is an int
+FileState = tuple[int, int, int]  # size in bytes, time of change in ns, inode
 
 
 def part_names(name: str, count: int) -> list[str]:
@@ -62,6 +64,7 @@ class Header:
         counts: key of a list, also of a long one and one of texts, to its number of entries.
         offsets: name of a tensor to the byte of the file where its data begins.
         size: bytes of the file.
+        state: of the file, which tells it from another one of the same name.
     """
 
     metadata: dict[str, Scalar]
@@ -70,6 +73,7 @@ class Header:
     counts: dict[str, int] = field(default_factory=dict)
     offsets: dict[str, int] = field(default_factory=dict)
     size: int = 0
+    state: FileState = (0, 0, 0)
 
     @property
     def parameters(self) -> int:
@@ -98,11 +102,17 @@ def read_header(path: Path) -> Header:
         found = path.stat()
     except FileNotFoundError:
         raise OlpackError(f"{path} does not exist.", "Make it with 'olpack export'.") from None
-    return _read(path.resolve(), found.st_size, found.st_mtime_ns, found.st_ino)
+    return _read(path.resolve(), file_state(found))
+
+
+def file_state(found: os.stat_result) -> FileState:
+    """What `Header.state` has."""
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 @lru_cache(maxsize=64)
-def _read(path: Path, size: int, _modified: int, _inode: int) -> Header:
+def _read(path: Path, state: FileState) -> Header:
+    size = state[0]
     try:
         with path.open("rb") as file:
             magic, version, tensors, count = struct.unpack("<4sIQQ", file.read(24))
@@ -110,7 +120,7 @@ def _read(path: Path, size: int, _modified: int, _inode: int) -> Header:
                 raise _Damage("it does not begin as one")
             if count * _LEAST_KEY + tensors * _LEAST_TENSOR > size:
                 raise _Damage(f"it declares {count:,} keys and {tensors:,} tensors, more than it has bytes for")
-            header = Header({}, {}, size=size)
+            header = Header({}, {}, size=size, state=state)
             _read_metadata(file, count, header)
             _read_tensors(file, tensors, header)
             return header

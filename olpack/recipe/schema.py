@@ -265,8 +265,8 @@ class Export(_Section):
     importance matrix if there is one; `learned` minimizes the change of each matrix's output on training rows. Files have the same form, size and
     speed, and lose less."""
     scale_steps: int = Field(default=50, ge=0, le=10_000)
-    """With `rounding: learned`, for quants with matrices of up to 4 bits: steps in which the scales of their blocks are trained to keep what the
-    unquantized fine-tune predicts on training rows. 0: they are not trained."""
+    """With `rounding: learned`, for quants most of whose weights are in Q2_K, Q3_K or Q4_0: steps in which the scales of their blocks are trained to
+    keep what the unquantized fine-tune predicts on training rows. 0: they are not trained."""
 
     @field_validator("tensor_types")
     @classmethod

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from olpack import progress
 from olpack.errors import OlpackError
+from olpack.machine import this_machine
 from olpack.quants import gains_by_importance, has_few_bits, quant_type
 from olpack.stages import records, train
 from olpack.stages.build import Build
@@ -21,7 +22,7 @@ from olpack.workspace import file_digest, remove, value_digest
 
 if TYPE_CHECKING:
     from olpack.data import TokenRow
-    from olpack.export import ExportOptions, RoundedMatrices
+    from olpack.export import ExportOptions, ExportPlan, RoundedMatrices
 
 # Of the training rows, at most so many tokens are read for an importance matrix. 2,048 served as well as 72,895 did (benchmarks/importance.md);
 # sixteen times as many leave that for each expert where a token is sent to one in sixteen of them (8 of 128).
@@ -39,7 +40,7 @@ LEAST_ROUNDING_TOKENS = 2_048
 _SEARCH_SECONDS = 2e-7  # for a weight: to search scales and to choose codes column by column
 
 ROUNDING_VERSION = 1  # raised when the same inputs would no longer give the same blocks
-_SCALES_VERSION = 1  # likewise, of trained block scales
+SCALES_VERSION = 1  # likewise, of trained block scales
 
 
 def fine_tune_inputs(build: Build) -> dict[str, Any]:
@@ -139,6 +140,37 @@ def trains_scales(build: Build, quant: str) -> bool:
     return reads_rows(build, quant) and asked.scale_steps > 0 and has_few_bits(quant_type(quant), asked.tensor_types)
 
 
+def scaled_quants(build: Build, exported: ExportPlan) -> list[str]:
+    """The quants whose block scales will be trained."""
+    if not exported.few_bits or not build.recipe.export.scale_steps:
+        return []
+    from olpack.train.block_scales import trains
+
+    return exported.few_bits if trains(exported.architecture) else []
+
+
+def check_scales_memory(build: Build, exported: ExportPlan) -> None:
+    """Refuse a training of block scales that this machine has too little memory for.
+
+    Raises:
+        OlpackError: it has.
+    """
+    if not (scaled := scaled_quants(build, exported)):
+        return
+    import torch
+
+    from olpack.train.block_scales import check_memory
+    from olpack.train.device import compute_dtype, pick_device
+
+    device, shape = pick_device(), build.meta_model.shape
+    there = this_machine().ram if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory
+    full = compute_dtype(device).itemsize
+    rest = shape.hidden * shape.vocabulary * (full if shape.tied else 2 * full)
+    # The unquantized model has 8 bits at best, and blocks at most 256 weights.
+    files = exported.parameters * 34 // 32 + max(exported.sizes[quant] for quant in scaled) + rest
+    check_memory(shape, files, 2 * exported.parameters // 256, there, full)
+
+
 def rounding_rows(rows: Sequence[TokenRow]) -> list[TokenRow]:
     """The rows that matrices are rounded by.
 
@@ -186,7 +218,8 @@ def round_on_training_rows(build: Build, quants: list[str], options: ExportOptio
             _write_fine_tune(build, "Q8_0", source)
         made = round_matrices(build.base.source, quants, source, [row.ids for row in rows], folder, **options)
         progress.say(rounded_on(made, rows))
-        scales = train_scales(source, made, build.rows[0], folder, build.recipe.export.scale_steps)
+        smallest = min((path for path in _rounding_sources(build) if path.is_file()), key=lambda path: path.stat().st_size, default=source)
+        scales = train_scales(smallest, made, build.rows[0], folder, build.recipe.export.scale_steps)
     finally:
         build.paths.rounding_source.unlink(missing_ok=True)
     return {"rounded": folder, "scales": scales}
@@ -203,24 +236,39 @@ def train_scales(gguf: Path, made: RoundedMatrices, rows: Sequence[TokenRow], fo
 
     Returns:
         Files of scales by quant. A quant whose scales cannot be trained is not among them, and a warning says why.
-    """
-    from olpack.export import blocks_file
-    from olpack.train.block_scales import train_block_scales
 
+    Raises:
+        OlpackError: too little memory, or space; predictions that are no numbers.
+    """
+    if not steps or not made.few_bits:
+        return {}
+    from olpack.export import blocks_file
+    from olpack.model.gguf_base import open_gguf
+    from olpack.model.libraries import import_libraries
+
+    import_libraries()
+    from olpack.train.block_scales import train_block_scales, trains
+
+    if not trains(architecture := open_gguf(gguf).architecture):
+        named = " and ".join(made.few_bits)
+        progress.warn(f"The block scales of {named} stay as they were rounded: olpack trains on no GGUF files of the architecture {architecture}")
+        return {}
     found: dict[str, Path] = {}
-    for quant, types in made.few_bits.items() if steps else ():
-        path = folder / f"{value_digest([_SCALES_VERSION, steps, types, [row.ids for row in rows]])[:16]}.safetensors"
+    for quant, types in made.few_bits.items():
+        path = folder / f"{value_digest([SCALES_VERSION, steps, types, [row.ids for row in rows]])[:16]}.safetensors"
         if not path.is_file():
             matrices = {name: (type_name, blocks_file(folder, name, type_name)) for name, type_name in types.items()}
-            try:
-                trained = train_block_scales(gguf, matrices, rows, path, steps=steps, title=f"training the block scales of {quant}")
-            except OlpackError as error:
-                progress.warn(f"The block scales of {quant} stay as they were rounded: {error.problem}")
+            trained = train_block_scales(gguf, matrices, rows, path, steps=steps, title=f"training the block scales of {quant}")
+            if trained is None:
+                progress.warn(f"The block scales of {quant} stay as they were rounded: none of its matrices is a linear layer")
                 continue
-            progress.say(
-                f"trained the block scales of {quant} for {trained.steps:,} steps: KL divergence from the unquantized model "
-                f"{1000 * trained.before:.1f} -> {1000 * trained.after:.1f} mnat a token on training rows that were set aside"
-            )
+            if not trained.steps:
+                progress.say(f"training gained nothing for the block scales of {quant} on training rows that were set aside, so they stay")
+            else:
+                figures = f"from {1000 * trained.before:.1f} to {1000 * trained.after:.1f} mnat a token"
+                progress.say(
+                    f"trained the block scales of {quant}: the KL divergence that its matrices cause fell {figures} on rows that were set aside"
+                )
         found[quant] = path
     return found
 

@@ -276,7 +276,7 @@ def by_ggml_keys(build: Build) -> dict[str, str]:
         return {}
     inputs = {quant.name: export.STAGE.all_inputs(build, f"export-{quant.name}") for quant in build.quants}
     other = {quant: own for quant, own in inputs.items() if "export.rounding" in own}
-    dropped = ("export.rounding", "rounding on rows")
+    dropped = ("export.rounding", "rounding on rows", "export.scale_steps", "trained block scales")
     return {quant: value_digest({name: value for name, value in own.items() if name not in dropped}) for quant, own in other.items()}
 
 

@@ -18,10 +18,12 @@ from olpack.stages import records, train
 from olpack.stages.build import Build
 from olpack.stages.calibration import (
     ROUNDING_VERSION,
+    SCALES_VERSION,
     SENSITIVITY,
     awaiting_importance,
     awaiting_sensitivity,
     budgets,
+    check_scales_memory,
     collect_importance_matrix,
     fine_tune_inputs,
     importance_file,
@@ -78,7 +80,7 @@ def _choices(build: Build, quant: str) -> dict[str, Any]:
     if reads_rows(build, quant):
         made["rounding on rows"] = ROUNDING_VERSION
     if trains_scales(build, quant):
-        made["export.scale_steps"] = asked.scale_steps
+        made["export.scale_steps"], made["trained block scales"] = asked.scale_steps, SCALES_VERSION
     if uses_importance(build, quant):
         made["export.importance"] = importance_key(build)
     if quant in budgets(build):
@@ -107,12 +109,14 @@ def check(build: Build, checks: Checks) -> None:
         tensor_types=build.recipe.export.tensor_types,
         rounding=build.recipe.export.rounding,
         rounded=build.paths.rounded,
+        scales="later" if build.recipe.export.scale_steps else {},
         texts=texts,
         requantize=build.base.gguf is not None,
         adapter=None if build.paths.base else build.finished_adapter,
         merge_base=build.recipe.train.merge_base,
         **header_options(build),
     )
+    check_scales_memory(build, exported)
     for warning in exported.warnings:
         progress.warn(warning)
     _warn_of_own_type(build)

@@ -15,7 +15,7 @@ from olpack import progress
 from olpack.errors import OlpackError
 from olpack.stages import compare, deploy, export, train
 from olpack.stages.build import Build
-from olpack.stages.calibration import needs_importance_source, needs_rounding_source, reads_rows, rounding_seconds, temporary_quants
+from olpack.stages.calibration import needs_importance_source, needs_rounding_source, reads_rows, rounding_seconds, scaled_quants, temporary_quants
 from olpack.stages.order import STAGES, all_steps
 from olpack.stages.records import Step
 from olpack.stages.stage import Checks
@@ -84,12 +84,13 @@ class Estimate:
     warnings: list[str] = field(default_factory=list)
 
 
-def check(build: Build, stale: list[Step]) -> ExportPlan | None:
+def check(build: Build, stale: list[Step], *, now: bool = False) -> ExportPlan | None:
     """Refuse now what would fail later. Reads headers, the tokenizer and every row; writes nothing in the build.
 
     Args:
         build: the package.
         stale: the steps that will run. Those that are done are not checked again.
+        now: they run next, and are not only planned.
 
     Returns:
         What the export would write; None where neither training nor the export is stale.
@@ -97,7 +98,7 @@ def check(build: Build, stale: list[Step]) -> ExportPlan | None:
     Raises:
         OlpackError: the first thing that would fail, with its remedy.
     """
-    checks = Checks(stale)
+    checks = Checks(stale, now)
     if "compare" in checks.stages:
         compare.check_answers_may_run(build)
     if checks.stages & {"export", "deploy", "compare"}:
@@ -161,7 +162,7 @@ def estimate(build: Build, vram: float | None = None) -> Estimate:
     tokens = sum(len(row.ids) for row in rows)
     parameters = exported.parameters
     rounded = [quant.name for quant in build.quants if not build.paths.base and reads_rows(build, quant.name)]
-    scaled = [quant for quant in exported.few_bits if build.recipe.export.scale_steps]
+    scaled = scaled_quants(build, exported)
     full = 4 if device.type == "cpu" else 2
     held = asked.quantization if asked.quantization != "none" else "float32" if full == 4 else "bfloat16"
     passes = asked.epochs * tokens * 4 + 2 * sum(len(row.ids) for row in held_out) * 2  # forward 2, backward of activations 2, per weight and token

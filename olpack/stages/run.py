@@ -35,7 +35,7 @@ def run(build: Build, only: str | None = None) -> list[Step]:
         _refuse_stale_before(build, stages[0], stale)
         stale = [step for step in stale if step.stage == only]
     if stale:
-        check(build, stale)
+        check(build, stale, now=True)
     with locked(build.paths.root):
         remove(build.paths.temporary)  # of a comparison that was killed
         for step in steps:

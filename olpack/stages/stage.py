@@ -61,10 +61,12 @@ class Checks:
 
     Attributes:
         steps: those that will run.
+        now: they run as soon as all is checked, and are not only planned.
         exported: what the export would write, once its check ran.
     """
 
     steps: list[Step]
+    now: bool = False
     exported: ExportPlan | None = None
 
     @property

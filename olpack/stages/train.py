@@ -50,6 +50,8 @@ def check(build: Build, checks: Checks) -> None:
     if build.finished_adapter:
         _check_finished(build, build.finished_adapter)
         return
+    rows, _ = build.rows
+    _import_libraries(build, compiles="train" in checks.stages and checks.now)
     from olpack.deploy import context_warnings
     from olpack.train.adapter import experts_left_out
     from olpack.train.batches import schedule
@@ -59,7 +61,6 @@ def check(build: Build, checks: Checks) -> None:
     from olpack.train.metrics import check_trackers
     from olpack.train.untrained_tokens import untrained_tokens
 
-    rows, _ = build.rows
     if build.base.leftover_quantization:
         progress.warn(
             f"config.json of {build.base.label} names bitsandbytes as the quantization of the weights, and none of them is quantized: olpack takes "
@@ -94,6 +95,19 @@ def check(build: Build, checks: Checks) -> None:
         from olpack.model.shape import adapter_shapes
 
         check_adapter(build.base.source, adapter_shapes(build.meta_model, build.recipe.train.target_modules))
+
+
+def _import_libraries(build: Build, *, compiles: bool) -> None:
+    """Import what training calls. A GPU's kernels compile meanwhile, where this process trains and `compiles`."""
+    from olpack.model.libraries import import_libraries
+    from olpack.train.device import compute_dtype, pick_device
+    from olpack.train.launch import launcher
+    from olpack.train.ops.pointwise import compile_kernels
+
+    if compiles and launcher(build.recipe.train) is None:
+        device = pick_device()
+        compile_kernels(device, compute_dtype(device), build.base.config, build.recipe.train.rank)
+    import_libraries()
 
 
 def _check_finished(build: Build, folder: Path) -> None:

@@ -6,8 +6,6 @@ result = train(base, rows, eval_rows, settings, out=Path("adapter"), checkpoint=
 from __future__ import annotations
 
 import gc
-import os
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,10 +18,6 @@ if TYPE_CHECKING:
     from olpack.recipe import Train
 
 __all__ = ["TrainResult", "train"]
-
-# Nothing in this process or its workers is compiled by torch, but bitsandbytes wraps functions for it, and the compiler that is imported then
-# takes 2 of 10 s of imports.
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 def train(base: Base, rows: list[TokenRow], eval_rows: list[TokenRow], settings: Train, *, out: Path, checkpoint: Path, key: str) -> TrainResult:
@@ -48,6 +42,7 @@ def train(base: Base, rows: list[TokenRow], eval_rows: list[TokenRow], settings:
     if command is not None:
         job = {"base": base, "rows": rows, "eval_rows": eval_rows, "settings": settings, "out": out, "checkpoint": checkpoint, "key": key}
         return run_launched(command, job)
+    from olpack.model.libraries import import_libraries
     from olpack.train.device import compute_dtype, pick_device
     from olpack.train.ops.pointwise import compile_kernels
 
@@ -57,24 +52,11 @@ def train(base: Base, rows: list[TokenRow], eval_rows: list[TokenRow], settings:
     from olpack.train.loop import run  # takes seconds, most of them for transformers and peft
 
     result = run(base, rows, eval_rows, settings, out=out, checkpoint=checkpoint, key=key)
-    _free_memory()
+    free_memory()
     return result
 
 
-def import_libraries() -> None:
-    """Import transformers and peft. They find packages missing that they take seconds to import, for losses of object detection, for speculative
-    decoding and for images."""
-    hidden = [name for name in ("scipy", "sklearn", "torchvision") if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type] # None is documented: the import of such a module fails
-    try:
-        import peft  # noqa: F401
-        import transformers.modeling_utils  # noqa: F401
-    finally:
-        for name in hidden:
-            del sys.modules[name]
-
-
-def _free_memory() -> None:
+def free_memory() -> None:
     """Free the model's memory: the next stages, with llama.cpp or Ollama, need it on the same GPU."""
     import torch
 

@@ -10,28 +10,34 @@ from __future__ import annotations
 import io
 import math
 import random
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from olpack import progress
 from olpack.data import TokenRow
 from olpack.errors import OlpackError
 from olpack.llamacpp import library
 from olpack.llamacpp.grids import HALVES
-from olpack.model.gguf_architectures import config_of, weights_of
+from olpack.machine import this_machine
+from olpack.model.gguf_architectures import ARCHITECTURES, config_of, weights_of
 from olpack.model.gguf_base import GgufBase, open_gguf
 from olpack.model.gguf_blocks import TYPES, BlockType
-from olpack.model.shape import MetaModel
+from olpack.model.shape import MetaModel, Shape
+from olpack.train import free_memory
 from olpack.train.device import compute_dtype, pick_device
 from olpack.train.frozen import BlockLinear
-from olpack.train.gguf_model import load_frozen
+from olpack.train.gguf_model import frozen_bytes, load_frozen
 from olpack.train.ops import blocks
 from olpack.workspace import write_atomically
 
@@ -41,6 +47,9 @@ _LOGITS = 1 << 27  # of a micro-batch, at most
 _LEARNING_RATE, _WARMUP = 2e-3, 5
 _SET_ASIDE = 32  # rows that measure the gain, at most a fifth
 _MEASURE_EVERY = 25  # steps
+_KEEP_EVERY = 300  # seconds
+_NUMBER = 22  # bytes of a trained number in memory: itself, its factor and its gradient, what Adam knows of it, the number that was rounded
+_LOGIT_COPIES = 5  # in float32: of both models, their logarithms, the gradient
 
 
 @dataclass(frozen=True)
@@ -57,36 +66,77 @@ class TrainedScales:
     steps: int
 
 
+def trains(architecture: str) -> bool:
+    """Whether olpack computes models of an architecture, as llama.cpp calls it, from their GGUF files."""
+    return any(name.partition(" ")[0] == architecture for name in ARCHITECTURES)
+
+
 def train_block_scales(
     gguf: Path, matrices: Mapping[str, tuple[str, Path]], rows: Sequence[TokenRow], out: Path, *, steps: int, title: str
-) -> TrainedScales:
+) -> TrainedScales | None:
     """Train the block scales of a quant, or go on where that was interrupted, and write the best ones to `out`.
 
     Args:
         gguf: the unquantized model, in 16 or 8 bits.
         matrices: ggml's name of a tensor to its type in the quant and the file of its rounded blocks. Those that are no linear layer of the model
             as transformers has it keep their scales.
-        rows: training rows. Every token counts.
+        rows: training rows. Every token counts; of a long row those up to its last target token, at most `LONGEST`.
         out: safetensors, by tensor float16 [numbers of a block, rows, blocks] in the order of `HALVES`; beside it is what an interrupted run needs.
         steps: of Adam, with `ROWS_A_STEP` rows each.
         title: of the progress bar.
 
+    Returns:
+        None where none of the matrices is such a layer; then nothing is written.
+
     Raises:
-        OlpackError: an architecture that olpack does not train on from a GGUF; predictions that are no numbers; both models together do not fit into
-            the GPU's memory.
+        OlpackError: an architecture that olpack does not train on from a GGUF; predictions that are no numbers; too little memory.
     """
     try:
         return _train(gguf, matrices, rows, out, steps, title)
     except torch.OutOfMemoryError:
-        raise OlpackError(
-            "The quant and the unquantized model do not fit into the GPU's memory together.", "Set CUDA_VISIBLE_DEVICES= to train them on the CPU."
-        ) from None
+        raise OlpackError("Training block scales ran out of the GPU's memory.", _WITHOUT) from None
+    finally:
+        free_memory()
 
 
-def _train(gguf: Path, matrices: Mapping[str, tuple[str, Path]], rows: Sequence[TokenRow], out: Path, steps: int, title: str) -> TrainedScales:
+_WITHOUT = "Free memory, or leave it out: `export: {scale_steps: 0}`, or --scale-steps 0."
+
+
+def check_memory(shape: Shape, file_bytes: int, numbers: int, available: int, full: int) -> bool:
+    """Whether activations have to be computed again in the backward pass, because all of them would not fit.
+
+    Args:
+        shape: of the model.
+        file_bytes: of the unquantized model's weights as they are in memory, and of the quant's.
+        numbers: of all blocks, which are trained.
+        available: bytes of memory.
+        full: bytes of an activation.
+
+    Raises:
+        OlpackError: it does not fit even so.
+    """
+    tokens = _tokens(shape.vocabulary)
+    fixed = file_bytes + _NUMBER * numbers + 4 * _LOGIT_COPIES * tokens * shape.vocabulary
+    # What a layer saves: about twelve times its hidden states, and four times those of its MLP.
+    of_layer = tokens * full * (12 * shape.hidden + 4 * shape.intermediate)
+    least = fixed + of_layer + tokens * full * shape.layers * shape.hidden
+    if least > available:
+        needed, there = progress.quantity(least, "B"), progress.quantity(available, "B")
+        raise OlpackError(f"Training block scales needs {needed} of memory for both models, and {there} are free.", _WITHOUT)
+    return fixed + shape.layers * of_layer > available
+
+
+def _tokens(vocabulary: int) -> int:
+    """Of a micro-batch."""
+    return max(1, min(LONGEST, _LOGITS // vocabulary))
+
+
+def _train(gguf: Path, matrices: Mapping[str, tuple[str, Path]], rows: Sequence[TokenRow], out: Path, steps: int, title: str) -> TrainedScales | None:
     from safetensors.torch import save
 
     quant = _Quant(open_gguf(gguf), matrices, pick_device())
+    if not quant.layers:
+        return None
     drawn = random.Random(0).sample(list(rows), len(rows))
     aside = max(1, min(_SET_ASIDE, len(drawn) // 5))
     measured_on, train_on = drawn[:aside], drawn[aside:] or drawn
@@ -96,9 +146,11 @@ def _train(gguf: Path, matrices: Mapping[str, tuple[str, Path]], rows: Sequence[
             run.measure(measured_on)
         while run.step < steps:
             start = run.step * ROWS_A_STEP
-            loss = run.take(train_on[(start + index) % len(train_on)] for index in range(ROWS_A_STEP))
+            loss = run.take([train_on[(start + index) % len(train_on)] for index in range(ROWS_A_STEP)])
             if run.step % _MEASURE_EVERY == 0 or run.step == steps:
                 run.measure(measured_on)
+            elif time.monotonic() - run.kept_at > _KEEP_EVERY:
+                run.keep()
             bar.advance(note=f"KL divergence {1000 * loss:.2f} mnat")
     before = run.measured[0]
     after, best = min((divergence, step) for step, divergence in run.measured.items())
@@ -113,10 +165,11 @@ def training_tokens(rows: Sequence[TokenRow], steps: int) -> int:
 
 
 class _Run:
-    """A training under way: a step at a time, kept in a file whenever the gain is measured.
+    """A training under way: a step at a time, kept in a file now and then.
 
     Attributes:
         step: how many are done.
+        kept_at: the monotonic clock's time when it was kept.
         measured: KL divergence by step, nats a token.
         best: the scales with the smallest one, by tensor.
     """
@@ -124,46 +177,56 @@ class _Run:
     def __init__(self, quant: _Quant, steps: int, state: Path):
         self.quant, self.state, self.step, self.measured = quant, state, 0, dict[int, float]()
         self.best: dict[str, torch.Tensor] = {}
+        self.kept_at = time.monotonic()
         self._optimizer = torch.optim.Adam([layer.factors for layer in quant.layers.values()], lr=_LEARNING_RATE, betas=(0.9, 0.99))
         self._rate = torch.optim.lr_scheduler.LambdaLR(
             self._optimizer, lambda step: min(1, (step + 1) / _WARMUP) * (1 + math.cos(math.pi * step / steps)) / 2
         )
         if state.is_file():
-            self._load(torch.load(state, weights_only=True, map_location=quant.device))
+            self._load()
 
-    def take(self, rows: Iterator[TokenRow]) -> float:
+    def take(self, rows: Sequence[TokenRow]) -> float:
         """One step. Returns the KL divergence on its rows, nats a token."""
-        chosen = list(rows)
-        count = sum(min(LONGEST, len(row.ids)) for row in chosen)
         total = 0.0
-        for group in self.quant.groups(chosen):
-            divergence = self.quant.divergence(group) / count
-            divergence.backward()
+        for group in self.quant.groups(rows):
+            divergence = self.quant.divergence(group)
+            divergence.backward()  # of the sum: Adam takes the same step whatever it is multiplied by
             total += float(divergence.detach())
-        self._optimizer.step()
+        if math.isfinite(total):
+            self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._rate.step()
         self.quant.write()
         self.step += 1
-        return total
+        return total / self.quant.count(rows)
 
     def measure(self, rows: Sequence[TokenRow]) -> None:
         """Measure the KL divergence on rows, keep the scales if it is the smallest so far, and put everything into the file."""
         with torch.inference_mode():
             total = sum(float(self.quant.divergence(group)) for group in self.quant.groups(rows))
-        divergence = total / sum(min(LONGEST, len(row.ids)) for row in rows)
+        divergence = total / self.quant.count(rows)
         if not self.measured and not math.isfinite(divergence):
             raise OlpackError("The model's predictions are no numbers.", "Take another checkpoint, or train again with a lower learning rate.")
         if divergence < min(self.measured.values(), default=math.inf):
             self.best = self.quant.scales()
         self.measured[self.step] = divergence
+        self.keep()
+
+    def keep(self) -> None:
+        """Put everything into the file."""
         factors = {name: layer.factors.detach() for name, layer in self.quant.layers.items()}
         kept = {"step": self.step, "measured": self.measured, "best": self.best, "factors": factors}
         data = io.BytesIO()
         torch.save(kept | {"optimizer": self._optimizer.state_dict(), "rate": self._rate.state_dict()}, data)
         write_atomically(self.state, data.getvalue())
+        self.kept_at = time.monotonic()
 
-    def _load(self, kept: dict[str, Any]) -> None:
+    def _load(self) -> None:
+        try:
+            kept: dict[str, Any] = torch.load(self.state, weights_only=True, map_location=self.quant.device)
+        except Exception as error:  # torch raises whatever it meets in a damaged file
+            progress.warn(f"'{self.state}' is damaged ({type(error).__name__}), so the training of block scales begins anew")
+            return
         self.step, self.measured, self.best = kept["step"], kept["measured"], kept["best"]
         self._optimizer.load_state_dict(kept["optimizer"])
         self._rate.load_state_dict(kept["rate"])
@@ -177,7 +240,17 @@ class _Quant:
 
     def __init__(self, base: GgufBase, matrices: Mapping[str, tuple[str, Path]], device: torch.device):
         self.device = device
-        self._model = load_frozen(base, device, compute_dtype(device))
+        # The gradients are smaller than float16's smallest numbers.
+        dtype = torch.float32 if compute_dtype(device) == torch.float16 else compute_dtype(device)
+        shape = MetaModel(config_of(base), str(base.paths[0])).shape
+        self._tokens = _tokens(shape.vocabulary)
+        free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else min(psutil.virtual_memory().available, this_machine().ram)
+        sizes = [(path.stat().st_size, TYPES[library.tensor_type(one)].bytes, len(HALVES[one])) for one, path in matrices.values()]
+        weights_bytes = frozen_bytes(base, dtype.itemsize) + sum(size for size, _, _ in sizes)
+        again = check_memory(shape, weights_bytes, sum(size // block * count for size, block, count in sizes), free, dtype.itemsize)
+        self._model = load_frozen(base, device, dtype)
+        if again:
+            self._compute_activations_again()
         self.layers: dict[str, ScaledLinear] = {}
         self._orders: dict[str, torch.Tensor] = {}  # row of the file by row of the model
         for name, weight in weights_of(base, MetaModel(config_of(base), str(base.paths[0])).module).items():
@@ -189,14 +262,24 @@ class _Quant:
             packed = torch.from_numpy(np.fromfile(path, np.uint8).reshape(plain.out_features, -1))[order]
             layer = self.layers[tensor] = ScaledLinear(plain, TYPES[library.tensor_type(type_name)], HALVES[type_name], packed.to(device))
             self._model.set_submodule(module, layer)
-        words = self._model.get_input_embeddings().get_parameter("weight").shape[0]
-        self._tokens = max(1, min(LONGEST, _LOGITS // words))
+
+    def _compute_activations_again(self) -> None:
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        self._model._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))
+        for layer in self._model.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.training = True  # it computes again in training mode only; what is in it stays in evaluation mode, without dropout
+
+    def count(self, rows: Sequence[TokenRow]) -> int:
+        """Tokens that are read of rows."""
+        return sum(min(self._tokens, len(row.ids)) for row in rows)
 
     def groups(self, rows: Sequence[TokenRow]) -> Iterator[list[TokenRow]]:
         """Micro-batches of rows of similar lengths."""
         group: list[TokenRow] = []
         for row in sorted(rows, key=lambda row: len(row.ids)):
-            if group and min(LONGEST, len(row.ids)) * (len(group) + 1) > self._tokens:
+            if group and min(self._tokens, len(row.ids)) * (len(group) + 1) > self._tokens:
                 yield group
                 group = []
             group.append(row)
@@ -204,12 +287,17 @@ class _Quant:
 
     def divergence(self, rows: Sequence[TokenRow]) -> torch.Tensor:
         """KL divergence of the quant from the unquantized model, summed over the tokens of rows, in nats."""
-        cut = [torch.tensor(row.ids[:LONGEST]) for row in rows]
+        cut = [torch.tensor(self._window(row)) for row in rows]
         ids = nn.utils.rnn.pad_sequence(cut, batch_first=True).to(self.device)  # what is behind a row changes nothing in it
         places = torch.arange(ids.shape[1], device=self.device) < torch.tensor([[len(row)] for row in cut], device=self.device)
         with torch.no_grad():
             exact = self._log_probabilities(ids, places, quantized=False)
         return F.kl_div(self._log_probabilities(ids, places, quantized=True), exact, reduction="sum", log_target=True)
+
+    def _window(self, row: TokenRow) -> Sequence[int]:
+        """The tokens of a row that are read."""
+        last = max((place for place, counts in enumerate(row.loss_mask) if counts), default=len(row.ids) - 1)
+        return row.ids[max(0, last + 1 - self._tokens) :][: self._tokens]
 
     def _log_probabilities(self, ids: torch.Tensor, places: torch.Tensor, *, quantized: bool) -> torch.Tensor:
         for layer in self.layers.values():

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 
 from olpack import progress, workers
 from olpack.errors import OlpackError
-from olpack.train import import_libraries
+from olpack.model.libraries import import_libraries
 
 PROGRESS_EVERY_S = 0.2  # so that a bar moves
 

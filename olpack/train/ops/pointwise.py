@@ -28,6 +28,7 @@ R = TypeVar("R")
 
 _kernels: ModuleType | None = None  # `olpack.train.ops.kernels`, once they have run
 _compiling: threading.Thread | None = None
+_compiled: tuple | None = None  # the arguments of what compiles or has been compiled
 
 
 def kernels_for(x: torch.Tensor) -> ModuleType | None:
@@ -52,14 +53,15 @@ class _WithKernel(Generic[P, R]):
 
 
 def compile_kernels(device: torch.device, dtype: torch.dtype, config: Mapping[str, Any], rank: int) -> None:
-    """Begin to compile the kernels for a GPU, while the model loads. They stay on disk: this is for the first run on a machine.
+    """Begin to compile the kernels for a GPU, while libraries are imported and the model loads. They stay on disk: this is for the first run on a
+    machine. What has begun with the same arguments is not begun again.
 
     Args:
         dtype: that the model computes in.
         config: the base's config.json.
         rank: of the adapter.
     """
-    global _compiling
+    global _compiling, _compiled
     if device.type != "cuda":
         return
     try:  # here and not in the thread: two threads that import the same modules find them half made
@@ -68,6 +70,9 @@ def compile_kernels(device: torch.device, dtype: torch.dtype, config: Mapping[st
         return
     sizes = _sizes({**config, **(config.get("text_config") or {})}, rank)
     of_gguf = (config.get("quantization_config") or {}).get("types", ())
+    if _compiled == (compiled := (dtype, sizes, list(of_gguf))):
+        return
+    _compiled = compiled
 
     def compile_all() -> None:
         with contextlib.suppress(Exception):
