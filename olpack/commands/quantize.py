@@ -88,7 +88,7 @@ def _round_on_rows(source: str, path: Path, quants: Sequence[str], file: Path, w
     """
     from olpack.data import Renderer, Source, load_chats, render_rows
     from olpack.deploy.bases import resolve_base
-    from olpack.stages.calibration import blocks_folder, rounded_on, rounding_rows, train_scales
+    from olpack.stages.calibration import blocks_folder, check_scales_memory, rounded_on, rounding_rows, train_scales
     from olpack.workspace import folder_fingerprint
 
     if not any(gains_by_importance(quant_type(quant), {}) for quant in quants):
@@ -99,7 +99,8 @@ def _round_on_rows(source: str, path: Path, quants: Sequence[str], file: Path, w
     adapter = options.get("adapter")
     reader = path if path.is_file() and not adapter else work / "source.gguf"
     checked: ExportOptions = {**options, "rounded": work, "scales": "later" if scale_steps else {}}
-    check_export(path, quants, temporary=[] if reader == path else ["Q8_0"], out=work.parent, **checked)
+    checked_export = check_export(path, quants, temporary=[] if reader == path else ["Q8_0"], out=work.parent, **checked)
+    check_scales_memory(checked_export, scale_steps, base)
     folder = blocks_folder(work, [base.digest, folder_fingerprint(adapter) if adapter else None], chosen)
     try:
         if reader != path:

@@ -23,6 +23,7 @@ from olpack.workspace import file_digest, remove, value_digest
 if TYPE_CHECKING:
     from olpack.data import TokenRow
     from olpack.export import ExportOptions, ExportPlan, RoundedMatrices
+    from olpack.model.base import Base
 
 # Of the training rows, at most so many tokens are read for an importance matrix. 2,048 served as well as 72,895 did (benchmarks/importance.md);
 # sixteen times as many leave that for each expert where a token is sent to one in sixteen of them (8 of 128).
@@ -140,29 +141,30 @@ def trains_scales(build: Build, quant: str) -> bool:
     return reads_rows(build, quant) and asked.scale_steps > 0 and has_few_bits(quant_type(quant), asked.tensor_types)
 
 
-def scaled_quants(build: Build, exported: ExportPlan) -> list[str]:
-    """The quants whose block scales will be trained."""
-    if not exported.few_bits or not build.recipe.export.scale_steps:
+def scaled_quants(exported: ExportPlan, steps: int) -> list[str]:
+    """The quants whose block scales will be trained, in so many steps."""
+    if not exported.few_bits or not steps:
         return []
     from olpack.train.block_scales import trains
 
     return exported.few_bits if trains(exported.architecture) else []
 
 
-def check_scales_memory(build: Build, exported: ExportPlan) -> None:
+def check_scales_memory(exported: ExportPlan, steps: int, base: Base) -> None:
     """Refuse a training of block scales that this machine has too little memory for.
 
     Raises:
         OlpackError: it has.
     """
-    if not (scaled := scaled_quants(build, exported)):
+    if not (scaled := scaled_quants(exported, steps)):
         return
     import torch
 
+    from olpack.model.shape import MetaModel
     from olpack.train.block_scales import check_memory
     from olpack.train.device import compute_dtype, pick_device
 
-    device, shape = pick_device(), build.meta_model.shape
+    device, shape = pick_device(), MetaModel(base.config, base.label).shape
     there = this_machine().ram if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory
     full = compute_dtype(device).itemsize
     rest = shape.hidden * shape.vocabulary * (full if shape.tied else 2 * full)

@@ -116,7 +116,7 @@ def check(build: Build, checks: Checks) -> None:
         merge_base=build.recipe.train.merge_base,
         **header_options(build),
     )
-    check_scales_memory(build, exported)
+    check_scales_memory(exported, build.recipe.export.scale_steps, build.base)
     for warning in exported.warnings:
         progress.warn(warning)
     _warn_of_own_type(build)

@@ -162,7 +162,7 @@ def estimate(build: Build, vram: float | None = None) -> Estimate:
     tokens = sum(len(row.ids) for row in rows)
     parameters = exported.parameters
     rounded = [quant.name for quant in build.quants if not build.paths.base and reads_rows(build, quant.name)]
-    scaled = scaled_quants(build, exported)
+    scaled = scaled_quants(exported, build.recipe.export.scale_steps)
     full = 4 if device.type == "cpu" else 2
     held = asked.quantization if asked.quantization != "none" else "float32" if full == 4 else "bfloat16"
     passes = asked.epochs * tokens * 4 + 2 * sum(len(row.ids) for row in held_out) * 2  # forward 2, backward of activations 2, per weight and token
