@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import random
 from pathlib import Path
@@ -87,6 +88,8 @@ def rounded(tmp_path_factory) -> tuple[Path, Path, Path, dict[str, tuple[str, Pa
 
 
 def test_scales_go_into_the_file_and_nothing_else_changes(rounded, tmp_path):
+    import llama_cpp
+
     model, exact, folder, matrices = rounded
     out = tmp_path / "scales.safetensors"
     made = train_block_scales(exact, matrices, TOKEN_ROWS, out, steps=20, title="training")
@@ -105,6 +108,11 @@ def test_scales_go_into_the_file_and_nothing_else_changes(rounded, tmp_path):
                 write_halves(matrices[name][0], expected, scales.get_tensor(name))
                 assert not np.array_equal(expected, before[name].data)
             assert np.array_equal(tensor.data, expected), name
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.only_copy = True
+    copy = tmp_path / "copy.gguf"
+    assert llama_cpp.llama_model_quantize(str(targets[0].path).encode(), str(copy).encode(), ctypes.byref(params)) == 0
+    assert copy.read_bytes() == targets[0].path.read_bytes()
 
 
 def test_an_interrupted_training_goes_on(rounded, tmp_path, monkeypatch):
