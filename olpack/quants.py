@@ -18,6 +18,9 @@ from olpack.errors import OlpackError
 # of each matrix on the training rows change least.
 Rounding = Literal["ggml", "search", "learned"]
 
+# Tensor types whose block scales are worth a training; that of Q4_K, Q4_1 and IQ4_NL gained nothing (benchmarks/LOG.md).
+FEW_BITS = ("Q2_K", "Q3_K", "Q4_0")
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -209,8 +212,7 @@ def overridable(quant: QuantType) -> bool:
 
 def has_few_bits(quant: QuantType, tensor_types: Mapping[str, str]) -> bool:
     """Whether a file may have matrices in Q2_K, Q3_K or Q4_0: a budget decides that by what it measures."""
-    few = ("Q2_K", "Q3_K", "Q4_0")
-    return quant.budget is not None or any(one.upper().startswith(few) for one in (quant.name, *tensor_types.values()))
+    return quant.budget is not None or any(one.upper().startswith(FEW_BITS) for one in (quant.name, *tensor_types.values()))
 
 
 def gains_by_importance(quant: QuantType, tensor_types: Mapping[str, str]) -> bool:

@@ -29,7 +29,7 @@ from olpack.llamacpp.activations import InputProducts, input_products
 from olpack.llamacpp.cores import usable_processors
 from olpack.llamacpp.grids import GRID_TYPES
 from olpack.machine import this_machine
-from olpack.quants import has_few_bits
+from olpack.quants import FEW_BITS, has_few_bits
 from olpack.workspace import write_atomically
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 _MATRIX = re.compile(r"blk\.(\d+)\.[\w.-]+")
 _INDEX = "matrices.json"
-_FEW_BITS = ("q2_K", "q3_K", "q4_0")  # trained scales gained nothing for Q4_K, Q4_1 and IQ4_NL (benchmarks/LOG.md)
 
 
 def rounded_types(model: SourceModel, plans: Sequence[FilePlan]) -> dict[str, list[str]]:
@@ -62,7 +61,7 @@ def few_bit_matrices(model: SourceModel, plan: FilePlan, tensor_types: Mapping[s
         return {}
     types = {name: one for name, (one,) in rounded_types(model, [plan]).items()}
     of_layers = sum(model.tensors[name].elements for name, _, _ in plan.tensors if _MATRIX.fullmatch(name))
-    few = sum(model.tensors[name].elements for name, one in types.items() if one in _FEW_BITS)
+    few = sum(model.tensors[name].elements for name, one in types.items() if one.upper() in FEW_BITS)
     return types if 2 * few > of_layers else {}
 
 

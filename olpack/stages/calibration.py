@@ -161,12 +161,12 @@ def check_scales_memory(exported: ExportPlan, steps: int, base: Base) -> None:
     import torch
 
     from olpack.model.shape import MetaModel
-    from olpack.train.block_scales import check_memory
-    from olpack.train.device import compute_dtype, pick_device
+    from olpack.train.block_scales import check_memory, working_dtype
+    from olpack.train.device import pick_device
 
     device, shape = pick_device(), MetaModel(base.config, base.label).shape
+    full = working_dtype(device).itemsize
     there = this_machine().ram if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory
-    full = compute_dtype(device).itemsize
     rest = shape.hidden * shape.vocabulary * (full if shape.tied else 2 * full)
     # The unquantized model has 8 bits at best, and blocks at most 256 weights.
     files = exported.parameters * 34 // 32 + max(exported.sizes[quant] for quant in scaled) + rest
@@ -213,15 +213,14 @@ def round_on_training_rows(build: Build, quants: list[str], options: ExportOptio
 
     rows = rounding_rows(build.rows[0])
     folder = blocks_folder(build.paths.rounded, fine_tune_inputs(build), rows)
-    source = max((path for path in _rounding_sources(build) if path.is_file()), key=lambda path: path.stat().st_size, default=None)
+    sources = sorted((path for path in _rounding_sources(build) if path.is_file()), key=lambda path: path.stat().st_size)
     try:
-        if source is None:
-            source = build.paths.rounding_source
-            _write_fine_tune(build, "Q8_0", source)
-        made = round_matrices(build.base.source, quants, source, [row.ids for row in rows], folder, **options)
+        if not sources:
+            sources = [build.paths.rounding_source]
+            _write_fine_tune(build, "Q8_0", sources[0])
+        made = round_matrices(build.base.source, quants, sources[-1], [row.ids for row in rows], folder, **options)
         progress.say(rounded_on(made, rows))
-        smallest = min((path for path in _rounding_sources(build) if path.is_file()), key=lambda path: path.stat().st_size, default=source)
-        scales = train_scales(smallest, made, build.rows[0], folder, build.recipe.export.scale_steps)
+        scales = train_scales(sources[0], made, build.rows[0], folder, build.recipe.export.scale_steps)
     finally:
         build.paths.rounding_source.unlink(missing_ok=True)
     return {"rounded": folder, "scales": scales}
@@ -256,8 +255,9 @@ def train_scales(gguf: Path, made: RoundedMatrices, rows: Sequence[TokenRow], fo
         progress.warn(f"The block scales of {named} stay as they were rounded: olpack trains on no GGUF files of the architecture {architecture}")
         return {}
     found: dict[str, Path] = {}
+    of_rows = value_digest([SCALES_VERSION, steps, [row.ids for row in rows]])
     for quant, types in made.few_bits.items():
-        path = folder / f"{value_digest([SCALES_VERSION, steps, types, [row.ids for row in rows]])[:16]}.safetensors"
+        path = folder / f"{value_digest([of_rows, types])[:16]}.safetensors"
         if not path.is_file():
             matrices = {name: (type_name, blocks_file(folder, name, type_name)) for name, type_name in types.items()}
             trained = train_block_scales(gguf, matrices, rows, path, steps=steps, title=f"training the block scales of {quant}")

@@ -126,6 +126,12 @@ def check_memory(shape: Shape, file_bytes: int, numbers: int, available: int, fu
     return fixed + shape.layers * of_layer > available
 
 
+def working_dtype(device: torch.device) -> torch.dtype:
+    """What both models compute in: gradients are smaller than the smallest numbers of float16."""
+    dtype = compute_dtype(device)
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def _tokens(vocabulary: int) -> int:
     """Of a micro-batch."""
     return max(1, min(LONGEST, _LOGITS // vocabulary))
@@ -240,20 +246,18 @@ class _Quant:
 
     def __init__(self, base: GgufBase, matrices: Mapping[str, tuple[str, Path]], device: torch.device):
         self.device = device
-        # The gradients are smaller than float16's smallest numbers.
-        dtype = torch.float32 if compute_dtype(device) == torch.float16 else compute_dtype(device)
-        shape = MetaModel(config_of(base), str(base.paths[0])).shape
-        self._tokens = _tokens(shape.vocabulary)
+        dtype, meta = working_dtype(device), MetaModel(config_of(base), str(base.paths[0]))
+        self._tokens = _tokens(meta.shape.vocabulary)
         free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else min(psutil.virtual_memory().available, this_machine().ram)
         sizes = [(path.stat().st_size, TYPES[library.tensor_type(one)].bytes, len(HALVES[one])) for one, path in matrices.values()]
         weights_bytes = frozen_bytes(base, dtype.itemsize) + sum(size for size, _, _ in sizes)
-        again = check_memory(shape, weights_bytes, sum(size // block * count for size, block, count in sizes), free, dtype.itemsize)
+        again = check_memory(meta.shape, weights_bytes, sum(size // block * count for size, block, count in sizes), free, dtype.itemsize)
         self._model = load_frozen(base, device, dtype)
         if again:
             self._compute_activations_again()
         self.layers: dict[str, ScaledLinear] = {}
         self._orders: dict[str, torch.Tensor] = {}  # row of the file by row of the model
-        for name, weight in weights_of(base, MetaModel(config_of(base), str(base.paths[0])).module).items():
+        for name, weight in weights_of(base, meta.module).items():
             tensor, module = weight.tensors[0], name.removesuffix(".weight")
             if len(weight.tensors) > 1 or tensor not in matrices or not isinstance(plain := self._model.get_submodule(module), BlockLinear):
                 continue
