@@ -29,7 +29,7 @@ from olpack.export.job import (
     partial_path,
 )
 from olpack.llamacpp.library import INSTALL
-from olpack.llamacpp.source import converter_source
+from olpack.llamacpp.source import cached_source, converter_source
 from olpack.quants import Rounding, check_tensor_types, quant_type
 from olpack.workspace import remove, remove_leftovers
 
@@ -60,6 +60,7 @@ class Converter:
         assert self._process.stdin is not None and self._process.stdout is not None  # both are pipes
         self._jobs: IO[str] = self._process.stdin
         self._messages: IO[str] = self._process.stdout
+        self.has_gpu = False  # a part of whose memory is the process's until it ends
 
     def __enter__(self) -> Converter:
         return self
@@ -69,7 +70,7 @@ class Converter:
 
     def close(self) -> None:
         """End the process. Partial files of a job go with it."""
-        self._end()
+        self._end(at_once=True)
         self._messages.close()
         self._log.close()
 
@@ -82,6 +83,11 @@ class Converter:
     def alive(self) -> bool:
         """Whether it takes jobs."""
         return self._process.poll() is None
+
+    def begin(self) -> None:
+        """Import the converter now, while the caller does other work, and not with the first job."""
+        with suppress(BrokenPipeError):  # it died, which the first job reports
+            self._send({"do": "begin"})
 
     def check(
         self,
@@ -215,12 +221,12 @@ class Converter:
     def _do(self, result: type[_Result], title: str, unit: str = "B", **job: object) -> _Result:
         """Send a job, show its progress, and return its result, which has the given type, or raise its error."""
         try:
-            self._jobs.write(json.dumps(job) + "\n")
-            self._jobs.flush()
+            self._send(job)
             with ExitStack() as shown:
                 task = None
                 for line in self._messages:
                     message = json.loads(line)
+                    self.has_gpu = message.get("has_gpu", self.has_gpu)
                     if "result" in message:
                         return TypeAdapter(result).validate_python(message["result"])
                     if "error" in message:
@@ -239,6 +245,10 @@ class Converter:
             self._end(at_once=True)
             raise
         raise self._death()
+
+    def _send(self, job: dict[str, Any]) -> None:
+        self._jobs.write(json.dumps(job) + "\n")
+        self._jobs.flush()
 
     def _death(self) -> OlpackError:
         code = self._process.wait()
@@ -265,40 +275,68 @@ class Converter:
 
 
 class _SharedWorker:
-    """The worker of a block of `one_worker`; None before its first job."""
+    """The worker of the blocks of `one_worker`; None before its first job. `blocks` of them are open that let it have a GPU between two jobs."""
 
     converter: Converter | None = None
+    gpu_blocks: int = 0
+
+    def start(self) -> Converter:
+        """The worker, which starts where it is not there or has died."""
+        if self.converter is None or not self.converter.alive:
+            self.end()
+            self.converter = Converter()
+        return self.converter
+
+    def end(self) -> None:
+        """End the worker, if it is there."""
+        if self.converter is not None:
+            self.converter.close()
+            self.converter = None
+
+    def release_gpu(self) -> None:
+        """End a worker that has a GPU, where no block lets it."""
+        if not self.gpu_blocks and self.converter is not None and self.converter.has_gpu:
+            self.end()
 
 
 _shared: _SharedWorker | None = None
 
 
 @contextmanager
-def one_worker() -> Iterator[None]:
-    """Within the block all jobs go to one worker, which starts with the first of them and ends with the outermost such block."""
+def one_worker(*, with_gpu: bool = True) -> Iterator[None]:
+    """Within the block all jobs go to one worker, which starts with the first of them and ends with the outermost such block.
+
+    Args:
+        with_gpu: let a worker that used a GPU wait for the next job with a part of the GPU's memory. Without, and outside of a block with, it
+            ends after its job.
+    """
     global _shared
-    if _shared is not None:
-        yield
-        return
-    _shared = mine = _SharedWorker()
+    outer, shared = _shared, _shared or _SharedWorker()
+    _shared = shared
+    shared.gpu_blocks += with_gpu
     try:
         yield
     finally:
-        _shared = None
-        if mine.converter is not None:
-            mine.converter.close()
+        shared.gpu_blocks -= with_gpu
+        shared.release_gpu()
+        if outer is None:
+            _shared = None
+            shared.end()
 
 
 @contextmanager
 def worker() -> Iterator[Converter]:
     """The worker that the surrounding block of `one_worker` shares; without one, a worker of its own."""
-    if _shared is None:
-        with Converter() as converter:
-            yield converter
-        return
-    if _shared.converter is None or not _shared.converter.alive:
-        _shared.converter = Converter()
-    yield _shared.converter
+    with one_worker(with_gpu=False):
+        assert _shared is not None  # in such a block
+        yield _shared.start()
+
+
+def begin() -> None:
+    """Have the worker of the surrounding block of `one_worker` import the converter while this process does other work. A converter that is to be
+    fetched first comes with the first job."""
+    if _shared is not None and _shared.converter is None and cached_source() is not None:
+        _shared.start().begin()
 
 
 def environment() -> dict[str, str]:

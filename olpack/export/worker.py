@@ -1,7 +1,8 @@
 """The worker process: `python -m olpack.export.worker CONVERTER_FOLDER`, driven by `client.py` over a pipe.
 
 One JSON object a line comes in on stdin ({"do": "check", "round", "export", "collect" or "measure", …}), JSON objects go out on stdout until one has
-"result", "error" or "crash". End of input ends the process, also in the middle of an export: its partial files go with it.
+"result", "error" or "crash", and "has_gpu". {"do": "begin"} imports the converter and has no answer. End of input ends the process, also in the
+middle of an export: its partial files go with it.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ def main() -> None:
             if not converter_ready:
                 converter.use_converter(Path(sys.argv[1]))
                 converter_ready = True
+            if job["do"] == "begin":
+                continue
             functions: dict[str, Callable[..., object]] = {
                 "check": run.check,
                 "export": run.export,
@@ -55,11 +58,18 @@ def main() -> None:
                 "measure": sensitivity.measure,
                 "round": run.round_matrices,
             }
-            send(result=functions[job.pop("do")](**job, report=_reporter(send)))
+            answer = {"result": functions[job.pop("do")](**job, report=_reporter(send))}
         except OlpackError as error:
-            send(error={"problem": error.problem, "remedy": error.remedy})
+            answer = {"error": {"problem": error.problem, "remedy": error.remedy}}
         except Exception:
-            send(crash=traceback.format_exc())
+            answer = {"crash": traceback.format_exc()}
+        send(**answer, has_gpu=_has_gpu())
+
+
+def _has_gpu() -> bool:
+    """Whether this process has a part of a GPU's memory, as after an export that used it."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.cuda.is_initialized()
 
 
 def _plain(value: object) -> object:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from olpack import progress
 from olpack.errors import OlpackError
+from olpack.export.client import begin, one_worker
 from olpack.stages import compare, deploy, export, train
 from olpack.stages.build import Build
 from olpack.stages.calibration import needs_importance_source, needs_rounding_source, reads_rows, rounding_seconds, scaled_quants, temporary_quants
@@ -84,6 +85,7 @@ class Estimate:
     warnings: list[str] = field(default_factory=list)
 
 
+@one_worker(with_gpu=False)
 def check(build: Build, stale: list[Step], *, now: bool = False) -> ExportPlan | None:
     """Refuse now what would fail later. Reads headers, the tokenizer and every row; writes nothing in the build.
 
@@ -101,6 +103,8 @@ def check(build: Build, stale: list[Step], *, now: bool = False) -> ExportPlan |
     checks = Checks(stale, now)
     if "compare" in checks.stages:
         compare.check_answers_may_run(build)
+    if checks.stages & export.STAGE.checked_for and not build.paths.served:
+        begin()
     if checks.stages & {"export", "deploy", "compare"}:
         from olpack.llamacpp.probe import check_library
 

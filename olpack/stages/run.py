@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from olpack import progress
 from olpack.errors import OlpackError
+from olpack.export.client import one_worker
 from olpack.stages.build import Build
 from olpack.stages.order import STAGES, all_steps, stage_of
 from olpack.stages.plan import check, write_plan
@@ -16,6 +17,7 @@ from olpack.stages.stage import Stage
 from olpack.workspace import locked, remove
 
 
+@one_worker(with_gpu=False)  # the checks start it, and export and comparison use it again
 def run(build: Build, only: str | None = None) -> list[Step]:
     """Do what is stale, in order, and return the steps that were done.
 
