@@ -13,8 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from olpack.compare import Results, read_results
-from olpack.compare.results import Answer, Scores
+from olpack.compare.results import Answer, Results, Scores, read_results
 
 
 def rows(results: Results) -> Iterator[tuple[str, Scores, list[Answer]]]:

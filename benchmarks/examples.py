@@ -19,8 +19,7 @@ from pathlib import Path
 from page import command_line, environment, measured_here, publish
 
 from olpack.commands.examples import examples
-from olpack.compare import Results, read_results
-from olpack.compare.results import Scores
+from olpack.compare.results import Results, Scores, read_results
 from olpack.model.base import BUILTIN
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))

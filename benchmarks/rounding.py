@@ -24,10 +24,10 @@ import torch
 from page import command_line, measured_here, publish
 
 from olpack import recipe
-from olpack.compare import read_results
 from olpack.compare.gain import gain_of_rows, gain_of_tasks
 from olpack.compare.other_text import OTHER_TEXTS
 from olpack.compare.perplexity import perplexity, ratio
+from olpack.compare.results import read_results
 from olpack.export import ExportOptions, Target, collect_importance, export
 from olpack.export.client import Converter
 from olpack.export.importance import read_importance

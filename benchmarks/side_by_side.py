@@ -17,7 +17,7 @@ from statistics import median
 
 from page import command_line, measured_here, publish
 
-from olpack.compare import read_results
+from olpack.compare.results import read_results
 from olpack.llamacpp.cores import usable_cores
 from olpack.llamacpp.engine import Engine, Sampling
 from olpack.llamacpp.side_by_side import side_by_side

@@ -384,7 +384,8 @@ def _run(build: Build, only: str | None, as_json: bool, deploy: bool = True, cha
 
 def _print_summary(build: Build, deploy: bool) -> None:
     """Print the table of the comparison, the path of the report, and the command that starts a chat."""
-    from olpack.compare import print_table, read_results
+    from olpack.compare.results import read_results
+    from olpack.compare.table import print_table
     from olpack.stages.compare import recommended
 
     print_table(read_results(build.paths.results))
@@ -579,8 +580,8 @@ def compare(
         results = compare_models(names, prompt or [], prompts, clients or [], folder, run_answers)
         _print(as_json, results.model_dump(mode="json") | _changes(earlier, folder), partial(_print_side_by_side, results, folder))
     if earlier is not None and not as_json:
-        from olpack.compare import read_results
         from olpack.compare.changes import changes
+        from olpack.compare.results import read_results
         from olpack.compare.table import print_changes
 
         print()
@@ -588,7 +589,7 @@ def compare(
 
 
 def _print_side_by_side(results: Results, folder: Path) -> None:
-    from olpack.compare import print_table
+    from olpack.compare.table import print_table
 
     print_table(results)
     echo(f"\nreport   {folder / 'report.html'}")
@@ -600,8 +601,8 @@ def _changes(earlier: Results | None, folder: Path) -> dict[str, Any]:
         return {}
     from dataclasses import asdict
 
-    from olpack.compare import read_results
     from olpack.compare.changes import changes
+    from olpack.compare.results import read_results
 
     return {"against": earlier.created, "changes": [asdict(change) for change in changes(earlier, read_results(folder / "results.json"))]}
 
@@ -610,7 +611,7 @@ def _earlier_results(path: Path | None) -> Results | None:
     """The earlier comparison. It is read first, because the comparison may replace its file."""
     if path is None:
         return None
-    from olpack.compare import read_results
+    from olpack.compare.results import read_results
 
     return read_results(path)
 

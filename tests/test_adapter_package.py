@@ -12,7 +12,7 @@ import pytest
 from ollama_double import OllamaDouble
 from oracle import files, make_workspace, olpack, write_base, write_rows
 
-from olpack.compare import read_results
+from olpack.compare.results import read_results
 from olpack.deploy import parse
 from olpack.deploy.client import OllamaClient
 

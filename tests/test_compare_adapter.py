@@ -10,11 +10,12 @@ import pytest
 from test_compare_results import TOKENS, against_the_unquantized, printed, quant, results
 
 from olpack import workspace
-from olpack.compare import Results, markdown_table, read_results, recommend, render_report, write_results
 from olpack.compare.adapter_cost import AdapterRuns, adapter_result, better_package, merged_result
 from olpack.compare.cache import ADAPTER_SPEED, Cache, Units
-from olpack.compare.results import AdapterResult, Perplexity, PromptSpeed, QuantResult, Speed, Spread
-from olpack.compare.table import to_csv
+from olpack.compare.recommend import recommend
+from olpack.compare.report import render_report
+from olpack.compare.results import AdapterResult, Perplexity, PromptSpeed, QuantResult, Results, Speed, Spread, read_results, write_results
+from olpack.compare.table import markdown_table, to_csv
 from olpack.errors import OlpackError
 
 NLL = [12.0, 25.0, 33.0]

@@ -13,8 +13,9 @@ import tiny_gguf
 import torch
 from test_compare_measure import SETTINGS, quant_file
 
-from olpack.compare import ReferenceModels, measure
 from olpack.compare.divergence import LogitsWriter, open_logits, summarize
+from olpack.compare.measure import measure
+from olpack.compare.reference_models import ReferenceModels
 from olpack.data.rows import TokenRow
 from olpack.errors import OlpackError
 from olpack.llamacpp.logits import kl_divergence, log_softmax

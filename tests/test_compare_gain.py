@@ -12,11 +12,11 @@ from test_compare_report import scores, with_tasks
 from test_compare_results import TOKENS, four, printed, quant, results
 
 from olpack import workspace
-from olpack.compare import Results, markdown_table, read_results, render_report, write_results
 from olpack.compare.gain import gain_kept, set_gains
 from olpack.compare.perplexity import perplexity
-from olpack.compare.results import BaseResult, Perplexity, Reference
-from olpack.compare.table import to_csv
+from olpack.compare.report import render_report
+from olpack.compare.results import BaseResult, Perplexity, Reference, Results, read_results, write_results
+from olpack.compare.table import markdown_table, to_csv
 
 BASE, TUNED, OWN = [40.0, 50.0, 90.0], [20.0, 30.0, 30.0], [22.0, 32.0, 38.0]
 

@@ -11,10 +11,11 @@ from test_compare_report import scores
 from test_compare_results import TOKENS, against_the_unquantized, four, printed, quant
 
 from olpack import workspace
-from olpack.compare import Results, read_results, render_report, write_results
 from olpack.compare.cache import Cache, Units
 from olpack.compare.divergence import summarize
 from olpack.compare.ggml_rounding import by_ggml
+from olpack.compare.report import render_report
+from olpack.compare.results import Results, read_results, write_results
 from olpack.compare.table import to_csv
 from olpack.errors import OlpackError
 

@@ -12,7 +12,7 @@ import tiny_gguf
 import torch
 from test_compare_measure import SETTINGS, quant_file
 
-from olpack.compare import measure
+from olpack.compare.measure import measure
 from olpack.llamacpp.engine import Engine
 
 SUITES = Path(__file__).parent / "data" / "suites"

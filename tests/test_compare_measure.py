@@ -17,8 +17,10 @@ import torch
 from ollama_double import OllamaDouble
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from olpack.compare import ComparedFile, MeasureSettings, Results, measure
 from olpack.compare.job import Asked, Job, events
+from olpack.compare.measure import measure
+from olpack.compare.results import Results
+from olpack.compare.settings import ComparedFile, MeasureSettings
 from olpack.compare.speed import repeats_of, visits
 from olpack.data.rows import TokenRow
 from olpack.deploy.client import OllamaClient, blob_digest

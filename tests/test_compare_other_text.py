@@ -11,11 +11,11 @@ from test_compare_ggml_rounding import GGML, compared
 from test_compare_results import four, printed
 
 from olpack import workspace
-from olpack.compare import markdown_table, render_report
 from olpack.compare.divergence import LogitsWriter
 from olpack.compare.other_text import OTHER_TEXTS, other_rows, read_texts
+from olpack.compare.report import render_report
 from olpack.compare.settings import OTHER_LOGITS_BYTES
-from olpack.compare.table import to_csv
+from olpack.compare.table import markdown_table, to_csv
 from olpack.data.render import Renderer
 from olpack.errors import OlpackError
 from olpack.model.base import BUILTIN, Base

@@ -11,12 +11,11 @@ import pytest
 from test_compare_results import TOKENS, against_the_unquantized, four, quant, results, with_choices
 
 from olpack import workspace
-from olpack.compare import Results, render_report, write_report
 from olpack.compare.answer_diff import compare_words, group_answers, split_blocks
 from olpack.compare.plot import plot_divergence, plot_loss, plot_quality
 from olpack.compare.recommend import set_losses
-from olpack.compare.report import write_outputs
-from olpack.compare.results import Answer, CheckScore, Concurrency, Flag, PromptSpeed, Scores, Spread, SuiteScore, TaskAsked
+from olpack.compare.report import render_report, write_outputs, write_report
+from olpack.compare.results import Answer, CheckScore, Concurrency, Flag, PromptSpeed, Results, Scores, Spread, SuiteScore, TaskAsked
 from olpack.errors import OlpackError
 
 ARABIC = "إليك الدالة المطلوبة، وهي تحصر القيمة بين حدّين:\n\n"

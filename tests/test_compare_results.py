@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from olpack.compare import Results, markdown_table, print_table, read_results, recommend, write_results
 from olpack.compare.changes import importance_gains
 from olpack.compare.divergence import summarize
 from olpack.compare.perplexity import paired_loss, perplexity
-from olpack.compare.recommend import set_losses
+from olpack.compare.recommend import recommend, set_losses
 from olpack.compare.result_flags import flags_of
 from olpack.compare.results import (
     Answer,
@@ -28,14 +27,17 @@ from olpack.compare.results import (
     PromptSpeed,
     QuantResult,
     Reference,
+    Results,
     Rows,
     Scores,
     Speed,
     Spread,
     SuiteScore,
     TaskAsked,
+    read_results,
+    write_results,
 )
-from olpack.compare.table import to_csv, types_in_short
+from olpack.compare.table import markdown_table, print_table, to_csv, types_in_short
 from olpack.errors import OlpackError
 
 TOKENS = [10, 20, 30]

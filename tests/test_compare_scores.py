@@ -15,7 +15,8 @@ import tiny_gguf
 from test_compare_measure import SETTINGS, quant_file
 
 from olpack import recipe
-from olpack.compare import measure, scores
+from olpack.compare import scores
+from olpack.compare.measure import measure
 from olpack.compare.sandbox import asserts_hold
 from olpack.compare.scores import load_function, score, score_answers, standard_error
 from olpack.errors import OlpackError

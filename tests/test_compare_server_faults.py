@@ -9,12 +9,12 @@ import pytest
 from ollama_double import LOOP, Answer
 from oracle import olpack
 
-from olpack.compare import MeasureSettings, read_results
 from olpack.compare.recommend import recommend, set_losses
 from olpack.compare.result_flags import ExpectedScripts, answer_of, flag_answers, flag_same_types
-from olpack.compare.results import Perplexity, PromptSpeed, QuantResult, Speed, Spread
+from olpack.compare.results import Perplexity, PromptSpeed, QuantResult, Speed, Spread, read_results
 from olpack.compare.scores import load_function, score_answers
 from olpack.compare.served_models import compare_served, settings_for
+from olpack.compare.settings import MeasureSettings
 from olpack.deploy.answers import Chatted
 from olpack.deploy.client import OllamaClient
 from olpack.errors import OlpackError

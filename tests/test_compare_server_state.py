@@ -16,7 +16,7 @@ from hub_double import HubDouble
 from ollama_double import LOOP, OllamaDouble
 from oracle import make_workspace, olpack, write_base
 
-from olpack.compare import read_results
+from olpack.compare.results import read_results
 from olpack.deploy.answers import Chatted, Message
 from olpack.deploy.client import OllamaClient
 from olpack.deploy.register import point_latest

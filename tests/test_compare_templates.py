@@ -9,7 +9,8 @@ import pytest
 import tiny_gguf
 from test_compare_measure import PROMPTS, SETTINGS, quant_file
 
-from olpack.compare import measure, print_table
+from olpack.compare.measure import measure
+from olpack.compare.table import print_table
 from olpack.recipe.tasks import parse_task
 
 THINKS = tiny_gguf.TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")

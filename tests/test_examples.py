@@ -11,7 +11,7 @@ from oracle import files, olpack
 
 from olpack import recipe
 from olpack.commands.examples import examples
-from olpack.compare import read_results
+from olpack.compare.results import read_results
 from olpack.model.base import BUILTIN
 from olpack.stages.build import Build
 

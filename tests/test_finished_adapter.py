@@ -12,7 +12,7 @@ from ollama_double import OllamaDouble
 from oracle import files, olpack, write_base, write_rows
 from safetensors.torch import load_file
 
-from olpack.compare import read_results
+from olpack.compare.results import read_results
 
 CONFIGURATIONS = Path(__file__).parent / "data/import"
 

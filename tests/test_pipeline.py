@@ -174,9 +174,9 @@ def test_another_adapter_is_exported_even_if_its_training_was_another_command(wo
 def test_a_comparison_that_failed_is_not_done(workspace, monkeypatch):
     results = json.loads((workspace / "build/oracle/compare/results.json").read_text())
     results["quants"][0]["flags"] = [{"code": "failed", "text": "it crashed", "serious": True}]
-    from olpack.compare import Results
+    from olpack.compare.results import Results
 
-    monkeypatch.setattr("olpack.compare.measure", lambda *_, **__: Results.model_validate(results))
+    monkeypatch.setattr("olpack.compare.measure.measure", lambda *_, **__: Results.model_validate(results))
     (workspace / "build/oracle/stages/compare.json").unlink()
     code, _, said = olpack(workspace, "compare", "oracle")
     assert code == 0 and "could not be measured" in said

@@ -18,8 +18,8 @@ import pytest
 import served_gguf
 from ollama_double_store import CHATML
 
-from olpack.compare import MeasureSettings
 from olpack.compare.served_models import compare_served, settings_for
+from olpack.compare.settings import MeasureSettings
 from olpack.deploy import client as client_module
 from olpack.deploy.client import OllamaClient, creates_adapters
 from olpack.deploy.push import push_to_ollama

@@ -12,9 +12,8 @@ from ollama_double import OllamaDouble
 from ollama_double_store import CHATML
 from oracle import olpack
 
-from olpack.compare import read_results
 from olpack.compare.changes import changes
-from olpack.compare.results import Spread
+from olpack.compare.results import Spread, read_results
 from olpack.deploy.client import OllamaClient, blob_digest
 from olpack.model.chat_template import protect
 

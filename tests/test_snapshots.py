@@ -17,7 +17,9 @@ from typer.main import get_command
 from olpack import cli
 from olpack.commands import doctor
 from olpack.commands.doctor import Finding
-from olpack.compare import print_table, read_results, render_report
+from olpack.compare.report import render_report
+from olpack.compare.results import read_results
+from olpack.compare.table import print_table
 from olpack.deploy import Package
 from olpack.deploy.client import OllamaClient
 from olpack.deploy.register import TagFile, register

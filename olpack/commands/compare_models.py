@@ -13,7 +13,7 @@ from olpack.recipe.tasks import CHECKS, Task, check_consent, load_tasks
 from olpack.workspace import packages, template_source
 
 if TYPE_CHECKING:
-    from olpack.compare import Results
+    from olpack.compare.results import Results
 
 _ANSWERED = 10  # requests of a data set that every model answers: more than one reads side by side
 
@@ -46,9 +46,9 @@ def compare_models(
     Raises:
         OlpackError: no server, a model that it lacks, a file that holds no prompts, or tasks that run code without consent.
     """
-    from olpack.compare import MeasureSettings
     from olpack.compare.report import write_outputs
     from olpack.compare.served_models import compare_served, settings_for
+    from olpack.compare.settings import MeasureSettings
     from olpack.deploy.client import OllamaClient
 
     asked, tasks = _read(file) if file else ([], [])

@@ -90,7 +90,8 @@ def push_to_ollama(build: Build, namespace: str | None, insecure: bool) -> list[
 
 def push_to_hub(build: Build, repo: str, private: bool | None) -> str:
     """Upload the GGUFs with a model card to the Hugging Face Hub; returns the repository's URL."""
-    from olpack.compare import markdown_table, read_results
+    from olpack.compare.results import read_results
+    from olpack.compare.table import markdown_table
     from olpack.deploy.hub import hub_card, push_to_hub
     from olpack.workspace import template_source
 

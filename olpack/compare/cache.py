@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel
 
 from olpack import progress
 from olpack.compare.results import SCHEMA_VERSION, Answer, Rows
 from olpack.compare.settings import LOGITS_BYTES, OTHER_LOGITS_BYTES, MeasureSettings
-from olpack.recipe.tasks import Task, function_files, task_files
 from olpack.workspace import file_digest, value_digest, write_atomically
+
+if TYPE_CHECKING:
+    from olpack.recipe.tasks import Task
 
 SPEED_UNITS = ("speed-0", "speed-1")  # one for each round
 CONCURRENCY = "concurrency"
@@ -130,6 +132,8 @@ def speed_keys(engine: str, cpu: str, settings: MeasureSettings) -> Keys:
 
 def answer_keys(engine: str, prompts: Sequence[list[dict]], tasks: Sequence[Task], settings: MeasureSettings) -> Keys:
     """Keys of the answers to the prompts and, where there are tasks, of the answers to these and their scores."""
+    from olpack.recipe.tasks import function_files  # which a process that measures does without
+
     asked = _SCHEMA | {"engine": engine, "tokens": settings.answer_tokens, "context": settings.context}
     keys = {"answers": asked | {"prompts": list(prompts)}}
     if tasks:
@@ -157,6 +161,8 @@ def row_keys(engine: str, rows: Rows, reference: str | None, other: str | None =
 
 def suite_keys(engine: str, settings: MeasureSettings) -> Keys:
     """Keys of each suite of lm-evaluation-harness, with all files in the user's folder: a task may take its data or its code from any of them."""
+    from olpack.recipe.tasks import task_files
+
     folder = Path(settings.suite_folder) if settings.suite_folder else None
     own = [file_digest(path) for path in task_files(folder)] if folder else []
     asked = _SCHEMA | {"engine": engine, "context": settings.context, "limit": settings.suite_limit, "tasks": own}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
-from collections.abc import Generator, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
@@ -16,11 +17,13 @@ from olpack import progress, workers
 from olpack.compare.cache import ADAPTER_SPEED, Units
 from olpack.compare.settings import LOGITS_BYTES
 from olpack.errors import OlpackError
+from olpack.llamacpp.cores import usable_processors
 from olpack.llamacpp.library import INSTALL
 
 if TYPE_CHECKING:
     from olpack.recipe.tasks import Task
 
+READY = {"event": "ready"}  # the first event of a worker: it has imported what measuring needs
 _NOUNS = {
     "speed": "runs",
     ADAPTER_SPEED: "turns",
@@ -163,42 +166,88 @@ class UnitProgress:
         self._open.close()
 
 
-def events(job: Job) -> Generator[dict[str, Any], None, None]:
-    """Run a worker and yield its events as they come. Leaving the loop early ends the worker.
+@dataclass(frozen=True)
+class _Worker:
+    """A process that waits for its job, and the file of what it prints to stderr."""
 
-    Raises:
-        OlpackError: the worker died, by a signal or otherwise, after the events that were yielded.
-    """
-    with tempfile.TemporaryFile() as errors:
-        worker = subprocess.Popen(
+    process: subprocess.Popen[bytes]
+    errors: IO[bytes]
+
+    @classmethod
+    def start(cls) -> _Worker:
+        errors = tempfile.TemporaryFile()  # noqa: SIM115 — closed with the worker
+        process = subprocess.Popen(
             workers.command("olpack.compare.worker"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
             env=workers.environment(offline=False),  # suites take their data from the Hub
         )
-        assert worker.stdin and worker.stdout  # both are pipes
+        return cls(process, errors)
+
+    @property
+    def pipes(self) -> tuple[IO[bytes], IO[bytes]]:
+        """(for the job, for the events)."""
+        assert self.process.stdin and self.process.stdout  # both are pipes
+        return self.process.stdin, self.process.stdout
+
+    def end(self) -> None:
+        """Kill the process, if it runs."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        for pipe in self.pipes:
+            with suppress(BrokenPipeError):
+                pipe.close()
+        self.errors.close()
+
+
+_waiting: list[_Worker] = []
+
+
+@contextmanager
+def started(count: int) -> Iterator[None]:
+    """Start the processes of the next `count` jobs at once, which takes a fraction of the time that their imports take one after the other, and
+    wait until they have imported what measuring needs: within the block none of them starts beside what is timed.
+
+    There are at most as many as processors. Further jobs start a process each.
+    """
+    try:
+        _waiting.extend(_Worker.start() for _ in range(min(count, usable_processors())))
+        for worker in _waiting:
+            worker.pipes[1].readline()  # the event "ready", or nothing where it died, which its job will report
+        yield
+    finally:
+        while _waiting:
+            _waiting.pop().end()
+
+
+def events(job: Job) -> Generator[dict[str, Any], None, None]:
+    """Run a worker and yield its events as they come. Leaving the loop early ends the worker.
+
+    Raises:
+        OlpackError: the worker died, by a signal or otherwise, after the events that were yielded.
+    """
+    worker = _waiting.pop() if _waiting else _Worker.start()
+    try:
+        stdin, stdout = worker.pipes
         try:
-            try:
-                worker.stdin.write(job.model_dump_json().encode())
-                worker.stdin.close()
-            except BrokenPipeError:
-                pass  # it died before reading; its exit status shows how
-            for line in worker.stdout:
-                yield json.loads(line)
-            code = worker.wait()
-        finally:
-            if worker.poll() is None:
-                worker.kill()
-                worker.wait()
-            worker.stdout.close()
-        if code != 0:
-            errors.seek(0)
+            stdin.write(job.model_dump_json().encode())
+            stdin.close()
+        except BrokenPipeError:
+            pass  # it died before reading; its exit status shows how
+        for line in stdout:
+            if (event := json.loads(line)) != READY:
+                yield event
+        if code := worker.process.wait():
+            worker.errors.seek(0)
             raise workers.exit_error(
                 f"The process that measured {job.path.name}",
                 code,
-                errors.read().decode(errors="replace"),
+                worker.errors.read().decode(errors="replace"),
                 "Run `olpack doctor`.",
                 crash_remedy=f"If every file crashes it, the build of llama.cpp does not suit this machine; this one runs everywhere: {INSTALL}",
                 memory_remedy="Close other programs, or load with a shorter context (num_ctx).",
             )
+    finally:
+        worker.end()

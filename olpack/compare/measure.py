@@ -34,7 +34,7 @@ from olpack.compare.cache import (
 from olpack.compare.gain import set_gains
 from olpack.compare.ggml_rounding import by_ggml, ggml_units, measure_by_ggml
 from olpack.compare.hardware import describe_machine
-from olpack.compare.job import AdapterJob, Asked, Job, RowJob, SuitesJob, asked_of, run_worker
+from olpack.compare.job import AdapterJob, Asked, Job, RowJob, SuitesJob, asked_of, run_worker, started
 from olpack.compare.recommend import recommend, set_losses
 from olpack.compare.reference_models import (
     MergedModels,
@@ -117,8 +117,9 @@ def measure(
         keys = {unit: key | {"template": value_digest(settings.template)} for unit, key in keys.items()}
     store = Cache(cache)
     measured = [_known(store, file, keys, references, merged) for file in files]
-    _measure_speeds(measured, server, name, job, settings)
-    figures = _measure_the_rest(measured, job, settings, prompts, tasks, keys, store, references, merged)
+    with started(_job_count(measured, timed=server is None, references=references, tasks=bool(tasks))):
+        _measure_speeds(measured, server, name, job, settings)
+        figures = _measure_the_rest(measured, job, settings, prompts, tasks, keys, store, references, merged)
     engine, threads = (f"Ollama {server_version}", None) if server else (embedded, job.threads)
     timed = partial(speed_of, engine=engine, threads=threads, generated_tokens=settings.generated_tokens)
     rounding, scripts = references.rounding if references else None, ExpectedScripts(examples)
@@ -167,6 +168,19 @@ def _known(store: Cache, file: ComparedFile, keys: Keys, references: ReferenceMo
         alone=_units_alone(store, file, keys) if file.alone else None,
         by_ggml=ggml_units(references, store, file.quant, file.tag, keys) if references else None,
     )
+
+
+def _job_count(measured: Sequence[_Measured], *, timed: bool, references: ReferenceModels | None, tasks: bool) -> int:
+    """How many jobs there are at most, those left out that take models which are rarely there.
+
+    Args:
+        timed: whether the speeds are jobs.
+        tasks: whether there are tasks.
+    """
+    speeds = sum(one.own.lacks(unit) for one in measured for unit in SPEED_UNITS) if timed else 0
+    files = sum(any(one.own.lacks(unit) for unit in ("perplexity", "divergence", OTHER_DIVERGENCE, "tasks")) for one in measured)
+    models = (1 + tasks + (references.write_base is not None)) if references and files else 0
+    return speeds + files + models
 
 
 def _measure_speeds(measured: Sequence[_Measured], server: OllamaClient | None, name: str, job: Job, settings: MeasureSettings) -> None:

@@ -4,6 +4,7 @@
 
 The job (`Job`) is JSON on stdin. The events on stdout are JSON lines, each flushed, so that what was measured survives a later crash:
 
+    {"event": "ready"}                                                              once, before the job is read
     {"event": "progress", "unit": "perplexity", "done": 12, "total": 100}
     {"event": "result", "unit": "perplexity", "data": {…}}         a SpeedRound, Perplexity or Divergence, {"rows": …} of logits, {"answers": […]}
     {"event": "failed", "unit": "answers", "problem": "…", "remedy": "…"}
@@ -34,7 +35,7 @@ from olpack.compare.adapter_cost import AdapterRuns
 from olpack.compare.cache import ADAPTER_SPEED, SPEED_UNITS, suite_unit
 from olpack.compare.divergence import LogitsWriter, open_logits, summarize
 from olpack.compare.hardware import bytes_read, drop_from_cache, joules, peak_resident
-from olpack.compare.job import AdapterJob, Asked, Job, SpeedJob, SuitesJob
+from olpack.compare.job import READY, AdapterJob, Asked, Job, SpeedJob, SuitesJob
 from olpack.compare.perplexity import perplexity
 from olpack.compare.result_flags import answer_of
 from olpack.compare.results import Answer, Perplexity
@@ -56,6 +57,7 @@ def main() -> None:
     def send(**event: object) -> None:
         print(json.dumps(event), file=events, flush=True)
 
+    send(**READY)
     job = Job.model_validate_json(sys.stdin.buffer.read())
 
     def show_suites(done: int, total: int) -> None:

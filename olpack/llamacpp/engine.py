@@ -23,7 +23,6 @@ from typing import Any, Literal
 import numpy as np
 
 from olpack.errors import OlpackError
-from olpack.llamacpp.chat_template import render_chat
 from olpack.llamacpp.cores import usable_cores
 from olpack.llamacpp.library import load_llama_cpp
 
@@ -245,6 +244,8 @@ class Engine:
         Raises:
             OlpackError: the GGUF has no template, or its template refuses the conversation.
         """
+        from olpack.llamacpp.chat_template import render_chat
+
         template = self._template or self.metadata("tokenizer.chat_template")
         if not template:
             raise OlpackError(f"{self.path} has no chat template, so it cannot answer a conversation.", "Give plain text instead.")

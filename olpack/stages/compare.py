@@ -21,7 +21,9 @@ from olpack.stages.stage import Checks, Stage
 from olpack.workspace import file_digest, template_source, value_digest
 
 if TYPE_CHECKING:
-    from olpack.compare import ComparedFile, MeasureSettings, MergedModels, ReferenceModels, Results
+    from olpack.compare.reference_models import MergedModels, ReferenceModels
+    from olpack.compare.results import Results
+    from olpack.compare.settings import ComparedFile, MeasureSettings
     from olpack.data.rows import TokenRow
     from olpack.deploy.client import OllamaClient
 
@@ -106,7 +108,7 @@ def _check_merged(build: Build) -> None:
 
 def run(build: Build, steps: list[Step]) -> None:
     """Measure every quant, recommend one, write results and report, and point `:latest` to the recommended tag."""
-    from olpack.compare import measure
+    from olpack.compare.measure import measure
     from olpack.compare.report import write_outputs
     from olpack.deploy.client import OllamaClient
     from olpack.deploy.register import point_latest
@@ -170,7 +172,7 @@ def measure_settings(build: Build) -> MeasureSettings:
     Raises:
         OlpackError: its settings leave no tokens of the context for a prompt.
     """
-    from olpack.compare import MeasureSettings
+    from olpack.compare.settings import MeasureSettings
 
     asked = build.recipe.compare
     return MeasureSettings(
@@ -229,7 +231,7 @@ def _prompt_identity(build: Build) -> str | None:
 def _reference_models(build: Build) -> ReferenceModels:
     """The unquantized fine-tune, the untuned base at Q8_0, or at the largest quant that is made where that is none of them, and the quants that
     have an importance matrix without it."""
-    from olpack.compare import ReferenceModels
+    from olpack.compare.reference_models import ReferenceModels
     from olpack.export import Target
     from olpack.export import export as write_files
     from olpack.llamacpp.source import VERSION
@@ -282,7 +284,7 @@ def by_ggml_keys(build: Build) -> dict[str, str]:
 
 def _merged_models(build: Build) -> MergedModels:
     """The fine-tune in the quants of the package, as `package: merged` makes them."""
-    from olpack.compare import MergedModels
+    from olpack.compare.reference_models import MergedModels
     from olpack.llamacpp.source import VERSION
 
     made = [build.base.digest, records.result(build.paths, "train")["adapter_digest"], VERSION, build.recipe.train.merge_base]
@@ -307,7 +309,7 @@ def _without_importance_keys(build: Build) -> dict[str, str]:
 
 def quant_files(build: Build) -> list[ComparedFile]:
     """The exported GGUFs as they are compared."""
-    from olpack.compare import ComparedFile
+    from olpack.compare.settings import ComparedFile
 
     files = []
     for quant in build.quants:
