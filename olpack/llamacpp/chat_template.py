@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import datetime
+from functools import lru_cache
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
@@ -35,19 +36,22 @@ def render_chat(template: str, messages: list[dict], special: dict[str, str], to
     Raises:
         OlpackError: the template does not compile, or refuses the conversation.
     """
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:
         with bounded():
-            return environment.from_string(template).render(
-                messages=messages, add_generation_prompt=True, **special, **({"tools": tools} if tools else {})
-            )
+            return _compiled(template).render(messages=messages, add_generation_prompt=True, **special, **({"tools": tools} if tools else {}))
     except MemoryError:
         raise OlpackError("The model's chat template fails: it takes too much memory.") from None
     except (jinja2.TemplateError, Exceeded, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise OlpackError(f"The model's chat template refuses this conversation: {error}.") from error
+
+
+@lru_cache(maxsize=1)  # hundreds of conversations are asked with one template, and most of the time of each would be its compilation
+def _compiled(template: str) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(template)
 
 
 def _to_json(value: object, ensure_ascii: bool = False, indent: int | None = None, separators=None, sort_keys: bool = False) -> str:
