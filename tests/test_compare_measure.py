@@ -7,17 +7,20 @@ import json
 import math
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import gguf
+import psutil
 import pytest
 import tiny_gguf
 import torch
 from ollama_double import OllamaDouble
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from olpack.compare.job import Asked, Job, events
+from olpack.compare.cache import Cache, Units
+from olpack.compare.job import Asked, Job, RowJob, events, run_worker, started
 from olpack.compare.measure import measure
 from olpack.compare.results import Results
 from olpack.compare.settings import ComparedFile, MeasureSettings
@@ -128,15 +131,12 @@ def test_what_was_measured_survives_a_later_crash(folder, rows):
         for event in stream:
             seen.append(event)
             if event["event"] == "result" and event["unit"] == "perplexity":
-                os.kill(_worker(), signal.SIGSEGV)
+                os.kill(*_workers(), signal.SIGSEGV)
     assert any(event["event"] == "result" for event in seen)
 
 
-def _worker() -> int:
-    import psutil
-
-    (child,) = [child for child in psutil.Process().children() if "olpack.compare.worker" in child.cmdline()]
-    return child.pid
+def _workers() -> set[int]:
+    return {child.pid for child in psutil.Process().children() if "olpack.compare.worker" in child.cmdline()}
 
 
 def test_an_unchanged_quant_is_not_measured_again(folder, rows, tmp_path):
@@ -184,11 +184,33 @@ def test_rows_and_prompts_may_be_absent(folder):
     assert results.rows is None and results.recommendation is None and results.quants[0].answers is None and not results.quants[0].flags
 
 
-def test_measuring_does_not_load_llama_cpp_or_torch_here():
-    import subprocess
+def _imported(modules: str, among: tuple[str, ...]) -> list[str]:
+    code = f"import sys, {modules}; print(*[name for name in {among} if name in sys.modules])"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
 
-    code = "import sys, olpack.compare; print([name for name in ('llama_cpp', 'torch', 'matplotlib', 'httpx') if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+def test_measuring_does_not_load_llama_cpp_or_torch_here():
+    assert _imported("olpack.compare.measure, olpack.compare.report", ("llama_cpp", "torch", "matplotlib", "httpx")) == []
+
+
+def test_a_process_that_measures_imports_neither_recipes_nor_reports():
+    assert _imported("olpack.compare.worker", ("olpack.recipe", "olpack.compare.report", "rich", "torch", "matplotlib", "httpx", "llama_cpp")) == [
+        "llama_cpp"
+    ]
+
+
+def test_processes_that_were_started_take_the_next_jobs(folder, rows):
+    one = rows[0]
+    job = Job(path=folder / "F32.gguf", engine="e", context=64, threads=1, untimed_threads=1, answer_tokens=1, perplexity=True)
+    job.rows = [RowJob(ids=one.ids, loss_mask=one.loss_mask, text=one.text)]
+    units = Units(Cache(None), "f32", {})
+    with started(2):
+        there = _workers()
+        assert 1 <= len(there) <= 2  # no more than processors
+        assert run_worker(job, "F32", units) == [] and units.known["perplexity"]["same_tokens_rows"] == 1
+        assert len(_workers()) == len(there) - 1 and _workers() <= there
+    assert not _workers()
+    assert run_worker(job, "F32", Units(Cache(None), "f32", {})) == []
 
 
 def test_speed_is_taken_through_the_server(folder, rows, ollama_double: OllamaDouble, capsys):

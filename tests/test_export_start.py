@@ -12,6 +12,7 @@ import pytest
 from gguf import GGUFValueType
 from tiny_models import write_model
 
+from olpack.export import Target, check_export, client, export
 from olpack.export.gguf_writer import packed_array
 
 # Plans an export as the worker does, then looks up activations as configurations do.
@@ -38,6 +39,40 @@ def test_a_plan_imports_no_models_of_transformers(tmp_path):
     path = str(Path(__file__).parents[1])
     child = subprocess.run([sys.executable, "-c", PLAN, model], capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path})
     assert child.returncode == 0, child.stderr
+
+
+@pytest.fixture
+def no_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outside of the block that all tests share."""
+    monkeypatch.setattr(client, "_shared", None)
+
+
+def test_one_worker_imports_early_and_does_the_jobs_of_a_block(tmp_path, no_block):
+    model, gguf_file = write_model(tmp_path / "model"), tmp_path / "model.gguf"
+    with client.one_worker(with_gpu=False):
+        client.begin()
+        with client.worker() as worker:
+            assert check_export(model, ["Q8_0"]).architecture == "qwen3"
+            assert export(model, [Target("Q8_0", gguf_file)])[0].size == gguf_file.stat().st_size and not worker.has_gpu
+        with client.worker() as again:
+            assert again is worker and worker.alive
+        worker.close()  # as after a crash
+        with client.worker() as other:
+            assert other is not worker and other.alive
+    assert not other.alive
+
+
+def test_a_worker_with_a_gpu_ends_with_its_job_or_with_the_block_that_lets_it(no_block):
+    with client.one_worker(with_gpu=False):
+        with client.one_worker():
+            with client.worker() as first:
+                first.has_gpu = True
+            with client.worker() as second:
+                assert second is first and first.alive
+        assert not first.alive
+        with client.worker() as third:
+            third.has_gpu = True
+        assert not third.alive
 
 
 @pytest.mark.parametrize(
