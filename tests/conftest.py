@@ -56,9 +56,10 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, p
 @pytest.fixture(scope="session", autouse=True)
 def one_export_worker() -> Iterator[None]:
     """Exports of all tests in this process share a worker, whose start takes some seconds. Tests that end a worker start one of their own."""
-    from olpack.export.client import one_worker
+    from olpack.export import client
 
-    with one_worker():
+    with pytest.MonkeyPatch.context() as patch, client.one_worker():
+        patch.setattr(client, "end_worker", lambda: None)  # as before each training on the CPU
         yield
 
 

@@ -13,6 +13,7 @@ from gguf import GGUFValueType
 from tiny_models import write_model
 
 from olpack.export import Target, check_export, client, export
+from olpack.export.client import end_worker
 from olpack.export.gguf_writer import packed_array
 
 # Plans an export as the worker does, then looks up activations as configurations do.
@@ -50,7 +51,7 @@ def no_block(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_worker_imports_early_and_does_the_jobs_of_a_block(tmp_path, no_block):
     model, gguf_file = write_model(tmp_path / "model"), tmp_path / "model.gguf"
     with client.one_worker(with_gpu=False):
-        client.begin()
+        client.begin_worker()
         with client.worker() as worker:
             assert check_export(model, ["Q8_0"]).architecture == "qwen3"
             assert export(model, [Target("Q8_0", gguf_file)])[0].size == gguf_file.stat().st_size and not worker.has_gpu
@@ -59,7 +60,11 @@ def test_one_worker_imports_early_and_does_the_jobs_of_a_block(tmp_path, no_bloc
         worker.close()  # as after a crash
         with client.worker() as other:
             assert other is not worker and other.alive
-    assert not other.alive
+        end_worker()
+        assert not other.alive
+        with client.worker() as last:
+            assert last.alive
+    assert not last.alive
 
 
 def test_a_worker_with_a_gpu_ends_with_its_job_or_with_the_block_that_lets_it(no_block):

@@ -275,7 +275,7 @@ class Converter:
 
 
 class _SharedWorker:
-    """The worker of the blocks of `one_worker`; None before its first job. `blocks` of them are open that let it have a GPU between two jobs."""
+    """The worker of the blocks of `one_worker`; None before its first job. `gpu_blocks` of those that are open let it have a GPU between two jobs."""
 
     converter: Converter | None = None
     gpu_blocks: int = 0
@@ -332,11 +332,17 @@ def worker() -> Iterator[Converter]:
         yield _shared.start()
 
 
-def begin() -> None:
+def begin_worker() -> None:
     """Have the worker of the surrounding block of `one_worker` import the converter while this process does other work. A converter that is to be
     fetched first comes with the first job."""
     if _shared is not None and _shared.converter is None and cached_source() is not None:
         _shared.start().begin()
+
+
+def end_worker() -> None:
+    """End the worker of the surrounding block, which has 0.2 GB of memory also while it waits. The next job starts another."""
+    if _shared is not None:
+        _shared.end()
 
 
 def environment() -> dict[str, str]:

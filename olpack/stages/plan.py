@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from olpack import progress
 from olpack.errors import OlpackError
-from olpack.export.client import begin, one_worker
+from olpack.export.client import begin_worker, one_worker
 from olpack.stages import compare, deploy, export, train
 from olpack.stages.build import Build
 from olpack.stages.calibration import needs_importance_source, needs_rounding_source, reads_rows, rounding_seconds, scaled_quants, temporary_quants
@@ -104,7 +104,7 @@ def check(build: Build, stale: list[Step], *, now: bool = False) -> ExportPlan |
     if "compare" in checks.stages:
         compare.check_answers_may_run(build)
     if checks.stages & export.STAGE.checked_for and not build.paths.served:
-        begin()
+        begin_worker()
     if checks.stages & {"export", "deploy", "compare"}:
         from olpack.llamacpp.probe import check_library
 

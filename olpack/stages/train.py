@@ -174,7 +174,9 @@ def _untrained_system(build: Build) -> str | None:
 
 def run(build: Build, steps: list[Step]) -> None:
     """Fine-tune the base, or copy the adapter that is trained already."""
+    from olpack.export.client import end_worker
     from olpack.train import train
+    from olpack.train.device import pick_device
 
     (step,) = steps
     paths, moment = build.paths, build.renderer.moment
@@ -182,6 +184,8 @@ def run(build: Build, steps: list[Step]) -> None:
     if build.finished_adapter:
         _copy(build, build.finished_adapter, step, dated)
         return
+    if pick_device().type == "cpu":
+        end_worker()  # a training on the CPU takes minutes, and needs the memory more than the export its start
     rows, held_out = build.rows
     if moment and "rendered_at" not in step.result:  # before training, so that one that goes on tomorrow has the same rows
         records.remember(paths, step, {**step.result, **dated})
