@@ -9,6 +9,7 @@ reached, on the weights as the earlier errors have moved them, and with R_jj² a
 
 from __future__ import annotations
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from olpack.llamacpp import library
-from olpack.llamacpp.grids import GRID_TYPES, read_grid, write_codes
+from olpack.llamacpp.grids import GRID_TYPES, GridType, read_grid, write_codes
 
 if TYPE_CHECKING:
     import torch
@@ -92,31 +93,100 @@ def round_matrix(type_name: str, values: np.ndarray, given: Factor, pool: Thread
     packed = np.empty((rows, columns // kind.block, library.row_size(library.tensor_type(type_name), kind.block)), np.uint8)
     weights = torch.from_numpy(values).to(device).T.contiguous()  # a column's weights are next to each other
     errors = torch.empty_like(weights)
-    levels = torch.tensor(kind.levels, dtype=torch.float32, device=device)
-    nearest = _Nearest(levels)
-    codes = torch.empty((kind.block, rows), dtype=torch.uint8, device=device)
+    round_columns = _rounder(type_name, rows, device) if device.type == "cuda" else _Columns(kind, device)
     for start in range(0, columns, kind.block):
         stop = start + kind.block
+        inside = given.feedback[start:stop, start:stop]
         asked = given.feedback[start:stop, :start] @ errors[:start]
-        wanted = weights[start:stop] + asked
         # What would make up for all the errors so far, if the block's weights were free: the errors that they make at that are fed back, too.
-        free = torch.linalg.solve_triangular(given.feedback[start:stop, start:stop], asked, upper=False, unitriangular=True)
+        free = torch.linalg.solve_triangular(inside, asked, upper=False, unitriangular=True)
         blocks = _searched(type_name, (weights[start:stop] + free).T.cpu().contiguous().numpy(), given.weights[start:stop], pool)
         if blocks is None:
             return None
         scales, lows = (torch.from_numpy(one.T.copy()).to(device) for one in read_grid(type_name, blocks))
-        inverses = torch.where(scales == 0, 0, 1 / scales)
-        for column in range(kind.block):
-            part, at = column // kind.part, start + column
-            aim = wanted[column]
-            if column:
-                aim = torch.addmv(aim, errors[start:at].T, given.feedback[at, start:at])
-            code = nearest((aim - lows[part]) * inverses[part])
-            codes[column] = code
-            torch.sub(weights[at], torch.addcmul(lows[part], scales[part], levels[code]), out=errors[at])
+        codes, errors[start:stop] = round_columns(weights[start:stop], asked, scales, lows, inside)
         write_codes(type_name, blocks, codes.T.cpu().contiguous().numpy())
         packed[:, start // kind.block] = blocks
     return packed.reshape(rows, -1)
+
+
+class _Columns:
+    """Rounds the columns of a block, one after the other.
+
+    Args:
+        kind: of its type.
+    """
+
+    def __init__(self, kind: GridType, device: torch.device):
+        import torch
+
+        self.kind, self.levels = kind, torch.tensor(kind.levels, dtype=torch.float32, device=device)
+        self._nearest = _Nearest(self.levels)
+
+    def __call__(
+        self, weights: torch.Tensor, asked: torch.Tensor, scales: torch.Tensor, lows: torch.Tensor, feedback: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(codes, uint8; errors, float32), [columns, rows] both.
+
+        Args:
+            weights: float32 [columns, rows].
+            asked: float32 [columns, rows], what the errors of earlier blocks ask for.
+            scales, lows: float32 [parts, rows].
+            feedback: float32 [columns, columns], as in `Factor`.
+        """
+        import torch
+
+        inverses = torch.where(scales == 0, 0, 1 / scales)
+        wanted = weights + asked
+        errors, codes = torch.empty_like(weights), torch.empty(weights.shape, dtype=torch.uint8, device=weights.device)
+        for column, aim in enumerate(wanted):
+            part = column // self.kind.part
+            if column:
+                aim = torch.addmv(aim, errors[:column].T, feedback[column, :column])
+            code = self._nearest((aim - lows[part]) * inverses[part])
+            codes[column] = code
+            torch.sub(weights[column], torch.addcmul(lows[part], scales[part], self.levels[code]), out=errors[column])
+        return codes, errors
+
+
+class _GraphOfColumns:
+    """`_Columns` as one CUDA graph: to launch the few kernels of a column takes ten times as long as they run. Its results are overwritten by the
+    next call."""
+
+    def __init__(self, columns: _Columns):
+        self._columns = columns
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: list[torch.Tensor] = []
+        self._results: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._results is None or self._graph is None:
+            return self._record(inputs)
+        for own, given in zip(self._inputs, inputs, strict=True):
+            own.copy_(given)
+        self._graph.replay()
+        return self._results
+
+    def _record(self, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        self._inputs = [given.clone() for given in inputs]
+        self._columns(*self._inputs)  # loads the kernels, which a recording cannot
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._results = self._columns(*self._inputs)
+        self._graph.replay()
+        return self._results
+
+
+@functools.lru_cache(maxsize=16)  # a model has about as many kinds of matrices and types
+def _rounder(type_name: str, rows: int, device: torch.device) -> _GraphOfColumns:
+    return _GraphOfColumns(_Columns(GRID_TYPES[type_name], device))
+
+
+def forget_graphs() -> None:
+    """Free what `round_matrix` keeps on a GPU for further matrices."""
+    _rounder.cache_clear()
 
 
 class _Nearest:
