@@ -25,7 +25,7 @@ from page import command_line, measured_here, publish
 from olpack.data import TokenRow
 from olpack.export import second_order
 from olpack.export.rounded import input_factors
-from olpack.export.second_order import Factor, forget_graphs, round_matrix
+from olpack.export.second_order import Factor, round_matrix
 from olpack.llamacpp import library
 from olpack.llamacpp.cores import usable_processors
 from olpack.llamacpp.grids import GRID_TYPES
@@ -60,9 +60,9 @@ def main() -> None:
     vocabulary = round(VOCABULARY * hidden)
     rows = [[draw.randrange(vocabulary) for _ in range(ROW)] for _ in range(asked.tokens // ROW)]
     with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
-        path = write(Path(folder) / "layers.gguf", shapes, hidden, asked.layers, vocabulary)
+        path, one = (write(Path(folder) / f"{layers}.gguf", shapes, hidden, layers, vocabulary) for layers in (asked.layers, 1))
         print("written", flush=True)
-        text = [*measured(path, shapes, rows, asked.layers)]
+        text = [*measured(path, one, shapes, rows, asked.layers)]
     publish(
         [
             "# How long rounding by output takes for an 8B\n",
@@ -76,7 +76,12 @@ def main() -> None:
     )
 
 
-def measured(path: Path, shapes: dict[str, tuple[int, int]], rows: list[list[int]], layers: int) -> Iterator[str]:
+def measured(path: Path, one: Path, shapes: dict[str, tuple[int, int]], rows: list[list[int]], layers: int) -> Iterator[str]:
+    """The table.
+
+    Args:
+        path, one: the files with all these layers, and with one of them.
+    """
     names = {f"blk.{layer}.{name}.weight": shape for layer in range(layers) for name, shape in shapes.items()}
     on_gpu = torch.cuda.is_available()
     values = np.random.default_rng(1).standard_normal(max(a * b for a, b in shapes.values()), np.float32) * 0.02
@@ -99,7 +104,7 @@ def measured(path: Path, shapes: dict[str, tuple[int, int]], rows: list[list[int
                 matrix = np.ascontiguousarray(values[: shapes[name][0] * shapes[name][1]].reshape(shapes[name]))
                 for type_name in (*PLAIN, *([IN_HALF_OF_LAYERS] if name in MORE_BITS else [])):
                     took = []
-                    for _ in range(2):  # the first of its shape and type loads kernels and records a graph
+                    for _ in range(2):  # the first of a type compiles its kernel
                         started = time.monotonic()
                         packed = round_matrix(type_name, matrix, given, pool)
                         took.append(time.monotonic() - started)
@@ -109,15 +114,17 @@ def measured(path: Path, shapes: dict[str, tuple[int, int]], rows: list[list[int
                     if type_name == SCALED:
                         blocks[name] = (type_name, path.with_name(f"{name}.{type_name}"))
                         packed.tofile(blocks[name][1])
-                    if on_gpu and name == "attn_k" and type_name == "q4_K":
-                        alone = without_graph(type_name, matrix, given, pool, packed, took[1])
+                    if name == "attn_k" and type_name == "q4_K":
+                        alone = without_kernel(type_name, matrix, given, pool, packed, took[1])
             started = time.monotonic()
-        forget_graphs()
     torch.cuda.empty_cache()
-    trained = {f"blk.{layer}.{name}.weight": of_type for layer in range(layers) for name, of_type in blocks.items()}
-    step = seconds_a_step(path, trained, rows)
+    steps = [
+        seconds_a_step(file, {f"blk.{layer}.{name}.weight": of_type for layer in range(count) for name, of_type in blocks.items()}, rows)
+        for file, count in ((one, 1), (path, layers))
+    ]
+    step = steps[0] + (steps[1] - steps[0]) / (layers - 1) * (LAYERS - 1)  # the output layer is there once
     scale = LAYERS / layers * TOKENS / sum(map(len, rows))
-    read, factorized, training = reading * scale, factoring * LAYERS / layers, step * LAYERS / layers * Export().scale_steps
+    read, factorized, training = reading * scale, factoring * LAYERS / layers, step * Export().scale_steps
 
     of_layers = layers * sum(a * b for a, b in shapes.values()) * 34 / 32
     loaded = loading * (1 + (LAYERS / layers - 1) * of_layers / path.stat().st_size)
@@ -145,7 +152,7 @@ def measured(path: Path, shapes: dict[str, tuple[int, int]], rows: list[list[int
         yield f"| {name} to {type_name} | {seconds:.2f} s | |"
     yield f"| all matrices to the types of Q4_K_M | | {rounded('q4_K'):.0f} s |"
     yield f"| to those of Q4_0, Q4_K_M and Q5_K_M | | {rounded(*PLAIN):.0f} s |"
-    yield f"| a step of training of the block scales, {ROWS_A_STEP * ROW:,} tokens | {step:.2f} s | {step * LAYERS / layers:.1f} s |"
+    yield f"| a step of training of the block scales, {ROWS_A_STEP * ROW:,} tokens | {steps[1]:.2f} s | {step:.1f} s |"
     yield f"| {Export().scale_steps} such steps, for Q4_0 | | {training:.0f} s |"
     yield f"| **Q4_K_M in all** | | **{read_in_all + rounded('q4_K'):.0f} s** |"
     yield f"| **Q4_0, Q4_K_M and Q5_K_M in all** | | **{read_in_all + rounded(*PLAIN) + training:.0f} s** |"
@@ -163,16 +170,21 @@ def seconds_to_load(path: Path, names: Collection[str]) -> float:
     return time.monotonic() - started
 
 
-def without_graph(type_name: str, matrix: np.ndarray, given: Factor, pool: ThreadPoolExecutor, packed: np.ndarray, seconds: float) -> str:
-    """The same matrix with kernels that are launched one by one."""
-    graph = second_order._rounder
-    second_order._rounder = lambda name, rows, device: second_order._Columns(GRID_TYPES[name], device)
+def without_kernel(type_name: str, matrix: np.ndarray, given: Factor, pool: ThreadPoolExecutor, packed: np.ndarray, seconds: float) -> str:
+    """The same matrix with a column's operations launched one by one."""
+    kernel = second_order._columns
+    second_order._columns = lambda name, device: second_order.Columns(GRID_TYPES[name], device)
     started = time.monotonic()
-    same = np.array_equal(round_matrix(type_name, matrix, given, pool), packed)
+    plain = round_matrix(type_name, matrix, given, pool)
     took = time.monotonic() - started
-    second_order._rounder = graph
+    second_order._columns = kernel
+    assert plain is not None
+    values = [gguf.dequantize(blocks, gguf.GGMLQuantizationType(library.tensor_type(type_name))) for blocks in (packed, plain)]
+    errors = [second_order.output_error(matrix, one, given) for one in values]
+    same, ratio = (packed == plain).mean(), errors[1] / errors[0]
     return (
-        f"attn_k to {type_name} in a CUDA graph: {seconds:.2f} s; kernel by kernel {took:.2f} s, with {'the same bytes' if same else 'OTHER BYTES'}."
+        f"attn_k to {type_name}: {seconds:.2f} s; with plain torch in place of the kernel {took:.2f} s, {same:.4%} of the bytes the same, and "
+        f"{ratio:.5f} times the error of the outputs."
     )
 
 

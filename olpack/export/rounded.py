@@ -23,7 +23,7 @@ from olpack.errors import OlpackError
 from olpack.export.converter import FLOATS, SourceModel, SourceTensor
 from olpack.export.job import RoundedMatrices, blocks_file
 from olpack.export.plan import FilePlan
-from olpack.export.second_order import DAMPING, Factor, factor, forget_graphs, round_matrix
+from olpack.export.second_order import DAMPING, Factor, factor, round_matrix
 from olpack.export.write import prepare_weights, too_large
 from olpack.llamacpp import library
 from olpack.llamacpp.activations import InputProducts, input_products
@@ -146,7 +146,6 @@ def gpu_memory_for_others() -> Iterator[None]:
     try:
         yield
     finally:
-        forget_graphs()
         torch.cuda.empty_cache()  # does nothing where no GPU was used
 
 
