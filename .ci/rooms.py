@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1] / "olpack"
 ORDER = (
     "printable", "errors", "installed", "__init__", "progress", "bounded_yaml", "bounded_json", "bounded_regex",
     "templating", "quants", "machine", "workers", "trials", "workspace", "package_index",
-    "llamacpp", "model", "data", "deploy", "recipe", "export", "importers", "train.ops", "train", "compare", "memory", "stages", "commands",
+    "llamacpp", "model", "data", "deploy", "recipe", "train.ops", "train", "export", "importers", "compare", "memory", "stages", "commands",
     "cli", "reference", "__main__",
 )  # fmt: skip
 

@@ -32,7 +32,8 @@ from olpack.llamacpp.cores import usable_processors
 
 CPU_CHUNK = 1 << 19  # as olpack.export.write has it
 
-# Exports as the worker does, and prints how long each part took: wall time of what happens once, and the sum over all threads of the rest.
+# Exports as the worker does, and prints how long each part took: wall time of what happens once, and the sum over all threads of the rest. In a build
+# the worker imports the converter while rows are read; `olpack export` has to wait for it, and the GPU starts meanwhile.
 EXPORT = """
 import json, os, resource, sys, threading, time
 began = time.monotonic()
@@ -62,14 +63,16 @@ timed(gpu_encoder._Lane, "upload", "of these: to pinned memory")
 timed(gpu_encoder._Lane, "quantize", "of these: on the GPU and back")
 timed(write._FileWriter, "_append", "threads: write and hash")
 timed(os, "fsync", "threads: wait for the disk at the end")
-base, adapter, out, *quants = sys.argv[1:]
+in_build, base, adapter, out, *quants = sys.argv[1:]
 targets = [(quant, str(Path(out, f"{quant}.gguf"))) for quant in quants]
-gpu = run.begin_gpu_encoder(base, {})
+gpu = None if in_build else run.begin_gpu_encoder(base, {})
 converter.use_converter(converter_source())
-files = run.export(base, targets, {"adapter": adapter}, lambda count, total: None, gpu)
+asked = time.monotonic()
+files = run.export(base, targets, {"adapter": adapter}, lambda count, total: None, gpu or run.begin_gpu_encoder(base, {}))
 used = resource.getrusage(resource.RUSAGE_SELF)
 print(json.dumps({
-    "seconds": seconds, "cpu": used.ru_utime + used.ru_stime, "memory": used.ru_maxrss * 1024, "encoder": files[0].encoder,
+    "wall": time.monotonic() - asked if in_build else None, "seconds": seconds,
+    "cpu": used.ru_utime + used.ru_stime, "memory": used.ru_maxrss * 1024, "encoder": files[0].encoder,
     "digests": [file.sha256 for file in files], "size": sum(file.size for file in files),
 }))
 """
@@ -123,17 +126,18 @@ def compare_types(encoder: gpu_encoder.GpuEncoder) -> list[str]:
     return [*lines, ""]
 
 
-def export(base: Path, adapter: Path, out: Path, *, on_gpu: bool) -> dict:
-    """All quants in a process of its own: what it prints, and its wall time as "wall". The files are removed."""
+def export(base: Path, adapter: Path, out: Path, *, on_gpu: bool, in_build: bool) -> dict:
+    """All quants in a process of its own: what it prints, with the wall time as "wall": in a build from the export's begin on, else that of the
+    process. The files are removed."""
     from olpack.export import client
 
     variables = {**client.environment(), **environment(), **({} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""})}
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     began = time.monotonic()
-    command = [sys.executable, "-c", EXPORT, *map(str, (base, adapter, out)), *QUANTS]
+    command = [sys.executable, "-c", EXPORT, "in a build" if in_build else "", *map(str, (base, adapter, out)), *QUANTS]
     found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=variables).stdout)
-    found["wall"] = time.monotonic() - began
+    found["wall"] = found["wall"] or time.monotonic() - began
     shutil.rmtree(out)
     return found
 
@@ -144,7 +148,7 @@ def warm_up(work: Path) -> None:
     work.mkdir(parents=True)
     write_base(work / "base", 512, 1024, 2, llama=True)
     write_adapter(work / "adapter", work / "base")
-    describe("a small model", export(work / "base", work / "adapter", work / "quants", on_gpu=True))
+    describe("a small model", export(work / "base", work / "adapter", work / "quants", on_gpu=True, in_build=False))
     shutil.rmtree(work)
 
 
@@ -183,15 +187,17 @@ def main() -> None:
     nbytes = sum(path.stat().st_size for path in base.glob("*.safetensors"))
     print(f"a base of {nbytes / 1e9:.1f} GB in {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
     lines += [f"From an adapter on a base of {nbytes / 1e9:.1f} GB to {', '.join(QUANTS)}; the base is in the system's cache.", ""]
-    first = export(base, adapter, arguments.work / "quants", on_gpu=True)
-    lines += describe("to the disk", first)
-    runs = [first]
+    disk = arguments.work / "quants"
+    asked = [("in a build, to the disk", disk, True, True)]
     if arguments.memory:
-        runs.append(export(base, adapter, arguments.memory / "quants", on_gpu=True))
-        lines += describe("to memory", runs[-1])
+        asked.append(("in a build, to memory", arguments.memory / "quants", True, True))
     if not arguments.only_gpu:
-        runs.append(export(base, adapter, arguments.work / "quants", on_gpu=False))
-        lines += describe("to the disk", runs[-1])
+        asked += [("`olpack export`, to the disk", disk, True, False), ("in a build, to the disk", disk, False, True)]
+    runs = []
+    for where, out, on_gpu, in_build in asked:
+        runs.append(export(base, adapter, out, on_gpu=on_gpu, in_build=in_build))
+        lines += describe(where, runs[-1])
+    first = runs[0]
     same = "identical" if all(one["digests"] == first["digests"] for one in runs) else "DIFFERENT"
     lines += ["", f"The files of all are {same} (SHA-256)."]
     if not arguments.only_gpu:

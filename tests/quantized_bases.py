@@ -154,7 +154,7 @@ def fp8(block: tuple[int, int] | None) -> tuple[dict, Callable[[torch.Tensor], P
         height, width = block or (rows, columns)
         scales = 1e-3 * (1 + torch.rand(-(-rows // height), -(-columns // width)))
         spread = scales.repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[:, :columns]
-        stored = (weight / spread).to(torch.float8_e4m3fn)
+        stored = (weight / spread).clamp(-448, 448).to(torch.float8_e4m3fn)  # before torch 2.13, what is larger becomes a NaN
         return {"weight": stored, "weight_scale_inv": scales if block else scales.reshape(())}, stored.float() * spread
 
     return {"quant_method": "fp8", "weight_block_size": list(block) if block else None}, quantize

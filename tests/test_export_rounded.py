@@ -17,9 +17,10 @@ from tiny_models import converter, write_adapter, write_model
 
 from olpack.errors import OlpackError
 from olpack.export import Target, run
+from olpack.export.column_kernel import KernelColumns
 from olpack.export.converter import SourceModel, SourceTensor
 from olpack.export.plan import FilePlan
-from olpack.export.second_order import DAMPING, factor, output_error, round_matrix
+from olpack.export.second_order import DAMPING, Columns, agree, factor, output_error, round_matrix
 from olpack.export.size_budget import read_sensitivity
 from olpack.llamacpp import library
 from olpack.llamacpp.activations import input_products, input_squares
@@ -299,3 +300,17 @@ def test_a_build(tmp_path):
         path.write_bytes(b"left")
     code, _, message = oracle.olpack(root, "export", "oracle", *words[:-1], "export.rounding=ggml")
     assert code == 0 and not any("round" in name for name in oracle.files(root / "build/oracle")), message
+
+
+@pytest.mark.parametrize("name", ["q4_0", "iq4_nl", "q3_K", "q4_K"])  # in blocks of 32 and of 256, with uneven levels, in parts of 16 and of 32
+def test_the_kernel_rounds_columns_as_plain_torch_does(name):
+    device, kind = torch.device("cuda" if torch.cuda.is_available() else "cpu"), GRID_TYPES[name]
+    plain, kernel = Columns(kind, device), KernelColumns(kind, device)
+    assert agree(plain, kernel, kind, device)
+
+    def other(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        codes, errors = plain(*tensors)
+        codes[-1, -1] ^= 1
+        return codes, errors
+
+    assert not agree(plain, other, kind, device)

@@ -21,6 +21,7 @@ from olpack.errors import OlpackError
 from olpack.export import Target
 from olpack.export.lora import export_adapter
 from olpack.llamacpp import library
+from olpack.llamacpp.activations import input_products
 from olpack.model.base import resolve
 from olpack.model.gguf_architectures import ARCHITECTURES, architecture_table, config_of, rope_factors, weights_of
 from olpack.model.gguf_base import open_gguf
@@ -30,6 +31,7 @@ from olpack.recipe import Train
 from olpack.train.checks import check_training
 from olpack.train.frozen import BlockLinear
 from olpack.train.gguf_model import frozen_bytes, load_frozen
+from olpack.train.layer_inputs import LayerInputs
 
 # llama.cpp rounds a layer's input to 16 bits where the weight has 16, and to 8 where it has fewer; olpack computes in float32. The largest difference
 # of a logit, in standard deviations of the logits, was 0.015 and 0.27; with experts, where a rounded input can choose another one, 0.1 and 2.3
@@ -58,13 +60,34 @@ def test_blocks_are_dequantized_to_ggmls_bits(number):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_are_llama_cpps_on_the_same_file(name, tmp_path):
+def test_logits_and_inputs_of_layers_are_llama_cpps_on_the_same_file(name, tmp_path):
     files = converter().export(make(tmp_path, name), [Target(quant, tmp_path / f"{quant}.gguf") for quant in QUANTS])
     for file in files:
         found, expected = ours(open_gguf(file.path)), llama_cpps(file.path)
         bound = BOUND_WITH_EXPERTS if has_experts(name) else BOUND
         largest = np.abs(found - expected).max() / expected.std()
         assert largest < bound.get(file.quant, bound["quantized"]), file.quant
+        if file.quant == "F16":
+            assert_inputs_are_llama_cpps(name, file.path)
+
+
+def assert_inputs_are_llama_cpps(name: str, gguf: Path) -> None:
+    """Rows of several lengths in one micro-batch. A model whose heads stand in another order than in the file is left to llama.cpp."""
+    tensors = open_gguf(gguf).tensors.items()
+    names = [one for one, tensor in tensors if one.startswith("blk.") and len(tensor.shape) == 2 and tensor.type.name == "F16"]
+    rows = [IDS, IDS[:5], IDS[:9][::-1]]
+    expected = input_products(gguf, rows, names, torch.device("cpu"), threads=1)
+    inputs = LayerInputs.load(gguf, expected, len(IDS), torch.device("cpu"), 1 << 40)
+    assert (inputs is None) == (name in ("qwen35-values", "qwen35moe"))
+    assert LayerInputs.load(gguf, expected, len(IDS), torch.device("cpu"), 1 << 20) is None  # too little memory
+    if inputs is not None:
+        read: list[int] = []
+        with torch.inference_mode():
+            found = inputs.products(rows, expected, read.append)
+        assert sum(read) == sum(map(len, rows)) and found.keys() == expected.keys()
+        for one, products in expected.items():
+            assert found[one].count == products.count
+            assert (found[one].sums - products.sums).norm() < 0.02 * products.sums.norm(), one
 
 
 def test_every_architecture_is_among_those_that_are_compared():

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,8 @@ from olpack.workspace import write_atomically
 
 if TYPE_CHECKING:
     import torch
+
+    from olpack.train.layer_inputs import LayerInputs
 
 _MATRIX = re.compile(r"blk\.(\d+)\.[\w.-]+")
 _INDEX = "matrices.json"
@@ -110,7 +113,7 @@ def round_to_files(
     total = sum(model.tensors[name].elements * (1 + len(types)) for name, types in missing.items())
     unread: list[str] = []
     damped: list[str] = []
-    with _gpu_memory_for_others(), ThreadPoolExecutor(threads or usable_processors(), thread_name_prefix="search") as pool:
+    with gpu_memory_for_others(), ThreadPoolExecutor(threads or usable_processors(), thread_name_prefix="search") as pool:
         for names, given in input_factors(gguf, rows, shapes, threads=threads, advance=lambda count: report(count, total)):
             for name in names:
                 source = model.tensors.pop(name)
@@ -136,7 +139,7 @@ def round_to_files(
 
 
 @contextmanager
-def _gpu_memory_for_others() -> Iterator[None]:
+def gpu_memory_for_others() -> Iterator[None]:
     """Give back what torch keeps of a GPU's memory: this process goes on, and another one trains block scales."""
     import torch
 
@@ -196,11 +199,15 @@ def input_factors(
     if not layers:
         return
     tokens = sum(map(len, rows))
-    memory = _Memory.available([[shapes[name] for name in names] for names in layers.values()])
+    sizes = [[shapes[name] for name in names] for names in layers.values()]
+    memory = _Memory.available(sizes)
+    read: Callable[..., dict[str, InputProducts]] = partial(input_products, gguf, device=memory.device, threads=threads)
+    if memory.device.type == "cuda" and (model := _on_gpu(gguf, shapes, rows, memory)):
+        read, memory = model.products, _Memory.available(sizes)
     for names in memory.groups(layers, shapes):
         progress = _Shares(sum(rows * columns for rows, columns in (shapes[name] for name in names)), tokens, advance)
         with torch.inference_mode():
-            found = input_products(gguf, rows, names, memory.device, threads=threads, advance=progress)
+            found = read(rows, names, advance=progress)
         inputs: dict[int, tuple[InputProducts, list[str]]] = {}
         for name in names:
             if name in found:
@@ -222,12 +229,27 @@ def input_factors(
             yield sharing, given
 
 
+def _on_gpu(gguf: Path, names: Collection[str], rows: Sequence[Sequence[int]], memory: _Memory) -> LayerInputs | None:
+    """The model on the GPU, to read rows there, if there is room for it."""
+    from olpack.model.libraries import import_libraries
+
+    import_libraries()
+    from olpack.train.layer_inputs import LayerInputs
+
+    return LayerInputs.load(gguf, names, max(map(len, rows)), memory.device, memory.spare)
+
+
 @dataclass(frozen=True)
 class _Memory:
-    """Where second moments are collected, and how many bytes of them at once."""
+    """Where second moments are collected, and how many bytes of them at once.
+
+    Attributes:
+        spare: bytes that are free besides the second moments of a layer and the work on a matrix.
+    """
 
     device: torch.device
     limit: int
+    spare: int
 
     @classmethod
     def available(cls, layers: Sequence[Sequence[tuple[int, int]]]) -> _Memory:
@@ -243,9 +265,9 @@ class _Memory:
         work = max(20 * columns**2 + 12 * rows * columns for layer in layers for rows, columns in layer)
         least = max(map(_products_size, layers)) + work
         if torch.cuda.is_available() and (free := torch.cuda.mem_get_info()[0]) > 1.2 * least:
-            return cls(torch.device("cuda"), (free - work) // 2)
+            return cls(torch.device("cuda"), (free - work) // 2, int(free / 1.2) - least)
         free = min(psutil.virtual_memory().available, this_machine().ram)
-        return cls(torch.device("cpu"), (free - work) // 2)
+        return cls(torch.device("cpu"), (free - work) // 2, free - least)
 
     def groups(self, layers: Mapping[int, Sequence[str]], shapes: Mapping[str, tuple[int, int]]) -> Iterator[list[str]]:
         """The names of the matrices of as many layers as there is room for, at least of one."""

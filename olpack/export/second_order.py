@@ -9,23 +9,28 @@ reached, on the weights as the earlier errors have moved them, and with R_jj² a
 
 from __future__ import annotations
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from olpack import progress
 from olpack.llamacpp import library
-from olpack.llamacpp.grids import GRID_TYPES, read_grid, write_codes
+from olpack.llamacpp.cores import usable_processors
+from olpack.llamacpp.grids import GRID_TYPES, GridType, read_grid, write_codes
 
 if TYPE_CHECKING:
     import torch
+
+    from olpack.export.column_kernel import KernelColumns
 
 # Of the mean of H's diagonal, added to each of its elements. GPTQ's value; more of it came closer to plain rounding (benchmarks/rounding.md).
 DAMPING = 0.01
 _HARDER = (0.1, 1.0)  # where that leaves a matrix that is not positive definite in floating point
 
-_ROWS_AT_ONCE = 256  # of a matrix that one thread searches scales for
+_AT_LEAST = 1 << 12  # weights that one thread searches scales for
 
 
 @dataclass(frozen=True)
@@ -92,31 +97,98 @@ def round_matrix(type_name: str, values: np.ndarray, given: Factor, pool: Thread
     packed = np.empty((rows, columns // kind.block, library.row_size(library.tensor_type(type_name), kind.block)), np.uint8)
     weights = torch.from_numpy(values).to(device).T.contiguous()  # a column's weights are next to each other
     errors = torch.empty_like(weights)
-    levels = torch.tensor(kind.levels, dtype=torch.float32, device=device)
-    nearest = _Nearest(levels)
-    codes = torch.empty((kind.block, rows), dtype=torch.uint8, device=device)
+    round_columns = _columns(type_name, device)
     for start in range(0, columns, kind.block):
         stop = start + kind.block
+        inside = given.feedback[start:stop, start:stop]
         asked = given.feedback[start:stop, :start] @ errors[:start]
-        wanted = weights[start:stop] + asked
         # What would make up for all the errors so far, if the block's weights were free: the errors that they make at that are fed back, too.
-        free = torch.linalg.solve_triangular(given.feedback[start:stop, start:stop], asked, upper=False, unitriangular=True)
-        blocks = _searched(type_name, (weights[start:stop] + free).T.cpu().contiguous().numpy(), given.weights[start:stop], pool)
+        free = torch.linalg.solve_triangular(inside, asked, upper=False, unitriangular=True)
+        blocks = _searched(type_name, (weights[start:stop] + free).T.contiguous().cpu().numpy(), given.weights[start:stop], pool)
         if blocks is None:
             return None
         scales, lows = (torch.from_numpy(one.T.copy()).to(device) for one in read_grid(type_name, blocks))
-        inverses = torch.where(scales == 0, 0, 1 / scales)
-        for column in range(kind.block):
-            part, at = column // kind.part, start + column
-            aim = wanted[column]
-            if column:
-                aim = torch.addmv(aim, errors[start:at].T, given.feedback[at, start:at])
-            code = nearest((aim - lows[part]) * inverses[part])
-            codes[column] = code
-            torch.sub(weights[at], torch.addcmul(lows[part], scales[part], levels[code]), out=errors[at])
-        write_codes(type_name, blocks, codes.T.cpu().contiguous().numpy())
+        codes, errors[start:stop] = round_columns(weights[start:stop], asked, scales, lows, inside)
+        write_codes(type_name, blocks, codes.T.contiguous().cpu().numpy())
         packed[:, start // kind.block] = blocks
     return packed.reshape(rows, -1)
+
+
+class Columns:
+    """Rounds the columns of a block, one after the other.
+
+    Args:
+        kind: of its type.
+    """
+
+    def __init__(self, kind: GridType, device: torch.device):
+        import torch
+
+        self.kind, self.levels = kind, torch.tensor(kind.levels, dtype=torch.float32, device=device)
+        self._nearest = _Nearest(self.levels)
+
+    def __call__(
+        self, weights: torch.Tensor, asked: torch.Tensor, scales: torch.Tensor, lows: torch.Tensor, feedback: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(codes, uint8; errors, float32), [columns, rows] both.
+
+        Args:
+            weights: float32 [columns, rows].
+            asked: float32 [columns, rows], what the errors of earlier blocks ask for.
+            scales, lows: float32 [parts, rows].
+            feedback: float32 [columns, columns], as in `Factor`.
+        """
+        import torch
+
+        inverses = torch.where(scales == 0, 0, 1 / scales)
+        wanted = weights + asked
+        errors, codes = torch.empty_like(weights), torch.empty(weights.shape, dtype=torch.uint8, device=weights.device)
+        for column, aim in enumerate(wanted):
+            part = column // self.kind.part
+            if column:
+                aim = torch.addmv(aim, errors[:column].T, feedback[column, :column])
+            code = self._nearest((aim - lows[part]) * inverses[part])
+            codes[column] = code
+            torch.sub(weights[column], torch.addcmul(lows[part], scales[part], self.levels[code]), out=errors[column])
+        return codes, errors
+
+
+@functools.cache
+def _columns(type_name: str, device: torch.device) -> Columns | KernelColumns:
+    """The kernel, on a GPU where it works."""
+    kind = GRID_TYPES[type_name]
+    plain = Columns(kind, device)
+    if device.type != "cuda":
+        return plain
+    try:
+        from olpack.export.column_kernel import KernelColumns
+
+        kernel = KernelColumns(kind, device)
+        if agree(plain, kernel, kind, device):
+            return kernel
+        problem = "it gives other codes"
+    except Exception as error:  # no Triton, no C compiler, a GPU that it does not know: whatever it is, plain torch works
+        problem = (str(error).strip() or repr(error)).splitlines()[0]
+    progress.warn(f"matrices are rounded to {type_name} by plain torch, which is slower: the kernel does not work here ({problem})")
+    return plain
+
+
+def agree(some: Columns, others: Columns | KernelColumns, kind: GridType, device: torch.device) -> bool:
+    """Whether both round the same block alike. Its numbers are such that float32 has no need to round any sum, in whatever order it is added up."""
+    import torch
+
+    dice = torch.Generator().manual_seed(0)
+    rows = 67
+
+    def whole(low: int, high: int, *size: int) -> torch.Tensor:
+        return torch.randint(low, high, size, generator=dice).to(device, torch.float32)
+
+    weights, asked = whole(-200, 200, kind.block, rows) / 8, whole(-32, 32, kind.block, rows) / 8
+    scales, lows = 2 ** whole(-2, 3, kind.block // kind.part, rows), whole(-8, 8, kind.block // kind.part, rows)
+    scales[0, 0] = 0
+    feedback = (whole(-2, 3, kind.block, kind.block) / 8).tril(-1)
+    given = weights, asked, scales, lows, feedback
+    return all(torch.equal(one, other) for one, other in zip(some(*given), others(*given), strict=True))
 
 
 class _Nearest:
@@ -141,12 +213,14 @@ def _searched(type_name: str, values: np.ndarray, weights: np.ndarray, pool: Thr
     """Blocks of one column of blocks with searched scales, uint8 [rows, bytes of a block]; None where one is unsound."""
     type_ = library.tensor_type(type_name)
     blocks = np.empty((len(values), library.row_size(type_, values.shape[1])), np.uint8)
+    threads = min(usable_processors(), -(-values.size // _AT_LEAST))
+    rows = -(-len(values) // threads)
 
     def search(first: int) -> bool:
-        part = slice(first, first + _ROWS_AT_ONCE)
+        part = slice(first, first + rows)
         return library.quantize_rows(type_, values[part], blocks[part], weights, search=True)
 
-    return blocks if all(list(pool.map(search, range(0, len(values), _ROWS_AT_ONCE)))) else None
+    return blocks if all(list(pool.map(search, range(0, len(values), rows)))) else None
 
 
 def output_error(original: np.ndarray, rounded: np.ndarray, given: Factor) -> float:

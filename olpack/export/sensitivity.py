@@ -27,7 +27,7 @@ from olpack.export.gguf_source import open_source
 from olpack.export.importance import column_weights
 from olpack.export.job import SensitivityResult
 from olpack.export.plan import header_only_gguf
-from olpack.export.rounded import input_factors, is_layer_matrix
+from olpack.export.rounded import gpu_memory_for_others, input_factors, is_layer_matrix
 from olpack.export.second_order import Factor, output_error, round_matrix
 from olpack.export.size_budget import MatrixLoss, candidates, quantizable_tensors
 from olpack.export.write import CHUNK
@@ -71,7 +71,11 @@ def measure(
     found = _measured_before(Path(out), key)
     total = (len(names) + 1) * sum(map(len, rows))
     where = LoadedWeights()
-    with Engine(Path(gguf), max(map(len, rows)), threads, watch=where, writable=True) as engine, ThreadPoolExecutor(usable_processors()) as pool:
+    with (
+        gpu_memory_for_others(),
+        Engine(Path(gguf), max(map(len, rows)), threads, watch=where, writable=True) as engine,
+        ThreadPoolExecutor(usable_processors()) as pool,
+    ):
         reference = _Reference(engine, rows, loss_masks, lambda count: report(count, total))
         where.check()
         if not reference.finite:

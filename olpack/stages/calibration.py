@@ -161,8 +161,8 @@ def check_scales_memory(exported: ExportPlan, steps: int, base: Base) -> None:
     import torch
 
     from olpack.model.shape import MetaModel
-    from olpack.train.block_scales import check_memory, working_dtype
-    from olpack.train.device import pick_device
+    from olpack.train.block_scales import check_memory
+    from olpack.train.device import pick_device, working_dtype
 
     device, shape = pick_device(), MetaModel(base.config, base.label).shape
     full = working_dtype(device).itemsize

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -49,6 +50,25 @@ def micro_batches(rows: list[TokenRow], budget: int) -> list[list[TokenRow]]:
         groups[number].append(row)
         insort(free, (left - len(row.ids), number))
     return groups
+
+
+def by_length(rows: Iterable[Sequence[int]], budget: int) -> Iterator[list[Sequence[int]]]:
+    """Rows of token ids in groups of similar lengths, each of at most `budget` tokens once they are padded. A longer row makes a group of its own."""
+    group: list[Sequence[int]] = []
+    for row in sorted(rows, key=len):
+        if group and len(row) * (len(group) + 1) > budget:
+            yield group
+            group = []
+        group.append(row)
+    if group:
+        yield group
+
+
+def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, int64; which are of a row, bool), both [rows, tokens of the longest]. What is behind a row changes nothing in it."""
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    lengths = torch.tensor([[len(row)] for row in rows])
+    return ids.to(device), (torch.arange(ids.shape[1]) < lengths).to(device)
 
 
 @dataclass(frozen=True)

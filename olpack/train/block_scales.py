@@ -35,10 +35,11 @@ from olpack.model.gguf_base import GgufBase, open_gguf
 from olpack.model.gguf_blocks import TYPES, BlockType
 from olpack.model.shape import MetaModel, Shape
 from olpack.train import free_memory
-from olpack.train.device import compute_dtype, pick_device
+from olpack.train.batches import by_length, padded
+from olpack.train.device import pick_device, working_dtype
 from olpack.train.frozen import BlockLinear
 from olpack.train.gguf_model import frozen_bytes, load_frozen
-from olpack.train.ops import blocks
+from olpack.train.ops import blocks, pointwise
 from olpack.workspace import write_atomically
 
 ROWS_A_STEP = 16
@@ -49,6 +50,7 @@ _SET_ASIDE = 32  # rows that measure the gain, at most a fifth
 _MEASURE_EVERY = 25  # steps
 _KEEP_EVERY = 300  # seconds
 _NUMBER = 22  # bytes of a trained number in memory: itself, its factor and its gradient, what Adam knows of it, the number that was rounded
+_RANK = 16  # of an adapter: none of the kernels that dequantize depends on it
 _LOGIT_COPIES = 5  # in float32: of both models, their logarithms, the gradient
 
 
@@ -126,12 +128,6 @@ def check_memory(shape: Shape, file_bytes: int, numbers: int, available: int, fu
     return fixed + shape.layers * of_layer > available
 
 
-def working_dtype(device: torch.device) -> torch.dtype:
-    """What both models compute in: gradients are smaller than the smallest numbers of float16."""
-    dtype = compute_dtype(device)
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
 def _tokens(vocabulary: int) -> int:
     """Of a micro-batch."""
     return max(1, min(LONGEST, _LOGITS // vocabulary))
@@ -193,9 +189,8 @@ class _Run:
 
     def take(self, rows: Sequence[TokenRow]) -> float:
         """One step. Returns the KL divergence on its rows, nats a token."""
-        total = 0.0
-        for group in self.quant.groups(rows):
-            divergence = self.quant.divergence(group)
+        total, windows = 0.0, self.quant.windows(rows)
+        for divergence in self.quant.divergences(windows):
             divergence.backward()  # of the sum: Adam takes the same step whatever it is multiplied by
             total += float(divergence.detach())
         if math.isfinite(total):
@@ -204,13 +199,13 @@ class _Run:
         self._rate.step()
         self.quant.write()
         self.step += 1
-        return total / self.quant.count(rows)
+        return total / sum(map(len, windows))
 
     def measure(self, rows: Sequence[TokenRow]) -> None:
         """Measure the KL divergence on rows, keep the scales if it is the smallest so far, and put everything into the file."""
+        windows = self.quant.windows(rows)
         with torch.inference_mode():
-            total = sum(float(self.quant.divergence(group)) for group in self.quant.groups(rows))
-        divergence = total / self.quant.count(rows)
+            divergence = sum(map(float, self.quant.divergences(windows))) / sum(map(len, windows))
         if not self.measured and not math.isfinite(divergence):
             raise OlpackError("The model's predictions are no numbers.", "Take another checkpoint, or train again with a lower learning rate.")
         if divergence < min(self.measured.values(), default=math.inf):
@@ -253,6 +248,7 @@ class _Quant:
         weights_bytes = frozen_bytes(base, dtype.itemsize) + sum(size for size, _, _ in sizes)
         again = check_memory(meta.shape, weights_bytes, sum(size // block * count for size, block, count in sizes), free, dtype.itemsize)
         self._model = load_frozen(base, device, dtype)
+        pointwise.use_kernels(device, dtype, self._model.config.get_text_config().to_dict(), _RANK)
         if again:
             self._compute_activations_again()
         self.layers: dict[str, ScaledLinear] = {}
@@ -275,33 +271,21 @@ class _Quant:
             if isinstance(layer, GradientCheckpointingLayer):
                 layer.training = True  # it computes again in training mode only; what is in it stays in evaluation mode, without dropout
 
-    def count(self, rows: Sequence[TokenRow]) -> int:
-        """Tokens that are read of rows."""
-        return sum(min(self._tokens, len(row.ids)) for row in rows)
+    def windows(self, rows: Sequence[TokenRow]) -> list[Sequence[int]]:
+        """The tokens of each row that are read: at most as many as a micro-batch has, and of a longer row those up to its last target token."""
+        found: list[Sequence[int]] = []
+        for row in rows:
+            last = max((place for place, counts in enumerate(row.loss_mask) if counts), default=len(row.ids) - 1)
+            found.append(row.ids[max(0, last + 1 - self._tokens) :][: self._tokens])
+        return found
 
-    def groups(self, rows: Sequence[TokenRow]) -> Iterator[list[TokenRow]]:
-        """Micro-batches of rows of similar lengths."""
-        group: list[TokenRow] = []
-        for row in sorted(rows, key=lambda row: len(row.ids)):
-            if group and min(self._tokens, len(row.ids)) * (len(group) + 1) > self._tokens:
-                yield group
-                group = []
-            group.append(row)
-        yield group
-
-    def divergence(self, rows: Sequence[TokenRow]) -> torch.Tensor:
-        """KL divergence of the quant from the unquantized model, summed over the tokens of rows, in nats."""
-        cut = [torch.tensor(self._window(row)) for row in rows]
-        ids = nn.utils.rnn.pad_sequence(cut, batch_first=True).to(self.device)  # what is behind a row changes nothing in it
-        places = torch.arange(ids.shape[1], device=self.device) < torch.tensor([[len(row)] for row in cut], device=self.device)
-        with torch.no_grad():
-            exact = self._log_probabilities(ids, places, quantized=False)
-        return F.kl_div(self._log_probabilities(ids, places, quantized=True), exact, reduction="sum", log_target=True)
-
-    def _window(self, row: TokenRow) -> Sequence[int]:
-        """The tokens of a row that are read."""
-        last = max((place for place, counts in enumerate(row.loss_mask) if counts), default=len(row.ids) - 1)
-        return row.ids[max(0, last + 1 - self._tokens) :][: self._tokens]
+    def divergences(self, windows: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
+        """KL divergence of the quant from the unquantized model for each micro-batch, summed over its tokens, in nats."""
+        for group in by_length(windows, self._tokens):
+            ids, places = padded(group, self.device)
+            with torch.no_grad():
+                exact = self._log_probabilities(ids, places, quantized=False)
+            yield F.kl_div(self._log_probabilities(ids, places, quantized=True), exact, reduction="sum", log_target=True)
 
     def _log_probabilities(self, ids: torch.Tensor, places: torch.Tensor, *, quantized: bool) -> torch.Tensor:
         for layer in self.layers.values():

@@ -15,3 +15,9 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def working_dtype(device: torch.device) -> torch.dtype:
+    """What a GGUF's model computes in where no loss is scaled: gradients are smaller than the smallest numbers of float16."""
+    dtype = compute_dtype(device)
+    return torch.float32 if dtype == torch.float16 else dtype
