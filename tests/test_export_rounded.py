@@ -20,6 +20,7 @@ from olpack.export import Target, run
 from olpack.export.column_kernel import KernelColumns
 from olpack.export.converter import SourceModel, SourceTensor
 from olpack.export.plan import FilePlan
+from olpack.export.rounded import gpu_memory_for_others
 from olpack.export.second_order import DAMPING, Columns, agree, factor, output_error, round_matrix
 from olpack.export.size_budget import read_sensitivity
 from olpack.llamacpp import library
@@ -314,3 +315,9 @@ def test_the_kernel_rounds_columns_as_plain_torch_does(name):
         return codes, errors
 
     assert not agree(plain, other, kind, device)
+
+
+def test_too_little_memory_of_a_gpu_is_one_sentence():
+    with pytest.raises(OlpackError, match="ran out of the GPU's memory") as error, gpu_memory_for_others():
+        raise torch.OutOfMemoryError
+    assert "CUDA_VISIBLE_DEVICES=" in error.value.remedy

@@ -140,11 +140,18 @@ def round_to_files(
 
 @contextmanager
 def gpu_memory_for_others() -> Iterator[None]:
-    """Give back what torch keeps of a GPU's memory: this process goes on, and another one trains block scales."""
+    """Give back what torch keeps of a GPU's memory: this process goes on, and another one trains block scales.
+
+    Raises:
+        OlpackError: within the block the GPU's memory ran out.
+    """
     import torch
 
     try:
         yield
+    except torch.OutOfMemoryError:
+        problem = "Rounding matrices by their outputs ran out of the GPU's memory."
+        raise OlpackError(problem, "Free memory there, or do it on the CPU: run the command with CUDA_VISIBLE_DEVICES= before it.") from None
     finally:
         torch.cuda.empty_cache()  # does nothing where no GPU was used
 
@@ -236,7 +243,7 @@ def _on_gpu(gguf: Path, names: Collection[str], rows: Sequence[Sequence[int]], m
     import_libraries()
     from olpack.train.layer_inputs import LayerInputs
 
-    return LayerInputs.load(gguf, names, max(map(len, rows)), memory.device, memory.spare)
+    return LayerInputs.load(gguf, names, max(map(len, rows), default=0), memory.device, memory.spare)
 
 
 @dataclass(frozen=True)
