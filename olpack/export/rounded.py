@@ -83,6 +83,27 @@ def packed_size(model: SourceModel, wanted: Mapping[str, Sequence[str]]) -> int:
     )
 
 
+@contextmanager
+def gpu_memory_for_others() -> Iterator[None]:
+    """Give back the GPU's memory after the function: this process goes on, and another one trains block scales.
+
+    Raises:
+        OlpackError: within it the GPU's memory ran out.
+    """
+    import torch
+
+    from olpack.train import free_memory
+
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        problem = "Rounding matrices by their outputs ran out of the GPU's memory."
+        raise OlpackError(problem, "Free memory there, or do it on the CPU: run the command with CUDA_VISIBLE_DEVICES= before it.") from None
+    finally:
+        free_memory()
+
+
+@gpu_memory_for_others()
 def round_to_files(
     model: SourceModel,
     wanted: Mapping[str, Sequence[str]],
@@ -113,7 +134,7 @@ def round_to_files(
     total = sum(model.tensors[name].elements * (1 + len(types)) for name, types in missing.items())
     unread: list[str] = []
     damped: list[str] = []
-    with gpu_memory_for_others(), ThreadPoolExecutor(threads or usable_processors(), thread_name_prefix="search") as pool:
+    with ThreadPoolExecutor(threads or usable_processors(), thread_name_prefix="search") as pool:
         for names, given in input_factors(gguf, rows, shapes, threads=threads, advance=lambda count: report(count, total)):
             for name in names:
                 source = model.tensors.pop(name)
@@ -136,24 +157,6 @@ def round_to_files(
     return RoundedMatrices(
         matrices=len(made), unread=unread, damped=damped, singular=[name for name, (_, columns) in shapes.items() if columns > tokens]
     )
-
-
-@contextmanager
-def gpu_memory_for_others() -> Iterator[None]:
-    """Give back what torch keeps of a GPU's memory: this process goes on, and another one trains block scales.
-
-    Raises:
-        OlpackError: within the block the GPU's memory ran out.
-    """
-    import torch
-
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        problem = "Rounding matrices by their outputs ran out of the GPU's memory."
-        raise OlpackError(problem, "Free memory there, or do it on the CPU: run the command with CUDA_VISIBLE_DEVICES= before it.") from None
-    finally:
-        torch.cuda.empty_cache()  # does nothing where no GPU was used
 
 
 def rounded_files(folder: Path, wanted: Mapping[str, Sequence[str]]) -> dict[tuple[str, int], Path]:

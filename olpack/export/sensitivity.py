@@ -47,6 +47,7 @@ _REFERENCE_BYTES = 1 << 30  # of memory for the unchanged model's log-probabilit
 _SAMPLE = 1 << 16  # weights of a matrix on which the errors of its types are compared: sums over so many differ by less than a percent
 
 
+@gpu_memory_for_others()
 def measure(
     gguf: str,
     rows: list[list[int]],
@@ -71,11 +72,7 @@ def measure(
     found = _measured_before(Path(out), key)
     total = (len(names) + 1) * sum(map(len, rows))
     where = LoadedWeights()
-    with (
-        gpu_memory_for_others(),
-        Engine(Path(gguf), max(map(len, rows)), threads, watch=where, writable=True) as engine,
-        ThreadPoolExecutor(usable_processors()) as pool,
-    ):
+    with Engine(Path(gguf), max(map(len, rows)), threads, watch=where, writable=True) as engine, ThreadPoolExecutor(usable_processors()) as pool:
         reference = _Reference(engine, rows, loss_masks, lambda count: report(count, total))
         where.check()
         if not reference.finite:
