@@ -79,7 +79,9 @@ def _prints_lines() -> bool:
 
 
 def _print_json(record: dict[str, Any]) -> None:
-    print(json_text(record), file=_out or sys.stderr, flush=True)
+    out = _out or sys.stderr
+    out.write(json_text(record) + "\n")  # at once, as another thread may write a line, too
+    out.flush()
 
 
 class ProgressTask:

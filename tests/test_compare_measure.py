@@ -211,6 +211,11 @@ def test_processes_that_were_started_take_the_next_jobs(folder, rows):
         assert len(_workers()) == len(there) - 1 and _workers() <= there
     assert not _workers()
     assert run_worker(job, "F32", Units(Cache(None), "f32", {})) == []
+    with started(1):
+        (killed,) = _workers()
+        psutil.Process(killed).kill()
+        psutil.wait_procs([psutil.Process(killed)])
+        assert run_worker(job, "F32", Units(Cache(None), "f32", {})) == []  # in another one
 
 
 def test_speed_is_taken_through_the_server(folder, rows, ollama_double: OllamaDouble, capsys):

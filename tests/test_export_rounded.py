@@ -7,6 +7,7 @@ import json
 import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -16,11 +17,11 @@ import torch
 from tiny_models import converter, write_adapter, write_model
 
 from olpack.errors import OlpackError
-from olpack.export import Target, run
+from olpack.export import Target, rounded, run
 from olpack.export.column_kernel import KernelColumns
 from olpack.export.converter import SourceModel, SourceTensor
 from olpack.export.plan import FilePlan
-from olpack.export.rounded import gpu_memory_for_others
+from olpack.export.rounded import gpu_memory_for_others, input_factors
 from olpack.export.second_order import DAMPING, Columns, agree, factor, output_error, round_matrix
 from olpack.export.size_budget import read_sensitivity
 from olpack.llamacpp import library
@@ -321,3 +322,21 @@ def test_too_little_memory_of_a_gpu_is_one_sentence():
     with pytest.raises(OlpackError, match="ran out of the GPU's memory") as error, gpu_memory_for_others():
         raise torch.OutOfMemoryError
     assert "CUDA_VISIBLE_DEVICES=" in error.value.remedy
+
+
+def test_what_a_gpu_cannot_read_is_read_by_llama_cpp(unquantized, monkeypatch, capsys):
+    class Model:
+        def products(self, rows, names, advance):
+            advance(len(rows[0]))
+            raise torch.OutOfMemoryError("too little")
+
+    name = "blk.0.ffn_down.weight"
+    shapes = {name: tuple(int(size) for size in reversed(read(unquantized)[name].shape))}
+    expected = [(names, given.feedback) for names, given in input_factors(unquantized, ROWS, shapes, threads=1)]
+    monkeypatch.setattr(rounded, "_on_gpu", lambda *_: Model())
+    monkeypatch.setattr(rounded._Memory, "available", classmethod(lambda cls, layers: cls(SimpleNamespace(type="cuda"), 1 << 40, 0)))
+    monkeypatch.setattr(rounded, "input_products", lambda *given, **more: input_products(*given[:3], torch.device("cpu"), **more))
+    done: list[int] = []
+    found = [(names, given.feedback) for names, given in input_factors(unquantized, ROWS, shapes, threads=1, advance=done.append)]
+    assert [names for names, _ in found] == [[name]] and torch.equal(found[0][1], expected[0][1])
+    assert sum(done) == np.prod(shapes[name]) and "llama.cpp reads the rows" in capsys.readouterr().err

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+from contextvars import ContextVar
 from pathlib import Path
 
 import gguf
@@ -12,6 +14,7 @@ import pytest
 from gguf import GGUFValueType
 from tiny_models import write_model
 
+from olpack.errors import OlpackError
 from olpack.export import Target, check_export, client, export
 from olpack.export.client import end_worker
 from olpack.export.gguf_writer import packed_array
@@ -45,7 +48,7 @@ def test_a_plan_imports_no_models_of_transformers(tmp_path):
 @pytest.fixture
 def no_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """Outside of the block that all tests share."""
-    monkeypatch.setattr(client, "_shared", None)
+    monkeypatch.setattr(client, "_shared", ContextVar("_shared", default=None))
 
 
 def test_one_worker_imports_early_and_does_the_jobs_of_a_block(tmp_path, no_block):
@@ -100,3 +103,29 @@ def test_an_array_is_packed_as_the_writer_packs_it(values, item_type):
 @pytest.mark.parametrize("values", [[True, 2], [1, 2.0], [[1], [2]], b"abc", []])
 def test_other_arrays_are_left_to_the_writer(values):
     assert packed_array(values, None) is None
+
+
+def test_threads_get_workers_of_their_own(no_block):
+    others = []
+
+    def work() -> None:
+        with client.worker() as other:
+            others.append(other)
+
+    with client.worker() as mine:
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        assert mine.alive and others[0] is not mine and not others[0].alive
+
+
+def test_what_fails_early_fails_again_in_the_first_job_alone(tmp_path, no_block, monkeypatch):
+    broken = tmp_path / "converter"
+    broken.mkdir()
+    monkeypatch.setattr(client, "converter_source", lambda: broken)
+    monkeypatch.setattr(client, "cached_source", lambda: broken)
+    with client.one_worker():
+        client.begin_worker()
+        for quants in (["Q8_0"], ["F16"]):
+            with pytest.raises((OlpackError, RuntimeError), match="conver"):
+                check_export(write_model(tmp_path / quants[0]), quants)

@@ -168,7 +168,7 @@ class UnitProgress:
 
 @dataclass(frozen=True)
 class _Worker:
-    """A process that waits for its job, and the file of what it prints to stderr."""
+    """A process for a job, and the file of what it prints to stderr."""
 
     process: subprocess.Popen[bytes]
     errors: IO[bytes]
@@ -202,24 +202,36 @@ class _Worker:
         self.errors.close()
 
 
-_waiting: list[_Worker] = []
+_idle: list[_Worker] = []  # that have no job yet
 
 
 @contextmanager
 def started(count: int) -> Iterator[None]:
-    """Start the processes of the next `count` jobs at once, which takes a fraction of the time that their imports take one after the other, and
-    wait until they have imported what measuring needs: within the block none of them starts beside what is timed.
+    """Start the processes of the next `count` jobs at once, which takes a fraction of the time that their imports take one after the other, and go on
+    once they have imported what measuring needs: within the block none of them starts beside what is timed.
 
-    There are at most as many as processors. Further jobs start a process each.
+    There are at most as many as processors, and fewer where the system gives no more. Further jobs start a process each.
     """
     try:
-        _waiting.extend(_Worker.start() for _ in range(min(count, usable_processors())))
-        for worker in _waiting:
-            worker.pipes[1].readline()  # the event "ready", or nothing where it died, which its job will report
+        with suppress(OSError):  # the jobs start theirs, and say what is wrong
+            for _ in range(min(count, usable_processors())):
+                _idle.append(_Worker.start())
+        for worker in _idle:
+            worker.pipes[1].readline()  # the event "ready", or nothing where it died
         yield
     finally:
-        while _waiting:
-            _waiting.pop().end()
+        while _idle:
+            _idle.pop().end()
+
+
+def _next_worker() -> _Worker:
+    """One that has no job yet, or a new one."""
+    while _idle:
+        worker = _idle.pop()
+        if worker.process.poll() is None:
+            return worker
+        worker.end()  # something else killed it before it had a job
+    return _Worker.start()
 
 
 def events(job: Job) -> Generator[dict[str, Any], None, None]:
@@ -228,7 +240,7 @@ def events(job: Job) -> Generator[dict[str, Any], None, None]:
     Raises:
         OlpackError: the worker died, by a signal or otherwise, after the events that were yielded.
     """
-    worker = _waiting.pop() if _waiting else _Worker.start()
+    worker = _next_worker()
     try:
         stdin, stdout = worker.pipes
         try:

@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, TypeVar, Unpack
@@ -226,6 +227,10 @@ class Converter:
                 task = None
                 for line in self._messages:
                     message = json.loads(line)
+                    if "event" in message:
+                        if message["event"] == "warning":
+                            progress.warn(message["text"])
+                        continue
                     self.has_gpu = message.get("has_gpu", self.has_gpu)
                     if "result" in message:
                         return TypeAdapter(result).validate_python(message["result"])
@@ -299,7 +304,8 @@ class _SharedWorker:
             self.end()
 
 
-_shared: _SharedWorker | None = None
+# Of a thread: another one that calls olpack gets workers of its own.
+_shared: ContextVar[_SharedWorker | None] = ContextVar("_shared", default=None)
 
 
 @contextmanager
@@ -307,12 +313,12 @@ def one_worker(*, with_gpu: bool = True) -> Iterator[None]:
     """Within the block all jobs go to one worker, which starts with the first of them and ends with the outermost such block.
 
     Args:
-        with_gpu: let a worker that used a GPU wait for the next job with a part of the GPU's memory. Without, and outside of a block with, it
+        with_gpu: let a worker that used a GPU stay for the next job, with a part of the GPU's memory. Without, and outside of a block with, it
             ends after its job.
     """
-    global _shared
-    outer, shared = _shared, _shared or _SharedWorker()
-    _shared = shared
+    outer = _shared.get()
+    shared = outer or _SharedWorker()
+    _shared.set(shared)
     shared.gpu_blocks += with_gpu
     try:
         yield
@@ -320,7 +326,7 @@ def one_worker(*, with_gpu: bool = True) -> Iterator[None]:
         shared.gpu_blocks -= with_gpu
         shared.release_gpu()
         if outer is None:
-            _shared = None
+            _shared.set(None)
             shared.end()
 
 
@@ -328,21 +334,23 @@ def one_worker(*, with_gpu: bool = True) -> Iterator[None]:
 def worker() -> Iterator[Converter]:
     """The worker that the surrounding block of `one_worker` shares; without one, a worker of its own."""
     with one_worker(with_gpu=False):
-        assert _shared is not None  # in such a block
-        yield _shared.start()
+        shared = _shared.get()
+        assert shared is not None  # in such a block
+        yield shared.start()
 
 
 def begin_worker() -> None:
     """Have the worker of the surrounding block of `one_worker` import the converter while this process does other work. A converter that is to be
     fetched first comes with the first job."""
-    if _shared is not None and _shared.converter is None and cached_source() is not None:
-        _shared.start().begin()
+    shared = _shared.get()
+    if shared is not None and shared.converter is None and cached_source() is not None:
+        shared.start().begin()
 
 
 def end_worker() -> None:
-    """End the worker of the surrounding block, which has 0.2 GB of memory also while it waits. The next job starts another."""
-    if _shared is not None:
-        _shared.end()
+    """End the worker of the surrounding block, which has 0.2 GB of memory between two jobs, too. The next job starts another."""
+    if (shared := _shared.get()) is not None:
+        shared.end()
 
 
 def environment() -> dict[str, str]:

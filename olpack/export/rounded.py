@@ -15,10 +15,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from olpack import progress
 from olpack.errors import OlpackError
 from olpack.export.converter import FLOATS, SourceModel, SourceTensor
 from olpack.export.job import RoundedMatrices, blocks_file
@@ -211,13 +211,17 @@ def input_factors(
     tokens = sum(map(len, rows))
     sizes = [[shapes[name] for name in names] for names in layers.values()]
     memory = _Memory.available(sizes)
-    read: Callable[..., dict[str, InputProducts]] = partial(input_products, gguf, device=memory.device, threads=threads)
-    if memory.device.type == "cuda" and (model := _on_gpu(gguf, shapes, rows, memory)):
-        read, memory = model.products, _Memory.available(sizes)
+    model = _on_gpu(gguf, shapes, rows, memory)
+    if model is not None and (memory := _Memory.available(sizes)).device.type != "cuda":  # another program took what was free
+        model = None
     for names in memory.groups(layers, shapes):
-        progress = _Shares(sum(rows * columns for rows, columns in (shapes[name] for name in names)), tokens, advance)
+        shares = _Shares(sum(rows * columns for rows, columns in (shapes[name] for name in names)), tokens, advance)
+        found = None
         with torch.inference_mode():
-            found = read(rows, names, advance=progress)
+            if model is not None and (found := _read_on_gpu(model, rows, names, shares)) is None:
+                model = None
+            if found is None:
+                found = input_products(gguf, rows, names, memory.device, threads=threads, advance=shares)
         inputs: dict[int, tuple[InputProducts, list[str]]] = {}
         for name in names:
             if name in found:
@@ -240,13 +244,35 @@ def input_factors(
 
 
 def _on_gpu(gguf: Path, names: Collection[str], rows: Sequence[Sequence[int]], memory: _Memory) -> LayerInputs | None:
-    """The model on the GPU, to read rows there, if there is room for it."""
+    """The model on the GPU where second moments are collected, to read rows there, if there is room for it."""
+    if memory.device.type != "cuda":
+        return None
     from olpack.model.libraries import import_libraries
 
     import_libraries()
     from olpack.train.layer_inputs import LayerInputs
 
-    return LayerInputs.load(gguf, names, max(map(len, rows), default=0), memory.device, memory.spare)
+    try:
+        return LayerInputs.load(gguf, names, max(map(len, rows), default=0), memory.device, memory.spare)
+    except Exception as error:  # whatever it is, llama.cpp reads the rows
+        _leave_it_to_llama_cpp(error)
+        return None
+
+
+def _read_on_gpu(
+    model: LayerInputs, rows: Sequence[Sequence[int]], names: Collection[str], advance: Callable[[int], None]
+) -> dict[str, InputProducts] | None:
+    """As `input_products`; None where it fails, as for a lack of memory."""
+    try:
+        return model.products(rows, names, advance)
+    except Exception as error:
+        _leave_it_to_llama_cpp(error)
+        return None
+
+
+def _leave_it_to_llama_cpp(error: Exception) -> None:
+    problem = (str(error).strip() or repr(error)).splitlines()[0]
+    progress.warn(f"llama.cpp reads the rows on the CPU, which is slower: the model cannot on the GPU ({problem})")
 
 
 @dataclass(frozen=True)
@@ -306,7 +332,7 @@ class _Shares:
         self._read = self._given = 0
 
     def __call__(self, tokens: int) -> None:
-        self._read += tokens
+        self._read = min(self._read + tokens, self._tokens)  # where the GPU read a part before it failed, they are read again
         now = self._weights * self._read // self._tokens
         self._advance(now - self._given)
         self._given = now

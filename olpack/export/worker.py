@@ -1,8 +1,8 @@
 """The worker process: `python -m olpack.export.worker CONVERTER_FOLDER`, driven by `client.py` over a pipe.
 
 One JSON object a line comes in on stdin ({"do": "check", "round", "export", "collect" or "measure", …}), JSON objects go out on stdout until one has
-"result", "error" or "crash", and "has_gpu". {"do": "begin"} imports the converter and has no answer. End of input ends the process, also in the
-middle of an export: its partial files go with it.
+"result", "error" or "crash", and "has_gpu"; warnings come as events of `olpack.progress`. {"do": "begin"} imports the converter and has no answer:
+what fails then fails again in the first job. End of input ends the process, also in the middle of an export: its partial files go with it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from olpack import progress
 from olpack.errors import OlpackError
 
 
@@ -31,6 +32,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the client decides what a Ctrl-C means
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
+    progress.use("json", out=pipe)
     lock = threading.Lock()
 
     def send(**message: object) -> None:
@@ -41,15 +43,16 @@ def main() -> None:
     jobs = _read_jobs()
     converter_ready = False
     while (job := jobs.get()) is not None:
+        do = job.pop("do")
         try:
             from olpack.export import converter, importance, run, sensitivity
 
-            if job["do"] == "export":  # a GPU starts while the converter is imported
+            if do == "export":  # a GPU starts while the converter is imported
                 job["gpu"] = run.begin_gpu_encoder(job["source"], job["options"])
             if not converter_ready:
                 converter.use_converter(Path(sys.argv[1]))
                 converter_ready = True
-            if job["do"] == "begin":
+            if do == "begin":
                 continue
             functions: dict[str, Callable[..., object]] = {
                 "check": run.check,
@@ -58,12 +61,13 @@ def main() -> None:
                 "measure": sensitivity.measure,
                 "round": run.round_matrices,
             }
-            answer = {"result": functions[job.pop("do")](**job, report=_reporter(send))}
+            answer = {"result": functions[do](**job, report=_reporter(send))}
         except OlpackError as error:
             answer = {"error": {"problem": error.problem, "remedy": error.remedy}}
         except Exception:
             answer = {"crash": traceback.format_exc()}
-        send(**answer, has_gpu=_has_gpu())
+        if do != "begin":
+            send(**answer, has_gpu=_has_gpu())
 
 
 def _has_gpu() -> bool:

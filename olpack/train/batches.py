@@ -66,7 +66,7 @@ def by_length(rows: Iterable[Sequence[int]], budget: int) -> Iterator[list[Seque
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids, int64; which are of a row, bool), both [rows, tokens of the longest]. What is behind a row changes nothing in it."""
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.int64) for row in rows], batch_first=True)
     lengths = torch.tensor([[len(row)] for row in rows])
     return ids.to(device), (torch.arange(ids.shape[1]) < lengths).to(device)
 

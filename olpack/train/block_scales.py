@@ -272,9 +272,10 @@ class _Quant:
                 layer.training = True  # it computes again in training mode only; what is in it stays in evaluation mode, without dropout
 
     def windows(self, rows: Sequence[TokenRow]) -> list[Sequence[int]]:
-        """The tokens of each row that are read: at most as many as a micro-batch has, and of a longer row those up to its last target token."""
+        """The tokens of each row that are read, from the shortest row to the longest: at most as many as a micro-batch has, and of a longer row those
+        up to its last target token."""
         found: list[Sequence[int]] = []
-        for row in rows:
+        for row in sorted(rows, key=lambda row: len(row.ids)):
             last = max((place for place, counts in enumerate(row.loss_mask) if counts), default=len(row.ids) - 1)
             found.append(row.ids[max(0, last + 1 - self._tokens) :][: self._tokens])
         return found
