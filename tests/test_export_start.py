@@ -11,6 +11,7 @@ from pathlib import Path
 
 import gguf
 import pytest
+import torch
 from gguf import GGUFValueType
 from tiny_models import write_model
 
@@ -18,6 +19,8 @@ from olpack.errors import OlpackError
 from olpack.export import Target, check_export, client, export
 from olpack.export.client import end_worker
 from olpack.export.gguf_writer import packed_array
+from olpack.export.worker import _has_gpu
+from olpack.llamacpp import engine
 
 # Plans an export as the worker does, then looks up activations as configurations do.
 PLAN = """
@@ -129,3 +132,10 @@ def test_what_fails_early_fails_again_in_the_first_job_alone(tmp_path, no_block,
         for quants in (["Q8_0"], ["F16"]):
             with pytest.raises((OlpackError, RuntimeError), match="conver"):
                 check_export(write_model(tmp_path / quants[0]), quants)
+
+
+def test_a_llama_cpp_that_computes_on_a_gpu_has_its_memory(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    assert not _has_gpu()
+    monkeypatch.setattr(engine.llama_cpp, "llama_supports_gpu_offload", lambda: True)
+    assert _has_gpu()

@@ -71,9 +71,9 @@ def main() -> None:
 
 
 def _has_gpu() -> bool:
-    """Whether this process has a part of a GPU's memory, as after an export that used it."""
-    torch = sys.modules.get("torch")
-    return torch is not None and torch.cuda.is_initialized()
+    """Whether this process has a part of a GPU's memory, as after an export that used it, or a model that llama.cpp loaded there."""
+    torch, engine = sys.modules.get("torch"), sys.modules.get("olpack.llamacpp.engine")
+    return (torch is not None and torch.cuda.is_initialized()) or (engine is not None and engine.computes_on_gpu())
 
 
 def _plain(value: object) -> object:

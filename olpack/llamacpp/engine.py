@@ -77,6 +77,11 @@ class Generation:
         return self._pieces
 
 
+def computes_on_gpu() -> bool:
+    """Whether the installed llama.cpp was built for a GPU that is there. Once it has loaded a model, the process has a part of the GPU's memory."""
+    return bool(llama_cpp.llama_supports_gpu_offload())
+
+
 class Engine:
     """One GGUF, loaded, with one conversation's worth of context.
 
