@@ -114,7 +114,7 @@ def measured(path: Path, one: Path, shapes: dict[str, tuple[int, int]], rows: li
                     if type_name == SCALED:
                         blocks[name] = (type_name, path.with_name(f"{name}.{type_name}"))
                         packed.tofile(blocks[name][1])
-                    if name == "attn_k" and type_name == "q4_K":
+                    if on_gpu and name == "attn_k" and type_name == "q4_K":
                         alone = without_kernel(type_name, matrix, given, pool, packed, took[1])
             started = time.monotonic()
     torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to see."""
+"""The one exception that a user is meant to see, and one line of any other."""
 
 from __future__ import annotations
 
@@ -21,3 +21,8 @@ class OlpackError(Exception):
         # Together, because the remedy may repeat what the problem has in a URL.
         self.problem, _, self.remedy = redacted(f"{problem}\x1e{remedy}").partition("\x1e")
         super().__init__(f"{self.problem} {self.remedy}".strip())
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, on one line; of one without a message its form."""
+    return (str(error).strip() or repr(error)).splitlines()[0]

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from olpack import progress
-from olpack.errors import OlpackError
+from olpack.errors import OlpackError, first_line
 from olpack.installed import optional
 
 
@@ -121,4 +121,4 @@ def _failures(asked: HubSet) -> Iterator[None]:
 
 
 def _not_fetched(name: str, error: Exception) -> OlpackError:
-    return OlpackError(f"{name} could not be fetched: {str(error).strip().splitlines()[0]}", "Run the same command again to go on.")
+    return OlpackError(f"{name} could not be fetched: {first_line(error)}", "Run the same command again to go on.")

@@ -77,7 +77,6 @@ class KernelColumns:
         columns, rows = weights.shape
         errors, codes = torch.empty_like(weights), torch.empty(weights.shape, dtype=torch.uint8, device=weights.device)
         inverses = torch.where(scales == 0, 0, 1 / scales)
-        bottom, count = self._kind.levels[0], len(self._kind.levels)
         _kernel[(triton.cdiv(rows, _ROWS),)](
             weights,
             asked,
@@ -92,9 +91,9 @@ class KernelColumns:
             rows,
             COLUMNS=columns,
             PART=self._kind.part,
-            LEVELS=count,
-            BOTTOM=float(bottom),
-            WHOLE=self._kind.levels == tuple(range(bottom, bottom + count)),
+            LEVELS=len(self._kind.levels),
+            BOTTOM=float(self._kind.levels[0]),
+            WHOLE=self._kind.whole,
             ROWS=_ROWS,
             num_warps=4,
             enable_fp_fusion=False,

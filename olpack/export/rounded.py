@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from olpack import progress
-from olpack.errors import OlpackError
+from olpack.errors import OlpackError, first_line
 from olpack.export.converter import FLOATS, SourceModel, SourceTensor
 from olpack.export.job import RoundedMatrices, blocks_file
 from olpack.export.plan import FilePlan
@@ -271,7 +271,7 @@ def _read_on_gpu(
 
 
 def _leave_it_to_llama_cpp(error: Exception) -> None:
-    problem = (str(error).strip() or repr(error)).splitlines()[0]
+    problem = first_line(error)
     progress.warn(f"llama.cpp reads the rows on the CPU, which is slower: the model cannot on the GPU ({problem})")
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from olpack import progress
+from olpack.errors import first_line
 from olpack.llamacpp import library
 from olpack.llamacpp.cores import usable_processors
 from olpack.llamacpp.grids import GRID_TYPES, GridType, read_grid, write_codes
@@ -125,7 +126,7 @@ class Columns:
         import torch
 
         self.kind, self.levels = kind, torch.tensor(kind.levels, dtype=torch.float32, device=device)
-        self._nearest = _Nearest(self.levels)
+        self._middles, self._whole = (self.levels[1:] + self.levels[:-1]) / 2, kind.whole
 
     def __call__(
         self, weights: torch.Tensor, asked: torch.Tensor, scales: torch.Tensor, lows: torch.Tensor, feedback: torch.Tensor
@@ -152,6 +153,15 @@ class Columns:
             torch.sub(weights[column], torch.addcmul(lows[part], scales[part], self.levels[code]), out=errors[column])
         return codes, errors
 
+    def _nearest(self, values: torch.Tensor) -> torch.Tensor:
+        """Codes of the levels that are nearest to values, which are changed."""
+        import torch
+
+        if self._whole:
+            bottom, top = self.kind.levels[0], self.kind.levels[-1]
+            return values.round_().clamp_(bottom, top).sub_(bottom).to(torch.int64)
+        return torch.bucketize(values, self._middles)
+
 
 @functools.cache
 def _columns(type_name: str, device: torch.device) -> Columns | KernelColumns:
@@ -168,7 +178,7 @@ def _columns(type_name: str, device: torch.device) -> Columns | KernelColumns:
             return kernel
         problem = "it gives other codes"
     except Exception as error:  # no Triton, no C compiler, a GPU that it does not know: whatever it is, plain torch works
-        problem = (str(error).strip() or repr(error)).splitlines()[0]
+        problem = first_line(error)
     progress.warn(f"matrices are rounded to {type_name} by plain torch, which is slower: the kernel does not work here ({problem})")
     return plain
 
@@ -189,24 +199,6 @@ def agree(some: Columns, others: Columns | KernelColumns, kind: GridType, device
     feedback = (whole(-2, 3, kind.block, kind.block) / 8).tril(-1)
     given = weights, asked, scales, lows, feedback
     return all(torch.equal(one, other) for one, other in zip(some(*given), others(*given), strict=True))
-
-
-class _Nearest:
-    """Codes of the levels that are nearest to values."""
-
-    def __init__(self, levels: torch.Tensor):
-        import torch
-
-        self._middles = (levels[1:] + levels[:-1]) / 2
-        self._bottom, self._top = float(levels[0]), float(levels[-1])
-        self._whole = bool(torch.all(levels.diff() == 1))
-
-    def __call__(self, values: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        if self._whole:
-            return values.round_().clamp_(self._bottom, self._top).sub_(self._bottom).to(torch.int64)
-        return torch.bucketize(values, self._middles)
 
 
 def _searched(type_name: str, values: np.ndarray, weights: np.ndarray, pool: ThreadPoolExecutor) -> np.ndarray | None:

@@ -29,6 +29,11 @@ class GridType:
     part: int
     levels: tuple[int, ...]
 
+    @property
+    def whole(self) -> bool:
+        """Whether the levels are one apart, so that rounding finds the nearest."""
+        return self.levels == _whole(self.levels[0], self.levels[-1])
+
 
 def _whole(bottom: int, top: int) -> tuple[int, ...]:
     return tuple(range(bottom, top + 1))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from olpack import bounded_json
-from olpack.errors import OlpackError
+from olpack.errors import OlpackError, first_line
 from olpack.model import gguf_files, tokenizer_trial
 from olpack.model.checkpoint import TensorHeader, check_tokenizer_files, read_tensor_headers, refuse_adapter
 from olpack.model.gguf_base import GgufBase
@@ -410,4 +410,4 @@ def _hub_failures(repo: str, revision: str | None) -> Iterator[None]:
             f"{repo} has no config.json, so it is no model that transformers knows.", "Name the repository of the original model."
         ) from None
     except (HfHubHTTPError, OSError) as error:
-        raise OlpackError(f"{repo} could not be fetched: {str(error).splitlines()[0]}", "Run the same command again to go on.") from None
+        raise OlpackError(f"{repo} could not be fetched: {first_line(error)}", "Run the same command again to go on.") from None

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import regex
 
 from olpack import bounded_regex
-from olpack.errors import OlpackError
+from olpack.errors import OlpackError, first_line
 from olpack.templating import bounded
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class MetaModel:
                 self.module: PreTrainedModel = make(self.config, dtype=torch.bfloat16)
         except ImportError as error:
             raise OlpackError(
-                f"transformers needs another package for {label}: {str(error).strip().splitlines()[0]}",
+                f"transformers needs another package for {label}: {first_line(error)}",
                 "Install it, or name a GGUF of the model, which needs none.",
             ) from error
         except Exception as error:  # of any kind: each architecture reads its configuration in a way of its own

@@ -38,7 +38,7 @@ from olpack.train import free_memory
 from olpack.train.batches import by_length, padded
 from olpack.train.device import pick_device, working_dtype
 from olpack.train.frozen import BlockLinear
-from olpack.train.gguf_model import frozen_bytes, load_frozen
+from olpack.train.gguf_model import activation_bytes, frozen_bytes, load_frozen
 from olpack.train.ops import blocks, pointwise
 from olpack.workspace import write_atomically
 
@@ -119,8 +119,7 @@ def check_memory(shape: Shape, file_bytes: int, numbers: int, available: int, fu
     """
     tokens = _tokens(shape.vocabulary)
     fixed = file_bytes + _NUMBER * numbers + 4 * _LOGIT_COPIES * tokens * shape.vocabulary
-    # What a layer saves: about twelve times its hidden states, and four times those of its MLP.
-    of_layer = tokens * full * (12 * shape.hidden + 4 * shape.intermediate)
+    of_layer = activation_bytes(shape, tokens, full)
     least = fixed + of_layer + tokens * full * shape.layers * shape.hidden
     if least > available:
         needed, there = progress.quantity(least, "B"), progress.quantity(available, "B")

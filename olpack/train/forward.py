@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from olpack import progress
 from olpack.data import TokenRow
+from olpack.errors import first_line
 from olpack.train.batches import PackedBatch, pack
 from olpack.train.device import compute_dtype
 from olpack.train.ops import attention, lora, pointwise
@@ -108,7 +109,7 @@ class Forward:
                 return True
             reason = f"in fp8 they change what {type(self.base).__name__} computes by more than {FP8_TOLERANCE:.0%}"
         except Exception as error:  # a GPU, a torch or a Triton without them: whatever it is, 16 bits work
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            reason = first_line(error)
         lora.fuse(self.model, self.dtype)
         progress.warn(f"Products with frozen weights stay in 16 bits: {reason}")
         return False
@@ -221,7 +222,7 @@ class Forward:
                 return True
             reason = "its output for a row depends on the rows beside it"
         except (ValueError, NotImplementedError, TypeError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
         self.base.set_attn_implementation(before)
         progress.warn(f"{type(self.base).__name__} cannot train on packed rows ({reason}), so rows are trained one by one")
         return False

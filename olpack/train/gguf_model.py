@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from olpack.model.gguf_architectures import Weight, config_of, rope_factors, weights_of
 from olpack.model.gguf_base import GgufBase, GgufTensor
-from olpack.model.shape import MetaModel
+from olpack.model.shape import MetaModel, Shape
 from olpack.train.block_experts import BlockExperts
 from olpack.train.frozen import BlockLinear, Make, use_frozen
 
@@ -114,6 +114,16 @@ def _frozen(meta: MetaModel, weights: Mapping[str, Weight]) -> set[str]:
         elif all(f"{name}.{end}" in weights for end in _EXPERTS):
             names.update(f"{name}.{end}" for end in _EXPERTS)
     return names
+
+
+def activation_bytes(shape: Shape, tokens: int, full: int) -> int:
+    """About what a layer saves: twelve times its hidden states, and four times those of its MLP.
+
+    Args:
+        tokens: of a micro-batch.
+        full: bytes of an activation.
+    """
+    return tokens * full * (12 * shape.hidden + 4 * shape.intermediate)
 
 
 def frozen_bytes(base: GgufBase, rest_bytes: int = 2) -> int:

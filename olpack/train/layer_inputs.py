@@ -14,10 +14,10 @@ from olpack.errors import OlpackError
 from olpack.llamacpp.activations import InputProducts
 from olpack.model.gguf_architectures import config_of, weights_of
 from olpack.model.gguf_base import GgufBase, open_gguf
-from olpack.model.shape import MetaModel, Shape
+from olpack.model.shape import MetaModel
 from olpack.train.batches import by_length, padded
 from olpack.train.device import working_dtype
-from olpack.train.gguf_model import frozen_bytes, load_frozen
+from olpack.train.gguf_model import activation_bytes, frozen_bytes, load_frozen
 
 _TOKENS = 2_048  # of a micro-batch, if no row is longer
 
@@ -48,7 +48,9 @@ class LayerInputs:
             base = open_gguf(gguf)
             meta = MetaModel(config_of(base), str(gguf))
             modules = _linear_layers(base, meta)
-            needed = frozen_bytes(base, working_dtype(device).itemsize) + _working_bytes(meta.shape, max(_TOKENS, longest))
+            matrix = 6 * meta.shape.hidden * meta.shape.intermediate  # the largest one, once it is dequantized
+            activations = activation_bytes(meta.shape, max(_TOKENS, longest), 4)
+            needed = frozen_bytes(base, working_dtype(device).itemsize) + activations + matrix
         except OlpackError:  # llama.cpp computes more architectures
             return None
         if needed > room or not modules.keys() >= set(names):
@@ -96,8 +98,3 @@ def _linear_layers(base: GgufBase, meta: MetaModel) -> dict[str, str]:
         if end == "weight" and type(layer) is nn.Linear and id(layer) in decoder and weight.form == "plain":
             found.update(dict.fromkeys(weight.tensors, decoder[id(layer)]))
     return found
-
-
-def _working_bytes(shape: Shape, tokens: int) -> int:
-    """Of the activations of a layer, and of its largest matrix once it is dequantized."""
-    return tokens * 4 * (12 * shape.hidden + 4 * shape.intermediate) + 6 * shape.hidden * shape.intermediate

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from olpack.errors import OlpackError
+from olpack.errors import OlpackError, first_line
 from olpack.model.shape import MetaModel, Shape, adapter_shapes
 from olpack.progress import quantity
 from olpack.train.ops.limits import SLOTS, tokens_at_once
@@ -399,7 +399,7 @@ def activations(model: MetaModel, tokens: int, targets: str | list[str] = "all-l
             decoder(inputs_embeds=embedded, position_ids=torch.arange(tokens)[None], use_cache=False)
     except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError) as error:
         raise OlpackError(
-            f"The activations of {model.label} cannot be counted without data: {str(error).splitlines()[0]}",
+            f"The activations of {model.label} cannot be counted without data: {first_line(error)}",
             "Measure a step on the GPU.",
         ) from error
     finally:

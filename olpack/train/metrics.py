@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from olpack import progress
-from olpack.errors import OlpackError
+from olpack.errors import OlpackError, first_line
 from olpack.workspace import write_atomically
 
 if TYPE_CHECKING:
@@ -96,9 +96,7 @@ def _start(settings: Train, folder: Path, state: State, name: str) -> list[Tenso
             if not state.metrics:
                 tracker.store_init_configuration(_flat(settings))
         except Exception as error:  # no login, no network: whatever a service's own client raises
-            raise OlpackError(
-                f"{asked} does not start: {str(error).strip().splitlines()[0]}", "Fix that, or take it out of `train.trackers`."
-            ) from error
+            raise OlpackError(f"{asked} does not start: {first_line(error)}", "Fix that, or take it out of `train.trackers`.") from error
         started.append(tracker)
     return started
 

@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from olpack.errors import OlpackError
+from olpack.errors import OlpackError, first_line
 from olpack.model.base import Base
 from olpack.model.frozen_weights import FrozenQuantization
 from olpack.model.quantized import quantization_of
@@ -67,7 +67,7 @@ def load_with_adapter(
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise OlpackError(f"{base.label} does not fit into the GPU's memory.", "Take a smaller base, or set `train.quantization: nf4`.") from None
-        raise OlpackError(f"{base.label} does not load: {str(error).strip().splitlines()[0]}", "`olpack plan` checks the base.") from error
+        raise OlpackError(f"{base.label} does not load: {first_line(error)}", "`olpack plan` checks the base.") from error
     model.config.use_cache = False
     model.requires_grad_(False)
     quantization = _quantization(model, base, settings, device)

@@ -18,6 +18,7 @@ import torch
 
 from olpack import progress
 from olpack.data import TokenRow
+from olpack.errors import first_line
 from olpack.train.batches import Form, PackedBatch, pack, pad
 
 _MOST = 32  # graphs of a run; each takes some megabytes
@@ -76,7 +77,7 @@ class PassGraphs:
             graph = self._seen[form] = _Graph(self._loss, batch, self._pool)
         except Exception as error:  # a library that waits for the GPU, or allocates in its own way: whatever it is, the plain way works
             self._works = False
-            progress.detail(f"Small steps wait for the host: no CUDA graph can be made ({(str(error).strip() or repr(error)).splitlines()[0]})")
+            progress.detail(f"Small steps wait for the host: no CUDA graph can be made ({first_line(error)})")
             return None
         self._pool = graph.pool
         return graph

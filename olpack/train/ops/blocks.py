@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from olpack import progress
+from olpack.errors import first_line
 from olpack.model.gguf_blocks import BlockType
 from olpack.train.ops.pointwise import kernels_for
 
@@ -59,7 +60,7 @@ def _try(type_: BlockType, blocks: torch.Tensor, dtype: torch.dtype) -> bool:
     try:
         found = block_kernels.dequantize(type_, some, dtype)
     except Exception as error:  # whatever it is, plain torch works
-        problem = (str(error).strip() or repr(error)).splitlines()[0]
+        problem = first_line(error)
     else:
         expected = type_.by_torch(some.reshape(-1, type_.bytes)).view(found.shape).to(dtype)
         if torch.equal(found.nan_to_num(), expected.nan_to_num()):

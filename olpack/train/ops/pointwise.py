@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from olpack import progress
+from olpack.errors import first_line
 from olpack.train.ops.limits import UNCOUNTED
 from olpack.train.ops.low_rank import Gradients, MlpLowRank
 
@@ -113,7 +114,7 @@ def use_kernels(device: torch.device, dtype: torch.dtype, config: Mapping[str, A
 
         kernels.run_once(device, dtype, **_sizes(config, rank))
     except Exception as error:  # no Triton, no C compiler, a GPU that it does not know: whatever it is, the plain functions run
-        progress.warn(f"Triton does not work here, so training goes without fused kernels: {(str(error).strip() or repr(error)).splitlines()[0]}")
+        progress.warn(f"Triton does not work here, so training goes without fused kernels: {first_line(error)}")
         return
     _kernels = kernels
 
