@@ -226,6 +226,8 @@ def test_quantize_reads_rows(tmp_path):
     words = ("quantize", str(base), "--quant", "Q4_0", "--out", "made", "--rounding", "learned")
     code, _, message = oracle.olpack(tmp_path, *words)
     assert code == 1 and "Name a file of chats or texts: --rows FILE." in message
+    code, _, message = oracle.olpack(tmp_path, *words, "--rows", "none.jsonl")
+    assert code == 1 and "There is no 'none.jsonl'. Name a file of chats or texts: --rows FILE." in message
     code, _, message = oracle.olpack(tmp_path, *words[:-1], "search", "--rows", "rows.jsonl")
     assert code == 1 and "names rows for `--rounding learned`" in message
     oracle.write_rows(tmp_path / "few.jsonl", 3)

@@ -59,8 +59,11 @@ def quantize(
     options: ExportOptions = {"adapter": adapter, "name": title, "split": limit, "importance": importance, "rounding": rounding}
     work = out / f".{file_name}.rounding"
     if rounding == "learned":
+        remedy = "Name a file of chats or texts: --rows FILE."
         if rows is None:
-            raise OlpackError("`--rounding learned` reads rows of data, and none are named.", "Name a file of chats or texts: --rows FILE.")
+            raise OlpackError("`--rounding learned` reads rows of data, and none are named.", remedy)
+        if not rows.exists():
+            raise OlpackError(f"There is no '{rows}'.", remedy)
     elif rows is not None:
         raise OlpackError("`--rows` names rows for `--rounding learned`.", "Set that, or leave --rows out.")
     elif scale_steps is not None:
